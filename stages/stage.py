@@ -1,0 +1,83 @@
+"""What every stage shares: its config section, the reporter it speaks to, and the result it returns.
+
+A stage is a function `run(config, inputs, out, report) -> Result`. It knows neither the graph nor the manifest:
+the pipeline gives it the folders of its inputs and an output folder that holds `spec.json`, and publishes the
+manifest after it returned. `run` resumes from whatever an earlier, killed run left in the output folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Inputs = Mapping[str, Path]
+
+
+class StageError(Exception):
+    """A stage cannot be done; the message names the file or field, the value and the remedy."""
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error: the work is kept and the next run goes on from it
+    """The user asked to stop; everything needed to resume is on disk."""
+
+
+def operational(default: Any, **constraints: Any) -> Any:
+    """A config field that decides how or where work is done, never its result: left out of the fingerprint."""
+    return Field(default, json_schema_extra={"operational": True}, **constraints)
+
+
+def added(default: Any, **constraints: Any) -> Any:
+    """A config field newer than its section: left out of the fingerprint at its default, so old ones stand."""
+    return Field(default, json_schema_extra={"added": True}, **constraints)
+
+
+class Section(BaseModel):
+    """One table of the config file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def semantic(self) -> dict[str, Any]:
+        """The fields that change the stage's result, as the fingerprint sees them."""
+        values = self.model_dump(mode="json")
+        for name, info in type(self).model_fields.items():
+            marks = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+            if marks.get("operational") or (marks.get("added") and getattr(self, name) == info.default):
+                del values[name]
+        return values
+
+
+class Reporter(Protocol):
+    """Where a stage says what it does: progress for people, lines in events for the record."""
+
+    @property
+    def stopping(self) -> bool:
+        """True once the user asked to stop; a stage then saves and raises `Stopped`."""
+        ...
+
+    def progress(self, done: int, total: int, unit: str, **figures: Any) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def log(self, kind: str, **values: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage hands to the pipeline for the manifest.
+
+    `payload` are the files, in order, whose SHA-256 make the content digest; `files` are listed beside them;
+    `digests` holds (sha256, bytes) of files that were hashed while they were written; `extra` goes to the top
+    level of the manifest. `content_digest` overrides the digest over `payload` where the stage's store has its own.
+    """
+
+    payload: Sequence[str]
+    metrics: dict[str, Any]
+    files: Sequence[str] = ()
+    digests: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    content_digest: str | None = None
+    manifest: str = "manifest.json"
