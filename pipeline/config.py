@@ -1,0 +1,97 @@
+"""The config file: one TOML a run, validated, with `--set section.key=value` on top."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nfm.stages.data import DataConfig
+from nfm.stages.evaluate import EvaluateConfig
+from nfm.stages.features import FeaturesConfig
+from nfm.stages.pairs import PairsConfig
+from nfm.stages.report import ReportConfig
+from nfm.stages.student import StudentConfig
+from nfm.stages.teacher import TeacherConfig
+
+
+class ConfigError(Exception):
+    """The config or its overrides are wrong; exit code 2."""
+
+
+class RunConfig(BaseModel):
+    """A section a stage; what a config file leaves out keeps the stage's default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: DataConfig
+    features: FeaturesConfig = Field(default_factory=FeaturesConfig)
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    pairs: PairsConfig = Field(default_factory=PairsConfig)
+    student: StudentConfig = Field(default_factory=StudentConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and validate a config file; `overrides` are `section.key=value` with a TOML value or a bare word."""
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config {path}: no such file{_config_hint(path)}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"config {path}: " + "\n  ".join(lines)) from None
+
+
+def _config_hint(path: Path) -> str:
+    known = sorted(str(found) for found in Path("configs").glob("*.toml"))
+    close = difflib.get_close_matches(str(path), known, 1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}" if known else ""
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not sign or len(parts) != 2 or not all(parts):
+        raise ConfigError(f"--set {override}: write section.key=value, for instance pairs.draws=4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    section = raw.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"--set {override}: {parts[0]} is no section of the config")
+    section[parts[1]] = value
+
+
+def _explain(problem: Any) -> str:
+    """One line a problem, with the nearest known key where one was misspelt."""
+    where = [str(part) for part in problem["loc"]]
+    field = ".".join(where)
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        close = difflib.get_close_matches(where[-1], known, 1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"known are {', '.join(known)}"
+        return f"{field}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{field}: missing; add it to the config"
+    return f"{field} = {problem['input']!r}: {problem['msg']}"
+
+
+def _known_keys(section: list[str]) -> list[str]:
+    model: Any = RunConfig
+    for name in section:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)

@@ -1,0 +1,135 @@
+"""Run a stage and whatever it needs that is missing, each under its lock, spec first and manifest last."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nfm.pipeline.artifact import SCHEMA, Artifact, ArtifactError, open_spec, publish
+from nfm.pipeline.console import Console, StopRequest, time_left
+from nfm.pipeline.graph import Node, manifest_of, optional, upstream
+from nfm.pipeline.lock import Lock
+from nfm.stages.stage import Stopped
+
+
+def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None) -> Artifact:
+    """Bring `target` and its inputs to completion, inputs first; what is complete is only named."""
+    stop = stop or StopRequest()
+    with stop.listening():
+        for node in upstream(nodes, target):
+            artifact = node.artifact()
+            if artifact is None:
+                raise ArtifactError(f"{node.name}: an input vanished while the run went on; run it again")
+            if artifact.done:
+                click.echo(f"{node.name}: {artifact.name} is up to date ({headline(artifact)})", err=True)
+            else:
+                _execute(node, artifact, stop)
+    return artifact
+
+
+def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> None:
+    """One stage, from its spec to its manifest."""
+    inputs = node.input_artifacts() or {}
+    artifact.path.mkdir(parents=True, exist_ok=True)
+    with Lock(artifact.path) as lock:
+        if artifact.done:
+            return
+        spec = specification(node, artifact, inputs)
+        resumed = artifact.started
+        open_spec(artifact.path, spec)
+        console = Console(node.name, artifact.path / "events", stop, lambda: lock.lost)
+        started = time.time()
+        console.say(f"{'resuming' if resumed else 'making'} {artifact.name}")
+        console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
+        try:
+            paths = {role: found.reference for role, found in inputs.items()}
+            result = node.stage.run(node.config, paths, artifact.path, console)
+            if console.stopping:
+                raise Stopped
+            provenance = {
+                **{key: spec[key] for key in ("stage", "version", "fingerprint", "inputs")},
+                "config": node.config.model_dump(mode="json"),
+                "versions": versions(),
+                "git_commit": git_commit(),
+                "started": _timestamp(started),
+                "finished": _timestamp(time.time()),
+                "seconds": round(time.time() - started, 3),
+            }
+            body = publish(artifact.path, result, provenance)
+        except (Stopped, KeyboardInterrupt):
+            console.log("STOP")
+            console.say("stopped; the same command goes on from here")
+            raise
+        except BaseException as error:
+            console.log("FAIL", error=f"{type(error).__name__}: {error}")
+            raise
+        else:
+            console.log("COMPLETE", content_digest=body["content_digest"], metrics=result.metrics)
+            console.finish()
+            console.say(f"done in {time_left(time.time() - started)}: {headline(artifact)}")
+        finally:
+            console.close()
+
+
+def specification(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """`spec.json`: what decides the result, written before the work begins; it holds no time, host or path."""
+    references = {}
+    for role, found in inputs.items():
+        manifest = manifest_of(found)
+        references[role] = {
+            "artifact": found.name,
+            "manifest": found.manifest_name,
+            "content_digest": manifest["content_digest"],
+        }
+    contents = {role: reference["content_digest"] for role, reference in references.items()}
+    identity = {"stage": node.stage.NAME, "version": node.stage.VERSION, "config": node.config.semantic()}
+    body = {"schema": SCHEMA, **identity, "inputs": references, "external": node.external()}
+    paths = {role: found.reference for role, found in inputs.items()}
+    extra = optional(node.stage, "recipe", lambda *_: {})(node.config, paths)
+    from nfm.pipeline.artifact import fingerprint
+
+    key = fingerprint(identity["stage"], identity["version"], identity["config"], {**contents, **body["external"]})
+    return {**body, **extra, "fingerprint": key}
+
+
+def headline(artifact: Artifact) -> str:
+    """The figures that a stage puts first in its metrics, as one line."""
+    metrics = manifest_of(artifact).get("metrics", {})
+    plain = [(key, value) for key, value in metrics.items() if isinstance(value, int | float | str)]
+    return ", ".join(f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain[:4])
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what computes and writes, for the manifest."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("nfm-pairs", "numpy", "torch", "pyarrow", "ray", "pydantic", "safetensors"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `+` behind it where files differ; None outside a repository."""
+    here = Path(__file__).resolve().parent
+    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
+    try:
+        head, changes = (subprocess.run(c, cwd=here, capture_output=True, text=True, check=True) for c in commands)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _timestamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

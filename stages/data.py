@@ -1,0 +1,187 @@
+"""The data stage: real images in, uint8 shards with keys and labels out, in a seeded random order.
+
+A held-out part, the source's own test set or else a seeded fraction, is written apart and never becomes pairs.
+Records that cannot be used are set aside in `rejected.parquet` with the reason.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from nfm.stages.sources import Digits, Idx, ImageFolder, Loaded, Npz, Source
+from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, operational
+from nfm.storage.dataset import DatasetWriter
+from nfm.storage.order import permute
+
+NAME = "data"
+VERSION = 1
+
+WRITE_CHUNK = 1024
+NAMED_REJECTS = 3
+PRODUCTS = ("train", "heldout", "train.parquet", "heldout.parquet", "rejected.parquet", "dataset.json")
+
+Chunk = tuple[np.ndarray, np.ndarray, list[str]]  # images [n, C, H, W] uint8, labels [n], keys
+
+# Licence and origin of inputs that we recognise by the digest of their content, wherever they lie.
+KNOWN: dict[str, dict[str, Any]] = {
+    "a99ec17e1eff8dc9479a239228d75b0cf69e35db87870a51daf5aecf9e977067": {
+        "name": "digits",
+        "licence": "CC BY 4.0",
+        "origin": "scikit-learn's digits: the test set of UCI Optical Recognition of Handwritten Digits "
+        "(E. Alpaydin, C. Kaynak)",
+    },
+    "0ac8d030b7547efc769e0998c29c12b3d5f9a3796a3ad1f57754a8f2fb2a7f27": {
+        "name": "fashion-mnist",
+        "licence": "MIT",
+        "origin": "Fashion-MNIST (Zalando SE, 2017; arXiv 1708.07747)",
+        "classes": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
+        + ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    },
+}
+
+
+class DataConfig(Section):
+    """[data]: which images, and how they are cut, split and ordered."""
+
+    source: Literal["digits", "idx", "npz", "images"] = "digits"
+    path: str | None = operational(None)
+    debian_package: str | None = operational(None)
+    image_size: int | None = Field(None, ge=1)
+    channels: Literal[1, 3] = 3
+    average: int = Field(1, ge=1)
+    classes: tuple[str, ...] | None = None
+    heldout: float = Field(0.05, ge=0.0, lt=1.0)
+    limit: int | None = Field(None, ge=1)
+    seed: int = 0
+    rows_per_shard: int = Field(4096, ge=1)
+    max_rejected: float = operational(0.0, ge=0.0, le=1.0)
+    threads: int = operational(0, ge=0)
+    name: str | None = operational(None)
+    licence: str | None = operational(None)
+    origin: str | None = operational(None)
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that the config names, its records listed but not loaded."""
+    if config.source == "digits":
+        return Digits(config.average, config.classes)
+    if config.source == "idx":
+        return Idx(config.path, config.debian_package, config.average, config.classes)
+    if config.source == "npz":
+        return Npz(config.path, config.average, config.classes)
+    return ImageFolder(
+        config.path, config.image_size, config.channels, config.average, config.classes, config.threads
+    )
+
+
+def source_identity(config: DataConfig) -> dict[str, Any]:
+    """Digest of the input's content: {digest, files, bytes}. Part of the data stage's fingerprint."""
+    return open_source(config).digest()
+
+
+def split_rows(source: Source, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of (train, heldout) in their seeded random order; `limit` cuts the order before the fraction is taken."""
+    own, test = np.flatnonzero(~source.test), np.flatnonzero(source.test)
+    order = own[permute(np.arange(len(own)), len(own), f"data/train/{config.seed}")][: config.limit]
+    if len(test):
+        return order, test[permute(np.arange(len(test)), len(test), f"data/heldout/{config.seed}")][: config.limit]
+    # At least one row on either side, so that a tiny source still has both.
+    count = min(max(round(config.heldout * len(order)), 1), len(order) - 1) if config.heldout else 0
+    return order[count:], order[:count]
+
+
+def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Write the images as shards; leftovers of a killed run are removed and the work starts anew."""
+    for leftover in (*PRODUCTS, "scratch"):
+        _remove(out / leftover)
+    source = open_source(config)
+    identity = source.digest()
+    parts = dict(zip(("train", "heldout"), split_rows(source, config)))
+    rows = np.concatenate(list(parts.values()))
+
+    scratch = out / "scratch"
+    scratch.mkdir()
+    try:
+        loaded = _with_bad_labels(source.load(rows, scratch, report), source, rows)
+        rejected = [(source.keys[rows[position]], reason) for position, reason in loaded.rejected.items()]
+        _fail_above(config.max_rejected, rejected, len(rows), out)
+        about = _about(config, source, identity)
+        image_shape = loaded.images.shape[1:]
+        writer = DatasetWriter(out, about["name"], image_shape, list(source.classes), config.rows_per_shard)
+        usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
+        heldout_start, counts, done = len(parts["train"]), {}, 0
+        for split, positions in (
+            ("train", usable[usable < heldout_start]),
+            ("heldout", usable[usable >= heldout_start]),
+        ):
+            counts[split] = len(positions)
+            chunks = _chunks(source, loaded.images, rows, positions)
+            writer.write_split(split, len(positions), _reported(chunks, done, len(usable), report))
+            done += len(positions)
+        written = writer.close(rejected)
+    finally:
+        _remove(scratch)
+    metrics = {
+        "images": counts["train"],
+        "heldout": counts["heldout"],
+        "rejected": len(rejected),
+        "classes": len(source.classes),
+        "image_shape": list(image_shape),
+    }
+    return Result(payload=[], metrics=metrics, extra={"dataset": about | {"source": identity}})
+
+
+def _chunks(source: Source, images: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> Iterator[Chunk]:
+    for start in range(0, len(positions), WRITE_CHUNK):
+        chosen = positions[start : start + WRITE_CHUNK]
+        yield images[chosen], source.labels[rows[chosen]], [source.keys[row] for row in rows[chosen]]
+
+
+def _reported(chunks: Iterator[Chunk], done: int, total: int, report: Reporter) -> Iterator[Chunk]:
+    for chunk in chunks:
+        if report.stopping:
+            raise Stopped
+        yield chunk
+        done += len(chunk[1])
+        report.progress(done, total, "images")
+
+
+def _with_bad_labels(loaded: Loaded, source: Source, rows: np.ndarray) -> Loaded:
+    labels = source.labels[rows]
+    count = len(source.classes)
+    wrong = {
+        int(position): f"label {labels[position]} is outside the {count} classes, counted from 0"
+        for position in np.flatnonzero((labels < 0) | (labels >= count))
+    }
+    return Loaded(loaded.images, dict(sorted((wrong | loaded.rejected).items())))
+
+
+def _fail_above(fraction: float, rejected: Sequence[tuple[str, str]], total: int, out: Path) -> None:
+    if len(rejected) <= fraction * total:
+        return
+    first = "; ".join(f"{key}: {reason}" for key, reason in rejected[:NAMED_REJECTS])
+    table = write_rejected(out, rejected)
+    raise StageError(
+        f"{len(rejected)} of {total} images cannot be used, data.max_rejected = {fraction:g} allows "
+        f"{int(fraction * total)}: {first}{'; ...' if len(rejected) > NAMED_REJECTS else ''}. All of them with "
+        f"reasons: {table}. Repair or remove them, or raise data.max_rejected"
+    )
+
+
+def _about(config: DataConfig, source: Source, identity: dict[str, Any]) -> dict[str, Any]:
+    """Name, licence and origin: what the config says, else what is known of this very content."""
+    said = {key: value for key in ("name", "licence", "origin") if (value := getattr(config, key))}
+    return {"name": source.name, "licence": "unknown", "origin": "unknown"} | KNOWN.get(identity["digest"], {}) | said
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

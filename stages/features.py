@@ -1,0 +1,89 @@
+"""Features: a small classifier of the data set's own labels, whose features the evaluation measures distances in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nfm.stages.stage import Inputs, Reporter, Result
+from nfm.stages.training import CHECKPOINT, METRICS, WEIGHTS, TrainingSection, fit, pick_device, read_weights, recipe
+from nfm.storage import ImageDataset, atomic
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from nfm.trainers.cnn import FeatureNet
+
+NAME = "features"
+VERSION = 1
+
+
+class FeaturesConfig(TrainingSection):
+    """The `[features]` table; `images` is the number of training images seen in all."""
+
+    images: int = 300_000
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-2
+
+
+def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train the classifier and state its accuracy on held-out images."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from nfm.trainers.checkpoint import pack_weights
+    from nfm.trainers.cnn import FeatureNet
+
+    train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    architecture = {"image_shape": list(train.image_shape), "classes": len(train.classes)}
+    torch.manual_seed(config.seed)
+    model = FeatureNet(**architecture)
+
+    def loss(model: Any, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logits = model(batch.image)
+        right = (logits.argmax(1) == batch.label).float().mean().detach()
+        return cross_entropy(logits.float(), batch.label), {"train_accuracy": right}
+
+    batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
+    trained = fit(model, loss, batches, config, recipe(config, config.images), out, report, "images")
+    atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, architecture))
+
+    network = load(out, pick_device(config.device))
+    images = heldout.images(range(len(heldout)))
+    accuracy = float((_forward(network, images, "logits").argmax(1) == heldout.labels(range(len(heldout)))).mean())
+    metrics = {"heldout_accuracy": round(accuracy, 4), "heldout_images": len(heldout), **_size(network)}
+    return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
+
+
+def load(folder: Path, device: str = "cpu") -> FeatureNet:
+    """The trained network, in evaluation mode."""
+    from nfm.trainers.cnn import FeatureNet
+
+    state, architecture = read_weights(folder)
+    network = FeatureNet(**architecture)
+    network.load_state_dict(state)
+    return network.eval().to(device)
+
+
+def extract(network: FeatureNet, images: np.ndarray) -> np.ndarray:
+    """Features [N, F] float32 of uint8 images [N, C, H, W]."""
+    return _forward(network, images, "features")
+
+
+def _forward(network: FeatureNet, images: np.ndarray, what: str, batch_size: int = 500) -> np.ndarray:
+    import torch
+
+    device = next(network.parameters()).device
+    call = network.features if what == "features" else network
+    with torch.inference_mode():
+        parts = [
+            call(torch.from_numpy(images[start : start + batch_size]).to(device).float() / 127.5 - 1).float().cpu()
+            for start in range(0, len(images), batch_size)
+        ]
+    return torch.cat(parts).numpy()
+
+
+def _size(network: torch.nn.Module) -> dict[str, int]:
+    return {"parameters": sum(parameter.numel() for parameter in network.parameters())}

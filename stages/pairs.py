@@ -1,0 +1,181 @@
+"""Pairs: send every training image through the coupling, once a draw, into the store's shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from nfm.stages.encoder import Setup
+from nfm.stages.executors import Outcome, ShardJob, new_attempt
+from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, operational
+from nfm.stages.training import WEIGHTS, Precision, pick_device
+from nfm.storage import ImageDataset, atomic, commits, generations
+from nfm.storage.schema import StoreSpec, pair_fields, read_spec, shard_name
+
+NAME = "pairs"
+VERSION = 1
+
+
+class PairsConfig(Section):
+    """The `[pairs]` table; every draw pairs each training image with new noise, flips drawn anew."""
+
+    coupling: Literal["nfm", "independent"] = "nfm"
+    draws: int = operational(1, ge=1, le=1000)
+    codec: Literal["float16", "float32"] = "float16"
+    rows_per_shard: int = 4096
+    rows_per_block: int = 256
+    flips: bool = False
+    seed: int = 0
+    batch_size: int = 256
+    precision: Precision = "bfloat16"
+    executor: Literal["ray", "serial"] = operational("ray")
+    ray_address: str | None = operational(None)
+    workers: int = operational(0, ge=0)
+    threads: int = operational(1, ge=1)
+    device: str = operational("auto")
+
+
+def input_roles(config: PairsConfig) -> tuple[str, ...]:
+    """What the coupling is made from."""
+    return ("data", "teacher") if config.coupling == "nfm" else ("data",)
+
+
+def manifest_name(config: PairsConfig, out: Path) -> str:
+    """The manifest of the newest generation that holds exactly the draws asked for, else the next one's name."""
+    for number in range(generations.next_number(out) - 1, 0, -1):
+        if generations.load(out, number)["draws"] == config.draws:
+            return generations.manifest_name(number)
+    return generations.manifest_name(generations.next_number(out))
+
+
+def recipe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
+    """The store's recipe, for `spec.json`."""
+    source = ImageDataset.open(inputs["data"], "train")
+    facts: dict[str, Any] = {"eta": None, "sigma_f": None}
+    if "teacher" in inputs:
+        facts = atomic.read_json(inputs["teacher"] / "teacher.json")
+    spec = StoreSpec(
+        rows=len(source),
+        rows_per_shard=config.rows_per_shard,
+        rows_per_block=config.rows_per_block,
+        fields=pair_fields(source.image_shape, config.codec),
+        coupling=config.coupling,
+        source=_content(inputs["data"]),
+        codec=config.codec,
+        value_range=source.value_range,
+        flips=config.flips,
+        seed=config.seed,
+        eta=facts["eta"],
+        sigma_f=facts["sigma_f"],
+        teacher=_content(inputs["teacher"]) if "teacher" in inputs else None,
+        classes=len(source.classes),
+    )
+    return {"store": spec.to_dict()}
+
+
+def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Encode the shards that have no commit yet, then seal the generation."""
+    spec = read_spec(out)
+    done = commits.committed(out, config.draws)
+    names = [(draw, shard) for draw in range(config.draws) for shard in range(spec.shards_per_draw)]
+    pending = [ShardJob(draw, shard, new_attempt()) for draw, shard in names if shard_name(draw, shard) not in done]
+    records = sum(commit.records for commit in done.values())
+    total = spec.rows * config.draws
+    if done:
+        report.say(f"{len(done)} of {len(names)} shards are committed already")
+    report.progress(records, total, "pairs")
+    failures: list[Outcome] = []
+    for outcome in _encode(config, setup(config, inputs, out), pending, report) if pending else ():
+        if outcome.commit is None:
+            failures.append(outcome)
+            _set_aside(out, outcome, report)
+        else:
+            records += outcome.commit.records
+            report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds)
+        report.progress(records, total, "pairs", failed=len(failures))
+    if report.stopping:
+        raise Stopped
+    if failures:
+        raise StageError(
+            f"{len(failures)} of {len(names)} shards failed three times and are missing: "
+            f"{', '.join(shard_name(f.job.draw, f.job.shard) for f in failures[:5])}; their tracebacks are in "
+            f"{out / 'failed'}. The others are committed; run the same command again to retry only these"
+        )
+    return seal(out, config.draws)
+
+
+def seal(out: Path, draws: int) -> Result:
+    """The generation that holds these draws, from its commits; raises MissingShard where some are missing."""
+    spec = read_spec(out)
+    body = generations.build(out, spec, draws)
+    moments = body["moments"]
+    metrics = {
+        "pairs": body["records"],
+        "draws": draws,
+        "noise_mean": moments["mean"],
+        "noise_var": moments["var"],
+        "bytes": sum(shard["bytes"] for shard in body["shards"]),
+        "shards": len(body["shards"]),
+    }
+    return Result(
+        payload=[],
+        metrics=metrics,
+        extra=body,
+        content_digest=body["content_digest"],
+        manifest=generations.manifest_name(body["generation"]),
+    )
+
+
+def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
+    """The encoder's setup; paths are absolute, since workers run elsewhere."""
+    teacher = inputs.get("teacher")
+    weights = None
+    if teacher is not None:
+        listed = {file["path"]: file["sha256"] for file in atomic.read_json(teacher / "manifest.json")["files"]}
+        weights = listed[WEIGHTS]
+    return Setup(
+        store=str(out.resolve()),
+        data=str(inputs["data"].resolve()),
+        teacher=str(teacher.resolve()) if teacher is not None else None,
+        teacher_sha256=weights,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        device=pick_device(config.device),
+        threads=config.threads,
+    )
+
+
+def _encode(config: PairsConfig, encoder: Setup, pending: Sequence[ShardJob], report: Reporter) -> Any:
+    from nfm.stages.executors import ray, serial
+
+    def stopping() -> bool:
+        return report.stopping
+
+    if config.executor == "serial":
+        return serial.run(encoder, pending, 1, stopping)
+    return ray.run(encoder, pending, _workers(config, encoder.device), stopping, config.ray_address)
+
+
+def _workers(config: PairsConfig, device: str) -> int:
+    """One worker a GPU, else as many as the cores carry at `threads` each."""
+    if config.workers:
+        return config.workers
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.device_count()
+    return max(1, len(os.sched_getaffinity(0)) // config.threads)
+
+
+def _set_aside(out: Path, outcome: Outcome, report: Reporter) -> None:
+    name = shard_name(outcome.job.draw, outcome.job.shard)
+    atomic.write_bytes(out / "failed" / f"{name}.txt", (outcome.error or "").encode())
+    last = (outcome.error or "").strip().splitlines()[-1:] or ["no message"]
+    report.say(f"{name} failed three times and is set aside: {last[0]}")
+    report.log("SHARD_FAILED", shard=name, error=outcome.error)
+
+
+def _content(folder: Path) -> str:
+    return atomic.read_json(folder / "manifest.json")["content_digest"]

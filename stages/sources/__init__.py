@@ -1,0 +1,9 @@
+"""Where images come from: each source lists its records (keys, labels, test flags) and loads chosen rows as uint8."""
+
+from nfm.stages.sources.digits import Digits
+from nfm.stages.sources.folder import ImageFolder
+from nfm.stages.sources.idx import Idx
+from nfm.stages.sources.npz import Npz
+from nfm.stages.sources.source import Loaded, Source
+
+__all__ = ["Digits", "Idx", "ImageFolder", "Loaded", "Npz", "Source"]

@@ -1,0 +1,115 @@
+"""The IDX files of the MNIST family, plain or gzipped, from a folder or from a Debian package."""
+
+from __future__ import annotations
+
+import gzip
+import subprocess
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from nfm.stages.sources.source import Loaded, box_average, class_names, digest_files
+from nfm.stages.stage import Reporter, StageError
+
+TRAIN, TEST = "train", "t10k"
+MAGIC = {"images-idx3": 0x00000803, "labels-idx1": 0x00000801}  # two zero bytes, uint8, number of dimensions
+
+
+class Idx:
+    """Images [N, 1, H, W] uint8 and labels of `train-*-ubyte[.gz]`, and of `t10k-*` as the test set if present."""
+
+    name = "idx"
+
+    def __init__(
+        self,
+        path: str | None,
+        debian_package: str | None = None,
+        average: int = 1,
+        classes: Sequence[str] | None = None,
+    ):
+        self.average = average
+        self.files = _files(_folder(path, debian_package))
+        parts = [(part, *self._read(part)) for part in (TRAIN, TEST) if f"{part}-images-idx3" in self.files]
+        shapes = {part: images.shape[1:] for part, images, _ in parts}
+        if len(set(shapes.values())) > 1:
+            raise StageError(f"{self.files[f'{TEST}-images-idx3']}: train and test images differ in shape: {shapes}")
+        self.pixels = np.concatenate([images for _, images, _ in parts])
+        self.labels = np.concatenate([labels for _, _, labels in parts]).astype(np.int64)
+        self.keys = [f"{part}/{row:07d}" for part, images, _ in parts for row in range(len(images))]
+        self.test = np.concatenate([np.full(len(images), part == TEST) for part, images, _ in parts])
+        self.classes = class_names(classes, int(self.labels.max(initial=-1)) + 1)
+
+    def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
+        return Loaded(box_average(self.pixels[rows], self.average))
+
+    def digest(self) -> dict[str, Any]:
+        # Of the unpacked content, so that plain and gzipped files are the same input.
+        return digest_files(self.files.items(), _open)
+
+    def _read(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        images_path, labels_path = self.files[f"{part}-images-idx3"], self.files.get(f"{part}-labels-idx1")
+        if labels_path is None:
+            raise StageError(f"{images_path.parent}: {part}-labels-idx1-ubyte[.gz] is missing beside the images")
+        images, labels = read_idx(images_path, MAGIC["images-idx3"]), read_idx(labels_path, MAGIC["labels-idx1"])
+        if len(images) != len(labels):
+            raise StageError(f"{labels_path}: {len(labels)} labels for {len(images)} images: fetch both files anew")
+        return images[:, None], labels
+
+
+def read_idx(path: Path, magic: int) -> np.ndarray:
+    """The array of one IDX file: big-endian magic, one 32-bit size per dimension, then uint8 values."""
+    dimensions = magic & 0xFF
+    try:
+        with _open(path) as file:
+            raw = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise StageError(f"{path}: cannot be read ({error}): fetch the file anew") from error
+    header = 4 * (1 + dimensions)
+    if len(raw) < header or (found := int.from_bytes(raw[:4], "big")) != magic:
+        start = f"magic 0x{found:08x}" if len(raw) >= header else f"only {len(raw)} bytes"
+        raise StageError(f"{path}: {start}, expected 0x{magic:08x}: this is not the IDX file that its name says")
+    shape = tuple(np.frombuffer(raw[4:header], ">u4").astype(np.int64).tolist())
+    if len(raw) - header != int(np.prod(shape)):
+        raise StageError(
+            f"{path}: {len(raw) - header:,} bytes of values, its header promises {shape}: fetch the file anew"
+        )
+    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _open(path: Path, mode: str = "rb") -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+def _folder(path: str | None, package: str | None) -> Path:
+    if path is not None:
+        if not Path(path).is_dir():
+            raise StageError(f"data.path = {path!r} is no folder: name the one that holds train-images-idx3-ubyte[.gz]")
+        return Path(path)
+    if package is None:
+        raise StageError('data.source = "idx" needs data.path, the folder that holds train-images-idx3-ubyte[.gz]')
+    remedy = f"run `apt-get install {package}`, or set data.path to a folder with train-images-idx3-ubyte[.gz]"
+    try:
+        listing = subprocess.run(["dpkg", "-L", package], capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError as error:
+        raise StageError(f"data.debian_package = {package!r}: this system has no dpkg: {remedy}") from error
+    except subprocess.CalledProcessError as error:
+        raise StageError(f"data.debian_package = {package!r} is not installed: {remedy}") from error
+    for line in listing.splitlines():
+        if Path(line).name.startswith(f"{TRAIN}-images-idx3-ubyte") and Path(line).is_file():
+            return Path(line).parent
+    raise StageError(f"data.debian_package = {package!r} holds no train-images-idx3-ubyte[.gz]: {remedy}")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for part in (TRAIN, TEST):
+        for kind in MAGIC:
+            for name in (f"{part}-{kind}-ubyte", f"{part}-{kind}-ubyte.gz"):
+                if (folder / name).is_file():
+                    found.setdefault(f"{part}-{kind}", folder / name)
+    if f"{TRAIN}-images-idx3" not in found:
+        raise StageError(f"{folder}: no train-images-idx3-ubyte[.gz] here: set data.path to the folder that holds it")
+    return found

@@ -1,0 +1,101 @@
+"""What a source of images is, and the few array operations that sources share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nfm.stages.stage import Reporter, StageError
+
+HASH_CHUNK, HASH_BATCH = 1 << 20, 4096
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Rows of a source in the order asked for; a rejected position holds zeros and has its reason here."""
+
+    images: np.ndarray  # [n, C, H, W] uint8
+    rejected: dict[int, str] = field(default_factory=dict)  # position -> reason
+
+
+class Source(Protocol):
+    """Records in the source's own order; `load` brings the pixels of chosen rows."""
+
+    name: str
+    keys: Sequence[str]
+    labels: np.ndarray  # [N] int64, counted from 0
+    test: np.ndarray  # [N] bool, true for rows of the source's own test set
+    classes: Sequence[str]
+
+    def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
+        """Pixels of `rows`, in that order; `scratch` is an empty folder for arrays too large for memory."""
+        ...
+
+    def digest(self) -> dict[str, Any]:
+        """Digest of the content that the source reads: {digest, files, bytes}; never of paths or times."""
+        ...
+
+
+def box_average(images: np.ndarray, factor: int) -> np.ndarray:
+    """Means of factor x factor boxes, rounded half up: [n, C, H, W] uint8 -> [n, C, H/factor, W/factor] uint8."""
+    if factor == 1:
+        return images
+    n, c, h, w = images.shape
+    if h % factor or w % factor:
+        raise StageError(f"data.average = {factor} does not divide the images' {h}x{w} pixels: choose a divisor")
+    boxes = images.reshape(n, c, h // factor, factor, w // factor, factor)
+    area = factor * factor
+    return ((2 * boxes.sum(axis=(3, 5), dtype=np.uint32) + area) // (2 * area)).astype(np.uint8)
+
+
+def scratch_array(scratch: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A zeroed uint8 array in a mapped file of `scratch`, its disk space reserved before the first write."""
+    path, size = scratch / "images.u8", int(np.prod(shape))
+    try:
+        with open(path, "w+b") as file:
+            # Writing to a map on a full disk would kill the process with SIGBUS instead of raising.
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as error:
+        raise StageError(
+            f"{path}: no room for {size:,} bytes of decoded images ({error.strerror}): free disk space, run again"
+        ) from error
+    return np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
+
+
+def digest_files(files: Iterable[tuple[str, Path]], open_file: Any = open, threads: int = 8) -> dict[str, Any]:
+    """SHA-256 over (name, size, SHA-256 of the content) of files, sorted by name; files are read in threads."""
+
+    def hash_one(item: tuple[str, Path]) -> tuple[str, int, str]:
+        name, path = item
+        whole, size = hashlib.sha256(), 0
+        try:
+            with open_file(path, "rb") as file:
+                while chunk := file.read(HASH_CHUNK):
+                    whole.update(chunk)
+                    size += len(chunk)
+        except (OSError, EOFError, zlib.error) as error:
+            raise StageError(f"{path}: cannot be read ({error}): restore the file and run again") from error
+        return name, size, whole.hexdigest()
+
+    together, count, total = hashlib.sha256(), 0, 0
+    ordered = sorted(files)
+    with ThreadPoolExecutor(threads) as pool:
+        # In batches: a future for each of a million files would fill the memory.
+        for start in range(0, len(ordered), HASH_BATCH):
+            for name, size, content in pool.map(hash_one, ordered[start : start + HASH_BATCH]):
+                together.update(f"{name}\0{size}\0{content}\n".encode())
+                count, total = count + 1, total + size
+    return {"digest": together.hexdigest(), "files": count, "bytes": total}
+
+
+def class_names(given: Sequence[str] | None, count: int) -> list[str]:
+    """The names that the config gives, else the labels' numbers."""
+    return list(given) if given is not None else [str(label) for label in range(count)]

@@ -1,0 +1,85 @@
+"""The student: a diffusion transformer that learns the velocity between the store's images and noises.
+
+It reads a pair store and nothing else; that a teacher made the pairs is a line in the store's manifest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nfm.stages.stage import Inputs, Reporter, Result
+from nfm.stages.training import CHECKPOINT, METRICS, WEIGHTS, TrainingSection, fit, pick_device, read_weights, recipe
+from nfm.storage import PairStore, atomic
+
+if TYPE_CHECKING:
+    import torch
+
+    from nfm.trainers.sit import SiT
+
+NAME = "student"
+VERSION = 1
+
+
+class StudentConfig(TrainingSection):
+    """The `[student]` table; `pairs` is the number of pairs seen in all."""
+
+    pairs: int = 240_000
+    patch: int = 4
+    width: int = 128
+    depth: int = 6
+    head_size: int = 64
+    label_drop: float = 0.1
+
+
+def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train on the pairs of one generation of a store; the averaged weights are the student."""
+    import torch
+
+    from nfm.trainers import flow_matching
+    from nfm.trainers.checkpoint import pack_weights
+    from nfm.trainers.sit import SiT
+
+    store = PairStore.open(inputs["pairs"])
+    architecture = {
+        "image_shape": list(store.image_shape), "classes": store.spec.classes or 0, "patch": config.patch,
+        "width": config.width, "depth": config.depth, "head_size": config.head_size,
+    }  # fmt: skip
+    torch.manual_seed(config.seed)
+    model = SiT(**architecture)
+
+    def loss(model: SiT, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        return flow_matching.loss(model, batch.image, batch.noise, batch.label, generator, config.label_drop), {}
+
+    batches = store.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
+    plan = recipe(config, config.pairs)
+    trained = fit(model, loss, batches, config, plan, out, report, "pairs")
+    atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, architecture))
+    final = _last_line(out / METRICS)
+    metrics = {
+        "loss": final["loss"],
+        "pairs_seen": plan.examples,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "pairs_per_second": final["pairs_per_second"],
+        "data_wait_share": final["data_wait_share"],
+        "coupling": store.spec.coupling,
+        "generation": store.generation,
+        "draws": store.draws,
+    }
+    return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
+
+
+def load(folder: Path, device: str = "cpu") -> SiT:
+    """The trained student in evaluation mode."""
+    from nfm.trainers.sit import SiT
+
+    state, architecture = read_weights(folder)
+    model = SiT(**architecture)
+    model.load_state_dict(state)
+    return model.eval().to(device)
+
+
+def _last_line(path: Path) -> dict[str, float]:
+    import json
+
+    return json.loads(path.read_text().splitlines()[-1])

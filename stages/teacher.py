@@ -1,0 +1,164 @@
+"""The teacher: a TarFlow trained by maximum likelihood on x + eta eps', its sigma_f, and what it samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nfm.stages.stage import Inputs, Reporter, Result
+from nfm.stages.training import (
+    CHECKPOINT,
+    METRICS,
+    WEIGHTS,
+    Precision,
+    TrainingSection,
+    autocast_dtype,
+    fit,
+    pick_device,
+    read_weights,
+    recipe,
+)
+from nfm.storage import ImageDataset, atomic, philox
+
+if TYPE_CHECKING:
+    import torch
+
+    from nfm.trainers.tarflow import TarFlow
+
+NAME = "teacher"
+VERSION = 1
+FACTS, SAMPLES = "teacher.json", "samples.png"
+
+
+class TeacherConfig(TrainingSection):
+    """The `[teacher]` table; `images` is the number of training images seen in all, flips and noise drawn anew."""
+
+    images: int = 360_000
+    patch: int = 4
+    channels: int = 128
+    blocks: int = 4
+    layers: int = 4
+    head_size: int = 64
+    eta: float = 0.1
+    label_drop: float = 0.1
+    flips: bool = False
+    learning_rate: float = 2e-3
+    sigma_rows: int = 4096
+    measure_rows: int = 512
+
+
+def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train, measure sigma_f and bits per dimension with the averaged weights, and draw a grid of samples."""
+    import torch
+
+    from nfm.trainers.checkpoint import pack_weights
+    from nfm.trainers.tarflow import TarFlow, nll_per_dim
+
+    train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    device = pick_device(config.device)
+    architecture = {
+        "image_shape": list(train.image_shape), "classes": len(train.classes), "patch": config.patch,
+        "channels": config.channels, "blocks": config.blocks, "layers": config.layers, "head_size": config.head_size,
+    }  # fmt: skip
+    torch.manual_seed(config.seed)
+    model = TarFlow(**architecture)
+
+    def loss(model: TarFlow, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        def uniform(*shape: int) -> torch.Tensor:
+            return torch.rand(shape, generator=generator, device=generator.device)
+
+        image = batch.image
+        if config.flips:
+            image = torch.where(uniform(len(image), 1, 1, 1) < 0.5, image.flip(-1), image)
+        eps = torch.randn(image.shape, generator=generator, device=image.device)
+        label = torch.where(uniform(len(image)) < config.label_drop, -1, batch.label)
+        return nll_per_dim(*model.encode(image + config.eta * eps, label)).mean(), {}
+
+    def measure() -> dict[str, float]:
+        rows = range(min(config.measure_rows, len(heldout), len(train)))
+        return {
+            f"{name}_bpd": float(likelihood(model, split, rows, config)[1])
+            for name, split in (("train", train), ("heldout", heldout))
+        }
+
+    batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
+    plan = recipe(config, config.images)
+    trained = fit(model, loss, batches, config, plan, out, report, "images", measure)
+
+    averaged: TarFlow = trained.ema
+    rows = range(min(len(train), config.sigma_rows))
+    power, train_bpd = likelihood(averaged, train, rows, config)
+    _, heldout_bpd = likelihood(averaged, heldout, range(min(len(heldout), config.sigma_rows)), config)
+    facts = {"eta": config.eta, "sigma_f": power**0.5, "architecture": architecture}
+    atomic.write_bytes(out / WEIGHTS, pack_weights(averaged, architecture))
+    atomic.write_json(out / FACTS, facts)
+    _draw_samples(averaged, config, out / SAMPLES)
+    metrics = {
+        "heldout_bpd": round(heldout_bpd, 4),
+        "train_bpd": round(train_bpd, 4),
+        "sigma_f": facts["sigma_f"],
+        "parameters": sum(parameter.numel() for parameter in averaged.parameters()),
+        "images_seen": plan.examples,
+        "measured_rows": len(rows),
+    }
+    if heldout_bpd - train_bpd > 0.1:
+        report.say(
+            f"overfitted: {train_bpd:.3f} bits per dimension on training images, {heldout_bpd:.3f} on held-out ones"
+        )
+    return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[CHECKPOINT, METRICS, SAMPLES])
+
+
+def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:
+    """The trained flow in evaluation mode, and its facts: eta and sigma_f."""
+    from nfm.trainers.tarflow import TarFlow
+
+    state, architecture = read_weights(folder)
+    model = TarFlow(**architecture)
+    model.load_state_dict(state)
+    return model.eval().to(device), atomic.read_json(folder / FACTS)
+
+
+def likelihood(
+    model: TarFlow, split: ImageDataset, rows: range, config: TeacherConfig, batch_size: int = 256
+) -> tuple[float, float]:
+    """(E[f^2] per dimension, bits per dimension) on these rows with record-keyed noise, labels given."""
+    import torch
+
+    from nfm.trainers.tarflow import bits_per_dim, nll_per_dim
+
+    device = next(model.parameters()).device
+    power = nats = 0.0
+    with torch.inference_mode(), precision_context(device.type, config.precision):
+        for start in range(0, len(rows), batch_size):
+            part = list(rows[start : start + batch_size])
+            image = torch.from_numpy(split.to_float(split.images(part)))
+            eps = philox.normals(config.seed, 0, part, image[0].numel(), purpose="sigma").reshape(image.shape)
+            noised = (image + config.eta * torch.from_numpy(eps)).to(device)
+            z, logdet = model.encode(noised, torch.from_numpy(split.labels(part)).to(device))
+            power += z.double().square().flatten(1).mean(1).sum().item()
+            nats += nll_per_dim(z, logdet).double().sum().item()
+    return power / len(rows), float(bits_per_dim(nats / len(rows)))
+
+
+def precision_context(device_type: str, precision: Precision) -> Any:
+    """Autocast as a stage's precision asks for."""
+    import torch
+
+    dtype = autocast_dtype(precision)
+    return torch.autocast(device_type, dtype, enabled=dtype is not None)
+
+
+def _draw_samples(model: TarFlow, config: TeacherConfig, path: Path) -> None:
+    """A grid of 64 samples, a class after another."""
+    import torch
+
+    from nfm.stages.pictures import save_grid
+
+    device = next(model.parameters()).device
+    slots = list(range(64))
+    shape = model.image_shape
+    eps = philox.normals(config.seed, 0, slots, shape[0] * shape[1] * shape[2], purpose="samples")
+    labels = torch.arange(64, device=device) % max(model.classes, 1)
+    with torch.inference_mode(), precision_context(device.type, config.precision):
+        images = model.decode(torch.from_numpy(eps).reshape(64, *shape).to(device), labels)
+    save_grid(path, images.float().cpu().numpy())

@@ -1,0 +1,149 @@
+"""What the three trained stages share: device and precision, the checkpoint on disk, `metrics.jsonl`, stopping."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from nfm.stages.stage import Reporter, Section, StageError, Stopped, operational
+from nfm.storage import atomic
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from nfm.trainers.loop import Loss, Recipe, Trained
+
+Precision = Literal["float32", "bfloat16"]
+CHECKPOINT, METRICS, WEIGHTS = "checkpoint.safetensors", "metrics.jsonl", "weights.safetensors"
+
+
+class TrainingSection(Section):
+    """Fields of every section that trains a model; lengths are in examples."""
+
+    seed: int = 0
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 1e-4
+    clip: float = 1.0
+    ema: float = 0.999
+    precision: Precision = "bfloat16"
+    device: str = operational("auto")
+    save_every: int = operational(20_000)
+    log_every: int = operational(5_000)
+
+
+def pick_device(name: str) -> str:
+    """`auto` is CUDA where there is one; a device that is not there is an error that says so."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise StageError(f"device = {name!r}: torch sees no CUDA device here; set device to 'auto' or 'cpu'")
+    return name
+
+
+def autocast_dtype(precision: Precision) -> torch.dtype | None:
+    """The type of the matrix products; affine steps and log-determinants stay in float32 whatever it is."""
+    import torch
+
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def recipe(config: TrainingSection, examples: int) -> Recipe:
+    """The section's fields as the loop's recipe, for `examples` in all, rounded up to whole batches."""
+    from nfm.trainers.loop import Recipe
+
+    total = -(-examples // config.batch_size) * config.batch_size
+    return Recipe(
+        examples=total,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_examples=int(config.warmup * total),
+        weight_decay=config.weight_decay,
+        clip=config.clip,
+        ema=config.ema,
+        seed=config.seed,
+    )
+
+
+def fit(
+    model: nn.Module,
+    loss: Loss,
+    batches: Any,
+    config: TrainingSection,
+    plan: Recipe,
+    out: Path,
+    report: Reporter,
+    unit: str,
+    measure: Callable[[], dict[str, float]] = dict,
+) -> Trained:
+    """Train with `loop.train` from the checkpoint in `out`, if there is one, to the end or to a stop.
+
+    A line of `metrics.jsonl` has the loop's figures and those of `measure()`, taken every `log_every` examples.
+    Raises Stopped after saving when the reporter is stopping; StageError when the training diverges.
+    """
+    from nfm.trainers import loop
+
+    saved = (out / CHECKPOINT).read_bytes() if (out / CHECKPOINT).exists() else None
+    if saved is not None:
+        from nfm.trainers.checkpoint import unpack
+
+        seen = unpack(saved)[1]["examples_seen"]
+        report.say(f"continuing from {seen:,} of {plan.examples:,} {unit}")
+        _keep_lines(out / METRICS, unit, seen)
+    else:
+        (out / METRICS).unlink(missing_ok=True)
+
+    def log(figures: dict[str, float]) -> None:
+        line = {**figures, **measure()}
+        with (out / METRICS).open("a") as lines:
+            lines.write(json.dumps({key: round(value, 6) for key, value in line.items()}) + "\n")
+        shown = {key: line[key] for key in ("loss", "heldout_bpd", "accuracy") if key in line}
+        report.progress(int(line[f"{unit}_seen"]), plan.examples, unit, **shown, wait=line["data_wait_share"])
+
+    try:
+        trained = loop.train(
+            model,
+            loss,
+            batches,
+            plan,
+            device=pick_device(config.device),
+            autocast=autocast_dtype(config.precision),
+            unit=unit,
+            checkpoint=saved,
+            save=lambda data: atomic.write_bytes(out / CHECKPOINT, data),
+            save_every=config.save_every,
+            log=log,
+            log_every=config.log_every,
+            stop=lambda: report.stopping,
+        )
+    except FloatingPointError as error:
+        raise StageError(f"training diverged: {error}") from error
+    if not trained.finished:
+        raise Stopped
+    return trained
+
+
+def _keep_lines(path: Path, unit: str, seen: int) -> None:
+    """Drop the lines that a killed run wrote after its last checkpoint: they are written again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            if json.loads(line)[f"{unit}_seen"] <= seen:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue  # the half line of a killed run
+    atomic.write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights of a finished stage and the arguments that build its model again."""
+    from nfm.trainers.checkpoint import unpack_weights
+
+    return unpack_weights((folder / WEIGHTS).read_bytes())

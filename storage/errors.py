@@ -1,0 +1,46 @@
+"""What can be wrong with a store, one class a cause; a message names the file, the fact and the remedy."""
+
+# ruff: noqa: N818  the names say what is wrong, and read as such in `except`
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+
+class StorageError(Exception):
+    """A store or one of its files cannot be used as asked."""
+
+
+class CorruptShard(StorageError):
+    """A shard's bytes are not what its commit says: truncated, altered, or of another layout."""
+
+
+class MissingShard(StorageError):
+    """A shard, or its commit, is not there."""
+
+
+class NewerSchema(StorageError):
+    """A file was written by a newer version of this package."""
+
+
+class StateMismatch(StorageError):
+    """A reader's state belongs to another store, generation or seed."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free space or choose another folder and run the same command again",
+    errno.EDQUOT: "the quota is used up: free space or choose another folder and run the same command again",
+    errno.EFBIG: "the file may not grow that large: raise the limit (ulimit -f) or write smaller shards",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "permission denied: make the folder writable for this user or choose another one",
+    errno.EPERM: "not permitted there: the file system must allow hard links, choose another folder",
+    errno.EOPNOTSUPP: "not supported there: the file system must allow hard links, choose another folder",
+}
+
+
+def cannot_write(path: str | Path, error: OSError) -> StorageError:
+    """The error to raise when `path` could not be written; what was committed before is untouched."""
+    remedy = _REMEDIES.get(error.errno or 0, "check the file system, then run the same command again")
+    what = error.strerror or error
+    return StorageError(f"{path}: cannot write ({what}); {remedy}. Committed files are untouched.")

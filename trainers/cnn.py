@@ -1,0 +1,71 @@
+"""A small convolutional classifier, trained on an image set's labels, whose features measure distances (FD-CNN)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeatureNet(nn.Module):
+    """Logits, and penultimate `features`, of images [B, C, H, W] in [-1, 1] with H, W >= 8.
+
+    Three stages of two 3x3 convolutions with batch normalisation (Simonyan & Zisserman, arXiv 1409.1556, narrowed),
+    halving the side between stages, and a mean over positions: the number of features is independent of the side.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], classes: int, width: int = 32, feature_size: int = 128
+    ) -> None:
+        super().__init__()
+        channels, height, side = image_shape
+        if min(height, side) < 8:
+            raise ValueError(
+                f"image_shape is {tuple(image_shape)}; FeatureNet needs sides of 8 pixels or more"
+            )
+        self.architecture: dict[str, Any] = {
+            "image_shape": list(image_shape),
+            "classes": classes,
+            "width": width,
+            "feature_size": feature_size,
+        }
+        self.body = nn.Sequential(
+            *_convolution(channels, width),
+            *_convolution(width, width),
+            nn.MaxPool2d(2),
+            *_convolution(width, 2 * width),
+            *_convolution(2 * width, 2 * width),
+            nn.MaxPool2d(2),
+            *_convolution(2 * width, feature_size),
+            *_convolution(feature_size, feature_size),
+        )
+        self.head = nn.Linear(feature_size, classes)
+        self.to(memory_format=torch.channels_last)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features [B, feature_size], non-negative."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        return self.body(images).mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes]."""
+        return self.head(self.features(images))
+
+
+def classification_loss(
+    model: nn.Module, batch: Any, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float | Tensor]]:
+    """Cross entropy, in nats, of `batch.image` and `batch.label`, and the accuracy; the shape that `train` takes."""
+    logits = model(batch.image).float()
+    accuracy = (logits.argmax(dim=1) == batch.label).float().mean()
+    return F.cross_entropy(logits, batch.label), {"accuracy": accuracy}
+
+
+def _convolution(channels_in: int, channels_out: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(inplace=True),
+    ]

@@ -1,0 +1,131 @@
+"""SiT: a diffusion transformer that predicts a velocity.
+
+Peebles & Xie 2022 (DiT, arXiv 2212.09748), Ma et al. 2024 (SiT, arXiv 2401.08740).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FREQUENCIES = 128
+
+
+class Block(nn.Module):
+    """A transformer block whose two branches are modulated and gated by the condition (adaLN-zero)."""
+
+    def __init__(self, width: int, head_size: int) -> None:
+        super().__init__()
+        self.head_size = head_size
+        self.attention_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+        self.modulation = _zero(nn.Linear(width, 6 * width))
+
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        """Tokens h [B, T, width], condition [B, 1, width] -> [B, T, width]."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
+        qkv = self.qkv(_modulate(self.attention_norm(h), shift_a, scale_a))
+        query, key, value = qkv.unflatten(-1, (3, -1, self.head_size)).transpose(1, 3).unbind(2)
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        h = torch.addcmul(h, gate_a, self.project(attended))
+        hidden = F.gelu(self.expand(_modulate(self.mlp_norm(h), shift_m, scale_m)), approximate="tanh")
+        return torch.addcmul(h, gate_m, self.contract(hidden))
+
+
+class SiT(nn.Module):
+    """The student: velocity of x_t at time t (0 = data, 1 = noise), for a label or none."""
+
+    positions: Tensor
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        classes: int,
+        patch: int,
+        width: int,
+        depth: int,
+        head_size: int = 64,
+    ) -> None:
+        """`classes` = 0 makes an unconditional student, which ignores labels."""
+        super().__init__()
+        channels, height, image_width = image_shape
+        if height % patch or image_width % patch:
+            raise ValueError(
+                f"patch = {patch} does not divide the image {height} x {image_width}; choose a divisor"
+            )
+        if width % head_size or width % 4:
+            raise ValueError(f"width = {width} is not a multiple of head_size = {head_size} and of 4")
+        self.patch = patch
+        self.grid = (height // patch, image_width // patch)
+        features = channels * patch**2
+        self.embed = nn.Linear(features, width)
+        self.register_buffer("positions", _grid_positions(self.grid, width), persistent=False)
+        self.time_in = nn.Linear(2 * FREQUENCIES, width)
+        self.time_out = nn.Linear(width, width)
+        self.labels = nn.Embedding(classes + 1, width)  # the last row is the null label
+        self.blocks = nn.ModuleList(Block(width, head_size) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.modulation = _zero(nn.Linear(width, 2 * width))
+        self.head = _zero(nn.Linear(width, features))
+        self._initialise()
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Velocity [B, C, H, W] of x [B, C, H, W] at t [B] in [0, 1]; y int64 [B], -1 or None = no label."""
+        condition = self._condition(t, y)
+        h = self.embed(F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)) + self.positions
+        for block in self.blocks:
+            h = block(h, condition)
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        h = _modulate(self.norm(h), shift, scale)
+        # The velocity leaves in full precision whatever the caller's autocast type: solvers add it up.
+        with torch.autocast(h.device.type, enabled=False):
+            velocity = self.head(h.to(self.head.weight.dtype))
+        return F.pixel_shuffle(velocity.transpose(1, 2).unflatten(2, self.grid), self.patch)
+
+    def _condition(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """What every block is modulated by: SiLU(time + label), [B, 1, width]."""
+        time = self.time_out(F.silu(self.time_in(_sinusoids(t.to(self.positions.dtype)))))
+        null = self.labels.num_embeddings - 1
+        if y is None or null == 0:
+            y = torch.full_like(t, -1, dtype=torch.long)
+        label = y.where(y >= 0, null)
+        return F.silu(time + self.labels(label))[:, None]
+
+    def _initialise(self) -> None:
+        """DiT's start: Xavier everywhere, small embeddings; modulations and head are already zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.weight.any():
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for weight in (self.labels.weight, self.time_in.weight, self.time_out.weight):
+            nn.init.normal_(weight, std=0.02)
+
+
+def _modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, h, 1 + scale)
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _sinusoids(t: Tensor) -> Tensor:
+    """cos and sin of 1000 t at geometric frequencies 1 ... 1e-4: [B] -> [B, 2 FREQUENCIES]."""
+    frequencies = torch.exp(-math.log(10_000) / FREQUENCIES * torch.arange(FREQUENCIES, device=t.device))
+    angles = 1000 * t[:, None] * frequencies.to(t.dtype)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _grid_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions, half of the width for each axis: [T, width]."""
+    frequencies = 10_000 ** -(torch.arange(width // 4) / (width // 4))
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (rows, columns)]
+    return torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
