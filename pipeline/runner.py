@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from nfm.pipeline.artifact import SCHEMA, Artifact, ArtifactError, open_spec, publish
+from nfm.pipeline.artifact import SCHEMA, Artifact, ArtifactError, fingerprint, open_spec, publish
 from nfm.pipeline.console import Console, StopRequest, time_left
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.lock import Lock
@@ -54,16 +54,7 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> None:
             result = node.stage.run(node.config, paths, artifact.path, console)
             if console.stopping:
                 raise Stopped
-            provenance = {
-                **{key: spec[key] for key in ("stage", "version", "fingerprint", "inputs")},
-                "config": node.config.model_dump(mode="json"),
-                "versions": versions(),
-                "git_commit": git_commit(),
-                "started": _timestamp(started),
-                "finished": _timestamp(time.time()),
-                "seconds": round(time.time() - started, 3),
-            }
-            body = publish(artifact.path, result, provenance)
+            body = publish(artifact.path, result, provenance(spec, node.config.model_dump(mode="json"), started))
         except (Stopped, KeyboardInterrupt):
             console.log("STOP")
             console.say("stopped; the same command goes on from here")
@@ -77,6 +68,33 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> None:
             console.say(f"done in {time_left(time.time() - started)}: {headline(artifact)}")
         finally:
             console.close()
+
+
+def provenance(spec: Mapping[str, Any], config: dict[str, Any], started: float) -> dict[str, Any]:
+    """What a manifest says of its making: inputs, the whole config, code, versions and times."""
+    finished = time.time()
+    return {
+        **{key: spec[key] for key in ("stage", "version", "fingerprint", "inputs")},
+        "config": config,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "started": _timestamp(started),
+        "finished": _timestamp(finished),
+        "seconds": round(finished - started, 3),
+    }
+
+
+def seal_store(artifact: Artifact) -> Artifact:
+    """Seal the complete draws of a store, for instance after its run was stopped; the newest seal if nothing is new."""
+    from nfm.stages import pairs
+
+    if artifact.spec["stage"] != pairs.NAME:
+        raise ArtifactError(f"{artifact.name} is no pair store; only stores are sealed")
+    with Lock(artifact.path):
+        result = pairs.seal(artifact.path, pairs.complete_draws(artifact.path))
+        if not (artifact.path / result.manifest).exists():
+            publish(artifact.path, result, provenance(artifact.spec, artifact.spec["config"], time.time()))
+    return Artifact(artifact.path, result.manifest)
 
 
 def specification(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -94,8 +112,6 @@ def specification(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]
     body = {"schema": SCHEMA, **identity, "inputs": references, "external": node.external()}
     paths = {role: found.reference for role, found in inputs.items()}
     extra = optional(node.stage, "recipe", lambda *_: {})(node.config, paths)
-    from nfm.pipeline.artifact import fingerprint
-
     key = fingerprint(identity["stage"], identity["version"], identity["config"], {**contents, **body["external"]})
     return {**body, **extra, "fingerprint": key}
 

@@ -113,7 +113,8 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         _fail_above(config.max_rejected, rejected, len(rows), out)
         about = _about(config, source, identity)
         image_shape = loaded.images.shape[1:]
-        writer = DatasetWriter(out, about["name"], image_shape, list(source.classes), config.rows_per_shard)
+        classes = list(about.pop("classes"))
+        writer = DatasetWriter(out, about["name"], image_shape, classes, config.rows_per_shard)
         usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
         heldout_start, counts, done = len(parts["train"]), {}, 0
         for split, positions in (
@@ -175,9 +176,10 @@ def _fail_above(fraction: float, rejected: Sequence[tuple[str, str]], total: int
 
 
 def _about(config: DataConfig, source: Source, identity: dict[str, Any]) -> dict[str, Any]:
-    """Name, licence and origin: what the config says, else what is known of this very content."""
-    said = {key: value for key in ("name", "licence", "origin") if (value := getattr(config, key))}
-    return {"name": source.name, "licence": "unknown", "origin": "unknown"} | KNOWN.get(identity["digest"], {}) | said
+    """Name, licence, origin, class names: what the config says, else what is known of this very content."""
+    said = {key: value for key in ("name", "licence", "origin", "classes") if (value := getattr(config, key))}
+    unknown = {"name": source.name, "licence": "unknown", "origin": "unknown", "classes": source.classes}
+    return unknown | KNOWN.get(identity["digest"], {}) | said
 
 
 def _remove(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from nfm.stages.stage import StageError
 from nfm.storage import ImageDataset, atomic, commits, philox
 from nfm.storage.commits import Commit
-from nfm.storage.schema import StoreSpec, read_spec, shard_name
+from nfm.storage.schema import StoreSpec, read_spec
 
 if TYPE_CHECKING:
     from nfm.stages.executors import ShardJob
@@ -55,29 +54,13 @@ class Encoder:
 
         Raises InterruptedError when `stopping()` turns true between batches: nothing is published then.
         """
-        started = time.monotonic()
-        name = shard_name(job.draw, job.shard)
         written = commits.write_shard(
             self.store, self.spec, job.draw, job.shard, job.attempt, self._records(job, stopping)
         )
-        commit = Commit(
-            name=name,
-            draw=job.draw,
-            shard=job.shard,
-            attempt=job.attempt,
-            payload=written.payload.path.name,
-            payload_sha256=written.payload.sha256,
-            payload_bytes=written.payload.bytes,
-            index=written.index.path.name,
-            index_sha256=written.index.sha256,
-            index_bytes=written.index.bytes,
-            records=written.records,
-            keys_digest=written.keys_digest,
-            moments=written.moments,
+        commit = written.commit(
             precision=self.setup.precision,
             batch_size=self.setup.batch_size,
             threads=self.setup.threads,
-            seconds=round(time.monotonic() - started, 3),
             versions=_versions(),
             device=_device_kind(self.setup.device),
         )
@@ -88,29 +71,49 @@ class Encoder:
         for start in range(slots.start, slots.stop, self.setup.batch_size):
             if stopping():
                 raise InterruptedError
-            yield self.encode_batch(job.draw, range(start, min(start + self.setup.batch_size, slots.stop)))
+            yield self.encode_slots(job.draw, np.arange(start, min(start + self.setup.batch_size, slots.stop)))
 
-    def encode_batch(self, draw: int, slots: range) -> dict[str, np.ndarray]:
-        """The records of these slots; z is computed at the full batch size whatever their number."""
+    def encode_slots(self, draw: int, slots: np.ndarray) -> dict[str, np.ndarray]:
+        """The records of at most `batch_size` slots; z is computed at the full batch size whatever their number."""
         import torch
 
-        rows = np.arange(slots.start, slots.stop)  # a slot is a row of the source, shuffled at ingestion
-        flip = philox.flips(self.spec.seed, draw, rows) if self.spec.flips else np.zeros(len(rows), bool)
-        image, label = self.source.images(rows), self.source.labels(rows)
-        image = np.where(flip[:, None, None, None], image[..., ::-1], image)
-        eps = philox.normals(self.spec.seed, draw, rows, image[0].size).reshape(image.shape)
-        padding = self.setup.batch_size - len(rows)
+        image, label, flip, eps = self._sources(draw, slots)
+        padding = self.setup.batch_size - len(slots)
         inputs = [torch.from_numpy(_pad(array, padding)) for array in (self.source.to_float(image), label, eps)]
         noise, nll = self.coupling(*inputs)
         return {
             "image": image,
-            "noise": noise[: len(rows)].float().cpu().numpy(),
+            "noise": noise[: len(slots)].float().cpu().numpy(),
             "label": label,
-            "slot": rows,
-            "row": rows,
+            "slot": slots,
+            "row": slots,
             "flip": flip,
-            "nll": nll[: len(rows)].float().cpu().numpy(),
+            "nll": nll[: len(slots)].float().cpu().numpy(),
         }
+
+    def decode_error(self, draw: int, slots: np.ndarray) -> np.ndarray:
+        """RMS over each record of decode(encode(x + eta eps')) minus x + eta eps', both ways in float32."""
+        import torch
+
+        from nfm.trainers.couplings import NFM
+
+        if not isinstance(self.coupling, NFM):
+            raise StageError(f"{self.store}: coupling {self.spec.coupling!r} has no teacher to decode with")
+        image, label, _, eps = self._sources(draw, slots)
+        noised = torch.from_numpy(self.source.to_float(image) + self.coupling.eta * eps).to(self.setup.device)
+        labels = torch.from_numpy(label).to(self.setup.device)
+        with torch.inference_mode():
+            z, _ = self.coupling.model.encode(noised, labels)
+            back = self.coupling.model.decode(z, labels)
+        return (back - noised).flatten(1).square().mean(1).sqrt().cpu().numpy()
+
+    def _sources(self, draw: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(image uint8, already flipped; label; flip; eps') of slots: a slot is a row of the shuffled source."""
+        flip = philox.flips(self.spec.seed, draw, slots) if self.spec.flips else np.zeros(len(slots), bool)
+        image = self.source.images(slots)
+        image = np.where(flip[:, None, None, None], image[..., ::-1], image)
+        eps = philox.normals(self.spec.seed, draw, slots, image[0].size).reshape(image.shape)
+        return image, self.source.labels(slots), flip, eps
 
 
 def load_coupling(spec: StoreSpec, setup: Setup) -> Coupling:

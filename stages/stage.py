@@ -81,3 +81,12 @@ class Result:
     extra: dict[str, Any] = field(default_factory=dict)
     content_digest: str | None = None
     manifest: str = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that an audit found wrong, with the file that it concerns and the remedy."""
+
+    file: str
+    problem: str
+    remedy: str

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+
 from nfm.storage.errors import StorageError, cannot_write
 
 TEMPORARY = ".tmp-"
@@ -141,8 +142,10 @@ class HashingFile:
         name = f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{self.path.name}"
         self._temporary = self.path.parent / name
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115  closed in publish and discard
+            if not self.path.parent.is_dir():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                _sync_folder(self.path.parent.parent)
+            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115  closed by publish
         except OSError as error:
             raise cannot_write(self.path, error) from error
 

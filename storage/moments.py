@@ -11,7 +11,7 @@ Moments = dict[str, float | int | None]
 
 
 class MomentSums:
-    """Running power sums in float64. The noise is near zero mean and unit variance, so raw sums lose nothing."""
+    """Running power sums in float64; the noise is near mean 0 and variance 1, so raw sums lose nothing."""
 
     def __init__(self) -> None:
         self.count = 0

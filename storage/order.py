@@ -1,8 +1,9 @@
 """The order in which an epoch reads its records: a keyed bijection, so no permutation is ever stored.
 
-A Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations", 1988) permutes the smallest power
-of two that holds 0..n-1; values that fall outside are permuted again until they fall inside (cycle walking, Black
-and Rogaway, "Ciphers with arbitrary finite domains", 2002), which takes fewer than two rounds on average.
+A Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations", 1988) permutes the smallest
+power of two that holds 0..n-1; values that fall outside are permuted again until they fall inside (cycle
+walking, Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), which takes fewer than two rounds
+on average.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def _round_keys(key: str | bytes) -> npt.NDArray[np.uint64]:
     return np.frombuffer(stream, "<u8").astype(np.uint64)
 
 
-def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _feistel(
+    values: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
     """A bijection of 0..2^bits-1; the halves differ by one bit when `bits` is odd."""
     widths = (bits // 2, bits - bits // 2)
     low = np.uint64(widths[0])
@@ -63,15 +66,18 @@ def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uin
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): every bit of the result hangs on every bit of x."""
+    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): every bit of the result hangs on every bit
+    of x.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def permute_windowed(index: Rows, n: int, rows_per_shard: int, window: int, key: str) -> Rows:
-    """Like `permute`, but neighbours come from few files: shards are permuted, each `window` of them in a row form
-    a window, and records are permuted inside it."""
+    """Like `permute`, but neighbours come from few files: shards are permuted, each `window` of them in a row
+    form a window, and records are permuted inside it.
+    """
     index = np.asarray(index, np.int64)
     shards = -(-n // rows_per_shard)
     shard_order = permute(np.arange(shards), shards, f"{key}:shards")
@@ -130,8 +136,8 @@ class Order:
     def batches(self, epoch: int, consumed: int) -> Iterator[Rows]:
         """The epoch's global batches after `consumed` records, rows ascending within a batch.
 
-        Sorted rows are gathered from the files in one pass and give each rank a few files only; which records make
-        the batch does not change.
+        Sorted rows are gathered from the files in one pass and give each rank a few files only; which records
+        make the batch does not change.
         """
         stop = self.rows
         if self.last == "drop":

@@ -1,16 +1,18 @@
-"""Randomness of a record: functions of (seed, draw, slot) alone, whatever worker, batch or order asks for them.
+"""Randomness of a record: functions of (seed, draw, slot) alone, whatever worker, batch or order asks for
+them.
 
-Bits are Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) as numpy ships it.
-The key is (seed, purpose), the 256-bit counter starts at (0, slot, draw, 0) and its first word counts blocks from 1.
-Normals are Box-Muller (1958) in float64, rounded to float32. Logarithm, sine and cosine are series of our own made
-of additions, products and square roots, which IEEE 754 rounds the same on every machine; a library's differ in the
-last bit between processors, and `nfm audit --deep` compares bytes.
+Bits are Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) as numpy ships
+it. The key is (seed, purpose), the 256-bit counter starts at (0, slot, draw, 0) and its first word counts
+blocks from 1. Normals are Box-Muller (1958) in float64, rounded to float32. Logarithm, sine and cosine are
+series of our own made of additions, products and square roots, which IEEE 754 rounds the same on every
+machine; a library's differ in the last bit between processors, and `nfm audit --deep` compares bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,9 @@ _SIN = [(-1.0) ** k / math.factorial(2 * k + 1) for k in range(10)]
 _COS = [(-1.0) ** k / math.factorial(2 * k) for k in range(11)]
 
 
-def words(seed: int, draw: int, slots: npt.NDArray[np.int64], count: int, purpose: str) -> npt.NDArray[np.uint64]:
+def words(
+    seed: int, draw: int, slots: npt.NDArray[np.int64], count: int, purpose: str
+) -> npt.NDArray[np.uint64]:
     """The first `count` 64-bit words of each record's stream: uint64 [n, count]."""
     if not 0 <= seed < _WORD:
         raise ValueError(f"seed {seed} is outside 0..2^64-1")
@@ -68,7 +72,8 @@ def flips(seed: int, draw: int, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.
 def box_muller(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     """uint64 [n, 2k] -> normals float64 [n, 2k]: word 2j gives the radius, word 2j+1 the angle of a pair.
 
-    The angle is uniform on [-pi/2, pi/2] and the top bit of its word mirrors the cosine, which covers the circle.
+    The angle is uniform on [-pi/2, pi/2] and the top bit of its word mirrors the cosine, which covers the
+    circle.
     """
     radius = _sqrt_minus_two_log(((bits[:, 0::2] >> np.uint64(11)) + np.uint64(1)) * 2.0**-53)
     word = bits[:, 1::2]
@@ -82,7 +87,7 @@ def box_muller(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
     return out
 
 
-def _sqrt_minus_two_log(uniform: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _sqrt_minus_two_log(uniform: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """sqrt(-2 log u) for u in (0, 1]."""
     mantissa, exponent = np.frexp(uniform)
     small = mantissa < math.sqrt(0.5)

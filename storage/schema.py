@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from nfm.storage.atomic import create_json, read_json
 from nfm.storage.errors import NewerSchema, StorageError
 
@@ -107,6 +108,10 @@ class StoreSpec:
             if field.name == name:
                 return field
         raise StorageError(f"store spec: no field {name!r}, only {', '.join(f.name for f in self.fields)}")
+
+    def has(self, name: str) -> bool:
+        """Whether the store has a field called `name`."""
+        return any(field.name == name for field in self.fields)
 
     @property
     def image_shape(self) -> tuple[int, ...]:

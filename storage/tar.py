@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+
 from nfm.storage.atomic import HashingFile
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.schema import Field

@@ -1,4 +1,4 @@
-"""A small convolutional classifier, trained on an image set's labels, whose features measure distances (FD-CNN)."""
+"""A small convolutional classifier of an image set's labels; its features measure distances (FD-CNN)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 class FeatureNet(nn.Module):
     """Logits, and penultimate `features`, of images [B, C, H, W] in [-1, 1] with H, W >= 8.
 
-    Three stages of two 3x3 convolutions with batch normalisation (Simonyan & Zisserman, arXiv 1409.1556, narrowed),
-    halving the side between stages, and a mean over positions: the number of features is independent of the side.
+    Five 3x3 convolutions with batch normalisation, two of them halving the sides, then the mean over
+    positions: the number of features does not depend on the sides. Sized for a minute or two of two processor
+    cores on 60,000 images of 28 pixels.
     """
 
     def __init__(
-        self, image_shape: tuple[int, int, int], classes: int, width: int = 32, feature_size: int = 128
+        self, image_shape: tuple[int, int, int], classes: int, width: int = 16, feature_size: int = 128
     ) -> None:
         super().__init__()
         channels, height, side = image_shape
@@ -33,16 +34,14 @@ class FeatureNet(nn.Module):
         }
         self.body = nn.Sequential(
             *_convolution(channels, width),
-            *_convolution(width, width),
-            nn.MaxPool2d(2),
-            *_convolution(width, 2 * width),
-            *_convolution(2 * width, 2 * width),
-            nn.MaxPool2d(2),
-            *_convolution(2 * width, feature_size),
+            *_convolution(width, 2 * width, stride=2),
+            *_convolution(2 * width, 4 * width),
+            *_convolution(4 * width, feature_size, stride=2),
             *_convolution(feature_size, feature_size),
         )
         self.head = nn.Linear(feature_size, classes)
-        self.to(memory_format=torch.channels_last)
+        # A third faster on processors; torch's stubs leave out this keyword.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, images: Tensor) -> Tensor:
         """Features [B, feature_size], non-negative."""
@@ -57,15 +56,15 @@ class FeatureNet(nn.Module):
 def classification_loss(
     model: nn.Module, batch: Any, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float | Tensor]]:
-    """Cross entropy, in nats, of `batch.image` and `batch.label`, and the accuracy; the shape that `train` takes."""
+    """Cross entropy (nats) of `batch.image` and `batch.label`, and the accuracy, as `loop.train` takes it."""
     logits = model(batch.image).float()
     accuracy = (logits.argmax(dim=1) == batch.label).float().mean()
     return F.cross_entropy(logits, batch.label), {"accuracy": accuracy}
 
 
-def _convolution(channels_in: int, channels_out: int) -> list[nn.Module]:
+def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
     return [
-        nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+        nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(channels_out),
         nn.ReLU(inplace=True),
     ]

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from nfm.trainers import checkpoint as checkpoints
 from nfm.trainers.ema import EMA
-from torch import Tensor, nn
 
 # loss(model, batch, generator) -> (scalar to minimise, figures whose means go into the log)
 Loss = Callable[[Any, Any, torch.Generator], tuple[Tensor, Mapping[str, float | Tensor]]]
@@ -186,7 +187,8 @@ class Means:
 
     def add(self, figures: Mapping[str, float | Tensor]) -> None:
         for name, figure in figures.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(figure)
+            value = figure.detach() if isinstance(figure, Tensor) else figure
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
         self.steps += 1
 
     def take(self) -> dict[str, float]:

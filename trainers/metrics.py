@@ -1,4 +1,4 @@
-"""Distances between two sets of features: the Frechet distance of their Gaussians, and the kernel distance."""
+"""Distances between sets of features: the Frechet distance of fitted Gaussians, and the kernel distance."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def frechet_distance(features_a: Features, features_b: Features) -> float:
 def kid(
     features_a: Features, features_b: Features, subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Kernel distance (mean, standard error) of features [N, D] and [M, D]; zero in the mean for equal sources.
+    """Kernel distance (mean, standard error) of features [N, D] and [M, D]; its mean is 0 for equal sources.
 
-    The mean over random subsets, of min(size, N, M) features each, of the unbiased squared MMD with the kernel
-    (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401). The error is the spread over the subsets / sqrt(subsets):
-    it does not tell how much another N features would change the mean.
+    The mean over random subsets, of min(size, N, M) features each, of the unbiased squared MMD with the
+    kernel (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401). The error is the spread over the subsets /
+    sqrt(subsets): it does not tell how much another N features would change the mean.
     """
     a, b = _pair(features_a, features_b)
     size = min(size, len(a), len(b))

@@ -120,8 +120,8 @@ class ImageFolder:
             if side < self.image_size:
                 raise _Misfit(f"{image.width}x{image.height} pixels, smaller than data.image_size = {self.image_size}")
             left, top = (image.width - side) // 2, (image.height - side) // 2
-            box = (left, top, left + side, top + side)
-            image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+            square = image.crop((left, top, left + side, top + side))
+            image = square.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(image, np.uint8).reshape(height, width, self.channels).transpose(2, 0, 1)
 
 

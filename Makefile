@@ -1,0 +1,79 @@
+# Every target is a thin call of the `nfm` command, in an environment that `make` builds once in .venv.
+#
+#   CONFIG=configs/fashion.toml   the run's config (default: configs/digits.toml, data included)
+#   ARGS="--set pairs.draws=8"    more arguments for nfm
+#   PYTHON=/path/to/python        use this environment as it is instead of making one
+#   TORCH="torch==2.13.0"         the torch requirement, for instance a CUDA build
+#   PIP_ARGS="..."                arguments for pip, for instance the index of that torch build
+
+CONFIG ?= configs/digits.toml
+ARGS ?=
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+VENV := .venv
+
+ifdef PYTHON
+PY := $(PYTHON)
+ENV :=
+else
+PY := $(VENV)/bin/python
+ENV := $(VENV)/.installed
+endif
+NFM := $(PY) -m nfm.pipeline.cli
+
+.DEFAULT_GOAL := help
+.PHONY: help env data teacher pairs student report audit status test lint format clean-env
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  settings: CONFIG=$(CONFIG)  ARGS  PYTHON  TORCH=$(TORCH)  PIP_ARGS"
+
+env: $(ENV)  ## make the environment in .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	echo '$(TORCH)' >> $(VENV)/constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt '$(TORCH)' -e '.[all,dev]'
+	touch $@
+
+data: $(ENV)  ## ingest the images
+	$(NFM) run data -c $(CONFIG) $(ARGS)
+
+teacher: $(ENV)  ## train the teacher
+	$(NFM) run teacher -c $(CONFIG) $(ARGS)
+
+pairs: $(ENV)  ## data, teacher and the pair store
+	$(NFM) run pairs -c $(CONFIG) $(ARGS)
+
+student: $(ENV)  ## train a student on the pairs
+	$(NFM) run student -c $(CONFIG) $(ARGS)
+
+report: $(ENV)  ## students, evaluation and one HTML page
+	$(NFM) run report -c $(CONFIG) $(ARGS)
+
+audit: $(ENV)  ## prove that everything is what its manifest says
+	$(NFM) audit -c $(CONFIG) $(ARGS)
+
+status: $(ENV)  ## a line a stage
+	$(NFM) status -c $(CONFIG) $(ARGS)
+
+test: $(ENV)  ## run the tests
+	$(PY) -m pytest $(ARGS)
+
+lint: $(ENV) .types/nfm  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy -p nfm
+
+format: $(ENV)  ## format the code
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+# Links that show type checkers and editors the four folders as the package they are installed as.
+.types/nfm:
+	mkdir -p $@
+	for folder in pipeline stages storage trainers; do ln -sfn ../../$$folder $@/$$folder; done
+
+clean-env:  ## remove the environment
+	rm -rf $(VENV) .types

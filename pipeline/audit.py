@@ -1,0 +1,141 @@
+"""Audit: walk the lineage back to the data and prove that every artifact is what its manifest says.
+
+It reads only. Level `quick` recomputes fingerprints and digests of manifests and looks at sizes; `default` hashes
+every file and checks the pairs' keys against their source; `deep` encodes a seeded sample of pairs again with the
+teacher and decodes it back.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nfm.pipeline.artifact import Artifact, ArtifactError, fingerprint
+from nfm.pipeline.config import RunConfig
+from nfm.pipeline.graph import STAGES, build, optional
+from nfm.pipeline.lineage import ancestors, inputs_of
+from nfm.stages.stage import Finding
+from nfm.storage import atomic
+from nfm.storage.errors import StorageError
+
+Level = Literal["quick", "default", "deep"]
+
+
+@dataclass(frozen=True)
+class Audited:
+    """The outcome for one artifact: what was looked at, what was found, and statements of confidence."""
+
+    artifact: str
+    manifest: str
+    files: int
+    bytes: int
+    findings: list[Finding]
+    statements: list[str]
+    seconds: float
+
+
+def audit(targets: Sequence[Artifact], level: Level = "default", deep_sample: int = 300) -> list[Audited]:
+    """Audit these artifacts and all their ancestors, inputs first, each once; a receipt is kept beside each."""
+    unique = {str(found.reference): found for target in targets for found in ancestors(target)}
+    return [_audit_one(found, level, deep_sample) for found in unique.values()]
+
+
+def finished(config: RunConfig) -> list[Artifact]:
+    """Every finished artifact of a run, in the order of the pipeline."""
+    found = [node.artifact() for node in build(config).values()]
+    done = [artifact for artifact in found if artifact is not None and artifact.done]
+    if not done:
+        raise ArtifactError("nothing of this config is made yet; start with `nfm run pairs -c F`")
+    return done
+
+
+def as_text(results: Sequence[Audited]) -> str:
+    """The table for people."""
+    lines = []
+    for result in results:
+        verdict = f"{len(result.findings)} FINDINGS" if result.findings else "clean"
+        looked = f"{result.files} files, {result.bytes / 1e6:.1f} MB"
+        lines.append(f"{result.artifact:24} {verdict:12} {looked:24} {result.seconds:6.1f} s  {result.manifest}")
+        lines += [f"    {finding.file}: {finding.problem}. Remedy: {finding.remedy}" for finding in result.findings]
+        lines += [f"    {statement}" for statement in result.statements]
+    return "\n".join(lines)
+
+
+def _audit_one(artifact: Artifact, level: Level, deep_sample: int) -> Audited:
+    started = time.monotonic()
+    findings: list[Finding] = []
+    statements: list[str] = []
+    files: list[dict[str, Any]] = []
+    try:
+        spec, body = artifact.spec, artifact.manifest()
+        files = body["files"]
+        findings += _check_identity(artifact, spec, body)
+        findings += _check_files(artifact.path, files, hashed=level != "quick")
+        check = optional(STAGES[spec["stage"]], "audit", lambda *_: ([], []))
+        inputs = {role: found.reference for role, found in inputs_of(artifact).items()}
+        if all(found.done for found in inputs_of(artifact).values()):
+            more, statements = check(inputs, artifact.reference, level, deep_sample)
+            findings += more
+    except (StorageError, KeyError, OSError) as error:
+        findings.append(
+            Finding(str(artifact.path), f"{error}" or type(error).__name__, "restore it, or make it again: remove the "
+                    "folder and run its stage")
+        )  # fmt: skip
+    size = sum(file["bytes"] for file in files)
+    result = Audited(
+        artifact.name, artifact.manifest_name, len(files), size, findings, statements,
+        round(time.monotonic() - started, 3),
+    )  # fmt: skip
+    _keep_receipt(artifact.path, result, level)
+    return result
+
+
+def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, Any]) -> list[Finding]:
+    """Recompute the fingerprint and the content digest, and ask the inputs whether they still are what was read."""
+    findings = []
+    path, again = str(artifact.path / artifact.manifest_name), "make the artifact again: remove its folder, run its stage"
+    contents = {role: reference["content_digest"] for role, reference in spec["inputs"].items()}
+    key = fingerprint(spec["stage"], spec["version"], spec["config"], {**contents, **spec["external"]})
+    if not (key == spec["fingerprint"] == body["fingerprint"] and key.startswith(artifact.path.name)):
+        findings.append(Finding(path, "the fingerprint is not the one of its spec and folder", again))
+    payload = [file["sha256"] for file in body["files"] if file["payload"]]
+    if payload and atomic.content_digest(payload) != body["content_digest"]:
+        findings.append(Finding(path, "the content digest is not the one of its payload files", again))
+    for role, found in inputs_of(artifact).items():
+        if not found.done:
+            problem = f"input {role}, {found.name}/{found.manifest_name}, is missing"
+            findings.append(Finding(path, problem, "restore that artifact or run its stage again"))
+        elif found.manifest()["content_digest"] != contents[role]:
+            problem = f"input {role}, {found.name}, holds other content than was read"
+            findings.append(Finding(path, problem, f"restore {found.name}; what was made from it cannot be vouched for"))
+    return findings
+
+
+def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> list[Finding]:
+    """Sizes, and with `hashed` the SHA-256, of every file that the manifest lists."""
+
+    def check(file: dict[str, Any]) -> Finding | None:
+        path = folder / file["path"]
+        remedy = "restore the file from a copy, or remove the artifact's folder and run its stage again"
+        if not path.is_file():
+            return Finding(str(path), "missing", remedy)
+        if path.stat().st_size != file["bytes"]:
+            return Finding(str(path), f"{path.stat().st_size} bytes, the manifest says {file['bytes']}", remedy)
+        if hashed and atomic.hash_file(path)[0] != file["sha256"]:
+            return Finding(str(path), "its SHA-256 is not the manifest's: the bytes changed", remedy)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [finding for finding in pool.map(check, files) if finding]
+
+
+def _keep_receipt(folder: Path, result: Audited, level: Level) -> None:
+    """A dated receipt beside the artifact; a folder that cannot be written to loses only that."""
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        atomic.write_json(folder / "audits" / f"{stamp}-{level}.json", {"level": level, **asdict(result)})

@@ -1,0 +1,219 @@
+"""The `nfm` command. Exit codes: 0 done, 1 findings or failed work, 2 wrong use, 130 stopped by the user."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, find
+from nfm.pipeline.config import ConfigError, load
+from nfm.pipeline.lock import Held
+from nfm.stages.stage import StageError, Stopped
+from nfm.storage.errors import StorageError
+
+STAGE_NAMES = ["data", "features", "teacher", "pairs", "student", "evaluate", "report"]
+
+config_option = click.option("-c", "--config", "config_path", required=True, metavar="F", help="The run's TOML file.")
+set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
+json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli() -> None:
+    """Make, audit and stream the pairs of noise and image that flow-matching students train on."""
+
+
+@cli.command()
+@click.argument("stage", type=click.Choice(STAGE_NAMES))
+@config_option
+@set_option
+def run(stage: str, config_path: str, overrides: tuple[str, ...]) -> None:
+    """Run a stage and whatever it needs that is missing."""
+    from nfm.pipeline import graph, runner
+
+    artifact = runner.run(graph.build(load(config_path, overrides)), stage)
+    click.echo(_main_output(artifact))
+
+
+@cli.command()
+@click.argument("stage", type=click.Choice(STAGE_NAMES))
+@config_option
+@set_option
+@json_option
+def plan(stage: str, config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what a run would do and what it costs, and do nothing."""
+    from nfm.pipeline import graph, planning
+
+    rows = planning.plan(graph.build(load(config_path, overrides)), stage)
+    click.echo(json.dumps(rows, indent=2) if as_json else planning.as_text(rows))
+
+
+@cli.command()
+@config_option
+@set_option
+@json_option
+def status(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show a line a stage: state, fingerprint, size, key figures."""
+    from nfm.pipeline import graph, planning
+
+    rows = planning.status(graph.build(load(config_path, overrides)))
+    click.echo(json.dumps(rows, indent=2) if as_json else planning.as_text(rows))
+
+
+@cli.command()
+@click.argument("artifact", required=False)
+@click.option("-c", "--config", "config_path", metavar="F", help="Audit what this config's furthest stage was made of.")
+@set_option
+@click.option("--quick", "level", flag_value="quick", help="Fingerprints, digests of manifests, sizes.")
+@click.option("--deep", "level", flag_value="deep", help="Also encode a seeded sample of pairs again and decode it.")
+@click.option("--sample", default=300, show_default=True, help="Pairs of each store that --deep takes.")
+@json_option
+def audit(
+    artifact: str | None, config_path: str | None, overrides: tuple[str, ...], level: str | None, sample: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Prove that artifacts are what their manifests say, back to the data; exit 1 on any finding."""
+    from nfm.pipeline import audit as auditing
+
+    if (artifact is None) == (config_path is None):
+        raise click.UsageError("name an artifact or give -c CONFIG, one of the two")
+    targets = [find(artifact)] if artifact else auditing.finished(load(str(config_path), overrides))
+    results = auditing.audit(targets, level or "default", sample)
+    click.echo(json.dumps([asdict(result) for result in results], indent=2) if as_json else auditing.as_text(results))
+    if any(result.findings for result in results):
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("artifact")
+@json_option
+def lineage(artifact: str, as_json: bool) -> None:
+    """Show what an artifact was made from, back to the data."""
+    from nfm.pipeline import lineage as lines
+
+    found = find(artifact)
+    click.echo(json.dumps(lines.as_json(found), indent=2) if as_json else "\n".join(lines.tree(found)))
+
+
+@cli.command()
+@click.option("--pairs", "store", required=True, metavar="STORE", help="The pair store: its folder or a manifest in it.")
+@config_option
+@set_option
+def student(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
+    """Train a student alone, from any store."""
+    from nfm.pipeline import graph, runner
+
+    artifact = runner.run(graph.build(load(config_path, overrides), store=find(store)), "student")
+    click.echo(_main_output(artifact))
+
+
+@cli.command("ls")
+@json_option
+def list_artifacts(as_json: bool) -> None:
+    """List every artifact: stage, state, size, age, what depends on it."""
+    from nfm.pipeline import planning
+
+    rows = planning.inventory()
+    empty = f"no artifacts under {artifacts_root()}"
+    click.echo(json.dumps(rows, indent=2) if as_json else planning.as_text(rows) if rows else empty)
+
+
+@cli.command()
+@click.argument("artifact")
+@click.option("-n", "count", default=64, show_default=True, help="Number of images.")
+@click.option("--nfe", default=7, show_default=True, help="Evaluations of a student; a teacher is inverted.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("-o", "--output", default="grid.png", show_default=True, type=click.Path(path_type=Path))
+def sample(artifact: str, count: int, nfe: int, seed: int, output: Path) -> None:
+    """Draw a grid of images from a student or teacher."""
+    from nfm.stages.sampling import sample_grid
+
+    found = find(artifact)
+    sample_grid(found.path, found.spec["stage"], count, nfe, seed, output)
+    click.echo(str(output))
+
+
+@cli.command()
+@click.argument("artifact")
+def repair(artifact: str) -> None:
+    """Set the bad shards of a store aside, so that the pairs stage encodes them again."""
+    from nfm.pipeline.repair import repair_store
+
+    moved = repair_store(find(artifact))
+    click.echo("\n".join([*moved, f"{len(moved)} shards set aside" if moved else "nothing to repair"]))
+
+
+@cli.group()
+def pairs() -> None:
+    """Look into pair stores."""
+
+
+@pairs.command()
+@click.argument("store")
+@json_option
+def info(store: str, as_json: bool) -> None:
+    """Show a store's recipe, generations and moments."""
+    from nfm.pipeline import planning
+
+    body = planning.store_info(find(store))
+    lines = (f"{key:18} {value}" for key, value in body.items())
+    click.echo(json.dumps(body, indent=2) if as_json else "\n".join(lines))
+
+
+@pairs.command()
+@click.argument("store")
+@click.option("--quick", is_flag=True, help="Sizes and digests of commits and manifests only.")
+def verify(store: str, quick: bool) -> None:
+    """Check a store by itself, without its lineage; exit 1 on any finding."""
+    from nfm.stages.pairs import verify as verify_store
+
+    findings = verify_store(find(store).reference, "quick" if quick else "default")
+    for finding in findings:
+        click.echo(f"{finding.file}: {finding.problem}; {finding.remedy}")
+    if findings:
+        sys.exit(1)
+    click.echo("clean")
+
+
+@pairs.command()
+@click.argument("store")
+def seal(store: str) -> None:
+    """Seal the complete draws of a store as a generation."""
+    from nfm.pipeline.runner import seal_store
+
+    click.echo(_main_output(seal_store(find(store))))
+
+
+def _main_output(artifact: Artifact) -> str:
+    page = artifact.path / "report.html"
+    return str(page if page.exists() else artifact.path)
+
+
+def main() -> None:
+    """Entry point: the errors that people can act on become one message and an exit code."""
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt, Stopped):
+        sys.exit(130)
+    except ConfigError as error:
+        _fail(error, 2)
+    except (StageError, StorageError, ArtifactError, Held) as error:
+        _fail(error, 1)
+    except OSError as error:
+        _fail(StageError(f"{error.filename or 'file'}: {error.strerror or error}"), 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    click.echo(f"nfm: {error}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

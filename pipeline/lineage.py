@@ -1,0 +1,66 @@
+"""Lineage: from an artifact back to the data, by the references that its spec and manifest hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nfm.pipeline.artifact import Artifact, artifacts_root
+
+
+def inputs_of(artifact: Artifact) -> dict[str, Artifact]:
+    """The artifacts that this one was made from, by role, under the same root."""
+    root = artifacts_root()
+    return {
+        role: Artifact(root / reference["artifact"], reference["manifest"])
+        for role, reference in artifact.spec["inputs"].items()
+    }
+
+
+def ancestors(artifact: Artifact) -> list[Artifact]:
+    """The artifact and everything it was made from, inputs first, each once."""
+    seen: dict[str, Artifact] = {}
+
+    def visit(found: Artifact) -> None:
+        if found.started:
+            for needed in inputs_of(found).values():
+                visit(needed)
+        seen.setdefault(str(found.reference), found)
+
+    visit(artifact)
+    return list(seen.values())
+
+
+def dependants(artifact: Artifact) -> Iterator[Artifact]:
+    """The artifacts under the root that were made from this one."""
+    for path in sorted(artifacts_root().glob("*/*/spec.json")):
+        other = Artifact(path.parent)
+        if any(reference["artifact"] == artifact.name for reference in other.spec["inputs"].values()):
+            yield other
+
+
+def tree(artifact: Artifact, indent: str = "", role: str = "") -> Iterator[str]:
+    """The lineage as indented lines: role, artifact, content, when and by which code it was made."""
+    lead = f"{indent}{role + ': ' if role else ''}{artifact.name}"
+    if not artifact.done:
+        yield f"{lead}  (not finished)" if artifact.started else f"{lead}  (missing)"
+        return
+    body = artifact.manifest()
+    yield (
+        f"{lead}  content {body['content_digest'][:12]}  {artifact.manifest_name}  "
+        f"made {body['finished']} in {body['seconds']:.0f} s by {(body['git_commit'] or 'unknown code')[:12]}"
+    )
+    dataset = body.get("dataset")
+    if dataset:
+        yield f"{indent}    {dataset['name']}: {dataset['origin']}; licence {dataset['licence']}"
+    for name, needed in inputs_of(artifact).items():
+        yield from tree(needed, indent + "    ", name)
+
+
+def as_json(artifact: Artifact) -> list[dict[str, Any]]:
+    """The same for machines: one object an artifact, inputs first."""
+    return [
+        {"artifact": found.name, "manifest": found.manifest_name, "inputs": found.spec["inputs"],
+         "content_digest": found.manifest()["content_digest"] if found.done else None}
+        for found in ancestors(artifact)
+    ]  # fmt: skip

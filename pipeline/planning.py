@@ -1,0 +1,131 @@
+"""What is there and what would run: `nfm plan`, `status`, `ls` and `pairs info` as rows for people and machines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nfm.pipeline.artifact import Artifact, artifacts_root, newest_manifest
+from nfm.pipeline.graph import Node, manifest_of, optional, upstream
+from nfm.pipeline.lineage import dependants
+from nfm.pipeline.runner import headline
+
+Row = dict[str, Any]
+
+
+def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
+    """A row a stage that `target` needs: what would happen, and what it costs where that can be told yet."""
+    rows, facts = [], _facts(nodes)
+    for node in upstream(nodes, target):
+        artifact = node.artifact()
+        row = {"stage": node.name, "artifact": _name(node, artifact), "would": _action(node, artifact)}
+        cost = {} if artifact is not None and artifact.done else optional(node.stage, "cost", lambda *_: {})(
+            node.config, facts
+        )  # fmt: skip
+        rows.append({**row, "cost": ", ".join(f"{value} {key}" for key, value in cost.items())})
+    return rows
+
+
+def status(nodes: Mapping[str, Node]) -> list[Row]:
+    """A row a stage: state, artifact, size on disk, the figures that its manifest puts first."""
+    rows = []
+    for node in nodes.values():
+        artifact = node.artifact()
+        state = "waiting" if artifact is None else "done" if artifact.done else "started" if artifact.started else "-"
+        rows.append(
+            {
+                "stage": node.name,
+                "state": state,
+                "artifact": _name(node, artifact),
+                "size": size_text(artifact.path) if artifact is not None and artifact.started else "",
+                "figures": _figures(node, artifact),
+            }
+        )
+    return rows
+
+
+def inventory() -> list[Row]:
+    """A row an artifact under the root."""
+    rows = []
+    for spec in sorted(artifacts_root().glob("*/*/spec.json")):
+        artifact = Artifact(spec.parent, newest_manifest(spec.parent))
+        rows.append(
+            {
+                "artifact": artifact.name,
+                "state": "done" if artifact.done else "started",
+                "size": size_text(artifact.path),
+                "age": _age(time.time() - spec.stat().st_mtime),
+                "needed by": ", ".join(other.name for other in dependants(artifact)) or "-",
+            }
+        )
+    return rows
+
+
+def store_info(artifact: Artifact) -> Row:
+    """A store's recipe and the figures of its pinned generation."""
+    body, recipe = artifact.manifest(), artifact.spec["store"]
+    fields = ", ".join(f"{field['name']} {field['dtype']}{field['shape']}" for field in recipe["fields"])
+    plain = ("coupling", "codec", "rows", "rows_per_shard", "eta", "sigma_f", "seed", "flips", "teacher", "source")
+    return {
+        "store": artifact.name,
+        "generations": ", ".join(path.name for path in sorted(artifact.path.glob("manifest.g*.json"))),
+        **{key: recipe[key] for key in plain},
+        "fields": fields,
+        "draws": body["draws"],
+        "pairs": body["records"],
+        "bytes": sum(shard["bytes"] for shard in body["shards"]),
+        "order key": body["order_key"],
+        "content": body["content_digest"],
+        **{f"noise {key}": value for key, value in body["moments"].items()},
+    }
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """Rows as aligned columns under their names."""
+    header = list(rows[0])
+    cells = [header, *([str(row[key]) for key in header] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+
+
+def size_text(folder: Path) -> str:
+    """Bytes on disk under a folder, in the unit that suits."""
+    size = float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _facts(nodes: Mapping[str, Node]) -> Row:
+    """What the data stage knows, once it ran: rows and shape; costs follow from them."""
+    data = nodes["data"].artifact() if "data" in nodes else None
+    return manifest_of(data)["metrics"] if data is not None and data.done else {}
+
+
+def _name(node: Node, artifact: Artifact | None) -> str:
+    return artifact.name if artifact is not None else f"{node.stage.NAME}/(after its inputs)"
+
+
+def _action(node: Node, artifact: Artifact | None) -> str:
+    if artifact is None:
+        return "run after its inputs"
+    return "nothing, is done" if artifact.done else "resume" if artifact.started else "run"
+
+
+def _figures(node: Node, artifact: Artifact | None) -> str:
+    if artifact is None or not artifact.started:
+        return ""
+    if artifact.done:
+        return headline(artifact)
+    return str(optional(node.stage, "standing", lambda *_: "")(node.config, artifact.path))
+
+
+def _age(seconds: float) -> str:
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,107 @@
+"""What an audit asks of a pair store beyond its own files: is it its source's, and are its pairs its teacher's?"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from nfm.stages.encoder import Encoder, Setup
+from nfm.stages.stage import Finding, Inputs
+from nfm.storage import ImageDataset, PairStore
+from nfm.storage.schema import read_spec
+from nfm.storage.tar import MappedShard
+
+MEAN_BOUND, VARIANCE_BOUNDS = 0.1, (0.8, 1.25)
+# Root mean square over a record of the stored noise minus the noise encoded again. A codec rounds to 2^-11 relative
+# (float16); bf16 products on another device or batch size move z by a few hundredths.
+NOISE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
+DECODE_TOLERANCE = 0.01
+
+
+def against_source(root: Path, manifest: dict[str, Any], inputs: Inputs) -> list[Finding]:
+    """Images, labels and image rows of every record against the data artifact; the marginals of z.
+
+    A draw must hold every row of the source once: for slot-ordered couplings that is row = slot, which the index says.
+    """
+    spec, source = read_spec(root), ImageDataset.open(inputs["data"], "train")
+    remedy = f"run `nfm repair {root}` and the pairs stage again"
+    if spec.rows != len(source):
+        problem = f"its draws have {spec.rows} records, the source {len(source)} rows"
+        return [Finding(str(root / "spec.json"), problem, "make the store again from this source")]
+
+    def check(entry: dict[str, Any]) -> list[Finding]:
+        path = root / entry["payload"]
+        shard = MappedShard(path, spec.fields, entry["records"], spec.rows_per_block)
+        index = pq.read_table(root / entry["index"], columns=["slot", "row", "flip"])
+        rows, flips = index["row"].to_numpy(), index["flip"].to_numpy(zero_copy_only=False)
+        wrong = [] if np.array_equal(rows, index["slot"].to_numpy()) else ["rows"]
+        for start in range(0, len(rows), 1024):
+            part = slice(start, min(start + 1024, len(rows)))
+            images = source.images(rows[part])
+            images = np.where(flips[part, None, None, None], images[..., ::-1], images)
+            if not np.array_equal(shard.read("image", part.start, part.stop), images):
+                wrong.append("images")
+            if not np.array_equal(shard.read("label", part.start, part.stop), source.labels(rows[part])):
+                wrong.append("labels")
+        return [Finding(str(path), f"{what} are not those of its source", remedy) for what in dict.fromkeys(wrong)]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        findings = [finding for found in pool.map(check, manifest["shards"]) for finding in found]
+    return findings + _marginals(root, manifest)
+
+
+def _marginals(root: Path, manifest: dict[str, Any]) -> list[Finding]:
+    mean, var = manifest["moments"]["mean"], manifest["moments"]["var"]
+    low, high = VARIANCE_BOUNDS
+    if abs(mean) <= MEAN_BOUND and low <= var <= high:
+        return []
+    problem = f"its noise has mean {mean:.3f} and variance {var:.3f}, a student samples from 0 and 1"
+    return [Finding(str(root), problem, "train the teacher longer; sigma_f should be measured on these images")]
+
+
+def encode_again(
+    root: Path, manifest: dict[str, Any], setup: Setup, count: int, seed: int = 0
+) -> tuple[list[Finding], list[str]]:
+    """Encode a seeded sample of pairs again and, with a teacher, decode them back, both against what must come out.
+
+    The noise encoded in the store's own precision must be the stored noise; the noise encoded in float32 must decode
+    to x + eta eps' in float32. Zero bad of n is at most 3/n bad with 95 % confidence (the rule of three).
+    """
+    spec = read_spec(root)
+    store = PairStore.open(root / f"manifest.g{manifest['generation']:04d}.json")
+    rng = np.random.default_rng(seed)
+    picked = rng.choice(spec.rows * manifest["draws"], size=min(count, spec.rows * manifest["draws"]), replace=False)
+    encoder = Encoder(setup)
+    findings: list[Finding] = []
+    worst = decode_worst = 0.0
+    bad = 0
+    for draw in range(manifest["draws"]):
+        slots = np.sort(picked[picked // spec.rows == draw] % spec.rows)
+        for start in range(0, len(slots), setup.batch_size):
+            part = slots[start : start + setup.batch_size]
+            stored = store.gather(draw, part)["noise"].astype(np.float32)
+            error = _rms(encoder.encode_slots(draw, part)["noise"] - stored)
+            back = encoder.decode_error(draw, part) if spec.teacher else np.zeros(len(part), np.float32)
+            worst, decode_worst = max(worst, error.max()), max(decode_worst, back.max())
+            wrong = part[~((error <= NOISE_TOLERANCE[setup.precision]) & (back <= DECODE_TOLERANCE))]
+            bad += len(wrong)
+            findings += [
+                Finding(str(root), f"draw {draw}, slot {slot}: not the teacher's noise for its image", "make the store "
+                        "again, or look for the shard's commit: which device and versions encoded it?")
+                for slot in wrong[:5]
+            ]  # fmt: skip
+    bound = f"at most {3 / len(picked):.2%} with 95 % confidence" if not bad else "see the findings"
+    decoded = f", decoded back in float32 within {decode_worst:.2g}" if spec.teacher else ""
+    statement = (
+        f"{bad} of {len(picked)} pairs bad: {bound}; encoded again within {worst:.2g} (RMS of z, worst record){decoded}"
+    )
+    return findings, [statement]
+
+
+def _rms(difference: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.square(difference.reshape(len(difference), -1)).mean(axis=1))

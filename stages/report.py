@@ -1,0 +1,60 @@
+"""The report stage: one self-contained HTML page about a whole run, from the data to the evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from nfm.stages import report_sections as sections
+from nfm.stages.report_page import page
+from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped
+from nfm.storage import ImageDataset, PairStore
+from nfm.storage.atomic import write_bytes
+
+NAME = "report"
+VERSION = 1
+PAGE = "report.html"
+
+
+class ReportConfig(Section):
+    """[report]: what the page shows."""
+
+    samples: int = Field(64, ge=1)
+    seed: int = 0
+
+
+def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Write `report.html` from the artifacts in `inputs`; "pairs:NAME" and "student:NAME" are baselines."""
+    if "data" not in inputs:
+        raise StageError(f"the report needs the data artifact among its inputs, it got {sorted(inputs)}")
+    manifests = sections.read_manifests(inputs)
+    stores = {role: PairStore.open(path) for role, path in inputs.items() if role.split(":")[0] == "pairs"}
+    couplings = {role.partition(":")[2]: store.spec.coupling for role, store in stores.items()}
+    trained = {
+        couplings.get(role.partition(":")[2], role): path
+        for role, path in inputs.items()
+        if role.split(":")[0] == "student"
+    }
+    evaluation = sections.Evaluation(inputs["evaluate"], config.samples) if "evaluate" in inputs else None
+
+    drawn = [("Stages", sections.stages(inputs, manifests))]
+    drawn.append(("Data", sections.data(inputs["data"], manifests["data"], config.samples, config.seed)))
+    if "teacher" in inputs:
+        drawn.append(("Teacher", sections.teacher(inputs["teacher"], manifests["teacher"], evaluation)))
+    if stores:
+        named = {store.spec.coupling: store for store in stores.values()}
+        drawn.append(("Pairs", sections.pairs(named, config.seed)))
+    if trained:
+        drawn.append(("Students", sections.students(trained, evaluation)))
+    if evaluation:
+        drawn.append(("Evaluation", evaluation.section()))
+    if report.stopping:
+        raise Stopped
+
+    name = (manifests["data"].get("dataset") or {}).get("name", "images")
+    html = page(f"Normalized Flow Matching on {name}", evaluation.lead() if evaluation else [], drawn)
+    content = html.encode()
+    write_bytes(out / PAGE, content)
+    report.say(f"the report is {out / PAGE}")
+    return Result(payload=[PAGE], metrics={"sections": len(drawn), "bytes": len(content)})

@@ -1,0 +1,177 @@
+"""HTML of the report: one self-contained page, every picture a data URI, readable in light and dark."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+CELL_PIXELS = 56  # small images are enlarged by a whole factor to about this edge
+GAP = 2
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #5d6876; --line: #dde2e9; --page: #fbfcfd; --card: #fff;
+  --mark: #eaf1fd; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #303846; --page: #12161c;
+  --card: #191f28; --mark: #1d2b42; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,
+  "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; } h2 { font-size: 21px; margin: 52px 0 6px; }
+h3 { font-size: 16px; margin: 26px 0 8px; }
+p { max-width: 75ch; margin: 6px 0 12px; } .soft, figcaption { color: var(--soft); }
+.lead { font-size: 18px; }
+nav { margin: 16px 0 0; font-size: 14px; } nav a { color: inherit; margin-right: 16px; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 7px 12px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; } tr:last-child td { border-bottom: 0; }
+td.n, th.n { text-align: right; white-space: nowrap; } tr.best td { background: var(--mark); }
+code, pre { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
+pre { overflow-x: auto; margin: 0; padding: 8px 0; }
+details { margin: 8px 0; font-size: 14px; } summary { cursor: pointer; color: var(--soft); }
+.row { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; margin: 12px 0; }
+figure { margin: 0; padding: 12px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  max-width: 100%; } figcaption { font-size: 14px; margin: 0 0 8px; } figcaption b { color: var(--ink); }
+img { display: block; max-width: 100%; height: auto; } img.pixels { image-rendering: pixelated; }
+"""
+
+
+def page(title: str, lead: Iterable[str], sections: Sequence[tuple[str, str]]) -> str:
+    """The whole document; `sections` are (heading, html body) in order, and the navigation names them."""
+    links = "".join(f'<a href="#{_anchor(heading)}">{escape(heading)}</a>' for heading, _ in sections)
+    bodies = "\n".join(
+        f'<section id="{_anchor(heading)}"><h2>{escape(heading)}</h2>\n{body}\n</section>' for heading, body in sections
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n<h1>{escape(title)}</h1>\n"
+        + "".join(f'<p class="lead">{escape(text)}</p>\n' for text in lead)
+        + f"<nav>{links}</nav>\n{bodies}\n</main></body></html>\n"
+    )
+
+
+def paragraph(text: str) -> str:
+    return f"<p>{escape(text)}</p>"
+
+
+def heading(text: str) -> str:
+    return f"<h3>{escape(text)}</h3>"
+
+
+def row(figures: Iterable[str]) -> str:
+    return f'<div class="row">{"".join(figures)}</div>'
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], best: Iterable[int] = ()) -> str:
+    """A table of cells; numbers stand right, None is a dash, the rows numbered in `best` are tinted."""
+    lines = [list(cells) for cells in rows]
+    marked = set(best)
+    numeric = [any(is_number(line[i]) for line in lines) for i in range(len(columns))]
+
+    def cell(tag: str, text: str, right: bool) -> str:
+        return f'<{tag}{" class=n" if right else ""}>{text}</{tag}>'
+
+    head = "".join(cell("th", escape(name), right) for name, right in zip(columns, numeric))
+    body = "".join(
+        f"<tr{' class=best' if number in marked else ''}>"
+        + "".join(cell("td", _shown(value), right) for value, right in zip(line, numeric))
+        + "</tr>"
+        for number, line in enumerate(lines)
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def code(text: str) -> Code:
+    return Code(text)
+
+
+class Code(str):
+    """A table cell in fixed width, such as a fingerprint."""
+
+
+def folded(summary: str, text: str) -> str:
+    """Text that opens on a click, such as a resolved config."""
+    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+
+
+def figure(picture: str, bold: str, caption: str = "") -> str:
+    rest = f" · {escape(caption)}" if caption else ""
+    return f"<figure><figcaption><b>{escape(bold)}</b>{rest}</figcaption>{picture}</figure>"
+
+
+def themed_picture(light_svg: bytes, dark_svg: bytes, alt: str) -> str:
+    """A plot drawn twice; the browser shows the one that fits its colour scheme."""
+    dark, light = _uri("image/svg+xml", dark_svg), _uri("image/svg+xml", light_svg)
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{escape(alt)}"></picture>'
+    )
+
+
+def image_grid(images: np.ndarray, alt: str, columns: int = 8) -> str:
+    """Images [n, C, H, W] uint8 (C = 1 or 3, or the first channel of others) as one crisp PNG, raster order."""
+    from PIL import Image
+
+    n, c, h, w = images.shape
+    shown = np.broadcast_to(images if c == 3 else images[:, :1], (n, 3, h, w)).transpose(0, 2, 3, 1)
+    factor = max(1, CELL_PIXELS // max(h, w))
+    large = shown.repeat(factor, axis=1).repeat(factor, axis=2)
+    h, w, rows = h * factor, w * factor, -(-n // columns)
+    columns = min(columns, n)
+    # The gaps are transparent, so that the page's own colour shows between the images.
+    sheet = np.zeros((rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 4), np.uint8)
+    for i, image in enumerate(large):
+        top, left = i // columns * (h + GAP), i % columns * (w + GAP)
+        sheet[top : top + h, left : left + w, :3] = image
+        sheet[top : top + h, left : left + w, 3] = 255
+    file = io.BytesIO()
+    Image.fromarray(sheet).save(file, "PNG", optimize=True)
+    uri = _uri("image/png", file.getvalue())
+    return f'<img class="pixels" width="{sheet.shape[1]}" height="{sheet.shape[0]}" src="{uri}" alt="{escape(alt)}">'
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number as people read it: whole ones with separators, others to `digits` significant figures."""
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    if abs(value) >= 10**digits:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    if is_number(value):
+        return number(value)
+    return f"<code>{escape(value)}</code>" if isinstance(value, Code) else escape(str(value))
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _anchor(heading: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in heading.lower())

@@ -1,0 +1,74 @@
+"""Batches as torch tensors: shared with the host's buffers on the CPU, copied ahead of time elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nfm.storage.convert import scale_of
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Upload:
+    """Copies arrays as they are stored to a device and converts them there, which moves the fewest bytes.
+
+    On CUDA the copy runs from page-locked buffers on a stream of its own, beside the consumer's kernels.
+    """
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self.device = torch.device(device)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether tensors of this device share memory with numpy arrays."""
+        return self.device.type == "cpu"
+
+    def buffers(self, arrays: Arrays) -> Arrays:
+        """Arrays like these that the device copies fastest from."""
+        import torch
+
+        if self._stream is None:
+            return arrays
+        return {name: torch.from_numpy(array).pin_memory().numpy() for name, array in arrays.items()}
+
+    def share(self, arrays: Arrays) -> dict[str, Any]:
+        """CPU tensors over the same memory."""
+        import torch
+
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def __call__(self, arrays: Arrays, value_range: tuple[float, float]) -> dict[str, Any]:
+        """Tensors on the device, ready when this returns: uint8 and floats as float32, the rest as they are."""
+        import torch
+
+        with torch.cuda.stream(self._stream):
+            tensors = {
+                name: tensor.to(self.device, non_blocking=self._stream is not None)
+                for name, tensor in self.share(arrays).items()
+            }
+            for name, tensor in tensors.items():
+                if tensor.dtype == torch.uint8:
+                    a, b = (float(np.float32(value)) for value in scale_of(value_range))
+                    tensors[name] = tensor.float().mul_(a).add_(b)
+                elif tensor.is_floating_point():
+                    tensors[name] = tensor.float()
+        if self._stream is not None:
+            self._stream.synchronize()
+        return tensors
+
+    def hand_over(self, tensors: dict[str, Any]) -> None:
+        """Tells CUDA's allocator that the consumer's stream uses the tensors, so their memory is not reused
+        early.
+        """
+        import torch
+
+        if self._stream is not None:
+            stream = torch.cuda.current_stream(self.device)
+            for tensor in tensors.values():
+                tensor.record_stream(stream)

@@ -1,0 +1,200 @@
+"""The data stage end to end: shards, split, order, rejects, and what a killed run leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from nfm.stages import data
+from nfm.stages.data import DataConfig, source_identity
+from nfm.stages.stage import Result, StageError, Stopped
+from nfm.storage import ImageDataset
+from PIL import Image
+
+
+class Recorder:
+    """A reporter that remembers progress and asks to stop after `patience` looks."""
+
+    def __init__(self, patience: int = 1_000_000):
+        self.patience = patience
+        self.seen: list[tuple[int, int, str]] = []
+
+    @property
+    def stopping(self) -> bool:
+        self.patience -= 1
+        return self.patience < 0
+
+    def progress(self, done: int, total: int, unit: str, **figures: object) -> None:
+        self.seen.append((done, total, unit))
+
+    def say(self, text: str) -> None: ...
+
+    def log(self, kind: str, **values: object) -> None: ...
+
+
+def make(out: Path, report: Recorder | None = None, **config: object) -> Result:
+    out.mkdir(exist_ok=True)
+    return data.run(DataConfig.model_validate(config), {}, out, report or Recorder())
+
+
+def image_folder(root: Path, good: int = 20, bad: int = 0, parts: tuple[str, ...] = ("",)) -> str:
+    for part in parts:
+        for i in range(good + bad):
+            file = root / part / f"class{i % 2}" / f"{i:03d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(i).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(file)
+            if i >= good:
+                file.write_bytes(file.read_bytes()[:60])
+    return str(root)
+
+
+def keys_of(out: Path, split: str) -> list[str]:
+    return pq.read_table(out / f"{split}.parquet").column("key").to_pylist()
+
+
+def test_digits_become_shards_that_hold_every_image_once(tmp_path: Path) -> None:
+    report = Recorder()
+    result = make(tmp_path / "out", report, rows_per_shard=1000)
+    source = data.open_source(DataConfig())
+    images = source.load(np.arange(1797), tmp_path, report).images
+    train, heldout = (ImageDataset.open(tmp_path / "out", split) for split in ("train", "heldout"))
+    assert (len(train), len(heldout)) == (1707, 90)  # 5 % of 1797, rounded
+    assert tuple(train.image_shape) == (1, 8, 8)
+    row_of = {key: row for row, key in enumerate(source.keys)}
+    seen = []
+    for part in (train, heldout):
+        rows = np.arange(len(part))
+        at = [row_of[key] for key in part.keys(rows)]
+        np.testing.assert_array_equal(part.images(rows), images[at])
+        np.testing.assert_array_equal(part.labels(rows), source.labels[at])
+        seen += at
+    assert sorted(seen) == list(range(1797))
+    assert seen[:20] != sorted(seen[:20])
+    assert result.metrics == {
+        "images": 1707,
+        "heldout": 90,
+        "rejected": 0,
+        "classes": 10,
+        "image_shape": [1, 8, 8],
+    }
+    assert result.extra["dataset"]["licence"] == "CC BY 4.0"
+    assert report.seen[-1] == (1797, 1797, "images")
+
+
+def test_listed_files_exist_with_the_digests_stated(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = make(out, limit=300, rows_per_shard=128)
+    assert len([name for name in result.payload if name.endswith(".tar")]) == 4
+    assert {"dataset.json", "rejected.parquet"} <= {*result.payload, *result.files}
+    for name, (sha256, size) in result.digests.items():
+        content = (out / name).read_bytes()
+        assert (hashlib.sha256(content).hexdigest(), len(content)) == (sha256, size)
+    listed = {*result.payload, *result.files}
+    assert {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()} == listed
+
+
+def test_order_and_digests_depend_on_content_and_seed_alone(tmp_path: Path) -> None:
+    first, again = make(tmp_path / "a", limit=200), make(tmp_path / "b", limit=200)
+    assert keys_of(tmp_path / "a", "train") == keys_of(tmp_path / "b", "train")
+    assert [first.digests[name] for name in first.payload] == [again.digests[name] for name in again.payload]
+    make(tmp_path / "c", limit=200, seed=1)
+    assert keys_of(tmp_path / "a", "train") != keys_of(tmp_path / "c", "train")
+
+
+def test_limit_takes_the_first_of_the_seeded_order(tmp_path: Path) -> None:
+    make(tmp_path / "all", heldout=0.0)
+    make(tmp_path / "few", heldout=0.0, limit=50)
+    assert keys_of(tmp_path / "few", "train") == keys_of(tmp_path / "all", "train")[:50]
+
+
+def test_the_sources_own_test_set_is_held_out(tmp_path: Path) -> None:
+    path = image_folder(tmp_path / "in", good=10, parts=("train", "test"))
+    result = make(tmp_path / "out", source="images", path=path)
+    assert (result.metrics["images"], result.metrics["heldout"]) == (10, 10)
+    assert {key.split("/")[0] for key in keys_of(tmp_path / "out", "train")} == {"train"}
+    assert {key.split("/")[0] for key in keys_of(tmp_path / "out", "heldout")} == {"test"}
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.01, 1), (0.25, 5)])
+def test_the_heldout_fraction_is_disjoint_from_training(tmp_path: Path, fraction: float, count: int) -> None:
+    path = image_folder(tmp_path / "in", good=20)
+    result = make(tmp_path / "out", source="images", path=path, heldout=fraction)
+    assert result.metrics["heldout"] == count
+    assert result.metrics["images"] == 20 - count
+    if count:
+        train, heldout = (set(keys_of(tmp_path / "out", split)) for split in ("train", "heldout"))
+        assert not train & heldout
+        assert len(train | heldout) == 20
+
+
+def test_too_many_unusable_images_fail_the_stage_and_name_the_table(tmp_path: Path) -> None:
+    path, out = image_folder(tmp_path / "in", good=16, bad=4), tmp_path / "out"
+    with pytest.raises(StageError, match=r"4 of 20 images .*max_rejected = 0\.1 allows 2: .*\.png.*rejected\.parquet"):
+        make(out, source="images", path=path, max_rejected=0.1)
+    assert pq.read_table(out / "rejected.parquet").num_rows == 4
+    assert not (out / "dataset.json").exists()
+
+
+def test_few_unusable_images_are_set_aside_with_reasons(tmp_path: Path) -> None:
+    path, out = image_folder(tmp_path / "in", good=16, bad=4), tmp_path / "out"
+    result = make(out, source="images", path=path, max_rejected=0.2)
+    assert (result.metrics["rejected"], result.metrics["images"] + result.metrics["heldout"]) == (4, 16)
+    table = pq.read_table(out / "rejected.parquet").to_pydict()
+    assert all(reason.startswith("unreadable") for reason in table["reason"])
+    kept = set(keys_of(out, "train")) | set(keys_of(out, "heldout"))
+    assert kept.isdisjoint(table["key"])
+    assert len(kept) == 16
+
+
+def test_labels_outside_the_classes_are_rejected(tmp_path: Path) -> None:
+    file = tmp_path / "one.npz"
+    np.savez(file, data=np.zeros((10, 12), np.uint8), labels=np.array([0] + [1, 2, 3] * 3))
+    result = make(tmp_path / "out", source="npz", path=str(file), max_rejected=0.5)
+    assert result.metrics["rejected"] == 1
+    assert "label -1 is outside the 3 classes" in str(pq.read_table(tmp_path / "out" / "rejected.parquet")["reason"])
+
+
+def test_a_stopped_run_starts_over_and_ends_as_if_never_stopped(tmp_path: Path) -> None:
+    config = {"rows_per_shard": 300}
+    whole = make(tmp_path / "whole", **config)
+    with pytest.raises(Stopped):
+        make(tmp_path / "out", Recorder(patience=1), **config)
+    (tmp_path / "out" / "scratch").mkdir()
+    (tmp_path / "out" / "scratch" / "images.u8").write_bytes(b"left by a killed run")
+    (tmp_path / "out" / "spec.json").write_text("{}")
+    again = make(tmp_path / "out", **config)
+    assert dict(again.digests) == dict(whole.digests)
+    assert not (tmp_path / "out" / "scratch").exists()
+    assert (tmp_path / "out" / "spec.json").exists()
+
+
+def test_two_inputs_never_share_an_identity_and_a_copy_does(tmp_path: Path) -> None:
+    one = image_folder(tmp_path / "one", good=3)
+    shutil.copytree(one, tmp_path / "copy")
+    other = image_folder(tmp_path / "other", good=4)
+    identities = [
+        source_identity(DataConfig(source="images", path=path)) for path in (one, str(tmp_path / "copy"), other)
+    ]
+    assert identities[0] == identities[1] != identities[2]
+    assert identities[0]["files"] == 3
+
+
+def test_paths_and_thresholds_stay_out_of_the_fingerprint() -> None:
+    moved = DataConfig(path="/elsewhere", max_rejected=0.5, licence="CC0", threads=3)
+    assert moved.semantic() == DataConfig().semantic()
+    assert DataConfig(average=2).semantic() != DataConfig().semantic()
+
+
+def test_the_config_can_state_licence_origin_and_classes(tmp_path: Path) -> None:
+    path = image_folder(tmp_path / "in", good=4)
+    names = ("class0", "class1", "class2")
+    result = make(tmp_path / "out", source="images", path=path, licence="CC0", origin="made here", classes=names)
+    assert result.extra["dataset"]["licence"] == "CC0"
+    assert result.extra["dataset"]["origin"] == "made here"
+    assert result.metrics["classes"] == 3
+    assert tuple(ImageDataset.open(tmp_path / "out").classes) == names

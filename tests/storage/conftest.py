@@ -1,0 +1,70 @@
+"""A small pair store, written through the public functions, for the tests that need one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nfm.storage import commits, generations
+from nfm.storage.schema import StoreSpec, pair_fields, write_spec
+
+Records = Callable[[StoreSpec, int, int], Iterator[dict[str, np.ndarray]]]
+
+
+def _records(spec: StoreSpec, draw: int, shard: int, chunk: int = 7) -> Iterator[dict[str, np.ndarray]]:
+    slots = np.array(spec.slots_of(shard))
+    for start in range(0, len(slots), chunk):
+        part = slots[start : start + chunk]
+        yield {
+            "image": np.stack([np.full(spec.image_shape, slot % 256, np.uint8) for slot in part]),
+            "noise": np.stack(
+                [np.random.default_rng((draw, slot)).normal(size=spec.image_shape) for slot in part]
+            ).astype(np.float32),
+            "label": part % 10,
+            "slot": part,
+            "flip": part % 2 == 1,
+            "row": part[::1],
+            "nll": np.full(len(part), 0.5, np.float32),
+        }
+
+
+@pytest.fixture
+def records() -> Records:
+    """Yields the records of one shard: image filled with the slot's number, noise from (draw, slot)."""
+    return _records
+
+
+@pytest.fixture
+def small_spec() -> StoreSpec:
+    """50 rows in shards of 20, blocks of 8: the last shard and the last blocks are short."""
+    return StoreSpec(
+        rows=50,
+        rows_per_shard=20,
+        rows_per_block=8,
+        fields=pair_fields((1, 4, 4), "float16"),
+        coupling="independent",
+        source="ab" * 32,
+        codec="float16",
+        classes=10,
+    )
+
+
+@pytest.fixture
+def make_store(tmp_path: Path, small_spec: StoreSpec) -> Callable[..., Path]:
+    """make_store(draws=2) -> the root of a sealed store of `small_spec`."""
+
+    def make(draws: int = 2, spec: StoreSpec = small_spec, name: str = "store", sealed: bool = True) -> Path:
+        root = tmp_path / name
+        write_spec(root, spec)
+        for draw in range(draws):
+            for shard in range(spec.shards_per_draw):
+                written = commits.write_shard(root, spec, draw, shard, "a1", _records(spec, draw, shard))
+                commits.publish(root, written.commit())
+        if sealed:
+            generations.seal(root, draws)
+        return root
+
+    return make
