@@ -111,6 +111,16 @@ class Console:
         self._events.close()
 
 
+def last_progress(events: Path) -> str:
+    """How far the work in a folder came, by the last PROGRESS line of its newest events."""
+    for path in sorted(events.glob("*.jsonl"), reverse=True):
+        for line in reversed(path.read_text().splitlines()):
+            if '"PROGRESS"' in line and line.endswith("}"):
+                event = json.loads(line)
+                return f"{event['done']:,} of {event['total']:,} {event['unit']}"
+    return ""
+
+
 def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nfm.pipeline.artifact import Artifact, artifacts_root, newest_manifest
+from nfm.pipeline.console import last_progress
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.lineage import dependants
 from nfm.pipeline.runner import headline
@@ -21,9 +22,9 @@ def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
     for node in upstream(nodes, target):
         artifact = node.artifact()
         row = {"stage": node.name, "artifact": _name(node, artifact), "would": _action(node, artifact)}
-        cost = {} if artifact is not None and artifact.done else optional(node.stage, "cost", lambda *_: {})(
-            node.config, facts
-        )  # fmt: skip
+        done = artifact is not None and artifact.done
+        estimate = optional(node.stage, "cost", lambda *_: {})
+        cost = estimate(node.config, facts) if facts and not done else {}
         rows.append({**row, "cost": ", ".join(f"{value} {key}" for key, value in cost.items())})
     return rows
 
@@ -40,7 +41,7 @@ def status(nodes: Mapping[str, Node]) -> list[Row]:
                 "state": state,
                 "artifact": _name(node, artifact),
                 "size": size_text(artifact.path) if artifact is not None and artifact.started else "",
-                "figures": _figures(node, artifact),
+                "figures": _figures(artifact),
             }
         )
     return rows
@@ -101,9 +102,12 @@ def size_text(folder: Path) -> str:
 
 
 def _facts(nodes: Mapping[str, Node]) -> Row:
-    """What the data stage knows, once it ran: rows and shape; costs follow from them."""
+    """What costs follow from: rows and shape, known once the data stage ran, and the sections by their names."""
     data = nodes["data"].artifact() if "data" in nodes else None
-    return manifest_of(data)["metrics"] if data is not None and data.done else {}
+    if data is None or not data.done:
+        return {}
+    configs = {name: node.config for name, node in nodes.items()}
+    return {**configs, **manifest_of(data)["metrics"]}
 
 
 def _name(node: Node, artifact: Artifact | None) -> str:
@@ -116,12 +120,12 @@ def _action(node: Node, artifact: Artifact | None) -> str:
     return "nothing, is done" if artifact.done else "resume" if artifact.started else "run"
 
 
-def _figures(node: Node, artifact: Artifact | None) -> str:
+def _figures(artifact: Artifact | None) -> str:
     if artifact is None or not artifact.started:
         return ""
     if artifact.done:
         return headline(artifact)
-    return str(optional(node.stage, "standing", lambda *_: "")(node.config, artifact.path))
+    return last_progress(artifact.path / "events")
 
 
 def _age(seconds: float) -> str:

@@ -111,7 +111,7 @@ def specification(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]
     identity = {"stage": node.stage.NAME, "version": node.stage.VERSION, "config": node.config.semantic()}
     body = {"schema": SCHEMA, **identity, "inputs": references, "external": node.external()}
     paths = {role: found.reference for role, found in inputs.items()}
-    extra = optional(node.stage, "recipe", lambda *_: {})(node.config, paths)
+    extra = optional(node.stage, "describe", lambda *_: {})(node.config, paths)
     key = fingerprint(identity["stage"], identity["version"], identity["config"], {**contents, **body["external"]})
     return {**body, **extra, "fingerprint": key}
 

@@ -1,7 +1,7 @@
 """The data stage: real images in, uint8 shards with keys and labels out, in a seeded random order.
 
-A held-out part, the source's own test set or else a seeded fraction, is written apart and never becomes pairs.
-Records that cannot be used are set aside in `rejected.parquet` with the reason.
+A held-out part, the source's own test set or else a seeded fraction, is written apart and never becomes
+pairs. Records that cannot be used are set aside in `rejected.parquet` with the reason.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field
 
 from nfm.stages.sources import Digits, Idx, ImageFolder, Loaded, Npz, Source
@@ -40,8 +42,10 @@ KNOWN: dict[str, dict[str, Any]] = {
         "name": "fashion-mnist",
         "licence": "MIT",
         "origin": "Fashion-MNIST (Zalando SE, 2017; arXiv 1708.07747)",
-        "classes": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
-        + ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        "classes": (
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
     },
 }
 
@@ -62,7 +66,7 @@ class DataConfig(Section):
     rows_per_shard: int = Field(4096, ge=1)
     max_rejected: float = operational(0.0, ge=0.0, le=1.0)
     threads: int = operational(0, ge=0)
-    name: str | None = operational(None)
+    name: str | None = None  # stands in dataset.json, which the content digest covers
     licence: str | None = operational(None)
     origin: str | None = operational(None)
 
@@ -86,11 +90,14 @@ def source_identity(config: DataConfig) -> dict[str, Any]:
 
 
 def split_rows(source: Source, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of (train, heldout) in their seeded random order; `limit` cuts the order before the fraction is taken."""
-    own, test = np.flatnonzero(~source.test), np.flatnonzero(source.test)
-    order = own[permute(np.arange(len(own)), len(own), f"data/train/{config.seed}")][: config.limit]
+    """Rows of (train, heldout) in seeded random order; `limit` cuts it before the fraction is taken."""
+
+    def shuffled(rows: np.ndarray, split: str) -> np.ndarray:
+        return rows[permute(np.arange(len(rows)), len(rows), f"data/{split}/{config.seed}")][: config.limit]
+
+    order, test = shuffled(np.flatnonzero(~source.test), "train"), np.flatnonzero(source.test)
     if len(test):
-        return order, test[permute(np.arange(len(test)), len(test), f"data/heldout/{config.seed}")][: config.limit]
+        return order, shuffled(test, "heldout")
     # At least one row on either side, so that a tiny source still has both.
     count = min(max(round(config.heldout * len(order)), 1), len(order) - 1) if config.heldout else 0
     return order[count:], order[:count]
@@ -102,40 +109,46 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         _remove(out / leftover)
     source = open_source(config)
     identity = source.digest()
-    parts = dict(zip(("train", "heldout"), split_rows(source, config)))
-    rows = np.concatenate(list(parts.values()))
+    own, apart = split_rows(source, config)
+    rows = np.concatenate([own, apart])
 
     scratch = out / "scratch"
     scratch.mkdir()
     try:
         loaded = _with_bad_labels(source.load(rows, scratch, report), source, rows)
         rejected = [(source.keys[rows[position]], reason) for position, reason in loaded.rejected.items()]
-        _fail_above(config.max_rejected, rejected, len(rows), out)
+        if rejected:
+            _set_aside(rejected, len(rows), config.max_rejected, out / "rejected.parquet")
         about = _about(config, source, identity)
         image_shape = loaded.images.shape[1:]
         classes = list(about.pop("classes"))
-        writer = DatasetWriter(out, about["name"], image_shape, classes, config.rows_per_shard)
         usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
-        heldout_start, counts, done = len(parts["train"]), {}, 0
-        for split, positions in (
-            ("train", usable[usable < heldout_start]),
-            ("heldout", usable[usable >= heldout_start]),
-        ):
-            counts[split] = len(positions)
+        train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])
+        if not len(train):
+            raise StageError(
+                f"none of the {len(own)} training images can be used: see rejected.parquet in {out}"
+            )
+        writer = DatasetWriter(out, about["name"], image_shape, classes, config.rows_per_shard)
+        for split, positions, done in (("train", train, 0), ("heldout", heldout, len(train))):
             chunks = _chunks(source, loaded.images, rows, positions)
             writer.write_split(split, len(positions), _reported(chunks, done, len(usable), report))
-            done += len(positions)
-        written = writer.close(rejected)
+        payload = writer.close(rejected)
     finally:
         _remove(scratch)
     metrics = {
-        "images": counts["train"],
-        "heldout": counts["heldout"],
+        "images": len(train),
+        "heldout": len(heldout),
         "rejected": len(rejected),
         "classes": len(source.classes),
         "image_shape": list(image_shape),
     }
-    return Result(payload=[], metrics=metrics, extra={"dataset": about | {"source": identity}})
+    return Result(
+        payload=list(payload),
+        files=list(writer.files),
+        digests=payload | writer.files,
+        metrics=metrics,
+        extra={"dataset": about | {"source": identity}},
+    )
 
 
 def _chunks(source: Source, images: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> Iterator[Chunk]:
@@ -163,16 +176,17 @@ def _with_bad_labels(loaded: Loaded, source: Source, rows: np.ndarray) -> Loaded
     return Loaded(loaded.images, dict(sorted((wrong | loaded.rejected).items())))
 
 
-def _fail_above(fraction: float, rejected: Sequence[tuple[str, str]], total: int, out: Path) -> None:
-    if len(rejected) <= fraction * total:
-        return
-    first = "; ".join(f"{key}: {reason}" for key, reason in rejected[:NAMED_REJECTS])
-    table = write_rejected(out, rejected)
-    raise StageError(
-        f"{len(rejected)} of {total} images cannot be used, data.max_rejected = {fraction:g} allows "
-        f"{int(fraction * total)}: {first}{'; ...' if len(rejected) > NAMED_REJECTS else ''}. All of them with "
-        f"reasons: {table}. Repair or remove them, or raise data.max_rejected"
-    )
+def _set_aside(rejected: Sequence[tuple[str, str]], total: int, fraction: float, table: Path) -> None:
+    """Write the table of rejected records, which must outlast a failure; fail if they are too many."""
+    columns = {"key": [key for key, _ in rejected], "reason": [reason for _, reason in rejected]}
+    pq.write_table(pa.table(columns), table)
+    if len(rejected) > fraction * total:
+        first = "; ".join(f"{key}: {reason}" for key, reason in rejected[:NAMED_REJECTS])
+        raise StageError(
+            f"{len(rejected)} of {total} images cannot be used, data.max_rejected = {fraction:g} allows "
+            f"{int(fraction * total)}: {first}{'; ...' if len(rejected) > NAMED_REJECTS else ''}. "
+            f"All of them with reasons: {table}. Repair or remove them, or raise data.max_rejected"
+        )
 
 
 def _about(config: DataConfig, source: Source, identity: dict[str, Any]) -> dict[str, Any]:

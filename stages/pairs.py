@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from nfm.stages import costs
 from nfm.stages.encoder import Setup
 from nfm.stages.executors import Outcome, ShardJob, new_attempt
 from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, StageError, Stopped, operational
@@ -52,7 +54,7 @@ def manifest_name(config: PairsConfig, out: Path) -> str:
     return generations.manifest_path(out, generations.next_number(out)).name
 
 
-def recipe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
+def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     """The store's recipe, for `spec.json`."""
     source = ImageDataset.open(inputs["data"], "train")
     facts: dict[str, Any] = {"eta": None, "sigma_f": None}
@@ -129,6 +131,15 @@ def seal(out: Path, draws: int) -> Result:
         content_digest=body["content_digest"],
         manifest=generations.manifest_path(out, body["generation"]).name,
     )
+
+
+def cost(config: PairsConfig, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Pairs, bytes on disk and the arithmetic of sending them through the teacher."""
+    pairs, size = facts["images"] * config.draws, math.prod(facts["image_shape"])
+    stored = pairs * (size + size * (2 if config.codec == "float16" else 4) + 16)
+    flops = pairs * costs.teacher_flops(facts["image_shape"], facts["teacher"]) if config.coupling == "nfm" else 0.0
+    encoding = costs.describe(flops) if flops else {}
+    return {"pairs": f"{pairs:,}", "draws": str(config.draws), "MB": f"{stored / 1e6:,.0f}", **encoding}
 
 
 def complete_draws(out: Path) -> int:

@@ -7,9 +7,10 @@ from pathlib import Path
 from pydantic import Field
 
 from nfm.stages import report_sections as sections
+from nfm.stages.report_evaluation import Evaluation
 from nfm.stages.report_page import page
 from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped
-from nfm.storage import ImageDataset, PairStore
+from nfm.storage import PairStore
 from nfm.storage.atomic import write_bytes
 
 NAME = "report"
@@ -36,9 +37,9 @@ def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Re
         for role, path in inputs.items()
         if role.split(":")[0] == "student"
     }
-    evaluation = sections.Evaluation(inputs["evaluate"], config.samples) if "evaluate" in inputs else None
+    evaluation = Evaluation(inputs["evaluate"], config.samples) if "evaluate" in inputs else None
 
-    drawn = [("Stages", sections.stages(inputs, manifests))]
+    drawn = [("Stages", sections.stages(manifests))]
     drawn.append(("Data", sections.data(inputs["data"], manifests["data"], config.samples, config.seed)))
     if "teacher" in inputs:
         drawn.append(("Teacher", sections.teacher(inputs["teacher"], manifests["teacher"], evaluation)))

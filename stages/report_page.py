@@ -14,9 +14,11 @@ CELL_PIXELS = 56  # small images are enlarged by a whole factor to about this ed
 GAP = 2
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5d6876; --line: #dde2e9; --page: #fbfcfd; --card: #fff;
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #5d6876; --line: #dde2e9; --page: #fbfcfd;
+  --card: #fff;
   --mark: #eaf1fd; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #303846; --page: #12161c;
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #303846;
+  --page: #12161c;
   --card: #191f28; --mark: #1d2b42; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,
@@ -36,7 +38,8 @@ code, pre { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, mo
 pre { overflow-x: auto; margin: 0; padding: 8px 0; }
 details { margin: 8px 0; font-size: 14px; } summary { cursor: pointer; color: var(--soft); }
 .row { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; margin: 12px 0; }
-figure { margin: 0; padding: 12px; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+figure { margin: 0; padding: 12px; background: var(--card); border: 1px solid var(--line);
+  border-radius: 8px;
   max-width: 100%; } figcaption { font-size: 14px; margin: 0 0 8px; } figcaption b { color: var(--ink); }
 img { display: block; max-width: 100%; height: auto; } img.pixels { image-rendering: pixelated; }
 """
@@ -46,7 +49,8 @@ def page(title: str, lead: Iterable[str], sections: Sequence[tuple[str, str]]) -
     """The whole document; `sections` are (heading, html body) in order, and the navigation names them."""
     links = "".join(f'<a href="#{_anchor(heading)}">{escape(heading)}</a>' for heading, _ in sections)
     bodies = "\n".join(
-        f'<section id="{_anchor(heading)}"><h2>{escape(heading)}</h2>\n{body}\n</section>' for heading, body in sections
+        f'<section id="{_anchor(heading)}"><h2>{escape(heading)}</h2>\n{body}\n</section>'
+        for heading, body in sections
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -76,7 +80,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], best: Iterable[
     numeric = [any(is_number(line[i]) for line in lines) for i in range(len(columns))]
 
     def cell(tag: str, text: str, right: bool) -> str:
-        return f'<{tag}{" class=n" if right else ""}>{text}</{tag}>'
+        return f"<{tag}{' class=n' if right else ''}>{text}</{tag}>"
 
     head = "".join(cell("th", escape(name), right) for name, right in zip(columns, numeric))
     body = "".join(
@@ -116,7 +120,7 @@ def themed_picture(light_svg: bytes, dark_svg: bytes, alt: str) -> str:
 
 
 def image_grid(images: np.ndarray, alt: str, columns: int = 8) -> str:
-    """Images [n, C, H, W] uint8 (C = 1 or 3, or the first channel of others) as one crisp PNG, raster order."""
+    """Images [n, C, H, W] uint8 as one crisp PNG in raster order; the first channel alone unless C is 3."""
     from PIL import Image
 
     n, c, h, w = images.shape
@@ -133,8 +137,8 @@ def image_grid(images: np.ndarray, alt: str, columns: int = 8) -> str:
         sheet[top : top + h, left : left + w, 3] = 255
     file = io.BytesIO()
     Image.fromarray(sheet).save(file, "PNG", optimize=True)
-    uri = _uri("image/png", file.getvalue())
-    return f'<img class="pixels" width="{sheet.shape[1]}" height="{sheet.shape[0]}" src="{uri}" alt="{escape(alt)}">'
+    size = f'width="{sheet.shape[1]}" height="{sheet.shape[0]}"'
+    return f'<img class="pixels" {size} src="{_uri("image/png", file.getvalue())}" alt="{escape(alt)}">'
 
 
 def number(value: float, digits: int = 4) -> str:

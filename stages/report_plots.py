@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -66,7 +66,7 @@ def noise_histogram(samples: Mapping[str, np.ndarray], alt: str) -> str:
     def panel(scale: str) -> Callable[[Any, Theme], None]:
         def draw(axes: Any, theme: Theme) -> None:
             for i, (name, values) in enumerate(samples.items()):
-                # Divided by all values, so that mass outside the axis is missing from the plot, not spread over it.
+                # Divided by all values: mass outside the axis is missing from the plot, not spread over it.
                 density = np.histogram(values, edges)[0] / (values.size * np.diff(edges))
                 density = np.where(density > 0, density, np.nan) if scale == "log" else density
                 axes.stairs(density, edges, color=theme.colour(name, i), lw=1.5, label=name)
@@ -85,7 +85,9 @@ def distance_by_nfe(lines: Mapping[str, Curve], levels: Mapping[str, tuple[str, 
 
     def draw(axes: Any, theme: Theme) -> None:
         for i, (name, (nfe, distance)) in enumerate(lines.items()):
-            axes.plot(nfe, distance, color=theme.colour(name, i), lw=1.8, marker="o", ms=5, label=f"{name} student")
+            axes.plot(
+                nfe, distance, color=theme.colour(name, i), lw=1.8, marker="o", ms=5, label=f"{name} student"
+            )
         for i, (label, (name, value)) in enumerate(levels.items()):
             axes.axhline(value, color=theme.colour(name, i), lw=1.2, ls=("--", ":", "-.")[i % 3], label=label)
         ticks = sorted({step for nfe, _ in lines.values() for step in nfe})
@@ -111,11 +113,16 @@ def _svg(panels: Sequence[Callable[[Any, Theme], None]], theme: Theme, inches: t
 
     # A fixed salt and no date: the same figures give the same page.
     settings: dict[str, Any] = {"svg.hashsalt": "nfm", "font.size": 10, "axes.spines.top": False}
-    settings |= {"axes.spines.right": False, "axes.grid": True, "grid.color": theme.line, "grid.linewidth": 0.7}
-    settings |= {name: theme.ink for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
+    settings |= {
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": theme.line,
+        "grid.linewidth": 0.7,
+    }
+    settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.ink)
     settings |= {"axes.edgecolor": theme.ink, "axes.linewidth": 0.8, "axes.facecolor": "none"}
     file = io.BytesIO()
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(cast(Any, settings)):
         sheet = Figure(figsize=(inches[0] * len(panels), inches[1]), layout="constrained")
         for axes, draw in zip(np.atleast_1d(sheet.subplots(1, len(panels))), panels):
             draw(axes, theme)

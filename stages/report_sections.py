@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nfm.stages import report_plots as plots
+from nfm.stages.report_evaluation import Evaluation
 from nfm.stages.report_page import (
     code,
     duration,
@@ -35,7 +36,7 @@ NOISE_SHOWN = 3.0  # noise from -3 to 3 becomes black to white
 ORDER = ("data", "features", "teacher", "pairs", "student", "evaluate")
 
 
-def stages(inputs: Inputs, manifests: Mapping[str, Mapping[str, Any]]) -> str:
+def stages(manifests: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
         [
             role,
@@ -58,7 +59,9 @@ def data(root: Path, manifest: Mapping[str, Any], samples: int, seed: int) -> st
     about = manifest.get("dataset") or {}
     chosen = permute(np.arange(min(samples, len(train))), len(train), f"report/{seed}")
     shape = " x ".join(map(str, train.image_shape))
-    text = f"{about.get('name', 'images')}: {len(train):,} training images of {shape} (channels, height, width)."
+    text = (
+        f"{about.get('name', 'images')}: {len(train):,} training images of {shape} (channels, height, width)."
+    )
     if about:
         text += f" Licence: {about.get('licence')}. Origin: {about.get('origin')}."
     picture = image_grid(train.images(chosen), "training images")
@@ -80,7 +83,7 @@ def teacher(root: Path, manifest: Mapping[str, Any], evaluation: Evaluation | No
     return row(figures) + (heading("Samples") + row(grids) if grids else "")
 
 
-def pairs(stores: Mapping[str, PairStore], classes: list[str], seed: int) -> str:
+def pairs(stores: Mapping[str, PairStore], seed: int) -> str:
     body, samples, rows = [], {}, []
     for name, store in stores.items():
         count = min(NOISE_RECORDS, len(store))
@@ -91,7 +94,17 @@ def pairs(stores: Mapping[str, PairStore], classes: list[str], seed: int) -> str
         moments = store.manifest.get("moments") or {}
         values = [moments.get(key) for key in ("mean", "var", "kurtosis", "min", "max", "nonfinite")]
         rows.append([name, store.draws, len(store), *values])
-    columns = ["coupling", "draws", "records a draw", "mean", "variance", "kurtosis", "min", "max", "not finite"]
+    columns = [
+        "coupling",
+        "draws",
+        "records a draw",
+        "mean",
+        "variance",
+        "kurtosis",
+        "min",
+        "max",
+        "not finite",
+    ]
     expected = ["N(0, 1)", None, None, 0, 1, 3, None, None, 0]
     plot = plots.noise_histogram(samples, "density of noise values against the standard normal")
     caption = f"up to {NOISE_RECORDS:,} seeded records of draw 0; linear left, logarithmic right"
@@ -109,98 +122,13 @@ def students(roots: Mapping[str, Path], evaluation: Evaluation | None) -> str:
     figures = []
     if losses:
         plot = plots.curves(losses, "pairs seen", "flow-matching loss", "students' losses over pairs seen")
-        figures.append(figure(plot, "Students' losses", "of each one's own pairs, so levels differ by coupling"))
+        figures.append(
+            figure(plot, "Students' losses", "of each one's own pairs, so levels differ by coupling")
+        )
     body = row(figures)
     if evaluation and (grids := evaluation.grids("student")):
         body += heading("Samples by NFE") + row(grids)
     return body
-
-
-class Evaluation:
-    """`evaluation.json` and the samples beside it, as table, plot and grids."""
-
-    def __init__(self, root: Path, samples: int):
-        self.root, self.samples = root, samples
-        self.body = read_json(root / "evaluation.json")
-        self.rows: list[dict[str, Any]] = list(self.body["rows"])
-        self.seconds: dict[str, float] = {}
-
-    def lead(self) -> list[str]:
-        """One sentence: the students at the fewest Heun steps, the teacher and the floor."""
-        heun = [line for line in self.rows if line["model"] == "student" and line["sampler"] == "heun"]
-        if not heun:
-            return []
-        fewest = min(line["nfe"] for line in heun)
-        said = [f"{line['coupling']} student {number(line['fd_cnn'], 3)}" for line in heun if line["nfe"] == fewest]
-        others = [line for line in self.rows if line["model"] in ("teacher", "floor")]
-        said += [f"{_row_title(line)} {number(line['fd_cnn'], 3)}" for line in others]
-        return [f"FD-CNN (lower is better) at {fewest} function evaluations: {'; '.join(said)}."]
-
-    def section(self) -> str:
-        columns = ["row", "coupling", "sampler", "NFE", "guidance", "samples", "FD-CNN", "KID × 1000", "± s.e."]
-        columns += ["images/s", "at batch", "latency, ms", "parameters"]
-        rows = []
-        for line in self.rows:
-            kid = [_times_1000(line["kid"]), _times_1000(line["kid_error"])]
-            latency = _times_1000(line["latency_seconds"])
-            rows.append(
-                [line["name"], line["coupling"], line["sampler"], line["nfe"], line["guidance"], line["samples"]]
-                + [line["fd_cnn"], *kid, line["images_per_second"], line["batch"], latency, line["parameters"]]
-            )
-        reference = self.body.get("reference") or {}
-        text = (
-            f"Distances to {reference.get('rows', 0):,} images of the {reference.get('split', 'train')} split, in the "
-            "features of our own CNN: FD-CNN is comparable within this report only and is not FID. The floor is the "
-            "distance of real held-out images. The tinted rows are the best student at each NFE. "
-            f"Measured on: {self.body.get('machine', 'unknown machine')}."
-        )
-        return paragraph(text) + table(columns, rows, self._best()) + self._plot() + self._curvature()
-
-    def grids(self, model: str) -> list[str]:
-        """A grid for every row of that model that has samples, by NFE, couplings beside each other."""
-        lines = [line for line in self.rows if line["model"] == model]
-        lines.sort(key=lambda line: -(line["nfe"] or 0))
-        figures = []
-        for line in lines:
-            file = self.root / "samples" / f"{line['name']}.npz"
-            if file.is_file():
-                with np.load(file, allow_pickle=False) as arrays:
-                    images = arrays["images"][: self.samples]
-                caption = f"FD-CNN {number(line['fd_cnn'], 3)}"
-                figures.append(figure(image_grid(images, f"samples of {line['name']}"), _row_title(line), caption))
-        return figures
-
-    def _best(self) -> list[int]:
-        best: dict[tuple[str, int], int] = {}
-        for i, line in enumerate(self.rows):
-            if line["model"] == "student":
-                key = (line["sampler"], line["nfe"])
-                if key not in best or line["fd_cnn"] < self.rows[best[key]]["fd_cnn"]:
-                    best[key] = i
-        return list(best.values())
-
-    def _plot(self) -> str:
-        lines: dict[str, tuple[list[float], list[float]]] = {}
-        for line in sorted((r for r in self.rows if r["model"] == "student"), key=lambda r: r["nfe"]):
-            nfe, distance = lines.setdefault(str(line["coupling"]), ([], []))
-            nfe.append(line["nfe"])
-            distance.append(line["fd_cnn"])
-        if not lines:
-            return ""
-        levels = {
-            _row_title(line): (line["model"], line["fd_cnn"]) for line in self.rows if line["model"] != "student"
-        }
-        plot = plots.distance_by_nfe(lines, levels, "FD-CNN against NFE by coupling")
-        return row([figure(plot, "FD-CNN against NFE", "Euler at 5 and below, Heun above; both axes logarithmic")])
-
-    def _curvature(self) -> str:
-        lines = self.body.get("curvature") or []
-        if not lines:
-            return ""
-        columns = ["model", "coupling", "curvature", "Euler steps", "trajectories"]
-        rows = [[line[key] for key in ("model", "coupling", "value", "steps", "trajectories")] for line in lines]
-        text = "Mean squared deviation of the velocity from the straight line along generated paths; 0 is straight."
-        return heading("Curvature") + paragraph(text) + table(columns, rows)
 
 
 def read_manifests(inputs: Inputs) -> dict[str, dict[str, Any]]:
@@ -210,7 +138,9 @@ def read_manifests(inputs: Inputs) -> dict[str, dict[str, Any]]:
         if role.split(":")[0] == "pairs":
             sealed = newest(inputs[role])
             if sealed is None:
-                raise StageError(f"{inputs[role]}: this pair store has no sealed generation: run the pairs stage")
+                raise StageError(
+                    f"{inputs[role]}: this pair store has no sealed generation: run the pairs stage"
+                )
             found[role] = sealed[1]
         else:
             found[role] = read_json(inputs[role] / "manifest.json")
@@ -229,7 +159,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _curve(lines: Iterable[Mapping[str, Any]], key: str) -> plots.Curve:
-    """(seen, values) in order of what was seen; a resumed run may log the same point twice, the last one counts."""
+    """(seen, values) by what was seen; a resumed run may log a point twice, then the last one counts."""
     points: dict[float, float] = {}
     for line in lines:
         seen = line.get("images_seen", line.get("pairs_seen"))
@@ -243,18 +173,6 @@ def _side_by_side(records: Mapping[str, np.ndarray]) -> str:
     noise = np.asarray(records["noise"][:PAIRS_SHOWN], np.float32)
     grey = np.clip((noise / NOISE_SHOWN + 1) * 127.5, 0, 255).astype(np.uint8)
     return image_grid(np.concatenate([images, grey]), "images above their noise", columns=len(images))
-
-
-def _row_title(line: Mapping[str, Any]) -> str:
-    if line["model"] == "student":
-        return f"{line['coupling']} student, {str(line['sampler']).capitalize()}, NFE {line['nfe']}"
-    sampler = f", {line['sampler']}" if line["sampler"] else ""
-    guidance = f", guidance {line['guidance']:g}" if line["guidance"] else ""
-    return f"{line['model']}{sampler}{guidance}"
-
-
-def _times_1000(value: float | None) -> float | None:
-    return None if value is None else 1000 * value
 
 
 def _key_figures(metrics: Mapping[str, Any]) -> str:

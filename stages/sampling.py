@@ -12,7 +12,7 @@ from nfm.stages import student, teacher
 from nfm.stages.pictures import save_grid
 from nfm.stages.stage import StageError
 from nfm.stages.teacher import precision_context
-from nfm.stages.training import pick_device
+from nfm.stages.training import pick_device, read_weights
 from nfm.storage import ImageDataset, philox
 
 if TYPE_CHECKING:
@@ -115,15 +115,14 @@ def sample_grid(folder: Path, stage: str, count: int, nfe: int, seed: int, path:
     device = pick_device("auto")
     if stage == "student":
         sampler = student_sampler(folder, "-", nfe, device, "float32")
-        model: Any = student.load(folder)
     elif stage == "teacher":
         sampler = teacher_sampler(folder, 0.0, True, device, "float32")
-        model = teacher.load(folder)[0]
     else:
         raise StageError(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
-    shape = model.image_shape
+    _, architecture = read_weights(folder)
+    shape = architecture["image_shape"]
     eps = philox.normals(seed, 0, np.arange(count), int(np.prod(shape)), purpose="samples")
-    labels = torch.arange(count) % max(model.classes, 1)
+    labels = torch.arange(count) % max(architecture["classes"], 1)
     with torch.no_grad():
         noise = torch.from_numpy(eps).reshape(count, *shape)
         images = sampler.decode(noise.to(device), labels.to(device)).float().cpu().numpy()

@@ -5,9 +5,11 @@ It reads a pair store and nothing else; that a teacher made the pairs is a line 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nfm.stages import costs
 from nfm.stages.stage import Inputs, Reporter, Result
 from nfm.stages.training import CHECKPOINT, METRICS, WEIGHTS, TrainingSection, fit, pick_device, read_weights, recipe
 from nfm.storage import PairStore, atomic
@@ -42,7 +44,7 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
 
     store = PairStore.open(inputs["pairs"])
     architecture = {
-        "image_shape": list(store.image_shape), "classes": store.spec.classes or 0, "patch": config.patch,
+        "image_shape": list(store.spec.image_shape), "classes": store.spec.classes or 0, "patch": config.patch,
         "width": config.width, "depth": config.depth, "head_size": config.head_size,
     }  # fmt: skip
     torch.manual_seed(config.seed)
@@ -67,6 +69,12 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "draws": store.draws,
     }
     return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
+
+
+def cost(config: StudentConfig, facts: Mapping[str, Any]) -> dict[str, str]:
+    """What training costs: a backward pass is two forward ones."""
+    flops = 3 * config.pairs * costs.student_flops(facts["image_shape"], config)
+    return {"pairs": f"{config.pairs:,}", **costs.describe(flops)}
 
 
 def load(folder: Path, device: str = "cpu") -> SiT:

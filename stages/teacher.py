@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nfm.stages import costs
 from nfm.stages.stage import Inputs, Reporter, Result
 from nfm.stages.training import (
     CHECKPOINT,
@@ -92,7 +94,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     facts = {"eta": config.eta, "sigma_f": power**0.5, "architecture": architecture}
     atomic.write_bytes(out / WEIGHTS, pack_weights(averaged, architecture))
     atomic.write_json(out / FACTS, facts)
-    _draw_samples(averaged, config, out / SAMPLES)
+    _draw_samples(averaged, architecture, config, out / SAMPLES)
     metrics = {
         "heldout_bpd": round(heldout_bpd, 4),
         "train_bpd": round(train_bpd, 4),
@@ -106,6 +108,12 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
             f"overfitted: {train_bpd:.3f} bits per dimension on training images, {heldout_bpd:.3f} on held-out ones"
         )
     return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[CHECKPOINT, METRICS, SAMPLES])
+
+
+def cost(config: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, str]:
+    """What training costs: a backward pass is two forward ones."""
+    flops = 3 * config.images * costs.teacher_flops(facts["image_shape"], config)
+    return {"images": f"{config.images:,}", **costs.describe(flops)}
 
 
 def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:
@@ -148,7 +156,7 @@ def precision_context(device_type: str, precision: Precision) -> Any:
     return torch.autocast(device_type, dtype, enabled=dtype is not None)
 
 
-def _draw_samples(model: TarFlow, config: TeacherConfig, path: Path) -> None:
+def _draw_samples(model: TarFlow, architecture: dict[str, Any], config: TeacherConfig, path: Path) -> None:
     """A grid of 64 samples, a class after another."""
     import torch
 
@@ -156,9 +164,9 @@ def _draw_samples(model: TarFlow, config: TeacherConfig, path: Path) -> None:
 
     device = next(model.parameters()).device
     slots = list(range(64))
-    shape = model.image_shape
+    shape = architecture["image_shape"]
     eps = philox.normals(config.seed, 0, slots, shape[0] * shape[1] * shape[2], purpose="samples")
-    labels = torch.arange(64, device=device) % max(model.classes, 1)
+    labels = torch.arange(64, device=device) % max(architecture["classes"], 1)
     with torch.inference_mode(), precision_context(device.type, config.precision):
         images = model.decode(torch.from_numpy(eps).reshape(64, *shape).to(device), labels)
     save_grid(path, images.float().cpu().numpy())

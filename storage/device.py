@@ -44,7 +44,7 @@ class Upload:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def __call__(self, arrays: Arrays, value_range: tuple[float, float]) -> dict[str, Any]:
-        """Tensors on the device, ready when this returns: uint8 and floats as float32, the rest as they are."""
+        """Tensors on the device, ready when this returns: uint8 and floats as float32, others unchanged."""
         import torch
 
         with torch.cuda.stream(self._stream):

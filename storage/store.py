@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from nfm.storage import generations
+from nfm.storage.atomic import read_json
 from nfm.storage.batch import Arrays
 from nfm.storage.errors import StorageError
 from nfm.storage.index import read_index
@@ -43,7 +44,7 @@ class PairStore:
 
     @classmethod
     def open(cls, path: str | Path, generation: int | None = None) -> PairStore:
-        """Opens a store at its newest generation, or at the one given.
+        """Opens a store at its newest generation, at the one given, or at the manifest that `path` names.
 
         Raises StorageError when there is no store or no sealed generation, NewerSchema. Shards are opened
         when they are read; a bad one raises MissingShard or CorruptShard then.
@@ -51,6 +52,8 @@ class PairStore:
         if "://" in str(path):
             raise StorageError(f"{path}: stores are read from local paths; copy the store here first")
         root = Path(path)
+        if root.is_file():
+            generation, root = int(read_json(root).get("generation", 0)), root.parent
         spec = read_spec(root)
         if generation is not None:
             return cls(root, spec, generations.load(root, generation))

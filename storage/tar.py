@@ -43,6 +43,21 @@ def shard_bytes(fields: Sequence[Field], records: int, rows_per_block: int = 256
     return full * _block_bytes(fields, rows_per_block) + (_block_bytes(fields, rest) if rest else 0) + TAR_END
 
 
+def record_offsets(
+    fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int = 256
+) -> dict[str, Array]:
+    """Byte offsets, int64 [n] by field: where row rows[i] of a shard of records[i] records begins."""
+    block, row = np.divmod(rows, rows_per_block)
+    in_block = np.minimum(records - block * rows_per_block, rows_per_block)
+    at = block * _block_bytes(fields, rows_per_block) + TAR_HEADER + NPY_HEADER
+    offsets = {}
+    for field in fields:
+        offsets[field.name] = at + row * field.bytes_per_record
+        size = NPY_HEADER + in_block * field.bytes_per_record
+        at = at + TAR_HEADER + size + -size % TAR_HEADER
+    return offsets
+
+
 class ShardWriter:
     """Writes one shard; the file gets its name only when all `records` records are durable.
 
@@ -167,6 +182,8 @@ class MappedShard:
             raise StorageError(
                 f"{self.path}: cannot read ({error.strerror}); check its permissions"
             ) from error
+        self.memory: Array = np.frombuffer(buffer, np.uint8)
+        self.address = self.memory.ctypes.data
         self._full: dict[str, Array] = {}
         self._tail: dict[str, Array] = {}
         self._map(buffer)

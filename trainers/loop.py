@@ -83,8 +83,9 @@ def train(
     """Trains `model` in place until `recipe.examples` were seen or `stop()` is true.
 
     Stopped and continued from the last `checkpoint` equals uninterrupted, bit for bit on a CPU with the same
-    number of threads: randomness is seeded anew at each step from (seed, examples seen), and `batches`, if it
-    has `state_dict` and `load_state_dict`, goes on where it was (otherwise the caller puts it there).
+    number of threads: `generator` and torch's global randomness are seeded anew at each step from (seed,
+    examples seen); `batches`, if it has `state_dict` and `load_state_dict`, goes on where it was (otherwise
+    the caller puts it there).
 
     batches: endless, on `device`, each of `recipe.batch_size` examples.
     autocast: the dtype of the forward pass, torch.bfloat16 or None for the model's own.
@@ -137,7 +138,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        step_loss, grad_norm = torch.stack([value.detach().double(), norm.double()]).tolist()
+        step_loss, grad_norm = torch.stack([value.detach().float(), norm.float()]).tolist()  # one wait
         if not math.isfinite(step_loss) or not math.isfinite(grad_norm):
             raise FloatingPointError(
                 f"loss {step_loss}, gradient norm {grad_norm} in the step after {seen_before} {unit}: "

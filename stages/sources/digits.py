@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of 8x8 pixels that ship inside scikit-learn: the default that needs no download."""
+"""The 1,797 handwritten digits of 8x8 pixels inside scikit-learn: the default that needs no download."""
 
 from __future__ import annotations
 
@@ -41,8 +41,12 @@ def _table() -> Path:
     # The file is read without importing scikit-learn, which takes longer than everything else here.
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise StageError('data.source = "digits" reads the table inside scikit-learn: pip install scikit-learn')
+        raise StageError(
+            'data.source = "digits" reads the table inside scikit-learn: pip install scikit-learn'
+        )
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not path.is_file():
-        raise StageError(f"{path}: scikit-learn's table of digits is missing: pip install --force-reinstall scikit-learn")
+        raise StageError(
+            f"{path}: scikit-learn's table of digits is missing: pip install --force-reinstall scikit-learn"
+        )
     return path

@@ -1,4 +1,4 @@
-"""A folder of class folders of image files, optionally below train/ and test/ (or val/), decoded by Pillow."""
+"""A folder of class folders of images, optionally below train/ and test/ (or val/), decoded by Pillow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DECODE_BATCH = 512
 class ImageFolder:
     """Image files by class: keys are paths below the folder, labels the classes' places in sorted order.
 
-    With `image_size`, the central square of every image is resized to that many pixels (bicubic, antialiased).
+    With `image_size`, the central square of every image is resized to that edge (bicubic, antialiased).
     Without it, images keep their pixels, and the commonest shape is the one that all must have.
     """
 
@@ -44,18 +44,24 @@ class ImageFolder:
         found = {folder.name for part in (train, test) if part for folder in _class_folders(part)}
         self.classes = sorted(found) if classes is None else list(classes)
         if unknown := sorted(found - set(self.classes)):
-            raise StageError(f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class")
+            raise StageError(
+                f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class"
+            )
         self.paths: list[Path] = []
         labels: list[int] = []
         tests: list[bool] = []
         for part in (train, test):
             for folder in _class_folders(part) if part else ():
-                files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+                files = sorted(
+                    file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")
+                )
                 self.paths += files
                 labels += [self.classes.index(folder.name)] * len(files)
                 tests += [part == test] * len(files)
         if not self.paths:
-            raise StageError(f"data.path = {path!r}: no image file in a class folder here (expected CLASS/IMAGE.png)")
+            raise StageError(
+                f"data.path = {path!r}: no image file in a class folder here (expected CLASS/IMAGE.png)"
+            )
         self.keys = [file.relative_to(self.root).as_posix() for file in self.paths]
         self.labels, self.test = np.array(labels, np.int64), np.array(tests, bool)
 
@@ -63,14 +69,16 @@ class ImageFolder:
         from PIL import Image, UnidentifiedImageError
 
         height, width = self._size()
-        images = scratch_array(scratch, (len(rows), self.channels, height // self.average, width // self.average))
+        images = scratch_array(
+            scratch, (len(rows), self.channels, height // self.average, width // self.average)
+        )
         rejected: dict[int, str] = {}
 
         def decode(position: int) -> None:
             try:
                 with Image.open(self.paths[rows[position]]) as opened:
                     pixels = self._pixels(opened, height, width)
-            except _Misfit as error:
+            except _MisfitError as error:
                 rejected[position] = str(error)
             except UnidentifiedImageError:
                 rejected[position] = "not an image that Pillow reads"
@@ -114,18 +122,22 @@ class ImageFolder:
 
         image = opened.convert("RGB" if self.channels == 3 else "L")
         if self.image_size is None and image.size != (width, height):
-            raise _Misfit(f"{image.width}x{image.height} pixels, the others {width}x{height}: set data.image_size")
+            raise _MisfitError(
+                f"{image.width}x{image.height} pixels, the others {width}x{height}: set data.image_size"
+            )
         if self.image_size is not None:
             side = min(image.size)
             if side < self.image_size:
-                raise _Misfit(f"{image.width}x{image.height} pixels, smaller than data.image_size = {self.image_size}")
+                raise _MisfitError(
+                    f"{image.width}x{image.height} pixels, smaller than data.image_size = {self.image_size}"
+                )
             left, top = (image.width - side) // 2, (image.height - side) // 2
             square = image.crop((left, top, left + side, top + side))
             image = square.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(image, np.uint8).reshape(height, width, self.channels).transpose(2, 0, 1)
 
 
-class _Misfit(ValueError):
+class _MisfitError(ValueError):
     """An image that decodes but does not fit; its message is the reason in the table."""
 
 

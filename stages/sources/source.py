@@ -30,10 +30,10 @@ class Source(Protocol):
     """Records in the source's own order; `load` brings the pixels of chosen rows."""
 
     name: str
-    keys: Sequence[str]
+    keys: list[str]
     labels: np.ndarray  # [N] int64, counted from 0
     test: np.ndarray  # [N] bool, true for rows of the source's own test set
-    classes: Sequence[str]
+    classes: list[str]
 
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
         """Pixels of `rows`, in that order; `scratch` is an empty folder for arrays too large for memory."""
@@ -45,12 +45,14 @@ class Source(Protocol):
 
 
 def box_average(images: np.ndarray, factor: int) -> np.ndarray:
-    """Means of factor x factor boxes, rounded half up: [n, C, H, W] uint8 -> [n, C, H/factor, W/factor] uint8."""
+    """Means of factor x factor boxes, rounded half up; [n, C, H, W] uint8 -> [n, C, H/factor, W/factor]."""
     if factor == 1:
         return images
     n, c, h, w = images.shape
     if h % factor or w % factor:
-        raise StageError(f"data.average = {factor} does not divide the images' {h}x{w} pixels: choose a divisor")
+        raise StageError(
+            f"data.average = {factor} does not divide the images' {h}x{w} pixels: choose a divisor"
+        )
     boxes = images.reshape(n, c, h // factor, factor, w // factor, factor)
     area = factor * factor
     return ((2 * boxes.sum(axis=(3, 5), dtype=np.uint32) + area) // (2 * area)).astype(np.uint8)
@@ -65,13 +67,16 @@ def scratch_array(scratch: Path, shape: tuple[int, ...]) -> np.ndarray:
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
     except OSError as error:
         raise StageError(
-            f"{path}: no room for {size:,} bytes of decoded images ({error.strerror}): free disk space, run again"
+            f"{path}: no room for {size:,} bytes of decoded images ({error.strerror}): "
+            "free disk space and run again"
         ) from error
     return np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
 
 
-def digest_files(files: Iterable[tuple[str, Path]], open_file: Any = open, threads: int = 8) -> dict[str, Any]:
-    """SHA-256 over (name, size, SHA-256 of the content) of files, sorted by name; files are read in threads."""
+def digest_files(
+    files: Iterable[tuple[str, Path]], open_file: Any = open, threads: int = 8
+) -> dict[str, Any]:
+    """SHA-256 over (name, size, SHA-256 of the content) of files, sorted by name; read in threads."""
 
     def hash_one(item: tuple[str, Path]) -> tuple[str, int, str]:
         name, path = item

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from nfm.stages.sources import Digits, Idx, ImageFolder, Npz
 from nfm.stages.sources.source import box_average
 from nfm.stages.stage import StageError, Stopped
-from PIL import Image
 
 
 class Quiet:
@@ -109,7 +110,9 @@ def test_idx_reads_train_and_test_plain_or_gzipped(idx_folder: Callable[..., Pat
 def test_idx_truncated_gz_names_the_file(idx_folder: Callable[..., Path]) -> None:
     file = idx_folder(".gz") / "train-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(StageError, match=r"train-images-idx3-ubyte\.gz: cannot be read .*fetch the file anew"):
+    with pytest.raises(
+        StageError, match=r"train-images-idx3-ubyte\.gz: cannot be read .*fetch the file anew"
+    ):
         Idx(str(file.parent))
 
 
@@ -215,7 +218,9 @@ def test_image_folder_labels_by_class_and_keeps_pixels(tmp_path: Path) -> None:
     source = ImageFolder(str(tmp_path / "in"))
     assert source.keys == ["a/1.png", "a/3.png", "b/0.png", "b/2.png"]
     assert source.labels.tolist() == [0, 0, 1, 1]
-    np.testing.assert_array_equal(everything(source, tmp_path / "s"), np.stack([pixels[i] for i in (1, 3, 0, 2)]))
+    np.testing.assert_array_equal(
+        everything(source, tmp_path / "s"), np.stack([pixels[i] for i in (1, 3, 0, 2)])
+    )
 
 
 def test_image_folder_knows_train_and_val(tmp_path: Path) -> None:
@@ -255,7 +260,9 @@ def test_image_folder_sets_unusable_images_aside_with_reasons(tmp_path: Path) ->
     assert not any(str(tmp_path) in reason for reason in reasons.values())
 
     larger = ImageFolder(str(root), image_size=9)
-    assert "smaller than data.image_size = 9" in larger.load(np.arange(1), tmp_path / "s", Quiet()).rejected[0]
+    assert (
+        "smaller than data.image_size = 9" in larger.load(np.arange(1), tmp_path / "s", Quiet()).rejected[0]
+    )
 
 
 def test_image_folder_missing_or_empty_is_refused(tmp_path: Path) -> None:

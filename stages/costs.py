@@ -1,0 +1,57 @@
+"""What stages cost before they run: arithmetic from the sizes, time from this machine's rate of matrix products."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from typing import Any
+
+EFFICIENCY = 0.25  # of the probe's rate; small models with attention and norms reached 0.2 to 0.35 on CPUs
+
+
+def transformer_flops(tokens: int, width: int, layers: int, features: int) -> float:
+    """FLOPs of one forward pass of one example: 12 width^2 weights a layer, attention, embedding and head."""
+    weights = 12 * layers * width**2 + 3 * features * width
+    return 2.0 * tokens * weights + 4.0 * layers * tokens**2 * width
+
+
+def tokens_of(image_shape: list[int], patch: int) -> tuple[int, int]:
+    """(tokens, features of a token) of images [C, H, W] in patches."""
+    channels, height, width = image_shape
+    return (height // patch) * (width // patch), channels * patch**2
+
+
+def teacher_flops(image_shape: list[int], config: Any) -> float:
+    """FLOPs to encode one image."""
+    tokens, features = tokens_of(image_shape, config.patch)
+    return config.blocks * transformer_flops(tokens, config.channels, config.layers, features)
+
+
+def student_flops(image_shape: list[int], config: Any) -> float:
+    """FLOPs of one evaluation of the velocity of one image."""
+    tokens, features = tokens_of(image_shape, config.patch)
+    return transformer_flops(tokens, config.width, config.depth, features)
+
+
+def describe(flops: float) -> dict[str, str]:
+    """FLOPs and the time that they take here, as a plan shows them."""
+    seconds = flops / (matrix_rate() * EFFICIENCY)
+    taken = f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min" if seconds > 90 else f"{seconds:.0f} s"
+    return {"FLOPs": f"{flops:.2g}", "here": f"about {taken}"}
+
+
+@functools.cache
+def matrix_rate() -> float:
+    """FLOP/s of a bf16 matrix product of moderate size on the device that training would use (best of five)."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 4096 if device == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    best = math.inf
+    for _ in range(6):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

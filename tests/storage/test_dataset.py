@@ -1,0 +1,158 @@
+"""A dataset reads back what was written, and refuses what it cannot hold."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from nfm.storage import DatasetWriter, ImageDataset, MissingShard, NewerSchema, StorageError
+from nfm.storage.atomic import hash_file, read_json, write_json
+
+ROWS = 53
+IMAGES = np.random.default_rng(0).integers(0, 256, (ROWS, 1, 4, 5), dtype=np.uint8)
+LABELS = np.arange(ROWS) % 3
+KEYS = [f"image-{row}" for row in range(ROWS)]
+
+
+def chunks(start: int, stop: int, size: int = 7):
+    for at in range(start, stop, size):
+        part = slice(at, min(at + size, stop))
+        yield IMAGES[part], LABELS[part], KEYS[part]
+
+
+def write(root: Path, **changes) -> DatasetWriter:
+    options = {"name": "toy", "image_shape": (1, 4, 5), "classes": ["a", "b", "c"], "rows_per_shard": 16}
+    return DatasetWriter(root, **(options | changes))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    writer = write(tmp_path)
+    writer.write_split("train", 43, chunks(0, 43))
+    writer.write_split("heldout", 10, chunks(43, ROWS))
+    writer.close([("broken.png", "not an image")])
+    return tmp_path
+
+
+def test_every_row_reads_back_in_any_order(root):
+    train = ImageDataset.open(root)
+    rows = np.random.default_rng(1).permutation(43)
+    assert (len(train), train.image_shape, train.classes) == (43, (1, 4, 5), ["a", "b", "c"])
+    assert np.array_equal(train.images(rows), IMAGES[rows])
+    assert np.array_equal(train.labels(rows), LABELS[rows])
+    assert train.labels(rows).dtype == np.int64
+    assert train.keys(rows) == [KEYS[row] for row in rows]
+    assert np.array_equal(ImageDataset.open(root, "heldout").images(np.arange(10)), IMAGES[43:])
+
+
+def test_images_become_floats_from_minus_one_to_one(root):
+    train = ImageDataset.open(root)
+    levels = train.to_float(np.arange(256, dtype=np.uint8).reshape(256, 1, 1, 1)).ravel()
+    assert (levels[0], levels[255]) == (-1, 1)
+    assert np.abs(levels - (np.arange(256) / 127.5 - 1)).max() < 1e-6
+    assert levels.dtype == np.float32
+
+
+def test_rejected_images_are_listed_with_their_reasons(root):
+    assert pq.read_table(root / "rejected.parquet").to_pylist() == [
+        {"key": "broken.png", "reason": "not an image"}
+    ]
+
+
+def test_the_payload_lists_every_shard_and_the_description_with_true_digests(tmp_path):
+    writer = write(tmp_path)
+    writer.write_split("train", 43, chunks(0, 43))
+    payload = writer.close()
+    assert list(payload) == ["train/s00000.tar", "train/s00001.tar", "train/s00002.tar", "dataset.json"]
+    assert all(hash_file(tmp_path / file) == digest for file, digest in (payload | writer.files).items())
+    assert set(writer.files) == {"train.parquet", "rejected.parquet"}
+
+
+def test_the_same_records_in_other_chunks_make_the_same_dataset(root, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    writer = write(other)
+    writer.write_split("train", 43, chunks(0, 43, size=40))
+    writer.write_split("heldout", 10, chunks(43, ROWS, size=1))
+    writer.close()
+    assert ImageDataset.open(other).content_digest == ImageDataset.open(root).content_digest
+
+
+def test_splits_and_contents_have_orders_of_their_own(root):
+    assert ImageDataset.open(root).order_key != ImageDataset.open(root, "heldout").order_key
+
+
+def test_batches_hold_every_row_once_with_its_label(root):
+    train = ImageDataset.open(root)
+    seen = []
+    for batch in train.batches(8, seed=3, epochs=1, last="keep"):
+        assert batch.noise is None
+        assert np.array_equal(batch.image, train.to_float(IMAGES[batch.slot]))
+        assert np.array_equal(batch.label, LABELS[batch.slot])
+        seen += batch.slot.tolist()
+    assert sorted(seen) == list(range(43))
+
+
+def test_data_without_classes_has_the_label_minus_one(tmp_path):
+    writer = write(tmp_path, classes=[])
+    writer.write_split("train", 3, [(IMAGES[:3], np.full(3, -1), KEYS[:3])])
+    writer.close()
+    assert ImageDataset.open(tmp_path).labels(np.arange(3)).tolist() == [-1, -1, -1]
+
+
+def test_an_empty_split_is_a_split(tmp_path):
+    writer = write(tmp_path)
+    writer.write_split("heldout", 0, [])
+    writer.close()
+    assert len(ImageDataset.open(tmp_path, "heldout")) == 0
+
+
+def test_shards_are_tars_with_the_split_in_their_names(root):
+    with tarfile.open(root / "heldout/s00000.tar") as tar:
+        assert tar.getnames() == ["heldout-s00000-b00000.image.npy", "heldout-s00000-b00000.label.npy"]
+
+
+@pytest.mark.parametrize(("announced", "message"), [(44, "ended after 43"), (42, "more records than the 42")])
+def test_a_wrong_count_is_refused(tmp_path, announced, message):
+    with pytest.raises(StorageError, match=message):
+        write(tmp_path).write_split("train", announced, chunks(0, 43))
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_a_label_without_a_class_names_its_record(tmp_path):
+    with pytest.raises(StorageError, match="'image-1' has label 3"):
+        write(tmp_path).write_split("train", 2, [(IMAGES[:2], np.array([0, 3]), KEYS[:2])])
+
+
+def test_images_of_another_shape_are_refused(tmp_path):
+    with pytest.raises(StorageError, match="image"):
+        write(tmp_path).write_split("train", 2, [(IMAGES[:2, :, 1:], LABELS[:2], KEYS[:2])])
+
+
+def test_a_dataset_that_was_not_finished_does_not_exist(tmp_path):
+    write(tmp_path).write_split("train", 43, chunks(0, 43))
+    with pytest.raises(StorageError, match=r"dataset\.json"):
+        ImageDataset.open(tmp_path)
+
+
+def test_an_unknown_split_lists_those_there_are(root):
+    with pytest.raises(StorageError, match="train, heldout"):
+        ImageDataset.open(root, "test")
+
+
+def test_a_newer_format_is_refused_by_name(root):
+    body = read_json(root / "dataset.json") | {"format": 2}
+    write_json(root / "dataset.json", body)
+    with pytest.raises(NewerSchema, match="format 2"):
+        ImageDataset.open(root)
+
+
+def test_a_missing_shard_is_named(root):
+    (root / "train/s00001.tar").unlink()
+    train = ImageDataset.open(root)
+    assert len(train.images(np.arange(16))) == 16
+    with pytest.raises(MissingShard, match=r"s00001\.tar.*audit"):
+        train.images(np.array([20]))

@@ -1,0 +1,302 @@
+"""Batches: exact resume on any number of ranks, honest counts, buffers used again, threads that end."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nfm.storage import BatchReader, PairStore, StateMismatch, StorageError
+from nfm.storage.convert import to_float32
+from nfm.storage.order import Order
+
+
+class Numbers:
+    """A source in memory: row r of draw k is an image filled with r and noise filled with r + k / 10."""
+
+    generation = None
+    value_range = (0.0, 255.0)
+    order_key = "order"
+    content_digest = "content"
+
+    def __init__(self, rows: int, draws: int = 1, broken: int | None = None) -> None:
+        self.rows, self.draws, self.broken = rows, draws, broken
+        self.gathered = 0
+
+    def __len__(self):
+        return self.rows
+
+    def draw(self, epoch):
+        return epoch % self.draws
+
+    def empty(self, records):
+        return {
+            "image": np.empty((records, 1, 2, 2), np.uint8),
+            "noise": np.empty((records, 1, 2, 2), np.float16),
+        }
+
+    def gather(self, draw, rows, out):
+        if self.broken is not None and self.broken in rows:
+            raise StorageError(f"row {self.broken} is broken")
+        out["image"][:] = (rows % 256)[:, None, None, None]
+        out["noise"][:] = (rows % 256 + draw / 10)[:, None, None, None]
+        self.gathered += 1
+
+
+def make_reader(
+    source, batch_size=4, seed=0, shuffle="full", window=2, last="drop", **options
+) -> BatchReader:
+    order = Order(source.order_key, len(source), 5, seed, batch_size, shuffle, window, last)
+    return BatchReader(source, order, **options)
+
+
+def slots(reader, count=None) -> list[list[int]]:
+    return [batch.slot.tolist() for _, batch in zip(range(10**6 if count is None else count), reader)]
+
+
+def flat(parts) -> list[int]:
+    return list(chain.from_iterable(parts))
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "nfm-reader"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(1, 60),
+    world=st.integers(1, 4),
+    share=st.integers(1, 6),
+    shuffle=st.sampled_from(["full", "windowed", None]),
+    last=st.sampled_from(["keep", "drop"]),
+)
+def test_ranks_share_each_batch_and_every_record_comes_once(rows, world, share, shuffle, last):
+    source, batch = Numbers(rows), world * share
+    options = {"batch_size": batch, "shuffle": shuffle, "last": last, "prefetch": False}
+    if last == "drop" and batch > rows:
+        return
+    alone = slots(make_reader(source, **options))
+    ranks = [slots(make_reader(source, rank=rank, world_size=world, **options)) for rank in range(world)]
+    assert [flat(parts) for parts in zip(*ranks, strict=True)] == alone
+    seen = flat(alone)
+    assert len(seen) == len(set(seen)) == (rows if last == "keep" else rows - rows % batch)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    before=st.integers(1, 4),
+    after=st.integers(1, 4),
+    yielded=st.integers(0, 20),
+    shuffle=st.sampled_from(["full", "windowed", None]),
+    last=st.sampled_from(["keep", "drop"]),
+)
+def test_resume_yields_the_same_batches_at_any_world_size(before, after, yielded, shuffle, last):
+    source = Numbers(53, draws=2)
+    options = {"batch_size": 12, "shuffle": shuffle, "last": last, "epochs": 4, "prefetch": False}
+    whole = slots(make_reader(source, **options))
+    first = [make_reader(source, rank=rank, world_size=before, **options) for rank in range(before)]
+    head = [slots(reader, yielded) for reader in first]
+    states = [reader.state_dict() for reader in first]
+    assert all(state == states[0] for state in states)
+    second = [make_reader(source, rank=rank, world_size=after, **options) for rank in range(after)]
+    for reader in second:
+        reader.load_state_dict(states[0])
+    tail = [slots(reader) for reader in second]
+    joined = [flat(parts) for parts in zip(*head)] + [flat(parts) for parts in zip(*tail)]
+    assert joined == whole
+
+
+def test_the_state_counts_what_was_yielded_and_not_what_was_prefetched():
+    source = Numbers(40)
+    reader = make_reader(source, epochs=None)
+    assert (reader.state_dict()["epoch"], reader.state_dict()["consumed"]) == (0, 0)
+    next(reader)
+    while source.gathered < 2:
+        time.sleep(0.001)
+    assert reader.state_dict()["consumed"] == 4
+    for _ in range(10):
+        next(reader)
+    assert (reader.state_dict()["epoch"], reader.state_dict()["consumed"]) == (1, 4)
+    reader.close()
+
+
+def test_consumed_counts_all_ranks():
+    reader = make_reader(Numbers(40), batch_size=8, rank=1, world_size=4, epochs=1)
+    next(reader)
+    next(reader)
+    assert reader.state_dict()["consumed"] == 16
+    reader.close()
+
+
+def test_another_batch_size_goes_on_with_the_next_record():
+    source = Numbers(40)
+    reader = make_reader(source, batch_size=8)
+    head = flat(slots(reader, 2))
+    other = make_reader(source, batch_size=6, last="keep")
+    other.load_state_dict(reader.state_dict())
+    assert sorted(head + flat(slots(other))) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 1),
+        ("order_key", "x"),
+        ("content_digest", "x"),
+        ("generation", 2),
+        ("shuffle", "none"),
+        ("filter", "label=3"),
+        ("weights", [1, 2]),
+    ],
+)
+def test_a_state_of_another_order_is_refused_by_name(name, value):
+    reader = make_reader(Numbers(40))
+    with pytest.raises(StateMismatch, match=name):
+        reader.load_state_dict(reader.state_dict() | {name: value})
+
+
+def test_a_state_can_be_loaded_while_reading():
+    reader = make_reader(Numbers(40))
+    start = reader.state_dict()
+    whole = slots(reader)
+    reader.load_state_dict(start)
+    assert slots(reader, 3) == whole[:3]
+    reader.load_state_dict(start)
+    assert slots(reader) == whole
+    assert not threads()
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_values_are_those_of_the_records_and_epochs_take_turns_over_the_draws(prefetch):
+    reader = make_reader(Numbers(12, draws=2), epochs=3, prefetch=prefetch)
+    met = []
+    for batch in reader:
+        assert (batch.image == batch.slot[:, None, None, None]).all()
+        expected = (batch.slot + batch.draw / 10).astype(np.float16).astype(np.float32)
+        assert (batch.noise == expected[:, None, None, None]).all()
+        assert batch.image.dtype == batch.noise.dtype == np.float32
+        assert batch.label.tolist() == [-1] * 4
+        met.append((batch.epoch, batch.draw))
+    assert met == [(0, 0)] * 3 + [(1, 1)] * 3 + [(2, 0)] * 3
+
+
+def test_a_batch_is_valid_until_the_next_one():
+    reader = make_reader(Numbers(400), epochs=None)
+    for _, batch in zip(range(300), reader):
+        time.sleep(0)
+        assert (batch.image == (batch.slot % 256)[:, None, None, None]).all()
+    reader.close()
+    assert (batch.image == (batch.slot % 256)[:, None, None, None]).all()
+
+
+def test_copies_stay_valid():
+    batches = list(make_reader(Numbers(200), copy=True))
+    assert sorted(slot for batch in batches for slot in batch.slot) == list(range(200))
+    assert all((batch.image == batch.slot[:, None, None, None]).all() for batch in batches)
+
+
+def test_buffers_are_used_again_without_copy():
+    pointers = {batch.image.ctypes.data for batch in make_reader(Numbers(200))}
+    assert len(pointers) == 2
+
+
+def test_a_device_gives_tensors():
+    for batch in make_reader(Numbers(8), device="cpu"):
+        assert batch.image.dtype == batch.noise.dtype == torch.float32
+        assert batch.label.dtype == batch.slot.dtype == torch.int64
+        assert torch.equal(batch.image[:, 0, 0, 0], batch.slot.float())
+
+
+def test_an_error_while_reading_ahead_reaches_the_consumer_after_the_good_batches():
+    reader = make_reader(Numbers(40, broken=9), shuffle=None)
+    assert slots(reader, 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    for _ in range(2):
+        with pytest.raises(StorageError, match="row 9 is broken"):
+            next(reader)
+    assert reader.state_dict()["consumed"] == 8
+    assert not threads()
+
+
+def test_threads_end_with_the_epoch_with_close_and_with_the_reader():
+    list(make_reader(Numbers(40)))
+    assert not threads()
+    reader = make_reader(Numbers(40), epochs=None)
+    next(reader)
+    assert len(threads()) == 1
+    reader.close()
+    assert not threads()
+    next(reader)
+    del reader
+    gc.collect()
+    assert not threads()
+    for _ in make_reader(Numbers(40), epochs=None):
+        break
+    gc.collect()
+    assert not threads()
+
+
+def test_an_ended_reader_stays_ended():
+    reader = make_reader(Numbers(8))
+    assert len(list(reader)) == 2
+    assert list(reader) == []
+
+
+def test_the_wait_is_measured():
+    reader = make_reader(Numbers(40))
+    list(reader)
+    assert 0 < reader.wait_seconds < 10
+
+
+def test_a_world_size_that_nobody_set_is_an_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(StorageError, match="WORLD_SIZE is 2"):
+        make_reader(Numbers(40))
+    assert make_reader(Numbers(40), rank=1, world_size=2).rank == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert make_reader(Numbers(40)).world_size == 1
+
+
+def test_torch_distributed_gives_rank_and_world_size(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/join", rank=0, world_size=1)
+    try:
+        assert make_reader(Numbers(40)).world_size == 1
+        with pytest.raises(StorageError, match="rank 0 of 1, the arguments rank 1 of 2"):
+            make_reader(Numbers(40), rank=1, world_size=2)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 5, "rank": 0, "world_size": 2}, "divisible"),
+        ({"batch_size": 41}, "exceeds the 40 records"),
+        ({"rank": 0}, "both or neither"),
+        ({"rank": 2, "world_size": 2}, r"outside 0\.\.1"),
+    ],
+)
+def test_wrong_use_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_reader(Numbers(40), **options)
+
+
+def test_float16_becomes_float32_without_rounding():
+    every = np.arange(65536, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)]
+    assert np.array_equal(
+        to_float32(finite, (-1, 1)).view(np.int32), finite.astype(np.float32).view(np.int32)
+    )
+    assert np.array_equal(to_float32(every, (-1, 1)), every.astype(np.float32), equal_nan=True)
+
+
+def test_no_record_is_lost_between_threads_of_a_real_store(make_store):
+    store = PairStore.open(make_store())
+    for _ in range(20):
+        assert sorted(flat(slots(store.batches(7, last="keep")))) == list(range(50))
