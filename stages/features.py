@@ -24,31 +24,24 @@ class FeaturesConfig(TrainingSection):
 
     images: int = 300_000
     batch_size: int = 128
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-2
+    learning_rate: float = 4e-3
+    warmup: float = 0.1
+    ema: float = 0.995
 
 
 def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
     """Train the classifier and state its accuracy on held-out images."""
     import torch
-    from torch.nn.functional import cross_entropy
 
     from nfm.trainers.checkpoint import pack_weights
-    from nfm.trainers.cnn import FeatureNet
+    from nfm.trainers.cnn import FeatureNet, classification_loss
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
-    architecture = {"image_shape": list(train.image_shape), "classes": len(train.classes)}
     torch.manual_seed(config.seed)
-    model = FeatureNet(**architecture)
-
-    def loss(model: Any, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logits = model(batch.image)
-        right = (logits.argmax(1) == batch.label).float().mean().detach()
-        return cross_entropy(logits.float(), batch.label), {"train_accuracy": right}
-
+    model = FeatureNet(train.image_shape, len(train.classes))
     batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
-    trained = fit(model, loss, batches, config, recipe(config, config.images), out, report, "images")
-    atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, architecture))
+    trained = fit(model, classification_loss, batches, config, recipe(config, config.images), out, report, "images")
+    atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, model.architecture))
 
     network = load(out, pick_device(config.device))
     images = heldout.images(range(len(heldout)))

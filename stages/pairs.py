@@ -33,7 +33,7 @@ class PairsConfig(Section):
     flips: bool = False
     seed: int = 0
     batch_size: int = 256
-    precision: Precision = "bfloat16"
+    precision: Precision = "float32"
     executor: Literal["ray", "serial"] = operational("ray")
     ray_address: str | None = operational(None)
     workers: int = operational(0, ge=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field
@@ -30,13 +31,10 @@ def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Re
     if "data" not in inputs:
         raise StageError(f"the report needs the data artifact among its inputs, it got {sorted(inputs)}")
     manifests = sections.read_manifests(inputs)
-    stores = {role: PairStore.open(path) for role, path in inputs.items() if role.split(":")[0] == "pairs"}
-    couplings = {role.partition(":")[2]: store.spec.coupling for role, store in stores.items()}
-    trained = {
-        couplings.get(role.partition(":")[2], role): path
-        for role, path in inputs.items()
-        if role.split(":")[0] == "student"
-    }
+    stores = {role: PairStore.open(inputs[role]) for role in manifests if role.split(":")[0] == "pairs"}
+    couplings = _coupling_names(stores)
+    students = [role for role in manifests if role.split(":")[0] == "student"]
+    trained = {couplings.get(role.replace("student", "pairs"), role): inputs[role] for role in students}
     evaluation = Evaluation(inputs["evaluate"], config.samples) if "evaluate" in inputs else None
 
     drawn = [("Stages", sections.stages(manifests))]
@@ -44,7 +42,7 @@ def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Re
     if "teacher" in inputs:
         drawn.append(("Teacher", sections.teacher(inputs["teacher"], manifests["teacher"], evaluation)))
     if stores:
-        named = {store.spec.coupling: store for store in stores.values()}
+        named = {couplings[role]: store for role, store in stores.items()}
         drawn.append(("Pairs", sections.pairs(named, config.seed)))
     if trained:
         drawn.append(("Students", sections.students(trained, evaluation)))
@@ -59,3 +57,12 @@ def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Re
     write_bytes(out / PAGE, content)
     report.say(f"the report is {out / PAGE}")
     return Result(payload=[PAGE], metrics={"sections": len(drawn), "bytes": len(content)})
+
+
+def _coupling_names(stores: Mapping[str, PairStore]) -> dict[str, str]:
+    """What to call each store: its coupling, and its role too where two stores share one."""
+    couplings = [store.spec.coupling for store in stores.values()]
+    return {
+        role: coupling if couplings.count(coupling) == 1 else f"{coupling} ({role})"
+        for role, coupling in zip(stores, couplings)
+    }

@@ -20,7 +20,7 @@ def _times_1000(key: str) -> Callable[[Line], float | None]:
 
 
 COLUMNS: dict[str, Callable[[Line], Any]] = {
-    "row": lambda line: line["name"],
+    "model": lambda line: line["model"],
     "coupling": lambda line: line.get("coupling"),
     "sampler": lambda line: line.get("sampler"),
     "NFE": lambda line: line.get("nfe"),
@@ -56,27 +56,16 @@ class Evaluation:
         return [f"FD-CNN, lower is better. {'; '.join(said)}."]
 
     def section(self) -> str:
-        columns = [
-            "row",
-            "coupling",
-            "sampler",
-            "NFE",
-            "guidance",
-            "samples",
-            "FD-CNN",
-            "KID × 1000",
-            "± s.e.",
-        ]
-        columns += ["images/s", "at batch", "latency, ms", "parameters"]
-        rows = [[show(line) for show in COLUMNS.values()] for line in self.rows]
+        cells = [[show(line) for show in COLUMNS.values()] for line in self.rows]
         reference = self.body.get("reference") or {}
         text = (
-            f"Distances to {reference.get('rows', 0):,} images of the {reference.get('split', 'train')} split "
-            "in the features of our own CNN: FD-CNN compares within this report only and is not FID. The "
+            f"Distances to {reference.get('rows', 0):,} images of the {reference.get('split', 'train')} split"
+            " in the features of our own CNN: FD-CNN compares within this report only and is not FID. The "
             "floor is the distance of real held-out images. Tinted: the best student at each NFE. "
             f"Measured on: {self.body.get('machine', 'unknown machine')}."
         )
-        return paragraph(text) + table(list(COLUMNS), rows, self._best()) + self._plot() + self._curvature()
+        measured = table(list(COLUMNS), cells, self._best())
+        return paragraph(text) + measured + self._plot() + self._curvature()
 
     def grids(self, model: str) -> list[str]:
         """A grid for every row of that model that has samples, by NFE, couplings beside each other."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -12,18 +13,17 @@ import numpy as np
 
 CELL_PIXELS = 56  # small images are enlarged by a whole factor to about this edge
 GAP = 2
+SIGNIFICANT, MOST_DECIMALS = 4, 6
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5d6876; --line: #dde2e9; --page: #fbfcfd;
-  --card: #fff;
-  --mark: #eaf1fd; }
+  --card: #fff; --mark: #eaf1fd; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa5b4; --line: #303846;
-  --page: #12161c;
-  --card: #191f28; --mark: #1d2b42; } }
+  --page: #12161c; --card: #191f28; --mark: #1d2b42; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
+main { max-width: 1200px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 8px; } h2 { font-size: 21px; margin: 52px 0 6px; }
 h3 { font-size: 16px; margin: 26px 0 8px; }
 p { max-width: 75ch; margin: 6px 0 12px; } .soft, figcaption { color: var(--soft); }
@@ -31,16 +31,16 @@ p { max-width: 75ch; margin: 6px 0 12px; } .soft, figcaption { color: var(--soft
 nav { margin: 16px 0 0; font-size: 14px; } nav a { color: inherit; margin-right: 16px; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 7px 12px; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; } tr:last-child td { border-bottom: 0; }
-td.n, th.n { text-align: right; white-space: nowrap; } tr.best td { background: var(--mark); }
+th, td { text-align: left; padding: 7px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; } tr:last-child td { border-bottom: 0; }
+td.n, th.n { text-align: right; } td.n, code { white-space: nowrap; } tr.best td { background: var(--mark); }
 code, pre { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 pre { overflow-x: auto; margin: 0; padding: 8px 0; }
 details { margin: 8px 0; font-size: 14px; } summary { cursor: pointer; color: var(--soft); }
 .row { display: flex; flex-wrap: wrap; gap: 20px; align-items: flex-start; margin: 12px 0; }
 figure { margin: 0; padding: 12px; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px;
-  max-width: 100%; } figcaption { font-size: 14px; margin: 0 0 8px; } figcaption b { color: var(--ink); }
+  border-radius: 8px; max-width: 100%; }
+figcaption { font-size: 14px; margin: 0 0 8px; } figcaption b { color: var(--ink); }
 img { display: block; max-width: 100%; height: auto; } img.pixels { image-rendering: pixelated; }
 """
 
@@ -78,18 +78,41 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], best: Iterable[
     lines = [list(cells) for cells in rows]
     marked = set(best)
     numeric = [any(is_number(line[i]) for line in lines) for i in range(len(columns))]
+    texts = [column_texts([line[i] for line in lines]) for i in range(len(columns))]
 
     def cell(tag: str, text: str, right: bool) -> str:
         return f"<{tag}{' class=n' if right else ''}>{text}</{tag}>"
 
     head = "".join(cell("th", escape(name), right) for name, right in zip(columns, numeric))
     body = "".join(
-        f"<tr{' class=best' if number in marked else ''}>"
-        + "".join(cell("td", _shown(value), right) for value, right in zip(line, numeric))
+        f"<tr{' class=best' if i in marked else ''}>"
+        + "".join(cell("td", text[i], right) for text, right in zip(texts, numeric))
         + "</tr>"
-        for number, line in enumerate(lines)
+        for i in range(len(lines))
     )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def column_texts(cells: Sequence[Any]) -> list[str]:
+    """The HTML of a column's cells; its fractions share as many decimals as show 4 digits of the largest."""
+    floats = [abs(float(cell)) for cell in cells if is_number(cell) and np.isfinite(cell)]
+    largest = max(floats, default=0.0)
+    decimals = SIGNIFICANT - 1 - math.floor(math.log10(largest)) if largest else 0
+    whole = all(isinstance(cell, int | np.integer) for cell in cells if is_number(cell))
+    decimals = 0 if whole else min(max(decimals, 0), MOST_DECIMALS)
+    if decimals:
+        shown = [f"{cell:.{decimals}f}" for cell in cells if is_number(cell) and np.isfinite(cell)]
+        spare = min(len(text) - len(text.rstrip("0")) for text in shown)
+        decimals = max(decimals - spare, 0)
+
+    def text(cell: Any) -> str:
+        if cell is None:
+            return "–"
+        if is_number(cell):
+            return f"{cell:,.{decimals}f}"
+        return f"<code>{escape(cell)}</code>" if isinstance(cell, Code) else escape(str(cell))
+
+    return [text(cell) for cell in cells]
 
 
 def code(text: str) -> Code:
@@ -163,14 +186,6 @@ def duration(seconds: float) -> str:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "–"
-    if is_number(value):
-        return number(value)
-    return f"<code>{escape(value)}</code>" if isinstance(value, Code) else escape(str(value))
 
 
 def _uri(kind: str, content: bytes) -> str:

@@ -41,12 +41,12 @@ DARK = Theme(
 
 
 def curves(lines: Mapping[str, Curve], x: str, y: str, alt: str) -> str:
-    """Lines over what was seen, named in a legend; dashes for a name that ends in `held-out`."""
+    """Lines over what was seen, named in a legend; `NAME training` and `NAME held-out` share a colour."""
 
     def draw(axes: Any, theme: Theme) -> None:
         for i, (name, (seen, values)) in enumerate(lines.items()):
-            # Held-out shares its colour with the training line of the same model, to be compared at a glance.
-            base, heldout = name.removesuffix(" held-out"), name.endswith("held-out")
+            base = name.removesuffix(" held-out").removesuffix(" training")
+            heldout = name.endswith(" held-out")
             style: dict[str, Any] = {"ls": "--", "marker": "o", "ms": 3} if heldout else {}
             axes.plot(seen, values, color=theme.colour(base, i), lw=1.6, label=name, **style)
         axes.set(xlabel=x, ylabel=y)
@@ -96,9 +96,9 @@ def distance_by_nfe(lines: Mapping[str, Curve], levels: Mapping[str, tuple[str, 
         axes.minorticks_off()
         axes.yaxis.set_major_locator(_log_locator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        _legend(axes, theme)
+        _legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
-    return _picture([draw], alt, inches=(6.4, 3.8))
+    return _picture([draw], alt, inches=(8.6, 3.8))
 
 
 def _picture(
@@ -130,8 +130,8 @@ def _svg(panels: Sequence[Callable[[Any, Theme], None]], theme: Theme, inches: t
     return file.getvalue()
 
 
-def _legend(axes: Any, theme: Theme) -> None:
-    axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink)
+def _legend(axes: Any, theme: Theme, **place: Any) -> None:
+    axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, **place)
 
 
 def _robust_limits(series: Sequence[Sequence[float]]) -> tuple[float, float]:

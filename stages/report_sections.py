@@ -26,7 +26,6 @@ from nfm.stages.report_page import (
 from nfm.stages.stage import Inputs, StageError
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.atomic import read_json
-from nfm.storage.generations import newest
 from nfm.storage.order import permute
 
 SHORT_FINGERPRINT = 12
@@ -47,11 +46,9 @@ def stages(manifests: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         for role, manifest in manifests.items()
     ]
-    configs = [
-        folded(f"{role}: resolved config", json.dumps(manifest.get("config") or {}, indent=2, sort_keys=True))
-        for role, manifest in manifests.items()
-    ]
-    return table(["stage", "fingerprint", "content", "time", "key figures"], rows) + "".join(configs)
+    configs = {role: manifest.get("config") or {} for role, manifest in manifests.items()}
+    resolved = folded("Resolved configs", json.dumps(configs, indent=2))
+    return table(["stage", "fingerprint", "content", "time", "key figures"], rows) + resolved
 
 
 def data(root: Path, manifest: Mapping[str, Any], samples: int, seed: int) -> str:
@@ -70,9 +67,9 @@ def data(root: Path, manifest: Mapping[str, Any], samples: int, seed: int) -> st
 
 def teacher(root: Path, manifest: Mapping[str, Any], evaluation: Evaluation | None) -> str:
     lines = read_lines(root / "metrics.jsonl")
-    bits = {"teacher": _curve(lines, "train_bpd"), "teacher held-out": _curve(lines, "heldout_bpd")}
+    bits = {"teacher training": _curve(lines, "train_bpd"), "teacher held-out": _curve(lines, "heldout_bpd")}
     if not any(seen for seen, _ in bits.values()):
-        bits = {"teacher": _curve(lines, "loss")}
+        bits = {"teacher training": _curve(lines, "loss")}
         unit = "loss (nats per dimension)"
     else:
         unit = "bits per dimension"
@@ -80,7 +77,8 @@ def teacher(root: Path, manifest: Mapping[str, Any], evaluation: Evaluation | No
     plot = plots.curves({name: curve for name, curve in bits.items() if curve[0]}, "images seen", unit, alt)
     figures = [figure(plot, "Training and held-out", "a gap that opens is overfitting")] if lines else []
     grids = evaluation.grids("teacher") if evaluation else []
-    return row(figures) + (heading("Samples") + row(grids) if grids else "")
+    text = paragraph(_key_figures(manifest.get("metrics") or {}))
+    return text + row(figures) + (heading("Samples") + row(grids) if grids else "")
 
 
 def pairs(stores: Mapping[str, PairStore], seed: int) -> str:
@@ -132,16 +130,11 @@ def students(roots: Mapping[str, Path], evaluation: Evaluation | None) -> str:
 
 
 def read_manifests(inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """The manifest of every input in pipeline order; of a store, its newest generation's."""
+    """The manifest of every input in pipeline order; of a store, the pinned generation's."""
     found = {}
     for role in sorted(inputs, key=lambda role: (ORDER.index(role.split(":")[0]), role)):
         if role.split(":")[0] == "pairs":
-            sealed = newest(inputs[role])
-            if sealed is None:
-                raise StageError(
-                    f"{inputs[role]}: this pair store has no sealed generation: run the pairs stage"
-                )
-            found[role] = sealed[1]
+            found[role] = dict(PairStore.open(inputs[role]).manifest)
         else:
             found[role] = read_json(inputs[role] / "manifest.json")
     return found

@@ -30,7 +30,7 @@ class TrainingSection(Section):
     weight_decay: float = 1e-4
     clip: float = 1.0
     ema: float = 0.999
-    precision: Precision = "bfloat16"
+    precision: Precision = "float32"
     device: str = operational("auto")
     save_every: int = operational(20_000)
     log_every: int = operational(5_000)

@@ -29,11 +29,12 @@ class Block(nn.Module):
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         """Tokens h [B, T, width], condition [B, 1, width] -> [B, T, width]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(condition).chunk(6, dim=-1)
-        qkv = self.qkv(_modulate(self.attention_norm(h), shift_a, scale_a))
-        query, key, value = qkv.unflatten(-1, (3, -1, self.head_size)).transpose(1, 3).unbind(2)
+        parts = self.qkv(_modulate(self.attention_norm(h), shift_a, scale_a)).chunk(3, dim=-1)
+        # [B, heads, T, head_size] each, views
+        query, key, value = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         h = torch.addcmul(h, gate_a, self.project(attended))
-        hidden = F.gelu(self.expand(_modulate(self.mlp_norm(h), shift_m, scale_m)), approximate="tanh")
+        hidden = F.gelu(self.expand(_modulate(self.mlp_norm(h), shift_m, scale_m)))
         return torch.addcmul(h, gate_m, self.contract(hidden))
 
 

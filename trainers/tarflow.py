@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 Cache = tuple[Tensor, Tensor]  # keys and values of one layer, [B, heads, T, head_size]
 
 
@@ -31,8 +30,9 @@ class Layer(nn.Module):
 
     def forward(self, h: Tensor, cache: Cache | None = None, position: int = 0) -> Tensor:
         """h [B, T, C] -> [B, T, C]; with a cache, h [B, 1, C] is token `position` alone."""
-        heads = self.qkv(self.attention_norm(h)).unflatten(-1, (3, -1, self.head_size))
-        query, key, value = heads.transpose(1, 3).unbind(2)  # [B, heads, T, head_size], views
+        parts = self.qkv(self.attention_norm(h)).chunk(3, dim=-1)
+        # [B, heads, T, head_size] each, views
+        query, key, value = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)
         if cache is None:
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:

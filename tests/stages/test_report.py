@@ -13,7 +13,7 @@ import pytest
 
 from nfm.stages import data, report
 from nfm.stages.report import ReportConfig
-from nfm.stages.report_page import duration, number
+from nfm.stages.report_page import column_texts, duration, number
 from nfm.stages.stage import StageError
 from nfm.storage import ImageDataset, StorageError, StoreSpec, commits, generations
 from nfm.storage.atomic import write_json
@@ -181,11 +181,11 @@ def test_every_sampler_has_a_row_and_a_grid(html: str) -> None:
     for coupling in ("nfm", "independent"):
         for nfe, sampler in NFE.items():
             assert f"{coupling} student, {sampler.capitalize()}, NFE {nfe}</b>" in html
-            assert f"<td>student-{coupling}-{sampler}-{nfe}</td>" in html
+            assert f"<td>student</td><td>{coupling}</td><td>{sampler}</td><td class=n>{nfe}</td>" in html
     assert "<td>floor</td>" in html
     assert "teacher, inverse+score, guidance 1.5" in html
     assert "3,400,000" in html
-    assert html.count("<tr class=best><td>student-nfm") == 4
+    assert html.count("<tr class=best><td>student</td><td>nfm</td>") == 4
 
 
 def test_pairs_show_images_noise_and_moments_of_both_couplings(html: str) -> None:
@@ -238,3 +238,12 @@ def test_missing_inputs_are_named(inputs: dict[str, Path], tmp_path: Path) -> No
 )
 def test_figures_read_as_people_write_them(show: Callable[[float], str], value: float, text: str) -> None:
     assert show(value) == text
+
+
+def test_a_columns_fractions_share_their_decimals() -> None:
+    assert column_texts([2.387, 0.8, 11.44, None]) == ["2.39", "0.80", "11.44", "–"]
+    assert column_texts([1.5, 1.5]) == ["1.5", "1.5"]
+    assert column_texts([0.0181, 0.0386]) == ["0.0181", "0.0386"]
+    assert column_texts([3_400_000, None]) == ["3,400,000", "–"]
+    assert column_texts([0.5, float("nan")]) == ["0.5", "nan"]
+    assert column_texts(["<b>", True]) == ["&lt;b&gt;", "True"]
