@@ -68,7 +68,7 @@ class Artifact:
 
 
 def find(reference: str | Path) -> Artifact:
-    """The artifact that a user names: a folder, a manifest file, `stage/fingerprint`, or a unique fingerprint prefix."""
+    """The artifact that a user names: a folder, a manifest file, `stage/fingerprint`, or a unique prefix of one."""
     root, text = artifacts_root(), str(reference)
     for path in (Path(text), root / text):
         if path.is_file() and path.name.startswith("manifest"):
@@ -112,7 +112,12 @@ def publish(path: Path, result: Result, provenance: dict[str, Any]) -> dict[str,
         **provenance,
         "content_digest": content,
         "files": [
-            {"path": name, "bytes": digests[name][1], "sha256": digests[name][0], "payload": name in result.payload}
+            {
+                "path": name,
+                "bytes": digests[name][1],
+                "sha256": digests[name][0],
+                "payload": name in result.payload,
+            }
             for name in names
         ],
         "metrics": result.metrics,

@@ -98,7 +98,10 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int) -> Audited:
 def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, Any]) -> list[Finding]:
     """Recompute the fingerprint and the content digest, and ask the inputs whether they still are what was read."""
     findings = []
-    path, again = str(artifact.path / artifact.manifest_name), "make the artifact again: remove its folder, run its stage"
+    path, again = (
+        str(artifact.path / artifact.manifest_name),
+        "make the artifact again: remove its folder, run its stage",
+    )
     contents = {role: reference["content_digest"] for role, reference in spec["inputs"].items()}
     key = fingerprint(spec["stage"], spec["version"], spec["config"], {**contents, **spec["external"]})
     if not (key == spec["fingerprint"] == body["fingerprint"] and key.startswith(artifact.path.name)):
@@ -112,7 +115,9 @@ def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, An
             findings.append(Finding(path, problem, "restore that artifact or run its stage again"))
         elif found.manifest()["content_digest"] != contents[role]:
             problem = f"input {role}, {found.name}, holds other content than was read"
-            findings.append(Finding(path, problem, f"restore {found.name}; what was made from it cannot be vouched for"))
+            findings.append(
+                Finding(path, problem, f"restore {found.name}; what was made from it cannot be vouched for")
+            )
     return findings
 
 

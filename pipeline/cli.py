@@ -7,6 +7,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +16,9 @@ from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.lock import Held
 from nfm.stages.stage import StageError, Stopped
 from nfm.storage.errors import StorageError
+
+if TYPE_CHECKING:
+    from nfm.pipeline.audit import Level
 
 STAGE_NAMES = ["data", "features", "teacher", "pairs", "student", "evaluate", "report"]
 
@@ -74,7 +78,7 @@ def status(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--sample", default=300, show_default=True, help="Pairs of each store that --deep takes.")
 @json_option
 def audit(
-    artifact: str | None, config_path: str | None, overrides: tuple[str, ...], level: str | None, sample: int,
+    artifact: str | None, config_path: str | None, overrides: tuple[str, ...], level: Level | None, sample: int,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Prove that artifacts are what their manifests say, back to the data; exit 1 on any finding."""
@@ -101,7 +105,9 @@ def lineage(artifact: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--pairs", "store", required=True, metavar="STORE", help="The pair store: its folder or a manifest in it.")
+@click.option(
+    "--pairs", "store", required=True, metavar="STORE", help="The pair store: its folder or a manifest in it."
+)
 @config_option
 @set_option
 def student(store: str, config_path: str, overrides: tuple[str, ...]) -> None:

@@ -123,4 +123,3 @@ def _source(config: Any) -> dict[str, Any]:
 def optional(stage: ModuleType, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
     """A stage's own answer where it gives one."""
     return getattr(stage, name, default)
-

@@ -65,7 +65,7 @@ class Lock:
         if not self._dead(seen):
             deadline = time.monotonic() + self.stale_seconds
             while True:
-                if seen["space"] == self._body["space"] or time.monotonic() < deadline and self._moved(seen):
+                if seen["space"] == self._body["space"] or (time.monotonic() < deadline and self._moved(seen)):
                     raise Held(
                         f"{self.path.parent}: {seen['command']!r} on {seen['host']} (process {seen['pid']}, since "
                         f"{seen['since']}) is working on it; wait for it or stop it, then run this again"

@@ -68,7 +68,18 @@ def store_info(artifact: Artifact) -> Row:
     """A store's recipe and the figures of its pinned generation."""
     body, recipe = artifact.manifest(), artifact.spec["store"]
     fields = ", ".join(f"{field['name']} {field['dtype']}{field['shape']}" for field in recipe["fields"])
-    plain = ("coupling", "codec", "rows", "rows_per_shard", "eta", "sigma_f", "seed", "flips", "teacher", "source")
+    plain = (
+        "coupling",
+        "codec",
+        "rows",
+        "rows_per_shard",
+        "eta",
+        "sigma_f",
+        "seed",
+        "flips",
+        "teacher",
+        "source",
+    )
     return {
         "store": artifact.name,
         "generations": ", ".join(path.name for path in sorted(artifact.path.glob("manifest.g*.json"))),

@@ -24,14 +24,19 @@ def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None)
     """Bring `target` and its inputs to completion, inputs first; what is complete is only named."""
     stop = stop or StopRequest()
     with stop.listening():
-        for node in upstream(nodes, target):
-            artifact = node.artifact()
-            if artifact is None:
-                raise ArtifactError(f"{node.name}: an input vanished while the run went on; run it again")
-            if artifact.done:
-                click.echo(f"{node.name}: {artifact.name} is up to date ({headline(artifact)})", err=True)
-            else:
-                _execute(node, artifact, stop)
+        made = [_bring(node, stop) for node in upstream(nodes, target)]
+    return made[-1]
+
+
+def _bring(node: Node, stop: StopRequest) -> Artifact:
+    """The node's finished artifact, made now where it is missing."""
+    artifact = node.artifact()
+    if artifact is None:
+        raise ArtifactError(f"{node.name}: an input vanished while the run went on; run it again")
+    if artifact.done:
+        click.echo(f"{node.name}: {artifact.name} is up to date ({headline(artifact)})", err=True)
+    else:
+        _execute(node, artifact, stop)
     return artifact
 
 

@@ -37,7 +37,13 @@ def student_flops(image_shape: list[int], config: Any) -> float:
 def describe(flops: float) -> dict[str, str]:
     """FLOPs and the time that they take here, as a plan shows them."""
     seconds = flops / (matrix_rate() * EFFICIENCY)
-    taken = f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min" if seconds > 90 else f"{seconds:.0f} s"
+    taken = (
+        f"{seconds / 3600:.1f} h"
+        if seconds > 5400
+        else f"{seconds / 60:.1f} min"
+        if seconds > 90
+        else f"{seconds:.0f} s"
+    )
     return {"FLOPs": f"{flops:.2g}", "here": f"about {taken}"}
 
 

@@ -79,9 +79,7 @@ def open_source(config: DataConfig) -> Source:
         return Idx(config.path, config.debian_package, config.average, config.classes)
     if config.source == "npz":
         return Npz(config.path, config.average, config.classes)
-    return ImageFolder(
-        config.path, config.image_size, config.channels, config.average, config.classes, config.threads
-    )
+    return ImageFolder(config.path, config.image_size, config.channels, config.average, config.classes, config.threads)
 
 
 def source_identity(config: DataConfig) -> dict[str, Any]:
@@ -125,9 +123,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
         train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])
         if not len(train):
-            raise StageError(
-                f"none of the {len(own)} training images can be used: see rejected.parquet in {out}"
-            )
+            raise StageError(f"none of the {len(own)} training images can be used: see rejected.parquet in {out}")
         writer = DatasetWriter(out, about["name"], image_shape, classes, config.rows_per_shard)
         for split, positions, done in (("train", train, 0), ("heldout", heldout, len(train))):
             chunks = _chunks(source, loaded.images, rows, positions)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nfm.stages.stage import Inputs, Reporter, Result
-from nfm.stages.training import CHECKPOINT, METRICS, WEIGHTS, TrainingSection, fit, pick_device, read_weights, recipe
+from nfm.stages.training import (
+    CHECKPOINT,
+    METRICS,
+    WEIGHTS,
+    TrainingSection,
+    fit,
+    pick_device,
+    read_weights,
+    recipe,
+)
 from nfm.storage import ImageDataset, atomic
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from nfm.trainers.cnn import FeatureNet
@@ -38,14 +48,15 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
     torch.manual_seed(config.seed)
-    model = FeatureNet(train.image_shape, len(train.classes))
+    channels, height, width = train.image_shape
+    model = FeatureNet((channels, height, width), len(train.classes))
     batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
     trained = fit(model, classification_loss, batches, config, recipe(config, config.images), out, report, "images")
     atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, model.architecture))
 
     network = load(out, pick_device(config.device))
-    images = heldout.images(range(len(heldout)))
-    accuracy = float((_forward(network, images, "logits").argmax(1) == heldout.labels(range(len(heldout)))).mean())
+    rows = np.arange(len(heldout))
+    accuracy = float((_forward(network, heldout.images(rows), "logits").argmax(1) == heldout.labels(rows)).mean())
     metrics = {"heldout_accuracy": round(accuracy, 4), "heldout_images": len(heldout), **_size(network)}
     return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
 

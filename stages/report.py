@@ -22,7 +22,7 @@ PAGE = "report.html"
 class ReportConfig(Section):
     """[report]: what the page shows."""
 
-    samples: int = Field(64, ge=1)
+    samples: int = Field(default=64, ge=1)
     seed: int = 0
 
 

@@ -99,27 +99,17 @@ class Evaluation:
             distance.append(line["fd_cnn"])
         if not lines:
             return ""
-        levels = {
-            _row_title(line): (line["model"], line["fd_cnn"])
-            for line in self.rows
-            if line["model"] != "student"
-        }
+        levels = {_row_title(line): (line["model"], line["fd_cnn"]) for line in self.rows if line["model"] != "student"}
         plot = plots.distance_by_nfe(lines, levels, "FD-CNN against NFE by coupling")
-        return row(
-            [figure(plot, "FD-CNN against NFE", "Euler at 5 and below, Heun above; both axes logarithmic")]
-        )
+        return row([figure(plot, "FD-CNN against NFE", "Euler at 5 and below, Heun above; both axes logarithmic")])
 
     def _curvature(self) -> str:
         lines = self.body.get("curvature") or []
         if not lines:
             return ""
         columns = ["model", "coupling", "curvature", "Euler steps", "trajectories"]
-        rows = [
-            [line[key] for key in ("model", "coupling", "value", "steps", "trajectories")] for line in lines
-        ]
-        text = (
-            "Mean squared deviation of velocity from the straight line along generated paths; 0 is straight."
-        )
+        rows = [[line[key] for key in ("model", "coupling", "value", "steps", "trajectories")] for line in lines]
+        text = "Mean squared deviation of velocity from the straight line along generated paths; 0 is straight."
         return heading("Curvature") + paragraph(text) + table(columns, rows)
 
 

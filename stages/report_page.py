@@ -49,8 +49,7 @@ def page(title: str, lead: Iterable[str], sections: Sequence[tuple[str, str]]) -
     """The whole document; `sections` are (heading, html body) in order, and the navigation names them."""
     links = "".join(f'<a href="#{_anchor(heading)}">{escape(heading)}</a>' for heading, _ in sections)
     bodies = "\n".join(
-        f'<section id="{_anchor(heading)}"><h2>{escape(heading)}</h2>\n{body}\n</section>'
-        for heading, body in sections
+        f'<section id="{_anchor(heading)}"><h2>{escape(heading)}</h2>\n{body}\n</section>' for heading, body in sections
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

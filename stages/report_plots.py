@@ -85,9 +85,7 @@ def distance_by_nfe(lines: Mapping[str, Curve], levels: Mapping[str, tuple[str, 
 
     def draw(axes: Any, theme: Theme) -> None:
         for i, (name, (nfe, distance)) in enumerate(lines.items()):
-            axes.plot(
-                nfe, distance, color=theme.colour(name, i), lw=1.8, marker="o", ms=5, label=f"{name} student"
-            )
+            axes.plot(nfe, distance, color=theme.colour(name, i), lw=1.8, marker="o", ms=5, label=f"{name} student")
         for i, (label, (name, value)) in enumerate(levels.items()):
             axes.axhline(value, color=theme.colour(name, i), lw=1.2, ls=("--", ":", "-.")[i % 3], label=label)
         ticks = sorted({step for nfe, _ in lines.values() for step in nfe})

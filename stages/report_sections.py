@@ -23,7 +23,7 @@ from nfm.stages.report_page import (
     row,
     table,
 )
-from nfm.stages.stage import Inputs, StageError
+from nfm.stages.stage import Inputs
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.atomic import read_json
 from nfm.storage.order import permute
@@ -56,9 +56,7 @@ def data(root: Path, manifest: Mapping[str, Any], samples: int, seed: int) -> st
     about = manifest.get("dataset") or {}
     chosen = permute(np.arange(min(samples, len(train))), len(train), f"report/{seed}")
     shape = " x ".join(map(str, train.image_shape))
-    text = (
-        f"{about.get('name', 'images')}: {len(train):,} training images of {shape} (channels, height, width)."
-    )
+    text = f"{about.get('name', 'images')}: {len(train):,} training images of {shape} (channels, height, width)."
     if about:
         text += f" Licence: {about.get('licence')}. Origin: {about.get('origin')}."
     picture = image_grid(train.images(chosen), "training images")
@@ -120,9 +118,7 @@ def students(roots: Mapping[str, Path], evaluation: Evaluation | None) -> str:
     figures = []
     if losses:
         plot = plots.curves(losses, "pairs seen", "flow-matching loss", "students' losses over pairs seen")
-        figures.append(
-            figure(plot, "Students' losses", "of each one's own pairs, so levels differ by coupling")
-        )
+        figures.append(figure(plot, "Students' losses", "of each one's own pairs, so levels differ by coupling"))
     body = row(figures)
     if evaluation and (grids := evaluation.grids("student")):
         body += heading("Samples by NFE") + row(grids)

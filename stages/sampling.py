@@ -96,9 +96,7 @@ def draw(
             yield decode(noise, labels).float().cpu().numpy()
 
 
-def initial(
-    source: ImageDataset, slots: np.ndarray, seed: int, device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
+def initial(source: ImageDataset, slots: np.ndarray, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Initial noises [B, C, H, W] and labels [B] of samples number `slots`."""
     import torch
 

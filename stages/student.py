@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from nfm.stages import costs
 from nfm.stages.stage import Inputs, Reporter, Result
-from nfm.stages.training import CHECKPOINT, METRICS, WEIGHTS, TrainingSection, fit, pick_device, read_weights, recipe
+from nfm.stages.training import (
+    CHECKPOINT,
+    METRICS,
+    WEIGHTS,
+    TrainingSection,
+    fit,
+    pick_device,
+    read_weights,
+    recipe,
+)
 from nfm.storage import PairStore, atomic
 
 if TYPE_CHECKING:
@@ -43,7 +52,7 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     from nfm.trainers.sit import SiT
 
     store = PairStore.open(inputs["pairs"])
-    architecture = {
+    architecture: dict[str, Any] = {
         "image_shape": list(store.spec.image_shape), "classes": store.spec.classes or 0, "patch": config.patch,
         "width": config.width, "depth": config.depth, "head_size": config.head_size,
     }  # fmt: skip

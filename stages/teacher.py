@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from nfm.stages import costs
 from nfm.stages.stage import Inputs, Reporter, Result
@@ -58,7 +60,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
     device = pick_device(config.device)
-    architecture = {
+    architecture: dict[str, Any] = {
         "image_shape": list(train.image_shape), "classes": len(train.classes), "patch": config.patch,
         "channels": config.channels, "blocks": config.blocks, "layers": config.layers, "head_size": config.head_size,
     }  # fmt: skip
@@ -87,7 +89,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     plan = recipe(config, config.images)
     trained = fit(model, loss, batches, config, plan, out, report, "images", measure)
 
-    averaged: TarFlow = trained.ema
+    averaged = cast("TarFlow", trained.ema)
     rows = range(min(len(train), config.sigma_rows))
     power, train_bpd = likelihood(averaged, train, rows, config)
     _, heldout_bpd = likelihood(averaged, heldout, range(min(len(heldout), config.sigma_rows)), config)
@@ -138,14 +140,14 @@ def likelihood(
     power = nats = 0.0
     with torch.inference_mode(), precision_context(device.type, config.precision):
         for start in range(0, len(rows), batch_size):
-            part = list(rows[start : start + batch_size])
+            part = np.asarray(rows[start : start + batch_size])
             image = torch.from_numpy(split.to_float(split.images(part)))
             eps = philox.normals(config.seed, 0, part, image[0].numel(), purpose="sigma").reshape(image.shape)
             noised = (image + config.eta * torch.from_numpy(eps)).to(device)
             z, logdet = model.encode(noised, torch.from_numpy(split.labels(part)).to(device))
             power += z.double().square().flatten(1).mean(1).sum().item()
             nats += nll_per_dim(z, logdet).double().sum().item()
-    return power / len(rows), float(bits_per_dim(nats / len(rows)))
+    return power / len(rows), bits_per_dim(torch.tensor(nats / len(rows), dtype=torch.float64)).item()
 
 
 def precision_context(device_type: str, precision: Precision) -> Any:
@@ -163,7 +165,7 @@ def _draw_samples(model: TarFlow, architecture: dict[str, Any], config: TeacherC
     from nfm.stages.pictures import save_grid
 
     device = next(model.parameters()).device
-    slots = list(range(64))
+    slots = np.arange(64)
     shape = architecture["image_shape"]
     eps = philox.normals(config.seed, 0, slots, shape[0] * shape[1] * shape[2], purpose="samples")
     labels = torch.arange(64, device=device) % max(architecture["classes"], 1)

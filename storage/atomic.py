@@ -54,9 +54,7 @@ def hash_file(path: str | Path) -> tuple[str, int]:
                 sha.update(chunk)
                 size += len(chunk)
     except OSError as error:
-        raise StorageError(
-            f"{path}: cannot read ({error.strerror}); restore it or run `nfm audit`"
-        ) from error
+        raise StorageError(f"{path}: cannot read ({error.strerror}); restore it or run `nfm audit`") from error
     return sha.hexdigest(), size
 
 

@@ -102,9 +102,7 @@ def write_shard(
     not finite, and when the disk is full; nothing is left behind then. Moments are of the noise as stored.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-]+", attempt):
-        raise StorageError(
-            f"attempt {attempt!r}: use letters, digits, - and _ only, it becomes part of file names"
-        )
+        raise StorageError(f"attempt {attempt!r}: use letters, digits, - and _ only, it becomes part of file names")
     begin = time.monotonic()
     root, name, slots = Path(root), shard_name(draw, shard), spec.slots_of(shard)
     earlier = read(root, name)
@@ -158,9 +156,7 @@ def publish(root: str | Path, commit: Commit) -> Commit:
         return commit
     winner = read(root, commit.name)
     if winner is None:
-        raise StorageError(
-            f"{commit_path(root, commit.name)}: vanished while it was read; who removes commits?"
-        )
+        raise StorageError(f"{commit_path(root, commit.name)}: vanished while it was read; who removes commits?")
     if winner.attempt != commit.attempt:
         for file in (commit.payload, commit.index):
             (root / file).unlink(missing_ok=True)
@@ -179,9 +175,7 @@ def read(root: str | Path, name: str) -> Commit | None:
         return None
     body = read_json(path)
     if int(body.get("format", FORMAT)) > FORMAT:
-        raise NewerSchema(
-            f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one"
-        )
+        raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
     known = {field.name for field in dataclasses.fields(Commit)}
     try:
         commit = Commit(**{key: value for key, value in body.items() if key in known})
@@ -190,9 +184,7 @@ def read(root: str | Path, name: str) -> Commit | None:
             f"{path}: no complete commit ({error}); set it aside and run the pairs stage again"
         ) from error
     if commit.name != name:
-        raise StorageError(
-            f"{path}: is the commit of {commit.name}; set it aside and run the pairs stage again"
-        )
+        raise StorageError(f"{path}: is the commit of {commit.name}; set it aside and run the pairs stage again")
     return commit
 
 
@@ -220,7 +212,5 @@ def _fields_of(path: Path, spec: StoreSpec, chunk: Mapping[str, Array], start: i
         arrays["noise"] = arrays["noise"].astype(spec.codec, copy=False)
     slot = arrays["slot"]
     if not np.array_equal(slot, np.arange(start, start + len(slot))):
-        raise StorageError(
-            f"{path}: slots {slot[:3]}... where {start} was next; write them in the order of the slots"
-        )
+        raise StorageError(f"{path}: slots {slot[:3]}... where {start} was next; write them in the order of the slots")
     return arrays

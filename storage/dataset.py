@@ -86,13 +86,9 @@ class DatasetWriter:
                     written += end - at
                     piece, at = (piece, end) if end < len(keys) else (next(pieces, None), 0)
                 if shard.written < records:
-                    raise StorageError(
-                        f"{self.root}: {split} ended after {written} records, {rows} were announced"
-                    )
+                    raise StorageError(f"{self.root}: {split} ended after {written} records, {rows} were announced")
                 payload = shard.close()
-            shards.append(
-                {"file": file, "records": records, "sha256": payload.sha256, "bytes": payload.bytes}
-            )
+            shards.append({"file": file, "records": records, "sha256": payload.sha256, "bytes": payload.bytes})
         if piece is not None:
             raise StorageError(f"{self.root}: {split} has more records than the {rows} announced")
         self._write_table(f"{split}.parquet", pa.concat_tables([_TABLE.empty_table(), *tables]))
@@ -134,8 +130,7 @@ class DatasetWriter:
             labels = np.asarray(labels, np.int64)
             if not len(images) == len(labels) == len(keys):
                 raise StorageError(
-                    f"{self.root}: {split} got {len(images)} images, {len(labels)} labels "
-                    f"and {len(keys)} keys"
+                    f"{self.root}: {split} got {len(images)} images, {len(labels)} labels and {len(keys)} keys"
                 )
             low, high = (0, len(self._classes) - 1) if self._classes else (-1, -1)
             wrong = np.flatnonzero((labels < low) | (labels > high))
@@ -188,8 +183,7 @@ class ImageDataset:
         body = read_json(root / DATASET)
         if body.get("format", FORMAT) > FORMAT:
             raise NewerSchema(
-                f"{root / DATASET}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; "
-                "install a newer one"
+                f"{root / DATASET}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one"
             )
         if "digest" not in body or "splits" not in body:
             raise StorageError(f"{root / DATASET}: no dataset of the data stage; run `nfm run data` again")
@@ -234,9 +228,7 @@ class ImageDataset:
         prefetch: bool = True,
     ) -> BatchReader:
         """Batches without noise, endless by default; the options are those of `PairStore.batches`."""
-        order = Order(
-            self.order_key, len(self), self._shards.rows_per_shard, seed, batch_size, shuffle, window, last
-        )
+        order = Order(self.order_key, len(self), self._shards.rows_per_shard, seed, batch_size, shuffle, window, last)
         return BatchReader(
             self,
             order,

@@ -24,9 +24,7 @@ def manifest_path(root: str | Path, generation: int) -> Path:
 
 def numbers(root: str | Path) -> list[int]:
     """The sealed generations of a store, ascending."""
-    found = (
-        re.fullmatch(r"manifest\.g(\d{4,})\.json", path.name) for path in Path(root).glob("manifest.g*.json")
-    )
+    found = (re.fullmatch(r"manifest\.g(\d{4,})\.json", path.name) for path in Path(root).glob("manifest.g*.json"))
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -40,14 +38,10 @@ def load(root: str | Path, generation: int) -> dict[str, Any]:
     path = manifest_path(root, generation)
     if not path.exists():
         listed = ", ".join(map(str, numbers(root))) or "none"
-        raise StorageError(
-            f"{path}: no such generation (sealed: {listed}); choose one of these or seal the store"
-        )
+        raise StorageError(f"{path}: no such generation (sealed: {listed}); choose one of these or seal the store")
     body = read_json(path)
     if int(body.get("format", FORMAT)) > FORMAT:
-        raise NewerSchema(
-            f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one"
-        )
+        raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
     missing = {"generation", "draws", "order_key", "content_digest", "records", "shards"} - set(body)
     if missing:
         raise StorageError(f"{path}: no manifest of a pair store, it lacks {', '.join(sorted(missing))}")
@@ -104,9 +98,7 @@ def build(root: str | Path, spec: StoreSpec, draws: int) -> dict[str, Any]:
             }
             for part in parts
         ],
-        "moments": pool(
-            (part.records * math.prod(spec.field("noise").shape), part.moments) for part in parts
-        ),
+        "moments": pool((part.records * math.prod(spec.field("noise").shape), part.moments) for part in parts),
     }
     last = newest(root)
     if last is not None and all(last[1].get(key) == body[key] for key in body if key != "generation"):

@@ -54,15 +54,10 @@ def index_rows(draw: int, arrays: Mapping[str, Array]) -> pa.Table:
     }
     for name, values in columns.items():
         if len(values) != count:
-            raise StorageError(
-                f"index column {name!r}: {len(values)} values for {count} records; give one a record"
-            )
+            raise StorageError(f"index column {name!r}: {len(values)} values for {count} records; give one a record")
     # from_pandas=False: pyarrow would turn NaN into null.
     return pa.table(
-        {
-            name: pa.array(values, INDEX_SCHEMA.field(name).type, from_pandas=False)
-            for name, values in columns.items()
-        },
+        {name: pa.array(values, INDEX_SCHEMA.field(name).type, from_pandas=False) for name, values in columns.items()},
         schema=INDEX_SCHEMA,
     )
 
@@ -83,6 +78,4 @@ def read_index(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
     except FileNotFoundError as error:
         raise MissingShard(f"{path}: the index part is missing; run `nfm audit` on its store") from error
     except (pa.ArrowException, OSError) as error:
-        raise CorruptShard(
-            f"{path}: cannot be read as Parquet ({error}); run `nfm audit` on its store"
-        ) from error
+        raise CorruptShard(f"{path}: cannot be read as Parquet ({error}); run `nfm audit` on its store") from error

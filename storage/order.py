@@ -51,9 +51,7 @@ def _round_keys(key: str | bytes) -> npt.NDArray[np.uint64]:
     return np.frombuffer(stream, "<u8").astype(np.uint64)
 
 
-def _feistel(
-    values: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.uint64]:
+def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """A bijection of 0..2^bits-1; the halves differ by one bit when `bits` is odd."""
     widths = (bits // 2, bits - bits // 2)
     low = np.uint64(widths[0])

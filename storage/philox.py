@@ -26,9 +26,7 @@ _SIN = [(-1.0) ** k / math.factorial(2 * k + 1) for k in range(10)]
 _COS = [(-1.0) ** k / math.factorial(2 * k) for k in range(11)]
 
 
-def words(
-    seed: int, draw: int, slots: npt.NDArray[np.int64], count: int, purpose: str
-) -> npt.NDArray[np.uint64]:
+def words(seed: int, draw: int, slots: npt.NDArray[np.int64], count: int, purpose: str) -> npt.NDArray[np.uint64]:
     """The first `count` 64-bit words of each record's stream: uint64 [n, count]."""
     if not 0 <= seed < _WORD:
         raise ValueError(f"seed {seed} is outside 0..2^64-1")

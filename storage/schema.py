@@ -153,15 +153,11 @@ class StoreSpec:
             )
             return cls(**values)
         except (KeyError, TypeError) as error:
-            raise StorageError(
-                f"store spec: incomplete or of another kind ({error}); is it a pair store?"
-            ) from error
+            raise StorageError(f"store spec: incomplete or of another kind ({error}); is it a pair store?") from error
 
 
 def _newer(found: int) -> NewerSchema:
-    return NewerSchema(
-        f"store spec: format {found}, this nfm-pairs reads up to {FORMAT}; install a newer nfm-pairs"
-    )
+    return NewerSchema(f"store spec: format {found}, this nfm-pairs reads up to {FORMAT}; install a newer nfm-pairs")
 
 
 def read_spec(root: str | Path) -> StoreSpec:
@@ -183,9 +179,7 @@ def write_spec(root: str | Path, spec: StoreSpec) -> None:
 def shard_name(draw: int, shard: int) -> str:
     """The name of a shard, of fixed width: d000-s00012."""
     if not (0 <= draw < 1000 and 0 <= shard < 100_000):
-        raise StorageError(
-            f"draw {draw}, shard {shard}: names end at draw 999 and shard 99999; use larger shards"
-        )
+        raise StorageError(f"draw {draw}, shard {shard}: names end at draw 999 and shard 99999; use larger shards")
     return f"d{draw:03d}-s{shard:05d}"
 
 

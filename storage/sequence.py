@@ -49,13 +49,9 @@ class ShardSequence:
 
     def empty(self, names: Sequence[str], records: int) -> dict[str, Array]:
         """Arrays [records, *shape] in the stored dtypes, to gather into."""
-        return {
-            name: np.empty((records, *self.fields[name].shape), self.fields[name].dtype) for name in names
-        }
+        return {name: np.empty((records, *self.fields[name].shape), self.fields[name].dtype) for name in names}
 
-    def gather(
-        self, names: Sequence[str], rows: Array, out: Mapping[str, Array] | None = None
-    ) -> dict[str, Array]:
+    def gather(self, names: Sequence[str], rows: Array, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """The records at `rows` (any order, [n] integers) as arrays [n, *shape], in `out` if given.
 
         Raises IndexError for a row outside, MissingShard or CorruptShard (naming the file) for a bad file.
@@ -85,9 +81,7 @@ class ShardSequence:
         field = self.fields[name]
         shape = (records, *field.shape)
         if out.shape != shape or out.dtype != np.dtype(field.dtype) or not out.flags.c_contiguous:
-            raise ValueError(
-                f"out[{name!r}] is {out.dtype} {out.shape}: pass a contiguous {field.dtype} {shape}"
-            )
+            raise ValueError(f"out[{name!r}] is {out.dtype} {out.shape}: pass a contiguous {field.dtype} {shape}")
 
     def shard(self, number: int) -> MappedShard:
         """The mapped file of shard `number`."""

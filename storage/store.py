@@ -107,9 +107,7 @@ class PairStore:
         numpy's, or torch tensors on `device`. A batch is valid until the next one is asked for, unless
         `copy=True`.
         """
-        order = Order(
-            self.order_key, len(self), self.spec.rows_per_shard, seed, batch_size, shuffle, window, last
-        )
+        order = Order(self.order_key, len(self), self.spec.rows_per_shard, seed, batch_size, shuffle, window, last)
         return BatchReader(
             self,
             order,

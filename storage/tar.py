@@ -43,9 +43,7 @@ def shard_bytes(fields: Sequence[Field], records: int, rows_per_block: int = 256
     return full * _block_bytes(fields, rows_per_block) + (_block_bytes(fields, rest) if rest else 0) + TAR_END
 
 
-def record_offsets(
-    fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int = 256
-) -> dict[str, Array]:
+def record_offsets(fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int = 256) -> dict[str, Array]:
     """Byte offsets, int64 [n] by field: where row rows[i] of a shard of records[i] records begins."""
     block, row = np.divmod(rows, rows_per_block)
     in_block = np.minimum(records - block * rows_per_block, rows_per_block)
@@ -160,9 +158,7 @@ class MappedShard:
     CorruptShard.
     """
 
-    def __init__(
-        self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int = 256
-    ) -> None:
+    def __init__(self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int = 256) -> None:
         self.path = Path(path)
         self.fields = tuple(fields)
         self.records = records
@@ -179,9 +175,7 @@ class MappedShard:
         except FileNotFoundError as error:
             raise MissingShard(f"{self.path}: the shard is missing; run `nfm audit` on its store") from error
         except OSError as error:
-            raise StorageError(
-                f"{self.path}: cannot read ({error.strerror}); check its permissions"
-            ) from error
+            raise StorageError(f"{self.path}: cannot read ({error.strerror}); check its permissions") from error
         self.memory: Array = np.frombuffer(buffer, np.uint8)
         self.address = self.memory.ctypes.data
         self._full: dict[str, Array] = {}
@@ -209,9 +203,7 @@ class MappedShard:
         """The records `rows` (any order) of one field, as [n, *shape]; into `out` where given."""
         rows = np.asarray(rows, np.int64)
         if len(rows) and (rows.min() < 0 or rows.max() >= self.records):
-            raise StorageError(
-                f"{self.path}: records {rows.min()} to {rows.max()} asked for, it holds {self.records}"
-            )
+            raise StorageError(f"{self.path}: records {rows.min()} to {rows.max()} asked for, it holds {self.records}")
         tail, full = self._tail[name], self._full[name]
         block, row = np.divmod(rows, self._rows_per_block)
         late = block == self._last
@@ -253,9 +245,7 @@ class MappedShard:
             raise self._corrupt(f"no tar header at byte {at} ({error})") from error
         header = buffer[at + TAR_HEADER : at + TAR_HEADER + NPY_HEADER]
         if not member.name.endswith(f".{field.name}.npy") or header != _npy_header(field, records):
-            raise self._corrupt(
-                f"the member {member.name!r} at byte {at} is not {records} records of {field}"
-            )
+            raise self._corrupt(f"the member {member.name!r} at byte {at} is not {records} records of {field}")
 
     def _corrupt(self, what: str) -> CorruptShard:
         return CorruptShard(f"{self.path}: {what}; truncated or altered, run `nfm audit` on its store")
@@ -280,9 +270,7 @@ def _tar_header(name: str, size: int) -> bytes:
     try:
         return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
     except (ValueError, UnicodeError) as error:
-        raise StorageError(
-            f"{name}: no ustar member ({error}); use a shorter key or smaller blocks"
-        ) from error
+        raise StorageError(f"{name}: no ustar member ({error}); use a shorter key or smaller blocks") from error
 
 
 def _npy_header(field: Field, records: int) -> bytes:

@@ -81,9 +81,7 @@ def _manifest_findings(root: Path, spec: StoreSpec, manifest: dict[str, Any]) ->
     if manifest["content_digest"] != content_digest(entry["sha256"] for entry in shards):
         yield Finding("quick", path, "its content digest is not that of its shards", _RESEAL)
     if manifest["records"] != spec.rows * manifest["draws"]:
-        yield Finding(
-            "quick", path, f"{manifest['records']} records, not {spec.rows} x {manifest['draws']}", _RESEAL
-        )
+        yield Finding("quick", path, f"{manifest['records']} records, not {spec.rows} x {manifest['draws']}", _RESEAL)
     if manifest["order_key"] != order_key(spec.source, spec.rows, manifest["draws"]):
         yield Finding("quick", path, "its order key is not that of the spec", _RESEAL)
 
@@ -131,18 +129,14 @@ def _file_finding(path: Path, sha256: str, size: int, level: Level, remedy: str)
         return Finding("quick", str(path), "the file is missing", remedy)
     found = path.stat().st_size
     if found != size:
-        return Finding(
-            "quick", str(path), f"{found} bytes, {size} were committed: truncated or altered", remedy
-        )
+        return Finding("quick", str(path), f"{found} bytes, {size} were committed: truncated or altered", remedy)
     if level == "default":
         try:
             actual = hash_file(path)[0]
         except StorageError as error:
             return _found("default", path, error, remedy)
         if actual != sha256:
-            return Finding(
-                "default", str(path), f"SHA-256 {actual[:12]}, {sha256[:12]} was committed", remedy
-            )
+            return Finding("default", str(path), f"SHA-256 {actual[:12]}, {sha256[:12]} was committed", remedy)
     return None
 
 

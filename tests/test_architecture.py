@@ -51,7 +51,9 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_command_starts_without_torch_and_ray() -> None:
-    assert not {"torch", "ray", "sklearn", "matplotlib", "PIL"} & loaded_by("import nfm.pipeline.cli, nfm.pipeline.graph")
+    assert not {"torch", "ray", "sklearn", "matplotlib", "PIL"} & loaded_by(
+        "import nfm.pipeline.cli, nfm.pipeline.graph"
+    )
 
 
 def test_the_reader_needs_numpy_and_pyarrow_alone() -> None:

@@ -36,8 +36,7 @@ def unpack(data: bytes) -> tuple[Tensors, dict[str, Any]]:
         meta = json.loads(header["__metadata__"]["meta"])
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{len(data)} bytes are not a readable checkpoint ({error!r}); "
-            "remove the file to train from the start"
+            f"{len(data)} bytes are not a readable checkpoint ({error!r}); remove the file to train from the start"
         ) from error
     return tensors, meta
 
@@ -52,9 +51,7 @@ def unpack_weights(data: bytes) -> tuple[Tensors, dict[str, Any]]:
     """The (state dict, architecture) that `pack_weights` was given; JSON made tuples of it into lists."""
     state, meta = unpack(data)
     if "architecture" not in meta:
-        raise CheckpointError(
-            "no architecture beside the weights: this is a training state, not weights alone"
-        )
+        raise CheckpointError("no architecture beside the weights: this is a training state, not weights alone")
     return state, meta["architecture"]
 
 
@@ -81,9 +78,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
     }
 
 
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
+def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Puts `optimizer_tensors` back, exactly, on the parameters' device."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():

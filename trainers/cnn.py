@@ -23,9 +23,7 @@ class FeatureNet(nn.Module):
         super().__init__()
         channels, height, side = image_shape
         if min(height, side) < 8:
-            raise ValueError(
-                f"image_shape is {tuple(image_shape)}; FeatureNet needs sides of 8 pixels or more"
-            )
+            raise ValueError(f"image_shape is {tuple(image_shape)}; FeatureNet needs sides of 8 pixels or more")
         self.architecture: dict[str, Any] = {
             "image_shape": list(image_shape),
             "classes": classes,

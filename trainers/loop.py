@@ -39,9 +39,7 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive")
         if not 0 <= self.warmup_examples <= self.examples:
-            raise ValueError(
-                f"recipe.warmup_examples is {self.warmup_examples}; not in 0..{self.examples} (examples)"
-            )
+            raise ValueError(f"recipe.warmup_examples is {self.warmup_examples}; not in 0..{self.examples} (examples)")
 
 
 @dataclass(frozen=True)
@@ -128,9 +126,7 @@ def train(
         batch = next(stream, None)
         waited += time.perf_counter() - waiting
         if batch is None:
-            raise ValueError(
-                f"the batches ended after {seen_before} of {recipe.examples} {unit}; give endless ones"
-            )
+            raise ValueError(f"the batches ended after {seen_before} of {recipe.examples} {unit}; give endless ones")
 
         # Gradient.
         with torch.autocast(device.type, autocast, enabled=autocast is not None):

@@ -56,9 +56,7 @@ class SiT(nn.Module):
         super().__init__()
         channels, height, image_width = image_shape
         if height % patch or image_width % patch:
-            raise ValueError(
-                f"patch = {patch} does not divide the image {height} x {image_width}; choose a divisor"
-            )
+            raise ValueError(f"patch = {patch} does not divide the image {height} x {image_width}; choose a divisor")
         if width % head_size or width % 4:
             raise ValueError(f"width = {width} is not a multiple of head_size = {head_size} and of 4")
         self.patch = patch

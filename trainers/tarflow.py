@@ -93,9 +93,7 @@ class MetaBlock(nn.Module):
         positions, context = self._order(self.positions, dim=0), self._class_embedding(y)
         guided = guidance != 0 and self.classes is not None
         if guided:  # the second half of the batch carries the dropped label
-            context = torch.cat(
-                [part.expand(count, 1, -1) for part in (context, self._class_embedding(None))]
-            )
+            context = torch.cat([part.expand(count, 1, -1) for part in (context, self._class_embedding(None))])
         caches = [self._empty_cache(count * (1 + guided), z) for _ in self.layers]
         u = z.clone()
         for i in range(tokens - 1):
@@ -153,9 +151,7 @@ class TarFlow(nn.Module):
         super().__init__()
         image_channels, height, width = image_shape
         if height % patch or width % patch:
-            raise ValueError(
-                f"patch = {patch} does not divide the image {height} x {width}; choose a divisor"
-            )
+            raise ValueError(f"patch = {patch} does not divide the image {height} x {width}; choose a divisor")
         if channels % head_size:
             raise ValueError(f"channels = {channels} is not a multiple of head_size = {head_size}")
         self.patch = patch

@@ -42,7 +42,7 @@ def run(
     gpus = 1 if setup.device.startswith("cuda") else 0
     workers = min(workers, len(jobs))
     with _cluster(address, workers * setup.threads):
-        actor_type = ray.remote(num_cpus=setup.threads, num_gpus=gpus, max_restarts=0)(Worker)
+        actor_type: Any = ray.remote(num_cpus=setup.threads, num_gpus=gpus, max_restarts=0)(Worker)
         waiting = deque(jobs)
         crew = [actor_type.remote(setup) for _ in range(workers)]
         flights: dict[Any, tuple[int, ShardJob]] = {}

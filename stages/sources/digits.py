@@ -41,9 +41,7 @@ def _table() -> Path:
     # The file is read without importing scikit-learn, which takes longer than everything else here.
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise StageError(
-            'data.source = "digits" reads the table inside scikit-learn: pip install scikit-learn'
-        )
+        raise StageError('data.source = "digits" reads the table inside scikit-learn: pip install scikit-learn')
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not path.is_file():
         raise StageError(

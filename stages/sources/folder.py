@@ -44,24 +44,18 @@ class ImageFolder:
         found = {folder.name for part in (train, test) if part for folder in _class_folders(part)}
         self.classes = sorted(found) if classes is None else list(classes)
         if unknown := sorted(found - set(self.classes)):
-            raise StageError(
-                f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class"
-            )
+            raise StageError(f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class")
         self.paths: list[Path] = []
         labels: list[int] = []
         tests: list[bool] = []
         for part in (train, test):
             for folder in _class_folders(part) if part else ():
-                files = sorted(
-                    file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")
-                )
+                files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
                 self.paths += files
                 labels += [self.classes.index(folder.name)] * len(files)
                 tests += [part == test] * len(files)
         if not self.paths:
-            raise StageError(
-                f"data.path = {path!r}: no image file in a class folder here (expected CLASS/IMAGE.png)"
-            )
+            raise StageError(f"data.path = {path!r}: no image file in a class folder here (expected CLASS/IMAGE.png)")
         self.keys = [file.relative_to(self.root).as_posix() for file in self.paths]
         self.labels, self.test = np.array(labels, np.int64), np.array(tests, bool)
 
@@ -69,9 +63,7 @@ class ImageFolder:
         from PIL import Image, UnidentifiedImageError
 
         height, width = self._size()
-        images = scratch_array(
-            scratch, (len(rows), self.channels, height // self.average, width // self.average)
-        )
+        images = scratch_array(scratch, (len(rows), self.channels, height // self.average, width // self.average))
         rejected: dict[int, str] = {}
 
         def decode(position: int) -> None:
@@ -122,9 +114,7 @@ class ImageFolder:
 
         image = opened.convert("RGB" if self.channels == 3 else "L")
         if self.image_size is None and image.size != (width, height):
-            raise _MisfitError(
-                f"{image.width}x{image.height} pixels, the others {width}x{height}: set data.image_size"
-            )
+            raise _MisfitError(f"{image.width}x{image.height} pixels, the others {width}x{height}: set data.image_size")
         if self.image_size is not None:
             side = min(image.size)
             if side < self.image_size:

@@ -35,9 +35,7 @@ class Idx:
         parts = [(part, *self._read(part)) for part in (TRAIN, TEST) if f"{part}-images-idx3" in self.files]
         shapes = {part: images.shape[1:] for part, images, _ in parts}
         if len(set(shapes.values())) > 1:
-            raise StageError(
-                f"{self.files[f'{TEST}-images-idx3']}: train and test images differ in shape: {shapes}"
-            )
+            raise StageError(f"{self.files[f'{TEST}-images-idx3']}: train and test images differ in shape: {shapes}")
         self.pixels = np.concatenate([images for _, images, _ in parts])
         self.labels = np.concatenate([labels for _, _, labels in parts]).astype(np.int64)
         self.keys = [f"{part}/{row:07d}" for part, images, _ in parts for row in range(len(images))]
@@ -54,17 +52,13 @@ class Idx:
     def _read(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         images_path, labels_path = self.files[f"{part}-images-idx3"], self.files.get(f"{part}-labels-idx1")
         if labels_path is None:
-            raise StageError(
-                f"{images_path.parent}: {part}-labels-idx1-ubyte[.gz] is missing beside the images"
-            )
+            raise StageError(f"{images_path.parent}: {part}-labels-idx1-ubyte[.gz] is missing beside the images")
         images, labels = (
             read_idx(images_path, MAGIC["images-idx3"]),
             read_idx(labels_path, MAGIC["labels-idx1"]),
         )
         if len(images) != len(labels):
-            raise StageError(
-                f"{labels_path}: {len(labels)} labels for {len(images)} images: fetch both files anew"
-            )
+            raise StageError(f"{labels_path}: {len(labels)} labels for {len(images)} images: fetch both files anew")
         return images[:, None], labels
 
 
@@ -79,9 +73,7 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     header = 4 * (1 + dimensions)
     if len(raw) < header or (found := int.from_bytes(raw[:4], "big")) != magic:
         start = f"magic 0x{found:08x}" if len(raw) >= header else f"only {len(raw)} bytes"
-        raise StageError(
-            f"{path}: {start}, expected 0x{magic:08x}: this is not the IDX file that its name says"
-        )
+        raise StageError(f"{path}: {start}, expected 0x{magic:08x}: this is not the IDX file that its name says")
     shape = tuple(np.frombuffer(raw[4:header], ">u4").astype(np.int64).tolist())
     if len(raw) - header != int(np.prod(shape)):
         raise StageError(
@@ -97,17 +89,11 @@ def _open(path: Path, mode: str = "rb") -> IO[bytes]:
 def _folder(path: str | None, package: str | None) -> Path:
     if path is not None:
         if not Path(path).is_dir():
-            raise StageError(
-                f"data.path = {path!r} is no folder: name the one that holds train-images-idx3-ubyte[.gz]"
-            )
+            raise StageError(f"data.path = {path!r} is no folder: name the one that holds train-images-idx3-ubyte[.gz]")
         return Path(path)
     if package is None:
-        raise StageError(
-            'data.source = "idx" needs data.path, the folder that holds train-images-idx3-ubyte[.gz]'
-        )
-    remedy = (
-        f"run `apt-get install {package}`, or set data.path to a folder with train-images-idx3-ubyte[.gz]"
-    )
+        raise StageError('data.source = "idx" needs data.path, the folder that holds train-images-idx3-ubyte[.gz]')
+    remedy = f"run `apt-get install {package}`, or set data.path to a folder with train-images-idx3-ubyte[.gz]"
     try:
         listing = subprocess.run(["dpkg", "-L", package], capture_output=True, text=True, check=True).stdout
     except FileNotFoundError as error:
@@ -128,7 +114,5 @@ def _files(folder: Path) -> dict[str, Path]:
                 if (folder / name).is_file():
                     found.setdefault(f"{part}-{kind}", folder / name)
     if f"{TRAIN}-images-idx3" not in found:
-        raise StageError(
-            f"{folder}: no train-images-idx3-ubyte[.gz] here: set data.path to the folder that holds it"
-        )
+        raise StageError(f"{folder}: no train-images-idx3-ubyte[.gz] here: set data.path to the folder that holds it")
     return found

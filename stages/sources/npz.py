@@ -30,18 +30,14 @@ class Npz:
         for file in self.files:
             values, shapes[file] = _labels(file), _image_shape(file)
             if len(values) != shapes[file][0]:
-                raise StageError(
-                    f"{file}: {len(values)} labels for {shapes[file][0]} images: fetch the file anew"
-                )
+                raise StageError(f"{file}: {len(values)} labels for {shapes[file][0]} images: fetch the file anew")
             labels.append(values - 1)
             keys += [f"{file.stem}/{row:07d}" for row in range(len(values))]
             test.append(np.full(len(values), file.name == "val_data.npz"))
         self.image_shape = shapes[self.files[0]][1:]
         for file, shape in shapes.items():
             if shape[1:] != self.image_shape:
-                raise StageError(
-                    f"{file}: images of {shape[1:]}, {self.files[0].name} has {self.image_shape}"
-                )
+                raise StageError(f"{file}: images of {shape[1:]}, {self.files[0].name} has {self.image_shape}")
         self.starts = np.cumsum([0, *(len(part) for part in labels)])
         self.labels, self.keys, self.test = np.concatenate(labels), keys, np.concatenate(test)
         self.classes = class_names(classes, int(self.labels.max(initial=-1)) + 1)
@@ -67,9 +63,7 @@ class Npz:
 
 def _files(path: str | None) -> list[Path]:
     if path is None:
-        raise StageError(
-            'data.source = "npz" needs data.path: an .npz file, or a folder of train_data_batch_*.npz'
-        )
+        raise StageError('data.source = "npz" needs data.path: an .npz file, or a folder of train_data_batch_*.npz')
     root = Path(path)
     if root.is_file():
         return [root]
@@ -77,9 +71,7 @@ def _files(path: str | None) -> list[Path]:
         root.glob("train_data_batch_*.npz"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)]
     )
     if not batches:
-        raise StageError(
-            f"data.path = {path!r} is no .npz file and no folder that holds train_data_batch_*.npz"
-        )
+        raise StageError(f"data.path = {path!r} is no .npz file and no folder that holds train_data_batch_*.npz")
     return batches + [file for file in (root / "val_data.npz",) if file.is_file()]
 
 

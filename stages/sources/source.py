@@ -50,9 +50,7 @@ def box_average(images: np.ndarray, factor: int) -> np.ndarray:
         return images
     n, c, h, w = images.shape
     if h % factor or w % factor:
-        raise StageError(
-            f"data.average = {factor} does not divide the images' {h}x{w} pixels: choose a divisor"
-        )
+        raise StageError(f"data.average = {factor} does not divide the images' {h}x{w} pixels: choose a divisor")
     boxes = images.reshape(n, c, h // factor, factor, w // factor, factor)
     area = factor * factor
     return ((2 * boxes.sum(axis=(3, 5), dtype=np.uint32) + area) // (2 * area)).astype(np.uint8)
@@ -67,15 +65,12 @@ def scratch_array(scratch: Path, shape: tuple[int, ...]) -> np.ndarray:
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
     except OSError as error:
         raise StageError(
-            f"{path}: no room for {size:,} bytes of decoded images ({error.strerror}): "
-            "free disk space and run again"
+            f"{path}: no room for {size:,} bytes of decoded images ({error.strerror}): free disk space and run again"
         ) from error
     return np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
 
 
-def digest_files(
-    files: Iterable[tuple[str, Path]], open_file: Any = open, threads: int = 8
-) -> dict[str, Any]:
+def digest_files(files: Iterable[tuple[str, Path]], open_file: Any = open, threads: int = 8) -> dict[str, Any]:
     """SHA-256 over (name, size, SHA-256 of the content) of files, sorted by name; read in threads."""
 
     def hash_one(item: tuple[str, Path]) -> tuple[str, int, str]:

@@ -135,9 +135,7 @@ def test_the_heldout_fraction_is_disjoint_from_training(tmp_path: Path, fraction
 
 def test_too_many_unusable_images_fail_the_stage_and_name_the_table(tmp_path: Path) -> None:
     path, out = image_folder(tmp_path / "in", good=16, bad=4), tmp_path / "out"
-    with pytest.raises(
-        StageError, match=r"4 of 20 images .*max_rejected = 0\.1 allows 2: .*\.png.*rejected\.parquet"
-    ):
+    with pytest.raises(StageError, match=r"4 of 20 images .*max_rejected = 0\.1 allows 2: .*\.png.*rejected\.parquet"):
         make(out, source="images", path=path, max_rejected=0.1)
     assert pq.read_table(out / "rejected.parquet").num_rows == 4
     assert not (out / "dataset.json").exists()
@@ -159,9 +157,7 @@ def test_labels_outside_the_classes_are_rejected(tmp_path: Path) -> None:
     np.savez(file, data=np.zeros((10, 12), np.uint8), labels=np.array([0] + [1, 2, 3] * 3))
     result = make(tmp_path / "out", source="npz", path=str(file), max_rejected=0.5)
     assert result.metrics["rejected"] == 1
-    assert "label -1 is outside the 3 classes" in str(
-        pq.read_table(tmp_path / "out" / "rejected.parquet")["reason"]
-    )
+    assert "label -1 is outside the 3 classes" in str(pq.read_table(tmp_path / "out" / "rejected.parquet")["reason"])
 
 
 def test_a_stopped_run_starts_over_and_ends_as_if_never_stopped(tmp_path: Path) -> None:
@@ -183,8 +179,7 @@ def test_two_inputs_never_share_an_identity_and_a_copy_does(tmp_path: Path) -> N
     shutil.copytree(one, tmp_path / "copy")
     other = image_folder(tmp_path / "other", good=4)
     identities = [
-        source_identity(DataConfig(source="images", path=path))
-        for path in (one, str(tmp_path / "copy"), other)
+        source_identity(DataConfig(source="images", path=path)) for path in (one, str(tmp_path / "copy"), other)
     ]
     assert identities[0] == identities[1] != identities[2]
     assert identities[0]["files"] == 3
@@ -199,9 +194,7 @@ def test_paths_and_thresholds_stay_out_of_the_fingerprint() -> None:
 def test_the_config_can_state_licence_origin_and_classes(tmp_path: Path) -> None:
     path = image_folder(tmp_path / "in", good=4)
     names = ("class0", "class1", "class2")
-    result = make(
-        tmp_path / "out", source="images", path=path, licence="CC0", origin="made here", classes=names
-    )
+    result = make(tmp_path / "out", source="images", path=path, licence="CC0", origin="made here", classes=names)
     assert result.extra["dataset"]["licence"] == "CC0"
     assert result.extra["dataset"]["origin"] == "made here"
     assert result.metrics["classes"] == 3

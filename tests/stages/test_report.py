@@ -89,16 +89,12 @@ def make_training(root: Path, stage: str, unit: str, heldout: bool) -> Path:
 def make_evaluation(root: Path, source: ImageDataset) -> Path:
     rows = [{"name": "floor", "model": "floor", "fd_cnn": 0.8, "kid": 1e-4, "kid_error": 1e-5, "samples": 90}]
     for sampler, distance in (("inverse", 4.1), ("inverse+score", 3.1)):
-        rows.append(
-            {"name": f"teacher-{sampler}", "model": "teacher", "sampler": sampler, "fd_cnn": distance}
-        )
+        rows.append({"name": f"teacher-{sampler}", "model": "teacher", "sampler": sampler, "fd_cnn": distance})
         rows[-1] |= {"kid": 4e-3, "kid_error": 2e-4, "guidance": 1.5, "parameters": 812_000}
     for coupling, worse in (("nfm", 1.0), ("independent", 2.6)):
         for nfe, sampler in NFE.items():
             name = f"student-{coupling}-{sampler}-{nfe}"
-            rows.append(
-                {"name": name, "model": "student", "coupling": coupling, "sampler": sampler, "nfe": nfe}
-            )
+            rows.append({"name": name, "model": "student", "coupling": coupling, "sampler": sampler, "nfe": nfe})
             rows[-1] |= {"guidance": None, "samples": 10000, "fd_cnn": worse * (2 + 12 / nfe), "kid": 0.002}
             rows[-1] |= {"kid_error": 1e-4, "images_per_second": 50000 / nfe, "batch": 512}
             rows[-1] |= {"latency_seconds": 0.002 * nfe, "parameters": 3_400_000}
@@ -208,9 +204,7 @@ def test_the_same_inputs_give_the_same_page(inputs: dict[str, Path], html: str, 
     assert (tmp_path / "report.html").read_text() == html
 
 
-def test_a_run_without_baselines_or_evaluation_still_has_its_page(
-    inputs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_run_without_baselines_or_evaluation_still_has_its_page(inputs: dict[str, Path], tmp_path: Path) -> None:
     few = {role: inputs[role] for role in ("data", "teacher", "pairs", "student")}
     assert report.run(ReportConfig(samples=8), few, tmp_path, Quiet()).metrics["sections"] == 5
 

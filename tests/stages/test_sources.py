@@ -110,9 +110,7 @@ def test_idx_reads_train_and_test_plain_or_gzipped(idx_folder: Callable[..., Pat
 def test_idx_truncated_gz_names_the_file(idx_folder: Callable[..., Path]) -> None:
     file = idx_folder(".gz") / "train-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(
-        StageError, match=r"train-images-idx3-ubyte\.gz: cannot be read .*fetch the file anew"
-    ):
+    with pytest.raises(StageError, match=r"train-images-idx3-ubyte\.gz: cannot be read .*fetch the file anew"):
         Idx(str(file.parent))
 
 
@@ -174,9 +172,7 @@ def test_npz_reads_batches_in_numeric_order_with_labels_from_one(tmp_path: Path)
     assert source.labels[:5].tolist() == [0, 1, 2, 0, 1]
     assert source.test.tolist() == [False] * 55 + [True] * 4
     rows = np.array([57, 3, 40, 4])
-    np.testing.assert_array_equal(
-        source.load(rows, tmp_path / "s", Quiet()).images, np.concatenate(parts)[rows]
-    )
+    np.testing.assert_array_equal(source.load(rows, tmp_path / "s", Quiet()).images, np.concatenate(parts)[rows])
 
 
 def test_npz_of_one_file_has_no_test_set(tmp_path: Path) -> None:
@@ -218,9 +214,7 @@ def test_image_folder_labels_by_class_and_keeps_pixels(tmp_path: Path) -> None:
     source = ImageFolder(str(tmp_path / "in"))
     assert source.keys == ["a/1.png", "a/3.png", "b/0.png", "b/2.png"]
     assert source.labels.tolist() == [0, 0, 1, 1]
-    np.testing.assert_array_equal(
-        everything(source, tmp_path / "s"), np.stack([pixels[i] for i in (1, 3, 0, 2)])
-    )
+    np.testing.assert_array_equal(everything(source, tmp_path / "s"), np.stack([pixels[i] for i in (1, 3, 0, 2)]))
 
 
 def test_image_folder_knows_train_and_val(tmp_path: Path) -> None:
@@ -260,9 +254,7 @@ def test_image_folder_sets_unusable_images_aside_with_reasons(tmp_path: Path) ->
     assert not any(str(tmp_path) in reason for reason in reasons.values())
 
     larger = ImageFolder(str(root), image_size=9)
-    assert (
-        "smaller than data.image_size = 9" in larger.load(np.arange(1), tmp_path / "s", Quiet()).rejected[0]
-    )
+    assert "smaller than data.image_size = 9" in larger.load(np.arange(1), tmp_path / "s", Quiet()).rejected[0]
 
 
 def test_image_folder_missing_or_empty_is_refused(tmp_path: Path) -> None:

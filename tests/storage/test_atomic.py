@@ -47,9 +47,7 @@ def test_json_reads_back_and_a_changed_file_is_refused(tmp_path: Path) -> None:
         atomic.read_json(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "said"), [("{", "not valid JSON"), ("[1]", "JSON list"), ("\xff\xfe", "JSON")]
-)
+@pytest.mark.parametrize(("text", "said"), [("{", "not valid JSON"), ("[1]", "JSON list"), ("\xff\xfe", "JSON")])
 def test_damaged_json_gives_one_clear_message(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(text.encode("latin-1"))
@@ -73,9 +71,7 @@ def test_of_many_creators_exactly_one_wins(tmp_path: Path) -> None:
     for round_ in range(20):
         path, won, barrier = tmp_path / f"{round_}.json", [], threading.Barrier(8)
 
-        def create(
-            number: int, path: Path = path, won: list = won, barrier: threading.Barrier = barrier
-        ) -> None:
+        def create(number: int, path: Path = path, won: list = won, barrier: threading.Barrier = barrier) -> None:
             barrier.wait()
             if atomic.create_json(path, {"number": number}):
                 won.append(number)
@@ -136,9 +132,7 @@ def test_a_full_disk_names_path_and_remedy_and_leaves_no_temporary(tmp_path: Pat
         f'ls -A "{folder}" >&2; exit $code'
     )
     try:
-        done = subprocess.run(
-            ["unshare", "-rm", "sh", "-c", script, WRITE], capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run(["unshare", "-rm", "sh", "-c", script, WRITE], capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         pytest.skip("needs unshare to mount a small file system")
     if done.returncode in (1, 77):

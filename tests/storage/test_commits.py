@@ -64,9 +64,7 @@ def test_the_index_part_has_a_row_a_record(tmp_path: Path, small_spec: StoreSpec
 
 
 def test_an_nll_that_no_coupling_gave_is_nan_not_null(tmp_path: Path, small_spec: StoreSpec, records) -> None:
-    bare = (
-        {k: v for k, v in r.items() if k not in ("nll", "flip", "row")} for r in records(small_spec, 0, 0)
-    )
+    bare = ({k: v for k, v in r.items() if k not in ("nll", "flip", "row")} for r in records(small_spec, 0, 0))
     table = pq.read_table(commits.write_shard(tmp_path, small_spec, 0, 0, "a1", bare).index.path)
     assert table["nll"].null_count == 0
     assert np.isnan(table["nll"].to_numpy()).all()
@@ -111,9 +109,7 @@ def test_moments_count_what_is_not_finite_and_stay_json() -> None:
     atomic.canonical_json(pool([(2, sums.result())]))
 
 
-def test_two_writers_race_one_shard_and_one_commit_stands(
-    tmp_path: Path, small_spec: StoreSpec, records
-) -> None:
+def test_two_writers_race_one_shard_and_one_commit_stands(tmp_path: Path, small_spec: StoreSpec, records) -> None:
     write_spec(tmp_path, small_spec)
     returned, barrier = {}, threading.Barrier(4)
 
@@ -225,15 +221,11 @@ for draw in range(2):
 """
 
 
-def test_a_worker_killed_at_any_moment_leaves_whole_shards_and_can_go_on(
-    tmp_path: Path, small_spec: StoreSpec
-) -> None:
+def test_a_worker_killed_at_any_moment_leaves_whole_shards_and_can_go_on(tmp_path: Path, small_spec: StoreSpec) -> None:
     spec = dataclasses.replace(small_spec, rows=400)
     write_spec(tmp_path, spec)
     for attempt, wait in enumerate((0.0, 0.004, 0.011)):
-        child = subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path), f"k{attempt}"], stdout=subprocess.PIPE
-        )
+        child = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), f"k{attempt}"], stdout=subprocess.PIPE)
         assert child.stdout is not None
         child.stdout.readline()
         time.sleep(wait)
@@ -242,9 +234,7 @@ def test_a_worker_killed_at_any_moment_leaves_whole_shards_and_can_go_on(
         for commit in commits.committed(tmp_path, 2).values():
             assert atomic.hash_file(tmp_path / commit.payload)[0] == commit.payload_sha256
             assert atomic.hash_file(tmp_path / commit.index)[0] == commit.index_sha256
-    subprocess.run(
-        [sys.executable, "-c", WORKER, str(tmp_path), "last"], check=True, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([sys.executable, "-c", WORKER, str(tmp_path), "last"], check=True, stdout=subprocess.DEVNULL)
     found = commits.committed(tmp_path, 2)
     assert len(found) == 2 * spec.shards_per_draw
     for commit in found.values():

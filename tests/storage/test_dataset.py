@@ -58,9 +58,7 @@ def test_images_become_floats_from_minus_one_to_one(root):
 
 
 def test_rejected_images_are_listed_with_their_reasons(root):
-    assert pq.read_table(root / "rejected.parquet").to_pylist() == [
-        {"key": "broken.png", "reason": "not an image"}
-    ]
+    assert pq.read_table(root / "rejected.parquet").to_pylist() == [{"key": "broken.png", "reason": "not an image"}]
 
 
 def test_the_payload_lists_every_shard_and_the_description_with_true_digests(tmp_path):

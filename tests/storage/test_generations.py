@@ -42,9 +42,7 @@ def test_sealing_the_same_again_is_the_same_generation(make_store) -> None:
     assert generations.next_number(root) == 2
 
 
-def test_more_draws_make_a_new_generation_and_leave_the_old(
-    make_store, small_spec: StoreSpec, records
-) -> None:
+def test_more_draws_make_a_new_generation_and_leave_the_old(make_store, small_spec: StoreSpec, records) -> None:
     root = make_store(draws=1)
     before = generations.manifest_path(root, 1).read_bytes()
     for shard in range(small_spec.shards_per_draw):
@@ -57,9 +55,7 @@ def test_more_draws_make_a_new_generation_and_leave_the_old(
     assert generations.newest(root)[0] == 2
 
 
-def test_the_content_digest_ignores_attempts_and_hosts(
-    tmp_path: Path, small_spec, make_store, records
-) -> None:
+def test_the_content_digest_ignores_attempts_and_hosts(tmp_path: Path, small_spec, make_store, records) -> None:
     one, other = make_store(draws=1), make_store(draws=0, name="other", sealed=False)
     for shard in reversed(range(small_spec.shards_per_draw)):
         written = commits.write_shard(other, small_spec, 0, shard, "zz", records(small_spec, 0, shard))

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from nfm.storage.order import Order, order_key, permute, permute_windowed
 
 
-def make_order(
-    rows: int, batch_size: int, shuffle="full", rows_per_shard: int = 7, window: int = 3, last="keep"
-):
+def make_order(rows: int, batch_size: int, shuffle="full", rows_per_shard: int = 7, window: int = 3, last="keep"):
     return Order("key", rows, rows_per_shard, 0, batch_size, shuffle, window, last)
 
 

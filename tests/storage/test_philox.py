@@ -75,9 +75,7 @@ def test_a_record_depends_on_its_own_seed_draw_and_slot_alone(slots, seed, size)
 def test_the_chunks_of_a_long_call_do_not_show():
     slots = np.arange(500)
     whole = philox.normals(1, 0, slots, 784)
-    assert np.array_equal(
-        whole, np.concatenate([philox.normals(1, 0, part, 784) for part in np.split(slots, 4)])
-    )
+    assert np.array_equal(whole, np.concatenate([philox.normals(1, 0, part, 784) for part in np.split(slots, 4)]))
 
 
 def test_normals_are_standard_and_independent():

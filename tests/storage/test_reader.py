@@ -50,9 +50,7 @@ class Numbers:
         self.gathered += 1
 
 
-def make_reader(
-    source, batch_size=4, seed=0, shuffle="full", window=2, last="drop", **options
-) -> BatchReader:
+def make_reader(source, batch_size=4, seed=0, shuffle="full", window=2, last="drop", **options) -> BatchReader:
     order = Order(source.order_key, len(source), 5, seed, batch_size, shuffle, window, last)
     return BatchReader(source, order, **options)
 
@@ -290,9 +288,7 @@ def test_wrong_use_is_refused(options, message):
 def test_float16_becomes_float32_without_rounding():
     every = np.arange(65536, dtype=np.uint16).view(np.float16)
     finite = every[np.isfinite(every)]
-    assert np.array_equal(
-        to_float32(finite, (-1, 1)).view(np.int32), finite.astype(np.float32).view(np.int32)
-    )
+    assert np.array_equal(to_float32(finite, (-1, 1)).view(np.int32), finite.astype(np.float32).view(np.int32))
     assert np.array_equal(to_float32(every, (-1, 1)), every.astype(np.float32), equal_nan=True)
 
 

@@ -21,9 +21,7 @@ from nfm.storage.schema import (
 )
 
 
-def test_a_spec_reads_back_from_json_with_foreign_keys_around_it(
-    tmp_path: Path, small_spec: StoreSpec
-) -> None:
+def test_a_spec_reads_back_from_json_with_foreign_keys_around_it(tmp_path: Path, small_spec: StoreSpec) -> None:
     recipe = small_spec.to_dict() | {"added_later": 1}
     atomic.write_json(tmp_path / "spec.json", {"stage": "pairs", "config": {"draws": 2}, "store": recipe})
     assert read_spec(tmp_path) == small_spec
@@ -37,9 +35,7 @@ def test_slots_of_the_shards_cover_every_row_once(small_spec: StoreSpec) -> None
         small_spec.slots_of(3)
 
 
-def test_a_newer_schema_is_refused_with_the_file_and_the_remedy(
-    tmp_path: Path, small_spec: StoreSpec
-) -> None:
+def test_a_newer_schema_is_refused_with_the_file_and_the_remedy(tmp_path: Path, small_spec: StoreSpec) -> None:
     recipe = small_spec.to_dict() | {"format": FORMAT + 1, "fields": "of a kind unknown today"}
     atomic.write_json(tmp_path / "spec.json", {"store": recipe})
     with pytest.raises(NewerSchema, match=r"spec\.json.*format 2.*install a newer"):

@@ -73,9 +73,7 @@ def test_batches_are_the_records_in_float32(make_store, small_spec):
 def test_couplings_of_the_same_source_are_read_in_the_same_order(make_store, small_spec):
     first = PairStore.open(make_store(1))
     fields = pair_fields((1, 4, 4), "float32")
-    other = PairStore.open(
-        make_store(1, replace(small_spec, coupling="nfm", codec="float32", fields=fields), "other")
-    )
+    other = PairStore.open(make_store(1, replace(small_spec, coupling="nfm", codec="float32", fields=fields), "other"))
     orders = [[batch.slot.tolist() for batch in store.batches(8, seed=4)] for store in (first, other)]
     assert orders[0] == orders[1]
     state = first.batches(8, seed=4).state_dict()
@@ -109,9 +107,7 @@ def test_stock_webdataset_reads_the_same_arrays(make_store):
     store = PairStore.open(root)
     urls = [str(root / shard["payload"]) for shard in store.manifest["shards"]]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-    assert [sample["__key__"] for sample in samples[:3]] == [
-        f"d000-s00000-b{block:05d}" for block in range(3)
-    ]
+    assert [sample["__key__"] for sample in samples[:3]] == [f"d000-s00000-b{block:05d}" for block in range(3)]
     everything = store.gather(0, np.arange(50))
     for name, array in everything.items():
         theirs = np.concatenate([sample[f"{name}.npy"] for sample in samples])
@@ -216,9 +212,7 @@ def test_reading_needs_no_torch(make_store):
         "print(sum(len(batch) for batch in PairStore.open(sys.argv[1]).batches(10)))\n"
         "assert not {'torch', 'ray', 'sklearn', 'PIL', 'pydantic', 'webdataset'} & set(sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.returncode) == ("50", 0), done.stderr
 
 

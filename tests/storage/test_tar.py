@@ -38,9 +38,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], block: int = 16, chunk: in
             writer.append({name: array[start : start + chunk] for name, array in arrays.items()})
 
 
-@given(
-    records=st.integers(1, 70), block=st.integers(1, 20), chunk=st.integers(1, 80), seed=st.integers(0, 99)
-)
+@given(records=st.integers(1, 70), block=st.integers(1, 20), chunk=st.integers(1, 80), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_what_is_written_is_read_at_any_size(
     tmp_path_factory: pytest.TempPathFactory, records: int, block: int, chunk: int, seed: int

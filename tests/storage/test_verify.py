@@ -15,9 +15,7 @@ from nfm.storage.verify import verify
 
 
 def _snapshot(root: Path) -> dict[str, tuple[str, int]]:
-    return {
-        str(p): (atomic.digest(p.read_bytes()), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()
-    }
+    return {str(p): (atomic.digest(p.read_bytes()), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("level", ["quick", "default"])

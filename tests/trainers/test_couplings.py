@@ -54,9 +54,7 @@ def test_a_flipped_image_has_its_own_noise() -> None:
 
 @pytest.mark.parametrize("double", [False, True])
 def test_noise_and_nll_leave_as_float32(double: bool) -> None:
-    coupling = (
-        NFM(teacher().double(), 0.1, 1.0) if double else NFM(teacher(), 0.1, 1.0, autocast=torch.bfloat16)
-    )
+    coupling = NFM(teacher().double(), 0.1, 1.0) if double else NFM(teacher(), 0.1, 1.0, autocast=torch.bfloat16)
     noise, nll = coupling(X, Y, EPS)
     assert noise.dtype == nll.dtype == torch.float32
 

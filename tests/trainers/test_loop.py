@@ -178,9 +178,7 @@ def test_training_finds_the_line_and_the_log_shows_it():
     lines: list[dict] = []
     recipe = replace(RECIPE, examples=16_000, learning_rate=3e-2)
     model = nn.Linear(3, 1)
-    trained = train(
-        model, noisy_regression, Batches(), recipe, unit="pairs", log=lines.append, log_every=1600
-    )
+    trained = train(model, noisy_regression, Batches(), recipe, unit="pairs", log=lines.append, log_every=1600)
     assert [line["pairs_seen"] for line in lines] == list(range(1600, 16_001, 1600))
     assert lines[-1]["loss"] < 0.2 < lines[0]["loss"]
     assert lines[-1]["learning_rate"] == pytest.approx(recipe.final_rate)
@@ -217,9 +215,7 @@ def test_a_checkpoint_of_another_recipe_or_model_is_refused():
     saves: list[bytes] = []
     train(network(), noisy_regression, Batches(), RECIPE, save=saves.append, stop=stop_after(2))
     with pytest.raises(CheckpointError, match=r"recipe.learning_rate = 0.01, not 0.5"):
-        train(
-            network(), noisy_regression, Batches(), replace(RECIPE, learning_rate=0.5), checkpoint=saves[-1]
-        )
+        train(network(), noisy_regression, Batches(), replace(RECIPE, learning_rate=0.5), checkpoint=saves[-1])
     with pytest.raises(CheckpointError, match="another model"):
         train(nn.Linear(3, 1), noisy_regression, Batches(), RECIPE, checkpoint=saves[-1])
 

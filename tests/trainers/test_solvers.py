@@ -38,9 +38,7 @@ def test_euler_takes_n_evaluations_and_heun_2n_minus_1(intervals: int) -> None:
         assert counted.nfe == nfe
 
 
-@pytest.mark.parametrize(
-    ("nfe", "sampler"), [(31, "heun"), (15, "heun"), (7, "heun"), (5, "euler"), (1, "heun")]
-)
+@pytest.mark.parametrize(("nfe", "sampler"), [(31, "heun"), (15, "heun"), (7, "heun"), (5, "euler"), (1, "heun")])
 def test_a_sample_takes_exactly_the_evaluations_asked_for(nfe: int, sampler: str) -> None:
     counted = Counted(straight)
     x = sample(counted, Z, nfe, sampler)
