@@ -117,7 +117,7 @@ def _manifest(path: Path, name: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _source(config: Any) -> dict[str, Any]:
-    return data.source_identity(config)
+    return data.source_identity(config, artifacts_root() / ".sources")
 
 
 def optional(stage: ModuleType, name: str, default: Callable[..., Any]) -> Callable[..., Any]:

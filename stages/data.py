@@ -82,9 +82,12 @@ def open_source(config: DataConfig) -> Source:
     return ImageFolder(config.path, config.image_size, config.channels, config.average, config.classes, config.threads)
 
 
-def source_identity(config: DataConfig) -> dict[str, Any]:
-    """Digest of the input's content: {digest, files, bytes}. Part of the data stage's fingerprint."""
-    return open_source(config).digest()
+def source_identity(config: DataConfig, known: Path | None = None) -> dict[str, Any]:
+    """Digest of the input's content: {digest, files, bytes}. Part of the data stage's fingerprint.
+
+    `known` is a folder that remembers digests of unchanged files.
+    """
+    return open_source(config).digest(known)
 
 
 def split_rows(source: Source, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:

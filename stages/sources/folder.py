@@ -88,8 +88,8 @@ class ImageFolder:
                 report.progress(stop, len(rows), "images read")
         return Loaded(images, dict(sorted(rejected.items())))
 
-    def digest(self) -> dict[str, Any]:
-        return digest_files(zip(self.keys, self.paths))
+    def digest(self, known: Path | None = None) -> dict[str, Any]:
+        return digest_files(zip(self.keys, self.paths), known=known)
 
     def _size(self) -> tuple[int, int]:
         if self.image_size:

@@ -45,9 +45,9 @@ class Idx:
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
         return Loaded(box_average(self.pixels[rows], self.average))
 
-    def digest(self) -> dict[str, Any]:
+    def digest(self, known: Path | None = None) -> dict[str, Any]:
         # Of the unpacked content, so that plain and gzipped files are the same input.
-        return digest_files(self.files.items(), _open)
+        return digest_files(self.files.items(), _open, known=known)
 
     def _read(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         images_path, labels_path = self.files[f"{part}-images-idx3"], self.files.get(f"{part}-labels-idx1")

@@ -57,8 +57,8 @@ class Npz:
             report.progress(done, len(rows), "images read")
         return Loaded(images)
 
-    def digest(self) -> dict[str, Any]:
-        return digest_files((file.name, file) for file in self.files)
+    def digest(self, known: Path | None = None) -> dict[str, Any]:
+        return digest_files(((file.name, file) for file in self.files), known=known)
 
 
 def _files(path: str | None) -> list[Path]:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nfm.stages.stage import Reporter, StageError
+from nfm.storage import atomic
 
 HASH_CHUNK, HASH_BATCH = 1 << 20, 4096
 
@@ -39,8 +40,11 @@ class Source(Protocol):
         """Pixels of `rows`, in that order; `scratch` is an empty folder for arrays too large for memory."""
         ...
 
-    def digest(self) -> dict[str, Any]:
-        """Digest of the content that the source reads: {digest, files, bytes}; never of paths or times."""
+    def digest(self, known: Path | None = None) -> dict[str, Any]:
+        """Digest of the content that the source reads: {digest, files, bytes}; never of paths or times.
+
+        `known` is a folder where digests of unchanged files are kept, so that asking again costs no reading.
+        """
         ...
 
 
@@ -70,9 +74,35 @@ def scratch_array(scratch: Path, shape: tuple[int, ...]) -> np.ndarray:
     return np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
 
 
-def digest_files(files: Iterable[tuple[str, Path]], open_file: Any = open, threads: int = 8) -> dict[str, Any]:
-    """SHA-256 over (name, size, SHA-256 of the content) of files, sorted by name; read in threads."""
+def digest_files(
+    files: Iterable[tuple[str, Path]], open_file: Any = open, threads: int = 8, known: Path | None = None
+) -> dict[str, Any]:
+    """SHA-256 over (name, size, SHA-256 of the content) of files, sorted by name; files are read in threads.
 
+    With `known`, the answer for files of the same names, sizes, inodes and change times is taken from there.
+    """
+    ordered = sorted(files)
+    if known is None:
+        return _read_and_digest(ordered, open_file, threads)
+    note = known / f"{_signature(ordered)}.json"
+    if not note.exists():
+        atomic.write_json(note, {"identity": _read_and_digest(ordered, open_file, threads)})
+    return atomic.read_json(note)["identity"]
+
+
+def _signature(files: Sequence[tuple[str, Path]]) -> str:
+    """Changes whenever a file's content may have: of names, places, sizes, inodes and change times."""
+    together = hashlib.sha256()
+    for name, path in files:
+        try:
+            facts = path.stat()
+        except OSError as error:
+            raise StageError(f"{path}: cannot be read ({error}): restore the file and run again") from error
+        together.update(f"{name}\0{path}\0{facts.st_size}\0{facts.st_ino}\0{facts.st_ctime_ns}\n".encode())
+    return together.hexdigest()
+
+
+def _read_and_digest(ordered: Sequence[tuple[str, Path]], open_file: Any, threads: int) -> dict[str, Any]:
     def hash_one(item: tuple[str, Path]) -> tuple[str, int, str]:
         name, path = item
         whole, size = hashlib.sha256(), 0
@@ -86,7 +116,6 @@ def digest_files(files: Iterable[tuple[str, Path]], open_file: Any = open, threa
         return name, size, whole.hexdigest()
 
     together, count, total = hashlib.sha256(), 0, 0
-    ordered = sorted(files)
     with ThreadPoolExecutor(threads) as pool:
         # In batches: a future for each of a million files would fill the memory.
         for start in range(0, len(ordered), HASH_BATCH):
