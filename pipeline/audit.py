@@ -76,6 +76,7 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int) -> Audited:
         files = body["files"]
         findings += _check_identity(artifact, spec, body)
         findings += _check_files(artifact.path, files, hashed=level != "quick")
+        files = files + body.get("shards", [])
         check = optional(STAGES[spec["stage"]], "audit", lambda *_: ([], []))
         inputs = {role: found.reference for role, found in inputs_of(artifact).items()}
         if all(found.done for found in inputs_of(artifact).values()):

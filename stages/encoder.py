@@ -91,8 +91,8 @@ class Encoder:
             "nll": nll[: len(slots)].float().cpu().numpy(),
         }
 
-    def decode_error(self, draw: int, slots: np.ndarray) -> np.ndarray:
-        """RMS over each record of decode(encode(x + eta eps')) minus x + eta eps', both ways in float32."""
+    def decode_error(self, draw: int, slots: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """RMS over each record of decode(sigma_f z) minus x + eta eps', in float32; `noise` is z [n, C, H, W]."""
         import torch
 
         from nfm.trainers.couplings import NFM
@@ -103,8 +103,7 @@ class Encoder:
         noised = torch.from_numpy(self.source.to_float(image) + self.coupling.eta * eps).to(self.setup.device)
         labels = torch.from_numpy(label).to(self.setup.device)
         with torch.inference_mode():
-            z, _ = self.coupling.model.encode(noised, labels)
-            back = self.coupling.model.decode(z, labels)
+            back = self.coupling.model.decode(torch.from_numpy(noise).to(labels.device) * self.coupling.sigma_f, labels)
         return (back - noised).flatten(1).square().mean(1).sqrt().cpu().numpy()
 
     def _sources(self, draw: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

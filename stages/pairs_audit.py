@@ -13,14 +13,16 @@ import pyarrow.parquet as pq
 from nfm.stages.encoder import Encoder, Setup
 from nfm.stages.stage import Finding, Inputs
 from nfm.storage import ImageDataset, PairStore
-from nfm.storage.schema import read_spec
+from nfm.storage.schema import read_spec, shard_name
 from nfm.storage.tar import MappedShard
 
 MEAN_BOUND, VARIANCE_BOUNDS = 0.1, (0.8, 1.25)
 # Root mean square over a record of the stored noise minus the noise encoded again. A codec rounds to 2^-11 relative
 # (float16); bf16 products on another device or batch size move z by a few hundredths.
 NOISE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
-DECODE_TOLERANCE = 0.01
+# Root mean square, in image units, of the stored noise decoded minus x + eta eps'. Rounding is amplified by the flow;
+# noise of another image decodes to another image, several tenths away.
+DECODE_TOLERANCE = {"float32": 0.05, "bfloat16": 0.2}
 
 
 def against_source(root: Path, manifest: dict[str, Any], inputs: Inputs) -> list[Finding]:
@@ -67,40 +69,40 @@ def _marginals(root: Path, manifest: dict[str, Any]) -> list[Finding]:
 def encode_again(
     root: Path, manifest: dict[str, Any], setup: Setup, count: int, seed: int = 0
 ) -> tuple[list[Finding], list[str]]:
-    """Encode a seeded sample of pairs again and, with a teacher, decode them back, both against what must come out.
+    """Encode a seeded sample of pairs again and, with a teacher, decode them, each against what must come out.
 
-    The noise encoded in the store's own precision must be the stored noise; the noise encoded in float32 must decode
-    to x + eta eps' in float32. Zero bad of n is at most 3/n bad with 95 % confidence (the rule of three).
+    The noise encoded anew must be the stored noise, and the stored noise must decode to x + eta eps' in float32.
+    Zero bad of n is at most 3/n bad with 95 % confidence (the rule of three).
     """
-    spec = read_spec(root)
-    store = PairStore.open(root / f"manifest.g{manifest['generation']:04d}.json")
-    rng = np.random.default_rng(seed)
-    picked = rng.choice(spec.rows * manifest["draws"], size=min(count, spec.rows * manifest["draws"]), replace=False)
-    encoder = Encoder(setup)
+    spec, total = read_spec(root), manifest["records"]
+    store, encoder = PairStore.open(root, manifest["generation"]), Encoder(setup)
+    picked = np.random.default_rng(seed).choice(total, size=min(count, total), replace=False)
     findings: list[Finding] = []
-    worst = decode_worst = 0.0
-    bad = 0
+    encoded, decoded = [np.zeros(0)], [np.zeros(0)]
     for draw in range(manifest["draws"]):
         slots = np.sort(picked[picked // spec.rows == draw] % spec.rows)
-        for start in range(0, len(slots), setup.batch_size):
-            part = slots[start : start + setup.batch_size]
+        if not len(slots):
+            continue
+        for part in np.split(slots, range(setup.batch_size, len(slots), setup.batch_size)):
             stored = store.gather(draw, part)["noise"].astype(np.float32)
-            error = _rms(encoder.encode_slots(draw, part)["noise"] - stored)
-            back = encoder.decode_error(draw, part) if spec.teacher else np.zeros(len(part), np.float32)
-            worst, decode_worst = max(worst, error.max()), max(decode_worst, back.max())
-            wrong = part[~((error <= NOISE_TOLERANCE[setup.precision]) & (back <= DECODE_TOLERANCE))]
-            bad += len(wrong)
-            findings += [
-                Finding(str(root), f"draw {draw}, slot {slot}: not the teacher's noise for its image", "make the store "
-                        "again, or look for the shard's commit: which device and versions encoded it?")
-                for slot in wrong[:5]
-            ]  # fmt: skip
-    bound = f"at most {3 / len(picked):.2%} with 95 % confidence" if not bad else "see the findings"
-    decoded = f", decoded back in float32 within {decode_worst:.2g}" if spec.teacher else ""
-    statement = (
-        f"{bad} of {len(picked)} pairs bad: {bound}; encoded again within {worst:.2g} (RMS of z, worst record){decoded}"
-    )
-    return findings, [statement]
+            encoded.append(_rms(encoder.encode_slots(draw, part)["noise"] - stored))
+            decoded.append(encoder.decode_error(draw, part, stored) if spec.teacher else np.zeros(len(part)))
+            right = encoded[-1] <= NOISE_TOLERANCE[setup.precision]
+            right &= decoded[-1] <= DECODE_TOLERANCE[setup.precision]
+            findings += [_not_its_noise(root, manifest, draw, int(slot), spec.rows_per_shard) for slot in part[~right]]
+    worst, back = np.concatenate(encoded).max(), np.concatenate(decoded).max()
+    bound = "see the findings" if findings else f"at most {3 / len(picked):.2%} with 95 % confidence"
+    return findings, [
+        f"{len(findings)} of {len(picked)} pairs bad: {bound}; encoded again within {worst:.2g} (RMS of z, worst record)"
+        + (f", stored noise decoded in float32 within {back:.2g} of x + eta eps'" if spec.teacher else "")
+    ]
+
+
+def _not_its_noise(root: Path, manifest: dict[str, Any], draw: int, slot: int, rows_per_shard: int) -> Finding:
+    name = shard_name(draw, slot // rows_per_shard)
+    payload = next(entry["payload"] for entry in manifest["shards"] if entry["name"] == name)
+    remedy = "its commit says which device and versions encoded it; move the store away and make it again"
+    return Finding(str(root / payload), f"slot {slot} of draw {draw} is not the coupling's noise of its image", remedy)
 
 
 def _rms(difference: np.ndarray) -> np.ndarray:
