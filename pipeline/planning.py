@@ -58,7 +58,7 @@ def inventory() -> list[Row]:
                 "state": "done" if artifact.done else "started",
                 "size": size_text(artifact.path),
                 "age": _age(time.time() - spec.stat().st_mtime),
-                "needed by": ", ".join(other.name for other in dependants(artifact)) or "-",
+                "needed by": _few([other.name for other in dependants(artifact)]),
             }
         )
     return rows
@@ -137,6 +137,11 @@ def _figures(artifact: Artifact | None) -> str:
     if artifact.done:
         return headline(artifact)
     return last_progress(artifact.path / "events")
+
+
+def _few(names: list[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more or "-"
 
 
 def _age(seconds: float) -> str:

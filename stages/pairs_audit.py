@@ -92,10 +92,10 @@ def encode_again(
             findings += [_not_its_noise(root, manifest, draw, int(slot), spec.rows_per_shard) for slot in part[~right]]
     worst, back = np.concatenate(encoded).max(), np.concatenate(decoded).max()
     bound = "see the findings" if findings else f"at most {3 / len(picked):.2%} with 95 % confidence"
-    return findings, [
-        f"{len(findings)} of {len(picked)} pairs bad: {bound}; encoded again within {worst:.2g} (RMS of z, worst record)"
-        + (f", stored noise decoded in float32 within {back:.2g} of x + eta eps'" if spec.teacher else "")
-    ]
+    said = f"{len(findings)} of {len(picked)} pairs bad: {bound}; encoded again within {worst:.2g} (RMS, worst record)"
+    if spec.teacher:
+        said += f", stored noise decoded in float32 within {back:.2g} of x + eta eps'"
+    return findings, [said]
 
 
 def _not_its_noise(root: Path, manifest: dict[str, Any], draw: int, slot: int, rows_per_shard: int) -> Finding:

@@ -151,9 +151,7 @@ class Lab:
         return {
             str(path.relative_to(self.artifacts)): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(self.artifacts.glob("[a-z]*/**/*"))
-            if path.is_file()
-            and not OWN_RECORDS & set(path.parts)
-            and not path.name.startswith((".tmp-", "lock."))
+            if path.is_file() and not OWN_RECORDS & set(path.parts) and not path.name.startswith((".tmp-", "lock."))
         }
 
     def until(self, condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:

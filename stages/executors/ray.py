@@ -20,7 +20,7 @@ from nfm.stages.stage import StageError
 from nfm.storage.commits import Commit
 
 IN_FLIGHT = 2
-LOST_ACTORS = 10  # this many actors lost in a row without one shard done: the cluster, or the memory, is at fault
+LOST_ACTORS = 5  # so many lost in a row without one shard done: the cluster or the memory is at fault, not chance
 
 
 class Worker:
@@ -39,48 +39,81 @@ def run(
     """Encode the jobs on `workers` actors of the cluster at `address`, RAY_ADDRESS, or a local one made for it."""
     import ray
 
-    gpus = 1 if setup.device.startswith("cuda") else 0
     workers = min(workers, len(jobs))
     with _cluster(address, workers * setup.threads):
-        actor_type: Any = ray.remote(num_cpus=setup.threads, num_gpus=gpus, max_restarts=0)(Worker)
-        waiting = deque(jobs)
-        crew = [actor_type.remote(setup) for _ in range(workers)]
-        flights: dict[Any, tuple[int, ShardJob]] = {}
-        lost = 0
-        while (waiting or flights) and not stopping():
-            for seat in range(workers):
-                while waiting and sum(at == seat for at, _ in flights.values()) < IN_FLIGHT:
-                    job = waiting.popleft()
-                    flights[crew[seat].encode.remote(job)] = (seat, job)
-            ready, _ = ray.wait(list(flights), num_returns=1, timeout=0.5)
-            for reference in ready:
-                if reference not in flights:
-                    continue  # its actor was replaced in this round
-                seat, job = flights.pop(reference)
-                try:
-                    commit = ray.get(reference)
-                except ray.exceptions.RayTaskError as error:
-                    job = job.again(failed=True)
-                    if job.tries >= TRIES:
-                        yield Outcome(job, error=str(error))
+        crew, waiting, lost = _Crew(setup, workers), deque(jobs), 0
+        while (waiting or crew.flights) and not stopping():
+            crew.send(waiting)
+            for seat, job, result in crew.landed():
+                if isinstance(result, Commit):
+                    lost = 0
+                    yield Outcome(job, commit=result)
+                elif isinstance(result, ray.exceptions.RayTaskError):
+                    if job.tries + 1 < TRIES:
+                        waiting.append(job.again(failed=True))
                     else:
-                        waiting.append(job)
-                except ray.exceptions.RayError as error:
+                        yield Outcome(job, error=str(result))
+                else:
                     lost += 1
                     if lost > LOST_ACTORS:
-                        raise StageError(
-                            f"{lost} Ray actors in a row died without finishing a shard; the last one: {error}. "
-                            "Look for the reason in the Ray logs (out of memory is the usual one: lower "
-                            "pairs.batch_size or pairs.workers); committed shards stay, run the same command again"
-                        ) from error
-                    dead = [job, *(flights.pop(r)[1] for r, f in list(flights.items()) if f[0] == seat)]
-                    waiting.extendleft(job.again(failed=False) for job in reversed(dead))
-                    crew[seat] = actor_type.remote(setup)
-                else:
-                    lost = 0
-                    yield Outcome(job, commit=commit)
-        for actor in crew:
+                        raise StageError(_gone(lost, result)) from result
+                    waiting.extendleft(each.again(failed=False) for each in [*crew.replace(seat), job])
+        crew.dismiss()
+
+
+class _Crew:
+    """The actors, each in a numbered seat, and which job is in flight where."""
+
+    def __init__(self, setup: Setup, workers: int):
+        import ray
+
+        gpus = 1 if setup.device.startswith("cuda") else 0
+        self.hire: Any = ray.remote(num_cpus=setup.threads, num_gpus=gpus, max_restarts=0)(Worker).remote
+        self.setup = setup
+        self.actors: list[Any] = [self.hire(setup) for _ in range(workers)]
+        self.flights: dict[Any, tuple[int, ShardJob]] = {}
+
+    def send(self, waiting: deque[ShardJob]) -> None:
+        """Fill every seat up to IN_FLIGHT jobs."""
+        for seat, actor in enumerate(self.actors):
+            busy = sum(taken == seat for taken, _ in self.flights.values())
+            for _ in range(min(IN_FLIGHT - busy, len(waiting))):
+                job = waiting.popleft()
+                self.flights[actor.encode.remote(job)] = (seat, job)
+
+    def landed(self, seconds: float = 0.5) -> Iterator[tuple[int, ShardJob, Any]]:
+        """(seat, job, its commit or the Ray error) of what ended within some time."""
+        import ray
+
+        ready, _ = ray.wait(list(self.flights), num_returns=1, timeout=seconds)
+        for reference in ready:
+            if reference not in self.flights:
+                continue  # its seat was given to another actor meanwhile
+            seat, job = self.flights.pop(reference)
+            try:
+                yield seat, job, ray.get(reference)
+            except ray.exceptions.RayError as error:
+                yield seat, job, error
+
+    def replace(self, seat: int) -> list[ShardJob]:
+        """A fresh actor for a dead one's seat; returns the jobs that died with it, the last one first."""
+        died = [reference for reference, (taken, _) in self.flights.items() if taken == seat]
+        self.actors[seat] = self.hire(self.setup)
+        return [self.flights.pop(reference)[1] for reference in reversed(died)]
+
+    def dismiss(self) -> None:
+        import ray
+
+        for actor in self.actors:
             ray.kill(actor)
+
+
+def _gone(lost: int, error: Exception) -> str:
+    return (
+        f"{lost} Ray actors in a row died without finishing a shard; the last one: {error}. Look for the reason in "
+        "the Ray logs (out of memory is the usual one: lower pairs.batch_size or pairs.workers); committed shards "
+        "stay, run the same command again"
+    )
 
 
 @contextmanager
@@ -89,7 +122,6 @@ def _cluster(address: str | None, cpus: int) -> Iterator[None]:
     import ray
 
     address = address or os.environ.get("RAY_ADDRESS")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "nfm"}
     connected = ray.is_initialized()

@@ -1,0 +1,226 @@
+"""Killed or stopped at any moment and run again, a stage ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from nfm.pipeline.artifact import Artifact
+from nfm.storage import PairStore
+from nfm.storage.index import record_keys
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+DRAWS = 4
+SMALL_SHARDS = ("pairs.rows_per_shard=8", "pairs.rows_per_block=8", "pairs.batch_size=8", f"pairs.draws={DRAWS}")
+RAY = ("pairs.executor=ray", "pairs.workers=2")
+
+
+def store_in_making(lab: Lab) -> Path:
+    """The store with small shards, beside the one that the tiny run made."""
+    return next(store.path for store in lab.all("pairs") if store.spec["store"]["rows_per_shard"] == 8)
+
+
+def commits_in(lab: Lab) -> int:
+    """How many small shards are committed so far."""
+    folders = [
+        path.parent for path in lab.artifacts.glob("pairs/*/spec.json") if '"rows_per_shard": 8' in path.read_text()
+    ]
+    return len(list(folders[0].glob("commits/d*.json"))) if folders else 0
+
+
+def kill_at(lab: Lab, process: subprocess.Popen[str], commits: int, pause: float) -> None:
+    """SIGKILL the command `pause` seconds after this many commits stand."""
+    lab.until(lambda: commits_in(lab) >= commits, process)
+    time.sleep(pause)
+    process.kill()
+    process.communicate()
+
+
+def check_whole(lab: Lab, expected: str) -> None:
+    """Every key once, the content that an uninterrupted run has, and a clean audit."""
+    found = store_in_making(lab)
+    store = PairStore.open(found)
+    rows = store.spec.rows
+    keys = store.index(["key"])["key"].to_pylist()
+    assert len(keys) == len(set(keys)) == DRAWS * rows
+    assert set(keys) == {key for draw in range(DRAWS) for key in record_keys(draw, range(rows))}
+    for draw in range(DRAWS):
+        np.testing.assert_array_equal(store.gather(draw, np.arange(rows))["slot"], np.arange(rows))
+    assert store.content_digest == expected
+    assert "clean" in lab.nfm("audit", found).stdout
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made: Lab, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The content digest of the store with small shards when nothing gets in the way."""
+    lab = type(made)(tmp_path_factory.mktemp("uninterrupted") / "lab")
+    shutil.copytree(made.folder, lab.folder)
+    lab.run("pairs", *SMALL_SHARDS)
+    return PairStore.open(store_in_making(lab)).content_digest
+
+
+def test_pairs_killed_at_random_moments_end_with_every_key_once(lab: Lab, uninterrupted: str) -> None:
+    rng = np.random.default_rng(20260309)
+    moments = np.sort(rng.integers(0, 120, 4))
+    for commits in moments:
+        process = lab.start(*lab.arguments("pairs", *SMALL_SHARDS))
+        kill_at(lab, process, int(commits), rng.uniform(0, 0.02))
+    assert moments[-1] <= commits_in(lab) < 128
+    assert not list(store_in_making(lab).glob("manifest*"))
+    done = lab.run("pairs", *SMALL_SHARDS)
+    assert "shards are committed already" in done.stderr
+    check_whole(lab, uninterrupted)
+
+
+def processes_under(pid: int) -> dict[int, str]:
+    """Process numbers and command lines of all descendants."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            parents[int(folder.name)] = (int(fields[1]), (folder / "cmdline").read_bytes().decode().replace("\0", " "))
+        except (OSError, IndexError):
+            continue
+    found, front = {}, {pid}
+    while front:
+        children = {child for child, (parent, _) in parents.items() if parent in front}
+        found |= {child: parents[child][1] for child in children}
+        front = children
+    return found
+
+
+def test_on_ray_a_killed_driver_and_a_killed_actor_cost_nothing(lab: Lab, uninterrupted: str) -> None:
+    first = lab.start(*lab.arguments("pairs", *SMALL_SHARDS, *RAY))
+    lab.until(lambda: commits_in(lab) >= 5, first)
+    orphans = processes_under(first.pid)
+    kill_at(lab, first, 7, 0.003)
+    assert commits_in(lab) < 128
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in orphans):
+        assert time.monotonic() < deadline, f"left behind: {processes_under(1)}"
+        time.sleep(0.1)
+
+    before = commits_in(lab)
+    second = lab.start(*lab.arguments("pairs", *SMALL_SHARDS, *RAY))
+    lab.until(lambda: commits_in(lab) > before, second)
+    actors = [pid for pid, command in processes_under(second.pid).items() if command.startswith("ray::Worker")]
+    assert len(actors) == 2
+    os.kill(actors[0], signal.SIGKILL)
+    assert commits_in(lab) < 128
+    done = lab.wait(second)
+    assert "done in" in done.stderr
+    check_whole(lab, uninterrupted)
+
+
+TEACHER = ("teacher.images=16000",)
+STUDENT = ("student.pairs=16000", "student.save_every=640", "student.log_every=640")
+
+
+def lines_of(lab: Lab, stage: str, others: set[Path]) -> int:
+    """How many lines the metrics of the run in the making have."""
+    found = [path for path in (lab.artifacts / stage).glob("*/metrics.jsonl") if path.parent not in others]
+    return found[0].read_text().count("\n") if found else 0
+
+
+def trained_alone(lab: Lab, stage: str, *sets: str) -> tuple[set[Path], bytes, str]:
+    """(older artifacts, final weights, content digest) of an uninterrupted training, which is then removed."""
+    others = {artifact.path for artifact in lab.all(stage)}
+    lab.run(stage, *sets)
+    own = next(artifact for artifact in lab.all(stage) if artifact.path not in others)
+    weights, digest = (own.path / "weights.safetensors").read_bytes(), own.manifest()["content_digest"]
+    shutil.rmtree(own.path)
+    return others, weights, digest
+
+
+def finish(lab: Lab, stage: str, others: set[Path], *sets: str) -> Artifact:
+    done = lab.run(stage, *sets)
+    assert f"{stage}: resuming" in done.stderr
+    assert "continuing from" in done.stderr
+    return next(artifact for artifact in lab.all(stage) if artifact.path not in others)
+
+
+def stop(lab: Lab, process: subprocess.Popen[str], number: int) -> None:
+    process.send_signal(number)
+    told = lab.wait(process, exits=130)
+    assert "stopped; the same command goes on from here" in told.stderr
+
+
+def test_a_teacher_stopped_by_sigterm_ends_bit_for_bit_the_same(lab: Lab) -> None:
+    others, weights, digest = trained_alone(lab, "teacher", *TEACHER)
+    process = lab.start(*lab.arguments("teacher", *TEACHER))
+    lab.until(lambda: lines_of(lab, "teacher", others) >= 2, process)
+    stop(lab, process, signal.SIGTERM)
+    stopped = [artifact for artifact in lab.all("teacher") if artifact.path not in others]
+    assert [artifact.done for artifact in stopped] == [False]
+    own = finish(lab, "teacher", others, *TEACHER)
+    assert (own.path / "weights.safetensors").read_bytes() == weights
+    assert own.manifest()["content_digest"] == digest
+    seen = [line.split('"images_seen": ')[1].split(",")[0] for line in (own.path / "metrics.jsonl").open()]
+    assert len(seen) == len(set(seen)) == 16
+
+
+def test_a_student_stopped_by_sigint_and_then_killed_ends_bit_for_bit_the_same(lab: Lab) -> None:
+    others, weights, digest = trained_alone(lab, "student", *STUDENT)
+    process = lab.start(*lab.arguments("student", *STUDENT))
+    lab.until(lambda: lines_of(lab, "student", others) >= 3, process)
+    stop(lab, process, signal.SIGINT)
+    process = lab.start(*lab.arguments("student", *STUDENT))
+    lab.until(lambda: lines_of(lab, "student", others) >= 10, process)
+    process.kill()
+    process.communicate()
+    own = finish(lab, "student", others, *STUDENT)
+    assert (own.path / "weights.safetensors").read_bytes() == weights
+    assert own.manifest()["content_digest"] == digest
+    seen = [line.split('"pairs_seen": ')[1].split(",")[0] for line in (own.path / "metrics.jsonl").open()]
+    assert len(seen) == len(set(seen)) == 25
+
+
+def test_pairs_stopped_by_sigterm_keep_what_is_committed(lab: Lab, uninterrupted: str) -> None:
+    process = lab.start(*lab.arguments("pairs", *SMALL_SHARDS))
+    lab.until(lambda: commits_in(lab) >= 20, process)
+    stop(lab, process, signal.SIGTERM)
+    kept = {path: path.read_bytes() for path in store_in_making(lab).glob("commits/*.json")}
+    assert 20 <= len(kept) < 128
+    done = lab.run("pairs", *SMALL_SHARDS)
+    assert f"{len(kept)} of 128 shards are committed already" in done.stderr
+    assert {path: path.read_bytes() for path in kept} == kept
+    check_whole(lab, uninterrupted)
+
+
+def test_an_evaluation_killed_in_the_middle_goes_on_with_the_next_row(lab: Lab) -> None:
+    sets = ("evaluate.samples=120",)
+    others = {artifact.path for artifact in lab.all("evaluate")}
+
+    def rows() -> list[Path]:
+        return [path for path in lab.artifacts.glob("evaluate/*/rows/*.json") if path.parents[1] not in others]
+
+    process = lab.start(*lab.arguments("evaluate", *sets))
+    lab.until(lambda: len(rows()) >= 3, process)
+    process.kill()
+    process.communicate()
+    kept = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in rows()}
+    assert 3 <= len(kept) < 9
+    lab.run("evaluate", *sets)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in kept} == kept
+    assert len(rows()) == 9
+
+
+def test_a_second_signal_stops_at_once_and_is_resumable_too(lab: Lab, uninterrupted: str) -> None:
+    process = lab.start(*lab.arguments("pairs", *SMALL_SHARDS))
+    lab.until(lambda: commits_in(lab) >= 10, process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    lab.wait(process, exits=130)
+    assert not (store_in_making(lab) / "lock.json").exists()
+    lab.run("pairs", *SMALL_SHARDS)
+    check_whole(lab, uninterrupted)
