@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from nfm.pipeline.artifact import Artifact, ArtifactError, fingerprint
 from nfm.pipeline.config import RunConfig
-from nfm.pipeline.graph import STAGES, build, optional
+from nfm.pipeline.graph import STAGES, Node, build, optional
 from nfm.pipeline.lineage import ancestors, inputs_of
 from nfm.stages.stage import Finding
 from nfm.storage import atomic
@@ -47,11 +47,24 @@ def audit(targets: Sequence[Artifact], level: Level = "default", deep_sample: in
 
 def finished(config: RunConfig) -> list[Artifact]:
     """Every finished artifact of a run, in the order of the pipeline."""
-    found = [node.artifact() for node in build(config).values()]
-    done = [artifact for artifact in found if artifact is not None and artifact.done]
+    done = [artifact for node in build(config).values() for artifact in _manifests_of(node) if artifact.done]
     if not done:
         raise ArtifactError("nothing of this config is made yet; start with `nfm run pairs -c F`")
     return done
+
+
+def _manifests_of(node: Node) -> list[Artifact]:
+    """The artifact of a node; where its own manifest cannot be read, all that its folder holds, damaged ones too."""
+    try:
+        found = node.artifact()
+        return [found] if found is not None else []
+    except (StorageError, ArtifactError):
+        pass
+    try:
+        folder = node.folder()
+    except (StorageError, ArtifactError):
+        return []  # the manifest of an input: it is found there
+    return [Artifact(folder, path.name) for path in sorted(folder.glob("manifest*.json"))] if folder else []
 
 
 def as_text(results: Sequence[Audited]) -> str:
@@ -82,7 +95,7 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int) -> Audited:
         if all(found.done for found in inputs_of(artifact).values()):
             more, statements = check(inputs, artifact.reference, level, deep_sample)
             findings += more
-    except (StorageError, KeyError, OSError) as error:
+    except (StorageError, ArtifactError, KeyError, OSError) as error:
         findings.append(
             Finding(str(artifact.path), f"{error}" or type(error).__name__, "restore it, or make it again: remove the "
                     "folder and run its stage")

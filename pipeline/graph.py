@@ -35,18 +35,20 @@ class Node:
 
     def artifact(self) -> Artifact | None:
         """Where this node's output lives; None while an input is missing, since its content decides the place."""
+        folder = self.folder()
+        if folder is None:
+            return None
+        return Artifact(folder, optional(self.stage, "manifest_name", lambda *_: "manifest.json")(self.config, folder))
+
+    def folder(self) -> Path | None:
+        """The folder of the artifact, which may hold several manifests."""
         inputs = self.input_artifacts()
         if inputs is None:
             return None
         contents = {role: manifest_of(artifact)["content_digest"] for role, artifact in inputs.items()}
-        return self.locate(contents)
-
-    def locate(self, contents: dict[str, str]) -> Artifact:
-        """The artifact for inputs of these content digests."""
         identity = {**contents, **self.external()}
         key = fingerprint(self.stage.NAME, self.stage.VERSION, self.config.semantic(), identity)
-        path = artifacts_root() / self.stage.NAME / key[:12]
-        return Artifact(path, optional(self.stage, "manifest_name", lambda *_: "manifest.json")(self.config, path))
+        return artifacts_root() / self.stage.NAME / key[:12]
 
     def external(self) -> dict[str, str]:
         """Digests of what lies outside every artifact: the data stage's source files."""

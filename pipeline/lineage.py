@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 from nfm.pipeline.artifact import Artifact, artifacts_root
+from nfm.storage.errors import StorageError
 
 
 def inputs_of(artifact: Artifact) -> dict[str, Artifact]:
@@ -22,8 +24,8 @@ def ancestors(artifact: Artifact) -> list[Artifact]:
     seen: dict[str, Artifact] = {}
 
     def visit(found: Artifact) -> None:
-        if found.started:
-            for needed in inputs_of(found).values():
+        with contextlib.suppress(StorageError):  # a damaged spec: the audit of that artifact says so
+            for needed in inputs_of(found).values() if found.started else ():
                 visit(needed)
         seen.setdefault(str(found.reference), found)
 

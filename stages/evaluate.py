@@ -9,9 +9,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from nfm.stages.sampling import Sampler, student_sampler, teacher_sampler
+from pydantic import Field, field_validator
+
+from nfm.stages.sampling import EULER_UP_TO, Sampler, student_sampler, teacher_sampler
 from nfm.stages.stage import Inputs, Reporter, Result, Section, Stopped, operational
 from nfm.stages.training import Precision, pick_device
 from nfm.storage import atomic
@@ -27,19 +29,27 @@ TABLE, TEXT, ROWS, SAMPLES = "evaluation.json", "evaluation.txt", "rows", "sampl
 class EvaluateConfig(Section):
     """The `[evaluate]` table; `baselines` are couplings whose students are trained and measured beside."""
 
-    baselines: tuple[str, ...] = ()
+    baselines: tuple[Literal["nfm", "independent"], ...] = ()
     nfe: tuple[int, ...] = (31, 15, 7, 5)
-    samples: int = 5_000
-    teacher_samples: int = 5_000
+    samples: int = Field(5_000, ge=2)
+    teacher_samples: int = Field(5_000, ge=2)
     guidance: float = 0.0
-    kid_subsets: int = 100
-    kid_size: int = 1000
-    curvature_trajectories: int = 256
-    seed: int = 1
+    kid_subsets: int = Field(100, ge=2)
+    kid_size: int = Field(1000, ge=2)
+    curvature_trajectories: int = Field(256, ge=1)
+    seed: int = Field(1, ge=0)
     precision: Precision = "float32"
-    batch_size: int = 250
+    batch_size: int = Field(250, ge=1)
     speed_batches: tuple[int, ...] = operational((32, 128, 512))
     device: str = operational("auto")
+
+    @field_validator("nfe")
+    @classmethod
+    def _solvers_can(cls, nfe: tuple[int, ...]) -> tuple[int, ...]:
+        for count in nfe:
+            if count < 1 or (count > EULER_UP_TO and count % 2 == 0):
+                raise ValueError(f"{count} evaluations: Heun takes 2N - 1, use odd numbers above {EULER_UP_TO}")
+        return nfe
 
 
 def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:

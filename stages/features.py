@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import Field
 
 from nfm.stages.stage import Inputs, Reporter, Result
 from nfm.stages.training import (
@@ -13,6 +14,7 @@ from nfm.stages.training import (
     METRICS,
     WEIGHTS,
     TrainingSection,
+    blaming,
     fit,
     pick_device,
     read_weights,
@@ -32,11 +34,10 @@ VERSION = 1
 class FeaturesConfig(TrainingSection):
     """The `[features]` table; `images` is the number of training images seen in all."""
 
-    images: int = 300_000
-    batch_size: int = 128
-    learning_rate: float = 4e-3
-    warmup: float = 0.1
-    ema: float = 0.995
+    images: int = Field(300_000, ge=1)
+    learning_rate: float = Field(4e-3, gt=0)
+    warmup: float = Field(0.1, ge=0, le=1)
+    ema: float = Field(0.995, ge=0, lt=1)
 
 
 def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
@@ -49,8 +50,9 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
     torch.manual_seed(config.seed)
     channels, height, width = train.image_shape
-    model = FeatureNet((channels, height, width), len(train.classes))
-    batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
+    with blaming(NAME):
+        model = FeatureNet((channels, height, width), len(train.classes))
+        batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
     trained = fit(model, classification_loss, batches, config, recipe(config, config.images), out, report, "images")
     atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, model.architecture))
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from nfm.stages import costs
 from nfm.stages.encoder import Setup
 from nfm.stages.executors import Outcome, ShardJob, new_attempt
@@ -28,11 +30,11 @@ class PairsConfig(Section):
     coupling: Literal["nfm", "independent"] = "nfm"
     draws: int = operational(1, ge=1, le=1000)
     codec: Literal["float16", "float32"] = "float16"
-    rows_per_shard: int = 4096
-    rows_per_block: int = 256
+    rows_per_shard: int = Field(4096, ge=1)
+    rows_per_block: int = Field(256, ge=1)
     flips: bool = False
-    seed: int = 0
-    batch_size: int = 256
+    seed: int = Field(0, ge=0)
+    batch_size: int = Field(256, ge=1)
     precision: Precision = "float32"
     executor: Literal["ray", "serial"] = operational("ray")
     ray_address: str | None = operational(None)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from nfm.stages.training import Precision
 
+EULER_UP_TO = 5  # evaluations; Heun above
+
 # noise [B, C, H, W] and labels [B] -> images [B, C, H, W] in [-1, 1]
 Decode = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
@@ -42,7 +44,7 @@ def student_sampler(folder: Path, coupling: str, nfe: int, device: str, precisio
     from nfm.trainers import solvers
 
     model = student.load(folder, device)
-    method = "euler" if nfe <= 5 else "heun"
+    method = "euler" if nfe <= EULER_UP_TO else "heun"
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with precision_context(noise.device.type, precision):

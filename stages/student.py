@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field
+
 from nfm.stages import costs
 from nfm.stages.stage import Inputs, Reporter, Result
 from nfm.stages.training import (
@@ -16,6 +18,7 @@ from nfm.stages.training import (
     METRICS,
     WEIGHTS,
     TrainingSection,
+    blaming,
     fit,
     pick_device,
     read_weights,
@@ -35,12 +38,12 @@ VERSION = 1
 class StudentConfig(TrainingSection):
     """The `[student]` table; `pairs` is the number of pairs seen in all."""
 
-    pairs: int = 240_000
-    patch: int = 4
-    width: int = 128
-    depth: int = 6
-    head_size: int = 64
-    label_drop: float = 0.1
+    pairs: int = Field(240_000, ge=1)
+    patch: int = Field(4, ge=1)
+    width: int = Field(128, ge=1)
+    depth: int = Field(6, ge=1)
+    head_size: int = Field(64, ge=1)
+    label_drop: float = Field(0.1, ge=0, le=1)
 
 
 def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
@@ -57,12 +60,13 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "width": config.width, "depth": config.depth, "head_size": config.head_size,
     }  # fmt: skip
     torch.manual_seed(config.seed)
-    model = SiT(**architecture)
+    with blaming(NAME):
+        model = SiT(**architecture)
+        batches = store.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
 
     def loss(model: SiT, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         return flow_matching.loss(model, batch.image, batch.noise, batch.label, generator, config.label_drop), {}
 
-    batches = store.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
     plan = recipe(config, config.pairs)
     trained = fit(model, loss, batches, config, plan, out, report, "pairs")
     atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, architecture))

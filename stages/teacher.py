@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from pydantic import Field
 
 from nfm.stages import costs
 from nfm.stages.stage import Inputs, Reporter, Result
@@ -17,6 +18,7 @@ from nfm.stages.training import (
     Precision,
     TrainingSection,
     autocast_dtype,
+    blaming,
     fit,
     pick_device,
     read_weights,
@@ -37,18 +39,18 @@ FACTS, SAMPLES = "teacher.json", "samples.png"
 class TeacherConfig(TrainingSection):
     """The `[teacher]` table; `images` is the number of training images seen in all, flips and noise drawn anew."""
 
-    images: int = 360_000
-    patch: int = 4
-    channels: int = 128
-    blocks: int = 4
-    layers: int = 4
-    head_size: int = 64
-    eta: float = 0.1
-    label_drop: float = 0.1
+    images: int = Field(360_000, ge=1)
+    patch: int = Field(4, ge=1)
+    channels: int = Field(128, ge=1)
+    blocks: int = Field(4, ge=1)
+    layers: int = Field(4, ge=1)
+    head_size: int = Field(64, ge=1)
+    eta: float = Field(0.1, gt=0)
+    label_drop: float = Field(0.1, ge=0, le=1)
     flips: bool = False
-    learning_rate: float = 2e-3
-    sigma_rows: int = 4096
-    measure_rows: int = 512
+    learning_rate: float = Field(2e-3, gt=0)
+    sigma_rows: int = Field(4096, ge=1)
+    measure_rows: int = Field(512, ge=1)
 
 
 def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
@@ -65,7 +67,9 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "channels": config.channels, "blocks": config.blocks, "layers": config.layers, "head_size": config.head_size,
     }  # fmt: skip
     torch.manual_seed(config.seed)
-    model = TarFlow(**architecture)
+    with blaming(NAME):
+        model = TarFlow(**architecture)
+        batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
 
     def loss(model: TarFlow, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
         def uniform(*shape: int) -> torch.Tensor:
@@ -85,7 +89,6 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
             for name, split in (("train", train), ("heldout", heldout))
         }
 
-    batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
     plan = recipe(config, config.images)
     trained = fit(model, loss, batches, config, plan, out, report, "images", measure)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
 
 from nfm.stages.stage import Reporter, Section, StageError, Stopped, operational
 from nfm.storage import atomic
@@ -23,17 +26,26 @@ CHECKPOINT, METRICS, WEIGHTS = "checkpoint.safetensors", "metrics.jsonl", "weigh
 class TrainingSection(Section):
     """Fields of every section that trains a model; lengths are in examples."""
 
-    seed: int = 0
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 1e-4
-    clip: float = 1.0
-    ema: float = 0.999
+    seed: int = Field(0, ge=0)
+    batch_size: int = Field(128, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.999, ge=0, lt=1)
     precision: Precision = "float32"
     device: str = operational("auto")
-    save_every: int = operational(20_000)
-    log_every: int = operational(5_000)
+    save_every: int = operational(20_000, ge=1)
+    log_every: int = operational(5_000, ge=1)
+
+
+@contextmanager
+def blaming(section: str) -> Iterator[None]:
+    """Sizes that do not fit each other, told as an error of the config section that holds them."""
+    try:
+        yield
+    except ValueError as error:
+        raise StageError(f"config section [{section}]: {error}") from error
 
 
 def pick_device(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -82,48 +83,45 @@ def test_pairs_killed_at_random_moments_end_with_every_key_once(lab: Lab, uninte
     check_whole(lab, uninterrupted)
 
 
-def processes_under(pid: int) -> dict[int, str]:
-    """Process numbers and command lines of all descendants."""
-    parents = {}
+def actors_of(driver: subprocess.Popen[str]) -> list[int]:
+    """Process numbers of the two encoders that work for a driver, found among its descendants."""
+    parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            parents[int(folder.name)] = (int(fields[1]), (folder / "cmdline").read_bytes().decode().replace("\0", " "))
-        except (OSError, IndexError):
-            continue
-    found, front = {}, {pid}
-    while front:
-        children = {child for child, (parent, _) in parents.items() if parent in front}
-        found |= {child: parents[child][1] for child in children}
-        front = children
-    return found
+        with contextlib.suppress(OSError):
+            pid = int(folder.name)
+            parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            names[pid] = (folder / "cmdline").read_bytes().decode()
+    ours = {driver.pid}
+    for _ in range(4):  # driver, raylet, worker, and what may lie between
+        ours |= {pid for pid, parent in parents.items() if parent in ours}
+    actors = [pid for pid in ours if names.get(pid, "").startswith("ray::Worker")]
+    assert len(actors) == 2
+    return actors
 
 
 def test_on_ray_a_killed_driver_and_a_killed_actor_cost_nothing(lab: Lab, uninterrupted: str) -> None:
     first = lab.start(*lab.arguments("pairs", *SMALL_SHARDS, *RAY))
     lab.until(lambda: commits_in(lab) >= 5, first)
-    orphans = processes_under(first.pid)
+    actors = actors_of(first)
     kill_at(lab, first, 7, 0.003)
     assert commits_in(lab) < 128
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in orphans):
-        assert time.monotonic() < deadline, f"left behind: {processes_under(1)}"
+    while any(Path(f"/proc/{pid}").exists() for pid in actors):
+        assert time.monotonic() < deadline, "the actors outlive their driver"
         time.sleep(0.1)
 
     before = commits_in(lab)
     second = lab.start(*lab.arguments("pairs", *SMALL_SHARDS, *RAY))
     lab.until(lambda: commits_in(lab) > before, second)
-    actors = [pid for pid, command in processes_under(second.pid).items() if command.startswith("ray::Worker")]
-    assert len(actors) == 2
-    os.kill(actors[0], signal.SIGKILL)
+    os.kill(actors_of(second)[0], signal.SIGKILL)
     assert commits_in(lab) < 128
     done = lab.wait(second)
     assert "done in" in done.stderr
     check_whole(lab, uninterrupted)
 
 
-TEACHER = ("teacher.images=16000",)
-STUDENT = ("student.pairs=16000", "student.save_every=640", "student.log_every=640")
+TEACHER = ("teacher.images=9600", "teacher.log_every=640")
+STUDENT = ("student.pairs=9600", "student.save_every=640", "student.log_every=640")
 
 
 def lines_of(lab: Lab, stage: str, others: set[Path]) -> int:
@@ -166,7 +164,7 @@ def test_a_teacher_stopped_by_sigterm_ends_bit_for_bit_the_same(lab: Lab) -> Non
     assert (own.path / "weights.safetensors").read_bytes() == weights
     assert own.manifest()["content_digest"] == digest
     seen = [line.split('"images_seen": ')[1].split(",")[0] for line in (own.path / "metrics.jsonl").open()]
-    assert len(seen) == len(set(seen)) == 16
+    assert len(seen) == len(set(seen)) == 15
 
 
 def test_a_student_stopped_by_sigint_and_then_killed_ends_bit_for_bit_the_same(lab: Lab) -> None:
@@ -175,22 +173,28 @@ def test_a_student_stopped_by_sigint_and_then_killed_ends_bit_for_bit_the_same(l
     lab.until(lambda: lines_of(lab, "student", others) >= 3, process)
     stop(lab, process, signal.SIGINT)
     process = lab.start(*lab.arguments("student", *STUDENT))
-    lab.until(lambda: lines_of(lab, "student", others) >= 10, process)
+    lab.until(lambda: lines_of(lab, "student", others) >= 8, process)
     process.kill()
     process.communicate()
     own = finish(lab, "student", others, *STUDENT)
     assert (own.path / "weights.safetensors").read_bytes() == weights
     assert own.manifest()["content_digest"] == digest
     seen = [line.split('"pairs_seen": ')[1].split(",")[0] for line in (own.path / "metrics.jsonl").open()]
-    assert len(seen) == len(set(seen)) == 25
+    assert len(seen) == len(set(seen)) == 15
 
 
-def test_pairs_stopped_by_sigterm_keep_what_is_committed(lab: Lab, uninterrupted: str) -> None:
+def test_pairs_stopped_by_one_signal_or_by_two_keep_what_is_committed(lab: Lab, uninterrupted: str) -> None:
     process = lab.start(*lab.arguments("pairs", *SMALL_SHARDS))
     lab.until(lambda: commits_in(lab) >= 20, process)
     stop(lab, process, signal.SIGTERM)
-    kept = {path: path.read_bytes() for path in store_in_making(lab).glob("commits/*.json")}
-    assert 20 <= len(kept) < 128
+    process = lab.start(*lab.arguments("pairs", *SMALL_SHARDS))
+    lab.until(lambda: commits_in(lab) >= 50, process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # the second one does not wait for the work in hand
+    lab.wait(process, exits=130)
+    assert not (store_in_making(lab) / "lock.json").exists()
+    kept = {path: path.read_bytes() for path in store_in_making(lab).glob("commits/d*.json")}
+    assert 50 <= len(kept) < 128
     done = lab.run("pairs", *SMALL_SHARDS)
     assert f"{len(kept)} of 128 shards are committed already" in done.stderr
     assert {path: path.read_bytes() for path in kept} == kept
@@ -202,7 +206,7 @@ def test_an_evaluation_killed_in_the_middle_goes_on_with_the_next_row(lab: Lab) 
     others = {artifact.path for artifact in lab.all("evaluate")}
 
     def rows() -> list[Path]:
-        return [path for path in lab.artifacts.glob("evaluate/*/rows/*.json") if path.parents[1] not in others]
+        return [path for path in lab.artifacts.glob("evaluate/*/rows/[a-z]*.json") if path.parents[1] not in others]
 
     process = lab.start(*lab.arguments("evaluate", *sets))
     lab.until(lambda: len(rows()) >= 3, process)
@@ -213,14 +217,3 @@ def test_an_evaluation_killed_in_the_middle_goes_on_with_the_next_row(lab: Lab) 
     lab.run("evaluate", *sets)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in kept} == kept
     assert len(rows()) == 9
-
-
-def test_a_second_signal_stops_at_once_and_is_resumable_too(lab: Lab, uninterrupted: str) -> None:
-    process = lab.start(*lab.arguments("pairs", *SMALL_SHARDS))
-    lab.until(lambda: commits_in(lab) >= 10, process)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
-    lab.wait(process, exits=130)
-    assert not (store_in_making(lab) / "lock.json").exists()
-    lab.run("pairs", *SMALL_SHARDS)
-    check_whole(lab, uninterrupted)
