@@ -50,7 +50,10 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        return f"{self.path.parent.name}/{self.path.name}"
+        """`stage/fingerprint` under the root, the whole path elsewhere."""
+        path = self.path.resolve()
+        inside = path.parent.parent == artifacts_root().resolve()
+        return f"{path.parent.name}/{path.name}" if inside else str(path)
 
     @property
     def reference(self) -> Path:

@@ -75,7 +75,13 @@ def status(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @set_option
 @click.option("--quick", "level", flag_value="quick", help="Fingerprints, digests of manifests, sizes.")
 @click.option("--deep", "level", flag_value="deep", help="Also encode a seeded sample of pairs again and decode it.")
-@click.option("--sample", default=300, show_default=True, help="Pairs of each store that --deep takes.")
+@click.option(
+    "--sample",
+    default=300,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Pairs of each store that --deep takes.",
+)
 @json_option
 def audit(
     artifact: str | None, config_path: str | None, overrides: tuple[str, ...], level: Level | None, sample: int,
@@ -131,7 +137,7 @@ def list_artifacts(as_json: bool) -> None:
 
 @cli.command()
 @click.argument("artifact")
-@click.option("-n", "count", default=64, show_default=True, help="Number of images.")
+@click.option("-n", "count", default=64, type=click.IntRange(min=1), show_default=True, help="Number of images.")
 @click.option("--nfe", default=7, show_default=True, help="Evaluations of a student; a teacher is inverted.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", default="grid.png", show_default=True, type=click.Path(path_type=Path))
@@ -140,6 +146,7 @@ def sample(artifact: str, count: int, nfe: int, seed: int, output: Path) -> None
     from nfm.stages.sampling import sample_grid
 
     found = find(artifact)
+    found.manifest()  # an unfinished artifact has none, and says so
     sample_grid(found.path, found.spec["stage"], count, nfe, seed, output)
     click.echo(str(output))
 
@@ -176,7 +183,7 @@ def info(store: str, as_json: bool) -> None:
 @click.option("--quick", is_flag=True, help="Sizes and digests of commits and manifests only.")
 def verify(store: str, quick: bool) -> None:
     """Check a store by itself, without its lineage; exit 1 on any finding."""
-    from nfm.stages.pairs import verify as verify_store
+    from nfm.stages.pairs_upkeep import verify as verify_store
 
     findings = verify_store(find(store).reference, "quick" if quick else "default")
     for finding in findings:
@@ -197,7 +204,7 @@ def seal(store: str) -> None:
 
 def _main_output(artifact: Artifact) -> str:
     page = artifact.path / "report.html"
-    return str(page if page.exists() else artifact.path)
+    return str(page if page.exists() else artifact.reference)
 
 
 def main() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
+
+from nfm.pipeline.lock import Lock
 
 PLAIN_SECONDS = 15.0
 EVENT_SECONDS = 30.0
@@ -43,25 +46,31 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        click.echo("\nstopping after the work in hand (again: at once; either way the next run goes on)", err=True)
+        # Not through sys.stderr, which the signal may have interrupted in the middle of a line.
+        os.write(2, b"\nstopping after the work in hand (again: at once; either way the next run goes on)\n")
 
 
 class Console:
     """The reporter of one stage's run: implements `nfm.stages.stage.Reporter`."""
 
-    def __init__(self, stage: str, events: Path, stop: StopRequest, lost: Callable[[], bool] = lambda: False):
+    def __init__(self, stage: str, events: Path, stop: StopRequest, lock: Lock | None = None):
         events.mkdir(exist_ok=True)
         self.stage = stage
         self._events = (events / f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.jsonl").open("a", buffering=1)
         self._stop = stop
-        self._lost = lost
+        self._lock = lock
         self._bar: Any = None
         self._started = self._told = self._logged = time.monotonic()
         self._first: int | None = None
 
     @property
     def stopping(self) -> bool:
-        return self._stop.asked or self._lost()
+        return self._stop.asked or (self._lock is not None and self._lock.lost)
+
+    def check_lock(self) -> None:
+        """Raises `Held` when another process took the artifact over: nothing may be written to it then."""
+        if self._lock is not None:
+            self._lock.check()
 
     def say(self, text: str) -> None:
         line = f"{self.stage}: {text}"
@@ -71,7 +80,8 @@ class Console:
             click.echo(line, err=True)
 
     def log(self, kind: str, **values: Any) -> None:
-        self._events.write(json.dumps({"time": round(time.time(), 3), "kind": kind, **values}, default=str) + "\n")
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that it caused
+            self._events.write(json.dumps({"time": round(time.time(), 3), "kind": kind, **values}, default=str) + "\n")
 
     def progress(self, done: int, total: int, unit: str, **figures: Any) -> None:
         """`done` of `total` units; the rate counts from the first call, so that resumed work is not counted twice."""
@@ -108,7 +118,8 @@ class Console:
 
     def close(self) -> None:
         self.finish()
-        self._events.close()
+        with contextlib.suppress(OSError):
+            self._events.close()
 
 
 def last_progress(events: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nfm.pipeline.artifact import Artifact, artifacts_root, fingerprint
+from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, fingerprint
 from nfm.pipeline.config import RunConfig
 from nfm.stages import data, evaluate, features, pairs, report, student, teacher
 from nfm.stages.stage import Section
@@ -74,6 +74,8 @@ def build(config: RunConfig, store: Artifact | None = None) -> dict[str, Node]:
         nodes[name] = Node(name, stage, section, {role: nodes[node] for role, node in roles.items()}, given)
 
     if store is not None:
+        if "store" not in store.spec:
+            raise ArtifactError(f"{store.name} is no pair store; give the folder of one or a manifest in it")
         add("student", config.student, {}, {"pairs": store})
         return nodes
     add("data", config.data, {})

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nfm.pipeline.artifact import Artifact, artifacts_root
+from nfm.storage import atomic
 from nfm.storage.errors import StorageError
 
 
 def inputs_of(artifact: Artifact) -> dict[str, Artifact]:
     """The artifacts that this one was made from, by role, under the same root."""
-    root = artifacts_root()
-    return {
-        role: Artifact(root / reference["artifact"], reference["manifest"])
-        for role, reference in artifact.spec["inputs"].items()
-    }
+    return {role: _referred(reference) for role, reference in artifact.spec.get("inputs", {}).items()}
+
+
+def _referred(reference: Mapping[str, str]) -> Artifact:
+    """The artifact of a reference; a store that was repaired has the same content under a later manifest."""
+    named = Artifact(artifacts_root() / reference["artifact"], reference["manifest"])
+    if not named.done:
+        for path in sorted(named.path.glob("manifest*.json")):
+            if atomic.read_json(path).get("content_digest") == reference["content_digest"]:
+                return Artifact(named.path, path.name)
+    return named
 
 
 def ancestors(artifact: Artifact) -> list[Artifact]:
@@ -37,7 +44,7 @@ def dependants(artifact: Artifact) -> Iterator[Artifact]:
     """The artifacts under the root that were made from this one."""
     for path in sorted(artifacts_root().glob("*/*/spec.json")):
         other = Artifact(path.parent)
-        if any(reference["artifact"] == artifact.name for reference in other.spec["inputs"].values()):
+        if any(reference["artifact"] == artifact.name for reference in other.spec.get("inputs", {}).values()):
             yield other
 
 
@@ -62,7 +69,7 @@ def tree(artifact: Artifact, indent: str = "", role: str = "") -> Iterator[str]:
 def as_json(artifact: Artifact) -> list[dict[str, Any]]:
     """The same for machines: one object an artifact, inputs first."""
     return [
-        {"artifact": found.name, "manifest": found.manifest_name, "inputs": found.spec["inputs"],
+        {"artifact": found.name, "manifest": found.manifest_name, "inputs": found.spec.get("inputs", {}),
          "content_digest": found.manifest()["content_digest"] if found.done else None}
         for found in ancestors(artifact)
     ]  # fmt: skip

@@ -7,6 +7,7 @@ so that clocks of different hosts never matter. Taking over a stale lock is crea
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from nfm.storage import atomic
+from nfm.storage.errors import StorageError
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
@@ -57,6 +59,17 @@ class Lock:
         if self._read().get("id") == self._body["id"]:
             self.path.unlink(missing_ok=True)
 
+    def check(self) -> None:
+        """Raises `Held` when another process took the lock over, for instance while this one was suspended."""
+        holder = self._read()
+        if holder.get("id") != self._body["id"]:
+            self.lost = True
+            who = f"{holder['command']!r} on {holder['host']} (process {holder['pid']})" if holder else "somebody"
+            raise Held(
+                f"{self.path.parent}: {who} took this work over while this process stood still for over "
+                f"{self.stale_seconds:.0f} s; nothing more is written here, the other one goes on"
+            )
+
     def _take_over_if_stale(self) -> bool:
         """True: the lock is ours now. False: it went away, try again. Raises `Held` while its holder lives."""
         seen = self._read()
@@ -73,6 +86,8 @@ class Lock:
                 if time.monotonic() >= deadline:
                     break
                 time.sleep(min(1.0, self.stale_seconds / 10))
+                if not self.path.exists():
+                    return False
         marker = self.path.with_name(f"lock.{seen['id']}.taken")
         if not atomic.create_bytes(marker, self._body["id"].encode()):
             time.sleep(0.1)
@@ -109,11 +124,12 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            if self._read().get("id") != self._body["id"]:
-                self.lost = True
-                return
-            self._body["beat"] += 1
-            atomic.write_json(self.path, self._body)
+            with contextlib.suppress(StorageError, OSError):  # a full or failing disk: the next beat tries again
+                if self._read().get("id") != self._body["id"]:
+                    self.lost = True
+                    return
+                self._body["beat"] += 1
+                atomic.write_json(self.path, self._body)
 
 
 def _process_space() -> str:

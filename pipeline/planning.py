@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nfm.pipeline.artifact import Artifact, artifacts_root, newest_manifest
+from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, newest_manifest
 from nfm.pipeline.console import last_progress
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.lineage import dependants
@@ -66,6 +66,8 @@ def inventory() -> list[Row]:
 
 def store_info(artifact: Artifact) -> Row:
     """A store's recipe and the figures of its pinned generation."""
+    if "store" not in artifact.spec:
+        raise ArtifactError(f"{artifact.name} is no pair store; `nfm lineage {artifact.name}` shows what it is")
     body, recipe = artifact.manifest(), artifact.spec["store"]
     fields = ", ".join(f"{field['name']} {field['dtype']}{field['shape']}" for field in recipe["fields"])
     plain = (

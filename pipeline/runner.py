@@ -18,6 +18,7 @@ from nfm.pipeline.console import Console, StopRequest, time_left
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.lock import Lock
 from nfm.stages.stage import Stopped
+from nfm.storage import atomic
 
 
 def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None) -> Artifact:
@@ -36,31 +37,36 @@ def _bring(node: Node, stop: StopRequest) -> Artifact:
     if artifact.done:
         click.echo(f"{node.name}: {artifact.name} is up to date ({headline(artifact)})", err=True)
     else:
-        _execute(node, artifact, stop)
+        artifact = _execute(node, artifact, stop)
     return artifact
 
 
-def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> None:
+def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
     """One stage, from its spec to its manifest."""
     inputs = node.input_artifacts() or {}
     artifact.path.mkdir(parents=True, exist_ok=True)
     with Lock(artifact.path) as lock:
+        # Asked again now that nobody else writes here: a store's next generation may have got another number.
+        artifact = node.artifact() or artifact
         if artifact.done:
-            return
+            return artifact
+        atomic.clear_temporaries(artifact.path)
         spec = specification(node, artifact, inputs)
         resumed = artifact.started
         open_spec(artifact.path, spec)
-        console = Console(node.name, artifact.path / "events", stop, lambda: lock.lost)
+        console = Console(node.name, artifact.path / "events", stop, lock)
         started = time.time()
         console.say(f"{'resuming' if resumed else 'making'} {artifact.name}")
         console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
         try:
             paths = {role: found.reference for role, found in inputs.items()}
             result = node.stage.run(node.config, paths, artifact.path, console)
+            lock.check()
             if console.stopping:
                 raise Stopped
             body = publish(artifact.path, result, provenance(spec, node.config.model_dump(mode="json"), started))
         except (Stopped, KeyboardInterrupt):
+            lock.check()
             console.log("STOP")
             console.say("stopped; the same command goes on from here")
             raise
@@ -71,6 +77,7 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> None:
             console.log("COMPLETE", content_digest=body["content_digest"], metrics=result.metrics)
             console.finish()
             console.say(f"done in {time_left(time.time() - started)}: {headline(artifact)}")
+            return artifact
         finally:
             console.close()
 
@@ -91,12 +98,12 @@ def provenance(spec: Mapping[str, Any], config: dict[str, Any], started: float) 
 
 def seal_store(artifact: Artifact) -> Artifact:
     """Seal the complete draws of a store, for instance after its run was stopped; the newest seal if nothing is new."""
-    from nfm.stages import pairs
+    from nfm.stages import pairs, pairs_upkeep
 
     if artifact.spec["stage"] != pairs.NAME:
         raise ArtifactError(f"{artifact.name} is no pair store; only stores are sealed")
     with Lock(artifact.path):
-        result = pairs.seal(artifact.path, pairs.complete_draws(artifact.path))
+        result = pairs.seal(artifact.path, pairs_upkeep.complete_draws(artifact.path))
         if not (artifact.path / result.manifest).exists():
             publish(artifact.path, result, provenance(artifact.spec, artifact.spec["config"], time.time()))
     return Artifact(artifact.path, result.manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,17 +37,16 @@ class Setup:
 
 
 class Encoder:
-    """Encodes shards of one store: source images mapped, coupling (and its teacher) loaded once."""
+    """Encodes shards of one store: source images mapped, coupling (and its teacher) loaded once.
+
+    Whoever uses one sets the threads: an actor for good, anybody else within `with threads(setup.threads)`.
+    """
 
     def __init__(self, setup: Setup):
-        import torch
-
         self.setup = setup
         self.store = Path(setup.store)
         self.spec = read_spec(self.store)
         self.source = ImageDataset.open(setup.data, "train")
-        if setup.device == "cpu":
-            torch.set_num_threads(setup.threads)
         self.coupling = load_coupling(self.spec, setup)
 
     def encode_shard(self, job: ShardJob, stopping: Callable[[], bool] = lambda: False) -> Commit:
@@ -113,6 +113,19 @@ class Encoder:
         image = np.where(flip[:, None, None, None], image[..., ::-1], image)
         eps = philox.normals(self.spec.seed, draw, slots, image[0].size).reshape(image.shape)
         return image, self.source.labels(slots), flip, eps
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with this many threads for a while: bits depend on the number, this process's own work included."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_coupling(spec: StoreSpec, setup: Setup) -> Coupling:

@@ -50,7 +50,7 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
     torch.manual_seed(config.seed)
     channels, height, width = train.image_shape
-    with blaming(NAME):
+    with blaming("config section [features]"):
         model = FeatureNet((channels, height, width), len(train.classes))
         batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
     trained = fit(model, classification_loss, batches, config, recipe(config, config.images), out, report, "images")

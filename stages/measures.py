@@ -15,7 +15,7 @@ from nfm.stages import features, student
 from nfm.stages.pictures import to_uint8
 from nfm.stages.sampling import Sampler, draw, initial, velocity
 from nfm.stages.stage import Inputs, Reporter, Stopped
-from nfm.stages.teacher import precision_context
+from nfm.stages.training import precision_context
 from nfm.storage import ImageDataset, PairStore, atomic
 
 if TYPE_CHECKING:
@@ -51,26 +51,33 @@ class Bench:
         self.report.say("taking the features of the training set")
         return self._features_of(self.source, len(self.source))
 
+    @functools.cached_property
+    def heldout(self) -> ImageDataset:
+        return ImageDataset.open(self.inputs["data"], "heldout")
+
+    @property
+    def count(self) -> int:
+        """Images a row: distances of few images are larger, so every row, the floor too, has the same number."""
+        return min(self.config.samples, len(self.heldout))
+
     def floor(self) -> Row:
-        """The distance of real images that the training set does not hold: no sampler can be expected below it."""
-        heldout = ImageDataset.open(self.inputs["data"], "heldout")
-        found = self._features_of(heldout, min(len(heldout), self.config.samples))
+        """The distance of as many real images that the training set does not hold: a perfect sampler's."""
+        found = self._features_of(self.heldout, self.count)
         return {"name": "floor", "model": "floor", **dict.fromkeys(NOT_SAMPLED), **self._distances(found)}
 
     def sampler(self, sampler: Sampler, picture: Path) -> Row:
         """A sampler's distances, best throughput and latency; its first images go to `picture`."""
         config = self.config
-        count = config.teacher_samples if sampler.model == "teacher" else config.samples
         found: list[np.ndarray] = []
         shown: list[np.ndarray] = []
-        for images in draw(sampler.decode, self.source, count, config.seed, config.batch_size, self.device):
+        for images in draw(sampler.decode, self.source, self.count, config.seed, config.batch_size, self.device):
             if self.report.stopping:
                 raise Stopped
             pixels = to_uint8(images)
             found.append(features.extract(self.network, pixels))
             if len(shown) * config.batch_size < SHOWN:
                 shown.append(pixels)
-            self.report.progress(sum(len(part) for part in found), count, "images", row=sampler.name)
+            self.report.progress(sum(len(part) for part in found), self.count, "images", row=sampler.name)
         data = io.BytesIO()
         np.savez_compressed(data, images=np.concatenate(shown)[:SHOWN])
         atomic.write_bytes(picture, data.getvalue())

@@ -13,12 +13,11 @@ from pydantic import Field
 from nfm.stages import costs
 from nfm.stages.encoder import Setup
 from nfm.stages.executors import Outcome, ShardJob, new_attempt
+from nfm.stages.pairs_upkeep import check_files
 from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, StageError, Stopped, operational
 from nfm.stages.training import WEIGHTS, Precision, pick_device
 from nfm.storage import ImageDataset, atomic, commits, generations
-from nfm.storage import verify as storage_verify
-from nfm.storage.errors import StorageError
-from nfm.storage.schema import StoreSpec, pair_fields, parse_name, read_spec, shard_name
+from nfm.storage.schema import StoreSpec, pair_fields, read_spec, shard_name
 
 NAME = "pairs"
 VERSION = 1
@@ -50,7 +49,7 @@ def input_roles(config: PairsConfig) -> tuple[str, ...]:
 
 def manifest_name(config: PairsConfig, out: Path) -> str:
     """The manifest of the newest generation that holds exactly the draws asked for, else the next one's name."""
-    for number in range(generations.next_number(out) - 1, 0, -1):
+    for number in reversed(generations.numbers(out)):
         if generations.load(out, number)["draws"] == config.draws:
             return generations.manifest_path(out, number).name
     return generations.manifest_path(out, generations.next_number(out)).name
@@ -85,7 +84,7 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
     """Encode the shards that have no commit yet, then seal the generation."""
     spec = read_spec(out)
     done = commits.committed(out, config.draws)
-    _check_files(out, done)
+    check_files(out, done)
     names = [(draw, shard) for draw in range(config.draws) for shard in range(spec.shards_per_draw)]
     pending = [ShardJob(draw, shard, new_attempt()) for draw, shard in names if shard_name(draw, shard) not in done]
     records = sum(commit.records for commit in done.values())
@@ -114,8 +113,9 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
 
 
 def seal(out: Path, draws: int) -> Result:
-    """The generation that holds these draws, from its commits; raises MissingShard where some are missing."""
+    """The generation that holds these draws, from its commits; raises where commits or their files are missing."""
     spec = read_spec(out)
+    check_files(out, commits.committed(out, draws))
     body = generations.build(out, spec, draws)
     moments = body["moments"]
     metrics = {
@@ -144,41 +144,13 @@ def cost(config: PairsConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     return {"pairs": f"{pairs:,}", "draws": str(config.draws), "MB": f"{stored / 1e6:,.0f}", **encoding}
 
 
-def complete_draws(out: Path) -> int:
-    """The number of leading draws whose shards are all committed."""
-    spec, done = read_spec(out), commits.committed(out, 1000)
-    draws = 0
-    while all(shard_name(draws, shard) in done for shard in range(spec.shards_per_draw)):
-        draws += 1
-    if not draws:
-        raise StageError(f"{out}: no draw is complete yet; run the pairs stage again")
-    return draws
-
-
-def verify(store: Path, level: Literal["quick", "default"]) -> list[Finding]:
-    """What is wrong with a store by itself; `store` is its folder or one of its manifests."""
-    root, generation = _pinned(store)
-    found = storage_verify.verify(root, generation, level)
-    return [Finding(finding.file, finding.problem, finding.remedy) for finding in found]
-
-
 def audit(
     inputs: Inputs, store: Path, level: Literal["quick", "default", "deep"], sample: int
 ) -> tuple[list[Finding], list[str]]:
-    """The store by itself, its keys, labels and images against their source, and at `deep` the pairs anew."""
+    """What is wrong with a store, see `pairs_audit.audit`."""
     from nfm.stages import pairs_audit
 
-    findings = verify(store, "quick" if level == "quick" else "default")
-    if level == "quick" or findings:
-        return findings, []
-    root, generation = _pinned(store)
-    manifest = generations.load(root, generation)
-    findings += pairs_audit.against_source(root, manifest, inputs)
-    if level == "default":
-        return findings, []
-    config = PairsConfig(**manifest["config"])
-    more, statements = pairs_audit.encode_again(root, manifest, setup(config, inputs, root), sample)
-    return findings + more, statements
+    return pairs_audit.audit(inputs, store, level, sample)
 
 
 def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
@@ -222,20 +194,6 @@ def _workers(config: PairsConfig, device: str) -> int:
     return max(1, len(os.sched_getaffinity(0)) // config.threads)
 
 
-def _check_files(out: Path, done: Mapping[str, commits.Commit]) -> None:
-    """A commit whose shard went away must stop the run before the store is sealed over the hole."""
-    for commit in done.values():
-        for name, size in ((commit.payload, commit.payload_bytes), (commit.index, commit.index_bytes)):
-            path = out / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                raise StageError(
-                    f"{path}: {'missing' if found is None else f'{found} bytes instead of {size}'}, though "
-                    f"{commits.commit_path(out, commit.name)} says it was committed. Restore the file, or run "
-                    f"`nfm repair {out}` and then this command again to encode the shard anew"
-                )
-
-
 def _set_aside(out: Path, outcome: Outcome, report: Reporter) -> None:
     name = shard_name(outcome.job.draw, outcome.job.shard)
     atomic.write_bytes(out / "failed" / f"{name}.txt", (outcome.error or "").encode())
@@ -244,38 +202,5 @@ def _set_aside(out: Path, outcome: Outcome, report: Reporter) -> None:
     report.log("SHARD_FAILED", shard=name, error=outcome.error)
 
 
-def _pinned(store: Path) -> tuple[Path, int]:
-    """(folder, generation) of a store given as its folder (the newest generation) or as a manifest."""
-    if store.is_file():
-        return store.parent, int(atomic.read_json(store)["generation"])
-    return store, max(generations.next_number(store) - 1, 1)
-
-
 def _content(folder: Path) -> str:
     return atomic.read_json(folder / "manifest.json")["content_digest"]
-
-
-def bad_shards(out: Path) -> list[str]:
-    """The names of the committed shards whose commit, payload or index part is not what was committed."""
-    spec, bad = read_spec(out), []
-    names = sorted(path.stem for path in (out / "commits").glob("d*.json"))
-    for name in names:
-        try:
-            commit = commits.read(out, name)
-            whole = commit is not None and all(
-                (out / file).is_file() and atomic.hash_file(out / file) == (sha256, size)
-                for file, sha256, size in (
-                    (commit.payload, commit.payload_sha256, commit.payload_bytes),
-                    (commit.index, commit.index_sha256, commit.index_bytes),
-                )
-            )
-        except StorageError:
-            whole = False
-        if not whole:
-            bad.append(name)
-    return [name for name in bad if parse_name(name)[1] < spec.shards_per_draw]
-
-
-def files_of_shard(out: Path, name: str) -> list[Path]:
-    """Everything on disk of one shard: its commit, and payloads and index parts of any attempt."""
-    return [path for folder in ("commits", "shards", "index") for path in sorted((out / folder).glob(f"{name}.*"))]

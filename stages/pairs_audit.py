@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from nfm.stages.encoder import Encoder, Setup
+from nfm.stages import pairs
+from nfm.stages.encoder import Encoder, Setup, threads
+from nfm.stages.pairs_upkeep import pinned, verify
 from nfm.stages.stage import Finding, Inputs
-from nfm.storage import ImageDataset, PairStore
+from nfm.storage import ImageDataset, PairStore, atomic, generations
 from nfm.storage.schema import read_spec, shard_name
 from nfm.storage.tar import MappedShard
 
@@ -25,13 +27,40 @@ NOISE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
 DECODE_TOLERANCE = {"float32": 0.05, "bfloat16": 0.2}
 
 
+def audit(
+    inputs: Inputs, store: Path, level: Literal["quick", "default", "deep"], sample: int
+) -> tuple[list[Finding], list[str]]:
+    """The store by itself, its recipe, keys, labels and images against its inputs, and at `deep` the pairs anew.
+
+    `inputs` are those that are there; what needs a missing one is left out, since its absence is a finding already.
+    """
+    findings = verify(store, "quick" if level == "quick" else "default")
+    root, generation = pinned(store)
+    if level == "quick" or findings or "data" not in inputs:
+        return findings, []
+    manifest, spec = generations.load(root, generation), atomic.read_json(root / "spec.json")
+    config = pairs.PairsConfig(**manifest["config"])
+    if set(pairs.input_roles(config)) - set(inputs):
+        return findings, []
+    if pairs.describe(config, inputs)["store"] != spec["store"]:
+        remedy = "restore spec.json from a copy, or move the store away and make it again"
+        findings.append(Finding(str(root / "spec.json"), "its recipe is not the one that its inputs give", remedy))
+    findings += against_source(root, manifest, inputs)
+    if level == "default" or findings:
+        return findings, []
+    # Wherever the pairs were encoded, the device that is here encodes them again.
+    encoder = pairs.setup(config.model_copy(update={"device": "auto"}), inputs, root)
+    with threads(encoder.threads):
+        return encode_again(root, manifest, encoder, sample)
+
+
 def against_source(root: Path, manifest: dict[str, Any], inputs: Inputs) -> list[Finding]:
     """Images, labels and image rows of every record against the data artifact; the marginals of z.
 
     A draw must hold every row of the source once: for slot-ordered couplings that is row = slot, which the index says.
     """
     spec, source = read_spec(root), ImageDataset.open(inputs["data"], "train")
-    remedy = f"run `nfm repair {root}` and the pairs stage again"
+    remedy = "its bytes are as committed, so the encoder had other images: move the store away and make it again"
     if spec.rows != len(source):
         problem = f"its draws have {spec.rows} records, the source {len(source)} rows"
         return [Finding(str(root / "spec.json"), problem, "make the store again from this source")]

@@ -11,8 +11,7 @@ import numpy as np
 from nfm.stages import student, teacher
 from nfm.stages.pictures import save_grid
 from nfm.stages.stage import StageError
-from nfm.stages.teacher import precision_context
-from nfm.stages.training import pick_device, read_weights
+from nfm.stages.training import blaming, pick_device, precision_context, read_weights
 from nfm.storage import ImageDataset, philox
 
 if TYPE_CHECKING:
@@ -113,6 +112,8 @@ def sample_grid(folder: Path, stage: str, count: int, nfe: int, seed: int, path:
     import torch
 
     device = pick_device("auto")
+    if nfe < 1 or (nfe > EULER_UP_TO and nfe % 2 == 0):
+        raise StageError(f"--nfe {nfe}: Heun takes 2N - 1 evaluations, use an odd number above {EULER_UP_TO}")
     if stage == "student":
         sampler = student_sampler(folder, "-", nfe, device, "float32")
     elif stage == "teacher":
@@ -123,7 +124,7 @@ def sample_grid(folder: Path, stage: str, count: int, nfe: int, seed: int, path:
     shape = architecture["image_shape"]
     eps = philox.normals(seed, 0, np.arange(count), int(np.prod(shape)), purpose="samples")
     labels = torch.arange(count) % max(architecture["classes"], 1)
-    with torch.no_grad():
+    with torch.no_grad(), blaming("--nfe"):
         noise = torch.from_numpy(eps).reshape(count, *shape)
         images = sampler.decode(noise.to(device), labels.to(device)).float().cpu().numpy()
     save_grid(path, images)

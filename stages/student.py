@@ -60,7 +60,7 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "width": config.width, "depth": config.depth, "head_size": config.head_size,
     }  # fmt: skip
     torch.manual_seed(config.seed)
-    with blaming(NAME):
+    with blaming("config section [student]"):
         model = SiT(**architecture)
         batches = store.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
 

@@ -15,12 +15,11 @@ from nfm.stages.training import (
     CHECKPOINT,
     METRICS,
     WEIGHTS,
-    Precision,
     TrainingSection,
-    autocast_dtype,
     blaming,
     fit,
     pick_device,
+    precision_context,
     read_weights,
     recipe,
 )
@@ -67,7 +66,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "channels": config.channels, "blocks": config.blocks, "layers": config.layers, "head_size": config.head_size,
     }  # fmt: skip
     torch.manual_seed(config.seed)
-    with blaming(NAME):
+    with blaming("config section [teacher]"):
         model = TarFlow(**architecture)
         batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
 
@@ -99,7 +98,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     facts = {"eta": config.eta, "sigma_f": power**0.5, "architecture": architecture}
     atomic.write_bytes(out / WEIGHTS, pack_weights(averaged, architecture))
     atomic.write_json(out / FACTS, facts)
-    _draw_samples(averaged, architecture, config, out / SAMPLES)
+    _draw_samples(averaged, facts, config, out / SAMPLES)
     metrics = {
         "heldout_bpd": round(heldout_bpd, 4),
         "train_bpd": round(train_bpd, 4),
@@ -153,15 +152,7 @@ def likelihood(
     return power / len(rows), bits_per_dim(torch.tensor(nats / len(rows), dtype=torch.float64)).item()
 
 
-def precision_context(device_type: str, precision: Precision) -> Any:
-    """Autocast as a stage's precision asks for."""
-    import torch
-
-    dtype = autocast_dtype(precision)
-    return torch.autocast(device_type, dtype, enabled=dtype is not None)
-
-
-def _draw_samples(model: TarFlow, architecture: dict[str, Any], config: TeacherConfig, path: Path) -> None:
+def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, path: Path) -> None:
     """A grid of 64 samples, a class after another."""
     import torch
 
@@ -169,9 +160,9 @@ def _draw_samples(model: TarFlow, architecture: dict[str, Any], config: TeacherC
 
     device = next(model.parameters()).device
     slots = np.arange(64)
-    shape = architecture["image_shape"]
+    shape = facts["architecture"]["image_shape"]
     eps = philox.normals(config.seed, 0, slots, shape[0] * shape[1] * shape[2], purpose="samples")
-    labels = torch.arange(64, device=device) % max(architecture["classes"], 1)
+    labels = torch.arange(64, device=device) % max(facts["architecture"]["classes"], 1)
     with torch.inference_mode(), precision_context(device.type, config.precision):
-        images = model.decode(torch.from_numpy(eps).reshape(64, *shape).to(device), labels)
+        images = model.decode(facts["sigma_f"] * torch.from_numpy(eps).reshape(64, *shape).to(device), labels)
     save_grid(path, images.float().cpu().numpy())

@@ -31,7 +31,7 @@ class TrainingSection(Section):
     learning_rate: float = Field(1e-3, gt=0)
     warmup: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(1e-4, ge=0)
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
     ema: float = Field(0.999, ge=0, lt=1)
     precision: Precision = "float32"
     device: str = operational("auto")
@@ -40,12 +40,12 @@ class TrainingSection(Section):
 
 
 @contextmanager
-def blaming(section: str) -> Iterator[None]:
-    """Sizes that do not fit each other, told as an error of the config section that holds them."""
+def blaming(what: str) -> Iterator[None]:
+    """Sizes that do not fit each other, told as an error of what holds them: a config section, an option."""
     try:
         yield
     except ValueError as error:
-        raise StageError(f"config section [{section}]: {error}") from error
+        raise StageError(f"{what}: {error}") from error
 
 
 def pick_device(name: str) -> str:
@@ -64,6 +64,14 @@ def autocast_dtype(precision: Precision) -> torch.dtype | None:
     import torch
 
     return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def precision_context(device_type: str, precision: Precision) -> Any:
+    """Autocast as a stage's precision asks for."""
+    import torch
+
+    dtype = autocast_dtype(precision)
+    return torch.autocast(device_type, dtype, enabled=dtype is not None)
 
 
 def recipe(config: TrainingSection, examples: int) -> Recipe:
@@ -100,16 +108,22 @@ def fit(
     Raises Stopped after saving when the reporter is stopping; StageError when the training diverges.
     """
     from nfm.trainers import loop
+    from nfm.trainers.checkpoint import CheckpointError, unpack
 
     saved = (out / CHECKPOINT).read_bytes() if (out / CHECKPOINT).exists() else None
     if saved is not None:
-        from nfm.trainers.checkpoint import unpack
-
-        seen = unpack(saved)[1]["examples_seen"]
+        try:
+            seen = unpack(saved)[1]["examples_seen"]
+        except CheckpointError as error:
+            raise StageError(f"{out / CHECKPOINT}: {error}") from error
         report.say(f"continuing from {seen:,} of {plan.examples:,} {unit}")
         _keep_lines(out / METRICS, unit, seen)
     else:
         (out / METRICS).unlink(missing_ok=True)
+
+    def save(data: bytes) -> None:
+        report.check_lock()
+        atomic.write_bytes(out / CHECKPOINT, data)
 
     def log(figures: dict[str, float]) -> None:
         line = {**figures, **measure()}
@@ -128,12 +142,14 @@ def fit(
             autocast=autocast_dtype(config.precision),
             unit=unit,
             checkpoint=saved,
-            save=lambda data: atomic.write_bytes(out / CHECKPOINT, data),
+            save=save,
             save_every=config.save_every,
             log=log,
             log_every=config.log_every,
             stop=lambda: report.stopping,
         )
+    except CheckpointError as error:
+        raise StageError(f"{out / CHECKPOINT}: {error}") from error
     except FloatingPointError as error:
         raise StageError(f"training diverged: {error}") from error
     if not trained.finished:
@@ -156,6 +172,9 @@ def _keep_lines(path: Path, unit: str, seen: int) -> None:
 
 def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The weights of a finished stage and the arguments that build its model again."""
-    from nfm.trainers.checkpoint import unpack_weights
+    from nfm.trainers.checkpoint import CheckpointError, unpack_weights
 
-    return unpack_weights((folder / WEIGHTS).read_bytes())
+    try:
+        return unpack_weights((folder / WEIGHTS).read_bytes())
+    except CheckpointError as error:
+        raise StageError(f"{folder / WEIGHTS}: {error}; `nfm audit {folder}` says what else is wrong") from error

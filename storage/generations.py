@@ -29,8 +29,9 @@ def numbers(root: str | Path) -> list[int]:
 
 
 def next_number(root: str | Path) -> int:
-    """The number the next generation gets; the first is 1."""
-    return max(numbers(root), default=0) + 1
+    """The number the next generation gets; the first is 1. One that a repair set aside never returns."""
+    aside = [number for folder in Path(root).glob("quarantine/*") for number in numbers(folder)]
+    return max([*numbers(root), *aside], default=0) + 1
 
 
 def load(root: str | Path, generation: int) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from nfm.storage.schema import SPEC, StoreSpec, read_spec
 from nfm.storage.tar import MappedShard
 
 Level = Literal["quick", "default"]
-_AGAIN = "restore it from a copy, or set {commit} aside and run the pairs stage again"
-_RESEAL = "restore it from a copy, or set it aside and run the pairs stage again to seal anew"
+_AGAIN = "restore it from a copy, or run `nfm repair` on the store and then the pairs stage again"
+_REMAKE = "its bytes are as committed: what encoded it was at fault, move the store away and make it again"
+_RESEAL = "restore it from a copy, or set it aside and run `nfm pairs seal` on the store"
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,13 @@ def _manifest_findings(root: Path, spec: StoreSpec, manifest: dict[str, Any]) ->
 
 def _shard_findings(root: Path, spec: StoreSpec, entry: dict[str, Any], level: Level) -> Iterator[Finding]:
     commit_file = commits.commit_path(root, entry["name"])
-    again = _AGAIN.format(commit=commit_file)
+    again = _AGAIN
     try:
         commit = commits.read(root, entry["name"])
         if commit is None:
-            yield Finding("quick", str(commit_file), "the commit is missing", "restore it from a copy")
+            yield Finding("quick", str(commit_file), "the commit is missing", again)
         elif hash_file(commit_file)[0] != entry["commit_sha256"] or not _agrees(commit, entry):
-            yield Finding("quick", str(commit_file), "is not the commit that was sealed", _RESEAL)
+            yield Finding("quick", str(commit_file), "is not the commit that was sealed", again)
     except StorageError as error:
         yield _found("quick", commit_file, error, "restore it from a copy")
         commit = None
@@ -108,7 +109,7 @@ def _shard_findings(root: Path, spec: StoreSpec, entry: dict[str, Any], level: L
             whole = False
             yield finding
     if level == "default" and whole and commit is not None:
-        yield from _content_findings(root, spec, commit, again)
+        yield from _content_findings(root, spec, commit, _REMAKE)
 
 
 def _agrees(commit: Commit, entry: dict[str, Any]) -> bool:

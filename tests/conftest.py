@@ -68,7 +68,6 @@ log_every = 1_000
 baselines = ["independent"]
 nfe = [7, 5]
 samples = 100
-teacher_samples = 64
 kid_subsets = 5
 kid_size = 30
 curvature_trajectories = 8

@@ -27,6 +27,9 @@ class Worker:
     """What runs inside an actor: a teacher loaded once, then shard after shard."""
 
     def __init__(self, setup: Setup):
+        import torch
+
+        torch.set_num_threads(setup.threads)
         self.encoder = Encoder(setup)
 
     def encode(self, job: ShardJob) -> Commit:

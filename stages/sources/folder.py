@@ -41,19 +41,24 @@ class ImageFolder:
         self.image_size, self.channels, self.average = image_size, channels, average
         self.threads = threads or os.cpu_count() or 1
         train, test = _parts(self.root)
-        found = {folder.name for part in (train, test) if part for folder in _class_folders(part)}
+        files_of = {
+            folder: sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+            for part in (train, test)
+            if part
+            for folder in _class_folders(part)
+        }
+        # The digest is of files, so a folder without any must not count.
+        found = {folder.name for folder, files in files_of.items() if files}
         self.classes = sorted(found) if classes is None else list(classes)
         if unknown := sorted(found - set(self.classes)):
             raise StageError(f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class")
         self.paths: list[Path] = []
         labels: list[int] = []
         tests: list[bool] = []
-        for part in (train, test):
-            for folder in _class_folders(part) if part else ():
-                files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-                self.paths += files
-                labels += [self.classes.index(folder.name)] * len(files)
-                tests += [part == test] * len(files)
+        for folder, files in files_of.items():
+            self.paths += files
+            labels += [self.classes.index(folder.name)] * len(files) if files else []
+            tests += [folder.parent == test] * len(files)
         if not self.paths:
             raise StageError(f"data.path = {path!r}: no image file in a class folder here (expected CLASS/IMAGE.png)")
         self.keys = [file.relative_to(self.root).as_posix() for file in self.paths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import zlib
@@ -15,6 +16,7 @@ import numpy as np
 
 from nfm.stages.stage import Reporter, StageError
 from nfm.storage import atomic
+from nfm.storage.errors import StorageError
 
 HASH_CHUNK, HASH_BATCH = 1 << 20, 4096
 
@@ -85,9 +87,12 @@ def digest_files(
     if known is None:
         return _read_and_digest(ordered, open_file, threads)
     note = known / f"{_signature(ordered)}.json"
-    if not note.exists():
-        atomic.write_json(note, {"identity": _read_and_digest(ordered, open_file, threads)})
-    return atomic.read_json(note)["identity"]
+    if note.exists():
+        return atomic.read_json(note)["identity"]
+    identity = _read_and_digest(ordered, open_file, threads)
+    with contextlib.suppress(StorageError):  # a folder that cannot be written to costs only the next reading
+        atomic.write_json(note, {"identity": identity})
+    return identity
 
 
 def _signature(files: Sequence[tuple[str, Path]]) -> str:

@@ -37,7 +37,7 @@ def test_one_flipped_byte_anywhere_in_a_shard_is_found(make_store) -> None:
         (finding,) = verify(root, level="default")
         assert finding.file == str(path)
         assert finding.level == "default"
-        assert "run the pairs stage again" in finding.remedy
+        assert "nfm repair" in finding.remedy
     path.write_bytes(whole)
     assert verify(root, level="default") == []
 

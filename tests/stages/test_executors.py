@@ -1,0 +1,145 @@
+"""Executors: wherever shards are encoded, the bytes are the same, and a bad shard costs only itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from nfm.stages import pairs
+from nfm.stages.encoder import Encoder, Setup
+from nfm.stages.executors import Outcome, ShardJob, new_attempt, serial
+from nfm.stages.executors import ray as on_ray
+from nfm.stages.stage import StageError
+from nfm.storage import commits
+from nfm.storage.schema import read_spec
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+Run = Callable[[Setup, list[ShardJob]], list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A local Ray that all tests of this file share; executors must leave it running."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    yield
+    assert ray.is_initialized()
+    ray.shutdown()
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.fixture
+def prepared(lab: Lab) -> Setup:
+    """The setup of a store whose spec stands and whose shards are all missing."""
+    store = lab.only("pairs")
+    for folder in ("shards", "commits", "index"):
+        shutil.rmtree(store.path / folder)
+    inputs = {stage: lab.only(stage).path for stage in ("data", "teacher")}
+    return pairs.setup(pairs.PairsConfig(batch_size=32), inputs, store.path)
+
+
+def jobs() -> list[ShardJob]:
+    return [ShardJob(draw, shard, new_attempt()) for draw in range(2) for shard in range(4)]
+
+
+def digests(store: str) -> dict[str, str]:
+    return {name: commit.payload_sha256 for name, commit in commits.committed(store, 2).items()}
+
+
+@pytest.fixture
+def expected(made: Lab) -> dict[str, str]:
+    """The payloads that the tiny run's own serial executor wrote."""
+    return digests(str(made.only("pairs").path))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_ray_writes_what_serial_writes_at_any_number_of_workers(
+    prepared: Setup, expected: dict[str, str], cluster: None, workers: int
+) -> None:
+    outcomes = list(on_ray.run(prepared, jobs(), workers, never))
+    assert sorted(outcome.commit.name for outcome in outcomes if outcome.commit) == sorted(expected)
+    assert digests(prepared.store) == expected
+
+
+def test_serial_writes_them_too_in_order(prepared: Setup, expected: dict[str, str]) -> None:
+    outcomes = list(serial.run(prepared, jobs(), 1, never))
+    assert [outcome.commit.name for outcome in outcomes if outcome.commit] == sorted(expected)
+    assert digests(prepared.store) == expected
+
+
+@pytest.mark.parametrize("executor", ["serial", "ray"])
+def test_a_shard_that_fails_three_times_is_yielded_with_its_traceback_and_the_rest_goes_on(
+    prepared: Setup, cluster: None, executor: str
+) -> None:
+    shard = Path(prepared.data) / "train/s00001.tar"  # rows 128 to 255: shards 2 and 3 of both draws
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    run = serial.run if executor == "serial" else on_ray.run
+    outcomes = list(run(prepared, jobs(), 2, never))
+    assert sorted((o.job.draw, o.job.shard) for o in outcomes if o.commit) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    failed = [outcome for outcome in outcomes if outcome.commit is None]
+    assert len(failed) == 4
+    assert all("s00001.tar" in (outcome.error or "") for outcome in failed)
+    assert not list(Path(prepared.store).glob("shards/*s00002*"))
+
+
+@pytest.mark.parametrize("executor", ["serial", "ray"])
+def test_a_stop_ends_early_and_keeps_what_is_committed(prepared: Setup, cluster: None, executor: str) -> None:
+    done: list[Outcome] = []
+    run = serial.run if executor == "serial" else on_ray.run
+    for outcome in run(prepared, jobs(), 1, lambda: len(done) >= 2):
+        done.append(outcome)
+    assert 2 <= len(done) < 8
+    assert {outcome.commit.name for outcome in done if outcome.commit} <= set(digests(prepared.store))
+
+
+@pytest.mark.parametrize("executor", ["serial", "ray"])
+def test_a_teacher_that_is_not_its_manifests_is_refused_in_one_message(
+    prepared: Setup, cluster: None, executor: str
+) -> None:
+    weights = Path(prepared.teacher or "") / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    run = serial.run if executor == "serial" else on_ray.run
+    with pytest.raises(StageError, match="not the weights that its manifest lists") as caught:
+        list(run(prepared, jobs(), 1, never))
+    assert "Traceback" not in str(caught.value)
+    assert not list(Path(prepared.store).glob("commits/*"))
+
+
+def test_a_record_does_not_depend_on_the_others_in_its_batch(prepared: Setup) -> None:
+    encoder = Encoder(prepared)
+    whole = encoder.encode_slots(1, np.arange(64, 96))
+    alone = encoder.encode_slots(1, np.array([70]))
+    for name, values in whole.items():
+        np.testing.assert_array_equal(alone[name][0], values[6], err_msg=name)
+
+
+def test_decoding_the_stored_noise_gives_the_noised_image_back(made: Lab) -> None:
+    store = made.only("pairs").path
+    inputs = {stage: made.only(stage).path for stage in ("data", "teacher")}
+    encoder = Encoder(pairs.setup(pairs.PairsConfig(batch_size=32), inputs, store))
+    slots = np.arange(32)
+    noise = encoder.encode_slots(0, slots)["noise"]
+    assert encoder.decode_error(0, slots, noise).max() < 1e-3
+    assert encoder.decode_error(1, slots, noise).min() > 1e-2  # the other draw noised the images otherwise
+
+
+def test_a_losing_attempt_returns_the_commit_that_stands(prepared: Setup) -> None:
+    encoder = Encoder(prepared)
+    first = encoder.encode_shard(ShardJob(0, 0, "first"))
+    second = encoder.encode_shard(ShardJob(0, 0, "second"))
+    assert second.attempt == first.attempt == "first"
+    assert [path.name for path in Path(prepared.store).glob("shards/*")] == ["d000-s00000.first.tar"]
+    assert read_spec(prepared.store).slots_of(0) == range(64)
