@@ -140,6 +140,10 @@ class Lab:
         assert len(found) == 1, found
         return found[0]
 
+    def name(self, stage: str, coupling: str = "nfm") -> str:
+        """`stage/fingerprint` of the one artifact of a stage, as the command shows it."""
+        return f"{stage}/{self.only(stage, coupling).path.name}"
+
     def drop(self, *stages: str) -> None:
         """Remove these stages' artifacts."""
         for stage in stages:

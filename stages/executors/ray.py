@@ -56,6 +56,9 @@ def run(
                         waiting.append(job.again(failed=True))
                     else:
                         yield Outcome(job, error=str(result))
+                elif getattr(result, "actor_init_failed", False):
+                    reason = str(result).strip().splitlines()[-1].partition(": ")[2]
+                    raise StageError(f"a Ray actor cannot begin: {reason}") from result
                 else:
                     lost += 1
                     if lost > LOST_ACTORS:

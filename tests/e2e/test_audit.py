@@ -56,7 +56,7 @@ def test_json_says_the_same_to_machines(made: Lab) -> None:
     store = made.only("pairs")
     results = json.loads(made.nfm("audit", store.path, "--json").stdout)
     assert [result["artifact"].split("/")[0] for result in results] == ["data", "teacher", "pairs"]
-    assert results[-1]["artifact"] == store.name
+    assert results[-1]["artifact"] == made.name("pairs")
     assert results[-1]["manifest"] == "manifest.g0001.json"
     assert all(result["findings"] == [] for result in results)
 
@@ -86,7 +86,7 @@ def test_one_flipped_byte_of_a_shard_is_found_repaired_and_encoded_again_the_sam
 
 def test_any_artifact_can_be_named_by_the_start_of_its_fingerprint(made: Lab) -> None:
     teacher = made.only("teacher")
-    assert teacher.name in made.nfm("audit", teacher.path.name[:6]).stdout
+    assert made.name("teacher") in made.nfm("audit", teacher.path.name[:6]).stdout
     told = made.nfm("audit", "no-such-artifact", exits=1).stderr
     assert "no artifact no-such-artifact" in told
     assert "nfm ls" in told
@@ -177,7 +177,7 @@ def test_a_teacher_swapped_after_the_pairs_were_made_is_found(lab: Lab) -> None:
     shutil.copytree(other.path, teacher.path)
     told = lab.nfm("audit", store.path, exits=1).stdout
     assert "the fingerprint is not the one of its spec and folder" in told
-    assert f"{teacher.name}, holds other content than was read" in told
+    assert f"teacher/{teacher.path.name}, holds other content than was read" in told
 
 
 def test_a_config_with_nothing_made_says_how_to_begin(empty: Lab) -> None:

@@ -228,7 +228,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(lab: Lab, s
     assert not list(small_disk.rglob(".tmp-*"))
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     assert "shards are committed already" in lab.run("pairs", *more, NFM_ARTIFACTS=str(small_disk)).stderr
-    lab.nfm("audit", lab.only("pairs").name, NFM_ARTIFACTS=str(small_disk))
+    lab.nfm("audit", lab.name("pairs"), NFM_ARTIFACTS=str(small_disk))
 
 
 def test_a_file_that_may_not_grow_is_named_and_nothing_committed_changes(lab: Lab) -> None:
@@ -263,11 +263,11 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(lab: Lab) -> None:
 
 
 def test_what_wants_a_store_or_a_model_refuses_the_rest_and_leaves_nothing_behind(made: Lab) -> None:
-    before, teacher = made.committed(), made.only("teacher").name
+    before, teacher = made.committed(), made.name("teacher")
     refused(made, "repair", teacher, exits=1, says=(teacher, "no pair store"))
     refused(made, "pairs", "seal", teacher, exits=1, says=(teacher, "no pair store"))
     refused(made, "pairs", "info", teacher, exits=1, says=(teacher, "no pair store"))
     refused(made, "student", "--pairs", teacher, "-c", "tiny.toml", exits=1, says=(teacher, "no pair store"))
-    refused(made, "sample", made.only("data").name, exits=1, says=("name a student or a teacher",))
-    refused(made, "sample", made.only("student").name, "--nfe", "8", exits=1, says=("odd",))
+    refused(made, "sample", made.name("data"), exits=1, says=("name a student or a teacher",))
+    refused(made, "sample", made.name("student"), "--nfe", "8", exits=1, says=("odd",))
     assert made.committed() == before

@@ -202,7 +202,7 @@ def test_pairs_stopped_by_one_signal_or_by_two_keep_what_is_committed(lab: Lab, 
 
 
 def test_an_evaluation_killed_in_the_middle_goes_on_with_the_next_row(lab: Lab) -> None:
-    sets = ("evaluate.samples=120",)
+    sets = ("evaluate.seed=2",)
     others = {artifact.path for artifact in lab.all("evaluate")}
 
     def rows() -> list[Path]:

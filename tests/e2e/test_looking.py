@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
+from nfm.stages.sampling import sample_grid
 from nfm.storage import PairStore
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def test_status_has_a_line_a_stage_with_its_state_and_figures(made: Lab, empty: 
     found = {row["stage"]: row for row in rows(made, "status", "-c", "tiny.toml")}
     assert list(found) == ALL
     assert {row["state"] for row in found.values()} == {"done"}
-    assert found["pairs"]["artifact"] == made.only("pairs").name
+    assert found["pairs"]["artifact"] == made.name("pairs")
     assert "pairs 512, draws 2" in found["pairs"]["figures"]
     assert "heldout_bpd" in found["teacher"]["figures"]
     assert len(made.nfm("status", "-c", "tiny.toml").stdout.splitlines()) == 10
@@ -84,25 +85,26 @@ def test_ls_lists_every_artifact_and_who_needs_it(made: Lab, empty: Lab) -> None
     found = {row["artifact"]: row for row in rows(made, "ls")}
     assert len(found) == 9
     assert {row["state"] for row in found.values()} == {"done"}
-    teacher, store, report = (made.only(stage).name for stage in ("teacher", "pairs", "report"))
+    teacher, store, report = (made.name(stage) for stage in ("teacher", "pairs", "report"))
     assert store in found[teacher]["needed by"]
-    assert made.only("student").name in found[store]["needed by"]
+    assert made.name("student") in found[store]["needed by"]
     assert found[report]["needed by"] == "-"
     assert made.nfm("ls").stdout.count("\n") == 10
     assert "no artifacts under" in empty.nfm("ls").stdout
 
 
 def test_lineage_leads_back_to_the_data_with_licence_and_origin(made: Lab) -> None:
-    student = made.only("student")
-    lines = made.nfm("lineage", student.name).stdout.splitlines()
-    names = [made.only(stage).name for stage in ("student", "pairs", "data", "teacher", "data")]
+    student = made.name("student")
+    lines = made.nfm("lineage", student).stdout.splitlines()
+    names = [made.name(stage) for stage in ("student", "pairs", "data", "teacher", "data")]
     assert [re.findall(r"\w+/[0-9a-f]{12}", line)[0] for line in lines if "content" in line] == names
     assert "licence CC BY 4.0" in lines[3]
     assert "scikit-learn" in lines[3]
-    found = rows(made, "lineage", student.name)
-    assert [row["artifact"] for row in found] == [made.only(s).name for s in ("data", "teacher", "pairs", "student")]
+    found = rows(made, "lineage", student)
+    assert [row["artifact"] for row in found] == [made.name(s) for s in ("data", "teacher", "pairs", "student")]
     for row in found:
-        body = next(a for a in made.all(row["artifact"].split("/")[0]) if a.name == row["artifact"]).manifest()
+        body = made.only(row["artifact"].split("/")[0]).manifest()
+        assert row["artifact"] == made.name(row["artifact"].split("/")[0])
         assert row["content_digest"] == body["content_digest"]
 
 
@@ -138,7 +140,7 @@ def test_complete_draws_of_an_unfinished_store_are_sealed_on_request(lab: Lab) -
     last = body["shards"][-1]["name"]
     for path in store.path.glob(f"*/{last}.*"):
         path.unlink()
-    assert lab.nfm("pairs", "seal", store.path).stdout.strip() == str(store.path)
+    assert lab.nfm("pairs", "seal", store.path).stdout.strip() == str(store.path / "manifest.g0002.json")
     opened = PairStore.open(store.path)
     assert (opened.generation, opened.draws) == (2, 3)
     lab.nfm("audit", store.path)
@@ -149,10 +151,10 @@ def test_complete_draws_of_an_unfinished_store_are_sealed_on_request(lab: Lab) -
 
 @pytest.mark.parametrize("stage", ["student", "teacher"])
 def test_sample_draws_a_grid_of_a_model_the_same_for_a_seed(made: Lab, tmp_path: Path, stage: str) -> None:
-    name = made.only(stage).name
-    for output in ("a.png", "b.png"):
-        made.nfm("sample", name, "-n", 12, "--nfe", 5, "--seed", 3, "-o", tmp_path / output)
-    made.nfm("sample", name, "-n", 12, "--nfe", 5, "--seed", 4, "-o", tmp_path / "c.png")
+    name = made.name(stage)
+    made.nfm("sample", name, "-n", 12, "--nfe", 5, "--seed", 3, "-o", tmp_path / "a.png")
+    for seed, output in ((3, "b.png"), (4, "c.png")):
+        sample_grid(made.only(stage).path, stage, 12, 5, seed, tmp_path / output)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
     picture = Image.open(tmp_path / "a.png")
@@ -168,14 +170,13 @@ def test_the_evaluation_has_every_sampler_with_what_stands_beside_a_figure(made:
     ]  # fmt: skip
     for name, row in found.items():
         assert row["fd_cnn"] >= 0
-        assert {"kid", "kid_error", "kid_size", "samples"} <= set(row)
+        assert row["samples"] == 64  # as many as are held out: the floor is a floor for every row
+        assert {"kid", "kid_error", "kid_size"} <= set(row)
         if name == "floor":
-            assert row["samples"] == 64
             continue
         assert row["sampler"] in ("inverse", "inverse+score", "heun", "euler")
         assert row["guidance"] == 0.0
         assert row["nfe"] == (int(name.split("-")[-1]) if name.startswith("student") else 1 + name.endswith("score"))
-        assert row["samples"] == (100 if name.startswith("student") else 64)
         assert row["images_per_second"] > 0
         assert row["latency_seconds"] > 0
         stage = "teacher" if name.startswith("teacher") else "student"

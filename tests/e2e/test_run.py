@@ -131,7 +131,7 @@ def test_the_student_stage_imports_no_teacher(lab: Lab) -> None:
         "import sys; from pathlib import Path; from nfm.stages.student import StudentConfig, run\n"
         "class Quiet:\n"
         "    stopping = False\n"
-        "    progress = say = log = lambda *a, **k: None\n"
+        "    check_lock = progress = say = log = lambda *a, **k: None\n"
         "config = StudentConfig(pairs=128, batch_size=64, patch=2, width=32, depth=1, head_size=32)\n"
         "out = Path(sys.argv[2]); out.mkdir()\n"
         "run(config, {'pairs': Path(sys.argv[1])}, out, Quiet())\n"

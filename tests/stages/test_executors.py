@@ -114,7 +114,7 @@ def test_a_teacher_that_is_not_its_manifests_is_refused_in_one_message(
     run = serial.run if executor == "serial" else on_ray.run
     with pytest.raises(StageError, match="not the weights that its manifest lists") as caught:
         list(run(prepared, jobs(), 1, never))
-    assert "Traceback" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
     assert not list(Path(prepared.store).glob("commits/*"))
 
 

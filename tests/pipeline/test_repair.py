@@ -1,0 +1,88 @@
+"""Repair sets bad shards aside, touches no good one, and the store comes back with the same content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from nfm.pipeline import graph, runner
+from nfm.pipeline.artifact import ArtifactError, find
+from nfm.pipeline.audit import audit
+from nfm.pipeline.config import load
+from nfm.pipeline.lock import Held, Lock
+from nfm.pipeline.repair import repair_store
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+
+def damage(store: Path, what: str) -> str:
+    """Spoil one shard in one of the ways in which shards go bad; returns its name."""
+    payload, index = sorted(store.glob("shards/*.tar"))[3], sorted(store.glob("index/*.parquet"))[3]
+    name = payload.name.split(".")[0]
+    commit = store / "commits" / f"{name}.json"
+    if what == "flipped":
+        data = bytearray(payload.read_bytes())
+        data[len(data) // 2] ^= 1
+        payload.write_bytes(data)
+    elif what == "truncated":
+        payload.write_bytes(payload.read_bytes()[:-1])
+    elif what == "missing":
+        payload.unlink()
+    elif what == "index":
+        index.write_bytes(index.read_bytes()[:-8])
+    else:
+        commit.write_text(commit.read_text().replace('"records": 64', '"records": 63'))
+    return name
+
+
+@pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "index", "commit"])
+def test_a_bad_shard_goes_to_quarantine_and_is_encoded_again_the_same(lab: Lab, root: Path, what: str) -> None:
+    store = lab.only("pairs")
+    before, content = lab.committed(), store.manifest()["content_digest"]
+    name = damage(store.path, what)
+    assert repair_store(store) == [name]
+    prefix = f"pairs/{store.path.name}"
+    kept = {
+        path: digest for path, digest in before.items() if name not in path and path != f"{prefix}/manifest.g0001.json"
+    }
+    after = lab.committed()
+    assert kept.items() <= after.items()
+    assert [path for path in after if path.startswith(prefix) and name in path and "quarantine" not in path] == []
+    assert list((store.path / "quarantine").glob(f"*/commits/{name}.json"))
+    assert list((store.path / "quarantine").glob("*/manifest.g0001.json"))
+    runner.run(graph.build(load(lab.config)), "pairs")
+    assert find(store.path).manifest()["content_digest"] == content
+    assert repair_store(find(store.path)) == []
+    assert not [finding for result in audit([lab.only("report")]) for finding in result.findings]
+
+
+def test_a_whole_store_is_left_alone(lab: Lab, root: Path) -> None:
+    before = lab.committed()
+    assert repair_store(lab.only("pairs")) == []
+    assert lab.committed() == before
+
+
+def test_students_of_every_generation_are_whole_again_after_a_repair(lab: Lab, root: Path) -> None:
+    nodes = graph.build(load(lab.config, ["pairs.draws=3"]))
+    runner.run(nodes, "student")
+    store = lab.only("pairs")
+    damage(store.path, "flipped")
+    repair_store(store)
+    runner.run(graph.build(load(lab.config)), "pairs")
+    runner.run(graph.build(load(lab.config, ["pairs.draws=3"])), "pairs")
+    found = [finding for result in audit(lab.all("student")) for finding in result.findings]
+    assert found == []
+
+
+def test_only_a_store_is_repaired_and_only_when_nobody_works_on_it(lab: Lab, root: Path) -> None:
+    with pytest.raises(ArtifactError, match="is no pair store"):
+        repair_store(lab.only("teacher"))
+    store = lab.only("pairs")
+    damage(store.path, "flipped")
+    before = lab.committed()
+    with Lock(store.path), pytest.raises(Held):
+        repair_store(store)
+    assert lab.committed() == before

@@ -1,0 +1,113 @@
+"""Running stages in this process: provenance in specs, manifests and events; failures leave what they must."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from nfm.pipeline import graph, runner
+from nfm.pipeline.artifact import Artifact, ArtifactError
+from nfm.pipeline.config import load
+from nfm.pipeline.console import StopRequest
+from nfm.pipeline.lock import Held, Lock
+from nfm.stages.stage import StageError, Stopped
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+
+def events(artifact: Artifact) -> list[dict[str, Any]]:
+    lines = [line for path in sorted((artifact.path / "events").glob("*.jsonl")) for line in path.open()]
+    return [json.loads(line) for line in lines]
+
+
+def test_a_spec_holds_what_decides_the_result_and_no_time_host_or_path(made: Lab) -> None:
+    for stage in ("data", "teacher", "pairs", "student", "evaluate"):
+        spec = made.only(stage).spec
+        assert {"stage", "version", "fingerprint", "config", "inputs", "external"} <= set(spec)
+        text = json.dumps(spec)
+        assert str(made.folder) not in text
+        assert os.uname().nodename not in text
+        assert spec["fingerprint"].startswith(made.only(stage).path.name)
+    assert "draws" not in made.only("pairs").spec["config"]
+
+
+def test_a_manifest_says_who_made_it_from_what_when_and_with_which_code(made: Lab) -> None:
+    body = made.only("student").manifest()
+    assert body["inputs"]["pairs"]["artifact"] == made.name("pairs")
+    assert body["inputs"]["pairs"]["content_digest"] == made.only("pairs").manifest()["content_digest"]
+    assert body["config"]["log_every"] == 1_000  # the whole config, what is left out of the fingerprint too
+    assert {"python", "torch", "numpy", "nfm-pairs"} <= set(body["versions"])
+    assert body["finished"] >= body["started"]
+    assert body["seconds"] > 0
+    dataset = made.only("data").manifest()["dataset"]
+    assert dataset["licence"] == "CC BY 4.0"
+    assert dataset["source"]["digest"]
+
+
+def test_events_begin_with_start_and_end_with_complete(made: Lab) -> None:
+    for stage in ("data", "teacher", "pairs", "student", "evaluate", "report"):
+        kinds = [event["kind"] for event in events(made.only(stage))]
+        assert (kinds[0], kinds[-1]) == ("START", "COMPLETE")
+    committed = [event["shard"] for event in events(made.only("pairs")) if event["kind"] == "COMMIT"]
+    assert len(set(committed)) == len(committed) == 8
+
+
+def test_a_failure_is_told_in_events_and_releases_the_lock(lab: Lab, root: Path) -> None:
+    shard = lab.only("data").path / "train/s00000.tar"
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    fresh = graph.build(load(lab.config, ["teacher.seed=11"]))
+    with pytest.raises(Exception, match=r"s00000\.tar"):
+        runner.run(fresh, "teacher")
+    artifact = fresh["teacher"].artifact()
+    assert artifact is not None
+    assert artifact.started
+    assert not artifact.done
+    assert events(artifact)[-1]["kind"] == "FAIL"
+    assert "s00000.tar" in events(artifact)[-1]["error"]
+    assert not (artifact.path / "lock.json").exists()
+
+
+def test_a_stop_before_the_work_leaves_a_resumable_artifact(lab: Lab, root: Path) -> None:
+    nodes = graph.build(load(lab.config, ["student.seed=12"]))
+    stop = StopRequest()
+    stop.asked = True
+    with pytest.raises(Stopped):
+        runner.run(nodes, "student", stop)
+    artifact = nodes["student"].artifact()
+    assert artifact is not None
+    assert not artifact.done
+    assert events(artifact)[-1]["kind"] == "STOP"
+    assert runner.run(nodes, "student").done
+    assert [event["kind"] for event in events(artifact)].count("START") == 2
+    assert [event.get("resumed") for event in events(artifact) if event["kind"] == "START"] == [False, True]
+
+
+def test_a_device_that_is_not_there_is_named(lab: Lab, root: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    nodes = graph.build(load(lab.config, ["student.device=cuda", "student.seed=13"]))
+    with pytest.raises(StageError, match="device = 'cuda': torch sees no CUDA device here"):
+        runner.run(nodes, "student")
+
+
+def test_an_artifact_under_lock_is_not_touched(lab: Lab, root: Path) -> None:
+    nodes = graph.build(load(lab.config, ["student.seed=14"]))
+    artifact = nodes["student"].artifact()
+    assert artifact is not None
+    artifact.path.mkdir()
+    with Lock(artifact.path):
+        with pytest.raises(Held):
+            runner.run(nodes, "student")
+        assert [path.name for path in artifact.path.iterdir()] == ["lock.json"]
+
+
+def test_only_stores_are_sealed(made: Lab) -> None:
+    with pytest.raises(ArtifactError, match="only stores are sealed"):
+        runner.seal_store(made.only("teacher"))
