@@ -118,9 +118,8 @@ def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, An
     )
     contents = {role: reference["content_digest"] for role, reference in spec["inputs"].items()}
     key = fingerprint(spec["stage"], spec["version"], spec["config"], {**contents, **spec["external"]})
-    placed = (
-        artifact.path.name == key[:12] or Path(artifact.name).is_absolute()
-    )  # elsewhere, a folder may have any name
+    # Under the root a folder is named by its fingerprint; a store elsewhere may have any name.
+    placed = artifact.path.name == key[:12] or Path(artifact.name).is_absolute()
     if not (key == spec["fingerprint"] == body["fingerprint"] and placed):
         findings.append(Finding(path, "the fingerprint is not the one of its spec and folder", again))
     payload = [file["sha256"] for file in body["files"] if file["payload"]]

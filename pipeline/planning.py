@@ -12,6 +12,7 @@ from nfm.pipeline.console import last_progress
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.lineage import dependants
 from nfm.pipeline.runner import headline
+from nfm.stages.tables import aligned
 
 Row = dict[str, Any]
 
@@ -98,10 +99,7 @@ def store_info(artifact: Artifact) -> Row:
 
 def as_text(rows: Sequence[Row]) -> str:
     """Rows as aligned columns under their names."""
-    header = list(rows[0])
-    cells = [header, *([str(row[key]) for key in header] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+    return aligned(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def size_text(folder: Path) -> str:

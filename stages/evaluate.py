@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 
 from nfm.stages.sampling import EULER_UP_TO, Sampler, student_sampler, teacher_sampler
 from nfm.stages.stage import Inputs, Reporter, Result, Section, Stopped, operational
+from nfm.stages.tables import aligned
 from nfm.stages.training import Precision, pick_device
 from nfm.storage import atomic
 
@@ -123,10 +124,7 @@ def as_text(body: dict[str, Any]) -> str:
         "latency ms": lambda row: row["latency_seconds"] and f"{row['latency_seconds'] * 1000:.1f}",
         "parameters": lambda row: row["parameters"] and f"{row['parameters']:,}",
     }
-    cells = [[cell(row) for cell in columns.values()] for row in body["rows"]]
-    lines = [list(columns), *(["-" if cell is None else str(cell) for cell in line] for line in cells)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
-    text = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    text = aligned(list(columns), [[cell(row) for cell in columns.values()] for row in body["rows"]])
     for row in body["curvature"]:
         text += (
             f"\ncurvature of {row['model']} ({row['coupling']}): {row['value']:.5f}, "
