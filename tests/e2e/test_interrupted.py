@@ -72,7 +72,7 @@ def uninterrupted(made: Lab, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_pairs_killed_at_random_moments_end_with_every_key_once(lab: Lab, uninterrupted: str) -> None:
     rng = np.random.default_rng(20260309)
-    moments = np.sort(rng.integers(0, 120, 4))
+    moments = np.sort(rng.integers(0, 100, 4))
     for commits in moments:
         process = lab.start(*lab.arguments("pairs", *SMALL_SHARDS))
         kill_at(lab, process, int(commits), rng.uniform(0, 0.02))
@@ -84,7 +84,7 @@ def test_pairs_killed_at_random_moments_end_with_every_key_once(lab: Lab, uninte
 
 
 def actors_of(driver: subprocess.Popen[str]) -> list[int]:
-    """Process numbers of the two encoders that work for a driver, found among its descendants."""
+    """Process numbers of the encoders that work for a driver, found among its descendants."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -94,17 +94,15 @@ def actors_of(driver: subprocess.Popen[str]) -> list[int]:
     ours = {driver.pid}
     for _ in range(4):  # driver, raylet, worker, and what may lie between
         ours |= {pid for pid, parent in parents.items() if parent in ours}
-    actors = [pid for pid in ours if names.get(pid, "").startswith("ray::Worker")]
-    assert len(actors) == 2
-    return actors
+    return [pid for pid in ours if names.get(pid, "").startswith("ray::Worker")]
 
 
 def test_on_ray_a_killed_driver_and_a_killed_actor_cost_nothing(lab: Lab, uninterrupted: str) -> None:
     first = lab.start(*lab.arguments("pairs", *SMALL_SHARDS, *RAY))
-    lab.until(lambda: commits_in(lab) >= 5, first)
+    lab.until(lambda: len(actors_of(first)) == 2, first)
     actors = actors_of(first)
     kill_at(lab, first, 7, 0.003)
-    assert commits_in(lab) < 128
+    assert 7 <= commits_in(lab) < 128
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in actors):
         assert time.monotonic() < deadline, "the actors outlive their driver"
@@ -112,11 +110,12 @@ def test_on_ray_a_killed_driver_and_a_killed_actor_cost_nothing(lab: Lab, uninte
 
     before = commits_in(lab)
     second = lab.start(*lab.arguments("pairs", *SMALL_SHARDS, *RAY))
+    lab.until(lambda: len(actors_of(second)) == 2, second)
+    actors = actors_of(second)  # found while they load torch: encoding has not begun
     lab.until(lambda: commits_in(lab) > before, second)
-    os.kill(actors_of(second)[0], signal.SIGKILL)
+    os.kill(actors[0], signal.SIGKILL)
     assert commits_in(lab) < 128
-    done = lab.wait(second)
-    assert "done in" in done.stderr
+    assert "done in" in lab.wait(second).stderr
     check_whole(lab, uninterrupted)
 
 

@@ -78,7 +78,7 @@ def test_pairs_that_are_not_of_their_source_are_found(lab: Lab, root: Path, what
     """The data is replaced by data that is sound in itself, under the old one's name and digests."""
     folder = lab.only("data").path
     splits = {name: ImageDataset.open(folder, name) for name in ("train", "heldout")}
-    content = {
+    content: dict[str, list[Any]] = {
         name: [
             split.images(np.arange(len(split))),
             split.labels(np.arange(len(split))),
