@@ -142,15 +142,3 @@ def test_the_student_stage_imports_no_teacher(lab: Lab) -> None:
     assert (lab.folder / "out/weights.safetensors").exists()
     assert "nfm.trainers.sit" in loaded
     assert not [name for name in loaded if "teacher" in name or "tarflow" in name or "couplings" in name]
-
-
-def test_a_store_anywhere_on_disk_trains_a_student_that_can_be_audited(lab: Lab) -> None:
-    store = lab.only("pairs").path
-    lab.drop("student", "evaluate", "report")
-    moved = store.rename(lab.folder / "my-store")
-    lab.nfm("student", "--pairs", moved, "-c", "tiny.toml", "--set", "student.pairs=128")
-    student = lab.all("student")[0]
-    assert str(moved) in lab.nfm("lineage", student.path).stdout
-    shard = next(moved.glob("shards/d001*"))
-    shard.write_bytes(shard.read_bytes()[:-1])
-    assert str(shard) in lab.nfm("audit", student.path, exits=1).stdout
