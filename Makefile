@@ -22,7 +22,7 @@ endif
 NFM := $(PY) -m nfm.pipeline.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test lint format clean-env
+.PHONY: help env data teacher pairs student report audit status test bench lint format clean-env
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ status: $(ENV)  ## a line a stage
 
 test: $(ENV)  ## run the tests
 	$(PY) -m pytest $(ARGS)
+
+bench: $(ENV)  ## measure the reader beside stock WebDataset and a plain copy
+	$(PY) benchmarks/reader.py $(ARGS)
 
 lint: $(ENV) .types/nfm  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -223,7 +223,8 @@ def main() -> None:
     except (StageError, StorageError, ArtifactError, Held) as error:
         _fail(error, 1)
     except OSError as error:
-        _fail(StageError(f"{error.filename or 'file'}: {error.strerror or error}"), 1)
+        what = f"{error.filename or 'file'}: {error.strerror or error}"
+        _fail(StageError(f"{what}; mend that and run the same command again, what is committed stays"), 1)
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -44,8 +44,9 @@ def dependants(artifact: Artifact) -> Iterator[Artifact]:
     """The artifacts under the root that were made from this one."""
     for path in sorted(artifacts_root().glob("*/*/spec.json")):
         other = Artifact(path.parent)
-        if any(reference["artifact"] == artifact.name for reference in other.spec.get("inputs", {}).values()):
-            yield other
+        with contextlib.suppress(StorageError):  # a damaged spec: nobody can say what it was made from
+            if any(reference["artifact"] == artifact.name for reference in other.spec.get("inputs", {}).values()):
+                yield other
 
 
 def tree(artifact: Artifact, indent: str = "", role: str = "") -> Iterator[str]:
@@ -55,10 +56,11 @@ def tree(artifact: Artifact, indent: str = "", role: str = "") -> Iterator[str]:
         yield f"{lead}  (not finished)" if artifact.started else f"{lead}  (missing)"
         return
     body = artifact.manifest()
-    yield (
-        f"{lead}  content {body['content_digest'][:12]}  {artifact.manifest_name}  "
-        f"made {body['finished']} in {body['seconds']:.0f} s by {(body['git_commit'] or 'unknown code')[:12]}"
-    )
+    made = "made without the pipeline"
+    if "finished" in body:
+        code = (body["git_commit"] or "unknown code")[:12]
+        made = f"made {body['finished']} in {body['seconds']:.0f} s by {code}"
+    yield f"{lead}  content {body['content_digest'][:12]}  {artifact.manifest_name}  {made}"
     dataset = body.get("dataset")
     if dataset:
         yield f"{indent}    {dataset['name']}: {dataset['origin']}; licence {dataset['licence']}"

@@ -13,6 +13,7 @@ from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.lineage import dependants
 from nfm.pipeline.runner import headline
 from nfm.stages.tables import aligned
+from nfm.storage.errors import StorageError
 
 Row = dict[str, Any]
 
@@ -56,13 +57,22 @@ def inventory() -> list[Row]:
         rows.append(
             {
                 "artifact": artifact.name,
-                "state": "done" if artifact.done else "started",
+                "state": _state(artifact),
                 "size": size_text(artifact.path),
                 "age": _age(time.time() - spec.stat().st_mtime),
                 "needed by": _few([other.name for other in dependants(artifact)]),
             }
         )
     return rows
+
+
+def _state(artifact: Artifact) -> str:
+    try:
+        if artifact.done:
+            artifact.manifest()
+        return "done" if artifact.spec and artifact.done else "started"
+    except (StorageError, ArtifactError):
+        return "damaged"
 
 
 def store_info(artifact: Artifact) -> Row:
