@@ -61,7 +61,8 @@ class Console:
         self._lock = lock
         self._bar: Any = None
         self._started = self._told = self._logged = time.monotonic()
-        self._first: int | None = None
+        self._count: tuple[str, int] | None = None
+        self._first = self._done = 0
 
     @property
     def stopping(self) -> bool:
@@ -84,10 +85,11 @@ class Console:
             self._events.write(json.dumps({"time": round(time.time(), 3), "kind": kind, **values}, default=str) + "\n")
 
     def progress(self, done: int, total: int, unit: str, **figures: Any) -> None:
-        """`done` of `total` units; the rate counts from the first call, so that resumed work is not counted twice."""
+        """`done` of `total` units; the rate counts from a count's first call: resumed work is not counted twice."""
         now = time.monotonic()
-        if self._first is None:
-            self._first, self._started = done, now
+        if (unit, total) != self._count or done < self._done:
+            self._count, self._first, self._started = (unit, total), done, now
+        self._done = done
         rate = (done - self._first) / max(now - self._started, 1e-9)
         left = (total - done) / rate if rate > 0 else None
         if now - self._logged >= EVENT_SECONDS or done == total:

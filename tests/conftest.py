@@ -18,8 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from nfm.pipeline.artifact import Artifact, newest_manifest
+
+settings.register_profile("nfm", deadline=None)  # a busy machine is no finding
+settings.load_profile("nfm")
 
 CONFIG = """
 [data]

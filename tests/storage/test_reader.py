@@ -67,7 +67,7 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "nfm-reader"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 60),
     world=st.integers(1, 4),
@@ -87,7 +87,7 @@ def test_ranks_share_each_batch_and_every_record_comes_once(rows, world, share, 
     assert len(seen) == len(set(seen)) == (rows if last == "keep" else rows - rows % batch)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     before=st.integers(1, 4),
     after=st.integers(1, 4),

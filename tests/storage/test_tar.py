@@ -39,7 +39,7 @@ def _write(path: Path, arrays: dict[str, np.ndarray], block: int = 16, chunk: in
 
 
 @given(records=st.integers(1, 70), block=st.integers(1, 20), chunk=st.integers(1, 80), seed=st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_written_is_read_at_any_size(
     tmp_path_factory: pytest.TempPathFactory, records: int, block: int, chunk: int, seed: int
 ) -> None:
