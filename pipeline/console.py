@@ -99,7 +99,7 @@ class Console:
             self._show_bar(done, total, unit, figures)
         elif now - self._told >= PLAIN_SECONDS:
             self._told = now
-            words = [f"{done:,} of {total:,} {unit}", f"{rate:,.0f} {unit}/s"]
+            words = [f"{done:,} of {total:,} {unit}", f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"]
             words += [f"{time_left(left)} left"] if left is not None else []
             self.say(", ".join(words + [f"{key} {_figure(value)}" for key, value in figures.items()]))
 

@@ -78,8 +78,7 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
         row = atomic.read_json(path)
         del row["digest"]
         measured.append(row)
-        report.progress(number + 1, len(measures), "rows")
-        report.say(_line(row))
+        report.say(f"{number + 1} of {len(measures)}, {_line(row)}")
 
     body: dict[str, Any] = {
         "rows": [row for row in measured if "fd_cnn" in row],
