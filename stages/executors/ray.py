@@ -135,7 +135,6 @@ def _cluster(address: str | None, cpus: int) -> Iterator[None]:
         if address:
             ray.init(address=address, **quiet)
         else:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's own default, without its line about it
             ray.init(
                 address="local", num_cpus=max(cpus, 1), include_dashboard=False,
                 object_store_memory=80 * 2**20, **quiet,
