@@ -141,8 +141,9 @@ def _process_space() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """The start time of a process in clock ticks since boot; None when there is no such process."""
+    """The start time of a process in clock ticks since boot; None when there is none, or a dead one not yet reaped."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else facts[18]
+    except (OSError, ValueError, IndexError):
         return None

@@ -68,11 +68,12 @@ def test_the_lock_of_a_killed_process_is_taken_at_once(tmp_path: Path) -> None:
     with pytest.raises(Held, match=f"process {process.pid}"), Lock(tmp_path):
         pass
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie until communicate() below
     started = time.monotonic()
     with Lock(tmp_path):
         assert body_of(tmp_path)["pid"] == os.getpid()
     assert time.monotonic() - started < 5
+    process.communicate()
 
 
 def test_a_process_number_that_was_given_again_is_not_the_holder(tmp_path: Path) -> None:
