@@ -101,7 +101,7 @@ class Evaluation:
             return ""
         levels = {_row_title(line): (line["model"], line["fd_cnn"]) for line in self.rows if line["model"] != "student"}
         plot = plots.distance_by_nfe(lines, levels, "FD-CNN against NFE by coupling")
-        return row([figure(plot, "FD-CNN against NFE", "Euler at 5 and below, Heun above; both axes logarithmic")])
+        return row([figure(plot, "FD-CNN against NFE", "Euler at 5 and below, Heun above; NFE logarithmic")])
 
     def _curvature(self) -> str:
         lines = self.body.get("curvature") or []

@@ -89,10 +89,9 @@ def distance_by_nfe(lines: Mapping[str, Curve], levels: Mapping[str, tuple[str, 
         for i, (label, (name, value)) in enumerate(levels.items()):
             axes.axhline(value, color=theme.colour(name, i), lw=1.2, ls=("--", ":", "-.")[i % 3], label=label)
         ticks = sorted({step for nfe, _ in lines.values() for step in nfe})
-        axes.set(xlabel="NFE", ylabel="FD-CNN (lower is better)", xscale="log", yscale="log")
+        axes.set(xlabel="NFE", ylabel="FD-CNN (lower is better)", xscale="log", ylim=(0, None))
         axes.set_xticks(ticks, [str(step) for step in ticks])
         axes.minorticks_off()
-        axes.yaxis.set_major_locator(_log_locator())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         _legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
@@ -148,9 +147,3 @@ def _compact(value: float, _: Any = None) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
     return f"{value:g}"
-
-
-def _log_locator() -> Any:
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(subs=(1.0, 2.0, 5.0))
