@@ -15,26 +15,7 @@ from nfm.stages import data
 from nfm.stages.data import DataConfig, source_identity
 from nfm.stages.stage import Result, StageError, Stopped
 from nfm.storage import ImageDataset
-
-
-class Recorder:
-    """A reporter that remembers progress and asks to stop after `patience` looks."""
-
-    def __init__(self, patience: int = 1_000_000):
-        self.patience = patience
-        self.seen: list[tuple[int, int, str]] = []
-
-    @property
-    def stopping(self) -> bool:
-        self.patience -= 1
-        return self.patience < 0
-
-    def progress(self, done: int, total: int, unit: str, **figures: object) -> None:
-        self.seen.append((done, total, unit))
-
-    def say(self, text: str) -> None: ...
-
-    def log(self, kind: str, **values: object) -> None: ...
+from tests.stages.recorder import Recorder
 
 
 def make(out: Path, report: Recorder | None = None, **config: object) -> Result:

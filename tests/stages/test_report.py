@@ -18,18 +18,9 @@ from nfm.stages.stage import StageError
 from nfm.storage import ImageDataset, StorageError, StoreSpec, commits, generations
 from nfm.storage.atomic import write_json
 from nfm.storage.schema import pair_fields, write_spec
+from tests.stages.recorder import Recorder
 
 NFE = {31: "heun", 15: "heun", 7: "heun", 5: "euler"}
-
-
-class Quiet:
-    stopping = False
-
-    def progress(self, done: int, total: int, unit: str, **figures: object) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def log(self, kind: str, **values: object) -> None: ...
 
 
 def manifest(root: Path, stage: str, name: str = "manifest.json", **more: object) -> Path:
@@ -119,7 +110,7 @@ def make_evaluation(root: Path, source: ImageDataset) -> Path:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("artifacts")
     (root / "data").mkdir()
-    made = data.run(data.DataConfig(), {}, root / "data", Quiet())
+    made = data.run(data.DataConfig(), {}, root / "data", Recorder())
     manifest(root / "data", "data", **made.extra)
     source = ImageDataset.open(root / "data")
     return {
@@ -137,7 +128,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def html(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("report")
-    result = report.run(ReportConfig(), inputs, out, Quiet())
+    result = report.run(ReportConfig(), inputs, out, Recorder())
     assert list(result.payload) == ["report.html"]
     return (out / "report.html").read_text()
 
@@ -193,27 +184,27 @@ def test_pairs_show_images_noise_and_moments_of_both_couplings(html: str) -> Non
 def test_text_from_outside_is_escaped(inputs: dict[str, Path], tmp_path: Path) -> None:
     evil = tmp_path / "features"
     manifest(evil, "features", metrics={"note": "<script>alert(1)</script>"})
-    report.run(ReportConfig(), {**inputs, "features": evil}, tmp_path, Quiet())
+    report.run(ReportConfig(), {**inputs, "features": evil}, tmp_path, Recorder())
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)" in page
 
 
 def test_the_same_inputs_give_the_same_page(inputs: dict[str, Path], html: str, tmp_path: Path) -> None:
-    report.run(ReportConfig(), inputs, tmp_path, Quiet())
+    report.run(ReportConfig(), inputs, tmp_path, Recorder())
     assert (tmp_path / "report.html").read_text() == html
 
 
 def test_a_run_without_baselines_or_evaluation_still_has_its_page(inputs: dict[str, Path], tmp_path: Path) -> None:
     few = {role: inputs[role] for role in ("data", "teacher", "pairs", "student")}
-    assert report.run(ReportConfig(samples=8), few, tmp_path, Quiet()).metrics["sections"] == 5
+    assert report.run(ReportConfig(samples=8), few, tmp_path, Recorder()).metrics["sections"] == 5
 
 
 def test_missing_inputs_are_named(inputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(StageError, match="needs the data artifact"):
-        report.run(ReportConfig(), {}, tmp_path, Quiet())
+        report.run(ReportConfig(), {}, tmp_path, Recorder())
     with pytest.raises(StorageError, match="manifest"):
-        report.run(ReportConfig(), {"data": tmp_path}, tmp_path, Quiet())
+        report.run(ReportConfig(), {"data": tmp_path}, tmp_path, Recorder())
 
 
 @pytest.mark.parametrize(

@@ -15,26 +15,7 @@ from PIL import Image
 from nfm.stages.sources import Digits, Idx, ImageFolder, Npz
 from nfm.stages.sources.source import box_average
 from nfm.stages.stage import StageError, Stopped
-
-
-class Quiet:
-    """A reporter for tests: remembers progress, and asks to stop after `patience` looks."""
-
-    def __init__(self, patience: int = 1_000_000):
-        self.patience = patience
-        self.seen: list[tuple[int, int, str]] = []
-
-    @property
-    def stopping(self) -> bool:
-        self.patience -= 1
-        return self.patience < 0
-
-    def progress(self, done: int, total: int, unit: str, **figures: object) -> None:
-        self.seen.append((done, total, unit))
-
-    def say(self, text: str) -> None: ...
-
-    def log(self, kind: str, **values: object) -> None: ...
+from tests.stages.recorder import Recorder
 
 
 def write_idx(path: Path, array: np.ndarray, magic: int | None = None) -> Path:
@@ -74,7 +55,7 @@ def write_image(path: Path, size: tuple[int, int] = (8, 8), seed: int = 0) -> np
 
 def everything(source: Digits | Idx | Npz | ImageFolder, scratch: Path) -> np.ndarray:
     scratch.mkdir(exist_ok=True)
-    return source.load(np.arange(len(source.labels)), scratch, Quiet()).images
+    return source.load(np.arange(len(source.labels)), scratch, Recorder()).images
 
 
 def test_box_average_rounds_half_up() -> None:
@@ -158,7 +139,7 @@ def test_idx_finds_the_files_of_a_debian_package() -> None:
     except StageError as error:
         pytest.skip(str(error))
     assert source.pixels.shape == (70000, 1, 28, 28)
-    assert source.load(np.array([0, 69999]), Path(), Quiet()).images.shape == (2, 1, 14, 14)
+    assert source.load(np.array([0, 69999]), Path(), Recorder()).images.shape == (2, 1, 14, 14)
 
 
 def test_npz_reads_batches_in_numeric_order_with_labels_from_one(tmp_path: Path) -> None:
@@ -172,7 +153,7 @@ def test_npz_reads_batches_in_numeric_order_with_labels_from_one(tmp_path: Path)
     assert source.labels[:5].tolist() == [0, 1, 2, 0, 1]
     assert source.test.tolist() == [False] * 55 + [True] * 4
     rows = np.array([57, 3, 40, 4])
-    np.testing.assert_array_equal(source.load(rows, tmp_path / "s", Quiet()).images, np.concatenate(parts)[rows])
+    np.testing.assert_array_equal(source.load(rows, tmp_path / "s", Recorder()).images, np.concatenate(parts)[rows])
 
 
 def test_npz_of_one_file_has_no_test_set(tmp_path: Path) -> None:
@@ -245,7 +226,7 @@ def test_image_folder_sets_unusable_images_aside_with_reasons(tmp_path: Path) ->
     (root / "b" / "cut.png").write_bytes(whole[: len(whole) // 2])
     source = ImageFolder(str(root))
     (tmp_path / "s").mkdir()
-    loaded = source.load(np.arange(len(source.keys)), tmp_path / "s", Quiet())
+    loaded = source.load(np.arange(len(source.keys)), tmp_path / "s", Recorder())
     reasons = {source.keys[position]: reason for position, reason in loaded.rejected.items()}
     assert set(reasons) == {"b/wide.png", "b/text.png", "b/cut.png"}
     assert "9x8 pixels, the others 8x8" in reasons["b/wide.png"]
@@ -254,7 +235,7 @@ def test_image_folder_sets_unusable_images_aside_with_reasons(tmp_path: Path) ->
     assert not any(str(tmp_path) in reason for reason in reasons.values())
 
     larger = ImageFolder(str(root), image_size=9)
-    assert "smaller than data.image_size = 9" in larger.load(np.arange(1), tmp_path / "s", Quiet()).rejected[0]
+    assert "smaller than data.image_size = 9" in larger.load(np.arange(1), tmp_path / "s", Recorder()).rejected[0]
 
 
 def test_image_folder_missing_or_empty_is_refused(tmp_path: Path) -> None:
@@ -273,7 +254,7 @@ def test_a_stop_is_obeyed_while_images_are_read(tmp_path: Path) -> None:
     write_npz(tmp_path / "one.npz", 3)
     for source in (ImageFolder(str(tmp_path / "in")), Npz(str(tmp_path / "one.npz"))):
         with pytest.raises(Stopped):
-            source.load(np.arange(1), tmp_path, Quiet(patience=0))
+            source.load(np.arange(1), tmp_path, Recorder(patience=0))
 
 
 def test_the_digest_follows_content_and_names_but_not_the_place(tmp_path: Path) -> None:
