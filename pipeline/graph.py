@@ -45,10 +45,13 @@ class Node:
         inputs = self.input_artifacts()
         if inputs is None:
             return None
+        return artifacts_root() / self.stage.NAME / self.fingerprint(inputs)[:12]
+
+    def fingerprint(self, inputs: Mapping[str, Artifact]) -> str:
+        """What decides this node's result, given its finished inputs, as SHA-256."""
         contents = {role: manifest_of(artifact)["content_digest"] for role, artifact in inputs.items()}
         identity = {**contents, **self.external()}
-        key = fingerprint(self.stage.NAME, self.stage.VERSION, self.config.semantic(), identity)
-        return artifacts_root() / self.stage.NAME / key[:12]
+        return fingerprint(self.stage.NAME, self.stage.VERSION, self.config.semantic(), identity)
 
     def external(self) -> dict[str, str]:
         """Digests of what lies outside every artifact: the data stage's source files."""

@@ -117,7 +117,7 @@ class Lock:
     def _read(self) -> dict[str, Any]:
         try:
             return atomic.read_json(self.path)
-        except Exception:
+        except StorageError:
             if self.path.exists():
                 raise
             return {}

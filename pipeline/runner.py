@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from nfm.pipeline.artifact import SCHEMA, Artifact, ArtifactError, fingerprint, open_spec, publish
+from nfm.pipeline.artifact import SCHEMA, Artifact, ArtifactError, open_spec, publish
 from nfm.pipeline.console import Console, StopRequest, time_left
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.lock import Lock
@@ -51,7 +51,7 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         if artifact.done:
             return artifact
         atomic.clear_temporaries(artifact.path)
-        spec = specification(node, artifact, inputs)
+        spec = specification(node, inputs)
         resumed = artifact.started
         open_spec(artifact.path, spec)
         console = Console(node.name, artifact.path / "events", stop, lock)
@@ -109,7 +109,7 @@ def seal_store(artifact: Artifact) -> Artifact:
     return Artifact(artifact.path, result.manifest)
 
 
-def specification(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+def specification(node: Node, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
     """`spec.json`: what decides the result, written before the work begins; it holds no time, host or path."""
     references = {}
     for role, found in inputs.items():
@@ -119,13 +119,11 @@ def specification(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]
             "manifest": found.manifest_name,
             "content_digest": manifest["content_digest"],
         }
-    contents = {role: reference["content_digest"] for role, reference in references.items()}
     identity = {"stage": node.stage.NAME, "version": node.stage.VERSION, "config": node.config.semantic()}
     body = {"schema": SCHEMA, **identity, "inputs": references, "external": node.external()}
     paths = {role: found.reference for role, found in inputs.items()}
     extra = optional(node.stage, "describe", lambda *_: {})(node.config, paths)
-    key = fingerprint(identity["stage"], identity["version"], identity["config"], {**contents, **body["external"]})
-    return {**body, **extra, "fingerprint": key}
+    return {**body, **extra, "fingerprint": node.fingerprint(inputs)}
 
 
 def headline(artifact: Artifact) -> str:

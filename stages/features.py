@@ -16,6 +16,7 @@ from nfm.stages.training import (
     TrainingSection,
     blaming,
     fit,
+    parameter_count,
     pick_device,
     read_weights,
     recipe,
@@ -23,8 +24,6 @@ from nfm.stages.training import (
 from nfm.storage import ImageDataset, atomic
 
 if TYPE_CHECKING:
-    import torch
-
     from nfm.trainers.cnn import FeatureNet
 
 NAME = "features"
@@ -59,7 +58,11 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     network = load(out, pick_device(config.device))
     rows = np.arange(len(heldout))
     accuracy = float((_forward(network, heldout.images(rows), "logits").argmax(1) == heldout.labels(rows)).mean())
-    metrics = {"heldout_accuracy": round(accuracy, 4), "heldout_images": len(heldout), **_size(network)}
+    metrics = {
+        "heldout_accuracy": round(accuracy, 4),
+        "heldout_images": len(heldout),
+        "parameters": parameter_count(network),
+    }
     return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
 
 
@@ -89,7 +92,3 @@ def _forward(network: FeatureNet, images: np.ndarray, what: str, batch_size: int
             for start in range(0, len(images), batch_size)
         ]
     return torch.cat(parts).numpy()
-
-
-def _size(network: torch.nn.Module) -> dict[str, int]:
-    return {"parameters": sum(parameter.numel() for parameter in network.parameters())}

@@ -11,7 +11,7 @@ import numpy as np
 from nfm.stages import student, teacher
 from nfm.stages.pictures import save_grid
 from nfm.stages.stage import StageError
-from nfm.stages.training import blaming, pick_device, precision_context, read_weights
+from nfm.stages.training import blaming, parameter_count, pick_device, precision_context, read_weights
 from nfm.storage import ImageDataset, philox
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def student_sampler(folder: Path, coupling: str, nfe: int, device: str, precisio
             return solvers.sample(velocity(model, labels), noise, nfe, method)
 
     name = f"student-{coupling}-{method}-{nfe}"
-    return Sampler(name, "student", coupling, method, nfe, 0.0, _parameters(model), decode)
+    return Sampler(name, "student", coupling, method, nfe, 0.0, parameter_count(model), decode)
 
 
 def teacher_sampler(folder: Path, guidance: float, score: bool, device: str, precision: Precision) -> Sampler:
@@ -70,7 +70,7 @@ def teacher_sampler(folder: Path, guidance: float, score: bool, device: str, pre
 
     name = "teacher-score" if score else "teacher"
     method = "inverse+score" if score else "inverse"
-    return Sampler(name, "teacher", None, method, 1 + score, guidance, _parameters(model), decode)
+    return Sampler(name, "teacher", None, method, 1 + score, guidance, parameter_count(model), decode)
 
 
 def velocity(model: Any, labels: torch.Tensor) -> Callable[[torch.Tensor, Any], torch.Tensor]:
@@ -128,7 +128,3 @@ def sample_grid(folder: Path, stage: str, count: int, nfe: int, seed: int, path:
         noise = torch.from_numpy(eps).reshape(count, *shape)
         images = sampler.decode(noise.to(device), labels.to(device)).float().cpu().numpy()
     save_grid(path, images)
-
-
-def _parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -20,6 +20,7 @@ from nfm.stages.training import (
     TrainingSection,
     blaming,
     fit,
+    parameter_count,
     pick_device,
     read_weights,
     recipe,
@@ -74,7 +75,7 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     metrics = {
         "loss": final["loss"],
         "pairs_seen": plan.examples,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameter_count(model),
         "pairs_per_second": final["pairs_per_second"],
         "data_wait_share": final["data_wait_share"],
         "coupling": store.spec.coupling,

@@ -18,6 +18,7 @@ from nfm.stages.training import (
     TrainingSection,
     blaming,
     fit,
+    parameter_count,
     pick_device,
     precision_context,
     read_weights,
@@ -103,7 +104,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "heldout_bpd": round(heldout_bpd, 4),
         "train_bpd": round(train_bpd, 4),
         "sigma_f": facts["sigma_f"],
-        "parameters": sum(parameter.numel() for parameter in averaged.parameters()),
+        "parameters": parameter_count(averaged),
         "images_seen": plan.examples,
         "measured_rows": len(rows),
     }

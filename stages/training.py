@@ -174,6 +174,11 @@ def _keep_lines(path: Path, unit: str, seen: int) -> None:
     atomic.write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
 
 
+def parameter_count(model: nn.Module) -> int:
+    """The number of values in a model's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The weights of a finished stage and the arguments that build its model again."""
     from nfm.trainers.checkpoint import CheckpointError, unpack_weights
