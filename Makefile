@@ -1,28 +1,36 @@
-# Every target is a thin call of the `nfm` command, in an environment that `make` builds once in .venv.
+# Every target is a thin call of the `nfm` command, in an environment that `make` builds once in .venv (`make bench`
+# builds its own, .venv-bench, with the peers that it measures).
 #
 #   CONFIG=configs/fashion.toml   the run's config (default: configs/digits.toml, data included)
 #   ARGS="--set pairs.draws=8"    more arguments for nfm
 #   PYTHON=/path/to/python        use this environment as it is instead of making one
 #   TORCH="torch==2.13.0"         the torch requirement, for instance a CUDA build
 #   PIP_ARGS="..."                arguments for pip, for instance the index of that torch build
+#   MINUTES=10                    how long `make fuzz` goes on
 
 CONFIG ?= configs/digits.toml
 ARGS ?=
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+MINUTES ?= 10
 VENV := .venv
+PEERS := .venv-bench
 
 ifdef PYTHON
 PY := $(PYTHON)
 ENV :=
+PEERS_PY := $(PYTHON)
+PEERS_ENV :=
 else
 PY := $(VENV)/bin/python
 ENV := $(VENV)/.installed
+PEERS_PY := $(PEERS)/bin/python
+PEERS_ENV := $(PEERS)/.installed
 endif
 NFM := $(PY) -m nfm.pipeline.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test bench lint format clean-env
+.PHONY: help env data teacher pairs student report audit status test bench kills fuzz lint format clean-env
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,8 +69,20 @@ status: $(ENV)  ## a line a stage
 test: $(ENV)  ## run the tests
 	$(PY) -m pytest $(ARGS)
 
-bench: $(ENV)  ## measure the reader beside stock WebDataset and a plain copy
-	$(PY) benchmarks/reader.py $(ARGS)
+bench: $(PEERS_ENV)  ## measure the reader beside its peers and a plain copy
+	$(PEERS_PY) -m nfm.pipeline.cli bench store $(ARGS)
+
+# The peers pin older numpy and fsspec than we are tested with, so they have an environment of their own.
+$(PEERS)/.installed: pyproject.toml
+	python3 -m venv $(PEERS)
+	$(PEERS_PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) '$(TORCH)' -e '.[train,zarr,report,bench]'
+	touch $@
+
+kills: $(ENV)  ## kill a reader 100 times and compare the sequence
+	$(PY) benchmarks/kill_reader.py $(ARGS)
+
+fuzz: $(ENV)  ## feed broken files to the store's readers for MINUTES
+	PYTHONPATH=tests $(PY) -m fuzz.run --minutes $(MINUTES) $(ARGS)
 
 lint: $(ENV) .types/nfm  ## ruff and mypy
 	$(PY) -m ruff check .
@@ -78,5 +98,5 @@ format: $(ENV)  ## format the code
 	mkdir -p $@
 	for folder in pipeline stages storage trainers; do ln -sfn ../../$$folder $@/$$folder; done
 
-clean-env:  ## remove the environment
-	rm -rf $(VENV) .types
+clean-env:  ## remove the environments
+	rm -rf $(VENV) $(PEERS) .types

@@ -1,23 +1,28 @@
-"""The same shards in stock WebDataset, none of our code: `python examples/stock_webdataset.py artifacts/pairs/<fp>`."""
+"""Layout `blocks` in stock WebDataset, none of our code: `python examples/stock_webdataset.py STORE`.
+
+A tar sample is a block of up to 256 pairs, in a shuffled order fixed at ingestion; shuffle blocks with `.shuffle` and
+pairs within a block by indexing. Images are uint8 (or the floats of latents), noise float16, float32, or int8 in steps
+of 1/20. Convention: only x and z are stored; with t = 0 the image and t = 1 the noise, regress noise - image.
+"""
+
+from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import webdataset as wds
 
 
-def main(store: str) -> int:
-    """Counts the pairs of draw 0; a tar sample is a block of 256 of them, in a shuffled order fixed at ingestion."""
-    manifest = json.loads(sorted(Path(store).glob("manifest.g*.json"))[-1].read_text())
-    shards = [str(Path(store, shard["payload"])) for shard in manifest["shards"] if shard["name"].startswith("d000")]
-    pairs = 0
-    for block in wds.WebDataset(shards, shardshuffle=False).decode():
-        image, noise, label = block["image.npy"], block["noise.npy"], block["label.npy"]
-        assert image.shape == noise.shape, label.shape
-        pairs += len(image)
-    return pairs
+def pairs(store: str, draw: int = 0) -> Iterator[tuple[Any, Any, Any]]:
+    """Blocks of one draw of the newest generation: image [n, ...], noise [n, ...], label [n] as they are stored."""
+    manifest = json.loads(max(Path(store).glob("manifest.g*.json")).read_text())
+    mine = [shard["payload"] for shard in manifest["shards"] if shard["name"].startswith(f"d{draw:03d}-")]
+    blocks = wds.WebDataset([str(Path(store, tar)) for tar in mine], shardshuffle=False).decode()
+    yield from blocks.to_tuple("image.npy", "noise.npy", "label.npy")
 
 
 if __name__ == "__main__":
-    print(f"{main(sys.argv[1])} pairs")
+    print(f"{sum(len(image) for image, _noise, _label in pairs(sys.argv[1]))} pairs")

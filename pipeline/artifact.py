@@ -10,6 +10,7 @@ from typing import Any
 
 from nfm.stages.stage import Result
 from nfm.storage import atomic
+from nfm.storage.paths import as_path, exists, is_remote, names_in, size_of
 
 SCHEMA = 1
 
@@ -31,7 +32,10 @@ def fingerprint(stage: str, version: int, config: dict[str, Any], inputs: dict[s
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder `<root>/<stage>/<fingerprint, 12 hex>`, and which of its manifests counts."""
+    """A folder `<root>/<stage>/<fingerprint, 12 hex>`, and which of its manifests counts.
+
+    A store that somebody else made may be anywhere, also on an object store; `path` is then a path of `as_path`.
+    """
 
     path: Path
     manifest_name: str = "manifest.json"
@@ -42,15 +46,17 @@ class Artifact:
 
     @property
     def started(self) -> bool:
-        return (self.path / "spec.json").exists()
+        return exists(self.path / "spec.json")
 
     @property
     def done(self) -> bool:
-        return (self.path / self.manifest_name).exists()
+        return exists(self.path / self.manifest_name)
 
     @property
     def name(self) -> str:
-        """`stage/fingerprint` under the root, the whole path elsewhere."""
+        """`stage/fingerprint` under the root, the whole path or the URL elsewhere."""
+        if is_remote(self.path):
+            return str(self.path)
         path = self.path.resolve()
         inside = path.parent.parent == artifacts_root().resolve()
         return f"{path.parent.name}/{path.name}" if inside else str(path)
@@ -71,13 +77,15 @@ class Artifact:
 
 
 def find(reference: str | Path) -> Artifact:
-    """The artifact that a user names: a folder, a manifest file, `stage/fingerprint`, or a unique prefix of one."""
+    """The artifact that a user names: a folder or URL, a manifest, `stage/fingerprint`, or a unique prefix of one."""
     root, text = artifacts_root(), str(reference)
-    for path in (Path(text), root / text):
-        if path.is_file() and path.name.startswith("manifest"):
+    for path in (as_path(text),) if "://" in text else (Path(text), root / text):
+        if path.name.startswith("manifest") and size_of(path) is not None:
             return Artifact(path.parent, path.name)
-        if (path / "spec.json").exists():
+        if exists(path / "spec.json"):
             return Artifact(path, newest_manifest(path))
+    if "://" in text:
+        raise ArtifactError(f"{text}: no store there, it has no spec.json; check the URL")
     found = [path for path in root.glob(f"*/{text}*") if (path / "spec.json").exists()] if "/" not in text else []
     if len(found) == 1:
         return Artifact(found[0], newest_manifest(found[0]))
@@ -89,7 +97,7 @@ def find(reference: str | Path) -> Artifact:
 
 def newest_manifest(path: Path) -> str:
     """The name of the newest manifest in a folder (stores have one a generation)."""
-    names = sorted(found.name for found in path.glob("manifest*.json"))
+    names = [name for name in names_in(path) if name.startswith("manifest") and name.endswith(".json")]
     return names[-1] if names else "manifest.json"
 
 

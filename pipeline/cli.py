@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import click
 
 from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, find
+from nfm.pipeline.cli_pairs import pairs
 from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.lock import Held
+from nfm.stages.bench_store import bench
 from nfm.stages.stage import StageError, Stopped
 from nfm.storage.errors import StorageError
 
@@ -158,48 +160,11 @@ def repair(artifact: str) -> None:
     from nfm.pipeline.repair import repair_store
 
     moved = repair_store(find(artifact))
-    click.echo("\n".join([*moved, f"{len(moved)} shards set aside" if moved else "nothing to repair"]))
+    click.echo("\n".join([*moved, f"set aside: {len(moved)}" if moved else "nothing to repair"]))
 
 
-@cli.group()
-def pairs() -> None:
-    """Look into pair stores."""
-
-
-@pairs.command()
-@click.argument("store")
-@json_option
-def info(store: str, as_json: bool) -> None:
-    """Show a store's recipe, generations and moments."""
-    from nfm.pipeline import planning
-
-    body = planning.store_info(find(store))
-    lines = (f"{key:18} {value}" for key, value in body.items())
-    click.echo(json.dumps(body, indent=2) if as_json else "\n".join(lines))
-
-
-@pairs.command()
-@click.argument("store")
-@click.option("--quick", is_flag=True, help="Sizes and digests of commits and manifests only.")
-def verify(store: str, quick: bool) -> None:
-    """Check a store by itself, without its lineage; exit 1 on any finding."""
-    from nfm.stages.pairs_upkeep import verify as verify_store
-
-    findings = verify_store(find(store).reference, "quick" if quick else "default")
-    for finding in findings:
-        click.echo(f"{finding.file}: {finding.problem}; {finding.remedy}")
-    if findings:
-        sys.exit(1)
-    click.echo("clean")
-
-
-@pairs.command()
-@click.argument("store")
-def seal(store: str) -> None:
-    """Seal the complete draws of a store as a generation."""
-    from nfm.pipeline.runner import seal_store
-
-    click.echo(_main_output(seal_store(find(store))))
+cli.add_command(pairs)
+cli.add_command(bench)
 
 
 def _main_output(artifact: Artifact) -> str:

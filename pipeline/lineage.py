@@ -9,6 +9,7 @@ from typing import Any
 from nfm.pipeline.artifact import Artifact, artifacts_root
 from nfm.storage import atomic
 from nfm.storage.errors import StorageError
+from nfm.storage.paths import as_path, names_in
 
 
 def inputs_of(artifact: Artifact) -> dict[str, Artifact]:
@@ -18,11 +19,14 @@ def inputs_of(artifact: Artifact) -> dict[str, Artifact]:
 
 def _referred(reference: Mapping[str, str]) -> Artifact:
     """The artifact of a reference; a store that was repaired has the same content under a later manifest."""
-    named = Artifact(artifacts_root() / reference["artifact"], reference["manifest"])
+    where = reference["artifact"]
+    named = Artifact(as_path(where) if "://" in where else artifacts_root() / where, reference["manifest"])
     if not named.done:
-        for path in sorted(named.path.glob("manifest*.json")):
-            if atomic.read_json(path).get("content_digest") == reference["content_digest"]:
-                return Artifact(named.path, path.name)
+        for name in names_in(named.path):
+            if not (name.startswith("manifest") and name.endswith(".json")):
+                continue
+            if atomic.read_json(named.path / name).get("content_digest") == reference["content_digest"]:
+                return Artifact(named.path, name)
     return named
 
 
@@ -61,6 +65,10 @@ def tree(artifact: Artifact, indent: str = "", role: str = "") -> Iterator[str]:
         code = (body["git_commit"] or "unknown code")[:12]
         made = f"made {body['finished']} in {body['seconds']:.0f} s by {code}"
     yield f"{lead}  content {body['content_digest'][:12]}  {artifact.manifest_name}  {made}"
+    exported = body.get("exported")
+    if exported:
+        source = f"content {exported['content_digest'][:12]} generation {exported['generation']}"
+        yield f"{indent}    exported from {source} ({exported['layout']}, {exported['codec']})"
     dataset = body.get("dataset")
     if dataset:
         yield f"{indent}    {dataset['name']}: {dataset['origin']}; licence {dataset['licence']}"

@@ -12,6 +12,7 @@ from nfm.pipeline.console import last_progress
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.lineage import dependants
 from nfm.pipeline.runner import headline
+from nfm.stages import pairs_info
 from nfm.stages.tables import aligned
 from nfm.storage.errors import StorageError
 
@@ -79,32 +80,8 @@ def store_info(artifact: Artifact) -> Row:
     """A store's recipe and the figures of its pinned generation."""
     if "store" not in artifact.spec:
         raise ArtifactError(f"{artifact.name} is no pair store; `nfm lineage {artifact.name}` shows what it is")
-    body, recipe = artifact.manifest(), artifact.spec["store"]
-    fields = ", ".join(f"{field['name']} {field['dtype']}{field['shape']}" for field in recipe["fields"])
-    plain = (
-        "coupling",
-        "codec",
-        "rows",
-        "rows_per_shard",
-        "eta",
-        "sigma_f",
-        "seed",
-        "flips",
-        "teacher",
-        "source",
-    )
-    return {
-        "store": artifact.name,
-        "generations": ", ".join(path.name for path in sorted(artifact.path.glob("manifest.g*.json"))),
-        **{key: recipe[key] for key in plain},
-        "fields": fields,
-        "draws": body["draws"],
-        "pairs": body["records"],
-        "bytes": sum(shard["bytes"] for shard in body["shards"]),
-        "order key": body["order_key"],
-        "content": body["content_digest"],
-        **{f"noise {key}": value for key, value in body["moments"].items()},
-    }
+    artifact.manifest()  # an unfinished or damaged artifact says so
+    return {"store": artifact.name, **pairs_info.info(artifact.reference)}
 
 
 def as_text(rows: Sequence[Row]) -> str:

@@ -1,8 +1,10 @@
-"""Repair: bad shards of a store are set aside, never deleted, so that the pairs stage encodes them again."""
+"""Repair: bad shards and manifests are set aside, never deleted, so that the pairs stage makes them again."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from pathlib import Path
 
 from nfm.pipeline.artifact import Artifact, ArtifactError
 from nfm.pipeline.lock import Lock
@@ -10,18 +12,25 @@ from nfm.stages import pairs_upkeep
 
 
 def repair_store(artifact: Artifact) -> list[str]:
-    """Move bad shards, and before them the manifests that list them, to `quarantine/`; returns the shards' names.
+    """Move bad shards, and before them the manifests that list them, to `quarantine/`; returns what was bad.
 
     The pairs stage then encodes exactly these again and seals a new generation. On the same kind of device the bytes
-    come out the same, and so does the content digest, by which what was made from the store finds it again.
+    come out the same, and so does the content digest, by which what was made from the store finds it again. A manifest
+    that cannot be read is set aside as well: what it sealed is sealed again from the commits.
     """
     if "store" not in artifact.spec:
         raise ArtifactError(f"{artifact.name} is no pair store; make other artifacts again: remove the folder, run it")
     with Lock(artifact.path):
-        bad = pairs_upkeep.bad_shards(artifact.path)
         aside = artifact.path / "quarantine" / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        for file in pairs_upkeep.files_of_shards(artifact.path, bad):
-            target = aside / file.relative_to(artifact.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.rename(target)
-    return bad
+        damaged = pairs_upkeep.damaged_manifests(artifact.path)
+        _set_aside(artifact.path, damaged, aside)
+        bad = pairs_upkeep.bad_shards(artifact.path)
+        _set_aside(artifact.path, pairs_upkeep.files_of_shards(artifact.path, bad), aside)
+    return [*(path.name for path in damaged), *bad]
+
+
+def _set_aside(root: Path, files: Iterable[Path], aside: Path) -> None:
+    for file in files:
+        target = aside / file.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)

@@ -1,4 +1,4 @@
-"""The data stage: real images in, uint8 shards with keys and labels out, in a seeded random order.
+"""The data stage: images or latents in, shards with keys and labels out, in a seeded random order.
 
 A held-out part, the source's own test set or else a seeded fraction, is written apart and never becomes
 pairs. Records that cannot be used are set aside in `rejected.parquet` with the reason.
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from nfm.stages.sources import Digits, Idx, ImageFolder, Loaded, Npz, Source
-from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, operational
+from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.storage.dataset import DatasetWriter
 from nfm.storage.order import permute
 
@@ -28,7 +28,7 @@ WRITE_CHUNK = 1024
 NAMED_REJECTS = 3
 PRODUCTS = ("train", "heldout", "train.parquet", "heldout.parquet", "rejected.parquet", "dataset.json")
 
-Chunk = tuple[np.ndarray, np.ndarray, list[str]]  # images [n, C, H, W] uint8, labels [n], keys
+Chunk = tuple[np.ndarray, np.ndarray, list[str]]  # images [n, C, H, W] as stored, labels [n], keys
 
 # Licence and origin of inputs that we recognise by the digest of their content, wherever they lie.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -51,7 +51,11 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 class DataConfig(Section):
-    """[data]: which images, and how they are cut, split and ordered."""
+    """[data]: which images, and how they are cut, split and ordered.
+
+    Of latents (float arrays of source `npz`, stored as they are), `image_scale` says what to divide by before
+    `image_decoder` makes pictures of them; both are passed on to the store's readers and change nothing here.
+    """
 
     source: Literal["digits", "idx", "npz", "images"] = "digits"
     path: str | None = operational(None)
@@ -66,6 +70,8 @@ class DataConfig(Section):
     rows_per_shard: int = Field(4096, ge=1)
     max_rejected: float = operational(0.0, ge=0.0, le=1.0)
     threads: int = operational(0, ge=0)
+    image_scale: float | None = added(None, gt=0, allow_inf_nan=False)
+    image_decoder: str | None = added(None)
     name: str | None = None  # stands in dataset.json, which the content digest covers
     licence: str | None = operational(None)
     origin: str | None = operational(None)
@@ -122,12 +128,18 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
             _set_aside(rejected, len(rows), config.max_rejected, out / "rejected.parquet")
         about = _about(config, source, identity)
         image_shape = loaded.images.shape[1:]
+        dtype = loaded.images.dtype.name
+        if dtype == "uint8" and (config.image_scale or config.image_decoder):
+            raise StageError("data.image_scale and data.image_decoder are of latents; these images are uint8 pixels")
         classes = list(about.pop("classes"))
         usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
         train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])
         if not len(train):
             raise StageError(f"none of the {len(own)} training images can be used: see rejected.parquet in {out}")
-        writer = DatasetWriter(out, about["name"], image_shape, classes, config.rows_per_shard)
+        writer = DatasetWriter(
+            out, about["name"], image_shape, classes, config.rows_per_shard, dtype, config.image_scale,
+            config.image_decoder,
+        )  # fmt: skip
         for split, positions, done in (("train", train, 0), ("heldout", heldout, len(train))):
             chunks = _chunks(source, loaded.images, rows, positions)
             writer.write_split(split, len(positions), _reported(chunks, done, len(usable), report))
@@ -140,6 +152,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         "rejected": len(rejected),
         "classes": len(source.classes),
         "image_shape": list(image_shape),
+        **({} if dtype == "uint8" else {"image_dtype": dtype}),
     }
     return Result(
         payload=list(payload),
@@ -168,9 +181,10 @@ def _reported(chunks: Iterator[Chunk], done: int, total: int, report: Reporter) 
 def _with_bad_labels(loaded: Loaded, source: Source, rows: np.ndarray) -> Loaded:
     labels = source.labels[rows]
     count = len(source.classes)
+    low, high = (0, count - 1) if count else (-1, -1)
     wrong = {
         int(position): f"label {labels[position]} is outside the {count} classes, counted from 0"
-        for position in np.flatnonzero((labels < 0) | (labels >= count))
+        for position in np.flatnonzero((labels < low) | (labels > high))
     }
     return Loaded(loaded.images, dict(sorted((wrong | loaded.rejected).items())))
 

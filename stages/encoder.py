@@ -107,7 +107,7 @@ class Encoder:
         return (back - noised).flatten(1).square().mean(1).sqrt().cpu().numpy()
 
     def _sources(self, draw: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(image uint8, already flipped; label; flip; eps') of slots: a slot is a row of the shuffled source."""
+        """(image as stored, already flipped; label, -1 for none; flip; eps') of slots, rows of the shuffled source."""
         flip = philox.flips(self.spec.seed, draw, slots) if self.spec.flips else np.zeros(len(slots), bool)
         image = self.source.images(slots)
         image = np.where(flip[:, None, None, None], image[..., ::-1], image)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nfm.stages import features, student
-from nfm.stages.pictures import to_uint8
+from nfm.stages.pictures import as_pixels, to_uint8
 from nfm.stages.sampling import Sampler, draw, initial, velocity
 from nfm.stages.stage import Inputs, Reporter, Stopped
 from nfm.stages.training import precision_context
@@ -73,13 +73,14 @@ class Bench:
         for images in draw(sampler.decode, self.source, self.count, config.seed, config.batch_size, self.device):
             if self.report.stopping:
                 raise Stopped
-            pixels = to_uint8(images)
-            found.append(features.extract(self.network, pixels))
+            # Pixels are measured as the bytes that a file would hold, latents as they are.
+            measured = to_uint8(images) if self.source.dtype == "uint8" else np.nan_to_num(images)
+            found.append(features.extract(self.network, measured))
             if len(shown) * config.batch_size < SHOWN:
-                shown.append(pixels)
+                shown.append(images)
             self.report.progress(sum(len(part) for part in found), self.count, "images", row=sampler.name)
         data = io.BytesIO()
-        np.savez_compressed(data, images=np.concatenate(shown)[:SHOWN])
+        np.savez_compressed(data, images=as_pixels(np.concatenate(shown)[:SHOWN], self.source.dtype))
         atomic.write_bytes(picture, data.getvalue())
         described = {key: value for key, value in sampler._asdict().items() if key != "decode"}
         return {**described, **self._distances(np.concatenate(found)), **self._speed(sampler)}

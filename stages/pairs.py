@@ -14,21 +14,28 @@ from nfm.stages import costs
 from nfm.stages.encoder import Setup
 from nfm.stages.executors import Outcome, ShardJob, new_attempt
 from nfm.stages.pairs_upkeep import check_files
-from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, StageError, Stopped, operational
+from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.stages.training import WEIGHTS, Precision, pick_device
 from nfm.storage import ImageDataset, atomic, commits, generations
+from nfm.storage.export import converted
 from nfm.storage.schema import StoreSpec, pair_fields, read_spec, shard_name
 
 NAME = "pairs"
 VERSION = 1
+NOISE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
 
 class PairsConfig(Section):
-    """The `[pairs]` table; every draw pairs each training image with new noise, flips drawn anew."""
+    """The `[pairs]` table; every draw pairs each training image with new noise, flips drawn anew.
+
+    `layout` and `codec` say how records lie on disk and how the noise is rounded, see docs/pairs-store.md; a finished
+    store is converted by `nfm pairs export`, the archive codec `pcodec` is made in no other way.
+    """
 
     coupling: Literal["nfm", "independent"] = "nfm"
     draws: int = operational(1, ge=1, le=1000)
-    codec: Literal["float16", "float32"] = "float16"
+    codec: Literal["float16", "float32", "int8"] = "float16"
+    layout: Literal["blocks", "samples", "zarr"] = added("blocks")
     rows_per_shard: int = Field(4096, ge=1)
     rows_per_block: int = Field(256, ge=1)
     flips: bool = False
@@ -58,6 +65,11 @@ def manifest_name(config: PairsConfig, out: Path) -> str:
 def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     """The store's recipe, for `spec.json`."""
     source = ImageDataset.open(inputs["data"], "train")
+    if config.flips and source.dtype != "uint8":
+        raise StageError(
+            "pairs.flips = true: these images are latents, and a flipped latent is not the latent of the flipped "
+            "image. Encode flipped images into the data set as rows of their own, and leave pairs.flips out"
+        )
     facts: dict[str, Any] = {"eta": None, "sigma_f": None}
     if "teacher" in inputs:
         facts = atomic.read_json(inputs["teacher"] / "teacher.json")
@@ -65,19 +77,28 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
         rows=len(source),
         rows_per_shard=config.rows_per_shard,
         rows_per_block=config.rows_per_block,
-        fields=pair_fields(source.image_shape, config.codec),
+        fields=pair_fields(source.image_shape, config.codec, source.dtype, label=bool(source.classes)),
         coupling=config.coupling,
         source=_content(inputs["data"]),
         codec=config.codec,
+        layout=config.layout,
         value_range=source.value_range,
+        image_scale=source.image_scale,
+        image_decoder=source.image_decoder,
         flips=config.flips,
         seed=config.seed,
         eta=facts["eta"],
         sigma_f=facts["sigma_f"],
         teacher=_content(inputs["teacher"]) if "teacher" in inputs else None,
-        classes=len(source.classes),
+        classes=len(source.classes) or None,
     )
     return {"store": spec.to_dict()}
+
+
+def recipe(manifest: Mapping[str, Any], inputs: Inputs, found: StoreSpec) -> StoreSpec:
+    """The recipe that a store should have by its inputs; of an export, in the layout and codec it was exported to."""
+    spec = StoreSpec.from_dict(describe(PairsConfig(**manifest["config"]), inputs)["store"])
+    return converted(spec, found.layout, found.codec) if "exported" in manifest else spec
 
 
 def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
@@ -138,7 +159,8 @@ def seal(out: Path, draws: int) -> Result:
 def cost(config: PairsConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     """Pairs, bytes on disk and the arithmetic of sending them through the teacher."""
     pairs, size = facts["images"] * config.draws, math.prod(facts["image_shape"])
-    stored = pairs * (size + size * (2 if config.codec == "float16" else 4) + 16)
+    image_bytes = {"float16": 2, "float32": 4}.get(facts.get("image_dtype", "uint8"), 1)
+    stored = pairs * (size * (image_bytes + NOISE_BYTES[config.codec]) + 16)
     flops = pairs * costs.teacher_flops(facts["image_shape"], facts["teacher"]) if config.coupling == "nfm" else 0.0
     encoding = costs.describe(flops) if flops else {}
     return {"pairs": f"{pairs:,}", "draws": str(config.draws), "MB": f"{stored / 1e6:,.0f}", **encoding}

@@ -7,25 +7,36 @@ from pathlib import Path
 from typing import Literal
 
 from nfm.stages.stage import Finding, StageError
-from nfm.storage import atomic, commits, generations
+from nfm.storage import atomic, commits, generations, layout
 from nfm.storage import verify as storage_verify
 from nfm.storage.commits import Commit
-from nfm.storage.errors import StorageError
-from nfm.storage.schema import read_spec, shard_name
+from nfm.storage.errors import NewerSchema, StorageError
+from nfm.storage.paths import as_path, size_of
+from nfm.storage.schema import StoreSpec, read_spec, shard_name
 
 
-def pinned(store: Path) -> tuple[Path, int]:
-    """(folder, generation) of a store given as its folder (the newest generation) or as a manifest."""
-    if store.is_file():
-        return store.parent, int(atomic.read_json(store)["generation"])
-    return store, max(generations.numbers(store), default=1)
+def pinned(store: str | Path) -> tuple[Path, int]:
+    """(folder, generation) of a store given as its folder or URL (the newest generation) or as a manifest."""
+    root = as_path(store)
+    if root.suffix == ".json" and size_of(root) is not None:
+        return root.parent, int(atomic.read_json(root)["generation"])
+    return root, max(generations.numbers(root), default=1)
 
 
-def verify(store: Path, level: Literal["quick", "default"]) -> list[Finding]:
-    """What is wrong with a store by itself; `store` is its folder or one of its manifests."""
+def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> list[Finding]:
+    """What is wrong with a store by itself, or with the one generation whose manifest `store` is."""
     root, generation = pinned(store)
-    found = storage_verify.verify(root, generation, level)
+    whole = root == as_path(store)
+    found = storage_verify.verify(root, None if whole else generation, level)
     return [Finding(finding.file, finding.problem, finding.remedy) for finding in found]
+
+
+def unfinished(store: str | Path) -> str:
+    """What killed attempts left in a store, in a sentence; empty when there is nothing."""
+    root, _ = pinned(store)
+    left = storage_verify.orphans(root)
+    size = sum(size_of(root / name) or 0 for name in left)
+    return f"{len(left)} files of unfinished attempts, {size / 1e6:.1f} MB: of no harm and of no use" if left else ""
 
 
 def complete_draws(out: Path) -> int:
@@ -41,57 +52,76 @@ def complete_draws(out: Path) -> int:
 
 def check_files(out: Path, done: Mapping[str, Commit]) -> None:
     """A commit whose shard went away must stop the run before the store is sealed over the hole."""
+    spec = read_spec(out) if done else None
     for commit in done.values():
-        for name, size in ((commit.payload, commit.payload_bytes), (commit.index, commit.index_bytes)):
-            path = out / name
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                raise StageError(
-                    f"{path}: {'missing' if found is None else f'{found} bytes instead of {size}'}, though "
-                    f"{commits.commit_path(out, commit.name)} says it was committed. Restore the file, or run "
-                    f"`nfm repair {out}` and then this command again to encode the shard anew"
-                )
+        wrong = layout.missing(out, spec, commit) if spec is not None else []
+        index = size_of(out / commit.index)
+        if index != commit.index_bytes:
+            wrong.append((out / commit.index, commit.index_bytes, index))
+        for path, size, found in wrong:
+            raise StageError(
+                f"{path}: {'missing' if found is None else f'{found} bytes instead of {size}'}, though "
+                f"{commits.commit_path(out, commit.name)} says it was committed. Restore the file, or run "
+                f"`nfm repair {out}` and then this command again to encode the shard anew"
+            )
+
+
+def damaged_manifests(out: Path) -> list[Path]:
+    """The manifests that cannot be read: set aside, the store can be sealed again from its commits."""
+    damaged = []
+    for number in generations.numbers(out):
+        try:
+            generations.load(out, number)
+        except NewerSchema:
+            raise
+        except StorageError:
+            damaged.append(generations.manifest_path(out, number))
+    return damaged
 
 
 def bad_shards(out: Path) -> list[str]:
     """The shards that a commit or a manifest names and that are not, whole, what was committed and sealed."""
-    sealed: dict[str, set[str]] = {}
+    spec, sealed = read_spec(out), dict[str, set[str]]()
     for number in generations.numbers(out):
         for entry in generations.load(out, number)["shards"]:
             sealed.setdefault(entry["name"], set()).add(entry["commit_sha256"])
     committed = {path.stem for path in (out / "commits").glob("d*.json")}
-    return [name for name in sorted(committed | set(sealed)) if not _whole(out, name, sealed.get(name, set()))]
+    return [name for name in sorted(committed | set(sealed)) if not _whole(out, spec, name, sealed.get(name, set()))]
 
 
-def _whole(out: Path, name: str, sealed: set[str]) -> bool:
+def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
     try:
         commit = commits.read(out, name)
         if commit is None or sealed - {atomic.hash_file(commits.commit_path(out, name))[0]}:
             return False
-        files = (
-            (commit.payload, commit.payload_sha256, commit.payload_bytes),
-            (commit.index, commit.index_sha256, commit.index_bytes),
-        )
-        return all(atomic.hash_file(out / file) == (sha256, size) for file, sha256, size in files)
+        index = layout.StoredFile(commit.index, commit.index_sha256, commit.index_bytes)
+        pairs = zip(layout.files(spec, commit), layout.files(spec, commit, sealed=False))
+        # Sealing moves the files of some layouts: they are in the first place or still in the second.
+        return all(any(_is(out, file) for file in dict.fromkeys(places)) for places in [*pairs, (index,)])
     except StorageError:
         return False
+
+
+def _is(out: Path, file: layout.StoredFile) -> bool:
+    path = out / file.path
+    return size_of(path) == file.bytes and atomic.hash_file(path) == (file.sha256, file.bytes)
 
 
 def files_of_shards(out: Path, names: list[str]) -> list[Path]:
     """What must go for these shards to be made again, in the order in which it must go.
 
     First the manifests that list them, so that a repair that is killed leaves no seal over a hole; then their commits;
-    then payloads and index parts of any attempt.
+    then payloads and index parts of any attempt, and what sealing placed elsewhere.
     """
-    bad = set(names)
+    spec, bad = read_spec(out), set(names)
     manifests = [
         generations.manifest_path(out, number)
         for number in generations.numbers(out)
         if bad & {entry["name"] for entry in generations.load(out, number)["shards"]}
     ]
-    return manifests + [
-        path for folder in ("commits", "shards", "index") for name in names for path in _named(out / folder, name)
-    ]
+    own = [path for folder in ("commits", "shards", "index") for name in names for path in _named(out / folder, name)]
+    placed = [out / path for name in names for path in layout.placed(spec, name)]
+    return manifests + own + [path for path in placed if size_of(path) is not None]
 
 
 def _named(folder: Path, name: str) -> list[Path]:

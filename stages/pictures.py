@@ -1,4 +1,4 @@
-"""Pictures of images: uint8 from model space, and grids as PNG files."""
+"""Pictures of images: uint8 from model space, latents as false colours, and grids as PNG files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,30 @@ import numpy as np
 
 from nfm.storage import atomic
 
+SHOWN_PERCENTILES = (1.0, 99.0)
+
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """Images in [-1, 1] to uint8, rounded and clipped; values that are not finite become black."""
     return np.clip(np.rint((np.nan_to_num(images, nan=-1.0) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def false_colours(latents: np.ndarray) -> np.ndarray:
+    """Latents [N, C, H, W] as uint8 pictures [N, 3 or 1, H, W], see FALSE_COLOURS; nothing is decoded."""
+    shown = np.nan_to_num(np.asarray(latents, np.float32), posinf=0.0, neginf=0.0)
+    shown = shown[:, :3] if shown.shape[1] >= 3 else shown.mean(axis=1, keepdims=True)
+    low, high = (np.percentile(shown, q, axis=(0, 2, 3), keepdims=True) for q in SHOWN_PERCENTILES)
+    return to_uint8(2 * (shown - low) / np.maximum(high - low, 1e-12) - 1)
+
+
+FALSE_COLOURS = (
+    "false colours: the first three channels of the latents, or the mean of fewer, from the 1st to the 99th percentile"
+)
+
+
+def as_pixels(images: np.ndarray, image_dtype: str) -> np.ndarray:
+    """What to show of images in model space, given the dtype of their store: pixels, or latents in false colours."""
+    return to_uint8(images) if image_dtype == "uint8" else false_colours(images)
 
 
 def grid(images: np.ndarray, columns: int = 8, gap: int = 1) -> np.ndarray:
@@ -27,11 +47,18 @@ def grid(images: np.ndarray, columns: int = 8, gap: int = 1) -> np.ndarray:
     return picture
 
 
-def save_grid(path: Path, images: np.ndarray, scale: int = 3) -> None:
-    """Write images [N, C, H, W], uint8 or float in [-1, 1], as one PNG, each pixel `scale` wide."""
-    from PIL import Image
+def save_grid(path: Path, images: np.ndarray, scale: int = 3, image_dtype: str = "uint8") -> None:
+    """Write images [N, C, H, W], uint8 or floats in model space, as one PNG, each pixel `scale` wide.
 
-    picture = grid(images if images.dtype == np.uint8 else to_uint8(images))
+    `image_dtype` is that of the store: of latents the PNG holds false colours, and says so in its text chunk.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    picture = grid(images if images.dtype == np.uint8 else as_pixels(images, image_dtype))
+    said = PngInfo()
+    if image_dtype != "uint8":
+        said.add_text("Description", FALSE_COLOURS)
     data = io.BytesIO()
-    Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1)).save(data, "PNG")
+    Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1)).save(data, "PNG", pnginfo=said)
     atomic.write_bytes(path, data.getvalue())

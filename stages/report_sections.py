@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nfm.stages import report_plots as plots
+from nfm.stages.pictures import FALSE_COLOURS, false_colours
 from nfm.stages.report_evaluation import Evaluation
 from nfm.stages.report_page import (
     code,
@@ -26,6 +27,7 @@ from nfm.stages.report_page import (
 from nfm.stages.stage import Inputs
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.atomic import read_json
+from nfm.storage.codecs import decode
 from nfm.storage.order import permute
 
 SHORT_FINGERPRINT = 12
@@ -59,8 +61,10 @@ def data(root: Path, manifest: Mapping[str, Any], samples: int, seed: int) -> st
     text = f"{about.get('name', 'images')}: {len(train):,} training images of {shape} (channels, height, width)."
     if about:
         text += f" Licence: {about.get('licence')}. Origin: {about.get('origin')}."
-    picture = image_grid(train.images(chosen), "training images")
-    return paragraph(text) + row([figure(picture, "Training images", "a seeded sample")])
+    images, caption = train.images(chosen), "a seeded sample"
+    if train.dtype != "uint8":
+        images, caption = false_colours(images), f"a seeded sample in {FALSE_COLOURS}"
+    return paragraph(text) + row([figure(image_grid(images, "training images"), "Training images", caption)])
 
 
 def teacher(root: Path, manifest: Mapping[str, Any], evaluation: Evaluation | None) -> str:
@@ -85,7 +89,8 @@ def pairs(stores: Mapping[str, PairStore], seed: int) -> str:
         count = min(NOISE_RECORDS, len(store))
         slots = permute(np.arange(count), len(store), f"report/{seed}")
         records = store.gather(0, slots)
-        samples[name] = np.asarray(records["noise"], np.float32).ravel()
+        records["noise"] = decode(records["noise"], store.spec.noise_step)
+        samples[name] = records["noise"].ravel()
         body.append(figure(_side_by_side(records), name, "image above, its noise below (black -3, white 3)"))
         moments = store.manifest.get("moments") or {}
         values = [moments.get(key) for key in ("mean", "var", "kurtosis", "min", "max", "nonfinite")]
@@ -161,6 +166,9 @@ def _side_by_side(records: Mapping[str, np.ndarray]) -> str:
     images = np.asarray(records["image"][:PAIRS_SHOWN])
     noise = np.asarray(records["noise"][:PAIRS_SHOWN], np.float32)
     grey = np.clip((noise / NOISE_SHOWN + 1) * 127.5, 0, 255).astype(np.uint8)
+    if images.dtype != np.uint8:
+        images = false_colours(images)
+        grey = grey[:, : images.shape[1]]
     return image_grid(np.concatenate([images, grey]), "images above their noise", columns=len(images))
 
 

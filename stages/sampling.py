@@ -12,7 +12,7 @@ from nfm.stages import student, teacher
 from nfm.stages.pictures import save_grid
 from nfm.stages.stage import StageError
 from nfm.stages.training import blaming, parameter_count, pick_device, precision_context, read_weights
-from nfm.storage import ImageDataset, philox
+from nfm.storage import ImageDataset, atomic, philox
 
 if TYPE_CHECKING:
     import torch
@@ -127,4 +127,9 @@ def sample_grid(folder: Path, stage: str, count: int, nfe: int, seed: int, path:
     with torch.no_grad(), blaming("--nfe"):
         noise = torch.from_numpy(eps).reshape(count, *shape)
         images = sampler.decode(noise.to(device), labels.to(device)).float().cpu().numpy()
-    save_grid(path, images)
+    save_grid(path, images, image_dtype=image_dtype_of(folder))
+
+
+def image_dtype_of(folder: Path) -> str:
+    """The dtype of the images that a finished teacher or student learned from: floats are latents."""
+    return atomic.read_json(folder / "manifest.json")["metrics"].get("image_dtype", "uint8")

@@ -71,7 +71,7 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     plan = recipe(config, config.pairs)
     trained = fit(model, loss, batches, config, plan, out, report, "pairs")
     atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, architecture))
-    final = _last_line(out / METRICS)
+    final, image_dtype = _last_line(out / METRICS), store.spec.field("image").dtype
     metrics = {
         "loss": final["loss"],
         "pairs_seen": plan.examples,
@@ -81,6 +81,7 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "coupling": store.spec.coupling,
         "generation": store.generation,
         "draws": store.draws,
+        **({} if image_dtype == "uint8" else {"image_dtype": image_dtype}),
     }
     return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
 

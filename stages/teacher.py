@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from nfm.stages import costs
-from nfm.stages.stage import Inputs, Reporter, Result
+from nfm.stages.stage import Inputs, Reporter, Result, StageError
 from nfm.stages.training import (
     CHECKPOINT,
     METRICS,
@@ -61,6 +62,11 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     from nfm.trainers.tarflow import TarFlow, nll_per_dim
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    if config.flips and train.dtype != "uint8":
+        raise StageError(
+            "teacher.flips = true: these images are latents, and a flipped latent is not the latent of the flipped "
+            "image; leave teacher.flips out"
+        )
     device = pick_device(config.device)
     architecture: dict[str, Any] = {
         "image_shape": list(train.image_shape), "classes": len(train.classes), "patch": config.patch,
@@ -99,7 +105,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     facts = {"eta": config.eta, "sigma_f": power**0.5, "architecture": architecture}
     atomic.write_bytes(out / WEIGHTS, pack_weights(averaged, architecture))
     atomic.write_json(out / FACTS, facts)
-    _draw_samples(averaged, facts, config, out / SAMPLES)
+    _draw_samples(averaged, facts, config, out / SAMPLES, train.dtype)
     metrics = {
         "heldout_bpd": round(heldout_bpd, 4),
         "train_bpd": round(train_bpd, 4),
@@ -107,6 +113,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "parameters": parameter_count(averaged),
         "images_seen": plan.examples,
         "measured_rows": len(rows),
+        **({} if train.dtype == "uint8" else {"image_dtype": train.dtype}),
     }
     if heldout_bpd - train_bpd > 0.1:
         report.say(
@@ -134,7 +141,10 @@ def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:
 def likelihood(
     model: TarFlow, split: ImageDataset, rows: range, config: TeacherConfig, batch_size: int = 256
 ) -> tuple[float, float]:
-    """(E[f^2] per dimension, bits per dimension) on these rows with record-keyed noise, labels given."""
+    """(E[f^2] per dimension, bits per dimension) on these rows with record-keyed noise, labels given.
+
+    Bits of latents are of their density, not of 8-bit steps: they may be negative.
+    """
     import torch
 
     from nfm.trainers.tarflow import bits_per_dim, nll_per_dim
@@ -150,10 +160,11 @@ def likelihood(
             z, logdet = model.encode(noised, torch.from_numpy(split.labels(part)).to(device))
             power += z.double().square().flatten(1).mean(1).sum().item()
             nats += nll_per_dim(z, logdet).double().sum().item()
-    return power / len(rows), bits_per_dim(torch.tensor(nats / len(rows), dtype=torch.float64)).item()
+    bits = bits_per_dim(torch.tensor(nats / len(rows), dtype=torch.float64)).item()
+    return power / len(rows), bits if split.dtype == "uint8" else bits - math.log2(127.5)
 
 
-def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, path: Path) -> None:
+def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, path: Path, image_dtype: str) -> None:
     """A grid of 64 samples, a class after another."""
     import torch
 
@@ -166,4 +177,4 @@ def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, 
     labels = torch.arange(64, device=device) % max(facts["architecture"]["classes"], 1)
     with torch.inference_mode(), precision_context(device.type, config.precision):
         images = model.decode(facts["sigma_f"] * torch.from_numpy(eps).reshape(64, *shape).to(device), labels)
-    save_grid(path, images.float().cpu().numpy())
+    save_grid(path, images.float().cpu().numpy(), image_dtype=image_dtype)

@@ -3,8 +3,10 @@ one.
 """
 
 from nfm.storage.batch import Batch
+from nfm.storage.cache import ShardCache
 from nfm.storage.dataset import DatasetWriter, ImageDataset
 from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StateMismatch, StorageError
+from nfm.storage.mixture import Mixture
 from nfm.storage.reader import BatchReader
 from nfm.storage.schema import Field, StoreSpec
 from nfm.storage.store import PairStore
@@ -17,8 +19,10 @@ __all__ = [
     "Field",
     "ImageDataset",
     "MissingShard",
+    "Mixture",
     "NewerSchema",
     "PairStore",
+    "ShardCache",
     "StateMismatch",
     "StorageError",
     "StoreSpec",

@@ -1,43 +1,28 @@
-"""Files that are either absent or whole: temporary file, fsync, then link (create) or rename (replace).
+"""Files that are either absent or whole, here and on object stores, and the JSON that vouches for itself.
 
-A process that dies at any point leaves at most a file named `.tmp-PID-TOKEN-NAME`, which nobody reads.
+Every function takes a local path or a URL of `as_path`. What goes wrong is a StorageError that names the file.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import math
 import os
-import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
+from nfm.storage import remote
+from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
+from nfm.storage.hashing_file import HashingFile, sync_folder
+from nfm.storage.json_text import RESTORE, checked, signed_text
+from nfm.storage.json_text import canonical_json as canonical_json
+from nfm.storage.json_text import digest as digest
+from nfm.storage.paths import TEMPORARY, as_path, is_remote, read_bytes, remove, size_of
 
-from nfm.storage.errors import StorageError, cannot_write
-
-TEMPORARY = ".tmp-"
 _CHUNK = 4 << 20
-
-
-def canonical_json(body: Any) -> bytes:
-    """The one JSON text of `body`: sorted keys, no spaces, UTF-8.
-
-    NaN, infinities and keys that are no strings raise StorageError, naming where they stand.
-    """
-    return json.dumps(
-        _plain(body, "body"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    ).encode()
-
-
-def digest(data: bytes) -> str:
-    """SHA-256, as hex."""
-    return hashlib.sha256(data).hexdigest()
+_TRIES = 3  # readings of a remote JSON file before its contents are called damaged
 
 
 def content_digest(digests: Iterable[str]) -> str:
@@ -49,62 +34,142 @@ def hash_file(path: str | Path) -> tuple[str, int]:
     """SHA-256 (hex) and size in bytes of a file. Raises StorageError when it cannot be read."""
     sha, size = hashlib.sha256(), 0
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                sha.update(chunk)
-                size += len(chunk)
+        for chunk in _chunks(as_path(path)):
+            sha.update(chunk)
+            size += len(chunk)
     except OSError as error:
-        raise StorageError(f"{path}: cannot read ({error.strerror}); restore it or run `nfm audit`") from error
+        raise StorageError(f"{path}: cannot read ({error.strerror or error}); restore it or run `nfm audit`") from error
     return sha.hexdigest(), size
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    if is_remote(path):
+        size = remote.attempt(path, "look at", lambda fs, name: fs.info(name))["size"]
+        yield from remote.read_pieces(path, size)
+        return
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def read_checked(path: Path, sha256: str) -> bytes:
+    """The whole of a remote file, read again when it arrives with another SHA-256 than is given.
+
+    Raises FileNotFoundError and CorruptShard.
+    """
+    for _ in range(_TRIES):
+        data = read_bytes(path)
+        if digest(data) == sha256:
+            return data
+        time.sleep(0.1)
+    raise CorruptShard(f"{path}: SHA-256 {digest(data)[:12]}, {sha256[:12]} was committed; {RESTORE}")
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Writes `data` to `path`, replacing what is there; readers see the old file or the new, never a part."""
-    with HashingFile(path) as file:
+    where = as_path(path)
+    if is_remote(where):
+        remote.attempt(where, "write", lambda fs, name: fs.pipe_file(name, bytes(data)))
+        return
+    with HashingFile(where) as file:
         file.write(data)
 
 
 def create_bytes(path: str | Path, data: bytes) -> bool:
-    """Writes `data` to `path` only if nothing is there. Of many writers exactly one gets True."""
-    if os.path.lexists(path):
+    """Writes `data` to `path` only if nothing is there; True when what stands there is the caller's.
+
+    Of many local writers exactly one gets True. On an object store "exists" may be the echo of the caller's own put
+    whose answer was lost, so there every writer of these very bytes gets True: put something of your own in them.
+    """
+    where = as_path(path)
+    if is_remote(where):
+        return remote.create(
+            where, lambda fs, name: fs.pipe_file(name, bytes(data), mode="create"), lambda: read_bytes(where) == data
+        )
+    if os.path.lexists(where):
         return False
-    file = HashingFile(path, replace=False)
+    file = HashingFile(where, replace=False)
     with file:
         file.write(data)
     return file.published
 
 
+def place(source: Path, target: Path, size: int | None = None) -> None:
+    """Gives a durable file of a store its final name, and takes the old one away.
+
+    A hard link here, a copy within the object store there. May be killed and called again at any point: when `source`
+    is gone, `target` must be there, with `size` bytes where given. Raises MissingShard, CorruptShard, or StorageError
+    when another file has that name.
+    """
+    source, target = as_path(source), as_path(target)
+    have, found = size_of(source), size_of(target)
+    if have is None and found is None:
+        raise MissingShard(f"{source}: the file is missing; restore it, or run `nfm repair` on its store")
+    if have is not None and found is None:
+        _second_name(source, target)
+        found = size_of(target)
+    elif have is not None and (found != have or not _same(source, target)):
+        raise StorageError(f"{target}: another file than {source} has that name; set it aside and seal again")
+    expected = size if size is not None else have
+    if expected is not None and found != expected:
+        raise CorruptShard(f"{target}: {found} bytes, {expected} were committed; run `nfm repair` on its store")
+    remove(source)
+
+
+def _second_name(source: Path, target: Path) -> None:
+    if is_remote(target):
+        copied = getattr(target, "path")  # noqa: B009  no attribute of pathlib's
+        remote.attempt(source, "copy", lambda fs, name: fs.cp_file(name, copied))
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(source, target)
+        sync_folder(target.parent)
+    except FileExistsError:
+        if not _same(source, target):
+            raise
+    except OSError as error:
+        raise cannot_write(target, error) from error
+
+
+def _same(one: Path, other: Path) -> bool:
+    return (not is_remote(one) and os.path.samefile(one, other)) or hash_file(one) == hash_file(other)
+
+
 def write_json(path: str | Path, body: Mapping[str, Any]) -> None:
     """Writes `body` with a `digest` of itself, replacing what is there."""
-    write_bytes(path, _signed(path, body))
+    write_bytes(path, signed_text(path, body))
 
 
 def create_json(path: str | Path, body: Mapping[str, Any]) -> bool:
     """Writes `body` with a `digest` of itself if nothing is there; False when something is."""
-    return create_bytes(path, _signed(path, body))
+    return create_bytes(path, signed_text(path, body))
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in `path`; its `digest`, where it has one, must be right. Raises StorageError."""
+def read_json(path: str | Path, signed: bool = True) -> dict[str, Any]:
+    """The JSON object in `path`; it must be, byte for byte, what `create_json` writes for these contents.
+
+    Its `digest` proves the contents, and the one rendering of them proves every byte of the text. With `signed=False`
+    a file without a digest is accepted too. Raises StorageError.
+    """
+    where = as_path(path)
+    data = _read(where)
+    for _ in range(_TRIES - 1 if is_remote(where) else 0):  # what arrives damaged may be whole where it is
+        try:
+            return checked(where, data, signed)
+        except StorageError:
+            time.sleep(0.1)
+            data = _read(where)
+    return checked(where, data, signed)
+
+
+def _read(path: Path) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        return read_bytes(path)
     except FileNotFoundError as error:
         raise StorageError(f"{path}: no such file; was the stage that writes it run to its end?") from error
     except OSError as error:
         raise StorageError(f"{path}: cannot read ({error.strerror}); check its permissions") from error
-    try:
-        body = json.loads(data)
-    except ValueError as error:
-        raise StorageError(f"{path}: not valid JSON ({error}); {_RESTORE}") from error
-    if not isinstance(body, dict):
-        raise StorageError(f"{path}: holds a JSON {type(body).__name__}, an object was expected; {_RESTORE}")
-    stated = body.get("digest")
-    if stated is not None and stated != _digest_of(body, str(path)):
-        raise StorageError(f"{path}: its contents do not match its digest {str(stated)[:12]}; {_RESTORE}")
-    return body
-
-
-_RESTORE = "restore it from a copy, or set it aside and run the stage again"
 
 
 def is_temporary(path: str | Path) -> bool:
@@ -121,131 +186,3 @@ def clear_temporaries(folder: str | Path, idle_seconds: float = 3600.0) -> list[
                 path.unlink()
                 removed.append(path)
     return removed
-
-
-class HashingFile:
-    """A file being written: SHA-256 and size are taken on the way, the name appears when all is durable.
-
-    As a context manager it publishes on a clean exit and removes its temporary file on any error. With
-    `replace=False` an existing file is left alone and `published` is False. Raises StorageError when the
-    disk is full.
-    """
-
-    def __init__(self, path: str | Path, replace: bool = True) -> None:
-        self.path = Path(path)
-        self.replace = replace
-        self.published = False
-        self.bytes = 0
-        self._sha = hashlib.sha256()
-        name = f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{self.path.name}"
-        self._temporary = self.path.parent / name
-        try:
-            if not self.path.parent.is_dir():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                _sync_folder(self.path.parent.parent)
-            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115  closed by publish
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of what was written so far."""
-        return self._sha.hexdigest()
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Appends all of `data` (any contiguous buffer); returns its size in bytes."""
-        view = memoryview(data).cast("B")
-        self._sha.update(view)
-        written = 0
-        try:
-            while written < view.nbytes:  # an unbuffered write may be partial near the end of the space
-                written += self._file.write(view[written:]) or 0
-        except OSError as error:
-            self.discard()
-            raise cannot_write(self.path, error) from error
-        self.bytes += written
-        return written
-
-    def publish(self) -> None:
-        """Makes the bytes durable, then gives them their name."""
-        try:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            if self.replace:
-                os.replace(self._temporary, self.path)
-                self.published = True
-            else:
-                self.published = _link(self._temporary, self.path)
-            _sync_folder(self.path.parent)
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-        finally:
-            self.discard()
-
-    def discard(self) -> None:
-        """Closes and removes the temporary file; harmless after `publish`."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-        with contextlib.suppress(FileNotFoundError):
-            self._temporary.unlink()
-
-    def __enter__(self) -> HashingFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.publish()
-        else:
-            self.discard()
-
-
-def _link(temporary: Path, path: Path) -> bool:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        # NFS may repeat a request that succeeded and answer "exists"; the link count tells the truth.
-        return os.stat(temporary).st_nlink == 2
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _signed(path: str | Path, body: Mapping[str, Any]) -> bytes:
-    plain = _plain({key: value for key, value in body.items() if key != "digest"}, str(path))
-    plain["digest"] = _digest_of(plain, str(path))
-    return (json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _digest_of(body: Mapping[str, Any], where: str) -> str:
-    rest = {key: value for key, value in body.items() if key != "digest"}
-    return digest(canonical_json(_plain(rest, where)))
-
-
-def _plain(value: Any, where: str) -> Any:
-    """`value` in JSON's own types, so that what is written reads back with the same digest."""
-    if value is None or isinstance(value, str | bool):
-        return value
-    if isinstance(value, np.generic):
-        return _plain(value.item(), where)
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise StorageError(f"{where}: {value} is no JSON number; store null, or see where it came from")
-        return float(value)
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise StorageError(f"{where}: the key {key!r} is no string; write it as one")
-        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise StorageError(f"{where}: a {type(value).__name__} has no JSON form; convert it first")

@@ -1,96 +1,151 @@
-"""What a reader reads from, what it yields, and the memory it fills in between."""
+"""What a reader yields, and the memory it is put together in."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nfm.storage.convert import to_float32
+from nfm.storage.convert import scale_of, to_float32
 from nfm.storage.device import Upload
-from nfm.storage.order import Rows
+from nfm.storage.errors import StorageError
+from nfm.storage.stream import Arrays, Records, Source
 
-Arrays = dict[str, npt.NDArray[Any]]
-
-
-class Source(Protocol):
-    """What a reader reads from: a split of a dataset, or the draws of a pair store."""
-
-    @property
-    def order_key(self) -> str: ...
-
-    @property
-    def content_digest(self) -> str: ...
-
-    @property
-    def generation(self) -> int | None: ...
-
-    @property
-    def value_range(self) -> tuple[float, float]: ...
-
-    def __len__(self) -> int: ...
-
-    def draw(self, epoch: int) -> int:
-        """The draw that this epoch reads."""
-        ...
-
-    def empty(self, records: int) -> Arrays:
-        """Buffers for that many records, in the stored dtypes: image, and noise and label where there are
-        any.
-        """
-        ...
-
-    def gather(self, draw: int, rows: Rows, out: Arrays) -> Any:
-        """Fills `out` with the records at these rows of a draw."""
-        ...
+_CORE = ("image", "noise", "label", "slot", "draw", "store")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The records of one rank: image and noise float32 [B, *shape], label (-1: none) and slot int64 [B].
+    """The records of one rank: image and noise float32 [B, *shape]; label (-1: none), slot, draw and store int64 [B].
 
-    numpy arrays, or torch tensors where the reader was given a device; `noise` is None for a dataset.
+    numpy arrays, or torch tensors where the reader was given a device; with `raw=True` in the dtypes they are stored
+    in. `noise` is None for a dataset. `store` is the number of the mixture's member, 0 for one store. `fields` are
+    the row-scoped fields that were asked for, [B, *shape].
     """
 
     image: Any
     noise: Any
     label: Any
     slot: Any
-    draw: int
+    draw: Any
+    store: Any
     epoch: int
+    fields: dict[str, Any]
 
     def __len__(self) -> int:
         return len(self.image)
 
 
+@dataclass(frozen=True)
 class Buffers:
-    """Memory for one batch: what the files hold, and what the consumer sees."""
+    """Memory of one batch: what is stored, and what it becomes in float32 on the host."""
 
-    def __init__(self, source: Source, records: int, upload: Upload | None) -> None:
-        self._stored = source.empty(records)
-        self._other = {"slot": np.empty(records, np.int64)}
-        if "label" not in self._stored:
-            self._other["label"] = np.full(records, -1, np.int64)
-        self._float32: Arrays = {}
+    stored: Arrays
+    float32: Arrays
+
+
+class Assembly:
+    """How a batch comes together: gathered from its sources, joined with row-scoped fields, converted once.
+
+    Members of a mixture that store a field in different types are gathered aside and meet in float32.
+    """
+
+    def __init__(self, sources: Sequence[Source], fields: Sequence[str], raw: bool, upload: Upload | None) -> None:
+        self._sources = sources
         self._upload = upload
-        if upload is None or upload.on_host:
-            for name, array in self._stored.items():
-                if array.dtype in (np.uint8, np.float16):
-                    self._float32[name] = np.empty(array.shape, np.float32)
-        else:
-            self._stored, self._other = upload.buffers(self._stored), upload.buffers(self._other)
+        self._own = [source.empty(0) for source in sources]
+        self._joined = [{name: source.row_field(name) for name in fields} for source in sources]
+        self._fields = tuple(fields)
+        self._common = _common(sources, self._own, raw)
+        for name in fields:
+            if name in _CORE:
+                raise StorageError(f"field {name!r} has the name of a batch's own array: store it under another one")
+            kinds = {(str(joined[name].dtype), joined[name].shape) for joined in self._joined}
+            if len(kinds) > 1:
+                raise StorageError(f"field {name!r} differs between the stores: {sorted(kinds)}; leave it out")
+            first = self._joined[0][name]
+            self._common[name] = np.empty((0, *first.shape), first.dtype)
+        self._widened = () if raw else tuple(name for name, array in self._common.items() if _widens(name, array))
+        self._scratch: dict[tuple[int, str], npt.NDArray[Any]] = {}
 
-    def fill(self, source: Source, draw: int, rows: Rows) -> dict[str, Any]:
-        """Gathers and converts the records at `rows` of a draw; arrays or tensors by field name."""
-        count = len(rows)
-        stored = {name: array[:count] for name, array in self._stored.items()}
-        source.gather(draw, rows, stored)
-        self._other["slot"][:count] = rows
-        fields = stored | {name: array[:count] for name, array in self._other.items()}
+    def buffers(self, records: int) -> Buffers:
+        """Memory for a batch of up to that many records; page-locked where a device copies from it."""
+        stored = {name: np.empty((records, *array.shape[1:]), array.dtype) for name, array in self._common.items()}
         if self._upload is not None and not self._upload.on_host:
-            return self._upload(fields, source.value_range)
-        for name, buffer in self._float32.items():
-            fields[name] = to_float32(stored[name], source.value_range, out=buffer[:count])
-        return fields if self._upload is None else self._upload.share(fields)
+            return Buffers(self._upload.buffers(stored), {})
+        return Buffers(stored, {name: np.empty(stored[name].shape, np.float32) for name in self._widened})
+
+    def fill(self, records: Records, buffers: Buffers) -> dict[str, Any]:
+        """Gathers and converts the records: arrays or tensors by name, over the memory of `buffers`."""
+        count = len(records.slot)
+        arrays = {name: array[:count] for name, array in buffers.stored.items()}
+        arrays["slot"][:], arrays["draw"][:], arrays["store"][:] = records.slot, records.draw, records.store
+        for store, draw, where in records.runs():
+            self._gather(store, draw, records.slot[where], {name: array[where] for name, array in arrays.items()})
+        source = self._sources[0]
+        if self._upload is not None and not self._upload.on_host:
+            scales = {"image": scale_of(source.value_range), "noise": (source.noise_step or 1.0, 0.0)}
+            return self._upload(arrays, {name: scales.get(name, (1.0, 0.0)) for name in self._widened})
+        for name in self._widened:
+            out = buffers.float32[name][:count]
+            step = source.noise_step if name == "noise" else None
+            arrays[name] = to_float32(arrays[name], source.value_range, out, step, torch=self._upload is not None)
+        return arrays if self._upload is None else self._upload.share(arrays)
+
+    def batch(self, arrays: dict[str, Any], epoch: int) -> Batch:
+        """The batch of what `fill` returned."""
+        core = {name: arrays.get(name) for name in _CORE}
+        return Batch(**core, epoch=epoch, fields={name: arrays[name] for name in self._fields})
+
+    def _gather(self, store: int, draw: int, slots: npt.NDArray[np.int64], out: Arrays) -> None:
+        source, direct, aside = self._sources[store], {}, {}
+        for name, own in self._own[store].items():
+            if own.dtype == out[name].dtype:
+                direct[name] = out[name]
+            else:
+                aside[name] = self._aside(store, name, own, len(slots))
+        source.gather(draw, slots, direct | aside)
+        for name, array in aside.items():
+            to_float32(array, source.value_range, out[name], source.noise_step if name == "noise" else None)
+        if "label" not in self._own[store]:
+            out["label"][:] = -1
+        for name, joined in self._joined[store].items():
+            joined.gather(draw, slots, out[name])
+
+    def _aside(self, store: int, name: str, like: npt.NDArray[Any], records: int) -> npt.NDArray[Any]:
+        found = self._scratch.get((store, name))
+        if found is None or len(found) < records:
+            found = self._scratch[store, name] = np.empty((records, *like.shape[1:]), like.dtype)
+        return found[:records]
+
+
+def _widens(name: str, array: npt.NDArray[Any]) -> bool:
+    """Whether a field is float32 in a batch and something else in the store."""
+    return array.dtype == np.float16 or (name in ("image", "noise") and array.dtype != np.float32)
+
+
+def _common(sources: Sequence[Source], own: Sequence[Arrays], raw: bool) -> Arrays:
+    """Empty arrays in the types that a batch is gathered in, by name."""
+    common = {name: np.empty(0, np.int64) for name in ("label", "slot", "draw", "store")}
+    for name in ("image", "noise"):
+        found = [arrays[name] for arrays in own if name in arrays]
+        if not found:
+            continue
+        if len(found) < len(own) or len({array.shape for array in found}) > 1:
+            shapes = [arrays[name].shape[1:] if name in arrays else None for arrays in own]
+            raise StorageError(f"{name}: the stores differ in shape, {shapes}; mix stores of one kind of image")
+        ranges = {source.value_range for source in sources}
+        if name == "image" and len(ranges) > 1 and any(array.dtype == np.uint8 for array in found):
+            raise StorageError(f"image: the stores' value ranges differ, {sorted(ranges)}; mix stores of one range")
+        kinds = {array.dtype.name for array in found}
+        steps = {source.noise_step for source in sources} if name == "noise" else {None}
+        if len(kinds) == len(steps) == 1:
+            common[name] = found[0]
+        elif raw:
+            raise StorageError(f"{name} is stored as {', '.join(sorted(kinds))}, with steps {steps}: read without raw")
+        else:
+            common[name] = np.empty(found[0].shape, np.float32)
+    return common

@@ -8,7 +8,6 @@ commit.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -18,37 +17,17 @@ from typing import Any
 
 import numpy as np
 
+from nfm.storage import codecs, layout
 from nfm.storage.atomic import create_json, is_temporary, read_json
-from nfm.storage.errors import MissingShard, NewerSchema, StorageError
+from nfm.storage.commit_record import ATTEMPT, Commit, parse
+from nfm.storage.errors import MissingShard, StorageError
 from nfm.storage.index import index_rows, keys_digest, write_index
+from nfm.storage.members import Array, Payload
 from nfm.storage.moments import Moments, MomentSums
+from nfm.storage.paths import as_path, exists, inside, names_in, remove, several, size_of
 from nfm.storage.schema import FORMAT, StoreSpec, parse_name, shard_name
-from nfm.storage.tar import Array, Payload, ShardWriter
 
-
-@dataclass(frozen=True, kw_only=True)
-class Commit:
-    """The record that makes a shard exist. `payload` and `index` are paths relative to the store."""
-
-    name: str
-    draw: int
-    shard: int
-    attempt: str
-    payload: str
-    payload_sha256: str
-    payload_bytes: int
-    index: str
-    index_sha256: str
-    index_bytes: int
-    records: int
-    keys_digest: str
-    moments: Moments
-    precision: str = "float32"
-    batch_size: int | None = None
-    threads: int | None = None
-    seconds: float = 0.0
-    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    device: str = "cpu"
+__all__ = ["Commit", "Written", "commit_path", "committed", "publish", "read", "write_shard"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +43,8 @@ class Written:
     records: int
     keys_digest: str
     moments: Moments
+    clipped: int
+    parts: tuple[Mapping[str, Any], ...]
     seconds: float
 
     def commit(self, **how: Any) -> Commit:
@@ -82,6 +63,8 @@ class Written:
             records=self.records,
             keys_digest=self.keys_digest,
             moments=self.moments,
+            clipped=self.clipped,
+            parts=self.parts,
             **({"seconds": self.seconds} | how),
         )
 
@@ -101,32 +84,32 @@ def write_shard(
     slot), `flip`, `group` and `nll`. Raises StorageError for wrong slots, shapes and types, for noise that is
     not finite, and when the disk is full; nothing is left behind then. Moments are of the noise as stored.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", attempt):
+    if not re.fullmatch(ATTEMPT, attempt):
         raise StorageError(f"attempt {attempt!r}: use letters, digits, - and _ only, it becomes part of file names")
     begin = time.monotonic()
-    root, name, slots = Path(root), shard_name(draw, shard), spec.slots_of(shard)
+    root, name, slots = as_path(root), shard_name(draw, shard), spec.slots_of(shard)
     earlier = read(root, name)
     if earlier is not None and earlier.attempt == attempt:
         raise StorageError(f"{root}: {name} is committed under attempt {attempt!r}; use a new attempt's name")
-    path = root / "shards" / f"{name}.{attempt}.tar"
-    sums, parts = MomentSums(), []
-    with ShardWriter(path, spec.fields, len(slots), name, spec.rows_per_block) as writer:
+    sums, rows, clipped = MomentSums(), [], 0
+    with layout.writer(spec, root, name, attempt) as writer:
         for chunk in records:
             start = slots.start + writer.written
-            arrays = _fields_of(path, spec, chunk, start)
-            sums.add(arrays["noise"])
+            arrays, beyond = _fields_of(writer.path, spec, chunk, start)
+            sums.add(arrays["noise"], spec.noise_step)
             if sums.nonfinite:
                 raise StorageError(
-                    f"{path}: {sums.nonfinite} values of the noise are not finite from slot {start} on; "
+                    f"{writer.path}: {sums.nonfinite} values of the noise are not finite from slot {start} on; "
                     f"check the teacher, or use codec float32 if they overflow"
                 )
             writer.append(arrays)
-            parts.append(index_rows(draw, {**chunk, **arrays}))
-        payload = writer.close()
+            rows.append(index_rows(draw, {**chunk, **arrays}))
+            clipped += beyond
+        payload, parts = layout.closed(writer)
     try:
-        index = write_index(root / "index" / f"{name}.{attempt}.parquet", parts)
+        index = write_index(root / "index" / f"{name}.{attempt}.parquet", rows)
     except StorageError:
-        path.unlink(missing_ok=True)
+        layout.remove(payload.path, parts)
         raise
     return Written(
         name=name,
@@ -138,6 +121,8 @@ def write_shard(
         records=len(slots),
         keys_digest=keys_digest(draw, slots),
         moments=sums.result(),
+        clipped=clipped,
+        parts=parts,
         seconds=time.monotonic() - begin,
     )
 
@@ -147,70 +132,59 @@ def publish(root: str | Path, commit: Commit) -> Commit:
 
     A losing attempt's own files are removed. Raises MissingShard when the files of `commit` are not there.
     """
-    root = Path(root)
-    for file, size in ((commit.payload, commit.payload_bytes), (commit.index, commit.index_bytes)):
-        path = root / file
-        if not path.is_file() or path.stat().st_size != size:
-            raise MissingShard(f"{path}: not there with {size} bytes; write the shard before its commit")
-    if create_json(commit_path(root, commit.name), {"format": FORMAT, **dataclasses.asdict(commit)}):
+    root = as_path(root)
+    path = commit_path(root, commit.name)
+    staged = [(f"{commit.payload}/{part['field']}", part["bytes"]) for part in commit.parts]
+    for file, size in (*(staged or [(commit.payload, commit.payload_bytes)]), (commit.index, commit.index_bytes)):
+        if size_of(root / file) != size:
+            earlier = read(root, commit.name)
+            if earlier is not None:  # ours, sealed since, or another's, who then removed our files
+                return earlier
+            raise MissingShard(f"{root / file}: not there with {size} bytes; write the shard before its commit")
+    if create_json(path, {"format": FORMAT, **dataclasses.asdict(commit)}):
         return commit
     winner = read(root, commit.name)
     if winner is None:
-        raise StorageError(f"{commit_path(root, commit.name)}: vanished while it was read; who removes commits?")
+        raise StorageError(f"{path}: vanished while it was read; who removes commits?")
     if winner.attempt != commit.attempt:
-        for file in (commit.payload, commit.index):
-            (root / file).unlink(missing_ok=True)
+        layout.remove(root / commit.payload, commit.parts)
+        remove(root / commit.index)
     return winner
 
 
 def commit_path(root: str | Path, name: str) -> Path:
     """Where the commit of the shard `name` stands."""
-    return Path(root) / "commits" / f"{name}.json"
+    return as_path(root) / "commits" / f"{name}.json"
 
 
 def read(root: str | Path, name: str) -> Commit | None:
     """The commit of the shard `name`, None when there is none. Raises StorageError when it is damaged."""
     path = commit_path(root, name)
-    if not path.exists():
+    if not exists(path):
         return None
-    body = read_json(path)
-    if int(body.get("format", FORMAT)) > FORMAT:
-        raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
-    known = {field.name for field in dataclasses.fields(Commit)}
-    try:
-        commit = Commit(**{key: value for key, value in body.items() if key in known})
-    except TypeError as error:
-        raise StorageError(
-            f"{path}: no complete commit ({error}); set it aside and run the pairs stage again"
-        ) from error
-    if commit.name != name:
-        raise StorageError(f"{path}: is the commit of {commit.name}; set it aside and run the pairs stage again")
-    return commit
+    return parse(path, name, read_json(inside(as_path(root), f"commits/{name}.json")))
 
 
 def committed(root: str | Path, draws: int) -> dict[str, Commit]:
     """The commits of draws 0 to `draws` - 1, by name, in order."""
-    folder = Path(root) / "commits"
-    found = sorted(os.listdir(folder)) if folder.is_dir() else []
-    commits = {}
-    for file in found:
-        name = file.removesuffix(".json")
-        if is_temporary(file) or name == file or parse_name(name)[0] >= draws:
-            continue
-        commit = read(root, name)
-        if commit is not None:
-            commits[name] = commit
-    return commits
+    found = names_in(inside(as_path(root), "commits"))
+    names = [file.removesuffix(".json") for file in found if file.endswith(".json") and not is_temporary(file)]
+    names = [name for name in names if parse_name(name)[0] < draws]
+    commits = several(as_path(root), lambda name: read(root, name), names)
+    return {commit.name: commit for commit in commits if commit is not None}
 
 
-def _fields_of(path: Path, spec: StoreSpec, chunk: Mapping[str, Array], start: int) -> dict[str, Array]:
+def _fields_of(path: Path, spec: StoreSpec, chunk: Mapping[str, Array], start: int) -> tuple[dict[str, Array], int]:
+    """(the records as stored, how many values of the noise were clipped)."""
     missing = [field.name for field in spec.fields if field.name not in chunk]
     if missing:
         raise StorageError(f"{path}: the records lack {', '.join(missing)}; the spec lists them as fields")
     arrays = {field.name: np.asarray(chunk[field.name]) for field in spec.fields}
-    with np.errstate(over="ignore"):  # what overflows the codec becomes infinite and is refused as such
-        arrays["noise"] = arrays["noise"].astype(spec.codec, copy=False)
+    try:
+        arrays["noise"], clipped = codecs.encode(arrays["noise"], spec.codec, spec.noise_step)
+    except StorageError as error:
+        raise StorageError(f"{path}: {error} from slot {start} on; check the teacher") from error
     slot = arrays["slot"]
     if not np.array_equal(slot, np.arange(start, start + len(slot))):
         raise StorageError(f"{path}: slots {slot[:3]}... where {start} was next; write them in the order of the slots")
-    return arrays
+    return arrays, clipped

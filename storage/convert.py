@@ -1,14 +1,26 @@
-"""Stored numbers to float32, once: uint8 images to the value range they stand for, float16 noise exactly."""
+"""Stored numbers to float32, once: uint8 images to the value range they stand for, float16 exactly, int8 by its
+step.
+
+Each conversion takes a few passes of numpy over the numbers. Made over a few ten thousand at a time, all but the first
+read and the last write stay in a core's own cache, and one thread comes near the memory's speed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+_CHUNK = 65536  # numbers: 256 KiB of float32 and what it is made from fit the second cache of any recent core
+_TORCH_CHUNK = 32704  # numbers: below torch's grain of 32768 it stays on the calling thread
 _FLOAT16_INFINITY = 0x7C00  # bits from here on are no finite number
 _SIGN_EXPONENT_MANTISSA = np.int32(-0x70002000)  # 0x8FFFE000
+_FLOAT16_BIAS = np.float32(2.0**112)
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
 
 
 def scale_of(value_range: tuple[float, float]) -> tuple[float, float]:
@@ -18,37 +30,80 @@ def scale_of(value_range: tuple[float, float]) -> tuple[float, float]:
 
 
 def to_float32(
-    stored: npt.NDArray[Any], value_range: tuple[float, float], out: npt.NDArray[np.float32] | None = None
-) -> npt.NDArray[np.float32]:
-    """float32 of the same shape, in `out` if given: uint8 goes to `value_range`, floats keep their values."""
+    stored: Array,
+    value_range: tuple[float, float],
+    out: Floats | None = None,
+    step: float | None = None,
+    *,
+    torch: bool = False,
+) -> Floats:
+    """float32 of the same shape, in `out` if given, which must not overlap `stored`.
+
+    uint8 goes to `value_range`; int8 and int16 are multiplied by `step` where there is one; all others keep their
+    values, float16 bit for bit. With `torch=True` torch widens float16, twice as fast and to the same bits (its
+    kernels use the processor's instruction; a signalling NaN becomes a quiet one): for readers whose consumer has
+    torch anyway.
+    """
     if out is None:
         out = np.empty(stored.shape, np.float32)
-    if stored.dtype == np.uint8:
-        a, b = scale_of(value_range)
-        np.copyto(out, stored)
-        np.multiply(out, np.float32(a), out=out)
-        np.add(out, np.float32(b), out=out)
-    elif stored.dtype == np.float16 and _finite(stored):
+    if out.shape != stored.shape or out.dtype != np.float32:
+        raise ValueError(f"out is {out.dtype} {out.shape}: pass float32 {stored.shape}")
+    if not (stored.flags.c_contiguous and out.flags.c_contiguous):
+        flat = to_float32(np.ascontiguousarray(stored), value_range, None, step, torch=torch)
+        np.copyto(out, flat)
+    elif stored.dtype == np.uint8:
+        _from_uint8(stored, out, *scale_of(value_range))
+    elif stored.dtype == np.float16 and torch:
+        _from_float16_by_torch(stored, out)
+    elif stored.dtype == np.float16:
         _from_float16(stored, out)
+    elif stored.dtype in (np.int8, np.int16) and step is not None:
+        _from_steps(stored, out, step)
     else:
         np.copyto(out, stored)
     return out
 
 
-def _finite(stored: npt.NDArray[Any]) -> bool:
-    if stored.size == 0:
-        return False
-    positive, negative = stored.view(np.int16).max(), stored.view(np.uint16).max()
-    return bool(positive < _FLOAT16_INFINITY and negative < 0x8000 + _FLOAT16_INFINITY)
+def _from_uint8(stored: Array, out: Floats, a: float, b: float) -> None:
+    for part, target in _chunks(stored, out, _CHUNK):
+        np.copyto(target, part)
+        np.multiply(target, np.float32(a), out=target)
+        np.add(target, np.float32(b), out=target)
 
 
-def _from_float16(stored: npt.NDArray[Any], out: npt.NDArray[np.float32]) -> None:
-    """Finite float16 to float32 without rounding, twice as fast as numpy's own: the bits are moved to
-    float32's places, sign included, and the product with 2^112 mends the exponent's offset (127 - 15),
-    subnormals too.
+def _from_steps(stored: Array, out: Floats, step: float) -> None:
+    for part, target in _chunks(stored, out, _CHUNK):
+        np.copyto(target, part)
+        np.multiply(target, np.float32(step), out=target)
+
+
+def _from_float16(stored: Array, out: Floats) -> None:
+    """Float16 to float32 without rounding, twice as fast as numpy's own where all is finite.
+
+    The bits are moved to float32's places, sign included, and the product with 2^112 mends the exponent's offset
+    (127 - 15), subnormals too. Infinities and NaNs have no place in this; a chunk that holds one is numpy's.
     """
-    bits = out.view(np.int32)
-    np.copyto(bits, stored.view(np.int16))
-    np.left_shift(bits, 13, out=bits)
-    np.bitwise_and(bits, _SIGN_EXPONENT_MANTISSA, out=bits)
-    np.multiply(out, np.float32(2.0**112), out=out)
+    for part, target in _chunks(stored, out, _CHUNK):
+        places, bits = part.view(np.int16), target.view(np.int32)
+        if places.max() >= _FLOAT16_INFINITY or part.view(np.uint16).max() >= 0x8000 + _FLOAT16_INFINITY:
+            np.copyto(target, part)
+            continue
+        np.copyto(bits, places)
+        np.left_shift(bits, 13, out=bits)
+        np.bitwise_and(bits, _SIGN_EXPONENT_MANTISSA, out=bits)
+        np.multiply(target, _FLOAT16_BIAS, out=target)
+
+
+def _from_float16_by_torch(stored: Array, out: Floats) -> None:
+    from torch import from_numpy
+
+    if stored.size:
+        parts = from_numpy(stored.reshape(-1)).split(_TORCH_CHUNK)
+        for part, target in zip(parts, from_numpy(out.reshape(-1)).split(_TORCH_CHUNK)):
+            target.copy_(part)
+
+
+def _chunks(stored: Array, out: Floats, numbers: int) -> Iterator[tuple[Array, Floats]]:
+    source, target = stored.reshape(-1), out.reshape(-1)  # contiguous: views
+    for start in range(0, source.size, numbers):
+        yield source[start : start + numbers], target[start : start + numbers]

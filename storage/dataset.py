@@ -1,47 +1,51 @@
-"""The data stage's artifact: uint8 images and labels in shards, split in `train` and `heldout`, with a key a
-row.
+"""The data stage's artifact: images (uint8, or floats such as latents) and labels in shards, split in `train` and
+`heldout`, with a key a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nfm.storage.atomic import HashingFile, hash_file, read_json, write_json
-from nfm.storage.batch import Arrays
+from nfm.storage.atomic import HashingFile, hash_file, write_json
 from nfm.storage.convert import to_float32
-from nfm.storage.errors import NewerSchema, StorageError
+from nfm.storage.dataset_record import DATASET, read_record
+from nfm.storage.errors import StorageError
 from nfm.storage.index import read_index
-from nfm.storage.order import Order, Rows, order_key
-from nfm.storage.reader import BatchReader
+from nfm.storage.layout import Shard
+from nfm.storage.order import Rows, Shuffle, order_key
+from nfm.storage.paths import inside
+from nfm.storage.reader import BatchReader, ReadOptions
 from nfm.storage.schema import FORMAT, Field
 from nfm.storage.sequence import ShardSequence
-from nfm.storage.tar import ShardWriter
+from nfm.storage.stream import Arrays, StoreStream
+from nfm.storage.tar import MappedShard, ShardWriter
 
-DATASET = "dataset.json"
 VALUE_RANGE = (-1.0, 1.0)
+DTYPES = ("uint8", "float16", "float32")
 _ROWS_PER_BLOCK = 256
 _TABLE = pa.schema([("row", pa.int64()), ("key", pa.string()), ("label", pa.int64())])
 _REJECTED = pa.schema([("key", pa.string()), ("reason", pa.string())])
 
-Chunk = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], Sequence[str]]
+Chunk = tuple[npt.NDArray[Any], npt.NDArray[np.int64], Sequence[str]]
 
 
-def _fields(image_shape: tuple[int, ...]) -> tuple[Field, ...]:
-    return Field("image", "uint8", image_shape, "image"), Field("label", "int64", (), "label")
+def _fields(image_shape: tuple[int, ...], dtype: str) -> tuple[Field, ...]:
+    return Field("image", dtype, image_shape, "image"), Field("label", "int64", (), "label")
 
 
 class DatasetWriter:
     """Writes a dataset: each split once, then `close`, which publishes dataset.json last.
 
-    `classes` are the names of labels 0, 1, ...; without classes every label is -1. A folder in which an
-    earlier writer was killed is written again.
+    `classes` are the names of labels 0, 1, ...; without classes every label is -1. `dtype` is that of the images;
+    of floats, `image_scale` says what to divide by before `image_decoder` makes pictures of them. A folder in
+    which an earlier writer was killed is written again.
     """
 
     def __init__(
@@ -51,19 +55,27 @@ class DatasetWriter:
         image_shape: tuple[int, ...],
         classes: Sequence[str],
         rows_per_shard: int = 4096,
+        dtype: str = "uint8",
+        image_scale: float | None = None,
+        image_decoder: str | None = None,
     ) -> None:
+        if dtype not in DTYPES:
+            raise StorageError(f"{root}: images of dtype {dtype!r}; convert them to one of {', '.join(DTYPES)}")
         self.root = Path(root)
         self.files: dict[str, tuple[str, int]] = {}  # the tables: (sha256, bytes) by relative path
         self._name = name
         self._image_shape = tuple(image_shape)
         self._classes = list(classes)
+        self._dtype = dtype
+        self._about = {"image_scale": image_scale, "image_decoder": image_decoder}
         self._rows_per_shard = rows_per_shard
         self._splits: dict[str, Any] = {}
 
     def write_split(self, split: str, rows: int, chunks: Iterable[Chunk]) -> None:
-        """Writes exactly `rows` records from chunks of (images uint8 [n, C, H, W], labels [n], keys [n]).
+        """Writes exactly `rows` records from chunks of (images [n, C, H, W], labels [n], keys [n]).
 
-        Raises StorageError for another number of records, another shape or dtype, and labels without a class.
+        Raises StorageError for another number of records, another shape or dtype, labels without a class, and
+        values that are not finite.
         """
         pieces = self._pieces(split, chunks)
         piece, at, written, shards, tables = next(pieces, None), 0, 0, [], []
@@ -72,7 +84,7 @@ class DatasetWriter:
             records = min(self._rows_per_shard, rows - written)
             with ShardWriter(
                 self.root / file,
-                _fields(self._image_shape),
+                _fields(self._image_shape, self._dtype),
                 records,
                 f"{split}-s{number:05d}",
                 _ROWS_PER_BLOCK,
@@ -111,11 +123,12 @@ class DatasetWriter:
             "format": FORMAT,
             "name": self._name,
             "image_shape": list(self._image_shape),
-            "dtype": "uint8",
+            "dtype": self._dtype,
             "value_range": list(VALUE_RANGE),
             "classes": self._classes,
             "rows_per_block": _ROWS_PER_BLOCK,
             "splits": self._splits,
+            **{key: value for key, value in self._about.items() if value is not None},
         }
         write_json(self.root / DATASET, body)
         payload = {
@@ -139,6 +152,12 @@ class DatasetWriter:
                     f"{self.root}: {split} record {keys[wrong[0]]!r} has label {labels[wrong[0]]}, outside "
                     f"{low}..{high} (there are {len(self._classes)} classes)"
                 )
+            if images.dtype.kind == "f" and len(
+                bad := np.flatnonzero(~np.isfinite(images).reshape(len(keys), -1).all(1))
+            ):
+                raise StorageError(
+                    f"{self.root}: {split} record {keys[bad[0]]!r} has values that are not finite; set it aside"
+                )
             if len(keys):
                 yield images, labels, keys
 
@@ -154,6 +173,9 @@ class ImageDataset:
     """One split of a dataset, mapped from its shards: rows 0..n-1 in the order of ingestion."""
 
     generation = None
+    draws = 1
+    noise_step = None
+    remote = False
 
     def __init__(self, root: Path, split: str, body: Mapping[str, Any]) -> None:
         part = body["splits"][split]
@@ -161,32 +183,33 @@ class ImageDataset:
         self.name: str = body["name"]
         self.split = split
         self.image_shape: tuple[int, ...] = tuple(body["image_shape"])
+        self.dtype: str = body.get("dtype", "uint8")
+        self.image_scale: float | None = body.get("image_scale")
+        self.image_decoder: str | None = body.get("image_decoder")
         self.classes: list[str] = list(body["classes"])
         low, high = body["value_range"]
         self.value_range: tuple[float, float] = (low, high)
         self.content_digest: str = body["digest"]
         self.order_key = order_key(f"{body['digest']}:{split}", part["rows"], 1)
-        self._table = root / part["table"]
+        self._table = inside(root, part["table"])
         self._keys: pa.ChunkedArray | None = None
+        self.rows_per_shard: int = part["rows_per_shard"]
+        files = [inside(root, shard["file"]) for shard in part["shards"]]
+        records = [shard["records"] for shard in part["shards"]]
+        fields, rows_per_block = _fields(self.image_shape, self.dtype), body["rows_per_block"]
         self._shards = ShardSequence(
-            [root / shard["file"] for shard in part["shards"]],
-            _fields(self.image_shape),
+            lambda number: MappedShard(files[number], fields, records[number], rows_per_block),
+            fields,
             part["rows"],
             part["rows_per_shard"],
-            body["rows_per_block"],
+            rows_per_block,
         )
 
     @classmethod
     def open(cls, root: str | Path, split: str = "train") -> ImageDataset:
         """Opens a split. Raises StorageError when there is no such dataset or split, NewerSchema."""
         root = Path(root)
-        body = read_json(root / DATASET)
-        if body.get("format", FORMAT) > FORMAT:
-            raise NewerSchema(
-                f"{root / DATASET}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one"
-            )
-        if "digest" not in body or "splits" not in body:
-            raise StorageError(f"{root / DATASET}: no dataset of the data stage; run `nfm run data` again")
+        body = read_record(root)
         if split not in body["splits"]:
             raise StorageError(f"{root / DATASET}: no split {split!r}, only {', '.join(body['splits'])}")
         return cls(root, split, body)
@@ -194,8 +217,8 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self._shards)
 
-    def images(self, rows: Rows) -> npt.NDArray[np.uint8]:
-        """uint8 [n, C, H, W] at these rows, in any order."""
+    def images(self, rows: Rows) -> npt.NDArray[Any]:
+        """[n, C, H, W] in `dtype` at these rows, in any order."""
         return self._shards.gather(["image"], rows)["image"]
 
     def labels(self, rows: Rows) -> npt.NDArray[np.int64]:
@@ -205,11 +228,11 @@ class ImageDataset:
     def keys(self, rows: Rows) -> list[str]:
         """The names that the source gave to these rows."""
         if self._keys is None:
-            self._keys = read_index(self._table, ["key"])["key"]
+            self._keys = read_index(self._table, ["key"], len(self))["key"]
         return self._keys.take(pa.array(np.asarray(rows, np.int64))).to_pylist()
 
-    def to_float(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """float32 in `value_range`, same shape."""
+    def to_float(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """float32 of the same shape: pixels in `value_range`, floats as they are."""
         return to_float32(images, self.value_range)
 
     def batches(
@@ -218,31 +241,12 @@ class ImageDataset:
         seed: int = 0,
         epochs: int | None = None,
         *,
-        shuffle: Literal["full", "windowed"] | None = "full",
+        shuffle: Shuffle = "full",
         window: int = 16,
-        last: Literal["drop", "keep"] = "drop",
-        rank: int | None = None,
-        world_size: int | None = None,
-        device: Any = None,
-        copy: bool = False,
-        prefetch: bool = True,
+        **options: Unpack[ReadOptions],
     ) -> BatchReader:
         """Batches without noise, endless by default; the options are those of `PairStore.batches`."""
-        order = Order(self.order_key, len(self), self._shards.rows_per_shard, seed, batch_size, shuffle, window, last)
-        return BatchReader(
-            self,
-            order,
-            epochs=epochs,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            copy=copy,
-            prefetch=prefetch,
-        )
-
-    def draw(self, epoch: int) -> int:
-        """Always 0: a dataset has one draw."""
-        return 0
+        return BatchReader(StoreStream(self, seed, shuffle, window), batch_size, epochs, **options)
 
     def empty(self, records: int) -> Arrays:
         """Buffers to gather into."""
@@ -251,3 +255,11 @@ class ImageDataset:
     def gather(self, draw: int, rows: Rows, out: Arrays | None = None) -> Arrays:
         """image and label at these rows, as stored, in `out` if given."""
         return self._shards.gather(["image", "label"], rows, out)
+
+    def shard(self, draw: int, number: int) -> Shard:
+        """A shard, mapped and open."""
+        return self._shards.shard(number)
+
+    def row_field(self, name: str) -> Any:
+        """Raises StorageError: row-scoped fields belong to pair stores."""
+        raise StorageError(f"{self.root}: a dataset has no field {name!r}; add fields to a pair store")

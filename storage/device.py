@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-from nfm.storage.convert import scale_of
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -43,8 +42,8 @@ class Upload:
 
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def __call__(self, arrays: Arrays, value_range: tuple[float, float]) -> dict[str, Any]:
-        """Tensors on the device, ready when this returns: uint8 and floats as float32, others unchanged."""
+    def __call__(self, arrays: Arrays, scales: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+        """Tensors on the device, ready when this returns: those in `scales` as float32 a v + b, others unchanged."""
         import torch
 
         with torch.cuda.stream(self._stream):
@@ -52,12 +51,11 @@ class Upload:
                 name: tensor.to(self.device, non_blocking=self._stream is not None)
                 for name, tensor in self.share(arrays).items()
             }
-            for name, tensor in tensors.items():
-                if tensor.dtype == torch.uint8:
-                    a, b = (float(np.float32(value)) for value in scale_of(value_range))
-                    tensors[name] = tensor.float().mul_(a).add_(b)
-                elif tensor.is_floating_point():
-                    tensors[name] = tensor.float()
+            for name, scale in scales.items():
+                tensors[name] = tensors[name].float()
+                if scale != (1.0, 0.0):
+                    a, b = (float(np.float32(value)) for value in scale)
+                    tensors[name] = tensors[name].mul_(a).add_(b)
         if self._stream is not None:
             self._stream.synchronize()
         return tensors

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nfm.storage.atomic import HashingFile, digest
+from nfm.storage.atomic import HashingFile, digest, read_checked
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.tar import Array, Payload
+from nfm.storage.members import Array, Payload
+from nfm.storage.paths import as_path, is_remote, read_bytes
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -71,11 +72,41 @@ def write_index(path: Path, parts: Sequence[pa.Table]) -> Payload:
     return Payload(path, file.sha256, file.bytes)
 
 
-def read_index(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of one part, or some columns of them. Raises MissingShard or CorruptShard."""
+def _opened(path: Path, sha256: str | None) -> Any:
+    if not is_remote(path):
+        return open(path, "rb")
+    return pa.BufferReader(read_bytes(path) if sha256 is None else read_checked(path, sha256))
+
+
+def read_index(
+    path: str | Path, columns: Sequence[str] | None = None, records: int | None = None, sha256: str | None = None
+) -> pa.Table:
+    """The rows of one part, or some columns of them; of `records` rows where given.
+
+    What comes from an object store must have the SHA-256 given. Raises MissingShard or CorruptShard; another number of
+    rows is seen before anything is read.
+    """
+    path = as_path(path)
     try:
-        return pq.read_table(path, columns=None if columns is None else list(columns))
-    except FileNotFoundError as error:
+        with _opened(path, sha256) as file, pq.ParquetFile(file) as part:
+            if records is not None and part.metadata.num_rows != records:
+                raise _corrupt(path, f"{part.metadata.num_rows} rows, {records} were committed")
+            table = part.read(columns=None if columns is None else list(columns), use_threads=False)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingShard(f"{path}: the index part is missing; run `nfm audit` on its store") from error
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptShard(f"{path}: cannot be read as Parquet ({error}); run `nfm audit` on its store") from error
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise _corrupt(path, f"cannot be read as Parquet ({error})") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise _corrupt(path, "it has a column twice")
+    for field in table.schema:
+        if field.name in INDEX_SCHEMA.names and field.type != INDEX_SCHEMA.field(field.name).type:
+            raise _corrupt(path, f"its column {field.name!r} is {field.type}")
+    if columns is None:
+        return table
+    if set(columns) - set(table.column_names):
+        raise _corrupt(path, f"it has only the columns {', '.join(table.column_names)}")
+    return table.select(list(columns))
+
+
+def _corrupt(path: Path, what: str) -> CorruptShard:
+    return CorruptShard(f"{path}: {what}; run `nfm audit` on its store")

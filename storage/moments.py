@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from nfm.storage import checked
+from nfm.storage.errors import StorageError
+
 Moments = dict[str, float | int | None]
+# What values of float32 can have at most; beyond, moments could not be pooled in float64.
+_MOST = {"mean": 3.5e38, "min": 3.5e38, "max": 3.5e38, "var": 1.3e77, "skewness": 1e18, "kurtosis": 1e18}
 _CACHED = 8192  # values at a time: they stay in cache, and products stay below BLAS's threads
+_COUNTED = 1 << 16  # from this many values on, numbers of 16 bits or less are counted by their bits: half the time
+_PIECE = 1 << 18  # values that are counted at a time
 
 
 class MomentSums:
@@ -21,22 +29,43 @@ class MomentSums:
         self._min = np.inf
         self._max = -np.inf
 
-    def add(self, values: np.ndarray[Any, Any]) -> None:
-        """Adds all values of an array of any shape; non-finite ones are counted and left out."""
+    def add(self, values: np.ndarray[Any, Any], step: float | None = None) -> None:
+        """Adds all values of an array of any shape, those of integers times `step`; non-finite ones are counted
+        and left out.
+        """
         flat = np.asarray(values).reshape(-1)
+        scale = 1.0 if step is None else step
+        if flat.size >= _COUNTED and flat.dtype in (np.float16, np.int16, np.int8):
+            self._add_counted(flat, scale)
+            return
         for start in range(0, flat.size, _CACHED):
-            self._add(flat[start : start + _CACHED].astype(np.float64))
+            part = flat[start : start + _CACHED].astype(np.float64)
+            self._add(part if step is None else part * scale)
+
+    def _add_counted(self, flat: np.ndarray[Any, Any], scale: float) -> None:
+        bits = flat.view(f"u{flat.itemsize}")
+        counts = np.zeros(1 << (8 * flat.itemsize), np.int64)
+        for start in range(0, bits.size, _PIECE):
+            counts += np.bincount(bits[start : start + _PIECE], minlength=counts.size)
+        seen = np.flatnonzero(counts)
+        values, counts = seen.astype(bits.dtype).view(flat.dtype).astype(np.float64) * scale, counts[seen]
+        finite = np.isfinite(values)
+        self.nonfinite += int(counts[~finite].sum())
+        self._take(values[finite], counts[finite])
 
     def _add(self, part: np.ndarray[Any, Any]) -> None:
         finite = np.isfinite(part)
         if not finite.all():
             self.nonfinite += int(part.size - finite.sum())
             part = part[finite]
+        self._take(part, None)
+
+    def _take(self, part: np.ndarray[Any, Any], counts: np.ndarray[Any, Any] | None) -> None:
         if not part.size:
             return
-        square = part * part
-        self._sums += (part.sum(), part @ part, square @ part, square @ square)
-        self.count += part.size
+        square, weighted = part * part, part if counts is None else part * counts
+        self._sums += (weighted.sum(), weighted @ part, weighted @ square, (weighted * part) @ square)
+        self.count += part.size if counts is None else int(counts.sum())
         self._min = min(self._min, float(part.min()))
         self._max = max(self._max, float(part.max()))
 
@@ -67,6 +96,18 @@ def from_raw(raw: np.ndarray[Any, Any], low: float, high: float, nonfinite: int)
         "kurtosis": fourth / var**2 if var > 0 else None,
         "nonfinite": int(nonfinite),
     }
+
+
+def check_moments(where: str, moments: Any) -> None:
+    """Raises StorageError unless these are moments, as read from a file."""
+    for name, value in checked.mapping(where, moments).items():
+        if value is not None and abs(checked.real(f"{where} {name}", value)) > _MOST.get(name, math.inf):
+            raise StorageError(f"{where}: {name} is {value}, which no float32 values have")
+    if not {"mean", "var", "kurtosis", "min", "max", "nonfinite"} <= set(moments):
+        raise StorageError(f"{where}: incomplete; was it written by this package?")
+    checked.integer(f"{where} nonfinite", moments["nonfinite"])
+    if len({moments[name] is None for name in ("mean", "var", "min", "max")}) > 1 or (moments["var"] or 0.0) < 0:
+        raise StorageError(f"{where}: some are missing, or the variance is negative")
 
 
 def pool(parts: Iterable[tuple[int, Mapping[str, Any]]]) -> Moments:

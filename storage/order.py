@@ -9,8 +9,9 @@ on average.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -19,8 +20,8 @@ import numpy.typing as npt
 from nfm.storage.atomic import canonical_json, digest
 
 Rows = npt.NDArray[np.int64]
+Shuffle = Literal["full", "windowed"] | None
 _ROUNDS = 12
-_CHUNK_RECORDS = 65536  # positions permuted at a time: the work of a call is shared, memory stays bounded
 
 
 def order_key(source: str, rows: int, draws: int) -> str:
@@ -72,48 +73,54 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def permute_windowed(index: Rows, n: int, rows_per_shard: int, window: int, key: str) -> Rows:
-    """Like `permute`, but neighbours come from few files: shards are permuted, each `window` of them in a row
-    form a window, and records are permuted inside it.
+class Windows:
+    """One epoch of windowed order: like `permute`, but neighbours come from few files.
+
+    The shards, of `counts` records each, are permuted, each `size` of them in a row form a window, and records are
+    permuted inside it.
     """
-    index = np.asarray(index, np.int64)
-    shards = -(-n // rows_per_shard)
-    shard_order = permute(np.arange(shards), shards, f"{key}:shards")
-    records = np.minimum(rows_per_shard, n - shard_order * rows_per_shard)
-    ends = np.cumsum(records)
-    firsts = ends - records  # position at which each shard, in the new order, would start
-    out = np.empty_like(index)
-    window_of = np.searchsorted(ends, index, side="right") // window
-    for number in np.unique(window_of):
-        first, last = number * window, min((number + 1) * window, shards) - 1
-        start, stop = int(firsts[first]), int(ends[last])
-        here = window_of == number
-        inside = start + permute(index[here] - start, stop - start, f"{key}:window:{number}")
-        place = np.searchsorted(ends, inside, side="right")
-        out[here] = shard_order[place] * rows_per_shard + inside - firsts[place]
-    return out
+
+    def __init__(self, counts: Rows, size: int, key: str) -> None:
+        self._size = size
+        self._key = key
+        self._shards = permute(np.arange(len(counts)), len(counts), f"{key}:shards")
+        self._ends = np.cumsum(counts[self._shards])
+        self._firsts = self._ends - counts[self._shards]  # position at which each shard, in the new order, would start
+        self._numbers = (np.cumsum(counts) - counts)[self._shards]  # of the first record of each
+
+    def __call__(self, positions: Rows) -> Rows:
+        """The records at these positions, by number: they are counted through the shards in their own order."""
+        positions = np.asarray(positions, np.int64)
+        out = np.empty_like(positions)
+        window_of = np.searchsorted(self._ends, positions, side="right") // self._size
+        for number in np.unique(window_of):
+            first, last = number * self._size, min((number + 1) * self._size, len(self._ends)) - 1
+            start, stop = int(self._firsts[first]), int(self._ends[last])
+            here = window_of == number
+            inside = start + permute(positions[here] - start, stop - start, f"{self._key}:window:{number}")
+            place = np.searchsorted(self._ends, inside, side="right")
+            out[here] = self._numbers[place] + inside - self._firsts[place]
+        return out
+
+
+def shard_counts(rows: int, rows_per_shard: int) -> Rows:
+    """Records of each shard: all but the last are full."""
+    starts = np.arange(0, rows, rows_per_shard, dtype=np.int64)
+    return np.minimum(rows - starts, rows_per_shard)
 
 
 @dataclass(frozen=True)
 class Order:
-    """All that decides which records a batch holds: a function of (order key, seed, epoch) alone."""
+    """How the records of an epoch are mixed: a function of (order key, seed, epoch) alone."""
 
     key: str
-    rows: int
-    rows_per_shard: int
-    seed: int
-    batch_size: int  # of all ranks together
-    shuffle: Literal["full", "windowed"] | None
-    window: int
-    last: Literal["drop", "keep"]
+    seed: int = 0
+    shuffle: Shuffle = "full"
+    window: int = 16  # shards that windowed order mixes at a time
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}: it must be at least 1")
         if self.shuffle not in ("full", "windowed", None):
             raise ValueError(f"shuffle is {self.shuffle!r}: it must be 'full', 'windowed' or None")
-        if self.last not in ("drop", "keep"):
-            raise ValueError(f"last is {self.last!r}: it must be 'drop' or 'keep'")
         if self.window < 1:
             raise ValueError(f"window is {self.window}: it must be at least 1 shard")
 
@@ -122,26 +129,31 @@ class Order:
         """What a reader's state must agree on to go on in the same order."""
         return f"windowed:{self.window}" if self.shuffle == "windowed" else self.shuffle or "none"
 
-    def at(self, epoch: int, positions: Rows) -> Rows:
-        """The rows that stand at these positions of the epoch."""
+    def epoch(self, epoch: int, counts: Rows) -> Callable[[Rows], Rows]:
+        """What takes the positions of an epoch over shards of `counts` records to the records that stand there.
+
+        Both are int64 arrays of one shape; records are numbered through the shards in their order.
+        """
         key = f"{self.key}:{self.seed}:{epoch}"
         if self.shuffle == "full":
-            return permute(positions, self.rows, key)
+            return partial(permute, n=int(counts.sum()), key=key)
         if self.shuffle == "windowed":
-            return permute_windowed(positions, self.rows, self.rows_per_shard, self.window, key)
-        return positions
+            return Windows(counts, self.window, key)
+        return np.asarray
 
-    def batches(self, epoch: int, consumed: int) -> Iterator[Rows]:
-        """The epoch's global batches after `consumed` records, rows ascending within a batch.
 
-        Sorted rows are gathered from the files in one pass and give each rank a few files only; which records
-        make the batch does not change.
-        """
-        stop = self.rows
-        if self.last == "drop":
-            stop -= max(0, self.rows - consumed) % self.batch_size
-        chunk = max(1, _CHUNK_RECORDS // self.batch_size) * self.batch_size
-        for start in range(consumed, stop, chunk):
-            rows = self.at(epoch, np.arange(start, min(start + chunk, stop), dtype=np.int64))
-            for first in range(0, len(rows), self.batch_size):
-                yield np.sort(rows[first : first + self.batch_size])
+def shuffling(rows: Rows) -> dict[str, float]:
+    """How well an epoch is mixed, from the order of its rows (a permutation of 0..n-1).
+
+    `correlation`: Spearman's rank correlation of position and row, 0 when mixed. `displacement`: how far a row is
+    from its own place on average, as a share of n; 1/3 when mixed. `separation`: how far apart rows that are
+    stored next to each other come, as a share of n; 1/3 when mixed, a third of a window's share when windowed.
+    """
+    n = len(rows)
+    position = np.empty(n, np.int64)
+    position[rows] = np.arange(n)
+    return {
+        "correlation": float(np.corrcoef(np.arange(n), rows)[0, 1]),
+        "displacement": float(np.abs(position - np.arange(n)).mean() / n),
+        "separation": float(np.abs(np.diff(position)).mean() / n),
+    }

@@ -1,5 +1,4 @@
-"""Batches from mapped shards: gathered and converted by one thread, ahead of the consumer, into buffers used
-again.
+"""Batches from mapped shards: gathered and converted by one thread, ahead of the consumer, into buffers used again.
 
 A reader's state counts what was yielded, never what was prefetched; loaded on any number of ranks, it goes on
 with the record that comes next. Two sets of buffers take turns, so a batch is valid until the next one is
@@ -8,26 +7,47 @@ asked for.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Literal, TypedDict
 
-from nfm.storage.batch import Batch, Buffers, Source
+from nfm.storage.batch import Assembly, Batch, Buffers
 from nfm.storage.device import Upload
 from nfm.storage.errors import StateMismatch
-from nfm.storage.order import Order
 from nfm.storage.ranks import find_rank
+from nfm.storage.readahead import ReadAhead
+from nfm.storage.stream import Planned, Stream, plan
+
+
+class ReadOptions(TypedDict, total=False):
+    """How batches come, whatever they hold: the keyword arguments that every `batches` takes.
+
+    `last`: "drop" (default) or "keep" the batch at the end of an epoch that is not full. `rank` and `world_size`:
+    default torch.distributed's. `device`: torch tensors there instead of numpy arrays. `copy`: every batch stays
+    valid, not only until the next one. `prefetch` (default): a thread reads ahead. `fields`: names of row-scoped
+    fields to join. `raw`: the stored dtypes as they are, converted by the consumer.
+    """
+
+    last: Literal["drop", "keep"]
+    rank: int | None
+    world_size: int | None
+    device: Any
+    copy: bool
+    prefetch: bool
+    fields: Sequence[str]
+    raw: bool
 
 
 @dataclass(frozen=True)
 class _Filled:
-    fields: dict[str, Any]
+    arrays: dict[str, Any]
     buffers: Buffers
-    draw: int
     epoch: int
     consumed: int  # records of the epoch, over all ranks, after this batch
 
@@ -37,50 +57,52 @@ class BatchReader:
 
     `wait_seconds` is the total time the consumer waited. Reading begins at the first `next` and stops at the
     end, on an error, at `close`, or when the reader is dropped; a `next` after that goes on from the state.
+    With `turns=(skip, step)` it reads every step-th batch after the first `skip`, as workers that share a stream do.
     """
 
     def __init__(
         self,
-        source: Source,
-        order: Order,
-        *,
+        stream: Stream,
+        batch_size: int,
         epochs: int | None = 1,
+        *,
+        last: Literal["drop", "keep"] = "drop",
         rank: int | None = None,
         world_size: int | None = None,
         device: Any = None,
         copy: bool = False,
         prefetch: bool = True,
+        fields: Sequence[str] = (),
+        raw: bool = False,
+        turns: tuple[int, int] = (0, 1),
     ) -> None:
         self.rank, self.world_size = find_rank(rank, world_size)
-        if order.batch_size % self.world_size:
-            raise ValueError(
-                f"batch_size {order.batch_size} counts the records of all ranks: make it divisible by the "
-                f"world size {self.world_size}"
-            )
-        if order.last == "drop" and order.batch_size > len(source):
-            raise ValueError(
-                f"batch_size {order.batch_size} exceeds the {len(source)} records there are: lower it, or "
-                "pass last='keep'"
-            )
+        _check_sizes(stream, batch_size, last, self.world_size)
         self.epoch = 0
         self.consumed = 0
         self.wait_seconds = 0.0
-        self._source = source
-        self._order = order
+        self._stream = stream
+        self._batch_size = batch_size
         self._epochs = epochs
+        self._drop_last = last == "drop"
+        self._turns = turns
         self._upload = None if device is None else Upload(device)
+        self._assembly = Assembly(stream.sources, fields, raw, self._upload)
         self._copy = copy
         self._prefetch = prefetch
         self._free: queue.SimpleQueue[Buffers | None] = queue.SimpleQueue()
         self._in_use: Buffers | None = None
         self._filled: Iterator[_Filled] | None = None
-        self._stop: Callable[[], Any] | None = None
+        self._stop: weakref.finalize[Any, Any] | None = None
+        self._process = os.getpid()
 
     def __iter__(self) -> BatchReader:
         return self
 
     def __next__(self) -> Batch:
         started = time.perf_counter()
+        if self._process != os.getpid():
+            self._forked()
         try:
             if self._filled is None:
                 self._filled = self._start()
@@ -95,14 +117,14 @@ class BatchReader:
         self._in_use = filled.buffers
         self.epoch, self.consumed = filled.epoch, filled.consumed
         if self._upload is not None:
-            self._upload.hand_over(filled.fields)
-        fields = {name: filled.fields.get(name) for name in ("image", "noise", "label", "slot")}
-        return Batch(**fields, draw=filled.draw, epoch=filled.epoch)
+            self._upload.hand_over(filled.arrays)
+        return self._assembly.batch(filled.arrays, filled.epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the reader stands: counts of what was yielded, and the identity of what is read."""
-        return self._identity() | {
-            "batch_size": self._order.batch_size,
+        """Where the reader stands: counts of what was yielded, and the identity of what is read; JSON's types."""
+        return {
+            **self._stream.identity,
+            "batch_size": self._batch_size,
             "epoch": self.epoch,
             "consumed": self.consumed,
         }
@@ -113,11 +135,11 @@ class BatchReader:
         The number of ranks may differ; so may the batch size, and then the epoch's next batch starts at the
         next record all the same.
         """
-        for name, here in self._identity().items():
+        for name, here in self._stream.identity.items():
             if name not in state or state[name] != here:
                 raise StateMismatch(
-                    f"reader state: {name} is {state.get(name)!r} there and {here!r} here; open the store, "
-                    "the generation and the seed that the state was saved with, or start without a state"
+                    f"reader state: {name} is {state.get(name)!r} there and {here!r} here; open the store, the "
+                    "generation, the seed and the filter that the state was saved with, or start without a state"
                 )
         self.close()
         self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
@@ -129,64 +151,72 @@ class BatchReader:
         self._free = queue.SimpleQueue()
         self._stop = self._filled = self._in_use = None
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "order_key": self._source.order_key,
-            "content_digest": self._source.content_digest,
-            "generation": self._source.generation,
-            "filter": None,
-            "weights": None,
-            "seed": self._order.seed,
-            "shuffle": self._order.name,
-        }
-
     def _new_buffers(self) -> Buffers:
-        return Buffers(self._source, self._order.batch_size // self.world_size, self._upload)
+        return self._assembly.buffers(-(-self._batch_size // self.world_size))
 
     def _start(self) -> Iterator[_Filled]:
-        free = self._free
-        batches = _fill_batches(
-            self._source,
-            self._order,
+        skip, step = self._turns
+        plans: Iterator[Planned] = plan(
+            self._stream,
+            self._batch_size,
+            self._drop_last,
             self._epochs,
             self.epoch,
             self.consumed,
             self.rank,
             self.world_size,
-            free,
         )
+        plans = islice(plans, skip, None, step)
+        ahead = None
+        if self._stream.lookahead:
+            ahead = ReadAhead(self._stream.sources, -(-self._stream.lookahead // (self._batch_size * step)))
+            plans = ahead.over(plans)
+        free = self._free
+        batches = _fill_batches(plans, self._assembly, free)
         free.put(self._new_buffers())
-        if not self._prefetch:
+        thread, ready = None, queue.SimpleQueue[_Filled | BaseException | None]()
+        if self._prefetch:
+            free.put(self._new_buffers())
+            # The threads know the queues only, not the reader: a dropped reader is collected and stops them.
+            thread = threading.Thread(target=_read_ahead, args=(batches, ready), name="nfm-reader", daemon=True)
+        self._stop = weakref.finalize(self, _stop_threads, free, thread, ahead)
+        if thread is None:
             return batches
-        free.put(self._new_buffers())
-        ready: queue.SimpleQueue[_Filled | BaseException | None] = queue.SimpleQueue()
-        # The thread knows the queues only, not the reader: a dropped reader is collected and stops it.
-        thread = threading.Thread(target=_read_ahead, args=(batches, ready), name="nfm-reader", daemon=True)
-        self._stop = weakref.finalize(self, _stop_thread, free, thread)
         thread.start()
         return _received(ready)
 
+    def _forked(self) -> None:
+        """Forgets the threads of the parent process, which a fork does not copy."""
+        if self._stop is not None:
+            self._stop.detach()
+        self._stop = self._filled = self._in_use = None
+        self._free = queue.SimpleQueue()
+        self._process = os.getpid()
+
+
+def _check_sizes(stream: Stream, batch_size: int, last: str, world_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    if last not in ("drop", "keep"):
+        raise ValueError(f"last is {last!r}: it must be 'drop' or 'keep'")
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size {batch_size} counts the records of all ranks: make it divisible by the world size {world_size}"
+        )
+    if last == "drop" and batch_size > stream.least:
+        raise ValueError(
+            f"batch_size {batch_size} exceeds the {stream.least} records there are: lower it, or pass last='keep'"
+        )
+
 
 def _fill_batches(
-    source: Source,
-    order: Order,
-    epochs: int | None,
-    epoch: int,
-    consumed: int,
-    rank: int,
-    world_size: int,
-    free: queue.SimpleQueue[Buffers | None],
+    plans: Iterator[Planned], assembly: Assembly, free: queue.SimpleQueue[Buffers | None]
 ) -> Iterator[_Filled]:
-    while epochs is None or epoch < epochs:
-        draw = source.draw(epoch)
-        for rows in order.batches(epoch, consumed):
-            consumed += len(rows)
-            mine = rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
-            buffers = free.get()
-            if buffers is None:
-                return
-            yield _Filled(buffers.fill(source, draw, mine), buffers, draw, epoch, consumed)
-        epoch, consumed = epoch + 1, 0
+    for planned in plans:
+        buffers = free.get()
+        if buffers is None:
+            return
+        yield _Filled(assembly.fill(planned.records, buffers), buffers, planned.epoch, planned.consumed)
 
 
 def _read_ahead(batches: Iterator[_Filled], ready: queue.SimpleQueue[_Filled | BaseException | None]) -> None:
@@ -206,7 +236,11 @@ def _received(ready: queue.SimpleQueue[_Filled | BaseException | None]) -> Itera
         yield item
 
 
-def _stop_thread(free: queue.SimpleQueue[Buffers | None], thread: threading.Thread) -> None:
+def _stop_threads(
+    free: queue.SimpleQueue[Buffers | None], thread: threading.Thread | None, ahead: ReadAhead | None
+) -> None:
     free.put(None)
-    if thread is not threading.current_thread() and thread.ident is not None:
+    if ahead is not None:
+        ahead.stop()
+    if thread is not None and thread is not threading.current_thread() and thread.ident is not None:
         thread.join()

@@ -7,18 +7,34 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nfm.storage import checked
 from nfm.storage.atomic import create_json, read_json
+from nfm.storage.codecs import CODECS
 from nfm.storage.errors import NewerSchema, StorageError
+from nfm.storage.paths import as_path, inside
 
 FORMAT = 1
 ROLES = ("image", "noise", "label", "slot")
-CODECS = ("float32", "float16")
+LAYOUTS = ("blocks", "samples", "zarr")
+IMAGE_DTYPES = ("uint8", "float16", "float32")
 SPEC = "spec.json"
+
+_DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
+_DTYPES += ("float16", "float32", "float64")
+_MOST_FIELDS = 64
+_MOST_AXES = 16
+_MOST_ROWS = 10**9  # keys have nine digits
+_MOST_SHARDS = 100_000  # names end at shard 99999
+_MOST_VALUE = 1e6  # of a value range: far from where float32 ends
+_MOST_RECORD = 1 << 28  # bytes of one record
+_MOST_CHUNKS = 1 << 16  # of one Zarr shard; its index is read whole
+_LATER = ("noise_step", "image_scale", "image_decoder")  # left out of the JSON where they are None
 
 
 @dataclass(frozen=True)
@@ -31,19 +47,22 @@ class Field:
     role: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise StorageError(f"field {self.name!r}: a name is lower case letters, digits and underscores")
-        if self.role not in ROLES:
-            raise StorageError(f"field {self.name!r}: role {self.role!r} is none of {', '.join(ROLES)}")
-        try:
-            kind = np.dtype(self.dtype).kind
-        except TypeError as error:
-            raise StorageError(f"field {self.name!r}: {self.dtype!r} is no numpy dtype") from error
-        if kind not in "biuf":
-            raise StorageError(f"field {self.name!r}: dtype {self.dtype!r} is no number; store numbers only")
+        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", self.name):
+            raise StorageError(
+                f"field {checked.shown(self.name)}: a name is up to 40 lower case letters, digits and underscores"
+            )
+        where = f"field {self.name!r}:"
+        checked.one_of(f"{where} role", self.role, ROLES)
+        dtype = self.dtype if isinstance(self.dtype, str) else getattr(self.dtype, "name", self.dtype)
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise StorageError(f"{where} dtype {checked.shown(dtype)} is no number's; use one of {', '.join(_DTYPES)}")
+        shape = checked.sequence(f"{where} shape", self.shape, _MOST_AXES)
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "shape", tuple(checked.integer(f"{where} shape", size, 1, 2**31) for size in shape))
+        if self.bytes_per_record > _MOST_RECORD:
+            raise StorageError(f"{where} {self.bytes_per_record} bytes a record, {_MOST_RECORD} at most")
 
-    @property
+    @cached_property
     def bytes_per_record(self) -> int:
         """Bytes of one record of this field, headers left out."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
@@ -53,7 +72,8 @@ def pair_fields(
     image_shape: tuple[int, ...], codec: str = "float16", image_dtype: str = "uint8", label: bool = True
 ) -> tuple[Field, ...]:
     """The fields of a pair store, in their order: image, noise, label, slot."""
-    fields = [Field("image", image_dtype, image_shape, "image"), Field("noise", codec, image_shape, "noise")]
+    stored = CODECS[codec].dtype if codec in CODECS else codec
+    fields = [Field("image", image_dtype, image_shape, "image"), Field("noise", stored, image_shape, "noise")]
     if label:
         fields.append(Field("label", "int64", (), "label"))
     return (*fields, Field("slot", "int64", (), "slot"))
@@ -61,16 +81,22 @@ def pair_fields(
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec:
-    """What every shard of a store has in common. Lives in spec.json under the key `store`."""
+    """What every shard of a store has in common. Lives in spec.json under the key `store`.
+
+    Raises StorageError for a value of another kind or out of range, NewerSchema for a format of the future.
+    """
 
     rows: int  # records of one draw
     rows_per_shard: int
     fields: tuple[Field, ...]
     coupling: str
     source: str  # content digest of the data the images come from
-    rows_per_block: int = 256  # records of one tar sample
-    codec: str = "float16"  # dtype of the stored noise
+    rows_per_block: int = 256  # records of one tar sample of layout blocks, of one inner chunk of layout zarr
+    codec: str = "float16"  # of the noise
+    noise_step: float | None = None  # the noise is this times the stored integer; None: the codec's own, or floats
     value_range: tuple[float, float] = (-1.0, 1.0)  # what the uint8 images 0 and 255 stand for
+    image_scale: float | None = None  # what float images (latents) are divided by before `image_decoder`
+    image_decoder: str | None = None  # who makes pictures of float images
     flips: bool = False
     seed: int = 0
     eta: float | None = None
@@ -81,27 +107,16 @@ class StoreSpec:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fields", tuple(self.fields))
-        object.__setattr__(self, "value_range", tuple(float(value) for value in self.value_range))
-        if self.format > FORMAT:
+        if checked.integer("store spec: format", self.format, 1) > FORMAT:
             raise _newer(self.format)
-        for name in ("rows", "rows_per_shard", "rows_per_block"):
-            if getattr(self, name) < 1:
-                raise StorageError(f"store spec: {name} = {getattr(self, name)}, must be at least 1")
-        if self.layout != "blocks":
-            raise StorageError(f"store spec: layout {self.layout!r} is not known here, only 'blocks'")
-        if self.codec not in CODECS:
-            raise StorageError(f"store spec: codec {self.codec!r} is none of {', '.join(CODECS)}")
-        names = [field.name for field in self.fields]
-        if len(set(names)) < len(names):
-            raise StorageError(f"store spec: a field is listed twice in {names}")
-        for role in ("image", "noise", "slot"):
-            self.field(role)
-        if self.field("noise").dtype != self.codec:
-            raise StorageError(
-                f"store spec: the noise field is {self.field('noise').dtype} but the codec is {self.codec}; "
-                "make the fields with pair_fields(shape, codec)"
-            )
+        checked.one_of("store spec: layout", self.layout, LAYOUTS)
+        checked.one_of("store spec: codec", self.codec, CODECS)
+        if self.noise_step is None:
+            object.__setattr__(self, "noise_step", CODECS[self.codec].step)
+        object.__setattr__(self, "fields", tuple(checked.sequence("store spec: fields", self.fields, _MOST_FIELDS)))
+        self._check_values()
+        self._check_fields()
+        self._check_sizes()
 
     def field(self, name: str) -> Field:
         """The field called `name`. Raises StorageError when the store has none."""
@@ -133,27 +148,92 @@ class StoreSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe in JSON's types."""
-        return dataclasses.asdict(self) | {
+        recipe = dataclasses.asdict(self) | {
             "fields": [dataclasses.asdict(field) | {"shape": list(field.shape)} for field in self.fields],
             "value_range": list(self.value_range),
         }
+        return {key: value for key, value in recipe.items() if key not in _LATER or value is not None}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> StoreSpec:
         """The recipe from `to_dict`'s result or from a whole spec.json; unknown keys are ignored."""
         recipe = body["store"] if isinstance(body.get("store"), Mapping) else body
-        found = int(recipe.get("format", FORMAT))
+        found = checked.integer("store spec: format", recipe.get("format", FORMAT), 1)
         if found > FORMAT:
             raise _newer(found)
         known = {field.name for field in dataclasses.fields(cls)}
         values = {key: value for key, value in recipe.items() if key in known}
         try:
-            values["fields"] = tuple(
-                Field(f["name"], f["dtype"], tuple(f["shape"]), f["role"]) for f in recipe["fields"]
-            )
+            listed = checked.sequence("store spec: fields", recipe["fields"], _MOST_FIELDS)
+            entries = [checked.mapping("store spec: a field", entry) for entry in listed]
+            values["fields"] = tuple(Field(f["name"], f["dtype"], f["shape"], f["role"]) for f in entries)
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise StorageError(f"store spec: incomplete or of another kind ({error}); is it a pair store?") from error
+
+    def _check_values(self) -> None:
+        def keep(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("rows", "rows_per_shard", "rows_per_block"):
+            keep(name, checked.integer(f"store spec: {name}", getattr(self, name), 1, _MOST_ROWS))
+        keep("seed", checked.integer("store spec: seed", self.seed, 0, 2**64 - 1))
+        for name in ("coupling", "source"):
+            checked.text(f"store spec: {name}", getattr(self, name))
+        checked.truth("store spec: flips", self.flips)
+        for name in ("noise_step", "image_scale", "eta", "sigma_f"):
+            if getattr(self, name) is not None:
+                keep(name, checked.real(f"store spec: {name}", getattr(self, name)))
+        for name in ("teacher", "image_decoder"):
+            if getattr(self, name) is not None:
+                checked.text(f"store spec: {name}", getattr(self, name))
+        if self.classes is not None:
+            keep("classes", checked.integer("store spec: classes", self.classes))
+        ends = checked.sequence("store spec: value_range", self.value_range, 2)
+        keep("value_range", tuple(checked.real("store spec: value_range", end) for end in ends))
+        if len(ends) != 2 or not -_MOST_VALUE <= self.value_range[0] < self.value_range[1] <= _MOST_VALUE:
+            raise StorageError(f"store spec: value_range {self.value_range}: give the lowest value, then the highest")
+
+    def _check_fields(self) -> None:
+        names = [field.name for field in self.fields]
+        if len(set(names)) < len(names):
+            raise StorageError(f"store spec: a field is listed twice in {names}")
+        for role in ("image", "noise", "slot"):
+            if self.field(role).role != role:
+                raise StorageError(f"store spec: the field {role!r} has the role {self.field(role).role!r}")
+        codec = CODECS[self.codec]
+        if self.field("noise").dtype != codec.dtype:
+            raise StorageError(
+                f"store spec: the noise field is {self.field('noise').dtype} but the codec is {self.codec}; "
+                "make the fields with pair_fields(shape, codec)"
+            )
+        if (self.noise_step is None) != (codec.step is None) or not 1e-6 < (self.noise_step or 1.0) < 1e3:
+            raise StorageError(f"store spec: noise_step {self.noise_step} with codec {self.codec}; leave it out")
+        checked.one_of("store spec: the image's dtype", self.field("image").dtype, IMAGE_DTYPES)
+        if self.image_scale is not None and (self.field("image").dtype == "uint8" or self.image_scale <= 0):
+            raise StorageError(f"store spec: image_scale {self.image_scale}: above 0, and for float images only")
+        for name in ("label", "slot"):
+            if self.has(name) and (self.field(name).dtype, self.field(name).shape) != ("int64", ()):
+                raise StorageError(f"store spec: the field {name!r} must be one int64 a record")
+
+    def _check_sizes(self) -> None:
+        if self.shards_per_draw > _MOST_SHARDS:
+            raise StorageError(
+                f"store spec: {self.shards_per_draw} shards a draw, {_MOST_SHARDS} at most; raise rows_per_shard"
+            )
+        record = sum(field.bytes_per_record for field in self.fields)
+        if record > _MOST_RECORD:
+            raise StorageError(f"store spec: {record} bytes a record, {_MOST_RECORD} at most")
+        if self.codec == "pcodec" and self.layout != "zarr":
+            raise StorageError("store spec: codec pcodec is for archives in layout zarr; use it there, or int8 here")
+        if self.layout == "zarr" and self.rows_per_shard % self.rows_per_block:
+            whole = -(-self.rows_per_shard // self.rows_per_block) * self.rows_per_block
+            raise StorageError(
+                f"store spec: a shard of layout zarr is whole chunks: rows_per_shard {self.rows_per_shard} is no "
+                f"multiple of rows_per_block {self.rows_per_block}; use {whole}, or other blocks"
+            )
+        if self.layout == "zarr" and self.rows_per_shard // self.rows_per_block > _MOST_CHUNKS:
+            raise StorageError(f"store spec: more than {_MOST_CHUNKS} chunks a shard; raise rows_per_block")
 
 
 def _newer(found: int) -> NewerSchema:
@@ -162,16 +242,16 @@ def _newer(found: int) -> NewerSchema:
 
 def read_spec(root: str | Path) -> StoreSpec:
     """The recipe of the store at `root`. Raises StorageError (no store there) or NewerSchema."""
-    path = Path(root) / SPEC
+    path = as_path(root) / SPEC
     try:
-        return StoreSpec.from_dict(read_json(path))
+        return StoreSpec.from_dict(read_json(inside(as_path(root), SPEC)))
     except StorageError as error:
         raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from error
 
 
 def write_spec(root: str | Path, spec: StoreSpec) -> None:
     """Makes `root` a store of `spec`, without the pipeline. Raises StorageError if it has another recipe."""
-    path = Path(root) / SPEC
+    path = as_path(root) / SPEC
     if not create_json(path, {"store": spec.to_dict()}) and read_spec(root) != spec:
         raise StorageError(f"{path}: the store there has another recipe; choose another folder")
 

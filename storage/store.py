@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Unpack
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from nfm.storage import generations
+from nfm.storage import generations, layout
 from nfm.storage.atomic import read_json
-from nfm.storage.batch import Arrays
+from nfm.storage.cache import ShardCache, Wanted, default_cache
 from nfm.storage.errors import StorageError
-from nfm.storage.index import read_index
-from nfm.storage.order import Order, Rows
-from nfm.storage.reader import BatchReader
+from nfm.storage.order import Rows, Shuffle
+from nfm.storage.paths import as_path, inside, is_remote, size_of
+from nfm.storage.reader import BatchReader, ReadOptions
+from nfm.storage.row_fields import RowField
 from nfm.storage.schema import StoreSpec, read_spec
+from nfm.storage.selection import Filter, read_parts, select
 from nfm.storage.sequence import ShardSequence
+from nfm.storage.stream import Arrays, StoreStream
+
+if TYPE_CHECKING:
+    from nfm.storage.torch_dataset import TorchBatches
 
 _DRAWS_OPEN = 2  # a reader at the end of an epoch touches two draws
+_SLOT_IS_ROW = ("nfm", "independent")  # couplings of which slot s holds source row s
 
 
 class PairStore:
-    """(image, noise) pairs, `rows` of them a draw, mapped from shards; committed shards never change."""
+    """(image, noise) pairs, `rows` of them a draw, mapped from shards; committed shards never change.
 
-    def __init__(self, root: Path, spec: StoreSpec, manifest: Mapping[str, Any]) -> None:
+    Any number of readers and threads may share one, and a process that is forked goes on with it.
+    """
+
+    def __init__(
+        self, root: Path, spec: StoreSpec, manifest: Mapping[str, Any], cache: ShardCache | None = None
+    ) -> None:
         self.root = root
         self.spec = spec
         self.manifest = manifest
@@ -34,44 +52,56 @@ class PairStore:
         self.content_digest: str = manifest["content_digest"]
         self.order_key: str = manifest["order_key"]
         self.value_range = spec.value_range
+        self.noise_step = spec.noise_step
+        self.rows_per_shard = spec.rows_per_shard
+        self.remote = is_remote(root)
         expected = generations.names_of(spec, self.draws)
         if [shard["name"] for shard in manifest["shards"]] != expected:
             raise StorageError(
                 f"{generations.manifest_path(root, self.generation)}: does not list the {len(expected)} "
                 f"shards of {self.draws} draws in order; run `nfm audit {root}`"
             )
+        self._cache = cache
+        self._begin()
+        _stores.add(self)
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self._evictions = 0  # of the cache, when what it evicted was last let go of
         self._open: OrderedDict[int, ShardSequence] = OrderedDict()
+        self._rows: OrderedDict[int, Rows] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | Path, generation: int | None = None) -> PairStore:
+    def open(cls, path: str | Path, generation: int | None = None, cache: ShardCache | None = None) -> PairStore:
         """Opens a store at its newest generation, at the one given, or at the manifest that `path` names.
 
-        Raises StorageError when there is no store or no sealed generation, NewerSchema. Shards are opened
-        when they are read; a bad one raises MissingShard or CorruptShard then.
+        `path` is a folder or a URL that fsspec knows; of a URL, shards are fetched into `cache` (default: one of this
+        process) when they are read. Raises StorageError when there is no store or no sealed generation, NewerSchema.
+        Shards are opened when they are read; a bad one raises MissingShard or CorruptShard then.
         """
-        if "://" in str(path):
-            raise StorageError(f"{path}: stores are read from local paths; copy the store here first")
-        root = Path(path)
-        if root.is_file():
+        root = as_path(path)
+        if root.suffix == ".json" and size_of(root) is not None:
             generation, root = int(read_json(root).get("generation", 0)), root.parent
         spec = read_spec(root)
         if generation is not None:
-            return cls(root, spec, generations.load(root, generation))
+            return cls(root, spec, generations.load(root, generation), cache)
         newest = generations.newest(root)
         if newest is None:
             raise StorageError(
                 f"{root}: a pair store without a sealed generation; finish the pairs stage, or seal what is "
                 f"complete with `nfm pairs seal {root}`"
             )
-        return cls(root, spec, newest[1])
+        return cls(root, spec, newest[1], cache)
+
+    def __reduce__(self) -> tuple[Callable[..., PairStore], tuple[Any, ...]]:
+        return PairStore.open, (str(self.root), self.generation, self._cache)
 
     def __len__(self) -> int:
         """Pairs of one draw."""
         return self.spec.rows
 
     def gather(self, draw: int, slots: Rows, out: Arrays | None = None) -> Arrays:
-        """The pairs at these slots (any order, [n] integers) of a draw, as stored: arrays [n, *shape] by
-        field.
+        """The pairs at these slots (any order, [n] integers) of a draw, as stored: arrays [n, *shape] by field.
 
         With `out`, only the fields in it, into its arrays.
         """
@@ -79,11 +109,22 @@ class PairStore:
         return self._draw(draw).gather(names, slots, out)
 
     def index(self, columns: Sequence[str] | None = None, draw: int | None = None) -> pa.Table:
-        """One row a record: key, slot, row, draw, flip, label, group, nll, or some of these; of one draw or
-        all.
-        """
-        shards = self.manifest["shards"] if draw is None else self._shards_of(draw)
-        return pa.concat_tables([read_index(self.root / shard["index"], columns) for shard in shards])
+        """One row a record: key, slot, row, draw, flip, label, group, nll, or some of these; of one draw or all."""
+        return read_parts(self.root, self.manifest["shards"] if draw is None else self._shards_of(draw), columns)
+
+    def image_rows(self, draw: int, slots: Rows) -> Rows:
+        """The source rows of the images at these slots of a draw."""
+        if self.spec.coupling in _SLOT_IS_ROW:
+            return slots
+        with self._lock:
+            if draw not in self._rows:
+                rows = read_parts(self.root, self._shards_of(draw), ["row"])["row"].to_numpy()
+                if len(rows) != len(self):
+                    raise StorageError(f"{self.root}: the index of draw {draw} has {len(rows)} rows; run `nfm audit`")
+                self._rows[draw] = rows
+                while len(self._rows) > _DRAWS_OPEN:
+                    self._rows.popitem(last=False)
+            return self._rows[draw][slots]
 
     def batches(
         self,
@@ -91,42 +132,71 @@ class PairStore:
         seed: int = 0,
         epochs: int | None = 1,
         *,
-        shuffle: Literal["full", "windowed"] | None = "full",
+        shuffle: Shuffle = "full",
         window: int = 16,
-        last: Literal["drop", "keep"] = "drop",
-        rank: int | None = None,
-        world_size: int | None = None,
-        device: Any = None,
-        copy: bool = False,
-        prefetch: bool = True,
+        filter: Filter | None = None,
+        **options: Unpack[ReadOptions],
     ) -> BatchReader:
         """Batches of float32 images and noise, read ahead by one thread; epoch e reads draw e mod `draws`.
 
         `batch_size` counts the records of all ranks. `epochs=None` never ends. `shuffle="windowed"` mixes
-        `window` shards at a time, for stores larger than memory; None reads in the order of slots. Arrays are
-        numpy's, or torch tensors on `device`. A batch is valid until the next one is asked for, unless
-        `copy=True`.
-        """
-        order = Order(self.order_key, len(self), self.spec.rows_per_shard, seed, batch_size, shuffle, window, last)
-        return BatchReader(
-            self,
-            order,
-            epochs=epochs,
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            copy=copy,
-            prefetch=prefetch,
-        )
+        `window` shards at a time and reads the next ones ahead, for stores larger than memory; None reads in the
+        order of slots. `filter` keeps the records that match: a pyarrow expression over the columns of `index`, or
+        conditions as [("label", "in", [1, 2])]. Further `options`: see `ReadOptions`.
 
-    def draw(self, epoch: int) -> int:
-        """The draw that an epoch reads."""
-        return epoch % self.draws
+        A batch is valid until the next one is asked for, unless `copy=True`.
+        """
+        return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
+
+    def as_torch_dataset(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        epochs: int | None = 1,
+        *,
+        shuffle: Shuffle = "full",
+        window: int = 16,
+        filter: Filter | None = None,
+        **options: Unpack[ReadOptions],
+    ) -> TorchBatches:
+        """The same batches as an IterableDataset: `DataLoader(dataset, batch_size=None, num_workers=any)`."""
+        from nfm.storage.torch_dataset import TorchBatches
+
+        return TorchBatches(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
+
+    def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> StoreStream:
+        """The order of the records that a reader, or a mixture, follows."""
+        if self.spec.codec == "pcodec":
+            raise StorageError(
+                f"{self.root}: an archive, its noise is stored in codec pcodec; `nfm pairs export` it to read batches"
+            )
+        if self.remote:
+            self._check_room(shuffle, window)
+        selection = None
+        if filter is not None:
+            shards = {draw: self._shards_of(draw) for draw in range(self.draws)}
+            selection = select(self.root, shards, filter, len(self))
+        return StoreStream(self, seed, shuffle, window, selection)
 
     def empty(self, records: int) -> Arrays:
         """Buffers for the fields of a batch, to gather into."""
         names = [field.name for field in self.spec.fields if field.role != "slot"]
         return self._draw(0).empty(names, records)
+
+    def shard(self, draw: int, number: int) -> layout.Shard:
+        """A shard of a draw, mapped and open, fetched into the cache first if the store is a URL."""
+        if self.remote:  # before the draw's lock is taken, so that several are fetched at once
+            self.cache.together(_wanted(self.root, self.spec, self._shards_of(draw)[number]))
+        return self._draw(draw).shard(number)
+
+    def row_field(self, name: str) -> JoinedField:
+        """A row-scoped field, joined by the image rows of slots. Raises StorageError when the store has none such."""
+        return JoinedField(self, RowField.open(self.root, name, self._cache))
+
+    @property
+    def cache(self) -> ShardCache:
+        """Where shards of a URL are kept on this machine."""
+        return self._cache or default_cache()
 
     def _shards_of(self, draw: int) -> Sequence[Mapping[str, Any]]:
         if not 0 <= draw < self.draws:
@@ -137,12 +207,92 @@ class PairStore:
         return self.manifest["shards"][draw * each : (draw + 1) * each]
 
     def _draw(self, draw: int) -> ShardSequence:
-        found = self._open.get(draw)
-        if found is None:
-            spec = self.spec
-            files = [self.root / shard["payload"] for shard in self._shards_of(draw)]
-            found = ShardSequence(files, spec.fields, spec.rows, spec.rows_per_shard, spec.rows_per_block)
+        with self._lock:
+            found = self._open.pop(draw, None)
+            if found is None:
+                spec, entries = self.spec, self._shards_of(draw)
+                open_shard = partial(_open_shard, self.root, spec, entries, self.cache)
+                found = ShardSequence(
+                    open_shard,
+                    spec.fields,
+                    spec.rows,
+                    spec.rows_per_shard,
+                    spec.rows_per_block,
+                    spec.layout,
+                )
+                while len(self._open) >= _DRAWS_OPEN:
+                    self._open.popitem(last=False)
             self._open[draw] = found
-            while len(self._open) > _DRAWS_OPEN:
-                self._open.popitem(last=False)
-        return found
+            if self.remote and self.cache.evictions != self._evictions:
+                self._evictions = self.cache.evictions
+                for number, opened in self._open.items():
+                    self._let_go_of_evicted(number, opened)
+            return found
+
+    def _let_go_of_evicted(self, draw: int, opened: ShardSequence) -> None:
+        """What the cache evicts keeps its room on the disk while it is mapped."""
+        entries, cache = self._shards_of(draw), self.cache
+        opened.let_go(
+            lambda number: not all(cache.holds(file.sha256) for file in _wanted(self.root, self.spec, entries[number]))
+        )
+
+    def _check_room(self, shuffle: Shuffle, window: int) -> None:
+        """A cache that is too small would fetch every shard again and again."""
+        sizes = [[_payload_bytes(entry) for entry in self._shards_of(draw)] for draw in range(self.draws)]
+        bound = self.cache.max_bytes
+        full, windows = max(map(sum, sizes)), 2 * window * max(map(max, sizes))
+        if shuffle == "full" and full > bound:
+            raise StorageError(
+                f"{self.root}: a draw of {full} bytes, shuffled in full, exceeds the cache's {bound}: pass "
+                "shuffle='windowed', or raise NFM_CACHE_BYTES (NFM_CACHE names the folder)"
+            )
+        if shuffle == "windowed" and min(windows, full) > bound:
+            raise StorageError(
+                f"{self.root}: two windows of {window} shards, {windows} bytes, exceed the cache's {bound}: pass a "
+                "smaller window, or raise NFM_CACHE_BYTES (NFM_CACHE names the folder)"
+            )
+
+
+def _wanted(root: Path, spec: StoreSpec, entry: Mapping[str, Any]) -> list[Wanted]:
+    """The payload files of a shard, where the store is."""
+    return [Wanted(inside(root, file.path), file.sha256, file.bytes) for file in layout.files(spec, entry)]
+
+
+def _open_shard(
+    root: Path, spec: StoreSpec, entries: Sequence[Mapping[str, Any]], cache: ShardCache, number: int
+) -> layout.Shard:
+    # No method, so that a store which nobody uses any more goes at once, with its maps.
+    records = entries[number]["records"]
+    return cache.opened(_wanted(root, spec, entries[number]), lambda paths: layout.open_shard(spec, paths, records))
+
+
+def _payload_bytes(entry: Mapping[str, Any]) -> int:
+    return int(entry["bytes"])
+
+
+class JoinedField:
+    """A row-scoped field of a store, by slot."""
+
+    def __init__(self, store: PairStore, field: RowField) -> None:
+        self.dtype = field.dtype
+        self.shape = field.shape
+        self._store = store
+        self._field = field
+
+    def gather(self, draw: int, slots: Rows, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Fills `out` [n, *shape] with the values of the image rows at these slots."""
+        return self._field.gather(self._store.image_rows(draw, np.asarray(slots, np.int64)), out)
+
+
+_stores: weakref.WeakSet[PairStore] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A child has no threads: what they held is free, and connections are its own."""
+    for store in _stores:
+        store._begin()
+        if store.remote:
+            store.root = as_path(str(store.root))
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,8 +1,8 @@
-"""Shards: plain ustar files that are also strided arrays (layout `blocks`).
+"""Layout `blocks`: a tar sample holds a block of records, and the shard is still one strided array a field.
 
-A tar sample holds a block of records as KEY.FIELD.npy, one member a field, in a fixed order. Every member is
-a 512-byte tar header, a 128-byte npy header and the array, padded to 512 bytes, so that every offset is
-arithmetic and a mapped shard is one strided array a field. Only the last block may be short.
+A tar sample holds its records as KEY.FIELD.npy, one member a field, in a fixed order. Every member is a 512-byte
+tar header, a 128-byte npy header and the array, padded to 512 bytes, so that every offset is arithmetic. Only the
+last block may be short.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ from __future__ import annotations
 import mmap
 import tarfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 
-from nfm.storage.atomic import HashingFile
-from nfm.storage.errors import CorruptShard, MissingShard, StorageError
+from nfm.storage.errors import StorageError
+from nfm.storage.members import (
+    NPY_HEADER,
+    TAR_END,
+    TAR_HEADER,
+    Array,
+    Mapped,
+    Payload,
+    TarWriter,
+    corrupt,
+    map_file,
+    member_bytes,
+    npy_header,
+    stored,
+    strides,
+    tar_header,
+)
 from nfm.storage.schema import Field
 
-Array = np.ndarray[Any, np.dtype[Any]]
-TAR_HEADER = 512
-NPY_HEADER = 128
-TAR_END = 1024  # two empty headers end an archive
+__all__ = ["MappedShard", "Payload", "ShardWriter", "record_offsets", "shard_bytes"]
 _LARGE_RECORD = 4096  # bytes; from here on, copying row by row beats numpy's gather, which copies twice
-
-
-@dataclass(frozen=True)
-class Payload:
-    """A published file: where it is, its SHA-256 (hex) and its size in bytes."""
-
-    path: Path
-    sha256: str
-    bytes: int
 
 
 def shard_bytes(fields: Sequence[Field], records: int, rows_per_block: int = 256) -> int:
@@ -56,7 +56,7 @@ def record_offsets(fields: Sequence[Field], records: Array, rows: Array, rows_pe
     return offsets
 
 
-class ShardWriter:
+class ShardWriter(TarWriter):
     """Writes one shard; the file gets its name only when all `records` records are durable.
 
     As a context manager it closes on a clean exit and leaves nothing behind on an error. `key` prefixes the
@@ -67,88 +67,19 @@ class ShardWriter:
     def __init__(
         self, path: str | Path, fields: Sequence[Field], records: int, key: str, rows_per_block: int = 256
     ) -> None:
-        if records < 1 or rows_per_block < 1:
-            raise StorageError(f"{path}: {records} records in blocks of {rows_per_block}; must be at least 1")
-        self.path = Path(path)
-        self.fields = tuple(fields)
-        self.records = records
+        super().__init__(path, fields, records, rows_per_block)
         self.key = key
-        self.written = 0
-        self.payload: Payload | None = None
         self._block = 0
-        self._held = 0
-        rows = min(records, rows_per_block)
-        self._buffers = {f.name: np.empty((rows, *f.shape), _stored(f)) for f in self.fields}
-        self._rows_per_block = rows
-        self._file = HashingFile(self.path)
 
-    def append(self, arrays: Mapping[str, Array]) -> None:
-        """Adds n records: for every field an array [n, *shape] of the field's dtype, and no other names."""
-        names = {field.name for field in self.fields}
-        if set(arrays) != names:
-            raise self._wrong(f"got the fields {sorted(arrays)}, the shard has {sorted(names)}")
-        count = len(arrays[self.fields[0].name])
+    def _write(self, block: Mapping[str, Array]) -> None:
         for field in self.fields:
-            array = arrays[field.name]
-            if array.shape != (count, *field.shape) or array.dtype != np.dtype(field.dtype):
-                raise self._wrong(
-                    f"field {field.name!r} is {array.dtype} {array.shape}, "
-                    f"the shard holds {field.dtype} {(count, *field.shape)}; convert it first"
-                )
-        if self.written + count > self.records:
-            raise self._wrong(f"{self.written + count} records, {self.records} were announced")
-        start = 0
-        while start < count:
-            taken = min(count - start, self._rows_per_block - self._held)
-            for name, buffer in self._buffers.items():
-                buffer[self._held : self._held + taken] = arrays[name][start : start + taken]
-            start += taken
-            self._held += taken
-            self.written += taken
-            if self._held == self._rows_per_block:
-                self._flush()
-
-    def close(self) -> Payload:
-        """Publishes the shard. Raises StorageError, leaving nothing, when records are missing."""
-        if self.payload is None:
-            if self.written != self.records:
-                self.discard()
-                raise self._wrong(f"{self.written} records, {self.records} were announced")
-            if self._held:
-                self._flush()
-            self._file.write(bytes(TAR_END))
-            self._file.publish()
-            self.payload = Payload(self.path, self._file.sha256, self._file.bytes)
-        return self.payload
-
-    def discard(self) -> None:
-        """Gives up: removes the temporary file."""
-        self._file.discard()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
-
-    def _flush(self) -> None:
-        for field in self.fields:
-            data = self._buffers[field.name][: self._held]
+            data = block[field.name]
             size = NPY_HEADER + data.nbytes
-            self._file.write(_tar_header(f"{self.key}-b{self._block:05d}.{field.name}.npy", size))
-            self._file.write(_npy_header(field, self._held))
+            head = tar_header(f"{self.key}-b{self._block:05d}.{field.name}.npy", size) + npy_header(field, data.shape)
+            self._file.write(head)
             self._file.write(data.reshape(-1).view(np.uint8).data)
             self._file.write(bytes(-size % TAR_HEADER))
         self._block += 1
-        self._held = 0
-
-    def _wrong(self, what: str) -> StorageError:
-        return StorageError(f"{self.path}: {what}")
 
 
 class MappedShard:
@@ -166,18 +97,9 @@ class MappedShard:
         self._rows_per_block = min(rows_per_block, records)
         self._last = (records - 1) // self._rows_per_block
         expected = shard_bytes(self.fields, records, self._rows_per_block)
-        try:
-            with open(self.path, "rb") as file:
-                size = file.seek(0, 2)
-                if size != expected:
-                    raise self._corrupt(f"{size} bytes, {records} records take {expected}")
-                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError as error:
-            raise MissingShard(f"{self.path}: the shard is missing; run `nfm audit` on its store") from error
-        except OSError as error:
-            raise StorageError(f"{self.path}: cannot read ({error.strerror}); check its permissions") from error
-        self.memory: Array = np.frombuffer(buffer, np.uint8)
-        self.address = self.memory.ctypes.data
+        buffer = map_file(self.path, expected, f"{records} records")
+        self.maps = [Mapped.of(self.path, buffer)]
+        self.addresses = dict.fromkeys((field.name for field in self.fields), self.maps[0].address)
         self._full: dict[str, Array] = {}
         self._tail: dict[str, Array] = {}
         self._map(buffer)
@@ -229,55 +151,24 @@ class MappedShard:
             if self._last:
                 self._check(buffer, first_at, field, rows)
             self._check(buffer, last_at, field, last)
-            dtype, data = _stored(field), TAR_HEADER + NPY_HEADER
-            inner = np.empty((1, *field.shape), dtype).strides
+            dtype, data = stored(field), TAR_HEADER + NPY_HEADER
+            inner = (field.bytes_per_record, *strides(field))
             self._full[field.name] = np.ndarray(
                 (self._last, rows, *field.shape), dtype, buffer, first_at + data, (stride, *inner)
             )
             self._tail[field.name] = np.ndarray((last, *field.shape), dtype, buffer, last_at + data)
-            first_at += _member_bytes(field, rows)
-            last_at += _member_bytes(field, last)
+            first_at += member_bytes(NPY_HEADER + rows * field.bytes_per_record)
+            last_at += member_bytes(NPY_HEADER + last * field.bytes_per_record)
 
     def _check(self, buffer: mmap.mmap, at: int, field: Field, records: int) -> None:
         try:
             member = tarfile.TarInfo.frombuf(buffer[at : at + TAR_HEADER], "ascii", "strict")
         except (tarfile.HeaderError, UnicodeError) as error:
-            raise self._corrupt(f"no tar header at byte {at} ({error})") from error
+            raise corrupt(self.path, f"no tar header at byte {at} ({error})") from error
         header = buffer[at + TAR_HEADER : at + TAR_HEADER + NPY_HEADER]
-        if not member.name.endswith(f".{field.name}.npy") or header != _npy_header(field, records):
-            raise self._corrupt(f"the member {member.name!r} at byte {at} is not {records} records of {field}")
-
-    def _corrupt(self, what: str) -> CorruptShard:
-        return CorruptShard(f"{self.path}: {what}; truncated or altered, run `nfm audit` on its store")
-
-
-def _stored(field: Field) -> np.dtype[Any]:
-    return np.dtype(field.dtype).newbyteorder("<")
-
-
-def _member_bytes(field: Field, records: int) -> int:
-    size = NPY_HEADER + records * field.bytes_per_record
-    return TAR_HEADER + size + -size % TAR_HEADER
+        if not member.name.endswith(f".{field.name}.npy") or header != npy_header(field, (records, *field.shape)):
+            raise corrupt(self.path, f"the member {member.name!r} at byte {at} is not {records} records of {field}")
 
 
 def _block_bytes(fields: Sequence[Field], records: int) -> int:
-    return sum(_member_bytes(field, records) for field in fields)
-
-
-def _tar_header(name: str, size: int) -> bytes:
-    member = tarfile.TarInfo(name)
-    member.size = size
-    try:
-        return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
-    except (ValueError, UnicodeError) as error:
-        raise StorageError(f"{name}: no ustar member ({error}); use a shorter key or smaller blocks") from error
-
-
-def _npy_header(field: Field, records: int) -> bytes:
-    """npy 1.0 (numpy.lib.format), padded to a fixed length so that offsets do not depend on the shape."""
-    shape = (records, *field.shape)
-    text = f"{{'descr': '{_stored(field).str}', 'fortran_order': False, 'shape': {shape!r}, }}"
-    room = NPY_HEADER - 10
-    if len(text) >= room:
-        raise StorageError(f"field {field.name!r}: the shape {field.shape} is too long for a shard's header")
-    return b"\x93NUMPY\x01\x00" + room.to_bytes(2, "little") + text.ljust(room - 1).encode("ascii") + b"\n"
+    return sum(member_bytes(NPY_HEADER + records * field.bytes_per_record) for field in fields)

@@ -1,4 +1,4 @@
-"""Where images come from: a source lists its records (keys, labels, test flags) and loads rows as uint8."""
+"""Where images come from: a source lists its records (keys, labels, test flags) and loads rows as uint8 or floats."""
 
 from nfm.stages.sources.digits import Digits
 from nfm.stages.sources.folder import ImageFolder

@@ -25,7 +25,7 @@ HASH_CHUNK, HASH_BATCH = 1 << 20, 4096
 class Loaded:
     """Rows of a source in the order asked for; a rejected position holds zeros and has its reason here."""
 
-    images: np.ndarray  # [n, C, H, W] uint8
+    images: np.ndarray  # [n, C, H, W] uint8, or float16 or float32 where the source holds floats
     rejected: dict[int, str] = field(default_factory=dict)  # position -> reason
 
 
@@ -62,9 +62,9 @@ def box_average(images: np.ndarray, factor: int) -> np.ndarray:
     return ((2 * boxes.sum(axis=(3, 5), dtype=np.uint32) + area) // (2 * area)).astype(np.uint8)
 
 
-def scratch_array(scratch: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A zeroed uint8 array in a mapped file of `scratch`, its disk space reserved before the first write."""
-    path, size = scratch / "images.u8", int(np.prod(shape))
+def scratch_array(scratch: Path, shape: tuple[int, ...], dtype: str = "uint8") -> np.ndarray:
+    """A zeroed array in a mapped file of `scratch`, its disk space reserved before the first write."""
+    path, size = scratch / "images.raw", int(np.prod(shape)) * np.dtype(dtype).itemsize
     try:
         with open(path, "w+b") as file:
             # Writing to a map on a full disk would kill the process with SIGBUS instead of raising.
@@ -73,7 +73,7 @@ def scratch_array(scratch: Path, shape: tuple[int, ...]) -> np.ndarray:
         raise StageError(
             f"{path}: no room for {size:,} bytes of decoded images ({error.strerror}): free disk space and run again"
         ) from error
-    return np.memmap(path, dtype=np.uint8, mode="r+", shape=shape)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
 
 
 def digest_files(

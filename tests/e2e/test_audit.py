@@ -74,7 +74,7 @@ def test_one_flipped_byte_of_a_shard_is_found_repaired_and_encoded_again_the_sam
     assert lab.committed() == before
     lab.nfm("audit", store.path, "--quick")  # sizes only: that level does not see it
 
-    assert "1 shards set aside" in lab.nfm("repair", store.path).stdout
+    assert "set aside: 1" in lab.nfm("repair", store.path).stdout
     assert lab.committed().items() >= {path: sha for path, sha in before.items() if "manifest" not in path
                                        and body["shards"][5]["name"] not in path}.items()  # fmt: skip
     assert list((store.path / "quarantine").rglob(bad.name))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,15 +218,6 @@ def test_ls_marks_a_damaged_artifact_and_lists_the_others(lab: Lab) -> None:
     rows = {row["artifact"]: row["state"] for row in json.loads(lab.nfm("ls", "--json").stdout)}
     assert rows[f"teacher/{spec.parent.name}"] == "damaged"
     assert rows[lab.name("data")] == "done"
-
-
-def test_every_example_runs_on_a_store(made: Lab) -> None:
-    examples = Path(__file__).resolve().parents[2] / "examples"
-    store = str(made.only("pairs").path)
-    rows = made.only("data").manifest()["metrics"]["images"]
-    for name, said in (("own_trainer.py", "loss "), ("stock_webdataset.py", f"{rows} pairs")):
-        found = subprocess.run([sys.executable, examples / name, store], capture_output=True, text=True, check=True)
-        assert found.stdout.startswith(said)
 
 
 def test_every_config_of_the_repository_is_valid() -> None:

@@ -59,6 +59,38 @@ def test_a_bad_shard_goes_to_quarantine_and_is_encoded_again_the_same(lab: Lab, 
     assert not [finding for result in audit([lab.only("report")]) for finding in result.findings]
 
 
+@pytest.mark.parametrize("layout", ["samples", "zarr"])
+def test_a_bad_shard_of_every_layout_is_encoded_again_the_same(lab: Lab, root: Path, layout: str) -> None:
+    sets = ["pairs.coupling=independent", f"pairs.layout={layout}", "pairs.codec=int8"]
+    store = runner.run(graph.build(load(lab.config, sets)), "pairs")
+    content = store.manifest()["content_digest"]
+    assert not [finding for result in audit([store], "deep") for finding in result.findings]
+    pattern = "d001/noise/c/2/0/0/0" if layout == "zarr" else "shards/d001-s00002.*"
+    (path,) = store.path.glob(pattern)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+    found = [finding.file for result in audit([store]) for finding in result.findings]
+    assert found == [str(path)]
+    assert repair_store(store) == ["d001-s00002"]
+    assert list((store.path / "quarantine").rglob(path.name))
+    again = runner.run(graph.build(load(lab.config, sets)), "pairs")
+    assert again.path == store.path
+    assert again.manifest()["content_digest"] == content
+    assert not [finding for result in audit([again], "deep") for finding in result.findings]
+    assert repair_store(again) == []
+
+
+def test_a_manifest_that_cannot_be_read_is_set_aside_and_the_store_sealed_again(lab: Lab, root: Path) -> None:
+    store = lab.only("pairs")
+    content, path = store.manifest()["content_digest"], store.path / store.manifest_name
+    path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
+    assert repair_store(store) == [path.name]
+    runner.run(graph.build(load(lab.config)), "pairs")
+    assert find(store.path).manifest()["content_digest"] == content
+    assert not [finding for result in audit([lab.only("report")]) for finding in result.findings]
+
+
 def test_a_whole_store_is_left_alone(lab: Lab, root: Path) -> None:
     before = lab.committed()
     assert repair_store(lab.only("pairs")) == []

@@ -182,6 +182,30 @@ def test_the_config_can_state_licence_origin_and_classes(tmp_path: Path) -> None
     assert tuple(ImageDataset.open(tmp_path / "out").classes) == names
 
 
+def test_latents_are_stored_as_they_are_with_scale_and_decoder(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(30, 4, 2, 2)).astype(np.float16)
+    values[4, 0, 0, 0] = np.nan
+    np.savez(tmp_path / "one.npz", data=values)
+    config = {"source": "npz", "path": str(tmp_path / "one.npz"), "heldout": 0.1, "max_rejected": 0.1}
+    result = make(tmp_path / "out", **config, image_scale=0.18215, image_decoder="some/vae")
+    train = ImageDataset.open(tmp_path / "out")
+    assert (train.dtype, train.image_scale, train.image_decoder) == ("float16", 0.18215, "some/vae")
+    assert (train.classes, set(train.labels(np.arange(len(train))).tolist())) == ([], {-1})
+    at = [int(key.split("/")[1]) for key in train.keys(np.arange(len(train)))]
+    np.testing.assert_array_equal(train.images(np.arange(len(train))), values[at])
+    np.testing.assert_array_equal(train.to_float(values[:3]), values[:3].astype(np.float32))
+    assert (result.metrics["rejected"], result.metrics["image_dtype"]) == (1, "float16")
+    table = pq.read_table(tmp_path / "out" / "rejected.parquet").to_pylist()
+    assert table == [{"key": "one/0000004", "reason": "1 of 16 values are not finite"}]
+
+
+def test_what_is_said_of_latents_is_refused_for_pixels_and_stays_out_of_old_fingerprints(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="uint8 pixels"):
+        make(tmp_path / "out", limit=20, image_scale=2.0)
+    assert not {"image_scale", "image_decoder"} & set(DataConfig().semantic())
+    assert DataConfig(image_scale=2.0).semantic()["image_scale"] == 2.0
+
+
 def test_nothing_usable_fails_whatever_the_threshold(tmp_path: Path) -> None:
     path = image_folder(tmp_path / "in", good=0, bad=3)
     with pytest.raises(StageError):

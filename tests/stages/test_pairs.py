@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 
 from nfm.stages import pairs, pairs_upkeep
 from nfm.stages.stage import StageError
-from nfm.storage import ImageDataset, MissingShard, PairStore, philox
-from nfm.storage.schema import read_spec
+from nfm.storage import DatasetWriter, ImageDataset, MissingShard, PairStore, atomic, philox
+from nfm.storage.schema import StoreSpec, read_spec
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -111,3 +112,54 @@ def test_the_recipe_names_teacher_source_eta_and_sigma(made: Lab) -> None:
     assert spec.source == made.only("data").manifest()["content_digest"]
     independent = read_spec(made.only("pairs", "independent").path)
     assert (independent.eta, independent.sigma_f, independent.teacher) == (None, None, None)
+
+
+def test_a_default_section_has_the_fingerprint_that_it_always_had() -> None:
+    assert pairs.PairsConfig().semantic() == {
+        "coupling": "nfm", "codec": "float16", "rows_per_shard": 4096, "rows_per_block": 256, "flips": False,
+        "seed": 0, "batch_size": 256, "precision": "float32",
+    }  # fmt: skip
+    assert pairs.PairsConfig(layout="zarr").semantic()["layout"] == "zarr"
+
+
+def test_the_recipe_of_a_default_store_is_what_it_always_was(made: Lab) -> None:
+    assert set(made.only("pairs").spec["store"]) == {
+        "rows", "rows_per_shard", "fields", "coupling", "source", "rows_per_block", "codec", "value_range", "flips",
+        "seed", "eta", "sigma_f", "teacher", "classes", "layout", "format",
+    }  # fmt: skip
+
+
+def test_an_old_recipe_without_the_later_keys_is_still_its_inputs_own(made: Lab) -> None:
+    store = made.only("pairs")
+    inputs = {role: made.only(role).path for role in ("data", "teacher")}
+    found = read_spec(store.path)
+    old = StoreSpec.from_dict({key: value for key, value in store.spec["store"].items() if key != "layout"})
+    assert pairs.recipe(store.manifest(), inputs, old) == old == found
+
+
+def test_latents_are_not_flipped_and_pixels_have_no_scale(tmp_path: Path) -> None:
+    latents = np.zeros((3, 4, 8, 8), np.float16)
+    writer = DatasetWriter(tmp_path, "latents", (4, 8, 8), [], dtype="float16", image_scale=0.5, image_decoder="vae")
+    writer.write_split("train", 3, [(latents, np.full(3, -1), ["a", "b", "c"])])
+    writer.close()
+    atomic.write_json(tmp_path / "manifest.json", {"content_digest": "ab" * 32})
+    inputs = {"data": tmp_path}
+    spec = StoreSpec.from_dict(pairs.describe(pairs.PairsConfig(coupling="independent", codec="int8"), inputs)["store"])
+    assert (spec.field("image").dtype, spec.image_scale, spec.image_decoder) == ("float16", 0.5, "vae")
+    assert (spec.codec, spec.noise_step, spec.classes, spec.has("label")) == ("int8", 0.05, None, False)
+    with pytest.raises(StageError, match=r"pairs\.flips = true: these images are latents"):
+        pairs.describe(pairs.PairsConfig(coupling="independent", flips=True), inputs)
+
+
+@pytest.mark.parametrize("layout", ["samples", "zarr"])
+def test_pairs_are_the_same_in_every_layout(lab: Lab, layout: str) -> None:
+    blocks = PairStore.open(lab.only("pairs", "independent").path)
+    lab.run("pairs", "pairs.coupling=independent", f"pairs.layout={layout}")
+    folder = next(store.path for store in lab.all("pairs") if store.spec["store"]["layout"] == layout)
+    found = PairStore.open(folder)
+    assert found.order_key == blocks.order_key
+    slots = np.random.default_rng(0).permutation(len(found))
+    for draw in range(2):
+        ours, theirs = found.gather(draw, slots), blocks.gather(draw, slots)
+        for name in ("image", "noise", "label"):
+            np.testing.assert_array_equal(ours[name], theirs[name])

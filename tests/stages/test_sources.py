@@ -169,8 +169,9 @@ def test_npz_wrong_layouts_are_refused(tmp_path: Path) -> None:
         "expected uint8": {"data": np.zeros((3, 12), np.float32), "labels": np.ones(3, int)},
         "3 \\* side \\* side": {"data": np.zeros((3, 13), np.uint8), "labels": np.ones(3, int)},
         "2 labels for 3 images": {"data": np.zeros((3, 12), np.uint8), "labels": np.ones(2, int)},
-        "'labels' cannot be read": {"data": np.zeros((3, 12), np.uint8)},
+        "'data' cannot be read": {"labels": np.ones(3, int)},
         "expected integers": {"data": np.zeros((3, 12), np.uint8), "labels": np.ones(3)},
+        "of uint8, float16, float32": {"data": np.zeros((3, 4, 2, 2), np.float64), "labels": np.ones(3, int)},
     }
     for message, arrays in cases.items():
         np.savez(file, **arrays)
@@ -181,6 +182,49 @@ def test_npz_wrong_layouts_are_refused(tmp_path: Path) -> None:
         Npz(str(file))
     with pytest.raises(StageError, match=r"no folder that holds train_data_batch"):
         Npz(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32"])
+def test_npz_takes_arrays_of_images_or_latents_as_they_are(tmp_path: Path, dtype: str) -> None:
+    values = (np.random.default_rng(0).normal(size=(9, 4, 3, 2)) * 50).astype(dtype)
+    np.savez(tmp_path / "one.npz", data=values, labels=np.arange(9) % 3)
+    source = Npz(str(tmp_path / "one.npz"))
+    found = everything(source, tmp_path / "s")
+    assert found.dtype == values.dtype
+    np.testing.assert_array_equal(found, values)
+    assert source.labels.tolist() == [0, 1, 2] * 3  # here labels start at 0
+    assert source.classes == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("values", [np.zeros((5, 12), np.uint8), np.zeros((5, 4, 2, 2), np.float16)])
+def test_npz_without_labels_has_no_classes(tmp_path: Path, values: np.ndarray) -> None:
+    np.savez(tmp_path / "one.npz", data=values)
+    source = Npz(str(tmp_path / "one.npz"))
+    assert source.classes == []
+    assert source.labels.tolist() == [-1] * 5
+    with pytest.raises(StageError, match=r"data\.classes names classes, but .*one\.npz has no labels"):
+        Npz(str(tmp_path / "one.npz"), classes=["cat"])
+
+
+def test_npz_files_must_agree_and_latents_are_not_averaged(tmp_path: Path) -> None:
+    for number, shape in enumerate([(3, 4, 2, 2), (3, 4, 2, 2)], 1):
+        np.savez(tmp_path / f"train_data_batch_{number}.npz", data=np.zeros(shape, np.float16))
+    assert Npz(str(tmp_path)).image_shape == (4, 2, 2)
+    with pytest.raises(StageError, match="only pixels are averaged"):
+        Npz(str(tmp_path), average=2)
+    np.savez(tmp_path / "train_data_batch_2.npz", data=np.zeros((3, 4, 2, 2), np.float32))
+    with pytest.raises(StageError, match=r"train_data_batch_2\.npz: holds float32 .* without labels, .* float16"):
+        Npz(str(tmp_path))
+
+
+def test_npz_latents_that_are_not_finite_are_set_aside(tmp_path: Path) -> None:
+    values = np.ones((5, 4, 2, 2), np.float16)
+    values[1, 0, 0, 0], values[3] = np.nan, np.inf
+    np.savez(tmp_path / "one.npz", data=values)
+    (tmp_path / "s").mkdir()
+    loaded = Npz(str(tmp_path / "one.npz")).load(np.array([3, 0, 1]), tmp_path / "s", Recorder())
+    assert loaded.rejected == {0: "16 of 16 values are not finite", 2: "1 of 16 values are not finite"}
+    assert (np.asarray(loaded.images) == np.array([0, 1, 0]).reshape(3, 1, 1, 1)).all()
 
 
 def test_npz_never_unpickles(tmp_path: Path) -> None:

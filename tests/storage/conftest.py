@@ -4,31 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nfm.storage import commits, generations
 from nfm.storage.schema import StoreSpec, pair_fields, write_spec
+from tests.storage.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 Records = Callable[[StoreSpec, int, int], Iterator[dict[str, np.ndarray]]]
 
 
 def _records(spec: StoreSpec, draw: int, shard: int, chunk: int = 7) -> Iterator[dict[str, np.ndarray]]:
     slots = np.array(spec.slots_of(shard))
+    dtype = np.dtype(spec.field("image").dtype)
     for start in range(0, len(slots), chunk):
         part = slots[start : start + chunk]
-        yield {
-            "image": np.stack([np.full(spec.image_shape, slot % 256, np.uint8) for slot in part]),
+        record = {
+            "image": np.stack([np.full(spec.image_shape, slot % 256, dtype) for slot in part]),
             "noise": np.stack(
                 [np.random.default_rng((draw, slot)).normal(size=spec.image_shape) for slot in part]
             ).astype(np.float32),
-            "label": part % 10,
             "slot": part,
             "flip": part % 2 == 1,
             "row": part,
             "nll": np.full(len(part), 0.5, np.float32),
         }
+        yield record | ({"label": part % 10} if spec.has("label") else {})
 
 
 @pytest.fixture
@@ -50,6 +53,27 @@ def small_spec() -> StoreSpec:
         codec="float16",
         classes=10,
     )
+
+
+@pytest.fixture
+def spec_of() -> Callable[..., StoreSpec]:
+    """spec_of("zarr", "int8", image_dtype="float16", label=False): 50 rows in shards of 20, in any layout and codec."""
+
+    def spec(
+        layout: str = "blocks", codec: str = "float16", image_dtype: str = "uint8", label: bool = True, **other: Any
+    ) -> StoreSpec:
+        shape = other.pop("image_shape", (1, 4, 4))
+        sizes = {"rows": 50, "rows_per_shard": 20, "rows_per_block": 5 if layout == "zarr" else 8}
+        return StoreSpec(
+            fields=pair_fields(shape, codec, image_dtype, label),
+            coupling="independent",
+            source="ab" * 32,
+            codec=codec,
+            layout=layout,
+            **(sizes | other),
+        )
+
+    return spec
 
 
 @pytest.fixture

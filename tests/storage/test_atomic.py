@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from nfm.storage import atomic
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import CorruptShard, MissingShard, StorageError
+from nfm.storage.paths import as_path, names_in, read_bytes, remove
+from tests.storage.s3server import S3
 
 
 def test_canonical_json_ignores_the_order_of_keys_and_has_no_spaces() -> None:
@@ -181,3 +183,128 @@ def test_only_idle_temporary_files_are_cleared(tmp_path: Path) -> None:
     assert len(atomic.clear_temporaries(tmp_path, idle_seconds=0)) == 1
     file.discard()
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["kept.json"]
+
+
+def test_every_changed_byte_of_a_json_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    atomic.write_json(path, {"name": "x é", "rates": [1e-4, 2, True, None], "deep": {"n": -0.0}})
+    data = path.read_bytes()
+    assert atomic.read_json(path)["deep"] == {"n": 0.0}
+    for at in range(len(data)):
+        for flip in (1, 0x20):
+            path.write_bytes(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
+            with pytest.raises(StorageError, match=r"a\.json"):
+                atomic.read_json(path)
+    for other in (data + b"\n", data[:-1], data.replace(b"  ", b" "), b" " + data, data.replace(b"1e-4", b"0.0001")):
+        if other != data:
+            path.write_bytes(other)
+            with pytest.raises(StorageError, match=r"a\.json"):
+                atomic.read_json(path)
+
+
+def test_json_without_a_digest_is_read_only_when_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1}')
+    assert atomic.read_json(path, signed=False) == {"a": 1}
+    with pytest.raises(StorageError, match="no digest of itself"):
+        atomic.read_json(path)
+
+
+@pytest.fixture(params=["here", "memory", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder here, in fsspec's memory, or on an S3 server."""
+    if request.param == "here":
+        return tmp_path / "store"
+    if request.param == "memory":
+        pytest.importorskip("upath")
+        return as_path(f"memory://{tmp_path.name}")
+    return as_path(request.getfixturevalue("bucket")) / "store"
+
+
+def test_files_are_created_replaced_and_hashed_alike_here_and_on_object_stores(folder: Path) -> None:
+    data = np.random.default_rng(0).bytes(100_000)
+    assert atomic.create_bytes(folder / "c" / "a", b"first")
+    assert not atomic.create_bytes(folder / "c" / "a", b"second")
+    atomic.write_bytes(folder / "c" / "b", b"old")
+    atomic.write_bytes(folder / "c" / "b", b"new")
+    assert [read_bytes(folder / "c" / name) for name in "ab"] == [b"first", b"new"]
+    assert atomic.create_json(folder / "c" / "j", {"a": 1})
+    assert not atomic.create_json(folder / "c" / "j", {"a": 2})
+    assert atomic.read_json(folder / "c" / "j")["a"] == 1
+    for content, replace in ((data, True), (data[::-1], False), (data, False)):
+        with atomic.HashingFile(folder / "c" / "a", replace) as file:
+            file.write(content[:10])
+            file.write(content[10:])
+        assert (file.sha256, file.bytes) == (atomic.digest(content), len(content))
+        assert atomic.hash_file(folder / "c" / "a") == (atomic.digest(data), len(data))
+    with atomic.HashingFile(folder / "c" / "new", replace=False) as file:
+        file.write(data)
+    assert file.published
+    remove(folder / "c" / "new")
+    assert names_in(folder / "c") == ["a", "b", "j"]
+    with pytest.raises(StorageError, match="absent"):
+        atomic.hash_file(folder / "absent")
+
+
+def test_an_error_while_uploading_leaves_nothing_there_or_here(s3: S3, bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError), atomic.HashingFile(as_path(bucket) / "x") as file:
+        file.write("text is no bytes")  # type: ignore[arg-type]
+    assert names_in(as_path(bucket)) == []
+    assert not list((tmp_path / "cache").rglob(".tmp-*"))
+
+
+def test_placing_gives_a_file_its_name_and_may_be_repeated(folder: Path) -> None:
+    source, target = folder / "staged" / "a", folder / "d000" / "c" / "0"
+    atomic.write_bytes(source, b"data")
+    atomic.place(source, target)
+    assert (read_bytes(target), names_in(folder / "staged")) == (b"data", [])
+    atomic.place(source, target, 4)  # killed after its end
+    atomic.write_bytes(source, b"data")
+    atomic.place(source, target, 4)  # killed in its middle
+    assert (read_bytes(target), names_in(folder / "staged")) == (b"data", [])
+    with pytest.raises(CorruptShard, match="4 bytes, 5 were committed"):
+        atomic.place(source, target, 5)
+    atomic.write_bytes(source, b"else")
+    with pytest.raises(StorageError, match="another file"):
+        atomic.place(source, target, 4)
+    assert (read_bytes(source), read_bytes(target)) == (b"else", b"data")
+    with pytest.raises(MissingShard, match="none"):
+        atomic.place(folder / "none", folder / "neither")
+
+
+@pytest.mark.parametrize("kind", ["error", "reset", "lose"])
+def test_a_conditional_put_whose_answer_fails_tells_the_truth(kind: str, s3: S3, bucket: str) -> None:
+    mine, theirs = as_path(bucket) / "mine", as_path(bucket) / "theirs"
+    s3.fail(kind, "/mine", method="PUT", times=2)  # type: ignore[arg-type]
+    assert atomic.create_bytes(mine, b"mine")
+    assert read_bytes(mine) == b"mine"
+    atomic.write_bytes(theirs, b"theirs")
+    s3.fail(kind, "/theirs", method="PUT", times=2)  # type: ignore[arg-type]
+    assert not atomic.create_bytes(theirs, b"mine")
+    assert read_bytes(theirs) == b"theirs"
+
+
+def test_a_put_whose_answers_are_all_lost_is_known_by_what_is_stored(
+    s3: S3, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NFM_PATIENCE", "0.5")
+    s3.fail("lose", "/mine", method="PUT", times=1000)
+    assert atomic.create_bytes(as_path(bucket) / "mine", b"mine")
+    file = atomic.HashingFile(as_path(bucket) / "mine2", replace=False)
+    with file:
+        file.write(b"mine too")
+    assert file.published
+
+
+def test_pieces_that_a_second_thread_hashes_have_the_same_digest_and_free_buffers(tmp_path: Path) -> None:
+    buffer, sha = bytearray(3 << 20), hashlib.sha256()
+    with atomic.HashingFile(tmp_path / "x") as file:
+        for number in range(20):
+            buffer[:] = bytes([number]) * len(buffer)
+            sha.update(buffer)
+            file.write(memoryview(buffer))
+            buffer[:] = bytes(len(buffer))
+            file.write(b"small")
+            sha.update(b"small")
+    assert file.sha256 == sha.hexdigest()
+    assert atomic.hash_file(tmp_path / "x") == (file.sha256, file.bytes)

@@ -195,6 +195,29 @@ def test_damaged_foreign_and_newer_commits_are_refused_by_name(make_store) -> No
         commits.read(root, "d000-s00001")
 
 
+HOSTILE = [None, True, -1, 1.5, 2**70, "", "x", "/etc/passwd", "shards/../../x.tar", [], {}, [{}], {"a": []}]
+
+
+@pytest.mark.parametrize("layout", ["blocks", "zarr"])
+def test_a_hostile_commit_is_a_storage_error_and_leads_nowhere(tmp_path: Path, spec_of, records, layout) -> None:
+    spec = spec_of(layout)
+    commits.publish(tmp_path, commits.write_shard(tmp_path, spec, 0, 0, "a1", records(spec, 0, 0)).commit())
+    body = json.loads(commits.commit_path(tmp_path, "d000-s00000").read_text())
+    del body["digest"]
+    changes = [{key: value} for key in body for value in HOSTILE]
+    changes += [{"payload": f"shards/d000-s00000.{attempt}.tar"} for attempt in ("..", "a/b", "a2", "", "a\n")]
+    changes += [{"parts": [{"field": field, "sha256": "ab" * 32, "bytes": 1}]} for field in ("..", "/x", "a/b", 3)]
+    changes += [{"moments": {**body["moments"], "var": value}} for value in (None, -1.0, "1", [1])]
+    for change in changes:
+        atomic.write_json(commits.commit_path("memory://hostile", "d000-s00000"), body | change)
+        try:
+            commit = commits.read("memory://hostile", "d000-s00000")
+        except StorageError:
+            continue
+        own = "shards/d000-s00000.a1" + (".tar" if layout == "blocks" else "")
+        assert (commit.payload, commit.index) == (own, "index/d000-s00000.a1.parquet"), change
+
+
 def test_temporary_files_among_the_commits_are_ignored(make_store) -> None:
     root = make_store(draws=1)
     (root / "commits" / ".tmp-1-abcdef-d000-s00009.json").write_text("{")

@@ -101,6 +101,41 @@ def test_data_without_classes_has_the_label_minus_one(tmp_path):
     assert ImageDataset.open(tmp_path).labels(np.arange(3)).tolist() == [-1, -1, -1]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_latents_read_back_exactly_and_stream_as_floats(tmp_path, dtype):
+    latents = np.random.default_rng(0).normal(size=(20, 4, 3, 3)).astype(dtype)
+    writer = write(tmp_path, image_shape=(4, 3, 3), classes=[], dtype=dtype, image_scale=0.5, image_decoder="vae")
+    writer.write_split("train", 20, [(latents, np.full(20, -1), KEYS[:20])])
+    writer.close()
+    train = ImageDataset.open(tmp_path)
+    assert (train.dtype, train.image_scale, train.image_decoder) == (dtype, 0.5, "vae")
+    rows = np.random.default_rng(1).permutation(20)
+    assert train.images(rows).dtype == dtype
+    assert np.array_equal(train.images(rows), latents[rows])
+    for batch in train.batches(5, epochs=1):
+        assert batch.image.dtype == np.float32
+        assert np.array_equal(batch.image, latents[batch.slot].astype(np.float32))
+
+
+def test_latents_that_are_not_finite_name_their_record(tmp_path):
+    latents = np.zeros((3, 4, 2, 2), np.float32)
+    latents[2, 1] = np.inf
+    with pytest.raises(StorageError, match="'image-2' has values that are not finite"):
+        write(tmp_path, image_shape=(4, 2, 2), classes=[], dtype="float32").write_split(
+            "train", 3, [(latents, np.full(3, -1), KEYS[:3])]
+        )
+    with pytest.raises(StorageError, match="float64"):
+        write(tmp_path, dtype="float64")
+
+
+def test_the_description_of_pixels_is_what_it_always_was(root):
+    body = read_json(root / "dataset.json")
+    assert set(body) == {
+        "format", "name", "image_shape", "dtype", "value_range", "classes", "rows_per_block", "splits", "digest",
+    }  # fmt: skip
+    assert body["dtype"] == "uint8"
+
+
 def test_an_empty_split_is_a_split(tmp_path):
     writer = write(tmp_path)
     writer.write_split("heldout", 0, [])

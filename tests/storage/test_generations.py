@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nfm.storage import atomic, commits, generations
+from nfm.storage import layout as layouts
 from nfm.storage.errors import MissingShard, NewerSchema, StorageError
+from nfm.storage.index import read_index
 from nfm.storage.order import order_key
-from nfm.storage.schema import StoreSpec, read_spec
+from nfm.storage.paths import as_path
+from nfm.storage.schema import StoreSpec, read_spec, write_spec
 
 
 def test_a_sealed_generation_lists_every_shard_in_order(make_store, small_spec: StoreSpec) -> None:
@@ -94,3 +99,70 @@ def test_unpublished_and_foreign_files_are_no_generations(make_store) -> None:
     (root / "manifest.g0008.json.orig").write_text("")
     (root / "manifest.json").write_text("{}")
     assert generations.numbers(root) == [1]
+
+
+HOSTILE = [None, True, -1, 0, 1.5, 2**70, "", "x", "../x", [], {}, [{}], [[]], {"a": []}]
+
+
+@pytest.mark.parametrize("layout", ["blocks", "zarr"])
+def test_a_hostile_manifest_is_a_storage_error_and_leads_nowhere(make_store, spec_of, layout: str) -> None:
+    root = make_store(1, spec_of(layout))
+    body = {key: value for key, value in generations.load(root, 1).items() if key != "digest"}
+    first, *rest = body["shards"]
+    entries = [first | {key: value} for key in first for value in HOSTILE]
+    entries += [first | {"payload": "shards/../../../etc/passwd.tar"}, first | {"index": "/etc/passwd"}]
+    changes = [{key: value} for key in body for value in HOSTILE]
+    changes += [{"shards": [entry, *rest]} for entry in entries]
+    for change in changes:
+        atomic.write_json(generations.manifest_path("memory://hostile", 1), body | change)
+        try:
+            loaded = generations.load("memory://hostile", 1)
+        except StorageError:
+            continue
+        for entry in loaded["shards"]:
+            assert entry["payload"].startswith(f"shards/{entry['name']}.a1"), change
+            assert ".." not in entry["payload"] + entry["index"]
+
+
+def test_the_names_of_absurdly_many_shards_are_not_made(small_spec: StoreSpec) -> None:
+    spec = dataclasses.replace(small_spec, rows=100_000, rows_per_shard=1)
+    with pytest.raises(StorageError, match="too many"):
+        generations.names_of(spec, 1000)
+
+
+@pytest.mark.parametrize("layout", ["blocks", "samples", "zarr"])
+@pytest.mark.parametrize("label", [True, False])
+def test_a_store_lives_at_a_url_as_in_a_folder(make_store, spec_of, records, layout: str, label: bool) -> None:
+    spec = spec_of(layout, label=label)
+    local = make_store(2, spec)
+    root = f"memory://test-{layout}-{label}"
+    write_spec(root, spec)
+    for draw in (1, 0):
+        for shard in range(spec.shards_per_draw):
+            written = commits.write_shard(root, spec, draw, shard, "u", records(spec, draw, shard))
+            loser = commits.write_shard(root, spec, draw, shard, "v", records(spec, draw, shard))
+            won = commits.publish(root, written.commit())
+            assert commits.publish(root, loser.commit()) == won
+    with pytest.raises(StorageError, match="no such generation"):
+        generations.load(root, 1)
+    body = generations.seal(root, 2)
+    assert body["content_digest"] == generations.load(local, 1)["content_digest"]
+    assert generations.newest(root) == (1, generations.load(root, 1))
+    assert generations.build(root, read_spec(root), 2)["generation"] == 1
+    for entry, twin in zip(body["shards"], generations.load(local, 1)["shards"]):
+        index = read_index(as_path(root) / entry["index"], ["slot", "label"], entry["records"])
+        assert index.equals(read_index(local / twin["index"], ["slot", "label"]))
+        for file, same in zip(layouts.files(spec, entry), layouts.files(spec, twin)):
+            assert (as_path(root) / file.path).read_bytes() == (local / same.path).read_bytes()
+    assert not [file for file in as_path(root).fs.find(as_path(root).path) if ".v" in file]
+
+
+def test_a_sealed_zarr_store_at_a_url_is_opened_by_stock_zarr(make_store, spec_of, records) -> None:
+    zarr = pytest.importorskip("zarr")
+    spec, root = spec_of("zarr"), "memory://stock-zarr"
+    write_spec(root, spec)
+    for shard in range(spec.shards_per_draw):
+        commits.publish(root, commits.write_shard(root, spec, 0, shard, "u", records(spec, 0, shard)).commit())
+    generations.seal(root, 1)
+    stock = zarr.open(root, mode="r")
+    np.testing.assert_array_equal(stock["d000/slot"][...], np.arange(50))

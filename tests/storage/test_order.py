@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfm.storage.order import Order, order_key, permute, permute_windowed
+from nfm.storage.order import Order, Windows, order_key, permute, shard_counts, shuffling
+
+counts_of_shards = st.lists(st.integers(1, 40), min_size=1, max_size=30).map(lambda counts: np.array(counts, np.int64))
 
 
-def make_order(rows: int, batch_size: int, shuffle="full", rows_per_shard: int = 7, window: int = 3, last="keep"):
-    return Order("key", rows, rows_per_shard, 0, batch_size, shuffle, window, last)
+def windowed(n: int, rows_per_shard: int, window: int, key: str) -> np.ndarray:
+    return Windows(shard_counts(n, rows_per_shard), window, key)(np.arange(n))
 
 
 @given(st.integers(1, 3000), st.text(max_size=5))
@@ -23,9 +25,23 @@ def test_the_order_is_a_bijection_of_any_size(n, key):
 
 @given(st.integers(1, 500), st.integers(1, 60), st.integers(1, 9), st.integers(0, 5))
 def test_the_windowed_order_is_a_bijection_that_stays_in_its_window(n, rows_per_shard, window, key):
-    rows = permute_windowed(np.arange(n), n, rows_per_shard, window, str(key))
+    rows = windowed(n, rows_per_shard, window, str(key))
     assert np.array_equal(np.sort(rows), np.arange(n))
-    shards = rows // rows_per_shard
+    check_windows(rows // rows_per_shard, window)
+
+
+@given(counts_of_shards, st.integers(1, 9), st.integers(0, 5))
+def test_shards_of_any_size_are_windowed_too(counts, window, key):
+    n = int(counts.sum())
+    rows = Windows(counts, window, str(key))(np.arange(n))
+    assert np.array_equal(np.sort(rows), np.arange(n))
+    check_windows(np.searchsorted(np.cumsum(counts), rows, side="right"), window)
+    some = np.random.default_rng(key).permutation(n)[: n // 2]
+    assert np.array_equal(Windows(counts, window, str(key))(some), rows[some])
+
+
+def check_windows(shards: np.ndarray, window: int) -> None:
+    """Shards, by position: each `window` of them are met together and never again."""
     met: list[set[int]] = []  # the shards of each window, in the order they are met
     for shard in shards.tolist():
         if not met or (shard not in met[-1] and len(met[-1]) == window):
@@ -45,7 +61,7 @@ def test_a_single_position_is_permuted_without_the_others(n, position):
 def test_the_order_never_changes():
     assert permute(np.arange(10), 10, "key").tolist() == ORDER_OF_10
     assert permute(np.array([0, 59999]), 60000, "key").tolist() == ORDER_OF_60000
-    assert permute_windowed(np.arange(10), 10, 2, 2, "key").tolist() == WINDOWED_10
+    assert windowed(10, 2, 2, "key").tolist() == WINDOWED_10
     assert order_key("ab", 10, 2) == ORDER_KEY
 
 
@@ -69,35 +85,41 @@ def test_neighbours_do_not_stay_neighbours():
     assert (np.abs(np.diff(rows)) == 1).mean() < 1e-3
 
 
-@given(
-    st.integers(1, 400),
-    st.integers(1, 50),
-    st.sampled_from(["full", "windowed", None]),
-    st.integers(0, 400),
-)
-def test_batches_after_any_count_hold_every_remaining_record_once(rows, batch_size, shuffle, consumed):
-    order = make_order(rows, batch_size, shuffle)
-    whole = order.at(2, np.arange(rows))
-    batches = list(order.batches(2, consumed))
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    for number, batch in enumerate(batches):
-        start = consumed + number * batch_size
-        assert np.array_equal(batch, np.sort(whole[start : start + batch_size]))
-    assert sum(map(len, batches)) == max(0, rows - consumed)
-
-
-def test_dropping_the_last_batch_leaves_full_ones_only():
-    assert [len(batch) for batch in make_order(50, 16, last="drop").batches(0, 0)] == [16, 16, 16]
-    assert [len(batch) for batch in make_order(50, 16, last="drop").batches(0, 32)] == [16]
-    assert [len(batch) for batch in make_order(50, 16, last="drop").batches(0, 48)] == []
-    assert [len(batch) for batch in make_order(50, 16).batches(0, 0)] == [16, 16, 16, 2]
-
-
 def test_epochs_and_seeds_differ():
-    order = make_order(1000, 10)
-    other = Order("key", 1000, 7, 1, 10, "full", 3, "keep")
-    orders = [order.at(0, np.arange(1000)), order.at(1, np.arange(1000)), other.at(0, np.arange(1000))]
-    assert all((a == b).mean() < 0.02 for a, b in pairwise(orders))
+    counts = shard_counts(1000, 7)
+    for shuffle in ("full", "windowed"):
+        orders = [Order("key", seed, shuffle, 3).epoch(epoch, counts) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+        assert all((a == b).mean() < 0.02 for a, b in pairwise(order(np.arange(1000)) for order in orders))
+
+
+def test_no_shuffle_is_the_order_of_the_shards():
+    positions = np.array([5, 0, 9])
+    assert Order("key", shuffle=None).epoch(3, shard_counts(10, 3))(positions).tolist() == [5, 0, 9]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_full_order_mixes_as_well_as_chance(seed):
+    n = 50_000
+    mixed = shuffling(Order("key", seed).epoch(0, shard_counts(n, 500))(np.arange(n)))
+    assert abs(mixed["correlation"]) < 5 / np.sqrt(n)
+    assert abs(mixed["displacement"] - 1 / 3) < 5 * 0.24 / np.sqrt(n)  # |u - v| of uniforms: deviation 0.236
+    assert abs(mixed["separation"] - 1 / 3) < 5 * 0.24 / np.sqrt(n)
+
+
+@pytest.mark.parametrize("window", [1, 4, 16])
+def test_windowed_order_mixes_as_well_as_its_window_allows(window):
+    n, each = 50_000, 500
+    orders = [Order("key", seed, "windowed", window).epoch(0, shard_counts(n, each)) for seed in range(4)]
+    for mixed in (shuffling(order(np.arange(n))) for order in orders):
+        assert abs(mixed["correlation"]) < 5 / np.sqrt(n / each)  # the shards are mixed in full
+        assert abs(mixed["displacement"] - 1 / 3) < 5 * 0.24 / np.sqrt(n / each)
+        assert mixed["separation"] > 0.95 * window * each / n / 3
+
+
+def test_the_figures_of_shuffling_tell_order_from_disorder():
+    rows = np.arange(1000)
+    assert shuffling(rows) == pytest.approx({"correlation": 1, "displacement": 0, "separation": 1 / 1000})
+    assert shuffling(rows[::-1])["correlation"] == pytest.approx(-1)
 
 
 def test_the_order_key_names_source_rows_and_draws():
@@ -110,12 +132,10 @@ def test_a_position_outside_is_refused():
         permute(np.array([10]), 10, "key")
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"batch_size": 0}, {"shuffle": "yes"}, {"last": "pad"}, {"window": 0, "shuffle": "windowed"}]
-)
+@pytest.mark.parametrize("wrong", [{"shuffle": "yes"}, {"window": 0, "shuffle": "windowed"}])
 def test_options_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValueError, match="must be"):
-        make_order(**({"rows": 10, "batch_size": 2} | wrong))
+        Order("key", **wrong)
 
 
 ORDER_OF_10 = [3, 5, 1, 9, 0, 6, 4, 8, 7, 2]

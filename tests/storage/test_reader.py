@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,51 @@ from hypothesis import strategies as st
 
 from nfm.storage import BatchReader, PairStore, StateMismatch, StorageError
 from nfm.storage.convert import to_float32
-from nfm.storage.order import Order
+from nfm.storage.stream import StoreStream, plan
+
+# The batches of two epochs of 23 records in shards of 5, seed 3: what students that stopped are resumed with.
+FULL = [
+    [0, 4, 7, 22],
+    [5, 8, 10, 18],
+    [1, 13, 14, 19],
+    [9, 11, 15, 20],
+    [3, 6, 16, 17],
+    [2, 12, 21],
+    [4, 13, 18, 20],
+    [8, 9, 16, 17],
+    [0, 5, 11, 22],
+    [1, 3, 10, 12],
+    [2, 6, 14, 21],
+    [7, 15, 19],
+]
+WINDOWED = [
+    [1, 16, 17, 18],
+    [0, 2, 4, 15],
+    [3, 11, 14, 19],
+    [5, 6, 10, 13],
+    [7, 8, 9, 12],
+    [20, 21, 22],
+    [1, 4, 20, 21],
+    [0, 2, 3, 22],
+    [11, 14, 17, 19],
+    [10, 13, 15, 18],
+    [6, 9, 12, 16],
+    [5, 7, 8],
+]
+UNSHUFFLED = [
+    [0, 1, 2, 3],
+    [4, 5, 6, 7],
+    [8, 9, 10, 11],
+    [12, 13, 14, 15],
+    [16, 17, 18, 19],
+    [20, 21, 22],
+    [0, 1, 2, 3],
+    [4, 5, 6, 7],
+    [8, 9, 10, 11],
+    [12, 13, 14, 15],
+    [16, 17, 18, 19],
+    [20, 21, 22],
+]
 
 
 class Numbers:
@@ -23,8 +68,11 @@ class Numbers:
 
     generation = None
     value_range = (0.0, 255.0)
+    noise_step = None
     order_key = "order"
     content_digest = "content"
+    rows_per_shard = 5
+    remote = False
 
     def __init__(self, rows: int, draws: int = 1, broken: int | None = None) -> None:
         self.rows, self.draws, self.broken = rows, draws, broken
@@ -33,8 +81,8 @@ class Numbers:
     def __len__(self):
         return self.rows
 
-    def draw(self, epoch):
-        return epoch % self.draws
+    def shard(self, draw, number):
+        return SimpleNamespace(maps=[])
 
     def empty(self, records):
         return {
@@ -50,9 +98,8 @@ class Numbers:
         self.gathered += 1
 
 
-def make_reader(source, batch_size=4, seed=0, shuffle="full", window=2, last="drop", **options) -> BatchReader:
-    order = Order(source.order_key, len(source), 5, seed, batch_size, shuffle, window, last)
-    return BatchReader(source, order, **options)
+def make_reader(source, batch_size=4, seed=0, shuffle="full", window=2, **options) -> BatchReader:
+    return BatchReader(StoreStream(source, seed, shuffle, window), batch_size, **options)
 
 
 def slots(reader, count=None) -> list[list[int]]:
@@ -64,7 +111,42 @@ def flat(parts) -> list[int]:
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "nfm-reader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("nfm-")]
+
+
+@given(
+    st.integers(1, 400),
+    st.integers(1, 50),
+    st.sampled_from(["full", "windowed", None]),
+    st.integers(0, 400),
+)
+def test_batches_after_any_count_hold_every_remaining_record_once(rows, batch_size, shuffle, consumed):
+    stream = StoreStream(Numbers(rows, draws=3), 0, shuffle, 3)
+    whole = stream.at(2, np.arange(rows)).slot
+    planned = list(plan(stream, batch_size, False, 3, 2, consumed))
+    assert all(len(each.records.slot) == batch_size for each in planned[:-1])
+    for number, each in enumerate(planned):
+        start = consumed + number * batch_size
+        assert np.array_equal(each.records.slot, np.sort(whole[start : start + batch_size]))
+        assert (each.epoch, each.consumed) == (2, min(rows, start + batch_size))
+    assert sum(len(each.records.slot) for each in planned) == max(0, rows - consumed)
+
+
+def test_dropping_the_last_batch_leaves_full_ones_only():
+    def sizes(consumed: int, drop: bool) -> list[int]:
+        stream = StoreStream(Numbers(50), 0, "full", 3)
+        return [len(each.records.slot) for each in plan(stream, 16, drop, 1, 0, consumed)]
+
+    assert sizes(0, drop=True) == [16, 16, 16]
+    assert sizes(32, drop=True) == [16]
+    assert sizes(48, drop=True) == []
+    assert sizes(0, drop=False) == [16, 16, 16, 2]
+
+
+@pytest.mark.parametrize(("shuffle", "expected"), [("full", FULL), ("windowed", WINDOWED), (None, UNSHUFFLED)])
+def test_the_batches_never_change(shuffle, expected):
+    reader = make_reader(Numbers(23, draws=2), seed=3, shuffle=shuffle, epochs=2, last="keep", prefetch=False)
+    assert slots(reader) == expected
 
 
 @settings(max_examples=60)
@@ -177,11 +259,13 @@ def test_values_are_those_of_the_records_and_epochs_take_turns_over_the_draws(pr
     met = []
     for batch in reader:
         assert (batch.image == batch.slot[:, None, None, None]).all()
+        assert len(set(batch.draw)) == 1
+        assert not batch.store.any()
         expected = (batch.slot + batch.draw / 10).astype(np.float16).astype(np.float32)
         assert (batch.noise == expected[:, None, None, None]).all()
         assert batch.image.dtype == batch.noise.dtype == np.float32
         assert batch.label.tolist() == [-1] * 4
-        met.append((batch.epoch, batch.draw))
+        met.append((batch.epoch, batch.draw[0]))
     assert met == [(0, 0)] * 3 + [(1, 1)] * 3 + [(2, 0)] * 3
 
 
@@ -276,6 +360,9 @@ def test_torch_distributed_gives_rank_and_world_size(tmp_path):
     [
         ({"batch_size": 5, "rank": 0, "world_size": 2}, "divisible"),
         ({"batch_size": 41}, "exceeds the 40 records"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"last": "pad"}, "must be"),
+        ({"shuffle": "yes"}, "must be"),
         ({"rank": 0}, "both or neither"),
         ({"rank": 2, "world_size": 2}, r"outside 0\.\.1"),
     ],

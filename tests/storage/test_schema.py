@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +50,15 @@ def test_a_newer_schema_is_refused_with_the_file_and_the_remedy(tmp_path: Path, 
         ({"rows": 0}, "rows = 0"),
         ({"codec": "float32"}, "noise field is float16"),
         ({"codec": "int3"}, "int3"),
-        ({"layout": "samples"}, "samples"),
+        ({"layout": "columns"}, "columns"),
+        ({"layout": "zarr", "rows_per_block": 8}, r"rows_per_shard 20 is no multiple of rows_per_block 8; use 24"),
+        ({"codec": "pcodec", "fields": pair_fields((1, 4, 4), "pcodec")}, "pcodec is for archives in layout zarr"),
+        ({"noise_step": 0.05}, "noise_step 0.05 with codec float16"),
+        ({"image_scale": 0.18}, "for float images only"),
+        ({"fields": pair_fields((1, 4, 4), image_dtype="int64")}, "int64"),
+        ({"rows": 10**7, "rows_per_shard": 1}, "raise rows_per_shard"),
+        ({"value_range": (1.0, -1.0)}, "lowest"),
+        ({"layout": "zarr", "rows_per_shard": 10**8, "rows_per_block": 1}, "raise rows_per_block"),
         ({"fields": pair_fields((1, 4, 4))[:1]}, "no field 'noise'"),
         ({"fields": pair_fields((1, 4, 4)) * 2}, "twice"),
     ],
@@ -64,6 +74,52 @@ def test_fields_hold_numbers_only() -> None:
             Field("image", dtype, (1,), "image")
     with pytest.raises(StorageError, match="role"):
         Field("image", "uint8", (1,), "picture")
+
+
+def test_a_recipe_of_before_reads_as_one_with_the_defaults(tmp_path: Path, small_spec: StoreSpec) -> None:
+    recipe = small_spec.to_dict()
+    assert not {"noise_step", "image_scale", "image_decoder"} & set(recipe)  # so a store's old recipe is its recipe
+    atomic.write_json(tmp_path / "spec.json", {"store": recipe})
+    assert read_spec(tmp_path) == small_spec
+    assert read_spec(tmp_path).to_dict() == recipe
+
+
+def test_a_step_is_that_of_the_codec_unless_it_is_given() -> None:
+    fields = pair_fields((4, 8, 8), "int8", "float16", label=False)
+    facts = {"rows": 4, "rows_per_shard": 4, "coupling": "nfm", "source": "s", "codec": "int8"}
+    spec = StoreSpec(fields=fields, image_scale=0.18215, image_decoder="some/vae", **facts)
+    assert spec.noise_step == 1 / 20
+    assert [field.name for field in spec.fields] == ["image", "noise", "slot"]
+    assert StoreSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert StoreSpec(fields=fields, noise_step=0.1, **facts).noise_step == 0.1
+
+
+HOSTILE = [None, True, -1, 0, 1.5, 2**70, 10**400, 1e308, "", "x", "\x00", "../..", [], {}, [[]], [{}], {"a": 1}]
+
+
+@pytest.mark.parametrize("value", [*HOSTILE, float("nan"), float("inf"), "x" * 10**6, [2**31] * 5, [[1] * 9] * 9])
+def test_a_hostile_recipe_is_a_storage_error_and_nothing_else(small_spec: StoreSpec, value: Any) -> None:
+    recipe = small_spec.to_dict()
+    for key in recipe:
+        _reads_or_is_refused(recipe | {key: value})
+        _reads_or_is_refused({k: v for k, v in recipe.items() if k != key})
+    for key in ("name", "dtype", "shape", "role"):
+        for number in range(4):
+            fields = [dict(field) for field in recipe["fields"]]
+            fields[number][key] = value
+            _reads_or_is_refused(recipe | {"fields": fields})
+            del fields[number][key]
+            _reads_or_is_refused(recipe | {"fields": fields})
+
+
+def _reads_or_is_refused(recipe: dict[str, Any]) -> None:
+    try:
+        spec = StoreSpec.from_dict(recipe)
+    except StorageError:
+        return
+    assert 1 <= spec.rows <= 10**9
+    assert 1 <= spec.shards_per_draw <= 100_000
+    assert sum(field.bytes_per_record for field in spec.fields) <= 2**28
 
 
 def test_a_folder_that_is_no_store_says_so(tmp_path: Path) -> None:

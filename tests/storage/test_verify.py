@@ -5,20 +5,23 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
 from nfm.storage import atomic, commits, generations
 from nfm.storage.schema import StoreSpec
 from nfm.storage.tar import MappedShard, ShardWriter
-from nfm.storage.verify import verify
+from nfm.storage.verify import LEVELS, orphans, verify
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "store-format-1"
 
 
 def _snapshot(root: Path) -> dict[str, tuple[str, int]]:
     return {str(p): (atomic.digest(p.read_bytes()), p.stat().st_mtime_ns) for p in root.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("level", ["quick", "default"])
+@pytest.mark.parametrize("level", LEVELS)
 def test_a_whole_store_has_no_findings_and_is_not_touched(make_store, level) -> None:
     root = make_store(draws=2)
     before = _snapshot(root)
@@ -162,3 +165,25 @@ def test_a_store_that_was_never_sealed_or_is_none_says_so(make_store, tmp_path: 
     shutil.rmtree(root)
     (finding,) = verify(root)
     assert "no such file" in finding.problem
+
+
+@pytest.mark.parametrize("name", ["blocks", "samples", "zarr"])
+def test_a_store_behind_a_url_is_verified_alike(name: str) -> None:
+    """At every level, by streams and copies: no cache may stand between the check and what is stored."""
+    memory = fsspec.filesystem("memory")
+    url = f"memory://verified/{name}"
+    for path in (path for path in (FIXTURES / name).rglob("*") if path.is_file()):
+        memory.pipe_file(f"verified/{name}/{path.relative_to(FIXTURES / name)}", path.read_bytes())
+    assert [verify(url, level=level) for level in LEVELS] == [[], [], []]
+    assert orphans(url) == []
+    file = "d001/image/c/1/0/0/0" if name == "zarr" else "shards/d001-s00001.fixture1.tar"
+    whole = memory.cat_file(f"verified/{name}/{file}")
+    memory.pipe_file(f"verified/{name}/{file}", whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert verify(url) == []
+    (finding,) = verify(url, level="default")
+    assert finding.file == f"{url}/{file}"
+    memory.pipe_file(f"verified/{name}/{file}", whole)
+    memory.pipe_file(f"verified/{name}/index/copy.parquet", b"x")
+    (finding,) = verify(url)
+    assert finding.file == f"{url}/index/copy.parquet"
+    memory.rm(f"verified/{name}", recursive=True)

@@ -1,0 +1,28 @@
+"""Layout `samples` in stock WebDataset, none of our code: `python examples/stock_webdataset_samples.py STORE`.
+
+A tar sample is one pair, as pipelines expect that were written for images and classes: KEY.image.npy, KEY.noise.npy,
+KEY.cls. (Make such a store with `nfm pairs export STORE --layout samples`.) Convention: only x and z are stored; with
+t = 0 the image and t = 1 the noise, regress noise - image.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+
+
+def pairs(store: str, draw: int = 0) -> Iterator[tuple[Any, Any, int]]:
+    """Pairs of one draw of the newest generation: image [C, H, W], noise [C, H, W] as they are stored, label."""
+    manifest = json.loads(max(Path(store).glob("manifest.g*.json")).read_text())
+    mine = [shard["payload"] for shard in manifest["shards"] if shard["name"].startswith(f"d{draw:03d}-")]
+    samples = wds.WebDataset([str(Path(store, tar)) for tar in mine], shardshuffle=False).decode()
+    yield from samples.to_tuple("image.npy", "noise.npy", "cls")
+
+
+if __name__ == "__main__":
+    print(f"{sum(1 for _image, _noise, _label in pairs(sys.argv[1]))} pairs")

@@ -1,0 +1,169 @@
+"""`nfm pairs`: look into pair stores, check, seal, convert and extend them; most of it works on URLs too."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from nfm.pipeline.artifact import Artifact, artifacts_root, find
+from nfm.pipeline.console import time_left
+from nfm.storage import atomic
+from nfm.storage.errors import StorageError
+
+LAYOUTS, CODECS = ("blocks", "samples", "zarr"), ("float32", "float16", "int8", "pcodec")
+PLAIN_SECONDS = 15.0
+
+
+@click.group()
+def pairs() -> None:
+    """Look into pair stores, check, convert and extend them.
+
+    STORE is an artifact, a folder, one of its manifests, or a URL such as s3://bucket/store.
+    """
+
+
+@pairs.command()
+@click.argument("store")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def info(store: str, as_json: bool) -> None:
+    """Show a store's recipe, generations, sizes and moments."""
+    from nfm.pipeline import planning
+    from nfm.stages import pairs_info
+
+    where = _where(store)
+    body = {"store": where, **pairs_info.info(where)} if isinstance(where, str) else planning.store_info(find(store))
+    lines = (f"{key:18} {'-' if value is None else value}" for key, value in body.items())
+    click.echo(json.dumps(body, indent=2) if as_json else "\n".join(lines))
+
+
+@pairs.command()
+@click.argument("store")
+@click.option("-n", "count", default=8, type=click.IntRange(1, 20), show_default=True, help="Pairs, and worst ones.")
+@click.option("--draw", default=0, type=click.IntRange(min=0), show_default=True)
+@click.option("-o", "--output", default="head.png", show_default=True, type=click.Path(path_type=Path))
+@click.option(
+    "--teacher", default="auto", show_default=True, metavar="ARTIFACT|auto|none",
+    help="Who decodes the noise; auto looks for the store's own among the artifacts.",
+)  # fmt: skip
+def head(store: str, count: int, draw: int, output: Path, teacher: str) -> None:
+    """Draw the first pairs of a store: image, noise, decoded noise; a histogram of z; the records of worst nll."""
+    from nfm.stages import pairs_head
+
+    where = _where(store)
+    folder = None if teacher in ("auto", "none") else find(teacher).path
+    if teacher == "auto" and (digest := pairs_head.teacher_of(where)) is not None:
+        folder = _by_content("teacher", digest)
+        if folder is None:
+            click.echo(f"nothing is decoded: the store's teacher {digest[:12]} is not in {artifacts_root()}", err=True)
+    click.echo(pairs_head.draw(where, count, draw, folder, output))
+    click.echo(str(output))
+
+
+@pairs.command()
+@click.argument("store")
+@click.option("--quick", "level", flag_value="quick", help="Sizes and digests of commits and manifests only.")
+@click.option("--deep", "level", flag_value="deep", help="Also read every record as stock readers do.")
+def verify(store: str, level: Literal["quick", "deep"] | None) -> None:
+    """Check a store by itself, without its lineage; exit 1 on any finding."""
+    from nfm.stages import pairs_upkeep
+
+    findings = pairs_upkeep.verify(_where(store), level or "default")
+    for finding in findings:
+        click.echo(f"{finding.file}: {finding.problem}; {finding.remedy}")
+    if findings:
+        sys.exit(1)
+    if left := pairs_upkeep.unfinished(_where(store)):
+        click.echo(left)
+    click.echo("clean")
+
+
+@pairs.command()
+@click.argument("store")
+def seal(store: str) -> None:
+    """Seal the complete draws of a store as a generation."""
+    from nfm.pipeline.runner import seal_store
+
+    click.echo(str(seal_store(find(store)).reference))
+
+
+@pairs.command()
+@click.argument("store")
+@click.argument("target")
+@click.option("--layout", type=click.Choice(LAYOUTS), help="Default: the store's own.")
+@click.option("--codec", type=click.Choice(CODECS), help="Of the noise. Default: the store's own.")
+@click.option("--generation", type=click.IntRange(min=1), help="Default: the newest.")
+def export(store: str, target: str, layout: str | None, codec: str | None, generation: int | None) -> None:
+    """Write a store to TARGET, a folder or URL, in another layout or codec.
+
+    Every shard is checked before it is converted. Stopped or killed, the same command goes on where it was; run
+    again after the store grew, it adds the new draws.
+    """
+    from nfm.stages import pairs_export
+
+    try:
+        for line in pairs_export.run(_where(store), target, layout, codec, generation, _Progress()):
+            click.echo(line)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on from here", err=True)
+        raise
+    click.echo(target)
+
+
+@pairs.command("add-field")
+@click.argument("store")
+@click.argument("name")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def add_field(store: str, name: str, file: Path) -> None:
+    """Add a field NAME from FILE.npy, which has a value a source row, to a finished store.
+
+    Readers join it by image row: store.batches(..., fields=["NAME"]).
+    """
+    from nfm.stages import pairs_export
+
+    field = pairs_export.add_field(_where(store), name, file)
+    click.echo(f"{field.name}: {field.rows:,} rows of {field.dtype.name} {list(field.shape)} in {field.folder}")
+
+
+def _where(store: str) -> str | Path:
+    """A URL as it is, anything else as the artifact that it names."""
+    return store if "://" in store else find(store).reference
+
+
+def _by_content(stage: str, digest: str) -> Path | None:
+    """The folder of the finished artifact with this content, if it is under the root."""
+    for path in sorted(artifacts_root().glob(f"{stage}/*/manifest*.json")):
+        try:
+            if atomic.read_json(path).get("content_digest") == digest:
+                return Artifact(path.parent).path
+        except StorageError:
+            continue  # damaged: its audit says so
+    return None
+
+
+class _Progress:
+    """A line that is written over on a terminal, and one every 15 seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._started = self._told = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, total: int, read: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+            if 0 < done < total:
+                click.echo(f"export: {done:,} of {total:,} pairs are there already", err=True)
+        seconds = max(now - self._started, 1e-9)
+        rate = (done - self._first) / seconds
+        left = f", {time_left((total - done) / rate)} left" if rate else ""
+        line = f"export: {done:,} of {total:,} pairs, {read / seconds / 1e6:,.0f} MB/s{left}"
+        if sys.stderr.isatty():
+            click.echo(f"\r\033[K{line}" + ("\n" if done == total else ""), err=True, nl=False)
+        elif now - self._told >= PLAIN_SECONDS:
+            self._told = now
+            click.echo(line, err=True)

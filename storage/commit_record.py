@@ -1,0 +1,106 @@
+"""What a commit says, and how it is read: nothing in it is believed before it was checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nfm.storage import checked
+from nfm.storage.errors import NewerSchema, StorageError
+from nfm.storage.moments import Moments, check_moments
+from nfm.storage.schema import FORMAT, parse_name
+
+ATTEMPT = r"[A-Za-z0-9_-]{1,100}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """The record that makes a shard exist. `payload` and `index` are paths relative to the store.
+
+    In layout zarr the payload is a folder, and `parts` has its files: field, sha256, bytes. `payload_sha256` is
+    then the content digest of the parts.
+    """
+
+    name: str
+    draw: int
+    shard: int
+    attempt: str
+    payload: str
+    payload_sha256: str
+    payload_bytes: int
+    index: str
+    index_sha256: str
+    index_bytes: int
+    records: int
+    keys_digest: str
+    moments: Moments
+    clipped: int = 0  # values of the noise beyond the codec's range
+    parts: tuple[Mapping[str, Any], ...] = ()
+    precision: str = "float32"
+    batch_size: int | None = None
+    threads: int | None = None
+    seconds: float = 0.0
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    device: str = "cpu"
+
+
+def check_files(where: str, body: Mapping[str, Any], name: str, prefix: str) -> tuple[Mapping[str, Any], ...]:
+    """Checks what a commit (prefix `payload_`) or a manifest says of a shard's files; returns the parts.
+
+    Paths must be those that an attempt writes: nothing that is read here leads out of the store.
+    """
+    payload = checked.text(f"{where}: payload", body["payload"], most=200)
+    match = re.fullmatch(rf"shards/{name}\.({ATTEMPT})(\.tar)?", payload)
+    if match is None or body["index"] != f"index/{name}.{match[1]}.parquet":
+        raise StorageError(f"{where}: {checked.shown(payload)} and {checked.shown(body['index'])} are not its files")
+    for key in (f"{prefix}sha256", "index_sha256"):
+        checked.sha256(f"{where}: {key}", body[key])
+    for key in (f"{prefix}bytes", "index_bytes"):
+        checked.integer(f"{where}: {key}", body[key])
+    checked.integer(f"{where}: records", body["records"], 1)
+    listed = checked.sequence(f"{where}: parts", body.get("parts", ()), 64)
+    if bool(listed) == bool(match[2]):
+        raise StorageError(f"{where}: {payload!r} with {len(listed)} parts; a folder has parts, a tar none")
+    parts = tuple(checked.mapping(f"{where}: a part", part) for part in listed)
+    for part in parts:
+        checked.text(f"{where}: the field of a part", part.get("field"), "[a-z][a-z0-9_]*", 40)
+        checked.sha256(f"{where}: the sha256 of a part", part.get("sha256"))
+        checked.integer(f"{where}: the bytes of a part", part.get("bytes"))
+    return parts
+
+
+def parse(path: Path, name: str, body: Mapping[str, Any]) -> Commit:
+    """The commit of the shard `name` from what `path` holds. Raises StorageError or NewerSchema."""
+    if checked.integer(f"{path}: format", body.get("format", FORMAT)) > FORMAT:
+        raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
+    again = "set it aside and run the pairs stage again"
+    needed = [field.name for field in dataclasses.fields(Commit) if field.default is dataclasses.MISSING]
+    lacking = [key for key in needed if key not in body and key != "versions"]
+    if lacking:
+        raise StorageError(f"{path}: no complete commit, it lacks {', '.join(lacking)}; {again}")
+    if body["name"] != name:
+        raise StorageError(f"{path}: is the commit of {str(body['name'])[:40]}; {again}")
+    draw, shard = parse_name(name)
+    if (body["draw"], body["shard"]) != (draw, shard):
+        raise StorageError(f"{path}: its draw and shard are not those of its name; {again}")
+    parts = check_files(str(path), body, name, "payload_")
+    if body["payload"].split(".")[1] != body["attempt"]:
+        raise StorageError(f"{path}: its attempt is not that of its files; {again}")
+    checked.sha256(f"{path}: keys_digest", body["keys_digest"])
+    check_moments(f"{path}: moments", body["moments"])
+    checked.integer(f"{path}: clipped", body.get("clipped", 0))
+    for key in ("precision", "device"):
+        checked.text(f"{path}: {key}", body.get(key, ""))
+    for key in ("batch_size", "threads"):
+        if body.get(key) is not None:
+            checked.integer(f"{path}: {key}", body[key])
+    checked.real(f"{path}: seconds", body.get("seconds", 0.0))
+    versions = checked.mapping(f"{path}: versions", body.get("versions", {}))
+    for version in versions.values():
+        checked.text(f"{path}: versions", version)
+    known = {field.name for field in dataclasses.fields(Commit)}
+    return Commit(**{key: value for key, value in body.items() if key in known} | {"parts": parts})

@@ -1,0 +1,269 @@
+"""A store in another layout or codec: every shard is converted from checked bytes and committed, the manifest is last.
+
+Killed at any point and run again, an export goes on with the shards that are not committed yet. An attempt's name
+begins with the digest of the shard that it was converted from, so a target never mixes two stores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from nfm.storage import codecs, commits, generations
+from nfm.storage import layout as layouts
+from nfm.storage.atomic import HashingFile, create_json, hash_file, is_temporary, read_json
+from nfm.storage.cache import Wanted
+from nfm.storage.errors import CorruptShard, MissingShard, StorageError
+from nfm.storage.index import read_index
+from nfm.storage.paths import as_path, inside, is_remote, names_in, remove, size_of
+from nfm.storage.row_fields import FIELDS, RowField, publish_row_field, row_field_names
+from nfm.storage.schema import SPEC, StoreSpec, pair_fields
+from nfm.storage.store import PairStore
+
+Entry = Mapping[str, Any]
+T = TypeVar("T")
+Progress = Callable[[int, int, int], None]  # pairs done, pairs in all, bytes read so far by this call
+_CHUNK_BYTES = 16 << 20
+_COPY_BYTES = 4 << 20
+_INDEX_COLUMNS = ("row", "flip", "group", "nll", "label")
+_CARRIED = ("config", "versions", "git_commit")  # what the source's manifest says of its making
+
+
+def converted(spec: StoreSpec, layout: str, codec: str) -> StoreSpec:
+    """The recipe of the same pairs in another layout and codec. Raises StorageError where they do not go together."""
+    noise = next(field for field in pair_fields(spec.image_shape, codec) if field.role == "noise")
+    fields = tuple(noise if field.role == "noise" else field for field in spec.fields)
+    rows_per_block = spec.rows_per_block
+    if layout == "zarr":  # a shard is whole chunks there
+        sizes = range(1, min(rows_per_block, spec.rows_per_shard) + 1)
+        rows_per_block = max(rows for rows in sizes if spec.rows_per_shard % rows == 0)
+    step = spec.noise_step if codec == spec.codec else None
+    return dataclasses.replace(
+        spec, layout=layout, codec=codec, fields=fields, noise_step=step, rows_per_block=rows_per_block
+    )
+
+
+def export(
+    source: PairStore,
+    target: str | Path,
+    layout: str = "blocks",
+    codec: str = "float16",
+    progress: Progress = lambda done, total, read: None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Writes the pinned generation of `source` to `target`, a folder or URL; returns the target's manifest.
+
+    Its `exported` says what it was made from, and of a codec with other rounding `rms_error` and `max_error` over
+    the `measured` pairs that this call converted; `clipped` of the manifest counts clipped values. Raises
+    StorageError when the target is another store, CorruptShard when a shard of the source is not as committed.
+    """
+    root, spec = as_path(target), converted(source.spec, layout, codec)
+    _begin(source, root, spec)
+    entries = source.manifest["shards"]
+    done = commits.committed(root, source.draws)
+    for entry in entries:
+        found = done.get(entry["name"])
+        if found is not None and not found.attempt.startswith(_origin(entry)):
+            raise StorageError(f"{root}: {entry['name']} was exported from other pairs; choose another folder")
+    pending = [entry for entry in entries if entry["name"] not in done]
+    job = _Conversion(source, root, spec, sum(entry["records"] for entry in entries), progress)
+    job.run(pending, threads or os.cpu_count() or 1)
+    if job.loss.unknown:  # an earlier run, killed before it sealed, converted every shard
+        job.measure(entries[0])
+    _copy_row_fields(source, root)
+    exported = {
+        "content_digest": source.content_digest,
+        "generation": source.generation,
+        "layout": source.spec.layout,
+        "codec": source.spec.codec,
+        **job.loss.figures(),
+    }
+    carried = {key: source.manifest[key] for key in _CARRIED if key in source.manifest}
+    manifest = generations.seal(root, source.draws, **carried, inputs=_inputs(source), exported=exported)
+    _remove_lost_attempts(root, manifest["shards"])
+    return manifest
+
+
+def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
+    """Makes the target's spec.json, or finds that it is this export's. It has no `stage`: the pipeline made it not."""
+    mine = {"store": spec.to_dict(), "inputs": _inputs(source), "exported": {"order_source": source.spec.source}}
+    names = [name for name in names_in(root) if not is_temporary(name)]
+    if names and SPEC not in names:
+        raise StorageError(f"{root}: there is something else already ({names[0]}); export into a new or empty folder")
+    if not create_json(root / SPEC, mine):
+        there = read_json(root / SPEC)
+        there.pop("digest", None)
+        if "exported" not in there or StoreSpec.from_dict(there) != spec or there.get("inputs") != mine["inputs"]:
+            raise StorageError(f"{root}: another store is there; export into a new or empty folder")
+
+
+def _inputs(source: PairStore) -> dict[str, Any]:
+    return dict(read_json(source.root / SPEC).get("inputs") or {})
+
+
+def _origin(entry: Entry) -> str:
+    return f"x{entry['sha256'][:16]}-"
+
+
+class _Conversion:
+    """The shards of one export on their way, on several threads: numpy, hashing and the disk release Python's lock."""
+
+    def __init__(self, source: PairStore, root: Path, spec: StoreSpec, total: int, progress: Progress) -> None:
+        self.source, self.root, self.spec = source, root, spec
+        self.loss = _Loss(source.spec, spec)
+        self._total, self._progress = total, progress
+        self._stop = threading.Event()
+
+    def run(self, pending: Sequence[Entry], threads: int) -> None:
+        """Converts and commits the shards; after an error or an interrupt nothing half done is left running."""
+        done, read = self._total - sum(entry["records"] for entry in pending), 0
+        self._progress(done, self._total, read)
+        pool = ThreadPoolExecutor(min(threads, max(len(pending), 1)), thread_name_prefix="nfm-export")
+        waiting: dict[Future[None], Entry] = {pool.submit(self._convert, entry): entry for entry in pending}
+        try:
+            while waiting:
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    entry = waiting.pop(future)
+                    future.result()
+                    done, read = done + entry["records"], read + entry["bytes"]
+                    self._progress(done, self._total, read)
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def measure(self, entry: Entry) -> None:
+        """Takes the loss of one shard without writing it."""
+        for _ in self._records(entry):
+            pass
+
+    def _convert(self, entry: Entry) -> None:
+        source, name = self.source, entry["name"]
+        commit = commits.read(source.root, name)
+        if commit is None:
+            raise MissingShard(f"{commits.commit_path(source.root, name)}: the commit is missing; run `nfm audit`")
+        attempt = _origin(entry) + secrets.token_hex(4)
+        written = commits.write_shard(self.root, self.spec, commit.draw, commit.shard, attempt, self._records(entry))
+        how = {key: getattr(commit, key) for key in ("precision", "batch_size", "threads", "versions", "device")}
+        commits.publish(self.root, written.commit(**how))
+
+    def _records(self, entry: Entry) -> Iterator[dict[str, np.ndarray]]:
+        source, spec = self.source, self.source.spec
+        shard = self._opened(
+            [
+                Wanted(inside(source.root, file.path), file.sha256, file.bytes)
+                for file in layouts.files(source.spec, entry)
+            ],
+            lambda paths: layouts.open_shard(source.spec, paths, entry["records"]),
+        )
+        index = self._opened(
+            [Wanted(inside(source.root, entry["index"]), entry["index_sha256"], entry["index_bytes"])],
+            lambda paths: read_index(paths[0], [*_INDEX_COLUMNS]),
+        )
+        columns = {name: index[name].to_numpy(zero_copy_only=False) for name in _INDEX_COLUMNS}
+        step = max(1, _CHUNK_BYTES // sum(field.bytes_per_record for field in spec.fields))
+        for start in range(0, shard.records, step):
+            if self._stop.is_set():
+                raise InterruptedError("the export was stopped")
+            stop = min(start + step, shard.records)
+            chunk = {name: values[start:stop] for name, values in columns.items()}
+            chunk |= {field.name: shard.read(field.name, start, stop) for field in spec.fields}
+            if spec.noise_step is not None:
+                chunk["noise"] = codecs.decode(chunk["noise"], spec.noise_step)
+            self.loss.add(chunk["noise"])
+            yield chunk
+
+    def _opened(self, files: Sequence[Wanted], opener: Callable[[list[Path]], T]) -> T:
+        """What `opener` makes of the files once their bytes are as committed; those of a URL are fetched."""
+        if not self.source.remote:
+            for file in files:
+                _check(file)
+        return self.source.cache.opened(files, opener)
+
+
+class _Loss:
+    """How far the noise moves when it goes into another codec; nothing is measured where it cannot move."""
+
+    def __init__(self, before: StoreSpec, after: StoreSpec) -> None:
+        self._codec, self._step = after.codec, after.noise_step
+        same = (before.codec, before.noise_step) == (after.codec, after.noise_step)
+        self._possible = after.codec != "float32" and not same
+        self._lock = threading.Lock()
+        self._squares, self._values, self._pairs, self._max = 0.0, 0, 0, 0.0
+
+    def add(self, noise: np.ndarray) -> None:
+        if not self._possible:
+            return
+        error = codecs.decode(codecs.encode(noise, self._codec, self._step)[0], self._step) - noise
+        flat = error.reshape(-1)
+        squares, most = float(np.dot(flat, flat)), float(np.abs(flat).max(initial=0.0))
+        with self._lock:
+            self._squares += squares
+            self._values += flat.size
+            self._pairs += len(noise)
+            self._max = max(self._max, most)
+
+    @property
+    def unknown(self) -> bool:
+        """Whether values can move, and none was looked at."""
+        return self._possible and not self._values
+
+    def figures(self) -> dict[str, Any]:
+        """Nothing where no value can move, else the error over the pairs that were measured."""
+        if not self._possible or not self._values:
+            return {}
+        return {"rms_error": math.sqrt(self._squares / self._values), "max_error": self._max, "measured": self._pairs}
+
+
+def _check(file: Wanted) -> None:
+    if size_of(file.path) is None:
+        raise MissingShard(f"{file.path}: missing; restore it from a copy, or run `nfm audit` on its store")
+    if hash_file(file.path) != (file.sha256, file.bytes):
+        raise CorruptShard(f"{file.path}: not the bytes that were committed; run `nfm audit` on its store")
+
+
+def _copy_row_fields(source: PairStore, root: Path) -> None:
+    for name in row_field_names(source.root):
+        field, folder = RowField.open(source.root, name, source.cache), root / FIELDS / name
+        for part in field.files:
+            if size_of(folder / part.file) == part.bytes:
+                continue  # of an earlier, killed run: a name appears only when its file is whole
+            path = field.local(part)
+            if size_of(path) is None:
+                raise MissingShard(f"{path}: missing; restore it from a copy, or run `nfm audit` on its store")
+            with open(path, "rb") as file, HashingFile(folder / part.file) as out:
+                while piece := file.read(_COPY_BYTES):
+                    out.write(piece)
+                if out.sha256 != part.sha256:
+                    raise CorruptShard(f"{field.folder / part.file}: not the bytes that were written; restore it")
+        publish_row_field(folder, field.body)
+
+
+def _remove_lost_attempts(root: Path, entries: Sequence[Entry]) -> None:
+    """Removes what killed attempts left of these shards, now that each of them is sealed under one attempt."""
+    kept = {file for entry in entries for file in (entry["payload"], entry["index"])}
+    names = {entry["name"] for entry in entries}
+    for folder in ("shards", "index"):
+        for file in names_in(root / folder):
+            if file.partition(".")[0] in names and f"{folder}/{file}" not in kept:
+                _remove(root / folder / file)
+
+
+def _remove(path: Path) -> None:
+    if size_of(path) is not None:
+        remove(path)
+        return
+    for part in names_in(path):
+        remove(path / part)
+    if not is_remote(path):  # an object store has no folders
+        path.rmdir()

@@ -1,0 +1,170 @@
+"""A store's root is a folder or a URL; what goes wrong with a URL is one message that names it and the remedy."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nfm.storage import atomic
+from nfm.storage.errors import StorageError
+from nfm.storage.paths import as_path, exists, is_remote, names_in, read_bytes, remove, size_of
+from tests.storage.s3server import S3, new_clients
+
+
+def test_urls_of_this_machine_are_plain_paths(tmp_path: Path) -> None:
+    assert as_path(str(tmp_path)) == as_path(tmp_path) == as_path(f"file://{tmp_path}") == tmp_path
+    assert not is_remote(as_path(f"file://{tmp_path}"))
+    assert is_remote(as_path("s3://bucket/store"))
+    assert str(as_path("s3://bucket/store") / "commits" / "a.json") == "s3://bucket/store/commits/a.json"
+
+
+@pytest.fixture(params=["here", "memory", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder here, in fsspec's memory, or on an S3 server; it does not exist yet."""
+    if request.param == "here":
+        return tmp_path / "store"
+    if request.param == "memory":
+        return as_path(f"memory://{tmp_path.name}")
+    return as_path(request.getfixturevalue("bucket")) / "store"
+
+
+def test_what_is_missing_is_no_error_and_nothing_remembers_it(folder: Path) -> None:
+    file = folder / "sub" / "a"
+    assert (names_in(folder), size_of(file), exists(file), exists(folder)) == ([], None, False, False)
+    remove(file)
+    atomic.write_bytes(file, b"12345")
+    assert (names_in(folder), names_in(folder / "sub"), names_in(file)) == (["sub"], ["a"], [])
+    assert (size_of(file), size_of(folder / "sub")) == (5, None)
+    assert exists(file)
+    assert exists(folder / "sub")
+    assert read_bytes(file) == b"12345"
+    with pytest.raises(FileNotFoundError):
+        read_bytes(folder / "b")
+    remove(file)
+    assert (size_of(file), names_in(folder / "sub")) == (None, [])
+
+
+def test_an_empty_object_reads_as_no_bytes(folder: Path) -> None:
+    atomic.write_bytes(folder / "empty", b"")
+    assert (read_bytes(folder / "empty"), size_of(folder / "empty")) == (b"", 0)
+    assert atomic.hash_file(folder / "empty") == (atomic.digest(b""), 0)
+
+
+def said(root: str) -> str:
+    """What the library says of a URL that cannot be used; every way of asking must fail with a StorageError."""
+    path = as_path(f"{root}/store")
+    messages = []
+    for ask in (
+        lambda: atomic.read_json(path / "spec.json"),
+        lambda: names_in(path),
+        lambda: size_of(path / "a"),
+        lambda: atomic.create_bytes(path / "a", b"a"),
+    ):
+        with pytest.raises(StorageError) as caught:
+            ask()
+        messages.append(str(caught.value))
+    assert all(message.startswith(f"{root}/store") for message in messages)
+    return "\n".join(messages)
+
+
+def test_a_bucket_that_is_not_there_is_named(s3: S3) -> None:
+    assert said("s3://no-such-bucket").count("there is no such bucket: create it") == 4
+
+
+def test_missing_credentials_are_named_with_the_variables_to_set(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    new_clients()
+    assert said("s3://bucket").count("set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") == 4
+    new_clients()
+
+
+@pytest.mark.parametrize(
+    "code", ["AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "RequestTimeTooSkewed"]
+)
+def test_denied_access_is_named_at_once(code: str, s3: S3, bucket: str) -> None:
+    s3.fail("error", status=403, code=code, times=100)
+    began = time.monotonic()
+    assert said(bucket).count("access is denied: check the credentials") == 4
+    assert time.monotonic() - began < 3
+
+
+def test_an_endpoint_that_nobody_answers_at_is_named(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    monkeypatch.setenv("NFM_PATIENCE", "0.3")
+    new_clients()
+    assert said("s3://bucket").count("check the network and the endpoint (AWS_ENDPOINT_URL is http://127") == 4
+    new_clients()
+
+
+def test_a_server_that_never_answers_ends_in_an_error(s3: S3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec.config
+
+    monkeypatch.setenv("NFM_PATIENCE", "0.3")
+    short = {"config_kwargs": {"read_timeout": 0.1, "retries": {"total_max_attempts": 1}}}
+    monkeypatch.setitem(fsspec.config.conf, "s3", short)
+    s3.fail("delay", "store", times=1000, seconds=0.3)
+    with pytest.raises(StorageError, match=f"{bucket}/store/spec.json: cannot read .*check the network"):
+        atomic.read_json(as_path(f"{bucket}/store/spec.json"))
+
+
+def test_a_server_that_recovers_is_not_noticed(s3: S3, bucket: str) -> None:
+    file = as_path(bucket) / "store" / "a"
+    for kind, how in (("error", {"status": 500, "code": "InternalError"}), ("reset", {}), ("error", {"status": 429})):
+        s3.faults.clear()
+        s3.fail(kind, "store", times=2, **how)  # type: ignore[arg-type]
+        atomic.write_bytes(file, kind.encode())
+        s3.fail(kind, "store", times=2, **how)  # type: ignore[arg-type]
+        assert read_bytes(file) == kind.encode()
+        s3.fail(kind, "store", times=2, **how)  # type: ignore[arg-type]
+        assert names_in(file.parent) == ["a"]
+        s3.fail(kind, "store", times=2, **how)  # type: ignore[arg-type]
+        assert size_of(file) == len(kind)
+
+
+def test_an_unknown_protocol_and_a_number_that_is_none_say_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match=r"^s4://bucket/x: .*use a folder, s3://"):
+        as_path("s4://bucket/x")
+    monkeypatch.setenv("NFM_PATIENCE", "long")
+    with pytest.raises(StorageError, match="NFM_PATIENCE=long: write a number of seconds"):
+        names_in(as_path("memory://x"))
+
+
+def test_a_missing_package_is_named() -> None:
+    code = (
+        "import sys; sys.modules['s3fs'] = None\n"
+        "from nfm.storage.paths import as_path, names_in\n"
+        "from nfm.storage.errors import StorageError\n"
+        "try: names_in(as_path('s3://bucket/x'))\n"
+        "except StorageError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "s3://bucket/x" in done.stdout
+    assert "s3fs" in done.stdout
+
+
+def read_in_child(path: Path, answers: object) -> None:
+    answers.put(read_bytes(path))  # type: ignore[attr-defined]
+
+
+def test_a_path_made_before_a_fork_is_read_on_both_sides_of_it(s3: S3, bucket: str) -> None:
+    file = as_path(bucket) / "a"
+    atomic.write_bytes(file, b"data")
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    process = context.Process(target=read_in_child, args=(file, answers))
+    process.start()
+    process.join(timeout=30)
+    assert process.exitcode == 0
+    assert answers.get() == b"data"
+    began = time.monotonic()
+    assert read_bytes(file) == b"data"
+    assert time.monotonic() - began < 5  # what the child closes at its end, the parent would wait for until a timeout
