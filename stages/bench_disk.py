@@ -31,11 +31,7 @@ _SHARDS_WRITTEN = 6
 def writing(work: Workload, folder: Path, passes: int) -> dict[str, Any]:
     """Payload bytes a second of `write_shard` and `publish`, beside plain writing; every file is synced."""
     records = min(work.records, _SHARDS_WRITTEN * RECORDS_PER_SHARD)
-    noise = work.data["noise"][:records].astype(np.float32)  # as encoders hand it over
     payload = sum(array[:records].nbytes for array in work.data.values())
-
-    def part(start: int, stop: int) -> dict[str, Array]:
-        return {**work.part(start, stop), "noise": noise[start:stop]}
 
     def plain() -> float:
         return _timed(lambda: _write_plain(folder / "plain", work, records), folder / "plain")
@@ -50,7 +46,7 @@ def writing(work: Workload, folder: Path, passes: int) -> dict[str, Any]:
 
         def write() -> None:
             for shard in range(spec.shards_per_draw):
-                write_and_publish(root, spec, part, shard)
+                write_and_publish(root, spec, work.part, shard)  # float16 noise, as encoders hand it over
 
         return _timed(write, root)
 

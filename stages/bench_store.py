@@ -43,7 +43,12 @@ def bench() -> None:
     "--only", multiple=True, metavar="NAME", help=f"A section ({', '.join(SECTIONS)}) or part of a row's name."
 )
 @click.option("--cold-gib", default=4.0, show_default=True, help="Size of the store that is read cold.")
-@click.option("--memory-left-gib", default=2.5, show_default=True, help="Memory left while it is read once more.")
+@click.option(
+    "--memory-left-gib",
+    default=2.5,
+    show_default=True,
+    help="It is read once more while another process holds all memory but this.",
+)
 @click.option("--open-records", default=2_000_000, show_default=True, help="Records of the store that is opened.")
 @click.option("--quick", is_flag=True, help="A small run that shows that all works; its figures mean nothing.")
 @click.option(
@@ -54,7 +59,7 @@ def store(
     records: int, shape: str, passes: int, only: tuple[str, ...], cold_gib: float, memory_left_gib: float,
     open_records: int, quick: bool, folder: Path | None, output: Path | None,
 ) -> None:  # fmt: skip
-    """Read, write and open pair stores beside the peers and a plain copy. Ten minutes, 13 GB of disk for a while.
+    """Read, write and open pair stores beside the peers and a plain copy: a quarter of an hour, 13 GB of disk.
 
     A peer that is not installed is listed as such: install `nfm-pairs[bench]`.
     """

@@ -67,11 +67,16 @@ class Encoder:
         return commits.publish(self.store, commit)
 
     def _records(self, job: ShardJob, stopping: Callable[[], bool]) -> Iterator[dict[str, np.ndarray]]:
+        import torch
+
         slots = self.spec.slots_of(job.shard)
         for start in range(slots.start, slots.stop, self.setup.batch_size):
             if stopping():
                 raise InterruptedError
-            yield self.encode_slots(job.draw, np.arange(start, min(start + self.setup.batch_size, slots.stop)))
+            records = self.encode_slots(job.draw, np.arange(start, min(start + self.setup.batch_size, slots.stop)))
+            if self.spec.codec == "float16":  # torch rounds to the same bits as numpy, several times as fast
+                records["noise"] = torch.from_numpy(records["noise"]).half().numpy()
+            yield records
 
     def encode_slots(self, draw: int, slots: np.ndarray) -> dict[str, np.ndarray]:
         """The records of at most `batch_size` slots; z is computed at the full batch size whatever their number."""

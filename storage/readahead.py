@@ -2,8 +2,9 @@
 
 Gathering from files that are not in memory reads a page here and a page there, at a small part of a disk's rate. In
 windowed order the shards of the next window are known: threads of this file read them through, which leaves them in
-the page cache, while the current window is consumed. What is held is bounded by the two windows: of a shard that was
-consumed the kernel hears that its pages go first when memory is short, before those that were not used yet.
+the page cache, while the current window is consumed. What is held is bounded by the two windows: of a shard that came
+from the disk and was consumed, the kernel hears that its pages go first when memory is short, before those of shards
+that were not used yet. Of what had been in memory before it hears nothing, and other epochs and readers lose nothing.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import errno
 import mmap
 import os
 import queue
+import resource
 import sys
 import threading
+import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import chain
 
@@ -34,6 +37,7 @@ _LOCAL_THREADS = 2  # one file's last piece and the next one's first
 _REMOTE_THREADS = 8  # an object store gives each connection a part of its rate
 
 Key = tuple[int, int, int]  # store, draw, shard
+_Read = Callable[[], Shard | None] | None  # a weak reference to a shard that came from the disk
 
 
 class ReadAhead:
@@ -43,8 +47,8 @@ class ReadAhead:
         self._sources = sources
         self._batches = batches
         self._wanted: Counter[Key] = Counter()
-        self._found: dict[Key, Future[Shard]] = {}
-        self._tasks: queue.SimpleQueue[tuple[Key, Future[Shard]] | None] = queue.SimpleQueue()
+        self._found: dict[Key, Future[_Read]] = {}
+        self._tasks: queue.SimpleQueue[tuple[Key, Future[_Read]] | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
         count = _REMOTE_THREADS if any(source.remote for source in sources) else _LOCAL_THREADS
         self._threads = [
@@ -95,7 +99,7 @@ class ReadAhead:
         self._wanted.update(keys)
         for key in keys:
             if key not in self._found:
-                future = self._found[key] = Future[Shard]()
+                future = self._found[key] = Future[_Read]()
                 self._tasks.put((key, future))
         if self._stopped.is_set():  # after the threads' last task
             for key in keys:
@@ -106,13 +110,14 @@ class ReadAhead:
             self._wanted[key] -= 1
             if not self._wanted[key]:
                 del self._wanted[key]
-                for mapped in self._found.pop(key).result().maps:
-                    if sys.platform == "linux":  # elsewhere the number means something else
-                        _madvise(mapped.address, mapped.bytes, _MADV_COLD)
+                read = self._found.pop(key).result()
+                shard = read() if read is not None else None  # held, or what follows might not be mapped any more
+                for mapped in shard.maps if shard is not None else ():
+                    _madvise(mapped.address, mapped.bytes, _MADV_COLD)
 
 
 def _bring_in(
-    tasks: queue.SimpleQueue[tuple[Key, Future[Shard]] | None], sources: Sequence[Source], stopped: threading.Event
+    tasks: queue.SimpleQueue[tuple[Key, Future[_Read]] | None], sources: Sequence[Source], stopped: threading.Event
 ) -> None:
     while (task := tasks.get()) is not None:
         (store, draw, number), future = task
@@ -120,28 +125,28 @@ def _bring_in(
             continue
         try:
             shard = sources[store].shard(draw, number)
-            for mapped in shard.maps:
-                read_through(mapped, stopped)
-            future.set_result(shard)
+            from_disk = [read_through(mapped, stopped) for mapped in shard.maps]
+            future.set_result(weakref.ref(shard) if any(from_disk) else None)
             del shard
         except BaseException as error:  # raised again in the thread that gathers
             future.set_exception(error)
-        del future  # it holds a shard
 
 
-def read_through(mapped: Mapped, stopped: threading.Event) -> None:
-    """Has the kernel read a mapped file into memory, in order, without a copy; next to nothing if it is there already.
+def read_through(mapped: Mapped, stopped: threading.Event) -> bool:
+    """Has the kernel read a mapped file into memory, in order, without a copy; whether any of it was not there.
 
     Calls go by ctypes, which lets other threads run meanwhile; Python's own madvise does not. Raises CorruptShard.
     """
+    before = _faults_from_disk()
     _madvise(mapped.address, mapped.bytes, mmap.MADV_SEQUENTIAL)
     try:
         for start in range(0, mapped.bytes, _PIECE):
             if stopped.is_set():
-                return
+                break
             _populate(mapped, start, min(_PIECE, mapped.bytes - start))
     finally:
         _madvise(mapped.address, mapped.bytes, mmap.MADV_NORMAL)
+    return _faults_from_disk() > before
 
 
 def _populate(mapped: Mapped, start: int, size: int) -> None:
@@ -152,6 +157,11 @@ def _populate(mapped: Mapped, start: int, size: int) -> None:
         np.ctypeslib.as_array(piece)[:: mmap.PAGESIZE].max()
     elif wrong:
         raise CorruptShard(f"{mapped.path}: cannot be read ({os.strerror(wrong)}); run `nfm audit` on its store")
+
+
+def _faults_from_disk() -> int:
+    """Of this thread; 0 where that is not known."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt if sys.platform == "linux" else 0
 
 
 def _madvise(address: int, size: int, advice: int) -> int:

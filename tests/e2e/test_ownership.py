@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfm.pipeline.artifact import Artifact
-from nfm.storage import PairStore
+from nfm.storage import PairStore, atomic
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -21,7 +21,7 @@ def test_a_driver_that_lost_its_lock_writes_nothing_more_and_says_so(empty: Lab)
     (checkpoint,) = empty.artifacts.glob("teacher/*/checkpoint.safetensors")
     lock = checkpoint.with_name("lock.json")
     other = {key: value for key, value in json.loads(lock.read_text()).items() if key != "digest"}
-    lock.write_text(json.dumps({**other, "id": "other", "command": "nfm elsewhere", "host": "node7", "pid": 7}))
+    atomic.write_json(lock, {**other, "id": "other", "command": "nfm elsewhere", "host": "node7", "pid": 7})
     time.sleep(0.2)  # a save that was under way ends
     kept = checkpoint.read_bytes()
     result = empty.wait(process, exits=1)

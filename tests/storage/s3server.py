@@ -215,10 +215,21 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     monkeypatch.setenv("NFM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NFM_PATIENCE", "10")
     monkeypatch.setattr("nfm.storage.cache._default", None)
+    _forget_clients_of_another(s3_server.endpoint)
     s3_server.faults.clear()
     s3_server.requests.clear()
     yield s3_server
     s3_server.faults.clear()
+
+
+_known: list[str] = []  # the endpoint of the clients that there are
+
+
+def _forget_clients_of_another(endpoint: str) -> None:
+    """Every folder of tests that asks for a server has its own."""
+    if _known != [endpoint]:
+        new_clients()
+        _known[:] = [endpoint]
 
 
 def new_clients() -> None:
