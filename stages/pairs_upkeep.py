@@ -96,8 +96,10 @@ def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
             return False
         index = layout.StoredFile(commit.index, commit.index_sha256, commit.index_bytes)
         pairs = zip(layout.files(spec, commit), layout.files(spec, commit, sealed=False))
-        # Sealing moves the files of some layouts: they are in the first place or still in the second.
-        return all(any(_is(out, file) for file in dict.fromkeys(places)) for places in [*pairs, (index,)])
+        # Sealing moves the files of some layouts: they are in the first place, which no other file may take, or still
+        # in the second.
+        files = [final if size_of(out / final.path) is not None else staged for final, staged in pairs]
+        return all(_is(out, file) for file in [*files, index])
     except StorageError:
         return False
 
@@ -110,8 +112,8 @@ def _is(out: Path, file: layout.StoredFile) -> bool:
 def files_of_shards(out: Path, names: list[str]) -> list[Path]:
     """What must go for these shards to be made again, in the order in which it must go.
 
-    First the manifests that list them, so that a repair that is killed leaves no seal over a hole; then their commits;
-    then payloads and index parts of any attempt, and what sealing placed elsewhere.
+    First the manifests that list them, so that a repair that is killed leaves no seal over a hole; then what sealing
+    placed elsewhere, which only the commits lead to; then these; then payloads and index parts of any attempt.
     """
     spec, bad = read_spec(out), set(names)
     manifests = [
@@ -121,7 +123,7 @@ def files_of_shards(out: Path, names: list[str]) -> list[Path]:
     ]
     own = [path for folder in ("commits", "shards", "index") for name in names for path in _named(out / folder, name)]
     placed = [out / path for name in names for path in layout.placed(spec, name)]
-    return manifests + own + [path for path in placed if size_of(path) is not None]
+    return manifests + [path for path in placed if size_of(path) is not None] + own
 
 
 def _named(folder: Path, name: str) -> list[Path]:

@@ -102,6 +102,15 @@ def place(source: Path, target: Path, size: int | None = None) -> None:
     when another file has that name.
     """
     source, target = as_path(source), as_path(target)
+    try:
+        _place(source, target, size)
+    except FileNotFoundError as error:
+        if size_of(source) is not None or size_of(target) is None or size not in (None, size_of(target)):
+            raise MissingShard(f"{source}: vanished while it was placed; who removes files of the store?") from error
+        # Another process sealed the same store and took the old name away first.
+
+
+def _place(source: Path, target: Path, size: int | None) -> None:
     have, found = size_of(source), size_of(target)
     if have is None and found is None:
         raise MissingShard(f"{source}: the file is missing; restore it, or run `nfm repair` on its store")
@@ -113,6 +122,8 @@ def place(source: Path, target: Path, size: int | None = None) -> None:
     expected = size if size is not None else have
     if expected is not None and found != expected:
         raise CorruptShard(f"{target}: {found} bytes, {expected} were committed; run `nfm repair` on its store")
+    if have is not None and not is_remote(target):
+        sync_folder(target.parent)  # the new name is durable before the old one goes
     remove(source)
 
 
@@ -122,12 +133,16 @@ def _second_name(source: Path, target: Path) -> None:
         remote.attempt(source, "copy", lambda fs, name: fs.cp_file(name, copied))
         return
     try:
+        fresh = [folder for folder in target.parents if not folder.is_dir()]
         target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in fresh:
+            sync_folder(folder.parent)
         os.link(source, target)
-        sync_folder(target.parent)
     except FileExistsError:
         if not _same(source, target):
             raise
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise cannot_write(target, error) from error
 

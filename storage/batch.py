@@ -87,8 +87,8 @@ class Assembly:
             self._gather(store, draw, records.slot[where], {name: array[where] for name, array in arrays.items()})
         source = self._sources[0]
         if self._upload is not None and not self._upload.on_host:
-            scales = {"image": scale_of(source.value_range), "noise": (source.noise_step or 1.0, 0.0)}
-            return self._upload(arrays, {name: scales.get(name, (1.0, 0.0)) for name in self._widened})
+            scales = {name: _scale(name, arrays[name].dtype, source) for name in self._widened}
+            return self._upload(arrays, scales)
         for name in self._widened:
             out = buffers.float32[name][:count]
             step = source.noise_step if name == "noise" else None
@@ -120,6 +120,13 @@ class Assembly:
         if found is None or len(found) < records:
             found = self._scratch[store, name] = np.empty((records, *like.shape[1:]), like.dtype)
         return found[:records]
+
+
+def _scale(name: str, dtype: np.dtype[Any], source: Source) -> tuple[float, float]:
+    """(a, b) such that a * v + b is the value of a stored v: of pixels and of integer noise; floats are values."""
+    if name == "image" and dtype == np.uint8:
+        return scale_of(source.value_range)
+    return (source.noise_step or 1.0 if name == "noise" and dtype.kind == "i" else 1.0), 0.0
 
 
 def _widens(name: str, array: npt.NDArray[Any]) -> bool:

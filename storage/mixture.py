@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -126,7 +127,10 @@ def _shares(weights: Sequence[float]) -> list[Fraction]:
         raise ValueError(f"weights are {list(weights)}: each must be a number above 0")
     total = sum(map(Fraction, weights))
     shares = [(Fraction(weight) / total).limit_denominator(_FINEST) for weight in weights]
-    shares[-1] = 1 - sum(shares[:-1], Fraction(0))
+    # One denominator for all keeps the products of `deal` far inside 64 bits, whatever the weights.
+    if sum(shares) != 1 or math.lcm(*(share.denominator for share in shares)) > _FINEST:
+        ends = [round(_FINEST * sum(map(Fraction, weights[: n + 1])) / total) for n in range(len(weights))]
+        shares = [Fraction(end - start, _FINEST) for start, end in pairwise([0, *ends])]
     if min(shares) <= 0:
         raise ValueError(f"weights are {list(weights)}: the smallest is below 1/{_FINEST} of them all; leave it out")
     return shares

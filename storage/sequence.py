@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,9 +47,13 @@ class ShardSequence:
         self.rows_per_block = rows_per_block
         self.layout = layout
         self._open_shard = open_shard
-        self._open: OrderedDict[int, Shard] = OrderedDict()
         files = len(self.fields) if layout == "zarr" else 1
         self._most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4 // files)
+        self._begin()
+        _sequences.add(self)
+
+    def _begin(self) -> None:
+        self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -146,3 +152,15 @@ def _gather(starts: Array, out: Array) -> None:
     else:
         for row, start in enumerate((starts - lowest).tolist()):
             target[row] = window[start]
+
+
+_sequences: weakref.WeakSet[ShardSequence] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A child has no threads: a lock that one of them held would never be free."""
+    for sequence in _sequences:
+        sequence._begin()
+
+
+os.register_at_fork(after_in_child=_after_fork)

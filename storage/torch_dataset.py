@@ -90,7 +90,10 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration goes on from this state, or from one of `store.batches`. Raises StateMismatch."""
         self._open().load_state_dict(state)
-        self._loaded = dict(state)
+        first, epoch = int(self._first_epoch), int(state["epoch"])
+        if epoch < first or (self._epochs is not None and epoch >= first + self._epochs):
+            first = epoch  # a state of `store.batches`, in an epoch that this iteration would not reach
+        self._loaded = {"first_epoch": first, **state}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reader": None}

@@ -308,3 +308,26 @@ def test_pieces_that_a_second_thread_hashes_have_the_same_digest_and_free_buffer
             sha.update(b"small")
     assert file.sha256 == sha.hexdigest()
     assert atomic.hash_file(tmp_path / "x") == (file.sha256, file.bytes)
+
+
+def test_two_processes_may_place_the_same_files_at_once(tmp_path):
+    names = [f"{number:03d}" for number in range(300)]
+    for name in names:
+        atomic.write_bytes(tmp_path / "from" / name, name.encode())
+    errors = []
+
+    def work() -> None:
+        try:
+            for name in names:
+                atomic.place(tmp_path / "from" / name, tmp_path / "to" / name / name, 3)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert [(tmp_path / "to" / name / name).read_bytes() for name in names] == [name.encode() for name in names]
+    assert not list((tmp_path / "from").iterdir())

@@ -176,3 +176,15 @@ def test_members_may_differ_in_codec_and_labels(make_store, small_spec):
             assert (error[member == 1] <= 0.0265).all()  # half a step, and float16's rounding
             assert (error[member != 1] == 0).all()
             assert np.array_equal(np.asarray(batch.label), np.where(member == 2, -1, slot % 10))
+
+
+def test_odd_weights_of_many_members_still_deal_each_turn_once_far_into_the_stream(pair):
+    weights = [0.31831, 0.22313, 0.14159, 0.11803, 0.10713, 0.0918]
+    shares = Mixture([(pair[0], weight) for weight in weights]).weights
+    assert sum(shares) == 1
+    for start in (0, 10**11):
+        store, turn = deal(np.arange(start, start + 20_000), shares)
+        for member, weight in enumerate(weights):
+            mine = turn[store == member]
+            assert np.array_equal(np.diff(mine), np.ones(len(mine) - 1))
+            assert abs(len(mine) / 20_000 - weight) < 1e-3

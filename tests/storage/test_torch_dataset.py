@@ -172,3 +172,19 @@ def test_a_store_and_a_reader_go_on_in_a_forked_process(store, shuffle):
     child.join(10)
     assert child.exitcode == 0
     assert [batch.slot.tolist() for batch in reader] == expected[1:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_readers_state_of_a_later_epoch_is_gone_on_from_once(store, workers):
+    reader = store.batches(10, seed=3, epochs=3)
+    read = [batch.slot.tolist() for batch in reader]
+    each = len(read) // 3
+    reader = store.batches(10, seed=3, epochs=3)
+    for _ in range(each + 2):
+        next(reader)
+    dataset = store.as_torch_dataset(10, seed=3)
+    dataset.load_state_dict(reader.state_dict())
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+    assert slots(loader) == read[each + 2 : 2 * each]
+    dataset.set_epoch(2)
+    assert slots(loader) == read[2 * each :]

@@ -1,0 +1,32 @@
+"""Repair may be killed between any two moves."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from nfm.stages import pairs_upkeep
+from nfm.storage import layout
+from tests.storage.conftest import make_store, small_spec  # noqa: F401  fixtures
+
+
+@pytest.mark.parametrize("kind", ["blocks", "zarr"])
+def test_a_repair_killed_between_any_two_moves_finds_the_shard_again(make_store, small_spec, tmp_path, kind):  # noqa: F811
+    spec = replace(small_spec, layout=kind, rows_per_block=10)
+    whole = make_store(spec=spec)
+    name = "d000-s00001"
+    count = len(pairs_upkeep.files_of_shards(whole, [name]))
+    for moved in range(count):
+        root = shutil.copytree(whole, tmp_path / f"after-{moved}")
+        damaged = next(root.glob("d000/noise/c/1/0/0/0" if kind == "zarr" else f"shards/{name}.*"))
+        data = bytearray(damaged.read_bytes())
+        data[len(data) // 2] ^= 1
+        damaged.write_bytes(data)
+        assert pairs_upkeep.bad_shards(root) == [name]
+        for file in pairs_upkeep.files_of_shards(root, [name])[:moved]:
+            file.unlink()
+        left = [root / path for path in layout.placed(spec, name) if (root / path).exists()]
+        committed = (root / "commits" / f"{name}.json").exists()
+        assert pairs_upkeep.bad_shards(root) == [name] if committed else not left
