@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from nfm.storage.schema import StoreSpec, pair_fields, read_spec, shard_name
 
 NAME = "pairs"
 VERSION = 1
-NOISE_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
 
 class PairsConfig(Section):
@@ -158,9 +156,9 @@ def seal(out: Path, draws: int) -> Result:
 
 def cost(config: PairsConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     """Pairs, bytes on disk and the arithmetic of sending them through the teacher."""
-    pairs, size = facts["images"] * config.draws, math.prod(facts["image_shape"])
-    image_bytes = {"float16": 2, "float32": 4}.get(facts.get("image_dtype", "uint8"), 1)
-    stored = pairs * (size * (image_bytes + NOISE_BYTES[config.codec]) + 16)
+    pairs = facts["images"] * config.draws
+    fields = pair_fields(facts["image_shape"], config.codec, facts.get("image_dtype", "uint8"))
+    stored = pairs * sum(field.bytes_per_record for field in fields)
     flops = pairs * costs.teacher_flops(facts["image_shape"], facts["teacher"]) if config.coupling == "nfm" else 0.0
     encoding = costs.describe(flops) if flops else {}
     return {"pairs": f"{pairs:,}", "draws": str(config.draws), "MB": f"{stored / 1e6:,.0f}", **encoding}

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from nfm.storage import checked
-from nfm.storage.errors import NewerSchema, StorageError
+from nfm.storage.errors import StorageError
 from nfm.storage.moments import Moments, check_moments
-from nfm.storage.schema import FORMAT, parse_name
+from nfm.storage.schema import check_format, parse_name
 
 ATTEMPT = r"[A-Za-z0-9_-]{1,100}"
 
@@ -75,8 +75,7 @@ def check_files(where: str, body: Mapping[str, Any], name: str, prefix: str) -> 
 
 def parse(path: Path, name: str, body: Mapping[str, Any]) -> Commit:
     """The commit of the shard `name` from what `path` holds. Raises StorageError or NewerSchema."""
-    if checked.integer(f"{path}: format", body.get("format", FORMAT)) > FORMAT:
-        raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
+    check_format(path, body)
     again = "set it aside and run the pairs stage again"
     needed = [field.name for field in dataclasses.fields(Commit) if field.default is dataclasses.MISSING]
     lacking = [key for key in needed if key not in body and key != "versions"]

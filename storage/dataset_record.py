@@ -8,9 +8,9 @@ from typing import Any
 
 from nfm.storage import checked
 from nfm.storage.atomic import read_json
-from nfm.storage.errors import NewerSchema, StorageError
+from nfm.storage.errors import StorageError
 from nfm.storage.paths import inside
-from nfm.storage.schema import FORMAT, IMAGE_DTYPES, Field
+from nfm.storage.schema import IMAGE_DTYPES, Field, check_format
 
 DATASET = "dataset.json"
 _MOST_ROWS = 10**9
@@ -21,8 +21,7 @@ def read_record(root: Path) -> dict[str, Any]:
     """The dataset.json at `root`. Raises StorageError when it is none or contradicts itself, NewerSchema."""
     path = root / DATASET
     body = read_json(inside(root, DATASET))
-    if checked.integer(f"{path}: format", body.get("format", FORMAT)) > FORMAT:
-        raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
+    check_format(path, body)
     needed = {"name", "image_shape", "value_range", "classes", "rows_per_block", "splits"}
     if lacking := needed - set(body):
         raise StorageError(

@@ -11,11 +11,11 @@ from typing import Any
 from nfm.storage import checked, commits, layout
 from nfm.storage.atomic import content_digest, create_json, hash_file, read_json
 from nfm.storage.commit_record import check_files
-from nfm.storage.errors import MissingShard, NewerSchema, StorageError
+from nfm.storage.errors import MissingShard, StorageError
 from nfm.storage.moments import check_moments, pool
 from nfm.storage.order import order_key
 from nfm.storage.paths import as_path, exists, inside, names_in, several
-from nfm.storage.schema import FORMAT, StoreSpec, parse_name, read_spec, shard_name
+from nfm.storage.schema import FORMAT, StoreSpec, check_format, parse_name, read_spec, shard_name
 
 _LISTED = 8  # pending shards named in a message
 _MOST_DRAWS = 1000
@@ -47,8 +47,7 @@ def load(root: str | Path, generation: int) -> dict[str, Any]:
         listed = ", ".join(map(str, numbers(root))) or "none"
         raise StorageError(f"{path}: no such generation (sealed: {listed}); choose one of these or seal the store")
     body = read_json(inside(as_path(root), path.name))
-    if checked.integer(f"{path}: format", body.get("format", FORMAT)) > FORMAT:
-        raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
+    check_format(path, body)
     missing = {"generation", "draws", "order_key", "content_digest", "records", "shards"} - set(body)
     if missing:
         raise StorageError(f"{path}: no manifest of a pair store, it lacks {', '.join(sorted(missing))}")

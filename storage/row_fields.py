@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from nfm.storage import checked
 from nfm.storage.atomic import HashingFile, create_json, read_json
-from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StorageError
+from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.paths import as_path, inside, is_remote, names_in, remove
-from nfm.storage.schema import FORMAT, read_spec
+from nfm.storage.schema import FORMAT, check_format, read_spec
 
 if TYPE_CHECKING:
     from nfm.storage.cache import ShardCache
@@ -234,8 +234,7 @@ def _pieces(
 def _checked(path: Path, name: str) -> dict[str, Any]:
     """A field.json whose every number and name can be trusted. Raises StorageError, NewerSchema."""
     body = read_json(path)
-    if checked.integer(f"{path}: format", body.get("format", FORMAT)) > FORMAT:
-        raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
+    check_format(path, body)
     try:
         dtype = _stored(name, body["dtype"])
         shape = [checked.integer(f"{path}: shape", size, 0, 2**30) for size in body["shape"][:_MOST_AXES]]

@@ -236,6 +236,12 @@ class StoreSpec:
             raise StorageError(f"store spec: more than {_MOST_CHUNKS} chunks a shard; raise rows_per_block")
 
 
+def check_format(path: Path, body: Mapping[str, Any]) -> None:
+    """Refuses a file of a later format. Raises NewerSchema, or StorageError where the format is no number."""
+    if checked.integer(f"{path}: format", body.get("format", FORMAT)) > FORMAT:
+        raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
+
+
 def _newer(found: int) -> NewerSchema:
     return NewerSchema(f"store spec: format {found}, this nfm-pairs reads up to {FORMAT}; install a newer nfm-pairs")
 
