@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,8 +53,9 @@ def test_launched_examples_train_on_two_processes_and_save_where_they_stand(
         for name in LAUNCHED
     }
     for name, process in running.items():
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        assert sorted(line[:13] for line in out.splitlines()) == ["rank 0 of 2: ", "rank 1 of 2: "]
-        assert "nan" not in out
+        # torchrun's processes write unbuffered to one pipe: a line of one may begin before the other's has ended.
+        losses = dict(re.findall(r"rank (\d) of 2: loss (\d+\.\d{4})", out))
+        assert sorted(losses) == ["0", "1"], out
         assert (tmp_path / f"{name}.saved").exists()

@@ -162,14 +162,17 @@ def upload(folder: Path, root: str) -> None:
     as_path(root).fs.put(str(folder), as_path(root).path, recursive=True)  # type: ignore[attr-defined]
 
 
-def disk_use(folder: Path) -> int:
-    """Bytes that a cache holds on the disk: its files, and those without a name that this process has mapped."""
+def disk_use(folder: Path, sizes: dict[str, int]) -> int:
+    """Bytes that a cache holds on the disk: its files, and those without a name that this process has mapped.
+
+    `sizes` are those of the files by name: a map states whole pages only.
+    """
     files = sum(size_of(path) or 0 for path in folder.iterdir() if not path.name.startswith(".tmp-"))
     gone = {}
     for line in Path("/proc/self/maps").read_text().splitlines():
         if str(folder) in line and line.endswith("(deleted)"):
-            start, end = line.split()[0].split("-")
-            gone[line.split()[4]] = int(end, 16) - int(start, 16)
+            _, _, _, _, inode, path, _ = line.split()
+            gone[inode] = sizes[Path(path).name]
     return files + sum(gone.values())
 
 
@@ -178,12 +181,13 @@ def test_a_store_larger_than_the_cache_streams_within_its_bound(
 ) -> None:
     root, expected = stored
     store = PairStore.open(root)
-    most = max(entry["bytes"] for entry in store.manifest["shards"])
+    sizes = {entry["sha256"]: entry["bytes"] for entry in store.manifest["shards"]}
+    most = max(sizes.values())
     cache = ShardCache(tmp_path / "bounded", 5 * most)
     store, found, used, named = PairStore.open(root, cache=cache), [], [], []
     for batch in store.batches(7, seed=3, epochs=2, copy=True, shuffle="windowed", window=2):
         found.append({name: np.array(getattr(batch, name)) for name in FIELDS})
-        used.append(disk_use(tmp_path / "bounded"))
+        used.append(disk_use(tmp_path / "bounded", sizes))
         named.append(sum(size_of(path) or 0 for path in (tmp_path / "bounded").iterdir()))
     assert same(found, expected)
     assert cache.evictions > 0
