@@ -30,10 +30,10 @@ endif
 NFM := $(PY) -m nfm.pipeline.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test bench kills fuzz lint format clean-env
+.PHONY: help env data teacher pairs student report audit status test test-faults test-slurm bench kills fuzz lint format clean-env
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  settings: CONFIG=$(CONFIG)  ARGS  PYTHON  TORCH=$(TORCH)  PIP_ARGS"
 
 env: $(ENV)  ## make the environment in .venv
@@ -68,6 +68,12 @@ status: $(ENV)  ## a line a stage
 
 test: $(ENV)  ## run the tests
 	$(PY) -m pytest $(ARGS)
+
+test-faults: $(ENV)  ## kill, lose and fill everything, for 20 minutes
+	$(PY) -m pytest -m 'faults or not faults' tests/faults tests/ray $(ARGS)
+
+test-slurm: $(ENV)  ## run arrays on a real Slurm of one node (needs root, slurm-wlm and munge)
+	$(PY) -m pytest -m slurm -rs tests/slurm $(ARGS)
 
 bench: $(PEERS_ENV)  ## measure the reader beside its peers and a plain copy
 	$(PEERS_PY) -m nfm.pipeline.cli bench store $(ARGS)

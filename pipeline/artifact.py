@@ -101,13 +101,15 @@ def newest_manifest(path: Path) -> str:
     return names[-1] if names else "manifest.json"
 
 
-def open_spec(path: Path, body: dict[str, Any]) -> None:
-    """Create `spec.json`, or check that the one that is there is the same."""
+def open_spec(path: Path, body: dict[str, Any]) -> dict[str, Any]:
+    """Create `spec.json`, or check that the one that is there is of the same work; returns the one that stands."""
     path.mkdir(parents=True, exist_ok=True)
-    if not atomic.create_json(path / "spec.json", body):
-        found = atomic.read_json(path / "spec.json")
-        if found["fingerprint"] != body["fingerprint"]:
-            raise ArtifactError(f"{path / 'spec.json'} holds another fingerprint; move that folder away")
+    if atomic.create_json(path / "spec.json", body):
+        return body
+    found = atomic.read_json(path / "spec.json")
+    if found["fingerprint"] != body["fingerprint"]:
+        raise ArtifactError(f"{path / 'spec.json'} holds another fingerprint; move that folder away")
+    return found
 
 
 def publish(path: Path, result: Result, provenance: dict[str, Any]) -> dict[str, Any]:

@@ -83,30 +83,37 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int) -> Audited:
     started = time.monotonic()
     findings: list[Finding] = []
     statements: list[str] = []
-    files: list[dict[str, Any]] = []
+    files, size = 0, 0
     try:
         spec, body = artifact.spec, artifact.manifest()
-        files = body.get("files", [])
+        files, size = _extent(body)
         if "stage" in spec:  # else a store that was made without the pipeline: it has files, but no identity
             findings += _check_identity(artifact, spec, body)
-        findings += _check_files(artifact.path, files, hashed=level != "quick")
-        files = files + body.get("shards", [])
+        findings += _check_files(artifact.path, body.get("files", []), hashed=level != "quick")
         check = optional(STAGES[spec.get("stage", "pairs")], "audit", lambda *_: ([], []))
         inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}
         more, statements = check(inputs, artifact.reference, level, deep_sample)
         findings += more
-    except (StorageError, ArtifactError, StageError, KeyError, OSError) as error:
+    except (StorageError, ArtifactError, StageError, KeyError, TypeError, OSError) as error:
         findings.append(
             Finding(str(artifact.path), f"{error}" or type(error).__name__, "restore it, or make it again: remove the "
                     "folder and run its stage")
         )  # fmt: skip
-    size = sum(file["bytes"] for file in files)
     result = Audited(
-        artifact.name, artifact.manifest_name, len(files), size, findings, statements,
+        artifact.name, artifact.manifest_name, files, size, findings, statements,
         round(time.monotonic() - started, 3),
     )  # fmt: skip
     _keep_receipt(artifact.path, result, level)
     return result
+
+
+def _extent(body: dict[str, Any]) -> tuple[int, int]:
+    """(files, bytes) that a manifest vouches for; a large store lists its shards beside it and states their totals."""
+    files = body.get("files", [])
+    shards = body.get("shards", [])
+    listed = [*files, *shards] if isinstance(shards, list) else files
+    count, size = len(listed), sum(file["bytes"] for file in listed)
+    return (count, size) if isinstance(shards, list) else (count + body["shard_count"], size + body["bytes"])
 
 
 def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, Any]) -> list[Finding]:

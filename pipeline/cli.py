@@ -12,9 +12,14 @@ from typing import TYPE_CHECKING
 import click
 
 from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, find
+from nfm.pipeline.cli_gc import gc
 from nfm.pipeline.cli_pairs import pairs
+from nfm.pipeline.cli_plan import plan
+from nfm.pipeline.cli_submit import submit
+from nfm.pipeline.cli_worklist import encode, worklist
 from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.lock import Held
+from nfm.stages.bench_encode import encode as bench_encode
 from nfm.stages.bench_store import bench
 from nfm.stages.stage import StageError, Stopped
 from nfm.storage.errors import StorageError
@@ -44,19 +49,6 @@ def run(stage: str, config_path: str, overrides: tuple[str, ...]) -> None:
 
     artifact = runner.run(graph.build(load(config_path, overrides)), stage)
     click.echo(_main_output(artifact))
-
-
-@cli.command()
-@click.argument("stage", type=click.Choice(STAGE_NAMES))
-@config_option
-@set_option
-@json_option
-def plan(stage: str, config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show what a run would do and what it costs, and do nothing."""
-    from nfm.pipeline import graph, planning
-
-    rows = planning.plan(graph.build(load(config_path, overrides)), stage)
-    click.echo(json.dumps(rows, indent=2) if as_json else planning.as_text(rows))
 
 
 @cli.command()
@@ -163,8 +155,14 @@ def repair(artifact: str) -> None:
     click.echo("\n".join([*moved, f"set aside: {len(moved)}" if moved else "nothing to repair"]))
 
 
+cli.add_command(gc)
 cli.add_command(pairs)
+cli.add_command(plan)
+cli.add_command(submit)
+pairs.add_command(worklist)
+pairs.add_command(encode)
 cli.add_command(bench)
+bench.add_command(bench_encode)
 
 
 def _main_output(artifact: Artifact) -> str:

@@ -7,16 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nfm.pipeline import progress
 from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, newest_manifest
-from nfm.pipeline.console import last_progress
+from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.lineage import dependants
 from nfm.pipeline.runner import headline
 from nfm.stages import pairs_info
+from nfm.stages.pairs import PairsConfig
+from nfm.stages.pairs_plan import as_text as described
+from nfm.stages.pairs_plan import estimate
 from nfm.stages.tables import aligned
+from nfm.stages.teacher import TeacherConfig
 from nfm.storage.errors import StorageError
 
 Row = dict[str, Any]
+DONE, LATER = "nothing, is done", "run after its inputs"
 
 
 def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
@@ -32,6 +38,34 @@ def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
     return rows
 
 
+def pairs_plan(nodes: Mapping[str, Node], workers: Sequence[int], rate: float | None) -> Row | None:
+    """What making the pairs takes, see `pairs_plan.estimate`; None before the data stage told how many there are."""
+    facts, pairs, teacher = _facts(nodes), nodes["pairs"].config, nodes["teacher"].config
+    assert isinstance(pairs, PairsConfig)
+    assert isinstance(teacher, TeacherConfig)
+    return estimate(pairs, teacher, facts, workers, rate) if facts else None
+
+
+def pairs_to_come(config: RunConfig, data: Row, workers: Sequence[int], rate: float | None) -> Row:
+    """The row and plan of pairs whose data is not there yet: `data` has its images, image_shape and classes."""
+    dtype = "uint8" if config.data.image_scale is None else "float16"
+    facts = {"image_dtype": dtype, **data}
+    row = {"stage": "pairs", "artifact": "pairs/(after its inputs)", "would": LATER, "cost": ""}
+    return {**row, "plan": estimate(config.pairs, config.teacher, facts, workers, rate)}
+
+
+def plan_text(rows: Sequence[Row]) -> str:
+    """A plan for people: the stages' table, and what making the pairs takes."""
+    text = as_text([{key: value for key, value in row.items() if key != "plan"} for row in rows])
+    if "plan" not in rows[-1]:
+        return text
+    unknown = (
+        "pairs cannot be counted before the data stage has run: run it, or give --images N --image-shape CxHxW "
+        "to plan them without"
+    )
+    return f"{text}\n\n{described(rows[-1]['plan']) if rows[-1]['plan'] else unknown}"
+
+
 def status(nodes: Mapping[str, Node]) -> list[Row]:
     """A row a stage: state, artifact, size on disk, the figures that its manifest puts first."""
     rows = []
@@ -44,7 +78,7 @@ def status(nodes: Mapping[str, Node]) -> list[Row]:
                 "state": state,
                 "artifact": _name(node, artifact),
                 "size": size_text(artifact.path) if artifact is not None and artifact.started else "",
-                "figures": _figures(artifact),
+                "figures": _figures(artifact, getattr(node.config, "draws", None)),
             }
         )
     return rows
@@ -114,16 +148,14 @@ def _name(node: Node, artifact: Artifact | None) -> str:
 
 def _action(node: Node, artifact: Artifact | None) -> str:
     if artifact is None:
-        return "run after its inputs"
-    return "nothing, is done" if artifact.done else "resume" if artifact.started else "run"
+        return LATER
+    return DONE if artifact.done else "resume" if artifact.started else "run"
 
 
-def _figures(artifact: Artifact | None) -> str:
+def _figures(artifact: Artifact | None, draws: int | None) -> str:
     if artifact is None or not artifact.started:
         return ""
-    if artifact.done:
-        return headline(artifact)
-    return last_progress(artifact.path / "events")
+    return headline(artifact) if artifact.done else progress.figures(artifact, draws)
 
 
 def _few(names: list[str], shown: int = 3) -> str:

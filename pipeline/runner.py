@@ -50,10 +50,8 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         artifact = node.artifact() or artifact
         if artifact.done:
             return artifact
-        atomic.clear_temporaries(artifact.path)
-        spec = specification(node, inputs)
         resumed = artifact.started
-        open_spec(artifact.path, spec)
+        spec = prepare(node, artifact, inputs)
         console = Console(node.name, artifact.path / "events", stop, lock)
         started = time.time()
         console.say(f"{'resuming' if resumed else 'making'} {artifact.name}")
@@ -80,6 +78,17 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
             return artifact
         finally:
             console.close()
+
+
+def prepare(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The artifact's `spec.json`, written now unless it stands; leftovers of killed writers go. Call under its lock."""
+    atomic.clear_temporaries(artifact.path)
+    if artifact.started:
+        spec = artifact.spec
+        if spec["fingerprint"] != node.fingerprint(inputs):
+            raise ArtifactError(f"{artifact.path / 'spec.json'} holds another fingerprint; move that folder away")
+        return spec
+    return open_spec(artifact.path, specification(node, inputs))
 
 
 def provenance(spec: Mapping[str, Any], config: dict[str, Any], started: float) -> dict[str, Any]:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from nfm.stages import costs
-from nfm.stages.encoder import Setup
-from nfm.stages.executors import Outcome, ShardJob, new_attempt
-from nfm.stages.pairs_upkeep import check_files
+from nfm.stages import pairs_making as making
+from nfm.stages.encoder import Setup, threads
+from nfm.stages.executors import Outcome, ShardJob
 from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.stages.training import WEIGHTS, Precision, pick_device
-from nfm.storage import ImageDataset, atomic, commits, generations
+from nfm.storage import ImageDataset, atomic, generations, manifests
 from nfm.storage.export import converted
-from nfm.storage.schema import StoreSpec, pair_fields, read_spec, shard_name
+from nfm.storage.schema import StoreSpec, pair_fields, read_spec
 
 NAME = "pairs"
 VERSION = 1
+PLAIN_BATCH = 256  # where there is no teacher to run
 
 
 class PairsConfig(Section):
     """The `[pairs]` table; every draw pairs each training image with new noise, flips drawn anew.
 
     `layout` and `codec` say how records lie on disk and how the noise is rounded, see docs/pairs-store.md; a finished
-    store is converted by `nfm pairs export`, the archive codec `pcodec` is made in no other way.
+    store is converted by `nfm pairs export`, the archive codec `pcodec` is made in no other way. `batch_size` "auto"
+    takes what a short probe proposes when the store begins; it stands in spec.json from then on, since last bits of the
+    noise depend on it. A generation is sealed when at most `max_missing` of its pairs are missing; it lists them.
     """
 
     coupling: Literal["nfm", "independent"] = "nfm"
@@ -38,9 +40,11 @@ class PairsConfig(Section):
     rows_per_block: int = Field(256, ge=1)
     flips: bool = False
     seed: int = Field(0, ge=0)
-    batch_size: int = Field(256, ge=1)
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = 256
     precision: Precision = "float32"
-    executor: Literal["ray", "serial"] = operational("ray")
+    compile: bool = added(False)
+    max_missing: int = operational(0, ge=0)
+    executor: Literal["ray", "serial", "slurm"] = operational("ray")
     ray_address: str | None = operational(None)
     workers: int = operational(0, ge=0)
     threads: int = operational(1, ge=1)
@@ -53,15 +57,40 @@ def input_roles(config: PairsConfig) -> tuple[str, ...]:
 
 
 def manifest_name(config: PairsConfig, out: Path) -> str:
-    """The manifest of the newest generation that holds exactly the draws asked for, else the next one's name."""
+    """The manifest of the newest generation that is what the config asks for, else the next one's name."""
     for number in reversed(generations.numbers(out)):
-        if generations.load(out, number)["draws"] == config.draws:
+        manifest = manifests.raw(out, number)
+        lacking = sum(shard["records"] for shard in manifest.get("excluded", ()))
+        if manifest["draws"] == config.draws and lacking <= config.max_missing:
             return generations.manifest_path(out, number).name
     return generations.manifest_path(out, generations.next_number(out)).name
 
 
 def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
-    """The store's recipe, for `spec.json`."""
+    """For `spec.json`: the store's recipe, and the batch shape with the probe that proposed it."""
+    spec = store_spec(config, inputs)
+    if config.batch_size != "auto":
+        return {"store": spec.to_dict(), "encoding": {"batch_size": config.batch_size}}
+    if "teacher" not in inputs:
+        return {"store": spec.to_dict(), "encoding": {"batch_size": PLAIN_BATCH}}
+    from nfm.stages import probe
+
+    with threads(config.threads):
+        found = probe.for_teacher(
+            inputs["teacher"],
+            spec.image_shape,
+            spec.classes or 0,
+            spec.eta,
+            pick_device(config.device),
+            config.precision,
+            config.threads,
+            config.compile,
+        )
+    return {"store": spec.to_dict(), "encoding": {"batch_size": found.batch_size, "probe": found.rates}}
+
+
+def store_spec(config: PairsConfig, inputs: Inputs) -> StoreSpec:
+    """The recipe that the config and its inputs give."""
     source = ImageDataset.open(inputs["data"], "train")
     if config.flips and source.dtype != "uint8":
         raise StageError(
@@ -71,7 +100,7 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     facts: dict[str, Any] = {"eta": None, "sigma_f": None}
     if "teacher" in inputs:
         facts = atomic.read_json(inputs["teacher"] / "teacher.json")
-    spec = StoreSpec(
+    return StoreSpec(
         rows=len(source),
         rows_per_shard=config.rows_per_shard,
         rows_per_block=config.rows_per_block,
@@ -90,60 +119,50 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
         teacher=_content(inputs["teacher"]) if "teacher" in inputs else None,
         classes=len(source.classes) or None,
     )
-    return {"store": spec.to_dict()}
 
 
 def recipe(manifest: Mapping[str, Any], inputs: Inputs, found: StoreSpec) -> StoreSpec:
     """The recipe that a store should have by its inputs; of an export, in the layout and codec it was exported to."""
-    spec = StoreSpec.from_dict(describe(PairsConfig(**manifest["config"]), inputs)["store"])
+    spec = store_spec(PairsConfig(**manifest["config"]), inputs)
     return converted(spec, found.layout, found.codec) if "exported" in manifest else spec
 
 
 def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
     """Encode the shards that have no commit yet, then seal the generation."""
     spec = read_spec(out)
-    done = commits.committed(out, config.draws)
-    check_files(out, done)
-    names = [(draw, shard) for draw in range(config.draws) for shard in range(spec.shards_per_draw)]
-    pending = [ShardJob(draw, shard, new_attempt()) for draw, shard in names if shard_name(draw, shard) not in done]
-    records = sum(commit.records for commit in done.values())
-    total = spec.rows * config.draws
-    if done:
-        report.say(f"{len(done)} of {len(names)} shards are committed already")
-    report.progress(records, total, "pairs")
-    failures: list[Outcome] = []
-    for outcome in _encode(config, setup(config, inputs, out), pending, report) if pending else ():
-        if outcome.commit is None:
-            failures.append(outcome)
-            _set_aside(out, outcome, report)
-        else:
-            records += outcome.commit.records
-            report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds)
-        report.progress(records, total, "pairs", failed=len(failures))
-    if report.stopping:
-        raise Stopped
-    if failures:
-        raise StageError(
-            f"{len(failures)} of {len(names)} shards failed three times and are missing: "
-            f"{', '.join(shard_name(f.job.draw, f.job.shard) for f in failures[:5])}; their tracebacks are in "
-            f"{out / 'failed'}. The others are committed; run the same command again to retry only these"
-        )
-    return seal(out, config.draws)
+    total, shards = spec.rows * config.draws, spec.shards_per_draw * config.draws
+    lacking = making.pending(out, spec, config.draws)
+    if len(lacking) < shards:
+        report.say(f"{shards - len(lacking)} of {shards} shards are committed already")
+    if lacking and config.executor != "slurm":
+        setting = setup(config, inputs, out)
+        done = total - making.records_of(spec, lacking)
+        outcomes = _encode(config, setting, making.jobs(lacking), report)
+        failed = making.produce(out, outcomes, setting.batch_size, report, done, total)
+        lacking = making.pending(out, spec, config.draws)
+        if report.stopping or (report.ending and len(lacking) > len(failed)):
+            raise Stopped
+    pairs = making.records_of(spec, lacking)
+    if pairs > config.max_missing:
+        again = "run `nfm submit pairs --slurm` again" if config.executor == "slurm" else "run the same command again"
+        raise making.missing(out, lacking, shards, pairs, config.max_missing, again)
+    return seal(out, config.draws, making.reasons(out, lacking))
 
 
-def seal(out: Path, draws: int) -> Result:
-    """The generation that holds these draws, from its commits; raises where commits or their files are missing."""
-    spec = read_spec(out)
-    check_files(out, commits.committed(out, draws))
-    body = generations.build(out, spec, draws)
+def seal(out: Path, draws: int, excluded: Mapping[str, str] = {}) -> Result:
+    """The generation that holds these draws, from its commits; raises where commits or their files are missing.
+
+    `excluded` names shards that may be missing, with the reasons that the manifest is to give.
+    """
+    body = generations.build(out, read_spec(out), draws, excluded)
     moments = body["moments"]
     metrics = {
         "pairs": body["records"],
         "draws": draws,
         "noise_mean": moments["mean"],
         "noise_var": moments["var"],
-        "bytes": sum(shard["bytes"] for shard in body["shards"]),
-        "shards": len(body["shards"]),
+        "bytes": body["bytes"],
+        "shards": body["shard_count"],
     }
     return Result(
         payload=[],
@@ -174,7 +193,7 @@ def audit(
 
 
 def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
-    """The encoder's setup; paths are absolute, since workers run elsewhere."""
+    """The encoder's setup; paths are absolute, since workers run elsewhere, and so is the device theirs to choose."""
     teacher = inputs.get("teacher")
     weights = None
     if teacher is not None:
@@ -185,41 +204,28 @@ def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
         data=str(inputs["data"].resolve()),
         teacher=str(teacher.resolve()) if teacher is not None else None,
         teacher_sha256=weights,
-        batch_size=config.batch_size,
+        batch_size=_batch_size(config, out),
         precision=config.precision,
-        device=pick_device(config.device),
+        device=config.device,
         threads=config.threads,
+        compile=config.compile,
     )
 
 
-def _encode(config: PairsConfig, encoder: Setup, pending: Sequence[ShardJob], report: Reporter) -> Any:
+def _batch_size(config: PairsConfig, out: Path) -> int:
+    """The store's batch shape, which its spec fixed; of a store from before that, or an export, the config's."""
+    stated = atomic.read_json(out / "spec.json").get("encoding", {}).get("batch_size", config.batch_size)
+    return PLAIN_BATCH if stated == "auto" else int(stated)
+
+
+def _encode(
+    config: PairsConfig, encoder: Setup, jobs: Iterable[ShardJob], report: Reporter
+) -> Iterator[Outcome | None]:
     from nfm.stages.executors import ray, serial
 
-    def stopping() -> bool:
-        return report.stopping
-
     if config.executor == "serial":
-        return serial.run(encoder, pending, 1, stopping)
-    return ray.run(encoder, pending, _workers(config, encoder.device), stopping, config.ray_address)
-
-
-def _workers(config: PairsConfig, device: str) -> int:
-    """One worker a GPU, else as many as the cores carry at `threads` each."""
-    if config.workers:
-        return config.workers
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.device_count()
-    return max(1, len(os.sched_getaffinity(0)) // config.threads)
-
-
-def _set_aside(out: Path, outcome: Outcome, report: Reporter) -> None:
-    name = shard_name(outcome.job.draw, outcome.job.shard)
-    atomic.write_bytes(out / "failed" / f"{name}.txt", (outcome.error or "").encode())
-    last = (outcome.error or "").strip().splitlines()[-1:] or ["no message"]
-    report.say(f"{name} failed three times and is set aside: {last[0]}")
-    report.log("SHARD_FAILED", shard=name, error=outcome.error)
+        return serial.run(encoder, jobs, 1, report)
+    return ray.run(encoder, jobs, config.workers, report, config.ray_address, report.say)
 
 
 def _content(folder: Path) -> str:

@@ -15,7 +15,7 @@ from nfm.stages.pairs_upkeep import pinned, verify
 from nfm.stages.stage import Finding, Inputs
 from nfm.storage import ImageDataset, PairStore, codecs, generations, layout
 from nfm.storage.index import read_index
-from nfm.storage.schema import read_spec, shard_name
+from nfm.storage.schema import StoreSpec, parse_name, read_spec, shard_name
 
 MEAN_BOUND, VARIANCE_BOUNDS = 0.1, (0.8, 1.25)
 # Root mean square over a record of the stored noise minus the noise encoded again. A codec rounds to 2^-11 relative
@@ -109,7 +109,7 @@ def encode_again(
     """
     spec, total = read_spec(root), manifest["records"]
     store, encoder = PairStore.open(root, manifest["generation"]), Encoder(setup)
-    picked = np.random.default_rng(seed).choice(total, size=min(count, total), replace=False)
+    picked = _held(spec, manifest, np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
     rounding = (spec.noise_step or 0.0) / 12**0.5  # RMS of what a step rounds away
     findings: list[Finding] = []
     encoded, decoded = [np.zeros(0)], [np.zeros(0)]
@@ -131,6 +131,15 @@ def encode_again(
     if spec.teacher:
         said += f", stored noise decoded in float32 within {back:.2g} of x + eta eps'"
     return findings, [said]
+
+
+def _held(spec: StoreSpec, manifest: dict[str, Any], picked: np.ndarray) -> np.ndarray:
+    """Numbers of the records that a generation holds, as places in all draws: those behind excluded ones move up."""
+    places = np.sort(picked)
+    for shard in sorted(manifest.get("excluded", ()), key=lambda shard: parse_name(shard["name"])):
+        first = parse_name(shard["name"])[0] * spec.rows + shard["slots"][0]
+        places[places >= first] += shard["records"]
+    return places
 
 
 def _not_its_noise(root: Path, manifest: dict[str, Any], draw: int, slot: int, rows_per_shard: int) -> Finding:

@@ -10,6 +10,7 @@ from nfm.storage.row_fields import RowField, row_field_names
 
 RECIPE = ("coupling", "layout", "codec", "noise_step", "image_scale", "image_decoder", "rows", "rows_per_shard", "eta",
           "sigma_f", "seed", "flips", "classes", "teacher", "source")  # fmt: skip
+ENCODED = ("precision", "batch_sizes", "noise_error")  # how its commits say that they were made
 ONLY_WHERE_SET = ("noise_step", "image_scale", "image_decoder")
 
 
@@ -17,7 +18,8 @@ def info(where: str | Path) -> dict[str, Any]:
     """The recipe of a store and the figures of its pinned generation, by the names that people see."""
     store = PairStore.open(where)
     spec, body = store.spec, store.manifest
-    size = sum(shard["bytes"] for shard in body["shards"])
+    size = body.get("bytes") or sum(shard["bytes"] for shard in body["shards"])
+    excluded = body.get("excluded", ())
     recipe = {key: getattr(spec, key) for key in RECIPE}
     shown = {key: value for key, value in recipe.items() if value is not None or key not in ONLY_WHERE_SET}
     fields = ", ".join(f"{field.name} {field.dtype}{list(field.shape)}" for field in spec.fields)
@@ -32,9 +34,11 @@ def info(where: str | Path) -> dict[str, Any]:
         "pairs": body["records"],
         "bytes": size,
         "bytes per pair": round(size / body["records"], 1),
+        **({"excluded pairs": sum(shard["records"] for shard in excluded)} if excluded else {}),
         "clipped": body.get("clipped", 0),
         "order key": store.order_key,
         "content": store.content_digest,
         **{f"exported {key}": value for key, value in (body.get("exported") or {}).items()},
         **{f"noise {key}": value for key, value in body["moments"].items()},
+        **{key.replace("_", " "): body[key] for key in ENCODED if body.get(key) is not None},
     }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from nfm.stages.stage import Finding, StageError
 from nfm.storage import atomic, commits, generations, layout
 from nfm.storage import verify as storage_verify
-from nfm.storage.commits import Commit
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.paths import as_path, size_of
 from nfm.storage.schema import StoreSpec, read_spec, shard_name
@@ -41,29 +39,13 @@ def unfinished(store: str | Path) -> str:
 
 def complete_draws(out: Path) -> int:
     """The number of leading draws whose shards are all committed."""
-    spec, done = read_spec(out), commits.committed(out, 1000)
+    spec, done = read_spec(out), set(commits.names(out, 1000))
     draws = 0
     while all(shard_name(draws, shard) in done for shard in range(spec.shards_per_draw)):
         draws += 1
     if not draws:
         raise StageError(f"{out}: no draw is complete yet; run the pairs stage again")
     return draws
-
-
-def check_files(out: Path, done: Mapping[str, Commit]) -> None:
-    """A commit whose shard went away must stop the run before the store is sealed over the hole."""
-    spec = read_spec(out) if done else None
-    for commit in done.values():
-        wrong = layout.missing(out, spec, commit) if spec is not None else []
-        index = size_of(out / commit.index)
-        if index != commit.index_bytes:
-            wrong.append((out / commit.index, commit.index_bytes, index))
-        for path, size, found in wrong:
-            raise StageError(
-                f"{path}: {'missing' if found is None else f'{found} bytes instead of {size}'}, though "
-                f"{commits.commit_path(out, commit.name)} says it was committed. Restore the file, or run "
-                f"`nfm repair {out}` and then this command again to encode the shard anew"
-            )
 
 
 def damaged_manifests(out: Path) -> list[Path]:

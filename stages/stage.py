@@ -58,11 +58,20 @@ class Reporter(Protocol):
         """True once the user asked to stop; a stage then saves and raises `Stopped`."""
         ...
 
+    @property
+    def ending(self) -> bool:
+        """True once no new unit of work is to begin, though those in hand are finished; also when `stopping`."""
+        ...
+
     def check_lock(self) -> None:
         """Raises when another process took the artifact over; to be asked before a file is replaced."""
         ...
 
-    def progress(self, done: int, total: int, unit: str, **figures: Any) -> None: ...
+    def progress(
+        self, done: int, total: int, unit: str, workers: Sequence[Mapping[str, Any]] = (), **figures: Any
+    ) -> None:
+        """`done` of `total` units, with a row for each worker (see `executors.tally`) and any further figures."""
+        ...
 
     def say(self, text: str) -> None: ...
 

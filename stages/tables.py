@@ -6,8 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns under their names, two spaces apart; None is shown as a dash."""
+def aligned(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool = False) -> str:
+    """Columns under their names, two spaces apart; None is shown as a dash.
+
+    With `numbers` all columns but the first end in line, as numbers should.
+    """
     lines = [list(header), *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+    def placed(line: list[str]) -> str:
+        cells = zip(range(len(widths)), line, widths)
+        return "  ".join(f"{cell:{'>' if numbers and column else '<'}{width}}" for column, cell, width in cells)
+
+    return "\n".join(placed(line).rstrip() for line in lines)

@@ -133,8 +133,9 @@ def fit(
         line = {**figures, **measure()}
         with (out / METRICS).open("a") as lines:
             lines.write(json.dumps({key: round(value, 6) for key, value in line.items()}) + "\n")
-        shown = {key: line[key] for key in ("loss", "heldout_bpd", "accuracy") if key in line}
-        report.progress(int(line[f"{unit}_seen"]), plan.examples, unit, **shown, wait=line["data_wait_share"])
+        shown: dict[str, float] = {key: line[key] for key in ("loss", "heldout_bpd", "accuracy") if key in line}
+        shown["wait"] = line["data_wait_share"]
+        report.progress(int(line[f"{unit}_seen"]), plan.examples, unit, workers=(), **shown)
 
     try:
         trained = loop.train(

@@ -15,6 +15,7 @@ from nfm.storage.moments import Moments, check_moments
 from nfm.storage.schema import check_format, parse_name
 
 ATTEMPT = r"[A-Za-z0-9_-]{1,100}"
+_PAYLOAD = re.compile(rf"shards/(d\d{{3}}-s\d{{5}})\.({ATTEMPT})(\.tar)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,11 @@ class Commit:
     seconds: float = 0.0
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     device: str = "cpu"
+    noise_error: float | None = None  # RMS of the noise against a float64 reference, where it was measured
+
+
+_KNOWN = frozenset(field.name for field in dataclasses.fields(Commit))
+_NEEDED = tuple(field.name for field in dataclasses.fields(Commit) if field.default is dataclasses.MISSING)
 
 
 def check_files(where: str, body: Mapping[str, Any], name: str, prefix: str) -> tuple[Mapping[str, Any], ...]:
@@ -54,8 +60,8 @@ def check_files(where: str, body: Mapping[str, Any], name: str, prefix: str) -> 
     Paths must be those that an attempt writes: nothing that is read here leads out of the store.
     """
     payload = checked.text(f"{where}: payload", body["payload"], most=200)
-    match = re.fullmatch(rf"shards/{name}\.({ATTEMPT})(\.tar)?", payload)
-    if match is None or body["index"] != f"index/{name}.{match[1]}.parquet":
+    match = _PAYLOAD.fullmatch(payload)
+    if match is None or match[1] != name or body["index"] != f"index/{name}.{match[2]}.parquet":
         raise StorageError(f"{where}: {checked.shown(payload)} and {checked.shown(body['index'])} are not its files")
     for key in (f"{prefix}sha256", "index_sha256"):
         checked.sha256(f"{where}: {key}", body[key])
@@ -63,7 +69,7 @@ def check_files(where: str, body: Mapping[str, Any], name: str, prefix: str) -> 
         checked.integer(f"{where}: {key}", body[key])
     checked.integer(f"{where}: records", body["records"], 1)
     listed = checked.sequence(f"{where}: parts", body.get("parts", ()), 64)
-    if bool(listed) == bool(match[2]):
+    if bool(listed) == bool(match[3]):
         raise StorageError(f"{where}: {payload!r} with {len(listed)} parts; a folder has parts, a tar none")
     parts = tuple(checked.mapping(f"{where}: a part", part) for part in listed)
     for part in parts:
@@ -76,30 +82,31 @@ def check_files(where: str, body: Mapping[str, Any], name: str, prefix: str) -> 
 def parse(path: Path, name: str, body: Mapping[str, Any]) -> Commit:
     """The commit of the shard `name` from what `path` holds. Raises StorageError or NewerSchema."""
     check_format(path, body)
+    where = str(path)
     again = "set it aside and run the pairs stage again"
-    needed = [field.name for field in dataclasses.fields(Commit) if field.default is dataclasses.MISSING]
-    lacking = [key for key in needed if key not in body and key != "versions"]
+    lacking = [key for key in _NEEDED if key not in body and key != "versions"]
     if lacking:
-        raise StorageError(f"{path}: no complete commit, it lacks {', '.join(lacking)}; {again}")
+        raise StorageError(f"{where}: no complete commit, it lacks {', '.join(lacking)}; {again}")
     if body["name"] != name:
-        raise StorageError(f"{path}: is the commit of {str(body['name'])[:40]}; {again}")
+        raise StorageError(f"{where}: is the commit of {str(body['name'])[:40]}; {again}")
     draw, shard = parse_name(name)
     if (body["draw"], body["shard"]) != (draw, shard):
-        raise StorageError(f"{path}: its draw and shard are not those of its name; {again}")
-    parts = check_files(str(path), body, name, "payload_")
+        raise StorageError(f"{where}: its draw and shard are not those of its name; {again}")
+    parts = check_files(where, body, name, "payload_")
     if body["payload"].split(".")[1] != body["attempt"]:
-        raise StorageError(f"{path}: its attempt is not that of its files; {again}")
-    checked.sha256(f"{path}: keys_digest", body["keys_digest"])
-    check_moments(f"{path}: moments", body["moments"])
-    checked.integer(f"{path}: clipped", body.get("clipped", 0))
+        raise StorageError(f"{where}: its attempt is not that of its files; {again}")
+    checked.sha256(f"{where}: keys_digest", body["keys_digest"])
+    check_moments(f"{where}: moments", body["moments"])
+    checked.integer(f"{where}: clipped", body.get("clipped", 0))
     for key in ("precision", "device"):
-        checked.text(f"{path}: {key}", body.get(key, ""))
+        checked.text(f"{where}: {key}", body.get(key, ""))
     for key in ("batch_size", "threads"):
         if body.get(key) is not None:
-            checked.integer(f"{path}: {key}", body[key])
-    checked.real(f"{path}: seconds", body.get("seconds", 0.0))
-    versions = checked.mapping(f"{path}: versions", body.get("versions", {}))
+            checked.integer(f"{where}: {key}", body[key])
+    checked.real(f"{where}: seconds", body.get("seconds", 0.0))
+    if body.get("noise_error") is not None and checked.real(f"{where}: noise_error", body["noise_error"]) < 0:
+        raise StorageError(f"{where}: noise_error {body['noise_error']} is negative; {again}")
+    versions = checked.mapping(f"{where}: versions", body.get("versions", {}))
     for version in versions.values():
-        checked.text(f"{path}: versions", version)
-    known = {field.name for field in dataclasses.fields(Commit)}
-    return Commit(**{key: value for key, value in body.items() if key in known} | {"parts": parts})
+        checked.text(f"{where}: versions", version)
+    return Commit(**{key: value for key, value in body.items() if key in _KNOWN} | {"parts": parts})

@@ -10,24 +10,25 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nfm.storage import codecs, layout
-from nfm.storage.atomic import create_json, is_temporary, read_json
+from nfm.storage import codecs, json_text, layout, listing
+from nfm.storage.atomic import create_json, digest, hash_file, read_json
 from nfm.storage.commit_record import ATTEMPT, Commit, parse
 from nfm.storage.errors import MissingShard, StorageError
 from nfm.storage.index import index_rows, keys_digest, write_index
 from nfm.storage.members import Array, Payload
 from nfm.storage.moments import Moments, MomentSums
-from nfm.storage.paths import as_path, exists, inside, names_in, remove, several, size_of
+from nfm.storage.paths import as_path, exists, inside, remove, several, size_of
 from nfm.storage.schema import FORMAT, StoreSpec, parse_name, shard_name
 
-__all__ = ["Commit", "Written", "commit_path", "committed", "publish", "read", "write_shard"]
+__all__ = ["Commit", "Written", "commit_path", "committed", "names", "publish", "read", "read_many", "write_shard"]
+_CHUNK = 1024  # commits in memory at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,10 @@ def publish(root: str | Path, commit: Commit) -> Commit:
             if earlier is not None:  # ours, sealed since, or another's, who then removed our files
                 return earlier
             raise MissingShard(f"{root / file}: not there with {size} bytes; write the shard before its commit")
-    if create_json(path, {"format": FORMAT, **dataclasses.asdict(commit)}):
+    body = dataclasses.asdict(commit)
+    if body["noise_error"] is None:  # not measured: the commit reads as those of old
+        del body["noise_error"]
+    if create_json(path, {"format": FORMAT, **body}):
         return commit
     winner = read(root, commit.name)
     if winner is None:
@@ -165,13 +169,41 @@ def read(root: str | Path, name: str) -> Commit | None:
     return parse(path, name, read_json(inside(as_path(root), f"commits/{name}.json")))
 
 
+def names(root: str | Path, draws: int) -> list[str]:
+    """The shards of draws 0 to `draws` - 1 that have a commit, in order: the folder is listed, nothing is read."""
+    files = listing.names(as_path(root), "commits")
+    found = (file[:-5] for file in files if _IS_COMMIT(file))
+    return sorted(name for name in found if parse_name(name)[0] < draws)
+
+
+_IS_COMMIT = re.compile(r"d\d{3}-s\d{5}\.json", re.ASCII).fullmatch
+
+
 def committed(root: str | Path, draws: int) -> dict[str, Commit]:
-    """The commits of draws 0 to `draws` - 1, by name, in order."""
-    found = names_in(inside(as_path(root), "commits"))
-    names = [file.removesuffix(".json") for file in found if file.endswith(".json") and not is_temporary(file)]
-    names = [name for name in names if parse_name(name)[0] < draws]
-    commits = several(as_path(root), lambda name: read(root, name), names)
-    return {commit.name: commit for commit in commits if commit is not None}
+    """The commits of draws 0 to `draws` - 1, by name, in order: all in memory at once, see `read_many`."""
+    return {commit.name: commit for commit, _ in read_many(root, names(root, draws))}
+
+
+def read_many(root: str | Path, names: Sequence[str]) -> Iterator[tuple[Commit, str]]:
+    """The commits of these shards, each with the SHA-256 of its file, a part of them in memory at a time.
+
+    One that has gone is left out. Raises StorageError when one is damaged.
+    """
+    where = as_path(root)
+    with listing.Folder(where, "commits") as folder:
+
+        def one(name: str) -> tuple[Commit, str] | None:
+            path, data = commit_path(where, name), folder.read(f"{name}.json")
+            if data is not None:
+                try:
+                    return parse(path, name, json_text.checked(path, data, signed=True)), digest(data)
+                except StorageError:
+                    pass  # of an object store it may have been damaged on the way; else it is damaged again
+            commit = read(where, name)
+            return None if commit is None else (commit, hash_file(path)[0])
+
+        for start in range(0, len(names), _CHUNK):
+            yield from filter(None, several(where, one, names[start : start + _CHUNK]))
 
 
 def _fields_of(path: Path, spec: StoreSpec, chunk: Mapping[str, Array], start: int) -> tuple[dict[str, Array], int]:

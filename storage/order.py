@@ -9,10 +9,10 @@ on average.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,13 @@ Shuffle = Literal["full", "windowed"] | None
 _ROUNDS = 12
 
 
-def order_key(source: str, rows: int, draws: int) -> str:
-    """The identity of an order: the same for every coupling, codec and layout of the same source content."""
-    return digest(canonical_json({"source": source, "rows": rows, "draws": draws}))
+def order_key(source: str, rows: int, draws: int, excluded: Sequence[Sequence[int]] = ()) -> str:
+    """The identity of an order: the same for every coupling, codec and layout of the same source content.
+
+    `excluded` are the slots that are not there, as (draw, first, after the last).
+    """
+    body: dict[str, Any] = {"source": source, "rows": rows, "draws": draws}
+    return digest(canonical_json(body | ({"excluded": [list(slots) for slots in excluded]} if excluded else {})))
 
 
 def permute(index: Rows, n: int, key: str | bytes) -> Rows:

@@ -57,7 +57,7 @@ def select(root: Path, shards: Mapping[int, Sequence[Mapping[str, Any]]], filter
     columns = ["slot", *_columns(expression, text)]
     found: dict[int, npt.NDArray[Any]] = {}
     for draw, entries in shards.items():
-        slots = read_parts(root, entries, columns).filter(expression)["slot"].to_numpy()
+        slots = read_parts(root, entries, columns, expression)["slot"].to_numpy()
         if len(slots):
             _check(root, draw, slots, rows)
             found[draw] = slots.astype(np.int32 if rows < 2**31 else np.int64)
@@ -79,18 +79,20 @@ def as_expression(filter: Filter) -> pc.Expression:
         ) from error
 
 
-def read_parts(root: Path, entries: Sequence[Mapping[str, Any]], columns: Sequence[str] | None) -> pa.Table:
-    """Columns of the index parts of some shards, one after another; parts are read in parallel."""
-    threads = _REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS
-    with ThreadPoolExecutor(threads) as pool:
-        return pa.concat_tables(
-            pool.map(
-                lambda part: read_index(
-                    inside(root, part["index"]), columns, part["records"], part.get("index_sha256")
-                ),
-                entries,
-            )
-        )
+def read_parts(
+    root: Path,
+    entries: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | None,
+    expression: pc.Expression | None = None,
+) -> pa.Table:
+    """Columns of the index parts of some shards, one after another, or those rows that match; read in parallel."""
+
+    def read(part: Mapping[str, Any]) -> pa.Table:
+        table = read_index(inside(root, part["index"]), columns, part["records"], part.get("index_sha256"))
+        return table if expression is None else table.filter(expression)
+
+    with ThreadPoolExecutor(_REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS) as pool:
+        return pa.concat_tables(pool.map(read, entries))
 
 
 def _columns(expression: pc.Expression, text: str) -> list[str]:

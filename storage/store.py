@@ -15,12 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nfm.storage import generations, layout
+from nfm.storage import generations, layout, shard_list
 from nfm.storage.atomic import read_json
 from nfm.storage.cache import ShardCache, Wanted, default_cache
 from nfm.storage.errors import StorageError
 from nfm.storage.order import Rows, Shuffle
 from nfm.storage.paths import as_path, inside, is_remote, size_of
+from nfm.storage.presence import DrawShards, Presence, excluded_problems
 from nfm.storage.reader import BatchReader, ReadOptions
 from nfm.storage.row_fields import RowField
 from nfm.storage.schema import StoreSpec, read_spec
@@ -55,12 +56,10 @@ class PairStore:
         self.noise_step = spec.noise_step
         self.rows_per_shard = spec.rows_per_shard
         self.remote = is_remote(root)
-        expected = generations.names_of(spec, self.draws)
-        if [shard["name"] for shard in manifest["shards"]] != expected:
-            raise StorageError(
-                f"{generations.manifest_path(root, self.generation)}: does not list the {len(expected)} "
-                f"shards of {self.draws} draws in order; run `nfm audit {root}`"
-            )
+        path = str(generations.manifest_path(root, self.generation))
+        if problems := excluded_problems(spec, manifest):
+            raise StorageError(f"{path}: {problems[0]}; run `nfm audit {root}`")
+        self._presence = Presence(path, spec, manifest)
         self._cache = cache
         self._begin()
         _stores.add(self)
@@ -97,8 +96,19 @@ class PairStore:
         return PairStore.open, (str(self.root), self.generation, self._cache)
 
     def __len__(self) -> int:
-        """Pairs of one draw."""
+        """Slots of one draw: its pairs, and those that this generation lacks, see `excluded`."""
         return self.spec.rows
+
+    @property
+    def excluded(self) -> Sequence[Mapping[str, Any]]:
+        """The shards that this generation lacks: name, slots (first, after the last), records and reason of each."""
+        return self.manifest.get("excluded", ())
+
+    def slots(self, draw: int) -> Rows:
+        """The slots of a draw that are there, ascending: int64."""
+        there = self._presence.of(draw).numbers
+        every = np.arange(len(self), dtype=np.int64)
+        return every if there is None else every[np.isin(every // self.rows_per_shard, there)]
 
     def gather(self, draw: int, slots: Rows, out: Arrays | None = None) -> Arrays:
         """The pairs at these slots (any order, [n] integers) of a draw, as stored: arrays [n, *shape] by field.
@@ -118,13 +128,22 @@ class PairStore:
             return slots
         with self._lock:
             if draw not in self._rows:
-                rows = read_parts(self.root, self._shards_of(draw), ["row"])["row"].to_numpy()
-                if len(rows) != len(self):
-                    raise StorageError(f"{self.root}: the index of draw {draw} has {len(rows)} rows; run `nfm audit`")
-                self._rows[draw] = rows
+                self._rows[draw] = self._rows_of(draw)
                 while len(self._rows) > _DRAWS_OPEN:
                     self._rows.popitem(last=False)
-            return self._rows[draw][slots]
+            found = self._rows[draw][slots]
+        if len(found) and found.min() < 0:
+            raise StorageError(f"{self.root}: some of these slots of draw {draw} are excluded; `slots` has the others")
+        return found
+
+    def _rows_of(self, draw: int) -> Rows:
+        there = self.slots(draw)
+        listed = read_parts(self.root, self._shards_of(draw), ["row"])["row"].to_numpy()
+        if len(listed) != len(there):
+            raise StorageError(f"{self.root}: the index of draw {draw} has {len(listed)} rows; run `nfm audit`")
+        rows = np.full(len(self), -1, np.int64)
+        rows[there] = listed
+        return rows
 
     def batches(
         self,
@@ -176,7 +195,7 @@ class PairStore:
         if filter is not None:
             shards = {draw: self._shards_of(draw) for draw in range(self.draws)}
             selection = select(self.root, shards, filter, len(self))
-        return StoreStream(self, seed, shuffle, window, selection)
+        return StoreStream(self, seed, shuffle, window, selection, self._presence.numbers())
 
     def empty(self, records: int) -> Arrays:
         """Buffers for the fields of a batch, to gather into."""
@@ -186,7 +205,7 @@ class PairStore:
     def shard(self, draw: int, number: int) -> layout.Shard:
         """A shard of a draw, mapped and open, fetched into the cache first if the store is a URL."""
         if self.remote:  # before the draw's lock is taken, so that several are fetched at once
-            self.cache.together(_wanted(self.root, self.spec, self._shards_of(draw)[number]))
+            self.cache.together(_wanted(self.root, self.spec, self._presence.of(draw)[number]))
         return self._draw(draw).shard(number)
 
     def row_field(self, name: str) -> JoinedField:
@@ -199,19 +218,14 @@ class PairStore:
         return self._cache or default_cache()
 
     def _shards_of(self, draw: int) -> Sequence[Mapping[str, Any]]:
-        if not 0 <= draw < self.draws:
-            raise StorageError(
-                f"{self.root}: draw {draw} is outside 0..{self.draws - 1} of generation {self.generation}"
-            )
-        each = self.spec.shards_per_draw
-        return self.manifest["shards"][draw * each : (draw + 1) * each]
+        return self._presence.of(draw).entries
 
     def _draw(self, draw: int) -> ShardSequence:
         with self._lock:
             found = self._open.pop(draw, None)
             if found is None:
-                spec, entries = self.spec, self._shards_of(draw)
-                open_shard = partial(_open_shard, self.root, spec, entries, self.cache)
+                spec, shards = self.spec, self._presence.of(draw)
+                open_shard = partial(_open_shard, self.root, spec, shards, self.cache)
                 found = ShardSequence(
                     open_shard,
                     spec.fields,
@@ -231,16 +245,16 @@ class PairStore:
 
     def _let_go_of_evicted(self, draw: int, opened: ShardSequence) -> None:
         """What the cache evicts keeps its room on the disk while it is mapped."""
-        entries, cache = self._shards_of(draw), self.cache
+        shards, cache = self._presence.of(draw), self.cache
         opened.let_go(
-            lambda number: not all(cache.holds(file.sha256) for file in _wanted(self.root, self.spec, entries[number]))
+            lambda number: not all(cache.holds(file.sha256) for file in _wanted(self.root, self.spec, shards[number]))
         )
 
     def _check_room(self, shuffle: Shuffle, window: int) -> None:
         """A cache that is too small would fetch every shard again and again."""
-        sizes = [[_payload_bytes(entry) for entry in self._shards_of(draw)] for draw in range(self.draws)]
+        sizes = [shard_list.numbers(self._shards_of(draw), "bytes") for draw in range(self.draws)]
         bound = self.cache.max_bytes
-        full, windows = max(map(sum, sizes)), 2 * window * max(map(max, sizes))
+        full, windows = max(int(each.sum()) for each in sizes), 2 * window * max(int(each.max()) for each in sizes)
         if shuffle == "full" and full > bound:
             raise StorageError(
                 f"{self.root}: a draw of {full} bytes, shuffled in full, exceeds the cache's {bound}: pass "
@@ -258,16 +272,10 @@ def _wanted(root: Path, spec: StoreSpec, entry: Mapping[str, Any]) -> list[Wante
     return [Wanted(inside(root, file.path), file.sha256, file.bytes) for file in layout.files(spec, entry)]
 
 
-def _open_shard(
-    root: Path, spec: StoreSpec, entries: Sequence[Mapping[str, Any]], cache: ShardCache, number: int
-) -> layout.Shard:
+def _open_shard(root: Path, spec: StoreSpec, shards: DrawShards, cache: ShardCache, number: int) -> layout.Shard:
     # No method, so that a store which nobody uses any more goes at once, with its maps.
-    records = entries[number]["records"]
-    return cache.opened(_wanted(root, spec, entries[number]), lambda paths: layout.open_shard(spec, paths, records))
-
-
-def _payload_bytes(entry: Mapping[str, Any]) -> int:
-    return int(entry["bytes"])
+    entry = shards[number]
+    return cache.opened(_wanted(root, spec, entry), lambda paths: layout.open_shard(spec, paths, entry["records"]))
 
 
 class JoinedField:

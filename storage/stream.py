@@ -139,14 +139,24 @@ class Stream(Protocol):
 
 
 class StoreStream:
-    """One source: epoch e reads its draw number e mod draws, or the selected records of the selected draws."""
+    """One source: epoch e reads its draw number e mod draws, or the selected records of the selected draws.
+
+    `present` has the numbers of the shards that are there, by draw; without it all are. A selection is of these.
+    """
 
     def __init__(
-        self, source: Source, seed: int, shuffle: Shuffle, window: int, selection: Selection | None = None
+        self,
+        source: Source,
+        seed: int,
+        shuffle: Shuffle,
+        window: int,
+        selection: Selection | None = None,
+        present: Mapping[int, Rows] | None = None,
     ) -> None:
         self.source = source
         self.sources = (source,)
         self.selection = selection
+        self._present = present
         self.draws = tuple(range(source.draws)) if selection is None else selection.draws
         self.order_key = source.order_key if selection is None else selection.order_key(source.order_key)
         self.order = Order(self.order_key, seed, shuffle, window)
@@ -181,12 +191,16 @@ class StoreStream:
         slots = self._epoch[1](positions)
         if self.selection is not None:
             slots = self.selection.slots[draw][slots].astype(np.int64)
+        elif self._present is not None:  # all of them are full but the last one, which no other follows
+            number, inside = np.divmod(slots, self.source.rows_per_shard)
+            slots = self._present[draw][number] * self.source.rows_per_shard + inside
         return Records(np.zeros_like(slots), np.full_like(slots, draw), slots)
 
     def _counts(self, draw: int) -> Rows:
-        if self.selection is None:
-            return shard_counts(len(self.source), self.source.rows_per_shard)
-        return self.selection.counts(draw, self.source.rows_per_shard)
+        if self.selection is not None:
+            return self.selection.counts(draw, self.source.rows_per_shard)
+        counts = shard_counts(len(self.source), self.source.rows_per_shard)
+        return counts if self._present is None else counts[self._present[draw]]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.layout import StoredFile
 from nfm.storage.paths import is_remote, size_of
 from nfm.storage.schema import SPEC, StoreSpec
+from nfm.storage.shard_list import is_list_name
 
 Level = Literal["quick", "default", "deep"]
 LEVELS: tuple[Level, ...] = ("quick", "default", "deep")
@@ -142,7 +143,7 @@ def _explained(root: Path, spec: StoreSpec, file: str) -> bool:
 
 
 def _is_orphan(spec: StoreSpec, file: str, known: set[str]) -> bool:
-    if is_temporary(file):
+    if is_temporary(file) or is_list_name(file):  # a list is written before the manifest that names it
         return True
     match = re.fullmatch(rf"index/{_ATTEMPT}\.parquet", file) or re.fullmatch(rf"shards/{_ATTEMPT}(\.tar|/\w+)", file)
     if match is not None:

@@ -6,7 +6,7 @@ non-overlapping p x p patches in raster order, D = C p^2 features each, channel-
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,10 @@ class Layer(nn.Module):
         self.contract = nn.Linear(4 * channels, channels)
 
     def forward(self, h: Tensor, cache: Cache | None = None, position: int = 0) -> Tensor:
-        """h [B, T, C] -> [B, T, C]; with a cache, h [B, 1, C] is token `position` alone."""
+        """h [B, T, C] -> [B, T, C]; with a cache, h [B, 1, C] is token `position` alone.
+
+        Where no gradient is recorded, the result takes the memory of h.
+        """
         parts = self.qkv(self.attention_norm(h)).chunk(3, dim=-1)
         # [B, heads, T, head_size] each, views
         query, key, value = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in parts)
@@ -41,8 +44,17 @@ class Layer(nn.Module):
             values[:, :, position] = value[:, :, 0]
             seen = slice(0, position + 1)
             attended = F.scaled_dot_product_attention(query, keys[:, :, seen], values[:, :, seen])
-        h = h + self.project(attended.transpose(1, 2).flatten(2))
-        return h + self.contract(F.gelu(self.expand(self.mlp_norm(h))))
+        h = _added(h, self.project(attended.transpose(1, 2).flatten(2)))
+        return _added(h, self.contract(_gelu(self.expand(self.mlp_norm(h)))))
+
+
+# Large fresh results cost CPUs a page fault every 4 kB: in place, encoding is a fifth to a half faster, bit for bit.
+def _added(h: Tensor, update: Tensor) -> Tensor:
+    return h + update if torch.is_grad_enabled() else h.add_(update)
+
+
+def _gelu(h: Tensor) -> Tensor:
+    return F.gelu(h) if torch.is_grad_enabled() else torch.ops.aten.gelu_(h)
 
 
 class MetaBlock(nn.Module):
@@ -100,7 +112,7 @@ class MetaBlock(nn.Module):
             token = u[:, i : i + 1].repeat(1 + guided, 1, 1)
             h = self.embed(token) + positions[i] + context
             for layer, cache in zip(self.layers, caches):
-                h = layer(h, cache, i)
+                h = layer.forward(h, cache, i)  # never compiled: it would be, again for every position
             parameters = self._head(h)
             if guided:
                 conditional, dropped = parameters.chunk(2)
@@ -161,6 +173,16 @@ class TarFlow(nn.Module):
             MetaBlock(tokens, features, classes, channels, layers, head_size, reverse=index % 2 == 1)
             for index in range(blocks)
         )
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile the layers for encoding (`torch.compile`'s arguments): one compilation serves all of them.
+
+        It takes place at the first batch, for its shape; compiling whole blocks took three times as long and gained
+        nothing on CPUs.
+        """
+        for block in cast("Iterable[MetaBlock]", self.blocks):
+            for layer in block.layers:
+                layer.compile(*args, **options)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same as `encode`."""

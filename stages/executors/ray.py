@@ -1,149 +1,189 @@
 """The Ray executor: one actor a GPU or CPU share; descriptors go in, commits come out, images never do.
 
-The driver keeps at most two shards in flight an actor. An actor that dies (a killed process, a lost node) is
-replaced and its shards start again under new attempts; a shard that fails by itself is tried three times.
-A cluster that this process did not start is left running.
+The driver owns the attempts. An actor that dies (a killed process, a lost node, Ray's memory monitor) is replaced and
+its shards start again; a shard that fails by itself is tried `TRIES` times, one that kills its worker `DEATHS` times.
+A cluster that this process did not start is left running, and so is everything on it that is not ours.
 """
 
 from __future__ import annotations
 
-import os
-import signal
+import re
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from nfm.stages.encoder import Encoder, Setup
-from nfm.stages.executors import TRIES, Outcome, ShardJob, Stopping
+from nfm.stages.encoder import Setup
+from nfm.stages.executors import TRIES, Halt, Outcome, ShardJob
+from nfm.stages.executors.ray_cluster import cluster
+from nfm.stages.executors.ray_crew import IN_FLIGHT, Crew, Landing
 from nfm.stages.stage import StageError
-from nfm.storage.commits import Commit
 
-IN_FLIGHT = 2
-LOST_ACTORS = 5  # so many lost in a row without one shard done: the cluster or the memory is at fault, not chance
-
-
-class Worker:
-    """What runs inside an actor: a teacher loaded once, then shard after shard."""
-
-    def __init__(self, setup: Setup):
-        import torch
-
-        torch.set_num_threads(setup.threads)
-        self.encoder = Encoder(setup)
-
-    def encode(self, job: ShardJob) -> Commit:
-        return self.encoder.encode_shard(job)
+DEATHS = 5
+PATIENCE_SECONDS = 600.0
 
 
 def run(
-    setup: Setup, jobs: Sequence[ShardJob], workers: int, stopping: Stopping, address: str | None = None
-) -> Iterator[Outcome]:
-    """Encode the jobs on `workers` actors of the cluster at `address`, RAY_ADDRESS, or a local one made for it."""
+    setup: Setup,
+    jobs: Iterable[ShardJob],
+    workers: int,
+    halt: Halt,
+    address: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    patience: float = PATIENCE_SECONDS,
+) -> Iterator[Outcome | None]:
+    """Encode the jobs, drawn as they are needed, on `workers` actors of a cluster; 0 means as many as it carries.
+
+    The cluster is the one that this process is connected to, else the one at `address` or RAY_ADDRESS, else a local
+    one that is made for it. `say` hears what a person should know. Raises StageError when no cluster answers, when no
+    actor is ready for `patience` seconds, when one cannot begin, and when one after another dies.
+    """
+    backlog = _Backlog(jobs)
+    if not backlog.refill(1):
+        return
+    with cluster(address, workers, setup.threads, setup.device) as share:
+        crew = Crew(setup, workers, share, say, patience)
+        try:
+            yield from _Production(crew, backlog, halt, say).outcomes()
+        finally:
+            crew.dismiss()
+
+
+class _Backlog:
+    """Jobs that wait: few are drawn from their source before they are needed.
+
+    `suspects` were in hand when their actor died. They wait until another shard is done or none is left: so it shows
+    whether one shard kills actors, or whatever they work on.
+    """
+
+    def __init__(self, jobs: Iterable[ShardJob]):
+        self._source = iter(jobs)
+        self.waiting: deque[ShardJob] = deque()
+        self.suspects: list[ShardJob] = []
+
+    def refill(self, count: int) -> bool:
+        """Draw until this many wait; false when none does."""
+        while len(self.waiting) < count and (job := next(self._source, None)) is not None:
+            self.waiting.append(job)
+        if not self.waiting:
+            self.release()
+        return bool(self.waiting)
+
+    def release(self) -> None:
+        """Let the suspects try again."""
+        self.waiting.extend(self.suspects)
+        self.suspects.clear()
+
+    def close(self) -> None:
+        self._source = iter(())
+        self.waiting.clear()
+        self.suspects.clear()
+
+
+class _Production:
+    """From jobs to outcomes, through whatever happens to the actors."""
+
+    def __init__(self, crew: Crew, backlog: _Backlog, halt: Halt, say: Callable[[str], None]):
+        self.crew, self.backlog, self.halt, self.say = crew, backlog, halt, say
+        self.lost: set[str] = set()  # shards and starts that ended with their actor since the last commit
+
+    def outcomes(self) -> Iterator[Outcome | None]:
+        crew, backlog = self.crew, self.backlog
+        while not self.halt.stopping:
+            if self.halt.ending:
+                backlog.close()
+                crew.end()
+            backlog.refill((IN_FLIGHT + 1) * crew.wanted)
+            if not backlog.waiting and not crew.in_flight:
+                return
+            crew.muster(len(backlog.waiting) + crew.in_flight)
+            crew.send(backlog.waiting)
+            landing = crew.landed()
+            outcome = self._settle(landing) if landing else None
+            if outcome or not landing:
+                yield outcome
+
+    def _settle(self, landing: Landing) -> Outcome | None:
+        """What a call's answer means: an outcome, or another attempt later."""
+        import ray
+
+        job, result, worker = landing.call, landing.result, landing.seat.name
+        died = isinstance(result, ray.exceptions.RayError) and not isinstance(result, ray.exceptions.RayTaskError)
+        if isinstance(job, str):
+            if not isinstance(result, ray.exceptions.RayError):
+                self.crew.greet(landing)
+            elif isinstance(result, ray.exceptions.RayActorError) and not result.actor_init_failed:
+                self._lose(landing, f"{worker} at its start")
+            else:
+                self._not_begun(landing)
+            return None
+        if died:
+            return self._died(job, landing)
+        if isinstance(result, ray.exceptions.RayTaskError):
+            job = job.again(failed=True)
+            if job.tries >= TRIES:
+                return Outcome(job, error=_plain(result), worker=worker)
+            self.backlog.waiting.append(job)
+            return None
+        if result is None:
+            return None
+        commit, timing = result
+        self.lost.clear()
+        self.backlog.release()
+        return Outcome(job, commit=commit, worker=worker, timing=timing)
+
+    def _died(self, job: ShardJob, landing: Landing) -> Outcome | None:
+        """The actor died with this shard in hand: it starts again later, or is set aside as the reason."""
+        self._lose(landing, job.name)
+        job = job.again(died=not _with_its_node(landing.result))
+        if job.deaths >= DEATHS:
+            self.lost.discard(job.name)
+            last = _plain(landing.result)
+            return Outcome(job, error=f"killed its worker five times; the last: {last}", worker=landing.seat.name)
+        self.backlog.suspects.append(job)
+        return None
+
+    def _lose(self, landing: Landing, what: str) -> None:
+        """Give up the seat of a dead actor; what was queued there starts again first."""
+        seat = landing.seat
+        self.backlog.waiting.extendleft(job.again() for job in reversed(self.crew.remove(seat)))
+        self.say(f"lost Ray actor {seat.name}: {_reason(landing.result)}; its shards start again elsewhere")
+        self.lost.add(what if isinstance(landing.call, ShardJob) else f"{what}, {len(self.lost)}")
+        if len(self.lost) > max(5, 3 * self.crew.wanted):
+            raise StageError(
+                f"{len(self.lost)} Ray actors in a row died without finishing a shard; the last one: "
+                f"{_reason(landing.result)}. Look for the reason in the Ray logs (out of memory is the usual one: "
+                "lower pairs.batch_size or pairs.workers); committed shards stay, run the same command again"
+            ) from landing.result
+
+    def _not_begun(self, landing: Landing) -> None:
+        """An actor that cannot load its teacher ends the run, unless others can: then its node is at fault."""
+        seat = landing.seat
+        self.crew.remove(seat)
+        where = f" on {seat.host}" if seat.host else ""
+        text = f"a Ray actor cannot begin{where}: {_reason(landing.result)}"
+        if not self.crew.working:
+            raise StageError(text) from landing.result
+        self.crew.rest()
+        self.say(f"{text}; the others go on, another is tried in a minute")
+
+
+def _reason(error: Any) -> str:
+    """One line that says why a call failed."""
     import ray
 
-    workers = min(workers, len(jobs))
-    with _cluster(address, workers * setup.threads):
-        crew, waiting, lost = _Crew(setup, workers), deque(jobs), 0
-        while (waiting or crew.flights) and not stopping():
-            crew.send(waiting)
-            for seat, job, result in crew.landed():
-                if isinstance(result, Commit):
-                    lost = 0
-                    yield Outcome(job, commit=result)
-                elif isinstance(result, ray.exceptions.RayTaskError):
-                    if job.tries + 1 < TRIES:
-                        waiting.append(job.again(failed=True))
-                    else:
-                        yield Outcome(job, error=str(result))
-                elif getattr(result, "actor_init_failed", False):
-                    reason = str(result).strip().splitlines()[-1].partition(": ")[2]
-                    raise StageError(f"a Ray actor cannot begin: {reason}") from result
-                else:
-                    lost += 1
-                    if lost > LOST_ACTORS:
-                        raise StageError(_gone(lost, result)) from result
-                    waiting.extendleft(each.again(failed=False) for each in [*crew.replace(seat), job])
-        crew.dismiss()
+    cause = getattr(error, "cause", None)
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(cause, Exception):
+        first = str(cause).strip().partition("\n")[0]
+        return first if isinstance(cause, StageError) else f"{type(cause).__name__}: {first}"
+    lines = _plain(error).strip().splitlines() or ["no message"]
+    return lines[-1].partition(" Some common causes")[0].strip()
 
 
-class _Crew:
-    """The actors, each in a numbered seat, and which job is in flight where."""
-
-    def __init__(self, setup: Setup, workers: int):
-        import ray
-
-        gpus = 1 if setup.device.startswith("cuda") else 0
-        self.hire: Any = ray.remote(num_cpus=setup.threads, num_gpus=gpus, max_restarts=0)(Worker).remote
-        self.setup = setup
-        self.actors: list[Any] = [self.hire(setup) for _ in range(workers)]
-        self.flights: dict[Any, tuple[int, ShardJob]] = {}
-
-    def send(self, waiting: deque[ShardJob]) -> None:
-        """Fill every seat up to IN_FLIGHT jobs."""
-        for seat, actor in enumerate(self.actors):
-            busy = sum(taken == seat for taken, _ in self.flights.values())
-            for _ in range(min(IN_FLIGHT - busy, len(waiting))):
-                job = waiting.popleft()
-                self.flights[actor.encode.remote(job)] = (seat, job)
-
-    def landed(self, seconds: float = 0.5) -> Iterator[tuple[int, ShardJob, Any]]:
-        """(seat, job, its commit or the Ray error) of what ended within some time."""
-        import ray
-
-        ready, _ = ray.wait(list(self.flights), num_returns=1, timeout=seconds)
-        for reference in ready:
-            if reference not in self.flights:
-                continue  # its seat was given to another actor meanwhile
-            seat, job = self.flights.pop(reference)
-            try:
-                yield seat, job, ray.get(reference)
-            except ray.exceptions.RayError as error:
-                yield seat, job, error
-
-    def replace(self, seat: int) -> list[ShardJob]:
-        """A fresh actor for a dead one's seat; returns the jobs that died with it, the last one first."""
-        died = [reference for reference, (taken, _) in self.flights.items() if taken == seat]
-        self.actors[seat] = self.hire(self.setup)
-        return [self.flights.pop(reference)[1] for reference in reversed(died)]
-
-    def dismiss(self) -> None:
-        import ray
-
-        for actor in self.actors:
-            ray.kill(actor)
+def _plain(error: Exception) -> str:
+    """Ray's text without the colours of a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
 
 
-def _gone(lost: int, error: Exception) -> str:
-    return (
-        f"{lost} Ray actors in a row died without finishing a shard; the last one: {error}. Look for the reason in "
-        "the Ray logs (out of memory is the usual one: lower pairs.batch_size or pairs.workers); committed shards "
-        "stay, run the same command again"
-    )
-
-
-@contextmanager
-def _cluster(address: str | None, cpus: int) -> Iterator[None]:
-    """Connect to a cluster, or make a local one that ends with us; our signal handlers stay ours."""
-    import ray
-
-    address = address or os.environ.get("RAY_ADDRESS")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "namespace": "nfm"}
-    connected = ray.is_initialized()
-    if not connected:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(
-                address="local", num_cpus=max(cpus, 1), include_dashboard=False,
-                object_store_memory=80 * 2**20, **quiet,
-            )  # fmt: skip
-    for number, handler in handlers.items():
-        if handler is not None and signal.getsignal(number) is not handler:
-            signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        if not connected:
-            ray.shutdown()
+def _with_its_node(error: Any) -> bool:
+    """Whether the whole node left, which no shard is to blame for."""
+    return bool(getattr(error, "preempted", False)) or "node has died" in str(error)

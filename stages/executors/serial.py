@@ -1,27 +1,31 @@
-"""The serial executor: every shard in this process, one after another; for debugging and small stores."""
+"""The serial executor: every shard in this process, one after another; for debugging and as a task of an array."""
 
 from __future__ import annotations
 
+import os
+import socket
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from nfm.stages.encoder import Encoder, Setup, threads
-from nfm.stages.executors import TRIES, Outcome, ShardJob, Stopping
+from nfm.stages.executors import TRIES, Halt, Outcome, ShardJob
 
 
-def run(setup: Setup, jobs: Sequence[ShardJob], workers: int, stopping: Stopping) -> Iterator[Outcome]:
+def run(setup: Setup, jobs: Iterable[ShardJob], workers: int, halt: Halt) -> Iterator[Outcome | None]:
     """Encode the jobs in order; `workers` is one whatever it says."""
+    worker = f"{socket.gethostname()}:{os.getpid()}"
     with threads(setup.threads):
         encoder = Encoder(setup)
         for job in jobs:
-            while not stopping():
+            while not halt.ending:
                 try:
-                    yield Outcome(job, commit=encoder.encode_shard(job, stopping))
+                    commit = encoder.encode_shard(job, lambda: halt.stopping)
+                    yield Outcome(job, commit=commit, worker=worker, timing=encoder.timing)
                     break
                 except InterruptedError:
                     return
                 except Exception:
                     job = job.again(failed=True)
                     if job.tries >= TRIES:
-                        yield Outcome(job, error=traceback.format_exc())
+                        yield Outcome(job, error=traceback.format_exc(), worker=worker)
                         break

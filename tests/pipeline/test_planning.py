@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -30,6 +31,51 @@ def test_costs_grow_with_what_they_count(lab: Lab, root: Path) -> None:
     small, large = cost("teacher")["FLOPs"], cost("teacher", "teacher.images=30000")["FLOPs"]
     assert float(large) == pytest.approx(10 * float(small), rel=0.1)
     assert float(cost("student", "student.depth=4")["FLOPs"]) > float(cost("student")["FLOPs"])
+
+
+@pytest.mark.parametrize("layout", ["blocks", "zarr"])
+def test_planned_bytes_and_shards_are_those_of_the_store_that_is_made(lab: Lab, layout: str) -> None:
+    sets = ("pairs.coupling=independent", "evaluate.baselines=[]", f"pairs.layout={layout}", "pairs.codec=float32")
+    arguments = [part for override in sets for part in ("--set", override)]
+    (row,) = [
+        row
+        for row in json.loads(lab.nfm("plan", "pairs", "-c", "tiny.toml", *arguments, "--workers=2", "--json").stdout)
+        if row["stage"] == "pairs"
+    ]
+    lab.drop("pairs")
+    lab.run("pairs", *sets)
+    store = lab.all("pairs")[0]
+    metrics = store.manifest()["metrics"]
+    files = [path for path in store.path.rglob("*") if path.is_file() and path.parent.name != "events"]
+    on_disk = sum(path.stat().st_size for path in files if not path.name.startswith(("spec", "manifest", "lock")))
+    assert (row["plan"]["pairs"], row["plan"]["shards"]) == (metrics["pairs"], metrics["shards"])
+    assert row["plan"]["bytes"]["float32"] == pytest.approx(on_disk, rel=0.05)
+    assert row["plan"]["bytes"]["float32"] > metrics["bytes"]
+    assert "hours" not in row["plan"], "no teacher runs"
+
+
+def test_pairs_are_planned_before_there_is_any_data(empty: Lab) -> None:
+    common = ("plan", "pairs", "-c", "tiny.toml", "--images", 10**8, "--image-shape", "1x8x8", "--classes", 10,
+              "--set", "pairs.rows_per_shard=2000")  # fmt: skip
+    (row,) = json.loads(empty.nfm(*common, "--rate", 1000, "--workers", 1, "--workers", 10, "--json").stdout)
+    plan = row["plan"]
+    assert plan["pairs"] == 2 * 10**8
+    assert plan["shards"] == 2 * -(-(10**8) // 2000)
+    assert plan["bytes"]["float32"] > plan["bytes"]["float16"] > plan["bytes"]["int8"] > 2 * 10**8 * 2 * 64
+    assert plan["hours"]["1"] == pytest.approx(2 * 10**8 / 1000 / 3600, rel=0.01)
+    assert plan["hours"]["10"] == pytest.approx(plan["hours"]["1"] / 10, rel=0.01)
+    measured = empty.nfm(*common).stdout
+    assert "measured here, 1 of" in measured
+    assert not empty.artifacts.exists()
+
+
+def test_a_plan_of_pairs_without_data_says_what_to_give(empty: Lab) -> None:
+    assert "give --images N --image-shape CxHxW" in empty.nfm("plan", "pairs", "-c", "tiny.toml").stdout
+    wrong = ("plan", "pairs", "-c", "tiny.toml", "--images", 100)
+    assert "--image-shape together" in empty.nfm(*wrong, exits=2).stderr
+    assert "3x64x64" in empty.nfm(*wrong, "--image-shape", "3,64,64", exits=2).stderr
+    refused = empty.nfm(*wrong, "--image-shape", "3x9x9", "--rate", 1, exits=1).stderr
+    assert "patch = 2 does not divide the image 9 x 9" in refused
 
 
 def test_the_age_and_size_of_an_artifact_are_those_of_its_files(lab: Lab, root: Path) -> None:

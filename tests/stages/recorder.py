@@ -15,9 +15,13 @@ class Recorder:
         self.patience -= 1
         return self.patience < 0
 
+    @property
+    def ending(self) -> bool:
+        return self.patience < 0
+
     def check_lock(self) -> None: ...
 
-    def progress(self, done: int, total: int, unit: str, **figures: object) -> None:
+    def progress(self, done: int, total: int, unit: str, workers: object = (), **figures: object) -> None:
         self.seen.append((done, total, unit))
 
     def say(self, text: str) -> None: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import pytest
 
 from nfm.stages import pairs
 from nfm.stages.encoder import Encoder, Setup
-from nfm.stages.executors import Outcome, ShardJob, new_attempt, serial
+from nfm.stages.executors import Outcome, ShardJob, new_attempt, serial, slurm
 from nfm.stages.executors import ray as on_ray
 from nfm.stages.stage import StageError
 from nfm.storage import commits
@@ -21,7 +21,8 @@ from nfm.storage.schema import read_spec
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
-Run = Callable[[Setup, list[ShardJob]], list[Outcome]]
+EXECUTORS = {"serial": serial.run, "ray": on_ray.run, "slurm": slurm.run}
+everywhere = pytest.mark.parametrize("executor", EXECUTORS)
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,16 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def never() -> bool:
-    return False
+class Switch:
+    """A halt that a test turns."""
+
+    stopping = ending = False
+
+
+def run(executor: str, setup: Setup, workers: int = 2, switch: Switch | None = None) -> Iterator[Outcome]:
+    """The outcomes of all jobs, ticks left out."""
+    found = EXECUTORS[executor](setup, jobs(), workers, switch or Switch())
+    return (outcome for outcome in found if outcome is not None)
 
 
 @pytest.fixture
@@ -63,29 +72,23 @@ def expected(made: Lab) -> dict[str, str]:
     return digests(str(made.only("pairs").path))
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_ray_writes_what_serial_writes_at_any_number_of_workers(
-    prepared: Setup, expected: dict[str, str], cluster: None, workers: int
+@pytest.mark.parametrize(("executor", "workers"), [("serial", 1), ("slurm", 1), ("ray", 1), ("ray", 2), ("ray", 3)])
+def test_every_executor_writes_the_same_bytes_at_any_number_of_workers(
+    prepared: Setup, expected: dict[str, str], cluster: None, executor: str, workers: int
 ) -> None:
-    outcomes = list(on_ray.run(prepared, jobs(), workers, never))
+    outcomes = list(run(executor, prepared, workers))
     assert sorted(outcome.commit.name for outcome in outcomes if outcome.commit) == sorted(expected)
     assert digests(prepared.store) == expected
+    assert all(outcome.worker and outcome.timing and outcome.timing.wall > 0 for outcome in outcomes)
 
 
-def test_serial_writes_them_too_in_order(prepared: Setup, expected: dict[str, str]) -> None:
-    outcomes = list(serial.run(prepared, jobs(), 1, never))
-    assert [outcome.commit.name for outcome in outcomes if outcome.commit] == sorted(expected)
-    assert digests(prepared.store) == expected
-
-
-@pytest.mark.parametrize("executor", ["serial", "ray"])
+@everywhere
 def test_a_shard_that_fails_three_times_is_yielded_with_its_traceback_and_the_rest_goes_on(
     prepared: Setup, cluster: None, executor: str
 ) -> None:
     shard = Path(prepared.data) / "train/s00001.tar"  # rows 128 to 255: shards 2 and 3 of both draws
     shard.write_bytes(shard.read_bytes()[:-3000])
-    run = serial.run if executor == "serial" else on_ray.run
-    outcomes = list(run(prepared, jobs(), 2, never))
+    outcomes = list(run(executor, prepared))
     assert sorted((o.job.draw, o.job.shard) for o in outcomes if o.commit) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     failed = [outcome for outcome in outcomes if outcome.commit is None]
     assert len(failed) == 4
@@ -93,17 +96,18 @@ def test_a_shard_that_fails_three_times_is_yielded_with_its_traceback_and_the_re
     assert not list(Path(prepared.store).glob("shards/*s00002*"))
 
 
-@pytest.mark.parametrize("executor", ["serial", "ray"])
+@everywhere
 def test_a_stop_ends_early_and_keeps_what_is_committed(prepared: Setup, cluster: None, executor: str) -> None:
     done: list[Outcome] = []
-    run = serial.run if executor == "serial" else on_ray.run
-    for outcome in run(prepared, jobs(), 1, lambda: len(done) >= 2):
+    switch = Switch()
+    for outcome in run(executor, prepared, 1, switch):
         done.append(outcome)
+        switch.stopping = switch.ending = len(done) >= 2
     assert 2 <= len(done) < 8
     assert {outcome.commit.name for outcome in done if outcome.commit} <= set(digests(prepared.store))
 
 
-@pytest.mark.parametrize("executor", ["serial", "ray"])
+@everywhere
 def test_a_teacher_that_is_not_its_manifests_is_refused_in_one_message(
     prepared: Setup, cluster: None, executor: str
 ) -> None:
@@ -111,9 +115,8 @@ def test_a_teacher_that_is_not_its_manifests_is_refused_in_one_message(
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    run = serial.run if executor == "serial" else on_ray.run
     with pytest.raises(StageError, match="not the weights that its manifest lists") as caught:
-        list(run(prepared, jobs(), 1, never))
+        list(run(executor, prepared, 1))
     assert len(str(caught.value).splitlines()) == 1
     assert not list(Path(prepared.store).glob("commits/*"))
 

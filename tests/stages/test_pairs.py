@@ -99,7 +99,7 @@ def test_a_seal_over_a_missing_payload_is_refused(lab: Lab) -> None:
     store = lab.only("pairs").path
     shard = next(store.glob("shards/d001-s00001.*"))
     shard.unlink()
-    with pytest.raises(StageError, match=r"missing, though .*d001-s00001\.json says it was committed"):
+    with pytest.raises(MissingShard, match=r"missing, though .*d001-s00001\.json says it was committed"):
         pairs.seal(store, 2)
 
 

@@ -45,6 +45,35 @@ def test_decode_inverts_encode(dtype: torch.dtype, tolerance: float, shape: tupl
     assert (back - x).abs().max() < tolerance
 
 
+def test_encoding_without_gradients_works_in_place_and_gives_the_same_bits() -> None:
+    model, x = flow(), images(5)
+    given = x.clone()
+    z, logdet = model.encode(x, LABELS)
+    assert z.requires_grad
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            again, same_logdet = model.encode(x, LABELS)
+        assert torch.equal(again, z)
+        assert torch.equal(same_logdet, logdet)
+    assert torch.equal(x, given)
+
+
+def test_a_compiled_flow_encodes_alike_with_one_graph_for_all_layers_and_decodes_uncompiled() -> None:
+    from torch._dynamo.utils import counters
+
+    model, x = flow(), images(5)
+    with torch.inference_mode():
+        z, _ = model.encode(x, LABELS)
+        torch.compiler.reset()
+        counters.clear()
+        model.compile(backend="eager", dynamic=False)
+        torch.testing.assert_close(model.encode(x, LABELS)[0], z)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert (model.decode(z, LABELS) - x).abs().max() < 1e-4
+        assert counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
+
+
 def test_logdet_is_the_jacobians_in_nats_per_dimension() -> None:
     model, x = flow((2, 4, 4), dtype=torch.float64), images(2, (2, 4, 4), torch.float64)
     y = torch.tensor([1, -1])

@@ -1,0 +1,66 @@
+"""`nfm plan`: what a run would do and what it costs; of pairs also how long any number of workers would take."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import click
+
+from nfm.pipeline.config import load
+from nfm.pipeline.graph import STAGES
+from nfm.stages.stage import StageError
+
+WORKERS = (1, 8, 64)
+
+
+class ImageShape(click.ParamType):
+    """CxHxW as three numbers."""
+
+    name = "CxHxW"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", str(value)):
+            self.fail(f"{value!r}: channels, height and width, for instance 3x64x64", param, ctx)
+        return tuple(int(size) for size in str(value).split("x"))
+
+
+@click.command()
+@click.argument("stage", type=click.Choice(list(STAGES)))
+@click.option("-c", "--config", "config_path", required=True, metavar="F", help="The run's TOML file.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
+@click.option("--images", type=click.IntRange(min=1), help="Training images, to plan pairs before the data is there.")
+@click.option("--image-shape", type=ImageShape(), help="Their shape, with --images: 3x64x64.")
+@click.option("--classes", type=click.IntRange(min=0), help="Their classes, with --images; 0 for none. [default: 1000]")
+@click.option("--workers", multiple=True, type=click.IntRange(min=1), help="Say the time for so many; may be repeated.")
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Images a second of a worker elsewhere.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def plan(
+    stage: str, config_path: str, overrides: tuple[str, ...], images: int | None, image_shape: tuple[int, ...] | None,
+    classes: int | None, workers: tuple[int, ...], rate: float | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Show what a run would do and what it costs, and do nothing.
+
+    For pairs that are still to be made also shards, bytes by codec, and time by workers: from this machine's rate,
+    which takes seconds to measure, or from --rate. With --images and --image-shape no data is looked at.
+    """
+    from nfm.pipeline import graph, planning
+
+    if stage != "pairs" and (images or image_shape or classes is not None or workers or rate):
+        raise click.UsageError(f"--images, --image-shape, --classes, --workers and --rate plan pairs, not {stage}")
+    if (images is None) != (image_shape is None) or (classes is not None and images is None):
+        raise click.UsageError("give --images and --image-shape together (and --classes only with them)")
+    config, counts = load(config_path, overrides), workers or WORKERS
+    if images and image_shape:
+        facts = {"images": images, "image_shape": list(image_shape), "classes": 1000 if classes is None else classes}
+        rows = [planning.pairs_to_come(config, facts, counts, rate)]
+    else:
+        nodes = graph.build(config)
+        try:
+            rows = planning.plan(nodes, stage)
+        except StageError as error:
+            hint = f"{error}. Without the data, plan pairs with --images N --image-shape CxHxW"
+            raise StageError(hint if stage == "pairs" else str(error)) from error
+        if stage == "pairs" and (rows[-1]["would"] != planning.DONE or workers or rate):
+            rows[-1]["plan"] = planning.pairs_plan(nodes, counts, rate)
+    click.echo(json.dumps(rows, indent=2) if as_json else planning.plan_text(rows))

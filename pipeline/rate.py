@@ -1,0 +1,46 @@
+"""How fast work goes on now, from counts as they come."""
+
+from __future__ import annotations
+
+from collections import deque
+
+WINDOW_SECONDS = 180.0
+WIDEST_SECONDS = 3600.0  # a pause is forgotten after an hour
+_SAMPLE_SECONDS = 1.0  # counts that come faster are passed over
+
+
+class Rate:
+    """Units a second over the last minutes, from `first` units on, which an earlier run had done.
+
+    Where counts come in steps that are far apart, as whole shards do, the window widens to several steps.
+    """
+
+    def __init__(self, first: int, now: float):
+        self._samples = deque([(now, first)])
+
+    def add(self, done: int, now: float) -> None:
+        """`done` units in all at this time; a count that stood still tells nothing new."""
+        at, before = self._samples[-1]
+        if done > before and (now - at >= _SAMPLE_SECONDS or len(self._samples) == 1):
+            self._samples.append((now, done))
+
+    def per_second(self, done: int, now: float) -> float:
+        """The rate at this time, `done` units being done; 0 as long as nothing is."""
+        while len(self._samples) > 2 and self._samples[1][0] <= now - self._window(now):
+            self._samples.popleft()
+        at, before = self._samples[0]
+        return (done - before) / max(now - at, 1e-9)
+
+    def _window(self, now: float) -> float:
+        times = [at for at, _ in self._samples]
+        longest = max(after - before for before, after in zip(times, [*times[1:], now]))
+        return min(max(WINDOW_SECONDS, 4 * longest), WIDEST_SECONDS)
+
+
+def time_left(seconds: float | None) -> str:
+    """`75` -> `1m15s`."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

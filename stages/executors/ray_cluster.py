@@ -1,0 +1,149 @@
+"""The cluster of the Ray executor: connected to or made, what an actor takes of it, and how many it carries."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from nfm.stages.stage import StageError
+
+ANSWER_SECONDS = 5.0
+STORE_BYTES = 80 * 2**20  # images never enter Ray's object store
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one actor takes of a node."""
+
+    cpus: int
+    gpus: int
+
+    def __str__(self) -> str:
+        cpus = f"{self.cpus} CPU{'s' * (self.cpus > 1)}"
+        return f"1 GPU and {cpus}" if self.gpus else cpus
+
+    @property
+    def remedy(self) -> str:
+        """What to do where no node has so much."""
+        device = "pairs.device = 'cpu'" if self.gpus else "fewer pairs.threads"
+        return f"set {device}, or add a node that has {self}"
+
+    def fits(self, resources: Mapping[str, float]) -> int:
+        """How many shares these resources are."""
+        counts = [resources.get("CPU", 0) // self.cpus]
+        if self.gpus:
+            counts.append(resources.get("GPU", 0) // self.gpus)
+        return int(min(counts))
+
+    def free(self) -> dict[str, float]:
+        """What nobody uses on the whole cluster now."""
+        import ray
+
+        return ray.available_resources()
+
+    def left(self) -> str:
+        """What is free of what there is, for people: `1 of 8 CPUs free`."""
+        import ray
+
+        free, whole = ray.available_resources(), ray.cluster_resources()
+        kinds = ["GPU", "CPU"] if self.gpus else ["CPU"]
+        return ", ".join(f"{free.get(kind, 0):g} of {whole.get(kind, 0):g} {kind}s" for kind in kinds) + " free"
+
+
+def carried(share: Share) -> int:
+    """How many shares the nodes of the cluster hold at present, whoever uses them."""
+    import ray
+
+    return sum(share.fits(node["Resources"]) for node in ray.nodes() if node["Alive"])
+
+
+@contextmanager
+def cluster(address: str | None, workers: int, threads: int, device: str) -> Iterator[Share]:
+    """Connect to a cluster, or make a local one that ends with us; yields what an actor takes of it.
+
+    An initialised Ray is used as it is, else the one at `address` or RAY_ADDRESS. The caller's signal handlers stay.
+    Raises StageError when no cluster answers.
+    """
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    connected = ray.is_initialized()
+    if not connected:
+        with _own_handlers():
+            if address == "local":
+                _make(workers, threads, device)
+            else:
+                _connect(address)
+    try:
+        gpus = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+        yield Share(threads, int(gpus))
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+def _make(workers: int, threads: int, device: str) -> None:
+    """A local cluster with CPUs for the workers asked for, else for all cores, and the GPUs that torch sees."""
+    import ray
+    import torch
+
+    gpus = torch.cuda.device_count() if device == "auto" or device.startswith("cuda") else 0
+    if not workers:
+        workers = gpus or max(1, len(os.sched_getaffinity(0)) // threads)
+    try:
+        ray.init(
+            address="local", num_cpus=workers * threads, num_gpus=gpus, include_dashboard=False,
+            object_store_memory=STORE_BYTES, **_quiet(),
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError) as error:
+        raise StageError(
+            f"a local Ray cannot start: {_first_line(error)}; see the logs in /tmp/ray/session_latest/logs, or do "
+            "without it: --set pairs.executor=serial"
+        ) from error
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    remedy = "start one with `ray start --head`, or leave pairs.ray_address and RAY_ADDRESS out for a local one"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():  # Ray itself would try for minutes, deaf to signals
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        except OSError as error:
+            raise StageError(f"no Ray cluster answers at {address!r} ({error}); {remedy}") from error
+    try:
+        ray.init(address=address, **_quiet())
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # OSError: a ConnectionError, or no token where one is asked for
+        raise StageError(f"cannot connect to the Ray cluster at {address!r}: {_first_line(error)}; {remedy}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
+def _quiet() -> dict[str, Any]:
+    return {"log_to_driver": False, "configure_logging": False, "namespace": "nfm"}
+
+
+@contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Keep the caller's signal handlers: Ray sets its own."""
+    ours = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if ours and handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)

@@ -1,0 +1,237 @@
+"""The actors of the Ray executor: what each asks of the cluster, what is in flight where, who is hired and who is lost.
+
+An actor goes through three states: *asked for* (its resources are not granted yet), *placed* (its process runs and
+loads the teacher), *ready* (it takes shards, at most `IN_FLIGHT` at once).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nfm.stages.encoder import Encoder, Setup
+from nfm.stages.executors import ShardJob, Timing
+from nfm.stages.executors.ray_cluster import Share, carried
+from nfm.stages.stage import StageError
+from nfm.storage.commits import Commit
+
+IN_FLIGHT = 2
+LOOK_SECONDS = 1.0  # how often the cluster is asked for nodes that came or went
+FIRST_WORD, NEXT_WORD = 10.0, 30.0  # seconds until somebody is told that actors wait for resources, and again
+REST_SECONDS = 60.0  # how long nobody is hired after an actor could not begin while others work
+
+
+class Worker:
+    """What runs inside an actor: a teacher loaded once, then shard after shard."""
+
+    def __init__(self) -> None:
+        self.ending = False
+
+    def place(self) -> str:
+        """The node's address; answered once the resources are granted."""
+        import ray
+
+        return ray.util.get_node_ip_address()
+
+    def begin(self, setup: Setup) -> None:
+        import torch
+
+        torch.set_num_threads(setup.threads)
+        self.encoder = Encoder(setup)
+
+    def encode(self, job: ShardJob) -> tuple[Commit, Timing] | None:
+        """The commit that stands and where the time went; None for a shard that was not begun before the end."""
+        if self.ending:
+            return None
+        return self.encoder.encode_shard(job), self.encoder.timing
+
+    def end(self) -> None:
+        """Begin no other shard; runs beside `encode`."""
+        self.ending = True
+
+
+@dataclass
+class Seat:
+    """One actor and the calls that it has not answered yet, in order; a call is a job or the method's name."""
+
+    number: int
+    actor: Any
+    calls: deque[tuple[Any, ShardJob | str]] = field(default_factory=deque)
+    host: str = ""
+    ready: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short, and the same for an actor's successor."""
+        return f"{self.host or 'unplaced'}/{self.number}"
+
+    @property
+    def jobs(self) -> list[ShardJob]:
+        return [call for _, call in self.calls if isinstance(call, ShardJob)]
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A call that was answered: with its value, or with Ray's error."""
+
+    seat: Seat
+    call: ShardJob | str
+    result: Any
+
+
+class Crew:
+    """Actors for a setup: `workers` of them, or as many as the cluster carries at the time when it is 0.
+
+    `wanted` is that number as of the last look. `say` hears of actors that wait for resources; StageError when none
+    is ready for `patience` seconds.
+    """
+
+    def __init__(self, setup: Setup, workers: int, share: Share, say: Callable[[str], None], patience: float):
+        import ray
+
+        self.setup = replace(setup, device="cuda" if share.gpus else setup.device.replace("auto", "cpu"))
+        self.workers, self.share, self.say, self.patience = workers, share, say, patience
+        self.seats: dict[int, Seat] = {}
+        self.wanted = self._count()
+        remote: Any = ray.remote  # its stubs do not know concurrency groups
+        self._hire = remote(
+            num_cpus=share.cpus,
+            num_gpus=share.gpus,
+            max_restarts=0,
+            concurrency_groups={"control": 1},  # for `end`, which does not wait for `encode`
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(setup.threads)}},
+        )(Worker).remote
+        self._started = self._last_ready = time.monotonic()
+        self._next_word = self._started + FIRST_WORD
+        self._next_look = self._rest_until = 0.0
+        self._ended = self._greeted = False
+
+    @property
+    def in_flight(self) -> int:
+        return sum(len(seat.jobs) for seat in self.seats.values())
+
+    @property
+    def working(self) -> bool:
+        """Whether any actor is ready."""
+        return any(seat.ready for seat in self.seats.values())
+
+    def muster(self, jobs: int) -> None:
+        """Hire who is missing for `jobs` shards, let go who waits for a node that left, and say who waits."""
+        now = time.monotonic()
+        if now < self._next_look or self._ended:
+            return
+        self._next_look = now + LOOK_SECONDS
+        wanted = self.wanted = self._count()
+        if now >= self._rest_until:
+            for _ in range(min(wanted, jobs) - len(self.seats)):
+                if not self._room_for_one_more():
+                    break
+                self._seat_one()
+        for seat in [seat for seat in self.seats.values() if not seat.host][: max(0, len(self.seats) - wanted)]:
+            self.remove(seat)
+        self._tell_who_waits(now)
+
+    def send(self, waiting: deque[ShardJob]) -> None:
+        """Give jobs to ready actors, to idle ones first; at the end of the list none holds one back from another."""
+        for depth in range(1, IN_FLIGHT + 1):
+            for seat in self.seats.values():
+                scarce = depth > 1 and len(waiting) < len(self.seats)
+                if seat.ready and len(seat.calls) < depth and waiting and not scarce and not self._ended:
+                    job = waiting.popleft()
+                    seat.calls.append((seat.actor.encode.remote(job), job))
+
+    def landed(self, seconds: float = 1.0) -> Landing | None:
+        """The next call that is answered within some time; the calls of an actor land in order."""
+        import ray
+
+        first = {seat.calls[0][0]: seat for seat in self.seats.values() if seat.calls}
+        if not first:
+            time.sleep(seconds / 10)
+            return None
+        for reference in ray.wait(list(first), num_returns=1, timeout=seconds)[0]:
+            seat = first[reference]
+            _, call = seat.calls.popleft()
+            try:
+                return Landing(seat, call, ray.get(reference))
+            except ray.exceptions.RayError as error:
+                return Landing(seat, call, error)
+        return None
+
+    def greet(self, landing: Landing) -> None:
+        """Take note that an actor was placed or is ready."""
+        seat = landing.seat
+        if landing.call == "place":
+            seat.host = landing.result
+            return
+        seat.ready = True
+        if not self._greeted:
+            self._greeted = True
+            self.say(f"the first Ray actor is ready after {time.monotonic() - self._started:.1f} s, on {seat.host}")
+
+    def rest(self) -> None:
+        """Hire nobody for a while."""
+        self._rest_until = time.monotonic() + REST_SECONDS
+
+    def remove(self, seat: Seat) -> list[ShardJob]:
+        """Give a seat up; returns the jobs that were in flight there."""
+        import ray
+
+        del self.seats[seat.number]
+        ray.kill(seat.actor)
+        self._next_look = 0.0
+        return seat.jobs
+
+    def end(self) -> None:
+        """Let the actors finish the shards in hand and begin no other."""
+        if not self._ended:
+            self._ended = True
+            for seat in self.seats.values():
+                seat.actor.end.options(concurrency_group="control").remote()
+
+    def dismiss(self) -> None:
+        for seat in list(self.seats.values()):
+            self.remove(seat)
+
+    def _count(self) -> int:
+        """How many actors there should be now; never none, since an autoscaler must see that somebody asks."""
+        return self.workers or max(1, carried(self.share))
+
+    def _seat_one(self) -> None:
+        number = next(number for number in range(len(self.seats) + 1) if number not in self.seats)
+        seat = self.seats[number] = Seat(number, self._hire())
+        seat.calls.append((seat.actor.place.remote(), "place"))
+        seat.calls.append((seat.actor.begin.remote(self.setup), "begin"))
+
+    def _room_for_one_more(self) -> bool:
+        """Whether to ask for another actor: always for a number that was asked for, else where resources are free.
+
+        So many that the cluster would carry may be other people's now; asking for them all would make an autoscaler
+        add nodes for ever.
+        """
+        unplaced = sum(not seat.host for seat in self.seats.values())
+        return bool(self.workers) or not self.seats or self.share.fits(self.share.free()) > unplaced
+
+    def _tell_who_waits(self, now: float) -> None:
+        unplaced = sum(not seat.host for seat in self.seats.values())
+        if self.working:
+            self._last_ready = now
+        if now - self._last_ready > self.patience:
+            raise StageError(
+                f"no Ray actor was ready within {self.patience:.0f} s; {unplaced} of {len(self.seats)} wait for "
+                f"resources, the others load the teacher. {self._state(unplaced)}"
+            )
+        alone = unplaced == len(self.seats)
+        if not unplaced or (alone and self._next_word == float("inf")):
+            self._next_word = now + FIRST_WORD
+        elif now >= self._next_word:
+            self._next_word = now + NEXT_WORD if alone else float("inf")
+            self.say(f"waiting for {self._state(unplaced)}")
+
+    def _state(self, unplaced: int) -> str:
+        """What was asked for, what there is, and the remedy where no node would ever do."""
+        remedy = "" if carried(self.share) else f"; no node is large enough: {self.share.remedy}"
+        actors = f"{unplaced} Ray actor{'s' * (unplaced != 1)}"
+        return f"{actors} of {self.share} each: the cluster has {self.share.left()}{remedy}"

@@ -1,0 +1,39 @@
+"""The slurm executor: task i of n encodes the shards of a frozen list whose number mod n is i, serially, without Ray.
+
+The list never changes, so tasks that begin at different times agree on who does what without speaking to each other.
+A task that begins again skips what is committed; a shard that two tasks encode at once still gets one commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from nfm.stages.encoder import Setup
+from nfm.stages.executors import Halt, Outcome, ShardJob, serial
+from nfm.storage import commits
+from nfm.storage.paths import as_path, exists
+
+
+def share(names: Sequence[str], task: int, of: int) -> list[str]:
+    """What task `task` of `of` encodes: each name falls to exactly one task."""
+    return list(names[task::of])
+
+
+def open_names(store: str | Path, names: Iterable[str]) -> list[str]:
+    """The names that have no commit yet."""
+    root = as_path(store)
+    return [name for name in names if not exists(commits.commit_path(root, name))]
+
+
+def run(setup: Setup, jobs: Iterable[ShardJob], workers: int, halt: Halt) -> Iterator[Outcome | None]:
+    """Encode the jobs of one task in this process, in order, leaving out what others committed before their turn."""
+    return serial.run(setup, _still_open(setup.store, jobs, halt), workers, halt)
+
+
+def _still_open(store: str, jobs: Iterable[ShardJob], halt: Halt) -> Iterator[ShardJob]:
+    for job in jobs:
+        if halt.ending:
+            return
+        if open_names(store, [job.name]):
+            yield job

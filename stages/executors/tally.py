@@ -1,0 +1,54 @@
+"""What each worker did with its time so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nfm.stages.executors import Outcome, Timing
+
+
+@dataclass
+class _Worked:
+    since: float
+    shards: int = 0
+    pairs: int = 0
+    spent: Timing = field(default_factory=Timing)
+
+
+class Tally:
+    """Adds up outcomes; `rows` has a worker each: shards, pairs/s and shares of the time since it began.
+
+    `read`, `encode` and `write` overlap; `wait` is the share without any shard in hand.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._workers: dict[str, _Worked] = {}
+
+    def add(self, outcome: Outcome) -> None:
+        if outcome.commit is None or outcome.timing is None:
+            return
+        new, now = outcome.timing, self._clock()
+        worked = self._workers.setdefault(outcome.worker, _Worked(now - new.wall))
+        worked.shards += 1
+        worked.pairs += outcome.commit.records
+        old = worked.spent
+        worked.spent = Timing(old.wall + new.wall, old.read + new.read, old.encode + new.encode, old.write + new.write)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For `Reporter.progress`: rates and shares as of now."""
+        return [self._row(name, worked) for name, worked in sorted(self._workers.items())]
+
+    def _row(self, name: str, worked: _Worked) -> dict[str, Any]:
+        elapsed, spent = max(self._clock() - worked.since, 1e-9), worked.spent
+        shares = {"read": spent.read, "encode": spent.encode, "write": spent.write}
+        return {
+            "worker": name,
+            "shards": worked.shards,
+            "pairs_per_second": round(worked.pairs / elapsed, 2),
+            **{part: round(seconds / elapsed, 3) for part, seconds in shares.items()},
+            "wait": round(max(0.0, 1 - spent.wall / elapsed), 3),
+        }

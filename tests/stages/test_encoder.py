@@ -1,0 +1,105 @@
+"""One shard, from images to its commit: memory that does not suffice, overlap, and how far z is from float64."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from nfm.stages import pairs
+from nfm.stages.encoder import Encoder, Setup
+from nfm.stages.executors import ShardJob
+from nfm.storage import codecs, commits, layout
+from nfm.storage.schema import read_spec
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+LARGE = 8_192  # rows of a batch: some hundred MB in the tiny teacher
+
+UNDER_A_LIMIT = """
+import json, resource, sys
+from nfm.stages.encoder import Encoder, Setup
+from nfm.stages.executors import ShardJob
+encoder = Encoder(Setup(**json.loads(sys.argv[1])))
+encoder.batch_size = 32
+encoder.encode_slots(0, list(range(32)))  # what torch loads at its first product is not the batch's
+encoder.batch_size = encoder.setup.batch_size
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, hard))
+first = encoder.encode_shard(ShardJob(0, 0, "one"))
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+second = encoder.encode_shard(ShardJob(0, 1, "two"))
+print(first.batch_size, second.batch_size, encoder.batch_size)
+"""
+
+
+@pytest.fixture
+def prepared(lab: Lab) -> Setup:
+    """The setup of a store whose spec stands and whose shards are all missing."""
+    store = lab.only("pairs")
+    for folder in ("shards", "commits", "index"):
+        shutil.rmtree(store.path / folder)
+    inputs = {stage: lab.only(stage).path for stage in ("data", "teacher")}
+    return pairs.setup(pairs.PairsConfig(batch_size=32), inputs, store.path)
+
+
+def noise_of(store: Path, name: str) -> np.ndarray:
+    """The noise of a committed shard."""
+    spec, commit = read_spec(store), commits.read(store, name)
+    assert commit is not None
+    shard = layout.open_shard(spec, [store / commit.payload], commit.records)
+    return codecs.decode(shard.read("noise", 0, commit.records), spec.noise_step)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved_remembered_and_recorded(prepared: Setup, made: Lab) -> None:
+    setup = {**asdict(prepared), "batch_size": LARGE}
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT, json.dumps(setup)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second, kept = map(int, done.stdout.split())
+    assert first == second == kept < LARGE
+    commit = commits.read(prepared.store, "d000-s00001")
+    assert commit is not None
+    assert commit.batch_size == kept
+    for name in ("d000-s00000", "d000-s00001"):
+        np.testing.assert_allclose(
+            noise_of(Path(prepared.store), name), noise_of(made.only("pairs").path, name), atol=2e-3, rtol=2e-3
+        )
+
+
+def test_an_error_that_is_no_lack_of_memory_is_not_tried_again_smaller(prepared: Setup) -> None:
+    encoder = Encoder(prepared)
+    encoder.coupling.model.blocks[0].positions.data = encoder.coupling.model.blocks[0].positions.data[:3]  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        encoder.encode_shard(ShardJob(0, 0, "a1"))
+    assert encoder.batch_size == 32
+
+
+def test_a_shard_says_where_its_time_went_and_how_far_it_is_from_float64(prepared: Setup) -> None:
+    encoder = Encoder(prepared)
+    commit = encoder.encode_shard(ShardJob(0, 0, "a1"))
+    timing = encoder.timing
+    assert 0 < max(timing.read, timing.encode, timing.write) <= timing.wall
+    assert commit.noise_error is not None
+    assert 0 < commit.noise_error < 1e-4
+    coarse = Encoder(Setup(**{**asdict(prepared), "precision": "bfloat16"}))
+    rough = coarse.encode_shard(ShardJob(0, 1, "b1")).noise_error
+    assert rough is not None
+    assert 10 * commit.noise_error < rough < 0.1
+
+
+def test_nothing_is_left_when_a_shard_is_dropped_in_the_middle(prepared: Setup) -> None:
+    encoder, looks = Encoder(prepared), iter([False, True])
+    with pytest.raises(InterruptedError):
+        encoder.encode_shard(ShardJob(0, 0, "a1"), lambda: next(looks))
+    assert not [path for folder in ("shards", "index", "commits") for path in encoder.store.glob(f"{folder}/*")]

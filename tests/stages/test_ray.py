@@ -1,0 +1,111 @@
+"""The Ray executor on one node: what happens to an actor costs that attempt alone, and nobody waits in silence."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from nfm.stages.encoder import Setup
+from nfm.stages.executors import ShardJob
+from nfm.stages.executors import ray as on_ray
+from nfm.stages.stage import StageError
+from tests.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A local Ray that the tests of this file share; the executor must leave it running."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    yield
+    assert ray.is_initialized()
+    ray.shutdown()
+
+
+@pytest.fixture
+def prepared(made: Lab, tmp_path: Path) -> Setup:
+    return bare(made, tmp_path / "store")
+
+
+def test_an_address_where_no_cluster_answers_is_refused_at_once(prepared: Setup) -> None:
+    began = time.monotonic()
+    with pytest.raises(StageError, match=r"no Ray cluster answers at '127.0.0.1:1'.*pairs.ray_address") as caught:
+        list(on_ray.run(prepared, jobs(), 1, Switch(), address="127.0.0.1:1"))
+    assert len(str(caught.value).splitlines()) == 1
+    assert time.monotonic() - began < 10
+
+
+def test_an_actor_killed_in_the_middle_of_a_shard_costs_only_that_attempt(
+    prepared: Setup, made: Lab, tmp_path: Path, cluster: None
+) -> None:
+    heard: list[str] = []
+    with Assassin(prepared, NAMES[2], times=1) as assassin:
+        outcomes = ended(on_ray.run(prepared, jobs(), 2, Switch(), say=heard.append))
+    assert assassin.kills == 1
+    assert committed(outcomes) == NAMES
+    assert digests(prepared) == serially(made, tmp_path / "serial")
+    assert [outcome.job.name for outcome in outcomes if outcome.job.deaths] == [NAMES[2]]
+    assert sum(text.startswith("the first Ray actor is ready after ") for text in heard) == 1
+    assert sum(text.startswith("lost Ray actor ") for text in heard) == 1
+
+
+def test_jobs_are_drawn_as_needed_and_a_stop_leaves_other_peoples_actors_alone(prepared: Setup, cluster: None) -> None:
+    import ray
+
+    class Other:
+        def greet(self) -> str:
+            return "here"
+
+    other = ray.remote(num_cpus=1)(Other).remote()
+    drawn: list[ShardJob] = []
+    plenty = (drawn.append(job) or job for _ in range(25_000) for job in jobs())
+    switch, outcomes, asked = Switch(), [], 0.0
+    for outcome in on_ray.run(prepared, plenty, 2, switch):
+        if outcome:
+            outcomes.append(outcome)
+            if len(outcomes) == 8:
+                switch.stopping, asked = True, time.monotonic()
+    assert time.monotonic() - asked < 5
+    assert len(outcomes) == 8
+    assert len(drawn) <= 8 + 2 * (2 + 3)  # in flight, and those that wait
+    assert {outcome.worker.rpartition("/")[2] for outcome in outcomes} <= {"0", "1"}
+    assert all(outcome.timing and 0 < outcome.timing.encode <= outcome.timing.wall for outcome in outcomes)
+    assert ray.get(other.greet.remote()) == "here"
+
+
+def test_ending_finishes_the_shards_in_hand_and_begins_no_other(prepared: Setup, cluster: None) -> None:
+    switch, outcomes = Switch(), []
+    for outcome in on_ray.run(prepared, jobs(), 1, switch):
+        if outcome:
+            outcomes.append(outcome)
+            switch.ending = True
+    assert len(outcomes) == 2  # the first, and the one that began when it ended
+    assert committed(outcomes) == sorted(digests(prepared))
+    assert not list(Path(prepared.store).glob("**/.tmp*"))
+
+
+def test_actors_larger_than_any_node_are_refused_with_what_there_is(prepared: Setup, cluster: None) -> None:
+    with pytest.raises(StageError, match=r"1 Ray actor of 8 CPUs each: the cluster has \d of 4 CPUs free; no node is"):
+        list(on_ray.run(replace(prepared, threads=8), jobs(), 0, Switch(), patience=2))
+
+
+def test_a_missing_teacher_ends_the_run_in_one_line(prepared: Setup, tmp_path: Path, cluster: None) -> None:
+    missing = shutil.copytree(prepared.teacher or "", tmp_path / "teacher")
+    (missing / "weights.safetensors").unlink()
+    with pytest.raises(StageError, match=r"a Ray actor cannot begin on .*weights.safetensors") as caught:
+        list(on_ray.run(replace(prepared, teacher=str(missing)), jobs(), 2, Switch()))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_no_jobs_need_no_cluster(prepared: Setup) -> None:
+    assert list(on_ray.run(prepared, [], 2, Switch(), address="127.0.0.1:1")) == []
