@@ -13,13 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import webdataset as wds
 
 
 def pairs(store: str, draw: int = 0) -> Iterator[tuple[Any, Any, int]]:
     """Pairs of one draw of the newest generation: image [C, H, W], noise [C, H, W] as they are stored, label."""
     manifest = json.loads(max(Path(store).glob("manifest.g*.json")).read_text())
-    mine = [shard["payload"] for shard in manifest["shards"] if shard["name"].startswith(f"d{draw:03d}-")]
+    shards = manifest["shards"]  # of a large store in a Parquet file beside the manifest
+    if isinstance(shards, dict):
+        shards = pq.read_table(Path(store, shards["file"]), columns=["name", "payload"]).to_pylist()
+    mine = [shard["payload"] for shard in shards if shard["name"].startswith(f"d{draw:03d}-")]
     samples = wds.WebDataset([str(Path(store, tar)) for tar in mine], shardshuffle=False).decode()
     yield from samples.to_tuple("image.npy", "noise.npy", "cls")
 

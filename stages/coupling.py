@@ -32,7 +32,7 @@ def load_coupling(
         )
     model, facts = teacher.load(weights.parent, device)
     if compiled:
-        model.compile()
+        model.compile(dynamic=False)  # the batch shape is the store's
     return NFM(model, facts["eta"], facts["sigma_f"], device, autocast_dtype(precision))
 
 

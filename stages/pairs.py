@@ -10,7 +10,7 @@ from pydantic import Field
 
 from nfm.stages import costs
 from nfm.stages import pairs_making as making
-from nfm.stages.encoder import Setup, threads
+from nfm.stages.encoder import Setup
 from nfm.stages.executors import Outcome, ShardJob
 from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.stages.training import WEIGHTS, Precision, pick_device
@@ -75,17 +75,17 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
         return {"store": spec.to_dict(), "encoding": {"batch_size": PLAIN_BATCH}}
     from nfm.stages import probe
 
-    with threads(config.threads):
-        found = probe.for_teacher(
-            inputs["teacher"],
-            spec.image_shape,
-            spec.classes or 0,
-            spec.eta,
-            pick_device(config.device),
-            config.precision,
-            config.threads,
-            config.compile,
-        )
+    found = probe.for_teacher(
+        inputs["teacher"],
+        spec.image_shape,
+        spec.classes or 0,
+        spec.eta,
+        pick_device(config.device),
+        config.precision,
+        config.threads,
+        config.compile,
+        sizes=[size for size in probe.SIZES if size <= spec.rows_per_shard],
+    )
     return {"store": spec.to_dict(), "encoding": {"batch_size": found.batch_size, "probe": found.rates}}
 
 
@@ -179,8 +179,8 @@ def cost(config: PairsConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     fields = pair_fields(facts["image_shape"], config.codec, facts.get("image_dtype", "uint8"))
     stored = pairs * sum(field.bytes_per_record for field in fields)
     flops = pairs * costs.teacher_flops(facts["image_shape"], facts["teacher"]) if config.coupling == "nfm" else 0.0
-    encoding = costs.describe(flops) if flops else {}
-    return {"pairs": f"{pairs:,}", "draws": str(config.draws), "MB": f"{stored / 1e6:,.0f}", **encoding}
+    arithmetic = {"FLOPs": f"{flops:.2g}"} if flops else {}  # the time that it takes is measured by `pairs_plan`
+    return {"pairs": f"{pairs:,}", "draws": str(config.draws), "MB": f"{stored / 1e6:,.0f}", **arithmetic}
 
 
 def audit(

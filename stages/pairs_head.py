@@ -44,23 +44,26 @@ def draw(where: str | Path, count: int, draw: int, teacher: Path | None, output:
     store = PairStore.open(where)
     table = store.index(["key", "slot", "label", "nll", "flip"], draw=draw)
     columns = {name: table[name].to_pylist() for name in ("key", "label", "flip")}
-    nll = table["nll"].to_numpy()
+    nll, slots = table["nll"].to_numpy(), table["slot"].to_numpy()
     decode = _decoder(store, teacher) if teacher is not None else None
-    first = _records(store, draw, np.arange(min(count, len(store))), columns, nll, decode)
+    first = _records(store, draw, slots, np.arange(min(count, len(slots))), columns, nll, decode)
     order = np.argsort(np.where(np.isfinite(nll), -nll, np.inf), kind="stable")[:count]
-    worst = _records(store, draw, order[np.isfinite(nll[order])], columns, nll, decode)
-    values = _noise(store, draw, np.arange(min(len(store), max(1, HISTOGRAM_VALUES // first.noise[0].size))))
+    worst = _records(store, draw, slots, order[np.isfinite(nll[order])], columns, nll, decode)
+    values = _noise(store, draw, slots[: max(1, HISTOGRAM_VALUES // first.noise[0].size)])
     atomic.write_bytes(output, _picture(store, draw, first, worst, values.reshape(-1)))
     return _table(store, draw, first, worst)
 
 
-def _records(store: PairStore, draw: int, slots: Array, columns: dict[str, list[Any]], nll: Array, decode: Any) -> Head:
-    stored = store.gather(draw, slots)
+def _records(
+    store: PairStore, draw: int, slots: Array, rows: Array, columns: dict[str, list[Any]], nll: Array, decode: Any
+) -> Head:
+    """The records at some rows of a draw's index, of which these are the slots."""
+    stored = store.gather(draw, slots[rows])
     image = convert.to_float32(stored["image"], store.value_range)
     noise = codecs.decode(stored["noise"], store.spec.noise_step)
-    own = {name: [values[slot] for slot in slots.tolist()] for name, values in columns.items()}
-    decoded = decode(noise, np.array(own["label"], np.int64)) if decode is not None and len(slots) else None
-    return Head(image, noise, decoded, own | {"nll": nll[slots].tolist()})
+    own = {name: [values[row] for row in rows.tolist()] for name, values in columns.items()}
+    decoded = decode(noise, np.array(own["label"], np.int64)) if decode is not None and len(rows) else None
+    return Head(image, noise, decoded, own | {"nll": nll[rows].tolist()})
 
 
 def _noise(store: PairStore, draw: int, slots: Array) -> Array:

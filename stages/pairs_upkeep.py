@@ -49,7 +49,7 @@ def complete_draws(out: Path) -> int:
 
 
 def damaged_manifests(out: Path) -> list[Path]:
-    """The manifests that cannot be read: set aside, the store can be sealed again from its commits."""
+    """The manifests that cannot be read, with their lists of shards: the store can be sealed again from its commits."""
     damaged = []
     for number in generations.numbers(out):
         try:
@@ -57,7 +57,7 @@ def damaged_manifests(out: Path) -> list[Path]:
         except NewerSchema:
             raise
         except StorageError:
-            damaged.append(generations.manifest_path(out, number))
+            damaged += generations.files_of(out, number)
     return damaged
 
 
@@ -99,9 +99,10 @@ def files_of_shards(out: Path, names: list[str]) -> list[Path]:
     """
     spec, bad = read_spec(out), set(names)
     manifests = [
-        generations.manifest_path(out, number)
+        file
         for number in generations.numbers(out)
-        if bad & {entry["name"] for entry in generations.load(out, number)["shards"]}
+        if not bad.isdisjoint(entry["name"] for entry in generations.load(out, number)["shards"])
+        for file in generations.files_of(out, number)
     ]
     own = [path for folder in ("commits", "shards", "index") for name in names for path in _named(out / folder, name)]
     placed = [out / path for name in names for path in layout.placed(spec, name)]

@@ -86,8 +86,8 @@ def teacher(root: Path, manifest: Mapping[str, Any], evaluation: Evaluation | No
 def pairs(stores: Mapping[str, PairStore], seed: int) -> str:
     body, samples, rows = [], {}, []
     for name, store in stores.items():
-        count = min(NOISE_RECORDS, len(store))
-        slots = permute(np.arange(count), len(store), f"report/{seed}")
+        there = store.slots(0)
+        slots = there[permute(np.arange(min(NOISE_RECORDS, len(there))), len(there), f"report/{seed}")]
         records = store.gather(0, slots)
         records["noise"] = decode(records["noise"], store.spec.noise_step)
         samples[name] = records["noise"].ravel()

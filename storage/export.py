@@ -88,13 +88,19 @@ def export(
         **job.loss.figures(),
     }
     carried = {key: source.manifest[key] for key in _CARRIED if key in source.manifest}
-    manifest = generations.seal(root, source.draws, **carried, inputs=_inputs(source), exported=exported)
+    holes = {shard["name"]: shard["reason"] for shard in source.excluded}
+    manifest = generations.seal(root, source.draws, holes, **carried, inputs=_inputs(source), exported=exported)
     _remove_lost_attempts(root, manifest["shards"])
     return manifest
 
 
 def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
     """Makes the target's spec.json, or finds that it is this export's. It has no `stage`: the pipeline made it not."""
+    if spec.layout == "zarr" and source.excluded:
+        raise StorageError(
+            f"{source.root}: {len(source.excluded)} shards are missing, and the arrays of layout zarr can have no "
+            "holes; complete the store first, or export it in layout blocks or samples"
+        )
     mine = {"store": spec.to_dict(), "inputs": _inputs(source), "exported": {"order_source": source.spec.source}}
     names = [name for name in names_in(root) if not is_temporary(name)]
     if names and SPEC not in names:

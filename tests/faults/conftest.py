@@ -14,7 +14,8 @@ import pytest
 
 from nfm.storage import PairStore
 from tests.conftest import Lab
-from tests.faults.harness import COUNTS, Making
+from tests.faults.counts import COUNTS
+from tests.faults.harness import Making
 from tests.ray.conftest import Nodes
 from tests.ray.conftest import start_nodes as start_nodes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -24,6 +23,7 @@ from nfm.storage.index import record_keys
 from nfm.storage.paths import TEMPORARY
 from nfm.storage.schema import read_spec
 from tests.conftest import Lab
+from tests.faults.counts import COUNTS
 
 DRAWS = 4
 SMALL = ("pairs.rows_per_shard=8", "pairs.rows_per_block=8", "pairs.batch_size=8")  # 32 shards a draw
@@ -31,40 +31,6 @@ KILLPOINTS = Path(__file__).resolve().parent / "killpoints"
 TASKS = 2  # of the slurm executor's array
 # A file of an attempt, or the temporary file that was to become one.
 _ATTEMPT = re.compile(r"(?:shards|index)/(?:\.tmp-\d+-\w+-)?d\d{3}-s\d{5,}\.(?P<attempt>[0-9a-f]{8})\.(?:tar|parquet)")
-
-
-@dataclass
-class Counts:
-    """What the session did, over all cases."""
-
-    killed: Counter[str] = field(default_factory=Counter)  # processes killed by SIGKILL, by executor
-    stopped: Counter[str] = field(default_factory=Counter)  # by SIGTERM and SIGINT
-    resumed: Counter[str] = field(default_factory=Counter)  # runs that completed what was begun
-    checked: int = 0  # stores
-    orphan_attempts: int = 0
-    records_expected: int = 0
-    records_lost: int = 0
-    records_twice: int = 0
-
-    def lines(self) -> list[str]:
-        def by_executor(what: Counter[str]) -> str:
-            return ", ".join(f"{name} {count}" for name, count in sorted(what.items())) or "none"
-
-        return [
-            f"moments killed      {by_executor(self.killed)}",
-            f"stopped by signals  {by_executor(self.stopped)}",
-            f"resumed             {by_executor(self.resumed)}",
-            f"stores checked      {self.checked}; orphans of killed attempts in them {self.orphan_attempts}",
-            f"records expected    {self.records_expected:,}",
-            f"records lost        {self.records_lost}",
-            f"records twice       {self.records_twice}",
-        ]
-
-    def as_json(self) -> str:
-        return json.dumps(vars(self), indent=2) + "\n"
-
-
-COUNTS = Counts()
 
 
 @dataclass
@@ -255,15 +221,23 @@ def _path() -> str:
     return os.pathsep.join([str(KILLPOINTS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """Command lines of the processes that a process started, and of theirs, by process number."""
+def actors_of(driver: subprocess.Popen[str]) -> list[int]:
+    """Process numbers of the encoders on the local Ray of a driver, found among its descendants."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError):
-            number = int(folder.name)
-            parents[number] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            names[number] = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ").strip()
-    ours = {pid}
-    while more := {number for number, parent in parents.items() if parent in ours} - ours:
+        with contextlib.suppress(OSError):
+            pid = int(folder.name)
+            parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            names[pid] = (folder / "cmdline").read_bytes().decode(errors="replace")
+    ours = {driver.pid}
+    while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
         ours |= more
-    return {number: names[number] for number in ours - {pid} if number in names}
+    return [pid for pid in ours if names.get(pid, "").startswith("ray::Worker")]
+
+
+def ended(processes: Sequence[int], seconds: float = 60.0) -> None:
+    """Wait until none of these processes is there any more."""
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in processes):
+        assert time.monotonic() < deadline, f"{processes}: outlive their driver"
+        time.sleep(0.05)

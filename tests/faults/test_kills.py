@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from tests.e2e.test_interrupted import actors_of
 from tests.faults.conftest import copied
-from tests.faults.harness import COUNTS, Making, check_whole, killing
+from tests.faults.counts import COUNTS
+from tests.faults.harness import Making, actors_of, check_whole, ended, killing
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -23,14 +23,6 @@ MOMENTS = 20  # of each executor
 IN_A_ROW = 2  # kills before the store is completed and checked
 SEEDS = {"serial": 20260309, "ray": 9014, "slurm": 2603}
 POINTS = [f"{when}-{what}" for what in ("payload", "index", "commit") for when in ("before", "after")]
-
-
-def ended(processes: list[int], seconds: float = 60) -> None:
-    """Wait until none of these processes is there any more."""
-    deadline = time.monotonic() + seconds
-    while any(Path(f"/proc/{pid}").exists() for pid in processes):
-        assert time.monotonic() < deadline, f"{processes}: outlive their driver"
-        time.sleep(0.05)
 
 
 def kill_one_of(making: Making, processes: list[subprocess.Popen[str]], rng: np.random.Generator) -> bool:

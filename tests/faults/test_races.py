@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.harness import COUNTS, Making, check_whole, meeting
+from tests.faults.counts import COUNTS
+from tests.faults.harness import Making, check_whole, meeting
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.e2e.test_interrupted import actors_of
-from tests.faults.harness import COUNTS, Making, check_whole, killing
+from tests.faults.counts import COUNTS
+from tests.faults.harness import Making, actors_of, check_whole, killing
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

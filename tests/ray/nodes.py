@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 
+from ray._private.utils import write_ray_address
 from ray.cluster_utils import Cluster
 
 STORE_BYTES = 80 * 2**20
@@ -32,6 +33,8 @@ def main() -> None:
             "object_store_memory": STORE_BYTES,
         },
     )
+    # The job server looks here for its own cluster, and else takes any of this machine.
+    write_ray_address(cluster.address, options.temp)
     print(json.dumps({"address": cluster.address, "jobs": f"http://{cluster.webui_url}"}), flush=True)
     nodes = {}
     for line in sys.stdin:

@@ -10,7 +10,7 @@ import pytest
 
 from nfm.stages import pairs, pairs_upkeep
 from nfm.stages.stage import StageError
-from nfm.storage import DatasetWriter, ImageDataset, MissingShard, PairStore, atomic, philox
+from nfm.storage import DatasetWriter, ImageDataset, MissingShard, PairStore, atomic, commits, philox
 from nfm.storage.schema import StoreSpec, read_spec
 
 if TYPE_CHECKING:
@@ -163,3 +163,18 @@ def test_pairs_are_the_same_in_every_layout(lab: Lab, layout: str) -> None:
         ours, theirs = found.gather(draw, slots), blocks.gather(draw, slots)
         for name in ("image", "noise", "label"):
             np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_an_auto_batch_is_probed_once_and_stands_in_the_spec_from_then_on(lab: Lab) -> None:
+    lab.run("pairs", 'pairs.batch_size="auto"', "pairs.draws=1")
+    store = next(found for found in lab.all("pairs") if found.spec["config"]["batch_size"] == "auto")
+    encoding = store.spec["encoding"]
+    assert encoding["batch_size"] in map(int, encoding["probe"])
+    assert encoding["batch_size"] <= 64  # a shard's rows
+    lab.run("pairs", 'pairs.batch_size="auto"', "pairs.draws=2")
+    assert store.spec["encoding"] == encoding
+    used = {commit.batch_size for commit in commits.committed(store.path, 2).values()}
+    assert used == {encoding["batch_size"]}
+    info = lab.nfm("pairs", "info", store.path).stdout
+    assert f"batch sizes        [{encoding['batch_size']}]" in info
+    assert "noise error" in info
