@@ -83,8 +83,8 @@ def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, a
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     limit = f", pairs.max_missing allows {allowed:,}" if allowed else ""
     return StageError(
-        f"{len(names)} of {total} shards are missing, {pairs:,} pairs{limit}: {', '.join(why)}{more}. Tracebacks of "
-        f"what failed are in {out / 'failed'}; the other shards are committed. Mend the cause and {again}, "
+        f"{len(names)} of {total} shards are missing, {pairs:,} pairs{limit}: {', '.join(why)}{more}. What failed has "
+        f"its traceback in {out / 'failed'}; the other shards are committed. Mend the cause and {again}, "
         "which retries only these; or let the generation lack them with --set pairs.max_missing=N"
     )
 

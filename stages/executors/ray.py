@@ -38,7 +38,7 @@ def run(
     actor is ready for `patience` seconds, when one cannot begin, and when one after another dies.
     """
     backlog = _Backlog(jobs)
-    if not backlog.refill(1):
+    if halt.ending or not backlog.refill(1):
         return
     with cluster(address, workers, setup.threads, setup.device) as share:
         crew = Crew(setup, workers, share, say, patience)

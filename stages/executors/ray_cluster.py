@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from nfm.stages.stage import StageError
@@ -75,7 +76,7 @@ def cluster(address: str | None, workers: int, threads: int, device: str) -> Ite
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     connected = ray.is_initialized()
     if not connected:
-        with _own_handlers():
+        with _interruptible():
             if address == "local":
                 _make(workers, threads, device)
             else:
@@ -137,13 +138,29 @@ def _quiet() -> dict[str, Any]:
 
 
 @contextmanager
-def _own_handlers() -> Iterator[None]:
-    """Keep the caller's signal handlers: Ray sets its own."""
-    ours = threading.current_thread() is threading.main_thread()
+def _interruptible() -> Iterator[None]:
+    """Ray takes seconds to start and looks at nobody: a stop ends it here. The caller's handlers hear it and stay."""
+    import ray
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
     finally:
-        for number, handler in before.items():
-            if ours and handler is not None and signal.getsignal(number) is not handler:
+        for number, handler in before.items():  # Ray sets its own
+            if handler is not None:
                 signal.signal(number, handler)

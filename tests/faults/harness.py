@@ -67,6 +67,11 @@ class Making:
         return dict(self.cluster) if self.executor == "ray" else {}
 
     @property
+    def dropped(self) -> int:
+        """Attempts whose files may stay when the driver is stopped: Ray ends actors in the middle of a shard."""
+        return self.workers if self.executor == "ray" else 0
+
+    @property
     def shards(self) -> int:
         """How many shards the store has when it is complete."""
         return read_spec(self.store).shards_per_draw * self.draws

@@ -22,16 +22,17 @@ ORDERS = [("serial", "ray", "slurm"), ("slurm", "ray", "serial"), ("ray", "slurm
 def test_a_store_goes_from_executor_to_executor(
     bare: Lab, order: tuple[str, ...], uninterrupted: Uninterrupted
 ) -> None:
-    making = Making(bare, order[0], DRAWS, workers=1)
+    making, dropped = Making(bare, order[0], DRAWS, workers=1), 0
     for executor, workers in zip(order[:-1], (1, 2)):
         making = making.by(executor, workers=workers)
         before, processes = making.committed(), making.start()
         making.until(before + 5, processes)
         making.stop(processes, signal.SIGTERM)
+        dropped += making.dropped
         assert before < making.committed() < making.shards
     making = making.by(order[-1], workers=3)
     making.resume()
-    check_whole(making, uninterrupted(DRAWS))
+    check_whole(making, uninterrupted(DRAWS), orphans=dropped)
 
 
 @pytest.mark.faults

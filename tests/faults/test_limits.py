@@ -54,7 +54,7 @@ def test_a_disk_that_fills_up_is_named_and_with_room_again_the_same_command_comp
     assert not list(store.glob("lock*"))
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     assert "committed already" in making.resume()
-    check_whole(making, uninterrupted(4), orphans=making.workers if executor == "ray" else 0)
+    check_whole(making, uninterrupted(4), orphans=making.dropped)
 
 
 BIG = ("pairs.rows_per_shard=64", "pairs.rows_per_block=64")

@@ -13,6 +13,7 @@ from nfm.pipeline.audit import audit
 from nfm.pipeline.config import load
 from nfm.pipeline.lock import Held, Lock
 from nfm.pipeline.repair import repair_store
+from nfm.storage import shard_list
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -89,6 +90,23 @@ def test_a_manifest_that_cannot_be_read_is_set_aside_and_the_store_sealed_again(
     runner.run(graph.build(load(lab.config)), "pairs")
     assert find(store.path).manifest()["content_digest"] == content
     assert not [finding for result in audit([lab.only("report")]) for finding in result.findings]
+
+
+def test_the_list_of_shards_of_a_large_store_goes_where_its_manifest_goes(
+    lab: Lab, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_list, "INLINE", 0)
+    runner.run(graph.build(load(lab.config, ["pairs.draws=3"])), "pairs")
+    store = lab.only("pairs")
+    (listed,) = store.path.glob("manifest.g0002.*.parquet")
+    damage(store.path, "flipped")
+    repair_store(store)
+    assert not listed.exists()
+    assert list((store.path / "quarantine").glob(f"*/{listed.name}"))
+    runner.run(graph.build(load(lab.config, ["pairs.draws=3"])), "pairs")
+    again = find(store.path)
+    assert len(list(store.path.glob("manifest.g0003.*.parquet"))) == 1
+    assert not [finding for result in audit([again]) for finding in result.findings]
 
 
 def test_a_whole_store_is_left_alone(lab: Lab, root: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from nfm.storage import Mixture, PairStore, StateMismatch, atomic, commits, generations, shard_list
 from nfm.storage.errors import MissingShard, StorageError
+from nfm.storage.export import export
 from nfm.storage.order import order_key
 from nfm.storage.schema import StoreSpec, read_spec
 from nfm.storage.verify import LEVELS, orphans, verify
@@ -197,3 +198,16 @@ def test_a_hostile_list_of_what_is_excluded_is_refused(make_store, value: Any) -
     with pytest.raises(StorageError):
         PairStore.open(root)
     assert verify(root)
+
+
+def test_an_export_lacks_the_same_and_zarr_refuses_before_anything_is_converted(root: Path, tmp_path: Path) -> None:
+    store = PairStore.open(root)
+    body = export(store, tmp_path / "samples", layout="samples")
+    assert body["excluded"] == [*store.excluded]
+    found = PairStore.open(tmp_path / "samples")
+    for draw, there in THERE.items():
+        np.testing.assert_array_equal(found.slots(draw), there)
+    assert verify(tmp_path / "samples", level="default") == []
+    with pytest.raises(StorageError, match="can have no holes; complete the store first"):
+        export(store, tmp_path / "zarr", layout="zarr")
+    assert not (tmp_path / "zarr").exists()
