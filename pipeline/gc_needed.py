@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import Node, build
 from nfm.pipeline.lock import Lock
+from nfm.stages import pairs
 from nfm.stages.stage import StageError
 from nfm.storage import atomic
 from nfm.storage.errors import StorageError
 
+SUBMISSIONS = "submissions"
 END_PRODUCTS = ("student", "evaluate", "report")
 IDLE_SECONDS = 3600.0  # what was written to more recently may be in the making: not every worker takes the lock
 BEATING_SECONDS = 86400.0  # generous, since another host's clock may be off
@@ -45,13 +47,14 @@ def survey(configs: Sequence[RunConfig], older_than: float, now: float | None = 
     """Every artifact under the root with the reason for which it stays.
 
     It stays when it is damaged, locked by a live holder, an end product, made without the pipeline, reached by a
-    config, changed within `older_than` seconds, or when something that stays was made from it. Without any config
-    finished pair stores stay as well: who reads them elsewhere cannot be seen from here.
+    config, on the list of a submission, changed within `older_than` seconds, or when something that stays was made
+    from it. Without any config pair stores stay as well: who reads them elsewhere cannot be seen from here.
     """
     found = {_name(path): _look(path) for path in _folders()}
+    queued = _queued()
     reached = [reach for config in configs for reach in _reached(config)]
     for held in found.values():
-        held.why = _own_reason(held, reached)
+        held.why = _own_reason(held, reached, queued)
     _spread(found)
     if unknown := next((held for held in found.values() if not held.told), None):
         for held in found.values():
@@ -103,9 +106,21 @@ def lives(folder: Path) -> bool:
 
 
 def _folders() -> list[Path]:
-    """The folders of artifacts, whole or not; hidden ones are the pipeline's own."""
+    """The folders of artifacts, whole or not; hidden ones are the pipeline's own, submissions are no artifacts."""
     root = artifacts_root().resolve()
-    return [path for path in sorted(root.glob("[!.]*/[!.]*")) if path.is_dir()]
+    found = (path for path in sorted(root.glob("[!.]*/[!.]*")) if path.is_dir())
+    return [path for path in found if path.parent.name != SUBMISSIONS]
+
+
+def _queued() -> dict[str, str]:
+    """Stores that tasks of a submission may be about to complete, by name: the submission. They hold no lock."""
+    found = {}
+    for file in sorted(artifacts_root().glob(f"{SUBMISSIONS}/*/worklist.json")):
+        try:
+            found[_name(Path(atomic.read_json(file)["store"]))] = f"{SUBMISSIONS}/{file.parent.name}"
+        except (StorageError, KeyError, TypeError):
+            continue  # damaged: its tasks refuse it as well
+    return found
 
 
 def _name(path: Path) -> str:
@@ -144,7 +159,7 @@ def _describe(held: Standing, sources: Sequence[str]) -> bool:
     return False
 
 
-def _own_reason(held: Standing, reached: Sequence[_Reach]) -> str:
+def _own_reason(held: Standing, reached: Sequence[_Reach], queued: Mapping[str, str]) -> str:
     if held.damage:
         return f"damaged: {held.damage}; restore or repair it, or remove the folder yourself"
     if held.locked:
@@ -157,8 +172,10 @@ def _own_reason(held: Standing, reached: Sequence[_Reach]) -> str:
         return "made without the pipeline"
     if any(reach.covers(held) for reach in reached):
         return "a config given with -c reaches it"
-    if held.store and not reached and any(held.path.glob("manifest*.json")):
-        return "a finished pair store; it goes only where -c names the configs in use and none of them reaches it"
+    if held.name in queued:
+        return f"{queued[held.name]} is to complete it"
+    if held.store and not reached and any(held.path.glob("commits/*.json")):
+        return "a pair store with work in it; it goes only where -c names the configs in use and none reaches it"
     return ""
 
 
@@ -175,6 +192,8 @@ class _Reach:
     inputs: frozenset[str]
 
     def covers(self, held: Standing) -> bool:
+        if self.stage == pairs.NAME == held.stage and self.inputs == set(held.inputs):
+            return True  # pairs of the same data and teacher, made with other overrides of this config
         if self.folder is not None:
             return held.name == self.folder
         return held.stage == self.stage and held.config == self.config and self.inputs.issubset(held.inputs)

@@ -13,7 +13,7 @@ from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.lineage import dependants
 from nfm.pipeline.runner import headline
-from nfm.stages import pairs_info
+from nfm.stages import pairs_info, pairs_progress
 from nfm.stages.pairs import PairsConfig
 from nfm.stages.pairs_plan import as_text as described
 from nfm.stages.pairs_plan import estimate
@@ -43,7 +43,10 @@ def pairs_plan(nodes: Mapping[str, Node], workers: Sequence[int], rate: float | 
     facts, pairs, teacher = _facts(nodes), nodes["pairs"].config, nodes["teacher"].config
     assert isinstance(pairs, PairsConfig)
     assert isinstance(teacher, TeacherConfig)
-    return estimate(pairs, teacher, facts, workers, rate) if facts else None
+    artifact = nodes["pairs"].artifact()
+    there = artifact is not None and artifact.started
+    committed = pairs_progress.committed(artifact.path, pairs.draws)["pairs"] if artifact is not None and there else 0
+    return estimate(pairs, teacher, facts, workers, rate, committed) if facts else None
 
 
 def pairs_to_come(config: RunConfig, data: Row, workers: Sequence[int], rate: float | None) -> Row:

@@ -112,7 +112,7 @@ def seal_store(artifact: Artifact) -> Artifact:
     if artifact.spec["stage"] != pairs.NAME:
         raise ArtifactError(f"{artifact.name} is no pair store; only stores are sealed")
     with Lock(artifact.path):
-        result = pairs.seal(artifact.path, pairs_upkeep.complete_draws(artifact.path))
+        result = pairs.seal(artifact.path, *pairs_upkeep.sealable(artifact.path))
         if not (artifact.path / result.manifest).exists():
             publish(artifact.path, result, provenance(artifact.spec, artifact.spec["config"], time.time()))
     return Artifact(artifact.path, result.manifest)

@@ -6,10 +6,11 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
-from typing import TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-_LOOK_SECONDS = 0.1  # how often a producer whose queue is full asks whether it is still wanted
+_LOOK_SECONDS = 0.1  # how often who waits for the other side asks whether that is still wanted
 
 
 class Stopwatch:
@@ -38,47 +39,94 @@ class Stopwatch:
             yield item
 
 
-def ahead(items: Iterable[T], depth: int = 2) -> Generator[T]:
-    """The items in their order, made by a thread of its own at most `depth` ahead.
+class Ahead(Iterator[T], Generic[T]):
+    """An iterator over `items`, which a thread of its own makes in their order, at most `depth` ahead.
 
-    What the thread raises is raised here. Close the generator when not all items are taken: the thread has then ended.
+    What the thread raises is raised by `next`. After `cancel` the thread ends when the item in hand is made, and
+    whoever waits for another gets StopIteration. `with running(...)` ends several in a chain.
     """
-    made: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
-    wanted = threading.Event()
-    wanted.set()
 
-    def put(entry: tuple[T | None, BaseException | None, bool]) -> bool:
-        while wanted.is_set():
+    def __init__(self, items: Iterable[T], depth: int = 2) -> None:
+        self._items = items
+        self._made: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+        self._arrived: tuple[str, Any] | None = None
+        self._cancelled = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="nfm-ahead", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> T:
+        while not self._cancelled.is_set():
+            if self.wait(_LOOK_SECONDS):
+                return self.take()
+        raise StopIteration
+
+    def wait(self, seconds: float) -> bool:
+        """Whether `take` has an answer by now, or within some time."""
+        if self._arrived is None:
+            with suppress(queue.Empty):
+                self._arrived = self._made.get(timeout=seconds)
+        return self._arrived is not None
+
+    def take(self) -> T:
+        """The next item, or StopIteration at the end; only after `wait` said yes."""
+        assert self._arrived is not None
+        (kind, value), self._arrived = self._arrived, None
+        if kind == "item":
+            return value
+        self._cancelled.set()
+        raise StopIteration if kind == "end" else value
+
+    def cancel(self) -> None:
+        """Let the thread end; returns at once."""
+        self._cancelled.set()
+
+    def join(self) -> None:
+        """Wait for the thread's end, which `cancel` or the last item brings."""
+        self._thread.join()
+
+    def _produce(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(("item", item)):
+                    return
+        except BaseException as error:
+            self._put(("error", error))
+        else:
+            self._put(("end", None))
+        finally:
+            if isinstance(self._items, Generator):
+                self._items.close()
+
+    def _put(self, entry: tuple[str, Any]) -> bool:
+        while not self._cancelled.is_set():
             try:
-                made.put(entry, timeout=_LOOK_SECONDS)
+                self._made.put(entry, timeout=_LOOK_SECONDS)
                 return True
             except queue.Full:
                 continue
         return False
 
-    def produce() -> None:
-        try:
-            for item in items:
-                if not put((item, None, False)):
-                    return
-        except BaseException as error:
-            put((None, error, True))
-        else:
-            put((None, None, True))
-        finally:
-            if isinstance(items, Generator):
-                items.close()
 
-    thread = threading.Thread(target=produce, name="nfm-ahead", daemon=True)
-    thread.start()
+@contextmanager
+def running(*stages: Ahead[Any]) -> Iterator[None]:
+    """Ends the stages with the block: nothing of theirs runs on, unless the block is left by an interrupt.
+
+    Who interrupts twice wants to be gone at once, not after the batch in hand: threads are daemons and are left then.
+    """
     try:
-        while True:
-            item, error, last = made.get()
-            if error is not None:
-                raise error
-            if last:
-                return
-            yield item  # type: ignore[misc]
-    finally:
-        wanted.clear()
-        thread.join()
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        _end(stages, wait=False)
+        raise
+    except BaseException:
+        _end(stages, wait=True)
+        raise
+    else:
+        _end(stages, wait=True)
+
+
+def _end(stages: Iterable[Ahead[Any]], wait: bool) -> None:
+    for stage in stages:
+        stage.cancel()
+    for stage in stages if wait else ():
+        stage.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ class PairsConfig(Section):
     `layout` and `codec` say how records lie on disk and how the noise is rounded, see docs/pairs-store.md; a finished
     store is converted by `nfm pairs export`, the archive codec `pcodec` is made in no other way. `batch_size` "auto"
     takes what a short probe proposes when the store begins; it stands in spec.json from then on, since last bits of the
-    noise depend on it. A generation is sealed when at most `max_missing` of its pairs are missing; it lists them.
+    noise depend on it. A generation may lack up to `max_missing` pairs, of shards that fail; its manifest lists them.
     """
 
     coupling: Literal["nfm", "independent"] = "nfm"
@@ -75,17 +76,16 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
         return {"store": spec.to_dict(), "encoding": {"batch_size": PLAIN_BATCH}}
     from nfm.stages import probe
 
-    found = probe.for_teacher(
-        inputs["teacher"],
-        spec.image_shape,
-        spec.classes or 0,
-        spec.eta,
-        pick_device(config.device),
-        config.precision,
-        config.threads,
-        config.compile,
-        sizes=[size for size in probe.SIZES if size <= spec.rows_per_shard],
-    )
+    facts = (str(inputs["teacher"].resolve()), spec.image_shape, spec.classes or 0, spec.eta)
+    how: dict[str, Any] = {"precision": config.precision, "threads": config.threads, "compile": config.compile}
+    sizes = [size for size in probe.SIZES if size <= spec.rows_per_shard]
+    address = config.ray_address or os.environ.get("RAY_ADDRESS", "local")
+    if config.executor == "ray" and address != "local":  # where the workers are, which may have other devices
+        from nfm.stages.executors import ray
+
+        found = ray.on_a_worker(probe.for_teacher, config.device, config.threads, address, *facts, sizes=sizes, **how)
+    else:
+        found = probe.for_teacher(*facts, device=pick_device(config.device), sizes=sizes, **how)
     return {"store": spec.to_dict(), "encoding": {"batch_size": found.batch_size, "probe": found.rates}}
 
 
@@ -143,7 +143,7 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
         if report.stopping or (report.ending and len(lacking) > len(failed)):
             raise Stopped
     pairs = making.records_of(spec, lacking)
-    if pairs > config.max_missing:
+    if pairs > config.max_missing or not making.all_failed(out, lacking):
         again = "run `nfm submit pairs --slurm` again" if config.executor == "slurm" else "run the same command again"
         raise making.missing(out, lacking, shards, pairs, config.max_missing, again)
     return seal(out, config.draws, making.reasons(out, lacking))

@@ -134,7 +134,7 @@ def _picture(store: PairStore, draw: int, first: Head, worst: Head, values: Arra
     top, bottom = parts
     spec = store.spec
     size = " x ".join(map(str, spec.image_shape))
-    title = f"{spec.coupling} pairs, draw {draw} of {store.draws}, {len(store):,} records of {size}"
+    title = f"{spec.coupling} pairs, draw {draw} of {store.draws}, {len(store.slots(draw)):,} records of {size}"
     title += f", noise in {spec.codec}, layout {spec.layout}"
     image_dtype = spec.field("image").dtype
     if image_dtype != "uint8":

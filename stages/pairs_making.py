@@ -77,6 +77,11 @@ def reasons(out: Path, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def all_failed(out: Path, names: Iterable[str]) -> bool:
+    """Whether each of these was tried and set aside; what was only not reached yet may not be left out."""
+    return all(failure_path(out, name).exists() for name in names)
+
+
 def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, again: str) -> StageError:
     """The error of a store that lacks more than it may; `again` is what retries them."""
     why = [f"{name} ({reason})" for name, reason in reasons(out, names[:_LISTED]).items()]

@@ -21,9 +21,14 @@ SECONDS = 2.0  # of timing
 
 
 def estimate(
-    config: PairsConfig, teacher: TeacherConfig, facts: Mapping[str, Any], workers: Sequence[int], rate: float | None
+    config: PairsConfig,
+    teacher: TeacherConfig,
+    facts: Mapping[str, Any],
+    workers: Sequence[int],
+    rate: float | None,
+    committed: int = 0,
 ) -> dict[str, Any]:
-    """The plan of a generation, JSON's types; nothing in it is counted one by one, whatever its size.
+    """The plan of a generation of which `committed` pairs are there, JSON's types; nothing is counted one by one.
 
     `facts` are the data's: images, image_shape, and classes and image_dtype where they are told. `rate` is images a
     second of one worker; None: a teacher of the config's sizes and random weights is timed here, for seconds.
@@ -34,6 +39,7 @@ def estimate(
     pairs = spec.rows * config.draws
     plan: dict[str, Any] = {
         "pairs": pairs,
+        "committed": committed,
         "images": spec.rows,
         "draws": config.draws,
         "shards": spec.shards_per_draw * config.draws,
@@ -48,10 +54,11 @@ def estimate(
         costs.check_patch(facts["image_shape"], teacher.patch)
         flops = costs.teacher_flops(facts["image_shape"], teacher)
         measured = _given(rate) if rate else _measured(config, teacher, facts)
-    seconds = pairs / measured["images_per_second"]
+    left = pairs - committed
+    seconds = left / measured["images_per_second"]
     return {
         **plan,
-        "flops": pairs * flops,
+        "flops": left * flops,
         "flops_per_image": flops,
         "worker": measured | {"flops_per_second": flops * measured["images_per_second"]},
         "hours": {str(count): float(f"{seconds / count / 3600:.3g}") for count in workers},
@@ -61,8 +68,9 @@ def estimate(
 def as_text(plan: Mapping[str, Any]) -> str:
     """The plan for people."""
     sizes = (f"{codec} {_size(count)}" for codec, count in plan["bytes"].items())
+    there = f"; {plan['committed']:,} are committed, time is for the rest" if plan["committed"] else ""
     lines = [
-        ["pairs", f"{plan['pairs']:,}: {plan['images']:,} images, draws {plan['draws']}"],
+        ["pairs", f"{plan['pairs']:,}: {plan['images']:,} images, draws {plan['draws']}{there}"],
         ["shards", f"{plan['shards']:,} of {plan['rows_per_shard']:,} pairs, layout {plan['layout']}"],
         ["on disk", f"{', '.join(sizes)}; the config's codec is {plan['codec']}"],
     ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nfm.stages.stage import Finding, StageError
-from nfm.storage import atomic, commits, generations, layout
+from nfm.storage import atomic, commits, generations, layout, manifests
 from nfm.storage import verify as storage_verify
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.paths import as_path, size_of
@@ -37,14 +37,30 @@ def unfinished(store: str | Path) -> str:
     return f"{len(left)} files of unfinished attempts, {size / 1e6:.1f} MB: of no harm and of no use" if left else ""
 
 
+def sealable(out: Path) -> tuple[int, dict[str, str]]:
+    """(draws, shards that may be missing with reasons) of the next generation: never less than the newest one has."""
+    found = generations.numbers(out)
+    newest: dict[str, Any] = manifests.raw(out, found[-1]) if found else {"draws": 0}
+    excluded = {shard["name"]: shard["reason"] for shard in newest.get("excluded", ())}
+    draws = _complete_draws(out)
+    if draws > newest["draws"]:
+        return draws, {}
+    return newest["draws"] or complete_draws(out), excluded
+
+
 def complete_draws(out: Path) -> int:
-    """The number of leading draws whose shards are all committed."""
+    """The number of leading draws whose shards are all committed; StageError where there is none."""
+    draws = _complete_draws(out)
+    if not draws:
+        raise StageError(f"{out}: no draw is complete yet; run the pairs stage again")
+    return draws
+
+
+def _complete_draws(out: Path) -> int:
     spec, done = read_spec(out), set(commits.names(out, 1000))
     draws = 0
     while all(shard_name(draws, shard) in done for shard in range(spec.shards_per_draw)):
         draws += 1
-    if not draws:
-        raise StageError(f"{out}: no draw is complete yet; run the pairs stage again")
     return draws
 
 

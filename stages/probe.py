@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfm.stages.memory import free_memory, is_out_of_memory
+from nfm.stages.stage import StageError
 from nfm.stages.training import Precision, autocast_dtype
 
 if TYPE_CHECKING:
@@ -48,13 +49,18 @@ def propose(encode: Callable[[int], object], sizes: Sequence[int], seconds: floa
     """
     times: dict[int, list[float]] = {}
     behind = 0
-    encode(min(sizes))  # a process's very first batch also loads kernels
     for size in sorted(sizes):
         try:
+            if not times:
+                encode(size)  # a process's very first batch also loads kernels
             times[size] = _warm(encode, size)
         except Exception as error:
-            if not times or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if not times:
+                raise StageError(
+                    f"a batch of {size} does not fit into memory: this device is too small for the teacher"
+                ) from error
             break
         best = max(tried / min(taken) for tried, taken in times.items())
         behind = behind + 1 if size / min(times[size]) < 0.75 * best else 0
@@ -105,16 +111,16 @@ def for_teacher(
 
 def encoding(coupling: NFM, image_shape: Sequence[int], classes: int) -> Callable[[int], object]:
     """A function that encodes a batch of so many random images and brings the noise back, as the encoder does."""
-    import torch
+
+    inputs = inputs_like(image_shape, classes, 1)
 
     def encode(size: int) -> object:
-        if size not in inputs:
-            inputs.clear()
-            inputs[size] = inputs_like(image_shape, classes, size)
-        noise, nll = coupling(*inputs[size])
+        nonlocal inputs
+        if size > len(inputs[0]):  # in ascending order, so that what is timed later makes no random numbers
+            inputs = inputs_like(image_shape, classes, size)
+        noise, nll = coupling(*(part[:size] for part in inputs))
         return noise.float().cpu(), nll.float().cpu()  # on a GPU this waits for the end
 
-    inputs: dict[int, tuple[torch.Tensor, ...]] = {}
     return encode
 
 
@@ -131,18 +137,18 @@ def inputs_like(image_shape: Sequence[int], classes: int, count: int) -> tuple[T
 def noise_error(
     model: TarFlow, eta: float, sigma_f: float, images: Tensor, labels: Tensor, eps: Tensor, noise: Tensor
 ) -> float:
-    """RMS of `noise` (z as it was encoded) minus the same computed on the CPU by a float64 copy of the model.
+    """RMS of `noise` (z as it was encoded) minus the same computed by a float64 copy of the model, on its device.
 
     All of a few images: images, eps and noise [n, C, H, W], labels int64 [n].
     """
     import torch
 
-    inputs = [tensor.cpu() for tensor in (images, labels, eps, noise)]
-    reference = copy.deepcopy(model).cpu().double()
-    x = inputs[0].double() + eta * inputs[2].double()
-    with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-        z, _ = reference.encode(x, inputs[1])
-        return float((inputs[3].double() - z / sigma_f).square().mean().sqrt())
+    device = next(model.parameters()).device
+    reference = copy.deepcopy(model).double()
+    x = images.to(device).double() + eta * eps.to(device).double()
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        z, _ = reference.encode(x, labels.to(device))
+        return float((noise.to(device).double() - z / sigma_f).square().mean().sqrt())
 
 
 def _warm(encode: Callable[[int], object], size: int) -> list[float]:

@@ -94,7 +94,7 @@ def pairs(stores: Mapping[str, PairStore], seed: int) -> str:
         body.append(figure(_side_by_side(records), name, "image above, its noise below (black -3, white 3)"))
         moments = store.manifest.get("moments") or {}
         values = [moments.get(key) for key in ("mean", "var", "kurtosis", "min", "max", "nonfinite")]
-        rows.append([name, store.draws, len(store), *values])
+        rows.append([name, store.draws, len(there), *values])
     columns = [
         "coupling",
         "draws",

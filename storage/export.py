@@ -105,6 +105,8 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
     names = [name for name in names_in(root) if not is_temporary(name)]
     if names and SPEC not in names:
         raise StorageError(f"{root}: there is something else already ({names[0]}); export into a new or empty folder")
+    if (encoding := read_json(source.root / SPEC).get("encoding")) is not None:
+        mine["encoding"] = encoding  # the batch shape, with which an audit encodes a sample again
     if not create_json(root / SPEC, mine):
         there = read_json(root / SPEC)
         there.pop("digest", None)

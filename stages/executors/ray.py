@@ -8,7 +8,7 @@ A cluster that this process did not start is left running, and so is everything 
 from __future__ import annotations
 
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +19,7 @@ from nfm.stages.executors.ray_crew import IN_FLIGHT, Crew, Landing
 from nfm.stages.stage import StageError
 
 DEATHS = 5
+LOSSES = 10  # with whole nodes as well, which one shard may run out of memory
 PATIENCE_SECONDS = 600.0
 
 
@@ -46,6 +47,27 @@ def run(
             yield from _Production(crew, backlog, halt, say).outcomes()
         finally:
             crew.dismiss()
+
+
+def on_a_worker(
+    work: Callable[..., Any], device: str, threads: int, address: str | None, *arguments: Any, **options: Any
+) -> Any:
+    """`work(*arguments, device=..., **options)` on one worker's share of a cluster, where its devices are.
+
+    Raises StageError when no worker had room within ten minutes, and what `work` raises.
+    """
+    import ray
+
+    with cluster(address, 1, threads, device) as share:
+        remote: Any = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=3)(work)
+        answer = remote.remote(*arguments, device="cuda" if share.gpus else device.replace("auto", "cpu"), **options)
+        try:
+            return ray.get(answer, timeout=PATIENCE_SECONDS)
+        except ray.exceptions.GetTimeoutError as error:
+            raise StageError(
+                f"no Ray worker answered within {PATIENCE_SECONDS:.0f} s: {share} was asked for, the cluster has "
+                f"{share.left()}; add nodes, or set pairs.batch_size to a number"
+            ) from error
 
 
 class _Backlog:
@@ -84,6 +106,7 @@ class _Production:
 
     def __init__(self, crew: Crew, backlog: _Backlog, halt: Halt, say: Callable[[str], None]):
         self.crew, self.backlog, self.halt, self.say = crew, backlog, halt, say
+        self.losses: Counter[str] = Counter()
         self.lost: set[str] = set()  # shards and starts that ended with their actor since the last commit
 
     def outcomes(self) -> Iterator[Outcome | None]:
@@ -135,10 +158,11 @@ class _Production:
         """The actor died with this shard in hand: it starts again later, or is set aside as the reason."""
         self._lose(landing, job.name)
         job = job.again(died=not _with_its_node(landing.result))
-        if job.deaths >= DEATHS:
+        self.losses[job.name] += 1
+        if job.deaths >= DEATHS or self.losses[job.name] >= LOSSES:
             self.lost.discard(job.name)
-            last = _plain(landing.result)
-            return Outcome(job, error=f"killed its worker five times; the last: {last}", worker=landing.seat.name)
+            what = "killed its worker five times" if job.deaths >= DEATHS else f"was lost with its node {LOSSES} times"
+            return Outcome(job, error=f"{what}; the last: {_plain(landing.result)}", worker=landing.seat.name)
         self.backlog.suspects.append(job)
         return None
 

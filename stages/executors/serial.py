@@ -9,23 +9,39 @@ from collections.abc import Iterable, Iterator
 
 from nfm.stages.encoder import Encoder, Setup, threads
 from nfm.stages.executors import TRIES, Halt, Outcome, ShardJob
+from nfm.stages.overlap import Ahead, running
+
+TICK_SECONDS = 1.0
 
 
 def run(setup: Setup, jobs: Iterable[ShardJob], workers: int, halt: Halt) -> Iterator[Outcome | None]:
     """Encode the jobs in order; `workers` is one whatever it says."""
-    worker = f"{socket.gethostname()}:{os.getpid()}"
     with threads(setup.threads):
-        encoder = Encoder(setup)
-        for job in jobs:
-            while not halt.ending:
+        outcomes = Ahead(_outcomes(setup, jobs, halt), depth=1)
+        with running(outcomes):
+            while True:
+                if not outcomes.wait(TICK_SECONDS):
+                    yield None
+                    continue
                 try:
-                    commit = encoder.encode_shard(job, lambda: halt.stopping)
-                    yield Outcome(job, commit=commit, worker=worker, timing=encoder.timing)
-                    break
-                except InterruptedError:
+                    yield outcomes.take()
+                except StopIteration:
                     return
-                except Exception:
-                    job = job.again(failed=True)
-                    if job.tries >= TRIES:
-                        yield Outcome(job, error=traceback.format_exc(), worker=worker)
-                        break
+
+
+def _outcomes(setup: Setup, jobs: Iterable[ShardJob], halt: Halt) -> Iterator[Outcome]:
+    worker = f"{socket.gethostname()}:{os.getpid()}"
+    encoder = Encoder(setup)
+    for job in jobs:
+        while not halt.ending:
+            try:
+                commit = encoder.encode_shard(job, lambda: halt.stopping)
+                yield Outcome(job, commit=commit, worker=worker, timing=encoder.timing)
+                break
+            except InterruptedError:
+                return
+            except Exception:
+                job = job.again(failed=True)
+                if job.tries >= TRIES:
+                    yield Outcome(job, error=traceback.format_exc(), worker=worker)
+                    break

@@ -9,10 +9,13 @@ from typing import Any
 
 from nfm.stages.executors import Outcome, Timing
 
+GONE_SECONDS, GONE_SHARDS = 120.0, 4  # the longer of both: a time, and that of so many shards
+
 
 @dataclass
 class _Worked:
     since: float
+    last: float = 0.0
     shards: int = 0
     pairs: int = 0
     spent: Timing = field(default_factory=Timing)
@@ -33,14 +36,18 @@ class Tally:
             return
         new, now = outcome.timing, self._clock()
         worked = self._workers.setdefault(outcome.worker, _Worked(now - new.wall))
-        worked.shards += 1
+        worked.shards, worked.last = worked.shards + 1, now
         worked.pairs += outcome.commit.records
         old = worked.spent
         worked.spent = Timing(old.wall + new.wall, old.read + new.read, old.encode + new.encode, old.write + new.write)
 
     def rows(self) -> list[dict[str, Any]]:
-        """For `Reporter.progress`: rates and shares as of now."""
-        return [self._row(name, worked) for name, worked in sorted(self._workers.items())]
+        """For `Reporter.progress`: rates and shares as of now, of the workers that are there."""
+        return [self._row(name, worked) for name, worked in sorted(self._workers.items()) if not self._left(worked)]
+
+    def _left(self, worked: _Worked) -> bool:
+        """Whether a worker was not heard of for so long that it must be gone."""
+        return self._clock() - worked.last > max(GONE_SECONDS, GONE_SHARDS * worked.spent.wall / worked.shards)
 
     def _row(self, name: str, worked: _Worked) -> dict[str, Any]:
         elapsed, spent = max(self._clock() - worked.since, 1e-9), worked.spent

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +15,7 @@ import pytest
 from nfm.pipeline.artifact import Artifact
 from nfm.storage import PairStore
 from nfm.storage.index import record_keys
+from tests.faults.harness import actors_of, ended
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -70,52 +69,14 @@ def uninterrupted(made: Lab, tmp_path_factory: pytest.TempPathFactory) -> str:
     return PairStore.open(store_in_making(lab)).content_digest
 
 
-def test_pairs_killed_at_random_moments_end_with_every_key_once(lab: Lab, uninterrupted: str) -> None:
-    rng = np.random.default_rng(20260309)
-    moments = np.sort(rng.integers(0, 100, 4))
-    for commits in moments:
-        process = lab.start(*lab.arguments("pairs", *SMALL_SHARDS))
-        kill_at(lab, process, int(commits), rng.uniform(0, 0.02))
-    assert moments[-1] <= commits_in(lab) < 128
-    assert not list(store_in_making(lab).glob("manifest*"))
-    done = lab.run("pairs", *SMALL_SHARDS)
-    assert "shards are committed already" in done.stderr
-    check_whole(lab, uninterrupted)
-
-
-def actors_of(driver: subprocess.Popen[str]) -> list[int]:
-    """Process numbers of the encoders that work for a driver, found among its descendants."""
-    parents, names = {}, {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            pid = int(folder.name)
-            parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            names[pid] = (folder / "cmdline").read_bytes().decode()
-    ours = {driver.pid}
-    for _ in range(4):  # driver, raylet, worker, and what may lie between
-        ours |= {pid for pid, parent in parents.items() if parent in ours}
-    return [pid for pid in ours if names.get(pid, "").startswith("ray::Worker")]
-
-
-def test_on_ray_a_killed_driver_and_a_killed_actor_cost_nothing(lab: Lab, uninterrupted: str) -> None:
+def test_a_killed_ray_driver_takes_its_actors_along_and_costs_nothing(lab: Lab, uninterrupted: str) -> None:
     first = lab.start(*lab.arguments("pairs", *SMALL_SHARDS, *RAY))
     lab.until(lambda: len(actors_of(first)) == 2, first)
     actors = actors_of(first)
     kill_at(lab, first, 7, 0.003)
     assert 7 <= commits_in(lab) < 128
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in actors):
-        assert time.monotonic() < deadline, "the actors outlive their driver"
-        time.sleep(0.1)
-
-    before = commits_in(lab)
-    second = lab.start(*lab.arguments("pairs", *SMALL_SHARDS, *RAY))
-    lab.until(lambda: len(actors_of(second)) == 2, second)
-    actors = actors_of(second)  # found while they load torch: encoding has not begun
-    lab.until(lambda: commits_in(lab) > before, second)
-    os.kill(actors[0], signal.SIGKILL)
-    assert commits_in(lab) < 128
-    assert "done in" in lab.wait(second).stderr
+    ended(actors)
+    assert "done in" in lab.run("pairs", *SMALL_SHARDS).stderr  # another executor goes on
     check_whole(lab, uninterrupted)
 
 

@@ -306,6 +306,33 @@ def test_finished_stores_go_only_where_the_configs_in_use_are_named(lab: Lab, ro
     assert left_in(root) == set()
 
 
+def test_a_store_that_a_queued_array_is_to_complete_stays_with_its_teacher(lab: Lab, root: Path) -> None:
+    lab.drop("report", "evaluate", "student")
+    store = lab.only("pairs")
+    for path in store.path.glob("manifest*"):
+        path.unlink()
+    lab.nfm("pairs", "worklist", "-c", "tiny.toml", "--set", "pairs.draws=3", "-o",
+            root / "submissions/abc-001/worklist.json")  # fmt: skip
+    age(root, 8 * DAY)
+    kept = {lab.name("pairs"), lab.name("teacher"), lab.name("data")}
+    told = lab.nfm("gc", "-c", ELSEWHERE, "--yes").stdout
+    assert kept <= left_in(root)
+    assert "submissions" not in told
+    (root / "submissions/abc-001/worklist.json").unlink()
+    lab.nfm("gc", "--yes")  # no config is named: whose store this is cannot be told
+    assert kept <= left_in(root)
+    lab.nfm("gc", "-c", ELSEWHERE, "--yes")
+    assert left_in(root) == set()
+
+
+def test_pairs_of_a_configs_data_and_teacher_stay_whatever_they_were_overridden_with(lab: Lab, root: Path) -> None:
+    lab.nfm(*lab.arguments("pairs", "pairs.seed=5"))
+    lab.drop("report", "evaluate", "student")
+    age(root, 8 * DAY)
+    collect(older_than=0, configs=(lab.config,))
+    assert len([name for name in left_in(root) if name.startswith("pairs/")]) == 3
+
+
 def test_a_store_of_others_is_no_garbage(lab: Lab, root: Path) -> None:
     target = root / "pairs" / "exported"
     pairs_export.run(lab.only("pairs").path, str(target), "samples", None, None, lambda *_: None)

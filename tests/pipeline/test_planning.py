@@ -100,3 +100,17 @@ def test_only_a_store_has_a_recipe_to_show(lab: Lab, root: Path) -> None:
     assert info["order key"] == planning.store_info(lab.only("pairs", "independent"))["order key"]
     with pytest.raises(ArtifactError, match="is no pair store"):
         planning.store_info(lab.only("teacher"))
+
+
+def test_what_is_committed_is_not_planned_again(lab: Lab) -> None:
+    whole, rest = (
+        json.loads(lab.nfm("plan", "pairs", "-c", "tiny.toml", "--set", sets, "--rate", 100, "--json").stdout)[-1][
+            "plan"
+        ]
+        for sets in ("pairs.seed=9", "pairs.draws=3")
+    )
+    assert (whole["committed"], rest["committed"]) == (0, 512)
+    assert rest["pairs"] == 768
+    assert rest["flops"] == pytest.approx(256 * rest["flops_per_image"])
+    assert rest["hours"]["1"] == pytest.approx(256 / 100 / 3600, rel=0.01)
+    assert whole["flops"] == pytest.approx(512 * whole["flops_per_image"])

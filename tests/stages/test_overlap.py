@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from nfm.stages.overlap import Stopwatch, ahead
+from nfm.stages.overlap import Ahead, Stopwatch, running
 
 
-def running() -> list[str]:
+def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "nfm-ahead"]
 
 
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
 def test_the_items_come_in_order_and_the_thread_ends() -> None:
-    assert list(ahead(iter(range(100)), depth=3)) == list(range(100))
-    assert not running()
+    assert list(Ahead(iter(range(100)), depth=3)) == list(range(100))
+    until(lambda: not threads())
 
 
 def test_it_is_ahead_by_no_more_than_its_depth() -> None:
@@ -28,15 +35,13 @@ def test_it_is_ahead_by_no_more_than_its_depth() -> None:
             made.append(number)
             yield number
 
-    taking = ahead(items(), depth=2)
-    assert next(taking) == 0
-    deadline = time.monotonic() + 10
-    while len(made) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(made) == 4  # one taken, two in the queue, one in hand
-    taking.close()
-    assert not running()
+    taking = Ahead(items(), depth=2)
+    with running(taking):
+        assert next(taking) == 0
+        until(lambda: len(made) == 4)  # one taken, two in the queue, one in hand
+        time.sleep(0.05)
+        assert len(made) == 4
+    assert not threads()
 
 
 def test_what_the_thread_raises_is_raised_here_after_what_it_made() -> None:
@@ -44,14 +49,18 @@ def test_what_the_thread_raises_is_raised_here_after_what_it_made() -> None:
         yield 1
         raise InterruptedError
 
-    taking = ahead(items())
+    taking = Ahead(items())
     assert next(taking) == 1
     with pytest.raises(InterruptedError):
         next(taking)
-    assert not running()
+    with pytest.raises(StopIteration):
+        next(taking)
 
 
-def test_a_chain_that_is_given_up_in_the_middle_ends_all_its_threads_and_closes_their_sources() -> None:
+@pytest.mark.parametrize("error", [ValueError, GeneratorExit])
+def test_a_chain_that_is_given_up_in_the_middle_ends_all_its_threads_and_closes_their_sources(
+    error: type[BaseException],
+) -> None:
     closed = threading.Event()
 
     def items() -> Iterator[int]:
@@ -63,13 +72,46 @@ def test_a_chain_that_is_given_up_in_the_middle_ends_all_its_threads_and_closes_
         finally:
             closed.set()
 
-    first = ahead(items())
-    second = ahead(number * 2 for number in first)
+    first = Ahead(items())
+    second = Ahead(number * 2 for number in first)
     assert [next(second), next(second)] == [0, 2]
-    second.close()
-    first.close()
+    with pytest.raises(error), running(second, first):
+        raise error
     assert closed.is_set()
-    assert not running()
+    assert not threads()
+
+
+def test_an_interrupt_waits_for_nothing_that_is_in_hand() -> None:
+    let_go = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        let_go.wait(60)  # a batch of a large teacher
+        yield 1
+
+    first = Ahead(items())
+    second = Ahead(iter(first))
+    assert next(second) == 0
+    with pytest.raises(KeyboardInterrupt), running(second, first):
+        raise KeyboardInterrupt
+    assert threads()
+    let_go.set()
+    until(lambda: not threads())
+
+
+def test_a_consumer_can_look_without_waiting_for_long() -> None:
+    let_go = threading.Event()
+
+    def items() -> Iterator[int]:
+        let_go.wait(60)
+        yield 1
+
+    taking = Ahead(items())
+    with running(taking):
+        assert not taking.wait(0.01)
+        let_go.set()
+        assert taking.wait(60)
+        assert taking.take() == 1
 
 
 def test_two_stages_in_a_chain_overlap() -> None:
@@ -87,7 +129,7 @@ def test_two_stages_in_a_chain_overlap() -> None:
                 first_used.set()
             yield item
 
-    assert list(ahead(use(ahead(make())))) == [0, 1]
+    assert list(Ahead(use(Ahead(make())))) == [0, 1]
     assert first_used.is_set()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nfm.stages import probe
+from nfm.stages.stage import StageError
 from nfm.trainers.couplings import NFM
 from nfm.trainers.tarflow import TarFlow
 
@@ -44,7 +45,7 @@ def test_a_size_that_does_not_fit_into_memory_is_not_proposed() -> None:
     assert max(asked) == 16, "it goes on after memory ran out"
     assert set(proposal.rates) == {"4", "8"}
     _, encode = worker(fixed=0, each=0, fits=0)
-    with pytest.raises(MemoryError):
+    with pytest.raises(StageError, match="does not fit into memory: this device is too small"):
         probe.propose(encode, (4, 8), 0.1)  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -105,6 +106,16 @@ def test_a_missing_teacher_ends_the_run_in_one_line(prepared: Setup, tmp_path: P
     with pytest.raises(StageError, match=r"a Ray actor cannot begin on .*weights.safetensors") as caught:
         list(on_ray.run(replace(prepared, teacher=str(missing)), jobs(), 2, Switch()))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def whoever(*seen: object, device: str) -> tuple[int, str, tuple[object, ...]]:
+    return os.getpid(), device, seen
+
+
+def test_a_probe_runs_on_a_worker_where_the_devices_are(cluster: None) -> None:
+    process, device, seen = on_ray.on_a_worker(whoever, "auto", 2, None, 1, "x")
+    assert process != os.getpid()
+    assert (device, seen) == ("cpu", (1, "x"))
 
 
 def test_no_jobs_need_no_cluster(prepared: Setup) -> None:

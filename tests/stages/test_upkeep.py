@@ -1,15 +1,20 @@
-"""Repair may be killed between any two moves."""
+"""Repair may be killed between any two moves; sealing again takes nothing away."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from nfm.stages import pairs_upkeep
-from nfm.storage import layout
+from nfm.storage import generations, layout
 from tests.storage.conftest import make_store, small_spec  # noqa: F401  fixtures
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
 
 
 @pytest.mark.parametrize("kind", ["blocks", "zarr"])
@@ -30,3 +35,16 @@ def test_a_repair_killed_between_any_two_moves_finds_the_shard_again(make_store,
         left = [root / path for path in layout.placed(spec, name) if (root / path).exists()]
         committed = (root / "commits" / f"{name}.json").exists()
         assert pairs_upkeep.bad_shards(root) == [name] if committed else not left
+
+
+def test_sealing_again_never_gives_readers_less_than_they_had(lab: Lab, root: Path) -> None:
+    """The newest generation lacks a shard of its second draw: one draw is complete, two are what readers have."""
+    store = lab.only("pairs").path
+    (store / "manifest.g0001.json").unlink()
+    for path in store.glob("*/d001-s00002.*"):
+        path.unlink()
+    generations.seal(store, 2, {"d001-s00002": "its image is unreadable"})
+    assert pairs_upkeep.sealable(store) == (2, {"d001-s00002": "its image is unreadable"})
+    before = lab.committed()
+    assert generations.seal(store, *pairs_upkeep.sealable(store))["generation"] == 1
+    assert lab.committed() == before
