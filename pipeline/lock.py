@@ -54,6 +54,13 @@ class Lock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            self._release()
+        except KeyboardInterrupt:  # a second signal, while the first one's stop was all but done
+            self._release()
+            raise
+
+    def _release(self) -> None:
         self._stop.set()
         self._thread.join()
         if self._read().get("id") == self._body["id"]:
