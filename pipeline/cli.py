@@ -43,10 +43,13 @@ def cli() -> None:
 @click.argument("stage", type=click.Choice(STAGE_NAMES))
 @config_option
 @set_option
-def run(stage: str, config_path: str, overrides: tuple[str, ...]) -> None:
+@click.option("--ray-address", metavar="ADDRESS", help="The Ray cluster, as --set pairs.ray_address; or RAY_ADDRESS.")
+def run(stage: str, config_path: str, overrides: tuple[str, ...], ray_address: str | None) -> None:
     """Run a stage and whatever it needs that is missing."""
     from nfm.pipeline import graph, runner
 
+    if ray_address is not None:
+        overrides += (f"pairs.ray_address={ray_address}",)
     artifact = runner.run(graph.build(load(config_path, overrides)), stage)
     click.echo(_main_output(artifact))
 
