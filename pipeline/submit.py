@@ -169,11 +169,17 @@ def user_options(options: Sequence[str]) -> tuple[str, ...]:
     """The user's options, checked: those that the scripts decide are refused with what to use instead."""
     for option in options:
         directive(option)
-        words = re.split(r"[=\s]", option.lstrip("-"), maxsplit=1)
-        short = {"a": "array", "d": "dependency", "o": "output"}.get(words[0], words[0])
-        if short in FIXED:
-            raise StageError(f"--sbatch {option}: use {FIXED[short]}")
+        if fixed := _fixed(option):
+            raise StageError(f"--sbatch {option}: use {FIXED[fixed]}")
     return tuple(options)
+
+
+def _fixed(option: str) -> str | None:
+    """Which of FIXED an option sets; sbatch takes `-a0-3` for `--array=0-3`, and long names cut short."""
+    if not option.startswith("--"):
+        return {"a": "array", "d": "dependency", "o": "output"}.get(option[1:2])
+    name = re.split(r"[=\s]", option[2:], maxsplit=1)[0]
+    return next((fixed for fixed in FIXED if len(name) > 1 and fixed.startswith(name)), None)
 
 
 def nfm(submission: Submission, *arguments: object, config: bool = False, sets: Sequence[str] = ()) -> str:

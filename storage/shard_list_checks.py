@@ -1,4 +1,4 @@
-"""Whether a table lists shards: the rules of `manifest_checks.check_entry`, for all rows at once."""
+"""Whether a table lists shards: the rules of `manifests._check_entry`, for all rows at once."""
 
 from __future__ import annotations
 

@@ -111,7 +111,9 @@ def test_options_of_sbatch_are_passed_on_after_ours_and_quoted_where_they_must_b
     assert f'--output="{ODD}/artifacts'.replace("%", "%%").replace('"odd"', '\\"odd\\"') in made["seal"].text
 
 
-@pytest.mark.parametrize("option", ["--array=0-9", "-a 0-9", "--dependency=afterok:1", "--wrap=true", "--output=x"])
+@pytest.mark.parametrize(
+    "option", ["--array=0-9", "-a 0-9", "-a0-9", "--arr=0-9", "--dependency=afterok:1", "--wrap=true", "--output=x"]
+)
 def test_options_that_the_scripts_decide_are_refused_with_what_to_use_instead(option: str) -> None:
     with pytest.raises(StageError, match="use"):
         user_options([option])
