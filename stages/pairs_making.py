@@ -87,10 +87,11 @@ def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, a
     why = [f"{name} ({reason})" for name, reason in reasons(out, names[:_LISTED]).items()]
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     limit = f", pairs.max_missing allows {allowed:,}" if allowed else ""
+    told = f"What failed has its traceback in {out / 'failed'}; the other" if (out / "failed").is_dir() else "The other"
+    leave_out = "; or let the generation lack them with --set pairs.max_missing=N" if all_failed(out, names) else ""
+    lacking = f"{len(names)} of {total} shards are missing, {pairs:,} pairs{limit}: {', '.join(why)}{more}"
     return StageError(
-        f"{len(names)} of {total} shards are missing, {pairs:,} pairs{limit}: {', '.join(why)}{more}. What failed has "
-        f"its traceback in {out / 'failed'}; the other shards are committed. Mend the cause and {again}, "
-        "which retries only these; or let the generation lack them with --set pairs.max_missing=N"
+        f"{lacking}. {told} shards are committed. Mend the cause and {again}, which makes only these{leave_out}"
     )
 
 
