@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,40 +26,52 @@ def flow(dtype: torch.dtype = torch.float32) -> TarFlow:
     return model.to(dtype).eval()
 
 
-def worker(fixed: float, each: float, fits: int = 10**9) -> tuple[list[int], object]:
-    """Something that takes `fixed` seconds a batch and `each` an image, and has memory for `fits` of them."""
-    asked: list[int] = []
-
-    def encode(size: int) -> None:
-        asked.append(size)
-        if size > fits:
-            raise MemoryError
-        time.sleep(fixed + each * size)
-
-    return asked, encode
+Worker = Callable[..., tuple[list[int], Callable[[int], None]]]
 
 
-def test_a_size_that_does_not_fit_into_memory_is_not_proposed() -> None:
-    asked, encode = worker(fixed=0.02, each=0, fits=10)
-    proposal = probe.propose(encode, (4, 8, 16, 32), 0.1)  # type: ignore[arg-type]
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
+    """Something that takes `fixed` seconds a batch and `each` an image, and has memory for `fits` of them.
+
+    By a clock of its own, since a busy machine's sleeps are longer than the differences that a probe looks for.
+    """
+    now = [0.0]
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def make(fixed: float, each: float, fits: int = 10**9) -> tuple[list[int], Callable[[int], None]]:
+        asked: list[int] = []
+
+        def encode(size: int) -> None:
+            asked.append(size)
+            if size > fits:
+                raise MemoryError
+            now[0] += fixed + each * size
+
+        return asked, encode
+
+    return make
+
+
+def test_a_size_that_does_not_fit_into_memory_is_not_proposed(worker: Worker) -> None:
+    asked, encode = worker(fixed=0.02, each=0.0001, fits=10)
+    proposal = probe.propose(encode, (4, 8, 16, 32), 0.1)
     assert proposal.batch_size == 8
     assert max(asked) == 16, "it goes on after memory ran out"
     assert set(proposal.rates) == {"4", "8"}
-    _, encode = worker(fixed=0, each=0, fits=0)
+    _, encode = worker(fixed=0, each=0.01, fits=0)
     with pytest.raises(StageError, match="does not fit into memory: this device is too small"):
-        probe.propose(encode, (4, 8), 0.1)  # type: ignore[arg-type]
+        probe.propose(encode, (4, 8), 0.1)
 
 
-def test_slow_batches_end_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "SLOW_BATCH", 0.15)
-    asked, encode = worker(fixed=0, each=0.05)
-    probe.propose(encode, (1, 2, 4, 8, 16), 0.1)  # type: ignore[arg-type]
+def test_slow_batches_end_the_probe(worker: Worker) -> None:
+    asked, encode = worker(fixed=0, each=0.3)
+    probe.propose(encode, (1, 2, 4, 8, 16), 0.1)
     assert max(asked) == 4, "it went on after a slow size"
 
 
-def test_the_smallest_of_equally_fast_sizes_is_proposed() -> None:
-    _, encode = worker(fixed=0, each=0.01)
-    assert probe.propose(encode, (4, 8, 16), 0.3).batch_size == 4  # type: ignore[arg-type]
+def test_the_smallest_of_equally_fast_sizes_is_proposed(worker: Worker) -> None:
+    _, encode = worker(fixed=0.0001, each=0.01)
+    assert probe.propose(encode, (4, 8, 16), 0.3).batch_size == 4
 
 
 def test_a_teacher_is_timed_on_the_given_threads_which_it_gives_back() -> None:

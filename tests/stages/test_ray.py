@@ -76,7 +76,7 @@ def test_jobs_are_drawn_as_needed_and_a_stop_leaves_other_peoples_actors_alone(p
             outcomes.append(outcome)
             if len(outcomes) == 8:
                 switch.stopping, asked = True, time.monotonic()
-    assert time.monotonic() - asked < 5
+    assert time.monotonic() - asked < 10
     assert len(outcomes) == 8
     assert len(drawn) <= 8 + 2 * (2 + 3)  # in flight, and those that wait
     assert {outcome.worker.rpartition("/")[2] for outcome in outcomes} <= {"0", "1"}
