@@ -26,6 +26,7 @@ from nfm.pipeline.rate import Rate, time_left
 
 __all__ = ["Console", "StopRequest", "last_progress", "time_left"]
 PLAIN_SECONDS = 30.0
+LOGGED_WORKERS = 64  # rows in an event; the shares are the medians of all
 EVENT_SECONDS = 30.0
 DRAW_SECONDS = 0.25
 
@@ -138,7 +139,7 @@ class Console:
         shares = {part: round(statistics.median(row[part] for row in workers), 3) for part in PARTS} if workers else {}
         if logs:
             self._logged = now
-            rows = {"shares": shares, "workers": list(workers)} if workers else {}
+            rows = {"shares": shares, "workers": list(workers[:LOGGED_WORKERS])} if workers else {}
             seconds = None if left is None else round(left, 1)
             values = {"per_second": round(rate, 2), "seconds_left": seconds, **figures, **rows}
             self.log("PROGRESS", done=done, total=total, unit=unit, **values)
