@@ -6,14 +6,14 @@
 #   PYTHON=/path/to/python        use this environment as it is instead of making one
 #   TORCH="torch==2.13.0"         the torch requirement, for instance a CUDA build
 #   PIP_ARGS="..."                arguments for pip, for instance the index of that torch build
-#   JOBS=2                        how many processes `make test` uses
+#   JOBS=2                        run the tests on so many processes at once (two local Rays may then disturb each other)
 #   MINUTES=10                    how long `make fuzz` goes on
 
 CONFIG ?= configs/digits.toml
 ARGS ?=
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
-JOBS ?= 2
+JOBS ?= 0
 MINUTES ?= 10
 VENV := .venv
 PEERS := .venv-bench

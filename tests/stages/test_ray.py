@@ -90,7 +90,7 @@ def test_ending_finishes_the_shards_in_hand_and_begins_no_other(prepared: Setup,
         if outcome:
             outcomes.append(outcome)
             switch.ending = True
-    assert len(outcomes) == 2  # the first, and the one that began when it ended
+    assert 1 <= len(outcomes) <= 2  # the first, and the one behind it where that had begun when the end was heard
     assert committed(outcomes) == sorted(digests(prepared))
     assert not list(Path(prepared.store).glob("**/.tmp*"))
 
