@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from nfm.stages.stage import Finding, StageError
 from nfm.storage import atomic, commits, generations, layout, manifests
@@ -40,12 +40,12 @@ def unfinished(store: str | Path) -> str:
 def sealable(out: Path) -> tuple[int, dict[str, str]]:
     """(draws, shards that may be missing with reasons) of the next generation: never less than the newest one has."""
     found = generations.numbers(out)
-    newest: dict[str, Any] = manifests.raw(out, found[-1]) if found else {"draws": 0}
-    excluded = {shard["name"]: shard["reason"] for shard in newest.get("excluded", ())}
-    draws = _complete_draws(out)
+    if not found:
+        return complete_draws(out), {}
+    newest, draws = manifests.raw(out, found[-1]), _complete_draws(out)
     if draws > newest["draws"]:
         return draws, {}
-    return newest["draws"] or complete_draws(out), excluded
+    return newest["draws"], {shard["name"]: shard["reason"] for shard in newest.get("excluded", ())}
 
 
 def complete_draws(out: Path) -> int:
