@@ -6,14 +6,14 @@
 #   PYTHON=/path/to/python        use this environment as it is instead of making one
 #   TORCH="torch==2.13.0"         the torch requirement, for instance a CUDA build
 #   PIP_ARGS="..."                arguments for pip, for instance the index of that torch build
-#   JOBS=2                        run the tests on so many processes at once (two local Rays may then disturb each other)
+#   JOBS=0                        run the tests in one process; default: on two
 #   MINUTES=10                    how long `make fuzz` goes on
 
 CONFIG ?= configs/digits.toml
 ARGS ?=
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
-JOBS ?= 0
+JOBS ?= 2
 MINUTES ?= 10
 VENV := .venv
 PEERS := .venv-bench
@@ -69,7 +69,7 @@ status: $(ENV)  ## a line a stage
 	$(NFM) status -c $(CONFIG) $(ARGS)
 
 test: $(ENV)  ## run the tests
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 test-faults: $(ENV)  ## kill, lose and fill everything, for 20 minutes
 	$(PY) -m pytest -m 'faults or not faults' tests/faults tests/ray $(ARGS)

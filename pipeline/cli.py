@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, find
+from nfm.pipeline.cli_compare import compare
 from nfm.pipeline.cli_gc import gc
 from nfm.pipeline.cli_pairs import pairs
 from nfm.pipeline.cli_plan import plan
@@ -21,13 +22,14 @@ from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.lock import Held
 from nfm.stages.bench_encode import encode as bench_encode
 from nfm.stages.bench_store import bench
+from nfm.stages.sampling import GRIDS, SOLVERS
 from nfm.stages.stage import StageError, Stopped
 from nfm.storage.errors import StorageError
 
 if TYPE_CHECKING:
     from nfm.pipeline.audit import Level
 
-STAGE_NAMES = ["data", "features", "teacher", "pairs", "student", "evaluate", "report"]
+STAGE_NAMES = ["data", "features", "teacher", "potential", "pairs", "student", "evaluate", "report", "compare"]
 
 config_option = click.option("-c", "--config", "config_path", required=True, metavar="F", help="The run's TOML file.")
 set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
@@ -50,7 +52,7 @@ def run(stage: str, config_path: str, overrides: tuple[str, ...], ray_address: s
 
     if ray_address is not None:
         overrides += (f"pairs.ray_address={ray_address}",)
-    artifact = runner.run(graph.build(load(config_path, overrides)), stage)
+    artifact = runner.run(graph.build(load(config_path, overrides), target=stage), stage)
     click.echo(_main_output(artifact))
 
 
@@ -136,15 +138,20 @@ def list_artifacts(as_json: bool) -> None:
 @click.argument("artifact")
 @click.option("-n", "count", default=64, type=click.IntRange(min=1), show_default=True, help="Number of images.")
 @click.option("--nfe", default=7, show_default=True, help="Evaluations of a student; a teacher is inverted.")
+@click.option("--solver", default="auto", type=click.Choice(SOLVERS), show_default=True, help="auto: Euler to NFE 5.")
+@click.option("--grid", default="square", type=click.Choice(GRIDS), show_default=True, help="Times: t = u^2 or t = u.")
+@click.option("--guidance", default=0.0, show_default=True, help="v + g (v - v without labels); a teacher's own.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", default="grid.png", show_default=True, type=click.Path(path_type=Path))
-def sample(artifact: str, count: int, nfe: int, seed: int, output: Path) -> None:
+def sample(
+    artifact: str, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
+) -> None:
     """Draw a grid of images from a student or teacher."""
     from nfm.stages.sampling import sample_grid
 
     found = find(artifact)
     found.manifest()  # an unfinished artifact has none, and says so
-    sample_grid(found.path, found.spec["stage"], count, nfe, seed, output)
+    sample_grid(found.path, found.spec["stage"], count, nfe, seed, output, solver, grid, guidance)
     click.echo(str(output))
 
 
@@ -158,6 +165,7 @@ def repair(artifact: str) -> None:
     click.echo("\n".join([*moved, f"set aside: {len(moved)}" if moved else "nothing to repair"]))
 
 
+cli.add_command(compare)
 cli.add_command(gc)
 cli.add_command(pairs)
 cli.add_command(plan)
@@ -169,8 +177,8 @@ bench.add_command(bench_encode)
 
 
 def _main_output(artifact: Artifact) -> str:
-    page = artifact.path / "report.html"
-    return str(page if page.exists() else artifact.reference)
+    shown = [artifact.path / name for name in ("report.html", "compare.txt")]
+    return str(next((path for path in shown if path.exists()), artifact.reference))
 
 
 def main() -> None:

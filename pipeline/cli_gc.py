@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def gc(dry_run: bool, configs: tuple[str, ...], days: float, yes: bool, as_json: bool) -> None:
     """Remove files of killed attempts, quarantined shards, and artifacts that nothing depends on.
 
-    Students, evaluations and reports stay, and all that they were made from. Pair stores stay until -c names the
-    configs in use: then those go that none of them reaches, no student here was trained on and no submission lists.
+    Students, evaluations, comparisons and reports stay, and all that they were made from. Pair stores stay until -c
+    names the configs in use: then those go that none of them reaches, no student here was trained on and no submission
+    lists.
     """
     from nfm.pipeline import gc as collecting
     from nfm.pipeline.artifact import artifacts_root

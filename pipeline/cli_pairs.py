@@ -31,7 +31,7 @@ def pairs() -> None:
 @click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def info(store: str, as_json: bool) -> None:
-    """Show a store's recipe, generations, sizes and moments."""
+    """Show a store's recipe, generations, sizes, moments and coupling report."""
     from nfm.pipeline import planning
     from nfm.stages import pairs_info
 
@@ -39,6 +39,33 @@ def info(store: str, as_json: bool) -> None:
     body = {"store": where, **pairs_info.info(where)} if isinstance(where, str) else planning.store_info(find(store))
     lines = (f"{key:18} {'-' if value is None else value}" for key, value in body.items())
     click.echo(json.dumps(body, indent=2) if as_json else "\n".join(lines))
+
+
+@pairs.command()
+@click.argument("store")
+@click.option("--json", "as_json", is_flag=True, help="For machines, with every figure.")
+def report(store: str, as_json: bool) -> None:
+    """Measure a store's pairs anew: transport cost, how near the noise is to N(0, I), which images are paired.
+
+    The store stays as it is. Its teacher and data, which tell nll on held-out rows, are looked for among the artifacts
+    by their content.
+    """
+    from nfm.stages import coupling_report
+
+    where = _where(store)
+    contents = coupling_report.contents_of(where)
+    found = {role: folder for role, digest in contents.items() if (folder := _by_content(role, digest)) is not None}
+    if "teacher" in contents and (missing := sorted(set(contents) - set(found))):
+        lack = " and ".join(f"{role} {contents[role][:12]}" for role in missing)
+        click.echo(f"no nll on held-out rows: {lack} not found in {artifacts_root()}", err=True)
+    body = coupling_report.measure_at(where, found)
+    if as_json:
+        click.echo(json.dumps(body, indent=2, allow_nan=False))
+        return
+    for key, value in coupling_report.lines(body).items():
+        click.echo(f"{key:18} {value}")
+    for text in coupling_report.advice(body):
+        click.echo(f"advice: {text}")
 
 
 @pairs.command()

@@ -55,7 +55,7 @@ def plan(
         facts = {"images": images, "image_shape": list(image_shape), "classes": 1000 if classes is None else classes}
         rows = [planning.pairs_to_come(config, facts, counts, rate)]
     else:
-        nodes = graph.build(config)
+        nodes = graph.build(config, target=stage)
         try:
             rows = planning.plan(nodes, stage)
         except StageError as error:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def worklist(config_path: str, overrides: tuple[str, ...], output: Path) -> None:
     """Freeze the numbered list of shards that a store lacks, for the tasks of an array.
 
-    Makes the data and the teacher where they are missing. A list is never changed: a file that is there already is
-    kept where it still holds all that is pending, and refused where it does not.
+    Makes what the pairs are made from (data, teacher) where it is missing. A list is never changed: a file that is
+    there already is kept where it still holds all that is pending, and refused where it does not.
     """
     from nfm.pipeline import graph, runner
     from nfm.pipeline.config import load
@@ -29,7 +29,8 @@ def worklist(config_path: str, overrides: tuple[str, ...], output: Path) -> None
     config = load(config_path, overrides)
     nodes = graph.build(config)
     node = nodes["pairs"]
-    runner.run(nodes, "teacher" if "teacher" in node.inputs else "data")
+    for needed in node.inputs.values():
+        runner.run(nodes, needed.name)
     store, inputs = _prepared(node)
     found = pairs_worklist.freeze(config.pairs, inputs, store, output.absolute())
     click.echo(f"{output}: {len(found.shards):,} shards of {store} are to be encoded")

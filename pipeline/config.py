@@ -6,17 +6,22 @@ import difflib
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nfm.stages.compare import CompareConfig
 from nfm.stages.data import DataConfig
+from nfm.stages.distances import EXACT_VALUES
 from nfm.stages.evaluate import EvaluateConfig
 from nfm.stages.features import FeaturesConfig
 from nfm.stages.pairs import PairsConfig
+from nfm.stages.potential import PotentialConfig
 from nfm.stages.report import ReportConfig
 from nfm.stages.student import StudentConfig
 from nfm.stages.teacher import TeacherConfig
+
+PLANAR = ("checkerboard", "gaussians")  # sources of points [1, 1, 2] without classes
 
 
 class ConfigError(Exception):
@@ -31,10 +36,50 @@ class RunConfig(BaseModel):
     data: DataConfig
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
+    potential: PotentialConfig = Field(default_factory=PotentialConfig)
     pairs: PairsConfig = Field(default_factory=PairsConfig)
     student: StudentConfig = Field(default_factory=StudentConfig)
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)
+
+    @model_validator(mode="after")
+    def _can_be_evaluated(self) -> Self:
+        """What no evaluation of this run could do, told before anything is trained."""
+        measured, values = self.evaluate, values_an_image(self.data)
+        planar = self.data.source in PLANAR
+        if measured.features == "none" and (values or 0) > EXACT_VALUES:
+            raise ValueError(
+                f'evaluate.features = "none" compares values directly, which says something of up to {EXACT_VALUES} of '
+                f'them; images of data.source = "{self.data.source}" have {values}: use evaluate.features = "cnn"'
+            )
+        if measured.features == "inception" and planar:
+            raise ValueError(
+                f'evaluate.features = "inception" takes pictures, data.source = "{self.data.source}" has points of the '
+                'plane: use evaluate.features = "none"'
+            )
+        if measured.student_guidance and planar:
+            raise ValueError(
+                f"evaluate.student_guidance = {measured.student_guidance}: points of the plane have no classes, so "
+                "nothing can guide a student; leave it out"
+            )
+        if measured.student_guidance and not self.student.label_drop:
+            raise ValueError(
+                f"evaluate.student_guidance = {measured.student_guidance} needs students that were trained without "
+                "labels too; set student.label_drop = 0.1, or leave it out"
+            )
+        return self
+
+
+def values_an_image(data: DataConfig) -> int | None:
+    """How many values an image has, where the config alone tells; None where the input decides."""
+    if data.source in PLANAR:
+        return 2
+    if data.source == "digits":
+        return (8 // data.average) ** 2
+    if data.source == "images" and data.image_size is not None:
+        return data.channels * (data.image_size // data.average) ** 2
+    return None
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -79,6 +124,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _explain(problem: Any) -> str:
     """One line a problem, with the nearest known key where one was misspelt."""
     where = [str(part) for part in problem["loc"]]
+    if not where:  # of sections that do not fit each other, which the message names
+        return str(problem["ctx"]["error"]) if "ctx" in problem else str(problem["msg"])
     field = ".".join(where)
     if problem["type"] == "extra_forbidden":
         known = _known_keys(where[:-1])

@@ -19,7 +19,7 @@ from nfm.storage import atomic
 from nfm.storage.errors import StorageError
 
 SUBMISSIONS = "submissions"
-END_PRODUCTS = ("student", "evaluate", "report")
+END_PRODUCTS = ("student", "evaluate", "report", "compare")
 IDLE_SECONDS = 3600.0  # what was written to more recently may be in the making: not every worker takes the lock
 BEATING_SECONDS = 86400.0  # generous, since another host's clock may be off
 
@@ -202,6 +202,7 @@ class _Reach:
 def _reached(config: RunConfig) -> Iterable[_Reach]:
     for node in build(config).values():
         inputs = frozenset(name for name in map(_folder, node.inputs.values()) if name is not None)
+        inputs |= {_name(artifact.path) for artifact in node.given.values()}
         yield _Reach(_folder(node), node.stage.NAME, node.config.semantic(), inputs)
 
 

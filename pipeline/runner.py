@@ -16,6 +16,7 @@ import click
 from nfm.pipeline.artifact import SCHEMA, Artifact, ArtifactError, open_spec, publish
 from nfm.pipeline.console import Console, StopRequest, time_left
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
+from nfm.pipeline.lineage import inputs_of
 from nfm.pipeline.lock import Lock
 from nfm.stages.stage import Stopped
 from nfm.storage import atomic
@@ -111,8 +112,15 @@ def seal_store(artifact: Artifact) -> Artifact:
 
     if artifact.spec["stage"] != pairs.NAME:
         raise ArtifactError(f"{artifact.name} is no pair store; only stores are sealed")
-    with Lock(artifact.path):
-        result = pairs.seal(artifact.path, *pairs_upkeep.sealable(artifact.path))
+    stop = StopRequest()
+    with Lock(artifact.path) as lock, stop.listening():
+        inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}
+        console = Console(pairs.NAME, artifact.path / "events", stop, lock)
+        try:
+            result = pairs.seal(artifact.path, *pairs_upkeep.sealable(artifact.path), inputs, console)
+        finally:
+            console.close()
+        lock.check()
         if not (artifact.path / result.manifest).exists():
             publish(artifact.path, result, provenance(artifact.spec, artifact.spec["config"], time.time()))
     return Artifact(artifact.path, result.manifest)

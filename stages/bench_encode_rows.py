@@ -169,7 +169,7 @@ def _plain(case: Case, model: TarFlow) -> Callable[[int], object]:
 def _row(case: Case, way: Way, rates: list[float], products: list[float], plain: float) -> dict[str, Any]:
     rate = median(rates)
     inputs = probe.inputs_like(case.image_shape, case.classes, way.batch)
-    noise, _ = way.coupling(*inputs)
+    noise = way.coupling(*inputs).noise
     few = [tensor[:ERROR_IMAGES] for tensor in (*inputs, noise)]
     return {
         "name": way.name,

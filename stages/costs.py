@@ -32,8 +32,15 @@ def teacher_flops(image_shape: Sequence[int], config: Any) -> float:
     return config.blocks * transformer_flops(tokens, config.channels, config.layers, features, causal=True)
 
 
-def student_flops(image_shape: list[int], config: Any) -> float:
+def student_flops(image_shape: Sequence[int], config: Any) -> float:
     """FLOPs of one evaluation of the velocity of one image."""
+    if config.arch == "unet":
+        import torch
+
+        from nfm.trainers.unet import UNet
+
+        with torch.device("meta"):  # sizes without memory
+            return UNet(image_shape, 0, config.width, config.depth).flops()
     tokens, features = tokens_of(image_shape, config.patch)
     return transformer_flops(tokens, config.width, config.depth, features)
 

@@ -1,39 +1,54 @@
-"""The coupling that a store's recipe names, loaded where it is used."""
+"""The coupling that a store's recipe names, loaded where it is used, from inputs that are what the recipe says."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from nfm.stages import custom
+from nfm.stages.encoder_setup import Setup
 from nfm.stages.stage import StageError
-from nfm.stages.training import WEIGHTS, Precision, autocast_dtype
-from nfm.storage import atomic
+from nfm.stages.training import CHECKPOINT, METRICS, WEIGHTS, autocast_dtype
+from nfm.storage import ImageDataset, atomic
 from nfm.storage.schema import StoreSpec
 
 if TYPE_CHECKING:
     from nfm.trainers.couplings import NFM, Coupling
 
+CHOOSES_IMAGES = ("semidiscrete-ot", "reflow")  # couplings to which the noise is given and the image is the answer
 
-def load_coupling(
-    spec: StoreSpec, folder: str | None, weights_sha256: str | None, device: str, precision: Precision, compiled: bool
-) -> Coupling:
-    """The coupling of a store; `folder` is its teacher's. Raises StageError when its weights are not its manifest's."""
-    from nfm.trainers.couplings import NFM, Independent
 
+def load_coupling(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
+    """The coupling of a store, on the setup's device. Raises StageError when what it is made with is another one."""
+    from nfm.trainers.couplings import Custom, Independent
+    from nfm.trainers.minibatch_ot import MinibatchOT
+
+    options: dict[str, Any] = dict(spec.coupling_options or {})
     if spec.coupling == "independent":
         return Independent()
-    from nfm.stages import teacher
+    if spec.coupling == "nfm":
+        return _teachers(setup)
+    if spec.coupling == "minibatch-ot":
+        return MinibatchOT(options["group_size"])
+    if spec.coupling == "custom":
+        named = options["function"]
+        function = custom.load(Path(setup.maker or ""), named, options["sha256"])
+        return Custom(function, f"pairs.custom = {named!r}:", lambda draw, shard: custom.rng(spec.seed, draw, shard))
+    if spec.coupling == "semidiscrete-ot":
+        from nfm.stages import potential
 
-    weights = Path(folder or "") / WEIGHTS
-    if atomic.hash_file(weights)[0] != weights_sha256:
-        raise StageError(
-            f"{weights}: not the weights that its manifest lists; run `nfm audit` on that teacher, then restore it or "
-            "train it again"
-        )
-    model, facts = teacher.load(weights.parent, device)
-    if compiled:
-        model.compile(dynamic=False)  # the batch shape is the store's
-    return NFM(model, facts["eta"], facts["sigma_f"], device, autocast_dtype(precision))
+        return potential.load_coupling(_checked(setup, spec.potential, "potential"), source, setup.device)
+    if spec.coupling == "reflow":
+        return _students(spec, setup, options)
+    raise StageError(f"{setup.store}: coupling {spec.coupling!r} is not known here; install a newer nfm-pairs")
+
+
+def of_shard(coupling: Coupling, draw: int, shard: int) -> Coupling:
+    """The coupling as it is for one shard: a custom one has the shard's own random numbers."""
+    from nfm.trainers.couplings import Custom
+
+    return coupling.at(draw, shard) if isinstance(coupling, Custom) else coupling
 
 
 def as_teacher(coupling: Coupling) -> NFM | None:
@@ -41,3 +56,53 @@ def as_teacher(coupling: Coupling) -> NFM | None:
     from nfm.trainers.couplings import NFM
 
     return coupling if isinstance(coupling, NFM) else None
+
+
+def _teachers(setup: Setup) -> NFM:
+    from nfm.stages import teacher
+    from nfm.trainers.couplings import NFM
+
+    weights = Path(setup.teacher or "") / WEIGHTS
+    if atomic.hash_file(weights)[0] != setup.teacher_sha256:
+        raise StageError(
+            f"{weights}: not the weights that its manifest lists; run `nfm audit` on that teacher, then restore it or "
+            "train it again"
+        )
+    model, facts = teacher.load(weights.parent, setup.device)
+    if setup.compile:
+        model.compile(dynamic=False)  # the batch shape is the store's
+    return NFM(model, facts["eta"], facts["sigma_f"], setup.device, autocast_dtype(setup.precision))
+
+
+def _students(spec: StoreSpec, setup: Setup, options: dict[str, Any]) -> Coupling:
+    """A trained student's samples, by the solver that the recipe states."""
+    from nfm.stages.sampling import student_sampler
+    from nfm.trainers.couplings import Generated
+
+    folder = _checked(setup, spec.student, "student")
+    how = {name: options[name] for name in ("solver", "grid", "guidance")}
+    sampler = student_sampler(folder, options["nfe"], setup.device, setup.precision, **how)
+    return Generated(sampler.decode, setup.device)
+
+
+def _checked(setup: Setup, content: str | None, kind: str) -> Path:
+    """The folder of what the pairs are made with, whose files are those that the recipe means."""
+    folder = Path(setup.maker or "")
+    manifest = atomic.read_json(folder / "manifest.json")
+    if manifest["content_digest"] != content:
+        raise StageError(
+            f"{folder}: {kind} {manifest['content_digest'][:12]}, but {setup.store} is made with {str(content)[:12]}; "
+            "name that one, or make a store of its own from this one"
+        )
+    for file in _read(manifest["files"]):
+        if atomic.hash_file(folder / file["path"])[0] != file["sha256"]:
+            raise StageError(
+                f"{folder / file['path']}: not the file that its manifest lists; run `nfm audit` on that {kind}, then "
+                "restore it or make it again"
+            )
+    return folder
+
+
+def _read(files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is read of an artifact: not the state from which its making went on."""
+    return [file for file in files if file["path"] not in (CHECKPOINT, METRICS)]

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from nfm.stages.sources import Digits, Idx, ImageFolder, Loaded, Npz, Source
+from nfm.stages.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Loaded, Npz, Planar, Source
 from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.storage.dataset import DatasetWriter
 from nfm.storage.order import permute
@@ -55,9 +55,10 @@ class DataConfig(Section):
 
     Of latents (float arrays of source `npz`, stored as they are), `image_scale` says what to divide by before
     `image_decoder` makes pictures of them; both are passed on to the store's readers and change nothing here.
+    `points` is how many the planar sources make from `seed`, held-out ones included.
     """
 
-    source: Literal["digits", "idx", "npz", "images"] = "digits"
+    source: Literal["digits", "idx", "npz", "images", "checkerboard", "gaussians"] = "digits"
     path: str | None = operational(None)
     debian_package: str | None = operational(None)
     image_size: int | None = Field(None, ge=1)
@@ -70,6 +71,7 @@ class DataConfig(Section):
     rows_per_shard: int = Field(4096, ge=1)
     max_rejected: float = operational(0.0, ge=0.0, le=1.0)
     threads: int = operational(0, ge=0)
+    points: int | None = added(None, ge=2)
     image_scale: float | None = added(None, gt=0, allow_inf_nan=False)
     image_decoder: str | None = added(None)
     name: str | None = None  # stands in dataset.json, which the content digest covers
@@ -79,6 +81,15 @@ class DataConfig(Section):
 
 def open_source(config: DataConfig) -> Source:
     """The source that the config names, its records listed but not loaded."""
+    if config.source == "checkerboard" or config.source == "gaussians":
+        if config.average != 1 or config.classes:
+            name = "average" if config.average != 1 else "classes"
+            raise StageError(f"data.{name} is of images; points of the plane have none: leave it out")
+        return (Checkerboard if config.source == "checkerboard" else Gaussians)(config.points, config.seed)
+    if config.points is not None:
+        raise StageError(
+            f'data.points = {config.points}: source "{config.source}" has the images that it has; data.limit cuts them'
+        )
     if config.source == "digits":
         return Digits(config.average, config.classes)
     if config.source == "idx":
@@ -206,6 +217,8 @@ def _about(config: DataConfig, source: Source, identity: dict[str, Any]) -> dict
     """Name, licence, origin, class names: what the config says, else what is known of this very content."""
     said = {key: value for key in ("name", "licence", "origin", "classes") if (value := getattr(config, key))}
     unknown = {"name": source.name, "licence": "unknown", "origin": "unknown", "classes": source.classes}
+    if isinstance(source, Planar):
+        unknown |= {"licence": source.licence, "origin": source.origin}
     return unknown | KNOWN.get(identity["digest"], {}) | said
 
 

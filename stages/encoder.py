@@ -5,51 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfm.stages.coupling import as_teacher, load_coupling
+from nfm.stages import slots as of_slots
+from nfm.stages import teacher_checks
+from nfm.stages.coupling import CHOOSES_IMAGES, load_coupling, of_shard
+from nfm.stages.encoder_setup import Setup
 from nfm.stages.executors import ShardJob, Timing
 from nfm.stages.memory import free_memory, is_out_of_memory
 from nfm.stages.overlap import Ahead, Stopwatch, running
-from nfm.stages.stage import StageError
-from nfm.stages.training import Precision, pick_device
-from nfm.storage import ImageDataset, commits, philox
+from nfm.stages.slots import Found, Sources, mirrored
+from nfm.stages.training import pick_device
+from nfm.storage import ImageDataset, commits
 from nfm.storage.commits import Commit
 from nfm.storage.schema import read_spec
 
-REFERENCE_IMAGES = 4
+if TYPE_CHECKING:
+    from nfm.trainers.couplings import Coupling
 
-
-@dataclass(frozen=True)
-class Setup:
-    """What an encoder needs to begin: folders of the store and its inputs, and how to compute.
-
-    `device` "auto" is chosen where the encoder runs. `batch_size` is the shape that every batch is padded to.
-    """
-
-    store: str
-    data: str
-    teacher: str | None
-    teacher_sha256: str | None
-    batch_size: int
-    precision: Precision
-    device: str
-    threads: int
-    compile: bool = False
-
-
-class Sources(NamedTuple):
-    """What slots are encoded from: image as stored, already flipped; label, -1 for none; flip; eps'; all over n."""
-
-    slots: np.ndarray
-    image: np.ndarray
-    label: np.ndarray
-    flip: np.ndarray
-    eps: np.ndarray
+Records = dict[str, np.ndarray]
 
 
 class Encoder:
@@ -65,12 +43,11 @@ class Encoder:
         self.store = Path(setup.store)
         self.spec = read_spec(self.store)
         self.source = ImageDataset.open(setup.data, "train")
-        self.coupling = load_coupling(
-            self.spec, setup.teacher, setup.teacher_sha256, self.setup.device, setup.precision, setup.compile
-        )
+        self.coupling = load_coupling(self.spec, self.source, self.setup)
         self.batch_size = setup.batch_size
         self.timing = Timing()
         self.noise_error: float | None = None
+        self._shard: tuple[tuple[int, int], Records] | None = None  # the last one that `encode_slots` made whole
 
     def encode_shard(self, job: ShardJob, stopping: Callable[[], bool] = lambda: False) -> Commit:
         """Encode one shard and commit it; returns the commit that stands, ours or an earlier one.
@@ -79,7 +56,7 @@ class Encoder:
         between batches: nothing is published then.
         """
         read, encode, wait, wall = Stopwatch(), Stopwatch(), Stopwatch(), Stopwatch()
-        sources = Ahead(read.over(self._read(job)))
+        sources = Ahead(read.over(self._read(job.draw, job.shard)))
         records = Ahead(self._encode(job, sources, encode, stopping))
         with wall, running(records, sources):
             written = commits.write_shard(self.store, self.spec, job.draw, job.shard, job.attempt, wait.over(records))
@@ -94,110 +71,114 @@ class Encoder:
         self.timing = Timing(wall.seconds, read.seconds, encode.seconds, wall.seconds - wait.seconds)
         return commit
 
-    def _read(self, job: ShardJob) -> Iterator[Sources]:
-        slots = self.spec.slots_of(job.shard)
+    def _read(self, draw: int, shard: int) -> Iterator[Sources]:
+        slots = self.spec.slots_of(shard)
         for start in range(slots.start, slots.stop, self.setup.batch_size):
-            yield self._sources(job.draw, np.arange(start, min(start + self.setup.batch_size, slots.stop)))
+            yield self._sources(draw, np.arange(start, min(start + self.setup.batch_size, slots.stop)))
 
     def _encode(
         self, job: ShardJob, sources: Iterator[Sources], busy: Stopwatch, stopping: Callable[[], bool]
-    ) -> Iterator[dict[str, np.ndarray]]:
+    ) -> Iterator[Records]:
         import torch
 
         self.noise_error = None
-        for source in sources:
+        for source in sources if self.coupling.scope == "record" else _whole(sources, stopping):
             if stopping():
                 raise InterruptedError
             with busy:
-                records = self._records(source)
+                records = self._records(job.draw, source)
                 if (job.draw, job.shard, source.slots[0]) == (0, 0, 0):  # once a store: float64 is slow
-                    self.noise_error = self._against_reference(source, records["noise"])
+                    self.noise_error = teacher_checks.against_reference(
+                        self.coupling, self.source, source, records["noise"]
+                    )
                 if self.spec.codec == "float16":  # torch rounds to the same bits as numpy, several times as fast
                     records["noise"] = torch.from_numpy(records["noise"]).half().numpy()
-            yield records
+            yield from _batches(records, self.setup.batch_size)
 
-    def encode_slots(self, draw: int, slots: np.ndarray) -> dict[str, np.ndarray]:
-        """The records of at most `batch_size` slots; z is computed at the full batch size whatever their number."""
-        return self._records(self._sources(draw, slots))
+    def encode_slots(self, draw: int, slots: np.ndarray) -> Records:
+        """The records of at most `batch_size` slots, the same whatever their number: z is computed at the full batch
+        size, and with its whole shard where the coupling is of a shard.
+        """
+        if self.coupling.scope == "record":
+            return self._records(draw, self._sources(draw, slots))
+        out: Records = {}
+        shards = slots // self.spec.rows_per_shard
+        for shard in np.unique(shards).tolist():
+            whole, mine = self._shard_records(draw, shard), shards == shard
+            for name, values in whole.items():
+                part = out.setdefault(name, np.empty((len(slots), *values.shape[1:]), values.dtype))
+                part[mine] = values[slots[mine] - self.spec.slots_of(shard).start]
+        return out
 
-    def _records(self, source: Sources) -> dict[str, np.ndarray]:
-        noise, nll = self._noise(source)
-        return {
-            "image": source.image,
-            "noise": noise,
-            "label": source.label,
-            "slot": source.slots,
-            "row": source.slots,
-            "flip": source.flip,
-            "nll": nll,
-        }
+    def _shard_records(self, draw: int, shard: int) -> Records:
+        if self._shard is None or self._shard[0] != (draw, shard):
+            source = of_slots.joined(list(self._read(draw, shard)))
+            self._shard = (draw, shard), self._records(draw, source)
+        return self._shard[1]
 
-    def _noise(self, source: Sources) -> tuple[np.ndarray, np.ndarray]:
-        """(z, nll) of the slots. A batch that does not fit into memory is halved, for all that follow as well."""
+    def _records(self, draw: int, source: Sources) -> Records:
+        if self.coupling.scope == "record":
+            found = self._in_batches(source)
+        else:
+            shard = int(source.slots[0]) // self.spec.rows_per_shard
+            found = self._coupled(of_shard(self.coupling, draw, shard), source, slice(None), len(source.slots))
+        return of_slots.records(self.source, source, found)
+
+    def _in_batches(self, source: Sources) -> Found:
+        """The pairs of the slots. A batch that does not fit into memory is halved, for all that follow as well."""
         while True:
             size = self.batch_size
             try:
-                parts = [
-                    self._coupled(source, slice(start, start + size), size)
-                    for start in range(0, len(source.slots), size)
-                ]
+                starts = range(0, len(source.slots), size)
+                parts = [self._coupled(self.coupling, source, slice(at, at + size), size) for at in starts]
             except Exception as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
                 self.batch_size = size // 2
             else:
-                noise, nll = zip(*parts)
-                return np.concatenate(noise), np.concatenate(nll)
+                return of_slots.together(parts)
             free_memory(self.setup.device)
 
-    def _coupled(self, source: Sources, part: slice, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """z and nll of a part of the slots, padded to `size` rows: a fixed shape keeps each row's bits the same."""
+    def _coupled(self, coupling: Coupling, source: Sources, part: slice, size: int) -> Found:
+        """The pairs of a part of the slots, padded to `size` rows: a fixed shape keeps each row's bits the same.
+
+        A coupling that chooses the image knows images as the source has them, so a pair is flipped as a whole: the
+        noise is handed over mirrored and taken back so.
+        """
         import torch
 
-        count = len(source.slots[part])
-        arrays = (self.source.to_float(source.image[part]), source.label[part], source.eps[part])
-        noise, nll = self.coupling(*(torch.from_numpy(_pad(array, size - count)) for array in arrays))
-        return noise[:count].float().cpu().numpy(), nll[:count].float().cpu().numpy()
-
-    def _against_reference(self, source: Sources, noise: np.ndarray) -> float | None:
-        """RMS of z of the first images minus the same computed in float64; None where that does not fit into memory."""
-        import torch
-
-        from nfm.stages.probe import noise_error
-
-        first = slice(0, REFERENCE_IMAGES)
-        arrays = (self.source.to_float(source.image[first]), source.label[first], source.eps[first], noise[first])
-        teacher = as_teacher(self.coupling)
-        if teacher is None:
-            return None
-        try:
-            return noise_error(teacher.model, teacher.eta, teacher.sigma_f, *map(torch.from_numpy, arrays))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
+        count, flip = len(source.slots[part]), source.flip[part]
+        turned = coupling.name in CHOOSES_IMAGES and bool(flip.any())
+        eps = mirrored(source.eps[part], flip) if turned else source.eps[part]
+        arrays = (self.source.to_float(source.image[part]), source.label[part], eps)
+        pairs = coupling(*(torch.from_numpy(_pad(array, size - count)) for array in arrays))
+        found = of_slots.found(pairs, count)
+        return found._replace(noise=mirrored(found.noise, flip)) if turned else found
 
     def decode_error(self, draw: int, slots: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """RMS over each record of decode(sigma_f z) minus x + eta eps', in float32; `noise` is z [n, C, H, W]."""
-        import torch
-
-        teacher = as_teacher(self.coupling)
-        if teacher is None:
-            raise StageError(f"{self.store}: coupling {self.spec.coupling!r} has no teacher to decode with")
         source = self._sources(draw, slots)
-        noised = torch.from_numpy(self.source.to_float(source.image) + teacher.eta * source.eps).to(teacher.device)
-        labels = torch.from_numpy(source.label).to(teacher.device)
-        with torch.inference_mode():
-            back = teacher.model.decode(torch.from_numpy(noise).to(teacher.device) * teacher.sigma_f, labels)
-        return (back - noised).flatten(1).square().mean(1).sqrt().cpu().numpy()
+        return teacher_checks.decode_error(self.coupling, self.source, source, noise, self.store)
 
     def _sources(self, draw: int, slots: np.ndarray) -> Sources:
-        """Slots are rows of the shuffled source."""
-        flip = philox.flips(self.spec.seed, draw, slots) if self.spec.flips else np.zeros(len(slots), bool)
-        image = self.source.images(slots)
-        image = np.where(flip[:, None, None, None], image[..., ::-1], image)
-        eps = philox.normals(self.spec.seed, draw, slots, image[0].size).reshape(image.shape)
-        return Sources(slots, image, self.source.labels(slots), flip, eps)
+        return of_slots.read(self.spec, self.source, draw, slots)
+
+
+def _whole(sources: Iterator[Sources], stopping: Callable[[], bool]) -> Iterator[Sources]:
+    """All of a shard as one; InterruptedError when it is to stop while they are read."""
+    parts = []
+    for source in sources:
+        if stopping():
+            raise InterruptedError
+        parts.append(source)
+    if parts:  # none: reading was cancelled
+        yield of_slots.joined(parts)
+
+
+def _batches(records: Records, size: int) -> Iterator[Records]:
+    """The records, at most `size` at a time."""
+    for start in range(0, len(records["slot"]), size):
+        yield {name: values[start : start + size] for name, values in records.items()}
 
 
 @contextmanager
@@ -214,7 +195,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 def _pad(array: np.ndarray, count: int) -> np.ndarray:
-    """`count` repetitions of the last row behind the array: a fixed shape keeps each row's bits the same."""
+    """`count` repetitions of the last row behind the array."""
     return np.concatenate([array, np.repeat(array[-1:], count, axis=0)]) if count else array
 
 

@@ -1,40 +1,64 @@
 """Evaluate: distances of samples to the training set, speeds and curvature, with the floor beside them.
 
-FD-CNN and KID are taken in the features of this run's own classifier (stage `features`), never called FID.
-Every row is written when it is measured, so that a stopped evaluation goes on with the next one.
+Distances are taken in the features of this run's own classifier (stage `features`), and then never called FID; in those
+of Inception-v3 (FID); or, of images of few values, without any (exact W2). A row is written when it is measured, so
+that a stopped evaluation goes on with the next one.
 """
 
 from __future__ import annotations
 
-import platform
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from nfm.stages.sampling import EULER_UP_TO, Sampler, student_sampler, teacher_sampler
-from nfm.stages.stage import Inputs, Reporter, Result, Section, Stopped, operational
-from nfm.stages.tables import aligned
+from nfm.stages.evaluation_table import DISTANCE, as_text, distance_key
+from nfm.stages.inception import find_weights, weights_sha256
+from nfm.stages.sampling import (
+    GridName,
+    Sampler,
+    SolverName,
+    find_reference_solver,
+    reference_sampler,
+    student_sampler,
+    teacher_sampler,
+)
+from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.stages.training import Precision, pick_device
+from nfm.stages.variant import Variant
 from nfm.storage import atomic
+from nfm.trainers.nfe import pick_solver
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 NAME = "evaluate"
-VERSION = 1
+VERSION = 2
 TABLE, TEXT, DISTANCES, ROWS, SAMPLES = "evaluation.json", "evaluation.txt", "distances.json", "rows", "samples"
-SPEEDS = ("images_per_second", "batch", "latency_seconds")  # of a machine and a moment: never in the content digest
+SPEEDS = ("images_per_second", "batch", "latency_seconds")
+OF_THE_MOMENT = (*SPEEDS, "machine")  # columns that are of a machine and a moment: never in the content digest
 
 
 class EvaluateConfig(Section):
-    """The `[evaluate]` table; `baselines` are couplings whose students are trained and measured beside."""
+    """The `[evaluate]` table; `baselines` are variants whose students are trained and measured beside.
 
-    baselines: tuple[Literal["nfm", "independent"], ...] = ()
-    nfe: tuple[int, ...] = (31, 15, 7, 5)
+    With `guidance` the teacher has guided rows beside its plain ones; with `student_guidance` the students' rows are
+    guided, and with `reference` they have a row more, of adaptive dopri5. `features` is where distances are taken: this
+    run's classifier, Inception-v3 from `inception_weights`, or none, for points of the plane.
+    """
+
+    baselines: tuple[str, ...] = ()
+    solver: SolverName = added("auto")
+    grid: GridName = added("square")
+    nfe: tuple[int, ...] = Field((31, 15, 7, 5), validate_default=True)
+    reference: bool = added(False)
     samples: int = Field(5_000, ge=2)
+    features: Literal["cnn", "inception", "none"] = added("cnn")
+    inception_weights: str | None = operational(None)
     guidance: float = 0.0
+    student_guidance: float = added(0.0)
     kid_subsets: int = Field(100, ge=2)
     kid_size: int = Field(1000, ge=2)
     curvature_trajectories: int = Field(256, ge=1)
@@ -44,13 +68,36 @@ class EvaluateConfig(Section):
     speed_batches: tuple[int, ...] = operational((32, 128, 512))
     device: str = operational("auto")
 
+    @field_validator("baselines")
+    @classmethod
+    def _are_variants(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Variant.parse(text)) for text in baselines)
+
     @field_validator("nfe")
     @classmethod
-    def _solvers_can(cls, nfe: tuple[int, ...]) -> tuple[int, ...]:
+    def _solvers_can(cls, nfe: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        twice = [str(count) for count, times in Counter(nfe).items() if times > 1]
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named more than once; every number of evaluations is one row")
         for count in nfe:
-            if count < 1 or (count > EULER_UP_TO and count % 2 == 0):
-                raise ValueError(f"{count} evaluations: Heun takes 2N - 1, use odd numbers above {EULER_UP_TO}")
+            if "solver" in info.data:
+                pick_solver(info.data["solver"], count)
         return nfe
+
+
+def external(config: EvaluateConfig) -> dict[str, str]:
+    """What decides the result and is neither config nor artifact: the Inception weights, by their SHA-256."""
+    if config.features != "inception":
+        return {}
+    return {"inception_weights": weights_sha256(config.inception_weights)}
+
+
+def check(config: EvaluateConfig) -> None:
+    """Raise StageError for what is missing on this machine, before days of training lead to it."""
+    if config.features == "inception":
+        find_weights(config.inception_weights)
+    if config.reference:
+        find_reference_solver()
 
 
 def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
@@ -62,11 +109,14 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
 
     device = pick_device(config.device)
     bench = Bench(config, inputs, out, device, report)
+    bench.check()
     samplers = list(_samplers(config, inputs, device))
     pictures = [f"{SAMPLES}/{sampler.name}.npz" for sampler in samplers]
+    if len(set(pictures)) < len(pictures):
+        raise StageError(f"two students are of one variant: {', '.join(s.name for s in samplers)}; evaluate them apart")
     measures: dict[str, Callable[[], dict[str, Any]]] = {"floor": bench.floor}
     measures |= {s.name: partial(bench.sampler, s, out / picture) for s, picture in zip(samplers, pictures)}
-    measures |= {f"curvature-{role}": partial(bench.curvature, role) for role in inputs if role.startswith("student")}
+    measures |= {f"curvature-{role}": partial(bench.curvature, role) for role in _students(inputs)}
 
     measured = []
     for number, (name, measure) in enumerate(measures.items()):
@@ -81,64 +131,43 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
         report.say(f"{number + 1} of {len(measures)}, {_line(row)}")
 
     body: dict[str, Any] = {
-        "rows": [row for row in measured if "fd_cnn" in row],
-        "curvature": [row for row in measured if "fd_cnn" not in row],
-        "machine": f"{platform.machine()}, {device}, {_threads()} threads",
+        "rows": [row for row in measured if "value" not in row],
+        "curvature": [row for row in measured if "value" in row],
+        "machine": "; ".join(sorted({row["machine"] for row in measured if "machine" in row})) or bench.machine,
         "reference": {"rows": len(bench.source), "split": "train"},
+        "solver": {"grid": config.grid},
     }
-    bare = [{key: value for key, value in row.items() if key not in SPEEDS} for row in body["rows"]]
+    bare = [{key: value for key, value in row.items() if key not in OF_THE_MOMENT} for row in body["rows"]]
     atomic.write_json(out / DISTANCES, {"rows": bare, "curvature": body["curvature"], "reference": body["reference"]})
     atomic.write_json(out / TABLE, body)
     atomic.write_bytes(out / TEXT, as_text(body).encode())
     report.say(f"\n{as_text(body)}")
-    figures = {f"FD-CNN {row['name']}": row["fd_cnn"] for row in body["rows"]}
+    key = distance_key(config)
+    figures = {f"{DISTANCE[key]} {row['name']}": row[key] for row in body["rows"]}
     return Result(payload=[DISTANCES], metrics=figures, files=[TABLE, TEXT, *pictures])
 
 
 def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[Sampler]:
-    from nfm.stages.measures import coupling_of
-
     if "teacher" in inputs:
-        for score in (False, True):
-            yield teacher_sampler(inputs["teacher"], config.guidance, score, device, config.precision)
-    for role, folder in inputs.items():
-        if role.startswith("student"):
-            for nfe in config.nfe:
-                yield student_sampler(folder, coupling_of(inputs, role), nfe, device, config.precision)
+        for guidance in sorted({0.0, config.guidance}, key=bool):
+            for score in (False, True):
+                yield teacher_sampler(inputs["teacher"], guidance, score, device, config.precision)
+    for role in _students(inputs):
+        for nfe in config.nfe:
+            yield student_sampler(
+                inputs[role], nfe, device, config.precision, config.solver, config.grid, config.student_guidance
+            )
+        if config.reference:
+            yield reference_sampler(inputs[role], device, config.precision, config.student_guidance)
 
 
-def as_text(body: dict[str, Any]) -> str:
-    """The evaluation as aligned columns, curvature below."""
-    columns: dict[str, Callable[[dict[str, Any]], Any]] = {
-        "model": lambda row: row["model"],
-        "coupling": lambda row: row["coupling"],
-        "sampler": lambda row: row["sampler"],
-        "NFE": lambda row: row["nfe"],
-        "guidance": lambda row: row["guidance"],
-        "samples": lambda row: row["samples"],
-        "FD-CNN": lambda row: f"{row['fd_cnn']:.2f}",
-        "KID x 1000": lambda row: f"{row['kid'] * 1000:.2f} ± {row['kid_error'] * 1000:.2f}",
-        "images/s": lambda row: row["images_per_second"] and f"{row['images_per_second']:.0f}",
-        "at batch": lambda row: row["batch"],
-        "latency ms": lambda row: row["latency_seconds"] and f"{row['latency_seconds'] * 1000:.1f}",
-        "parameters": lambda row: row["parameters"] and f"{row['parameters']:,}",
-    }
-    text = aligned(list(columns), [[cell(row) for cell in columns.values()] for row in body["rows"]])
-    for row in body["curvature"]:
-        text += (
-            f"\ncurvature of {row['model']} ({row['coupling']}): {row['value']:.5f}, "
-            f"{row['steps']} uniform Euler steps, {row['trajectories']} trajectories"
-        )
-    return f"{text}\n"
+def _students(inputs: Inputs) -> list[str]:
+    return [role for role in inputs if role.partition(":")[0] == "student"]
 
 
 def _line(row: dict[str, Any]) -> str:
-    if "fd_cnn" not in row:
+    if "value" in row:
         return f"curvature of the student on {row['coupling']} pairs: {row['value']:.5f}"
-    return f"{row['name']}: FD-CNN {row['fd_cnn']:.3f}, KID {row['kid']:.5f} on {row['samples']} images"
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+    key = distance_key(row)
+    kid = f", KID {row['kid']:.5f}" if "kid" in row else ""
+    return f"{row['name']}: {DISTANCE[key]} {row[key]:.4g}{kid} on {row['samples']} images"

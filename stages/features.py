@@ -99,6 +99,14 @@ def extract(network: FeatureNet, images: np.ndarray) -> np.ndarray:
     return _forward(network, images, "features")
 
 
+def classify(network: FeatureNet, found: np.ndarray) -> np.ndarray:
+    """The labels int64 [N] that the network gives to images with the features [N, F] that `extract` found."""
+    import torch
+
+    with torch.inference_mode():
+        return network.head(torch.from_numpy(found).to(network.head.weight.device)).argmax(dim=1).cpu().numpy()
+
+
 def _forward(network: FeatureNet, images: np.ndarray, what: str, batch_size: int = 500) -> np.ndarray:
     import torch
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfm.stages import features, student
+from nfm.stages import student
+from nfm.stages.bench_store import machine
+from nfm.stages.distances import EXACT_VALUES, Reference
 from nfm.stages.pictures import as_pixels, to_uint8
-from nfm.stages.sampling import Sampler, draw, initial, velocity
-from nfm.stages.stage import Inputs, Reporter, Stopped
+from nfm.stages.sampling import Sampler, draw, initial, variant_of, velocity
+from nfm.stages.stage import Inputs, Reporter, StageError, Stopped
 from nfm.stages.training import precision_context
-from nfm.storage import ImageDataset, PairStore, atomic
+from nfm.storage import ImageDataset, atomic
 
 if TYPE_CHECKING:
     from nfm.stages.evaluate import EvaluateConfig
@@ -27,10 +30,15 @@ CURVATURE_STEPS = 128
 # Columns that only a sampler has.
 NOT_SAMPLED = ["coupling", "sampler", "nfe", "guidance", "images_per_second", "batch", "latency_seconds", "parameters"]
 
+_REMEDY = (
+    'use evaluate.precision = "float32" or less guidance, or look at the loss of its training in metrics.jsonl: one '
+    "that diverged wants a smaller learning_rate"
+)
+
 
 @dataclass(frozen=True)
 class Bench:
-    """What every row is measured with; the training set's features are taken once, when a row first needs them."""
+    """What every row is measured with."""
 
     config: EvaluateConfig
     inputs: Inputs
@@ -43,50 +51,68 @@ class Bench:
         return ImageDataset.open(self.inputs["data"], "train")
 
     @functools.cached_property
-    def network(self) -> Any:
-        return features.load(self.inputs["features"], self.device)
-
-    @functools.cached_property
-    def reference(self) -> np.ndarray:
-        self.report.say("taking the features of the training set")
-        return self._features_of(self.source, len(self.source))
+    def reference(self) -> Reference:
+        return Reference(self.config, self.inputs, self.source, self.count, self.device, self.report)
 
     @functools.cached_property
     def heldout(self) -> ImageDataset:
         return ImageDataset.open(self.inputs["data"], "heldout")
+
+    @functools.cached_property
+    def machine(self) -> str:
+        """What speeds are measured on; it says nothing of where that stands."""
+        import torch
+
+        kind = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else self.device
+        return f"{machine()['cpu']}, {kind}, {torch.get_num_threads()} threads"
 
     @property
     def count(self) -> int:
         """Images a row: distances of few images are larger, so every row, the floor too, has the same number."""
         return min(self.config.samples, len(self.heldout))
 
+    def check(self) -> None:
+        """Raise StageError at once for what the first row, or a later one, would stumble over."""
+        if self.config.features != "none":
+            _ = self.reference.network
+        elif (values := int(np.prod(self.source.image_shape))) > EXACT_VALUES:
+            raise StageError(
+                f'evaluate.features = "none" compares values directly, which says something of up to {EXACT_VALUES} of '
+                f'them; these images have {values}: use evaluate.features = "cnn"'
+            )
+
     def floor(self) -> Row:
-        """The distance of as many real images that the training set does not hold: a perfect sampler's."""
-        found = self._features_of(self.heldout, self.count)
-        return {"name": "floor", "model": "floor", **dict.fromkeys(NOT_SAMPLED), **self._distances(found)}
+        """The distances of as many real images that the training set does not hold: a perfect sampler's."""
+        rows = np.arange(self.count)
+        found = self.reference.distances(self.heldout.images(rows), self.heldout.labels(rows))
+        return {"name": "floor", "model": "floor", **dict.fromkeys(NOT_SAMPLED), **found, "machine": self.machine}
 
     def sampler(self, sampler: Sampler, picture: Path) -> Row:
         """A sampler's distances, best throughput and latency; its first images go to `picture`."""
         config = self.config
-        found: list[np.ndarray] = []
+        parts: list[np.ndarray] = []
         shown: list[np.ndarray] = []
         for images in draw(sampler.decode, self.source, self.count, config.seed, config.batch_size, self.device):
             if self.report.stopping:
                 raise Stopped
+            _refuse_broken(sampler.name, images, config)
             # Pixels are measured as the bytes that a file would hold, latents as they are.
-            measured = to_uint8(images) if self.source.dtype == "uint8" else np.nan_to_num(images)
-            found.append(features.extract(self.network, measured))
+            parts.append(to_uint8(images) if self.source.dtype == "uint8" else images)
             if len(shown) * config.batch_size < SHOWN:
                 shown.append(images)
-            self.report.progress(sum(len(part) for part in found), self.count, "images", row=sampler.name)
+            self.report.progress(sum(len(part) for part in parts), self.count, "images", row=sampler.name)
         data = io.BytesIO()
         np.savez_compressed(data, images=as_pixels(np.concatenate(shown)[:SHOWN], self.source.dtype))
         atomic.write_bytes(picture, data.getvalue())
-        described = {key: value for key, value in sampler._asdict().items() if key != "decode"}
-        return {**described, **self._distances(np.concatenate(found)), **self._speed(sampler)}
+        described = {key: value for key, value in sampler._asdict().items() if key not in ("decode", "taken")}
+        if sampler.taken:
+            described["nfe"] = math.ceil(np.mean(sampler.taken))
+        labels = self.source.labels(np.arange(self.count) % len(self.source))
+        found = self.reference.distances(np.concatenate(parts), labels)
+        return {**described, **found, **self._speed(sampler), "machine": self.machine}
 
     def curvature(self, role: str) -> Row:
-        """How far a student's paths are from straight, per dimension, on 128 uniform Euler steps."""
+        """How far a student's paths, never guided, are from straight, per dimension, on 128 uniform Euler steps."""
         import torch
 
         from nfm.trainers.solvers import curvature
@@ -96,26 +122,17 @@ class Bench:
         model = student.load(self.inputs[role], self.device)
         with torch.no_grad(), precision_context(noise.device.type, self.config.precision):
             value = float(curvature(velocity(model, labels), noise, CURVATURE_STEPS))
+        variant = variant_of(self.inputs[role])
+        if not math.isfinite(value):
+            raise StageError(f"the curvature of the student on {variant} pairs is {value}: {_REMEDY}")
         return {
             "model": "student",
-            "coupling": coupling_of(self.inputs, role),
+            "coupling": variant,
+            "guidance": 0.0,
             "value": value,
             "steps": CURVATURE_STEPS,
             "trajectories": trajectories,
         }
-
-    def _features_of(self, split: ImageDataset, count: int, chunk: int = 5000) -> np.ndarray:
-        parts = [np.arange(start, min(start + chunk, count)) for start in range(0, count, chunk)]
-        return np.concatenate([features.extract(self.network, split.images(rows)) for rows in parts])
-
-    def _distances(self, found: np.ndarray) -> Row:
-        """FD-CNN and KID with its standard error, of features [N, F] against the training set's."""
-        from nfm.trainers.metrics import frechet_distance, kid
-
-        size = min(self.config.kid_size, len(found), len(self.reference))
-        mean, error = kid(found, self.reference, self.config.kid_subsets, size, self.config.seed)
-        distance = float(frechet_distance(found, self.reference))
-        return {"samples": len(found), "fd_cnn": distance, "kid": mean, "kid_error": error, "kid_size": size}
 
     def _speed(self, sampler: Sampler) -> Row:
         """Images a second at the best of a few batch sizes, and seconds for one image (median of five)."""
@@ -137,6 +154,11 @@ class Bench:
         return float(np.median(taken[1:]))
 
 
-def coupling_of(inputs: Inputs, role: str) -> str:
-    """The coupling that a student was trained on; role `student:x` belongs to the store `pairs:x`."""
-    return PairStore.open(inputs[role.replace("student", "pairs")]).spec.coupling
+def _refuse_broken(row: str, images: np.ndarray, config: EvaluateConfig) -> None:
+    """Raise StageError for values that are not finite: others in their place would make a distance of their own."""
+    broken = int((~np.isfinite(images.reshape(len(images), -1))).any(axis=1).sum())
+    if broken:
+        raise StageError(
+            f"row {row}: {broken} of {len(images)} samples in a batch have values that are not finite "
+            f'(evaluate.precision = "{config.precision}"): {_REMEDY}'
+        )

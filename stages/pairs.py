@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nfm.stages import costs
+from nfm.stages import custom, sealing_report
 from nfm.stages import pairs_making as making
-from nfm.stages.encoder import Setup
+from nfm.stages.encoder_setup import Setup
 from nfm.stages.executors import Outcome, ShardJob
-from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
+from nfm.stages.pairs_recipe import MAKERS, OPTIONS, maker, pair_flops, small_groups, store_spec
+from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, Stopped, added, operational
 from nfm.stages.training import WEIGHTS, Precision, pick_device
-from nfm.storage import ImageDataset, atomic, generations, manifests
+from nfm.storage import atomic, generations, manifests
 from nfm.storage.export import converted
 from nfm.storage.schema import StoreSpec, pair_fields, read_spec
 
@@ -31,9 +32,13 @@ class PairsConfig(Section):
     store is converted by `nfm pairs export`, the archive codec `pcodec` is made in no other way. `batch_size` "auto"
     takes what a short probe proposes when the store begins; it stands in spec.json from then on, since last bits of the
     noise depend on it. A generation may lack up to `max_missing` pairs, of shards that fail; its manifest lists them.
+    `report` = false seals without a coupling report, which `nfm pairs report` makes at any time.
+
+    Options of single couplings, see docs/couplings.md: `group_size` is minibatch-ot's; `custom` names a function;
+    the student of the coupling `reflow_of`, or the artifact `student`, generates the images of reflow.
     """
 
-    coupling: Literal["nfm", "independent"] = "nfm"
+    coupling: Literal["nfm", "independent", "minibatch-ot", "semidiscrete-ot", "reflow", "custom"] = "nfm"
     draws: int = operational(1, ge=1, le=1000)
     codec: Literal["float16", "float32", "int8"] = "float16"
     layout: Literal["blocks", "samples", "zarr"] = added("blocks")
@@ -44,7 +49,16 @@ class PairsConfig(Section):
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = 256
     precision: Precision = "float32"
     compile: bool = added(False)
+    group_size: int = added(512, ge=1)
+    custom: str | None = added(None)
+    reflow_of: str = added("independent")
+    student: str | None = operational(None)
+    reflow_solver: str = added("auto")
+    reflow_nfe: int = added(31, ge=1)
+    reflow_grid: str = added("square")
+    reflow_guidance: float = added(0.0)
     max_missing: int = operational(0, ge=0)
+    report: bool = operational(True)
     executor: Literal["ray", "serial", "slurm"] = operational("ray")
     ray_address: str | None = operational(None)
     workers: int = operational(0, ge=0)
@@ -54,7 +68,19 @@ class PairsConfig(Section):
 
 def input_roles(config: PairsConfig) -> tuple[str, ...]:
     """What the coupling is made from."""
-    return ("data", "teacher") if config.coupling == "nfm" else ("data",)
+    return ("data", MAKERS[config.coupling]) if config.coupling in MAKERS else ("data",)
+
+
+def for_coupling(config: PairsConfig, coupling: str) -> PairsConfig:
+    """The section for that coupling; options of other couplings are at their defaults, so that they move nothing."""
+    others = (name for owner, names in OPTIONS.items() if owner != coupling for name in names)
+    defaults = {name: PairsConfig.model_fields[name].default for name in others}
+    return PairsConfig.model_validate({**config.model_dump(), **defaults, "coupling": coupling})
+
+
+def external(config: PairsConfig) -> dict[str, str]:
+    """Digests of what decides the pairs and is in no artifact: the file of a custom coupling."""
+    return {"custom": custom.digest(custom.source_file(config.custom))} if config.coupling == "custom" else {}
 
 
 def manifest_name(config: PairsConfig, out: Path) -> str:
@@ -73,7 +99,9 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     if config.batch_size != "auto":
         return {"store": spec.to_dict(), "encoding": {"batch_size": config.batch_size}}
     if "teacher" not in inputs:
-        return {"store": spec.to_dict(), "encoding": {"batch_size": PLAIN_BATCH}}
+        # Semidiscrete transport reads every image of a class for each batch: the larger, the fewer times.
+        size = spec.rows_per_shard if config.coupling == "semidiscrete-ot" else PLAIN_BATCH
+        return {"store": spec.to_dict(), "encoding": {"batch_size": size}}
     from nfm.stages import probe
 
     facts = (str(inputs["teacher"].resolve()), spec.image_shape, spec.classes or 0, spec.eta)
@@ -89,41 +117,16 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     return {"store": spec.to_dict(), "encoding": {"batch_size": found.batch_size, "probe": found.rates}}
 
 
-def store_spec(config: PairsConfig, inputs: Inputs) -> StoreSpec:
-    """The recipe that the config and its inputs give."""
-    source = ImageDataset.open(inputs["data"], "train")
-    if config.flips and source.dtype != "uint8":
-        raise StageError(
-            "pairs.flips = true: these images are latents, and a flipped latent is not the latent of the flipped "
-            "image. Encode flipped images into the data set as rows of their own, and leave pairs.flips out"
-        )
-    facts: dict[str, Any] = {"eta": None, "sigma_f": None}
-    if "teacher" in inputs:
-        facts = atomic.read_json(inputs["teacher"] / "teacher.json")
-    return StoreSpec(
-        rows=len(source),
-        rows_per_shard=config.rows_per_shard,
-        rows_per_block=config.rows_per_block,
-        fields=pair_fields(source.image_shape, config.codec, source.dtype, label=bool(source.classes)),
-        coupling=config.coupling,
-        source=_content(inputs["data"]),
-        codec=config.codec,
-        layout=config.layout,
-        value_range=source.value_range,
-        image_scale=source.image_scale,
-        image_decoder=source.image_decoder,
-        flips=config.flips,
-        seed=config.seed,
-        eta=facts["eta"],
-        sigma_f=facts["sigma_f"],
-        teacher=_content(inputs["teacher"]) if "teacher" in inputs else None,
-        classes=len(source.classes) or None,
-    )
+def recipe(
+    manifest: Mapping[str, Any], inputs: Inputs, found: StoreSpec, recorded: Mapping[str, str] = {}
+) -> StoreSpec:
+    """The recipe that a store should have by its inputs; of an export, in the layout and codec it was exported to.
 
-
-def recipe(manifest: Mapping[str, Any], inputs: Inputs, found: StoreSpec) -> StoreSpec:
-    """The recipe that a store should have by its inputs; of an export, in the layout and codec it was exported to."""
-    spec = store_spec(PairsConfig(**manifest["config"]), inputs)
+    The file of a custom coupling is no input: its digest is the one of `recorded`, which is `external` as the
+    fingerprint has it, and holds when pairs are made anew; of a store without, that of the store.
+    """
+    sha256 = recorded.get("custom", (found.coupling_options or {}).get("sha256"))
+    spec = store_spec(PairsConfig(**manifest["config"]), inputs, sha256)
     return converted(spec, found.layout, found.codec) if "exported" in manifest else spec
 
 
@@ -132,6 +135,8 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
     spec = read_spec(out)
     total, shards = spec.rows * config.draws, spec.shards_per_draw * config.draws
     lacking = making.pending(out, spec, config.draws)
+    if lacking and (told := small_groups(spec, inputs)):
+        report.say(told)
     if len(lacking) < shards:
         report.say(f"{shards - len(lacking)} of {shards} shards are committed already")
     if lacking and config.executor != "slurm":
@@ -146,15 +151,27 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
     if pairs > config.max_missing or not making.all_failed(out, lacking):
         again = "run `nfm submit pairs --slurm` again" if config.executor == "slurm" else "run the same command again"
         raise making.missing(out, lacking, shards, pairs, config.max_missing, again)
-    return seal(out, config.draws, making.reasons(out, lacking))
+    return seal(
+        out, config.draws, making.reasons(out, lacking), inputs if config.report else None, report, config.device
+    )
 
 
-def seal(out: Path, draws: int, excluded: Mapping[str, str] = {}) -> Result:
+def seal(
+    out: Path,
+    draws: int,
+    excluded: Mapping[str, str] = {},
+    inputs: Inputs | None = None,
+    report: Reporter | None = None,
+    device: str = "auto",
+) -> Result:
     """The generation that holds these draws, from its commits; raises where commits or their files are missing.
 
-    `excluded` names shards that may be missing, with the reasons that the manifest is to give.
+    `excluded` names shards that may be missing, with the reasons that the manifest is to give. With `inputs`, the
+    manifest has a coupling report of these pairs, made on `device`, unless what keeps it away is told.
     """
     body = generations.build(out, read_spec(out), draws, excluded)
+    if inputs is not None:
+        body = body | sealing_report.of_sealing(out, body, inputs, report, device)
     moments = body["moments"]
     metrics = {
         "pairs": body["records"],
@@ -174,11 +191,11 @@ def seal(out: Path, draws: int, excluded: Mapping[str, str] = {}) -> Result:
 
 
 def cost(config: PairsConfig, facts: Mapping[str, Any]) -> dict[str, str]:
-    """Pairs, bytes on disk and the arithmetic of sending them through the teacher."""
+    """Pairs, bytes on disk and the arithmetic of finding them."""
     pairs = facts["images"] * config.draws
     fields = pair_fields(facts["image_shape"], config.codec, facts.get("image_dtype", "uint8"))
     stored = pairs * sum(field.bytes_per_record for field in fields)
-    flops = pairs * costs.teacher_flops(facts["image_shape"], facts["teacher"]) if config.coupling == "nfm" else 0.0
+    flops = pairs * pair_flops(config, facts)
     arithmetic = {"FLOPs": f"{flops:.2g}"} if flops else {}  # the time that it takes is measured by `pairs_plan`
     return {"pairs": f"{pairs:,}", "draws": str(config.draws), "MB": f"{stored / 1e6:,.0f}", **arithmetic}
 
@@ -209,6 +226,7 @@ def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
         device=config.device,
         threads=config.threads,
         compile=config.compile,
+        maker=maker(config, inputs),
     )
 
 
@@ -226,7 +244,3 @@ def _encode(
     if config.executor == "serial":
         return serial.run(encoder, jobs, 1, report)
     return ray.run(encoder, jobs, config.workers, report, config.ray_address, report.say)
-
-
-def _content(folder: Path) -> str:
-    return atomic.read_json(folder / "manifest.json")["content_digest"]

@@ -1,4 +1,4 @@
-"""What an audit asks of a pair store beyond its own files: is it its source's, and are its pairs its teacher's?"""
+"""What an audit asks of a pair store beyond its own files: is it its source's, and are its pairs its coupling's?"""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nfm.stages import pairs
-from nfm.stages.encoder import Encoder, Setup, threads
+from nfm.stages import pairs, pairs_source
+from nfm.stages.encoder import Encoder, threads
+from nfm.stages.encoder_setup import Setup
 from nfm.stages.pairs_upkeep import pinned, verify
-from nfm.stages.stage import Finding, Inputs
-from nfm.storage import ImageDataset, PairStore, codecs, generations, layout
-from nfm.storage.index import read_index
+from nfm.stages.stage import Finding, Inputs, StageError
+from nfm.storage import ImageDataset, PairStore, atomic, codecs, generations, layout
 from nfm.storage.schema import StoreSpec, parse_name, read_spec, shard_name
 
 MEAN_BOUND, VARIANCE_BOUNDS = 0.1, (0.8, 1.25)
@@ -24,6 +24,8 @@ NOISE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
 # Root mean square, in image units, of the stored noise decoded minus x + eta eps'. Rounding is amplified by the flow;
 # noise of another image decodes to another image, several tenths away.
 DECODE_TOLERANCE = {"float32": 0.05, "bfloat16": 0.2}
+# Root mean square, in image units, of a student's image minus the same generated again; a pixel's step is 0.008.
+IMAGE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
 AMPLIFIED = 10  # how much of what an int8 codec rounds away may come back in image units, a factor
 
 
@@ -42,7 +44,8 @@ def audit(
     config = pairs.PairsConfig(**manifest["config"])
     if set(pairs.input_roles(config)) - set(inputs):
         return findings, []
-    if pairs.recipe(manifest, inputs, found) != found:
+    recorded = atomic.read_json(root / "spec.json").get("external", {})
+    if pairs.recipe(manifest, inputs, found, recorded) != found:
         remedy = "restore spec.json from a copy, or move the store away and make it again"
         findings.append(Finding(str(root / "spec.json"), "its recipe is not the one that its inputs give", remedy))
     findings += against_source(root, manifest, inputs)
@@ -51,15 +54,21 @@ def audit(
     if found.codec == "pcodec":
         return findings, ["an archive: its noise is not encoded again; `nfm pairs export` it and audit that store"]
     # Wherever the pairs were encoded, the device that is here encodes them again.
-    encoder = pairs.setup(config.model_copy(update={"device": "auto"}), inputs, root)
-    with threads(encoder.threads):
-        return encode_again(root, manifest, encoder, sample)
+    try:
+        encoder = pairs.setup(config.model_copy(update={"device": "auto"}), inputs, root)
+        with threads(encoder.threads):
+            return encode_again(root, manifest, encoder, sample)
+    except (StageError, ValueError) as error:
+        if found.coupling != "custom":
+            raise
+        remedy = "put the module that made the store on Python's path, its digest stands in spec.json"
+        return [Finding(str(root / "spec.json"), f"its pairs cannot be made again: {error}", remedy)], []
 
 
 def against_source(root: Path, manifest: dict[str, Any], inputs: Inputs) -> list[Finding]:
     """Images, labels and image rows of every record against the data artifact; the marginals of z.
 
-    A draw must hold every row of the source once: for slot-ordered couplings that is row = slot, which the index says.
+    A draw must hold the labels of the source's rows, once each: those of slot s are row s's whatever the coupling.
     """
     spec, source = read_spec(root), ImageDataset.open(inputs["data"], "train")
     remedy = "its bytes are as committed, so the encoder had other images: move the store away and make it again"
@@ -68,22 +77,9 @@ def against_source(root: Path, manifest: dict[str, Any], inputs: Inputs) -> list
         return [Finding(str(root / "spec.json"), problem, "make the store again from this source")]
 
     def check(entry: dict[str, Any]) -> list[Finding]:
-        paths = [root / file.path for file in layout.files(spec, entry)]
-        shard = layout.open_shard(spec, paths, entry["records"])
-        index = read_index(root / entry["index"], ["slot", "row", "flip"], entry["records"])
-        rows, flips = index["row"].to_numpy(), index["flip"].to_numpy(zero_copy_only=False)
-        wrong = [] if np.array_equal(rows, index["slot"].to_numpy()) else ["rows"]
-        for start in range(0, len(rows), 1024):
-            part = slice(start, min(start + 1024, len(rows)))
-            images = source.images(rows[part])
-            images = np.where(flips[part, None, None, None], images[..., ::-1], images)
-            if not np.array_equal(shard.read("image", part.start, part.stop), images):
-                wrong.append("images")
-            if spec.has("label") and not np.array_equal(
-                shard.read("label", part.start, part.stop), source.labels(rows[part])
-            ):
-                wrong.append("labels")
-        return [Finding(str(paths[0]), f"{what} are not those of its source", remedy) for what in dict.fromkeys(wrong)]
+        wrong = pairs_source.problems(root, spec, source, entry, exported="exported" in manifest)
+        payload = str(root / layout.files(spec, entry)[0].path)
+        return [Finding(payload, problem, remedy) for problem in wrong]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         findings = [finding for found in pool.map(check, manifest["shards"]) for finding in found]
@@ -96,7 +92,9 @@ def _marginals(root: Path, manifest: dict[str, Any]) -> list[Finding]:
     if abs(mean) <= MEAN_BOUND and low <= var <= high:
         return []
     problem = f"its noise has mean {mean:.3f} and variance {var:.3f}, a student samples from 0 and 1"
-    return [Finding(str(root), problem, "train the teacher longer; sigma_f should be measured on these images")]
+    of_teacher = "train the teacher longer; sigma_f should be measured on these images"
+    remedy = of_teacher if read_spec(root).teacher else "let the coupling's noise be about N(0, 1)"
+    return [Finding(str(root), problem, remedy)]
 
 
 def encode_again(
@@ -104,7 +102,9 @@ def encode_again(
 ) -> tuple[list[Finding], list[str]]:
     """Encode a seeded sample of pairs again and, with a teacher, decode them, each against what must come out.
 
-    The noise encoded anew must be the stored noise, and the stored noise must decode to x + eta eps' in float32.
+    The noise encoded anew must be the stored noise, to the last bit unless a teacher made it; the image of the same
+    row, or generated anew, the stored image; flip, group and nll those of the index; and the stored noise of a teacher
+    must decode to x + eta eps' in float32.
     Zero bad of n is at most 3/n bad with 95 % confidence (the rule of three).
     """
     spec, total = read_spec(root), manifest["records"]
@@ -117,13 +117,23 @@ def encode_again(
         slots = np.sort(picked[picked // spec.rows == draw] % spec.rows)
         if not len(slots):
             continue
+        index = store.index(["slot", "flip", "group", "nll"], draw)
+        listed = {name: index[name].to_numpy(zero_copy_only=False) for name in index.column_names}
+        order = np.argsort(listed["slot"])
         for part in np.split(slots, range(setup.batch_size, len(slots), setup.batch_size)):
-            stored = codecs.decode(store.gather(draw, part)["noise"], spec.noise_step)
-            again, _ = codecs.encode(encoder.encode_slots(draw, part)["noise"], spec.codec, spec.noise_step)
-            encoded.append(_rms(codecs.decode(again, spec.noise_step) - stored))
-            decoded.append(encoder.decode_error(draw, part, stored) if spec.teacher else np.zeros(len(part)))
-            right = encoded[-1] <= NOISE_TOLERANCE[setup.precision] + rounding
+            stored, again = store.gather(draw, part), encoder.encode_slots(draw, part)
+            noise = codecs.decode(stored["noise"], spec.noise_step)
+            anew, _ = codecs.encode(again["noise"], spec.codec, spec.noise_step)
+            encoded.append(_rms(codecs.decode(anew, spec.noise_step) - noise))
+            decoded.append(encoder.decode_error(draw, part, noise) if spec.teacher else np.zeros(len(part)))
+            right = _same_columns(listed, order[np.searchsorted(listed["slot"], part, sorter=order)], again, setup)
+            if not spec.teacher:
+                right &= (anew == stored["noise"]).reshape(len(part), -1).all(axis=1)
+            right &= encoded[-1] <= NOISE_TOLERANCE[setup.precision] + rounding
             right &= decoded[-1] <= DECODE_TOLERANCE[setup.precision] + AMPLIFIED * rounding
+            right &= store.image_rows(draw, part) == again["row"]
+            images = (encoder.source.to_float(each["image"]) for each in (stored, again))
+            right &= _rms(np.subtract(*images)) <= (IMAGE_TOLERANCE[setup.precision] if spec.student else 0.0)
             findings += [_not_its_noise(root, manifest, draw, int(slot), spec.rows_per_shard) for slot in part[~right]]
     worst, back = np.concatenate(encoded).max(), np.concatenate(decoded).max()
     bound = "see the findings" if findings else f"at most {3 / len(picked):.2%} with 95 % confidence"
@@ -131,6 +141,14 @@ def encode_again(
     if spec.teacher:
         said += f", stored noise decoded in float32 within {back:.2g} of x + eta eps'"
     return findings, [said]
+
+
+def _same_columns(
+    listed: dict[str, np.ndarray], places: np.ndarray, again: dict[str, np.ndarray], setup: Setup
+) -> np.ndarray:
+    """bool [n]: whether the index has, at these places, what was found again; nats a dimension move as the noise."""
+    same = (listed["flip"][places] == again["flip"]) & (listed["group"][places] == again["group"])
+    return same & np.isclose(listed["nll"][places], again["nll"], 0, NOISE_TOLERANCE[setup.precision], equal_nan=True)
 
 
 def _held(spec: StoreSpec, manifest: dict[str, Any], picked: np.ndarray) -> np.ndarray:
@@ -147,7 +165,7 @@ def _not_its_noise(root: Path, manifest: dict[str, Any], draw: int, slot: int, r
     spec = read_spec(root)
     payload = next(layout.files(spec, entry)[0].path for entry in manifest["shards"] if entry["name"] == name)
     remedy = "its commit says which device and versions encoded it; move the store away and make it again"
-    return Finding(str(root / payload), f"slot {slot} of draw {draw} is not the coupling's noise of its image", remedy)
+    return Finding(str(root / payload), f"slot {slot} of draw {draw} is not the pair that its coupling makes", remedy)
 
 
 def _rms(difference: np.ndarray) -> np.ndarray:

@@ -13,7 +13,6 @@ from nfm.storage import PairStore
 from nfm.storage.export import Progress, export
 from nfm.storage.row_fields import RowField, write_row_field
 
-SLOT_IS_ROW = ("nfm", "independent")  # couplings whose slots are the source's rows
 CHUNK_BYTES = 16 << 20
 
 
@@ -55,7 +54,7 @@ def add_field(where: str | Path, name: str, file: Path) -> RowField:
     if not isinstance(values, np.ndarray) or not values.ndim:
         raise StageError(f"{file}: one array [rows, ...] is needed; write it with numpy.save")
     rows = store.spec.rows
-    if store.spec.coupling not in SLOT_IS_ROW:
+    if not store.spec.slot_is_row:
         # The source may have more rows than a draw has slots; those that the pairs name must be there.
         named = int(max(part.as_py() for part in store.index(["row"])["row"].combine_chunks().unique()))
         rows = max(len(values), named + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nfm.stages import coupling_advice
 from nfm.storage import PairStore, generations
 from nfm.storage.row_fields import RowField, row_field_names
 
@@ -41,4 +42,13 @@ def info(where: str | Path) -> dict[str, Any]:
         **{f"exported {key}": value for key, value in (body.get("exported") or {}).items()},
         **{f"noise {key}": value for key, value in body["moments"].items()},
         **{key.replace("_", " "): body[key] for key in ENCODED if body.get(key) is not None},
+        **_reported(body.get("coupling_report"), where),
     }
+
+
+def _reported(report: dict[str, Any] | None, where: str | Path) -> dict[str, Any]:
+    """The coupling report that a manifest carries, with advice; how to get one where it has none."""
+    if report is None:
+        return {"coupling report": f"none in this manifest; `nfm pairs report {where}` measures the pairs"}
+    said = {f"advice {number}": text for number, text in enumerate(coupling_advice.advice(report), 1)}
+    return coupling_advice.lines(report) | said

@@ -8,6 +8,7 @@ from typing import Any
 
 from nfm.stages import costs
 from nfm.stages.pairs import PairsConfig
+from nfm.stages.pairs_recipe import pair_flops
 from nfm.stages.tables import aligned
 from nfm.stages.teacher import TeacherConfig
 from nfm.stages.training import blaming, pick_device
@@ -18,6 +19,7 @@ CODECS = ("float32", "float16", "int8")
 INDEX_BYTES = (2500, 13.5)  # of a shard's index part: fixed, and a record; measured at 64 to 65,536 records
 COMMIT_BYTES = 1200
 SECONDS = 2.0  # of timing
+_NO_FLOPS = "none: this coupling runs no teacher"
 
 
 def estimate(
@@ -48,13 +50,14 @@ def estimate(
         "codec": config.codec,
         "bytes": {codec: _bytes(specs[codec]) * config.draws for codec in sorted(specs, key=_order)},
     }
-    if config.coupling != "nfm":
-        return plan
+    left = pairs - committed
+    if config.coupling != "nfm":  # no teacher to time: there are products to tell of, or nothing
+        flops = pair_flops(config, facts)
+        return plan | ({"flops": left * flops, "flops_per_image": flops} if flops else {})
     with blaming("config section [teacher]"):
         costs.check_patch(facts["image_shape"], teacher.patch)
-        flops = costs.teacher_flops(facts["image_shape"], teacher)
+        flops = pair_flops(config, {**facts, "teacher": teacher})
         measured = _given(rate) if rate else _measured(config, teacher, facts)
-    left = pairs - committed
     seconds = left / measured["images_per_second"]
     return {
         **plan,
@@ -75,7 +78,8 @@ def as_text(plan: Mapping[str, Any]) -> str:
         ["on disk", f"{', '.join(sizes)}; the config's codec is {plan['codec']}"],
     ]
     if "hours" not in plan:
-        return aligned(["of the pairs", ""], [*lines, ["FLOPs", "none: this coupling runs no teacher"]])
+        flops = f"{plan['flops']:.2g}, {plan['flops_per_image']:.2g} an image" if "flops" in plan else _NO_FLOPS
+        return aligned(["of the pairs", ""], [*lines, ["FLOPs", flops]])
     worker = plan["worker"]
     lines += [
         ["FLOPs", f"{plan['flops']:.2g}, {plan['flops_per_image']:.2g} an image"],

@@ -118,8 +118,8 @@ def encoding(coupling: NFM, image_shape: Sequence[int], classes: int) -> Callabl
         nonlocal inputs
         if size > len(inputs[0]):  # in ascending order, so that what is timed later makes no random numbers
             inputs = inputs_like(image_shape, classes, size)
-        noise, nll = coupling(*(part[:size] for part in inputs))
-        return noise.float().cpu(), nll.float().cpu()  # on a GPU this waits for the end
+        pairs = coupling(*(part[:size] for part in inputs))
+        return [part.float().cpu() for part in pairs if part is not None]  # on a GPU this waits for the end
 
     return encode
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -27,14 +28,15 @@ class ReportConfig(Section):
 
 
 def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Write `report.html` from the artifacts in `inputs`; "pairs:NAME" and "student:NAME" are baselines."""
+    """Write `report.html` from the artifacts in `inputs`; "pairs:COUPLING" and "student:VARIANT" are baselines."""
     if "data" not in inputs:
         raise StageError(f"the report needs the data artifact among its inputs, it got {sorted(inputs)}")
     manifests = sections.read_manifests(inputs)
     stores = {role: PairStore.open(inputs[role]) for role in manifests if role.split(":")[0] == "pairs"}
-    couplings = _coupling_names(stores)
+    couplings = _distinct({role: store.spec.coupling for role, store in stores.items()})
     students = [role for role in manifests if role.split(":")[0] == "student"]
-    trained = {couplings.get(role.replace("student", "pairs"), role): inputs[role] for role in students}
+    variants = _distinct({role: _variant(role, manifests[role], couplings) for role in students})
+    trained = {variants[role]: inputs[role] for role in students}
     evaluation = Evaluation(inputs["evaluate"], config.samples) if "evaluate" in inputs else None
 
     drawn = [("Stages", sections.stages(manifests))]
@@ -59,10 +61,12 @@ def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Re
     return Result(payload=[PAGE], metrics={"sections": len(drawn), "bytes": len(content)})
 
 
-def _coupling_names(stores: Mapping[str, PairStore]) -> dict[str, str]:
-    """What to call each store: its coupling, and its role too where two stores share one."""
-    couplings = [store.spec.coupling for store in stores.values()]
-    return {
-        role: coupling if couplings.count(coupling) == 1 else f"{coupling} ({role})"
-        for role, coupling in zip(stores, couplings)
-    }
+def _variant(role: str, manifest: Mapping[str, Any], couplings: Mapping[str, str]) -> str:
+    """What a student trained on; one from before there were variants does not say, then its store does."""
+    return str(manifest["metrics"].get("variant") or couplings.get(role.replace("student", "pairs"), role))
+
+
+def _distinct(names: Mapping[str, str]) -> dict[str, str]:
+    """The names by role, with the role behind where two share one."""
+    taken = list(names.values())
+    return {role: name if taken.count(name) == 1 else f"{name} ({role})" for role, name in names.items()}

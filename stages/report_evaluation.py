@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nfm.stages import report_plots as plots
+from nfm.stages.evaluation_table import DISTANCE, Line, columns_of, distance_key
 from nfm.stages.report_page import figure, heading, image_grid, number, paragraph, row, table
 from nfm.storage.atomic import read_json
 
-Line = Mapping[str, Any]  # one row of evaluation.json; figures that a row cannot have are null or absent
-
-
-def _times_1000(key: str) -> Callable[[Line], float | None]:
-    return lambda line: None if line.get(key) is None else 1000 * line[key]
-
-
-COLUMNS: dict[str, Callable[[Line], Any]] = {
-    "model": lambda line: line["model"],
-    "coupling": lambda line: line.get("coupling"),
-    "sampler": lambda line: line.get("sampler"),
-    "NFE": lambda line: line.get("nfe"),
-    "guidance": lambda line: line.get("guidance"),
-    "samples": lambda line: line.get("samples"),
-    "FD-CNN": lambda line: line["fd_cnn"],
-    "KID × 1000": _times_1000("kid"),
-    "± s.e.": _times_1000("kid_error"),
-    "images/s": lambda line: line.get("images_per_second"),
-    "at batch": lambda line: line.get("batch"),
-    "latency, ms": _times_1000("latency_seconds"),
-    "parameters": lambda line: line.get("parameters"),
+MEANT = {
+    "fd_cnn": " in the features of our own CNN: FD-CNN compares within this report only and is not FID",
+    "fid": " in the features of Inception-v3",
+    "w2": ": the exact Wasserstein-2 distance of as many points on either side, in the data's own units",
 }
 
 
@@ -43,6 +26,8 @@ class Evaluation:
         self.root, self.samples = root, samples
         self.body = read_json(root / "evaluation.json")
         self.rows: list[dict[str, Any]] = list(self.body["rows"])
+        self.key = distance_key(self.rows[0])
+        self.title = DISTANCE[self.key]
 
     def lead(self) -> list[str]:
         """One sentence: the students at the fewest Heun steps, the teacher and the floor."""
@@ -52,19 +37,19 @@ class Evaluation:
         fewest = min(line["nfe"] for line in heun)
         shown = [line for line in heun if line["nfe"] == fewest]
         shown += [line for line in self.rows if line["model"] in ("teacher", "floor")]
-        said = [f"{_row_title(line)}: {number(line['fd_cnn'], 3)}" for line in shown]
-        return [f"FD-CNN, lower is better. {'; '.join(said)}."]
+        said = [f"{_row_title(line)}: {number(line[self.key], 3)}" for line in shown]
+        return [f"{self.title}, lower is better. {'; '.join(said)}."]
 
     def section(self) -> str:
-        cells = [[show(line) for show in COLUMNS.values()] for line in self.rows]
+        columns = columns_of(self.rows)
+        cells = [[column.value(line) for column in columns] for line in self.rows]
         reference = self.body.get("reference") or {}
         text = (
             f"Distances to {reference.get('rows', 0):,} images of the {reference.get('split', 'train')} split"
-            " in the features of our own CNN: FD-CNN compares within this report only and is not FID. The "
-            "floor is the distance of real held-out images. Tinted: the best student at each NFE. "
-            f"Measured on: {self.body.get('machine', 'unknown machine')}."
+            f"{MEANT[self.key]}. The floor is the distance of real held-out images. "
+            f"Tinted: the best student at each NFE. Measured on: {self.body.get('machine', 'unknown machine')}."
         )
-        measured = table(list(COLUMNS), cells, self._best())
+        measured = table([column.title for column in columns], cells, self._best())
         return paragraph(text) + measured + self._plot() + self._curvature()
 
     def grids(self, model: str) -> list[str]:
@@ -77,7 +62,7 @@ class Evaluation:
             if file.is_file():
                 with np.load(file, allow_pickle=False) as arrays:
                     images = arrays["images"][: self.samples]
-                caption = f"FD-CNN {number(line['fd_cnn'], 3)}"
+                caption = f"{self.title} {number(line[self.key], 3)}"
                 grid = image_grid(images, f"samples of {line['name']}")
                 figures.append(figure(grid, _row_title(line), caption))
         return figures
@@ -87,7 +72,7 @@ class Evaluation:
         for i, line in enumerate(self.rows):
             if line["model"] == "student":
                 key = (line["sampler"], line["nfe"])
-                if key not in best or line["fd_cnn"] < self.rows[best[key]]["fd_cnn"]:
+                if key not in best or line[self.key] < self.rows[best[key]][self.key]:
                     best[key] = i
         return list(best.values())
 
@@ -96,12 +81,21 @@ class Evaluation:
         for line in sorted((r for r in self.rows if r["model"] == "student"), key=lambda r: r["nfe"]):
             nfe, distance = lines.setdefault(str(line["coupling"]), ([], []))
             nfe.append(line["nfe"])
-            distance.append(line["fd_cnn"])
+            distance.append(line[self.key])
         if not lines:
             return ""
-        levels = {_row_title(line): (line["model"], line["fd_cnn"]) for line in self.rows if line["model"] != "student"}
-        plot = plots.distance_by_nfe(lines, levels, "FD-CNN against NFE by coupling")
-        return row([figure(plot, "FD-CNN against NFE", "Euler at 5 and below, Heun above; NFE logarithmic")])
+        levels = {_row_title(line): (line["model"], line[self.key]) for line in self.rows if line["model"] != "student"}
+        plot = plots.distance_by_nfe(lines, levels, f"{self.title} against NFE by coupling")
+        return row([figure(plot, f"{self.title} against NFE", self._solvers())])
+
+    def _solvers(self) -> str:
+        """Which solver took which NFE, as the rows have it."""
+        taken: dict[str, list[int]] = {}
+        for line in self.rows:
+            if line["model"] == "student":
+                taken.setdefault(str(line["sampler"]).capitalize(), []).append(line["nfe"])
+        said = [f"{name} at {', '.join(map(str, sorted(set(nfe))))}" for name, nfe in sorted(taken.items())]
+        return f"{'; '.join(said)}; NFE logarithmic"
 
     def _curvature(self) -> str:
         lines = self.body.get("curvature") or []

@@ -26,6 +26,8 @@ class Theme:
         return self.series.get(name, self.others[number % len(self.others)])
 
 
+Panel = Callable[[Any, Theme], None]  # draws into matplotlib axes
+
 LIGHT = Theme(
     ink="#414b58",
     line="#dde2e9",
@@ -50,9 +52,9 @@ def curves(lines: Mapping[str, Curve], x: str, y: str, alt: str) -> str:
             style: dict[str, Any] = {"ls": "--", "marker": "o", "ms": 3} if heldout else {}
             axes.plot(seen, values, color=theme.colour(base, i), lw=1.6, label=name, **style)
         axes.set(xlabel=x, ylabel=y)
-        axes.xaxis.set_major_formatter(_compact)
+        axes.xaxis.set_major_formatter(compact)
         axes.set_ylim(*_robust_limits([values for _, values in lines.values()]))
-        _legend(axes, theme)
+        legend(axes, theme)
 
     return _picture([draw], alt)
 
@@ -73,7 +75,7 @@ def noise_histogram(samples: Mapping[str, np.ndarray], alt: str) -> str:
             axes.plot(at, normal, color=theme.ink, lw=1, ls="--", label="N(0, 1)")
             axes.set(xlabel="value of z", ylabel="density" if scale == "linear" else "", yscale=scale)
             if scale == "linear":
-                _legend(axes, theme)
+                legend(axes, theme)
 
         return draw
 
@@ -93,22 +95,31 @@ def distance_by_nfe(lines: Mapping[str, Curve], levels: Mapping[str, tuple[str, 
         axes.set_xticks(ticks, [str(step) for step in ticks])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        _legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+        legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
     return _picture([draw], alt, inches=(8.6, 3.8))
 
 
-def _picture(
-    panels: Sequence[Callable[[Any, Theme], None]], alt: str, inches: tuple[float, float] = PANEL_INCHES
-) -> str:
+def _picture(panels: Sequence[Panel], alt: str, inches: tuple[float, float] = PANEL_INCHES) -> str:
     return themed_picture(_svg(panels, LIGHT, inches), _svg(panels, DARK, inches), alt)
 
 
-def _svg(panels: Sequence[Callable[[Any, Theme], None]], theme: Theme, inches: tuple[float, float]) -> bytes:
+def png(panels: Sequence[Panel], inches: tuple[float, float] = PANEL_INCHES) -> bytes:
+    """The panels beside each other on white, for files."""
+    return _drawn(
+        panels, LIGHT, inches, {"format": "png", "dpi": 150, "facecolor": "white", "metadata": {"Software": None}}
+    )
+
+
+def _svg(panels: Sequence[Panel], theme: Theme, inches: tuple[float, float]) -> bytes:
+    return _drawn(panels, theme, inches, {"format": "svg", "transparent": True, "metadata": {"Date": None}})
+
+
+def _drawn(panels: Sequence[Panel], theme: Theme, inches: tuple[float, float], form: Mapping[str, Any]) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
 
-    # A fixed salt and no date: the same figures give the same page.
+    # A fixed salt, no date and no version: the same figures give the same page.
     settings: dict[str, Any] = {"svg.hashsalt": "nfm", "font.size": 10, "axes.spines.top": False}
     settings |= {
         "axes.spines.right": False,
@@ -123,11 +134,11 @@ def _svg(panels: Sequence[Callable[[Any, Theme], None]], theme: Theme, inches: t
         sheet = Figure(figsize=(inches[0] * len(panels), inches[1]), layout="constrained")
         for axes, draw in zip(np.atleast_1d(sheet.subplots(1, len(panels))), panels):
             draw(axes, theme)
-        sheet.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        sheet.savefig(file, **form)
     return file.getvalue()
 
 
-def _legend(axes: Any, theme: Theme, **place: Any) -> None:
+def legend(axes: Any, theme: Theme, **place: Any) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, **place)
 
 
@@ -142,7 +153,7 @@ def _robust_limits(series: Sequence[Sequence[float]]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _compact(value: float, _: Any = None) -> str:
+def compact(value: float, _: Any = None) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"

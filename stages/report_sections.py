@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nfm.stages import coupling_advice
 from nfm.stages import report_plots as plots
 from nfm.stages.pictures import FALSE_COLOURS, false_colours
 from nfm.stages.report_evaluation import Evaluation
@@ -114,7 +115,20 @@ def pairs(stores: Mapping[str, PairStore], seed: int) -> str:
         + heading("Moments of z")
         + table(columns, [*rows, expected])
         + row([figure(plot, "Values of z against N(0, 1)", caption)])
+        + _coupling_reports({name: store.manifest.get("coupling_report") for name, store in stores.items()})
     )
+
+
+def _coupling_reports(reports: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """The stores' coupling reports beside each other, a line a figure; advice where one is bad."""
+    known = {name: dict(report) for name, report in reports.items() if report}
+    if not known:
+        return ""
+    told = {name: coupling_advice.lines(report) for name, report in known.items()}
+    figures = dict.fromkeys(figure for lines in told.values() for figure in lines)
+    rows = [[figure, *(lines.get(figure) for lines in told.values())] for figure in figures]
+    advice = [f"{name}: {text}" for name, report in known.items() for text in coupling_advice.advice(report)]
+    return heading("Coupling reports") + table(["", *told], rows) + "".join(map(paragraph, advice))
 
 
 def students(roots: Mapping[str, Path], evaluation: Evaluation | None) -> str:

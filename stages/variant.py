@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 COUPLINGS = ("independent", "minibatch-ot", "semidiscrete-ot", "nfm", "custom", "reflow")
+LEAST, MOST = 0.0001, 0.9999  # a share that a mixture can deal out; beyond, a variant is another one in all but name
 
 
 @dataclass(frozen=True)
@@ -21,15 +23,13 @@ class Variant:
     mixture: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in (self.coupling, *self.mixture):
-            if name not in COUPLINGS:
-                raise ValueError(f"coupling {name!r} is unknown; there are {', '.join(COUPLINGS)}")
-        if not 0 <= self.soften < 1:
-            raise ValueError(f"{self}: soften is {self.soften}, it lies in [0, 1); near 1 the pairs are independent")
+        _known([self.coupling])
+        try:
+            check_knobs(self.soften, self.mixture)
+        except ValueError as error:
+            raise ValueError(f"{self}: {error}") from None
         if self.coupling in self.mixture:
             raise ValueError(f"{self}: {self.coupling} is mixed with itself; name the shares of other couplings")
-        if min(self.mixture.values(), default=1) <= 0 or sum(self.mixture.values()) >= 1:
-            raise ValueError(f"{self}: shares are above 0 and together below 1; what is left is {self.coupling}'s")
 
     @classmethod
     def parse(cls, text: str) -> Variant:
@@ -40,18 +40,39 @@ class Variant:
             name, sign, value = option.partition("=")
             if option == "permuted":
                 continue
+            if name in knobs:
+                raise ValueError(f"{text!r}: {name} is given twice; once is enough")
             try:
                 number = float(value)
             except ValueError:
                 number = float("nan")
-            if name in knobs or not sign or not number == number:
+            if not sign or math.isnan(number):
                 raise ValueError(f"{text!r}: {option!r} is no option; write soften=0.5, permuted or COUPLING=0.2")
             knobs[name] = number
         soften = knobs.pop("soften", 0.0)
         return cls(coupling, soften, "permuted" in options, knobs)
 
     def __str__(self) -> str:
-        options = [f"soften={self.soften:g}"] if self.soften else []
+        options = [f"soften={self.soften!r}"] if self.soften else []
         options += ["permuted"] if self.permuted else []
-        options += [f"{name}={share:g}" for name, share in sorted(self.mixture.items())]
+        options += [f"{name}={share!r}" for name, share in sorted(self.mixture.items())]
         return ":".join([self.coupling, *options])
+
+
+def check_knobs(soften: float, mixture: Mapping[str, float]) -> None:
+    """What holds of a reader's knobs whatever store it reads. Raises ValueError with the value and the remedy."""
+    _known(mixture)
+    if not 0 <= soften <= MOST:
+        raise ValueError(f"soften is {soften}, it lies in [0, {MOST}]; near 1 the pairs are independent")
+    if not (min(mixture.values(), default=1) >= LEAST and sum(mixture.values()) <= MOST):
+        told = ", ".join(f"{name} {share}" for name, share in mixture.items())
+        raise ValueError(
+            f"shares ({told}) are above 0, at least {LEAST}, and together below 1, at most {MOST}; what is left is the "
+            "share of the store itself"
+        )
+
+
+def _known(couplings: Iterable[str]) -> None:
+    for name in couplings:
+        if name not in COUPLINGS:
+            raise ValueError(f"coupling {name!r} is unknown; there are {', '.join(COUPLINGS)}")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from nfm.storage.convert import scale_of, to_float32
 from nfm.storage.device import Upload
 from nfm.storage.errors import StorageError
+from nfm.storage.soften import Softener
 from nfm.storage.stream import Arrays, Records, Source
 
 _CORE = ("image", "noise", "label", "slot", "draw", "store")
@@ -50,16 +51,31 @@ class Buffers:
 class Assembly:
     """How a batch comes together: gathered from its sources, joined with row-scoped fields, converted once.
 
-    Members of a mixture that store a field in different types are gathered aside and meet in float32.
+    Members of a mixture that store a field in different types are gathered aside and meet in float32. So does noise
+    that is softened, which is done here whatever the device, so that its bits are the same on all.
     """
 
-    def __init__(self, sources: Sequence[Source], fields: Sequence[str], raw: bool, upload: Upload | None) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        fields: Sequence[str],
+        raw: bool,
+        upload: Upload | None,
+        soften: Softener | None = None,
+    ) -> None:
         self._sources = sources
         self._upload = upload
+        self._soften = soften
         self._own = [source.empty(0) for source in sources]
         self._joined = [{name: source.row_field(name) for name in fields} for source in sources]
         self._fields = tuple(fields)
         self._common = _common(sources, self._own, raw)
+        if soften is not None:
+            if raw:
+                raise ValueError("soften needs float32 noise, and raw=True leaves it as stored: pass one of the two")
+            if "noise" not in self._common:
+                raise ValueError("soften mixes fresh noise into a store's, and a dataset has none: leave it out")
+            self._common["noise"] = np.empty(self._common["noise"].shape, np.float32)
         for name in fields:
             if name in _CORE:
                 raise StorageError(f"field {name!r} has the name of a batch's own array: store it under another one")
@@ -85,6 +101,8 @@ class Assembly:
         arrays["slot"][:], arrays["draw"][:], arrays["store"][:] = records.slot, records.draw, records.store
         for store, draw, where in records.runs():
             self._gather(store, draw, records.slot[where], {name: array[where] for name, array in arrays.items()})
+        if self._soften is not None:
+            self._soften(arrays["noise"], records)
         source = self._sources[0]
         if self._upload is not None and not self._upload.on_host:
             scales = {name: _scale(name, arrays[name].dtype, source) for name in self._widened}

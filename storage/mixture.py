@@ -98,10 +98,10 @@ class MixtureStream:
         store, turn = deal(positions if self.aligned else epoch * self.least + positions, self.weights)
         if self.aligned:
             return self.members[0].at(epoch, positions)._replace(store=store)
-        found = Records(store, np.empty_like(store), np.empty_like(store))
+        found = Records(store, *(np.empty_like(store) for _ in range(3)))
         for number, member in enumerate(self.members):
             here = np.flatnonzero(store == number)
-            found.draw[here], found.slot[here] = _through_epochs(member, turn[here])
+            found.draw[here], found.slot[here], found.epoch[here] = _through_epochs(member, turn[here])
         return found
 
 
@@ -136,8 +136,8 @@ def _shares(weights: Sequence[float]) -> list[Fraction]:
     return shares
 
 
-def _through_epochs(member: StoreStream, turns: Rows) -> tuple[Rows, Rows]:
-    """(draw, slot) of a member's records, counted on through its epochs; turns ascend."""
+def _through_epochs(member: StoreStream, turns: Rows) -> tuple[Rows, Rows, Rows]:
+    """(draw, slot, epoch) of a member's records, counted on through its epochs; turns ascend."""
     draw, slot = np.empty_like(turns), np.empty_like(turns)
     cycle = np.cumsum([member.rows(epoch) for epoch in range(len(member.draws))])  # then its draws begin again
     rounds, inside = np.divmod(turns, cycle[-1])
@@ -146,5 +146,5 @@ def _through_epochs(member: StoreStream, turns: Rows) -> tuple[Rows, Rows]:
     positions = inside - np.concatenate([[0], cycle[:-1]])[which]
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
-        _, draw[here], slot[here] = member.at(epoch, positions[here])
-    return draw, slot
+        _, draw[here], slot[here], _ = member.at(epoch, positions[here])
+    return draw, slot, epochs

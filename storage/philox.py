@@ -28,18 +28,25 @@ _COS = [(-1.0) ** k / math.factorial(2 * k) for k in range(11)]
 
 def words(seed: int, draw: int, slots: npt.NDArray[np.int64], count: int, purpose: str) -> npt.NDArray[np.uint64]:
     """The first `count` 64-bit words of each record's stream: uint64 [n, count]."""
-    if not 0 <= seed < _WORD:
-        raise ValueError(f"seed {seed} is outside 0..2^64-1")
     if not 0 <= draw < _WORD:
         raise ValueError(f"draw {draw} is outside 0..2^64-1")
     if len(slots) and int(np.min(slots)) < 0:
         raise ValueError(f"slot {int(np.min(slots))} is negative")
+    counters = np.zeros((len(slots), 4), np.uint64)
+    counters[:, 1], counters[:, 2] = slots, draw
+    return raw(seed, purpose, counters, count)
+
+
+def raw(seed: int, purpose: str, counters: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.uint64]:
+    """uint64 [n, count]: the words after each counter [n, 4], whose first word is 0 and counts the blocks."""
+    if not 0 <= seed < _WORD:
+        raise ValueError(f"seed {seed} is outside 0..2^64-1")
     generator = np.random.Philox(key=seed | _purpose(purpose) << 64)
     state = generator.state
     counter = state["state"]["counter"]
-    out = np.empty((len(slots), count), np.uint64)
-    for row, slot in enumerate(np.asarray(slots).tolist()):
-        counter[:] = (0, slot, draw, 0)
+    out = np.empty((len(counters), count), np.uint64)
+    for row, start in enumerate(counters):
+        counter[:] = start
         generator.state = state  # ten times faster than a generator a record
         out[row] = generator.random_raw(count)
     return out

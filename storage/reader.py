@@ -22,6 +22,7 @@ from nfm.storage.device import Upload
 from nfm.storage.errors import StateMismatch
 from nfm.storage.ranks import find_rank
 from nfm.storage.readahead import ReadAhead
+from nfm.storage.soften import Softener
 from nfm.storage.stream import Planned, Stream, plan
 
 
@@ -31,7 +32,8 @@ class ReadOptions(TypedDict, total=False):
     `last`: "drop" (default) or "keep" the batch at the end of an epoch that is not full. `rank` and `world_size`:
     default torch.distributed's. `device`: torch tensors there instead of numpy arrays. `copy`: every batch stays
     valid, not only until the next one. `prefetch` (default): a thread reads ahead. `fields`: names of row-scoped
-    fields to join. `raw`: the stored dtypes as they are, converted by the consumer.
+    fields to join. `raw`: the stored dtypes as they are, converted by the consumer. `soften`: rho in [0, 1), the noise
+    becomes sqrt(1 - rho^2) z + rho eps with fresh eps ~ N(0, I) in every epoch, the same for a record whoever reads it.
     """
 
     last: Literal["drop", "keep"]
@@ -42,6 +44,7 @@ class ReadOptions(TypedDict, total=False):
     prefetch: bool
     fields: Sequence[str]
     raw: bool
+    soften: float
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class BatchReader:
         prefetch: bool = True,
         fields: Sequence[str] = (),
         raw: bool = False,
+        soften: float = 0.0,
         turns: tuple[int, int] = (0, 1),
     ) -> None:
         self.rank, self.world_size = find_rank(rank, world_size)
@@ -87,7 +91,9 @@ class BatchReader:
         self._drop_last = last == "drop"
         self._turns = turns
         self._upload = None if device is None else Upload(device)
-        self._assembly = Assembly(stream.sources, fields, raw, self._upload)
+        self._soften = float(soften)
+        softener = Softener(self._soften, int(stream.identity["seed"])) if soften else None
+        self._assembly = Assembly(stream.sources, fields, raw, self._upload, softener)
         self._copy = copy
         self._prefetch = prefetch
         self._free: queue.SimpleQueue[Buffers | None] = queue.SimpleQueue()
@@ -124,6 +130,7 @@ class BatchReader:
         """Where the reader stands: counts of what was yielded, and the identity of what is read; JSON's types."""
         return {
             **self._stream.identity,
+            **({"soften": self._soften} if self._soften else {}),
             "batch_size": self._batch_size,
             "epoch": self.epoch,
             "consumed": self.consumed,
@@ -135,6 +142,12 @@ class BatchReader:
         The number of ranks may differ; so may the batch size, and then the epoch's next batch starts at the
         next record all the same.
         """
+        softened = float(state.get("soften", 0.0))
+        if softened != self._soften:
+            raise StateMismatch(
+                f"reader state: soften is {softened} there and {self._soften} here; read with soften={softened}, or "
+                "start without a state"
+            )
         for name, here in self._stream.identity.items():
             if name not in state or state[name] != here:
                 raise StateMismatch(

@@ -150,10 +150,15 @@ def write_row_field(
     """Adds a field to a finished store from arrays [n, *shape] in the order of source rows; durable on return.
 
     `rows` is their number in all (default: the records of a draw). Killed before its end, it leaves nothing that a
-    reader sees. Raises StorageError for another number of rows, shape or dtype, and when the store has a field of
-    this name with other values; a field never changes.
+    reader sees. Raises StorageError for another number of rows, shape or dtype, for a store of generated images, and
+    when the store has a field of this name with other values; a field never changes.
     """
     spec, folder = read_spec(root), _folder(root, name)
+    if spec.coupling == "reflow":
+        raise StorageError(
+            f"{folder}: the images of coupling 'reflow' are generated, so that values of source rows are not theirs; "
+            "add fields to a store of another coupling"
+        )
     if spec.has(name):
         raise StorageError(f"{folder}: {name!r} is a field of the records themselves; choose another name")
     kind, shape, expected = _stored(name, dtype), tuple(int(size) for size in shape), rows or spec.rows

@@ -34,7 +34,9 @@ _MOST_SHARDS = 100_000  # names end at shard 99999
 _MOST_VALUE = 1e6  # of a value range: far from where float32 ends
 _MOST_RECORD = 1 << 28  # bytes of one record
 _MOST_CHUNKS = 1 << 16  # of one Zarr shard; its index is read whole
-_LATER = ("noise_step", "image_scale", "image_decoder")  # left out of the JSON where they are None
+_MOST_OPTIONS = 64
+# Left out of the JSON where they are None.
+_LATER = ("noise_step", "image_scale", "image_decoder", "potential", "student", "coupling_options")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,10 @@ class StoreSpec:
     seed: int = 0
     eta: float | None = None
     sigma_f: float | None = None
-    teacher: str | None = None  # content digest
+    teacher: str | None = None  # content digest, as are these two
+    potential: str | None = None
+    student: str | None = None  # that made the images
+    coupling_options: Mapping[str, Any] | None = None  # what else decides the pairs: text, numbers, true and false
     classes: int | None = None
     layout: str = "blocks"
     format: int = FORMAT
@@ -128,6 +133,11 @@ class StoreSpec:
     def has(self, name: str) -> bool:
         """Whether the store has a field called `name`."""
         return any(field.name == name for field in self.fields)
+
+    @property
+    def slot_is_row(self) -> bool:
+        """Whether slot s holds what belongs to source row s; a reflowed image has the label of that row."""
+        return self.coupling in ("nfm", "independent", "minibatch-ot", "reflow", "custom")
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -184,9 +194,11 @@ class StoreSpec:
         for name in ("noise_step", "image_scale", "eta", "sigma_f"):
             if getattr(self, name) is not None:
                 keep(name, checked.real(f"store spec: {name}", getattr(self, name)))
-        for name in ("teacher", "image_decoder"):
+        for name in ("teacher", "potential", "student", "image_decoder"):
             if getattr(self, name) is not None:
                 checked.text(f"store spec: {name}", getattr(self, name))
+        if self.coupling_options is not None:
+            keep("coupling_options", _options(self.coupling_options))
         if self.classes is not None:
             keep("classes", checked.integer("store spec: classes", self.classes))
         ends = checked.sequence("store spec: value_range", self.value_range, 2)
@@ -234,6 +246,21 @@ class StoreSpec:
             )
         if self.layout == "zarr" and self.rows_per_shard // self.rows_per_block > _MOST_CHUNKS:
             raise StorageError(f"store spec: more than {_MOST_CHUNKS} chunks a shard; raise rows_per_block")
+
+
+def _options(given: Any) -> dict[str, Any]:
+    """The coupling's options, each one value of JSON."""
+    where = "store spec: coupling_options"
+    options = dict(checked.mapping(where, given))
+    if len(options) > _MOST_OPTIONS:
+        raise StorageError(f"{where}: {len(options)} of them, {_MOST_OPTIONS} at most")
+    for name, value in options.items():
+        checked.text(f"{where}: a name", name)
+        if isinstance(value, str):
+            checked.text(f"{where}: {name}", value)
+        elif not isinstance(value, bool):
+            checked.real(f"{where}: {name}", value)
+    return options
 
 
 def check_format(path: Path, body: Mapping[str, Any]) -> None:

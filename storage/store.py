@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from nfm.storage.torch_dataset import TorchBatches
 
 _DRAWS_OPEN = 2  # a reader at the end of an epoch touches two draws
-_SLOT_IS_ROW = ("nfm", "independent")  # couplings of which slot s holds source row s
 
 
 class PairStore:
@@ -124,7 +123,7 @@ class PairStore:
 
     def image_rows(self, draw: int, slots: Rows) -> Rows:
         """The source rows of the images at these slots of a draw."""
-        if self.spec.coupling in _SLOT_IS_ROW:
+        if self.spec.slot_is_row:
             return slots
         with self._lock:
             if draw not in self._rows:

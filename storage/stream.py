@@ -87,15 +87,19 @@ class Source(Protocol):
 
 
 class Records(NamedTuple):
-    """Which records, int64 [n] each: the member's number (0 where there is one store), its draw and slot."""
+    """Which records, int64 [n] each: the member's number (0 where there is one store), its draw, slot and epoch.
+
+    The epoch is the member's own: a small one of a mixture goes through several while the mixture has one.
+    """
 
     store: Rows
     draw: Rows
     slot: Rows
+    epoch: Rows
 
     def take(self, which: Any) -> Records:
         """Some of them: a slice, a mask or indices."""
-        return Records(self.store[which], self.draw[which], self.slot[which])
+        return Records(self.store[which], self.draw[which], self.slot[which], self.epoch[which])
 
     def runs(self) -> Iterator[tuple[int, int, slice]]:
         """(store, draw, where) of each run of records that lie in one draw of one store."""
@@ -194,7 +198,7 @@ class StoreStream:
         elif self._present is not None:  # all of them are full but the last one, which no other follows
             number, inside = np.divmod(slots, self.source.rows_per_shard)
             slots = self._present[draw][number] * self.source.rows_per_shard + inside
-        return Records(np.zeros_like(slots), np.full_like(slots, draw), slots)
+        return Records(np.zeros_like(slots), np.full_like(slots, draw), slots, np.full_like(slots, epoch))
 
     def _counts(self, draw: int) -> Rows:
         if self.selection is not None:

@@ -22,6 +22,15 @@ from hypothesis import settings
 
 from nfm.pipeline.artifact import Artifact, newest_manifest
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On several processes a file stays on one, and files that start a Ray, which say so, on the same one."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
+
+
 settings.register_profile("nfm", deadline=None)  # a busy machine is no finding
 settings.load_profile("nfm")
 

@@ -4,12 +4,14 @@ Peebles & Xie 2022 (DiT, arXiv 2212.09748), Ma et al. 2024 (SiT, arXiv 2401.0874
 """
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FREQUENCIES = 128
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 class Block(nn.Module):
@@ -24,7 +26,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
-        self.modulation = _zero(nn.Linear(width, 6 * width))
+        self.modulation = zeroed(nn.Linear(width, 6 * width))
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         """Tokens h [B, T, width], condition [B, 1, width] -> [B, T, width]."""
@@ -69,8 +71,8 @@ class SiT(nn.Module):
         self.labels = nn.Embedding(classes + 1, width)  # the last row is the null label
         self.blocks = nn.ModuleList(Block(width, head_size) for _ in range(depth))
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.modulation = _zero(nn.Linear(width, 2 * width))
-        self.head = _zero(nn.Linear(width, features))
+        self.modulation = zeroed(nn.Linear(width, 2 * width))
+        self.head = zeroed(nn.Linear(width, features))
         self._initialise()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -88,7 +90,7 @@ class SiT(nn.Module):
 
     def _condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """What every block is modulated by: SiLU(time + label), [B, 1, width]."""
-        time = self.time_out(F.silu(self.time_in(_sinusoids(t.to(self.positions.dtype)))))
+        time = self.time_out(F.silu(self.time_in(sinusoids(t.to(self.positions.dtype)))))
         null = self.labels.num_embeddings - 1
         if y is None or null == 0:
             y = torch.full_like(t, -1, dtype=torch.long)
@@ -109,13 +111,15 @@ def _modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, h, 1 + scale)
 
 
-def _zero(linear: nn.Linear) -> nn.Linear:
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
+def zeroed(layer: Layer) -> Layer:
+    """A layer that begins at zero, so that what it ends begins as nothing, or as the identity beside it."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
-def _sinusoids(t: Tensor) -> Tensor:
+def sinusoids(t: Tensor) -> Tensor:
     """cos and sin of 1000 t at geometric frequencies 1 ... 1e-4: [B] -> [B, 2 FREQUENCIES]."""
     frequencies = torch.exp(-math.log(10_000) / FREQUENCIES * torch.arange(FREQUENCIES, device=t.device))
     angles = 1000 * t[:, None] * frequencies.to(t.dtype)

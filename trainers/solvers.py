@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nfm.trainers.nfe import intervals
+
 Velocity = Callable[[Tensor, float], Tensor]  # (x [B, ...], t) -> [B, ...]
 
 
@@ -52,26 +54,65 @@ def heun(velocity: Velocity, z: Tensor, times: Sequence[float]) -> Tensor:
     return euler(velocity, x, times[-2:])
 
 
-@torch.no_grad()
-def sample(velocity: Velocity, z: Tensor, nfe: int, sampler: str) -> Tensor:
-    """Images from noise z [B, ...] with exactly `nfe` evaluations, at times t = u^2.
-
-    Raises ValueError for an unknown sampler, or an NFE that it cannot have (Heun takes 2N - 1).
-    """
-    counted = Counted(velocity)
-    if nfe < 1:
-        raise ValueError(f"nfe = {nfe}: a sampler needs at least one evaluation")
-    if sampler == "euler":
-        x = euler(counted, z, square_times(nfe))
-    elif sampler == "heun":
-        if nfe % 2 == 0:
-            raise ValueError(f"nfe = {nfe}: Heun with an Euler last step takes 2N - 1; use an odd number")
-        x = heun(counted, z, square_times((nfe + 1) // 2))
-    else:
-        raise ValueError(f"sampler = {sampler!r} is unknown; use 'heun' or 'euler'")
-    if counted.nfe != nfe:
-        raise RuntimeError(f"{sampler} took {counted.nfe} evaluations where {nfe} were asked for")
+def midpoint(velocity: Velocity, z: Tensor, times: Sequence[float]) -> Tensor:
+    """The midpoint rule, second order: NFE = 2N."""
+    x = z
+    for t, t_next in pairwise(times):
+        half = (t_next - t) / 2
+        x = x + (t_next - t) * velocity(x + half * velocity(x, t), t + half)
     return x
+
+
+def rk4(velocity: Velocity, z: Tensor, times: Sequence[float]) -> Tensor:
+    """The classic Runge-Kutta method, fourth order: NFE = 4N."""
+    x = z
+    for t, t_next in pairwise(times):
+        step = t_next - t
+        first = velocity(x, t)
+        second = velocity(x + step / 2 * first, t + step / 2)
+        third = velocity(x + step / 2 * second, t + step / 2)
+        fourth = velocity(x + step * third, t_next)
+        x = x + step / 6 * (first + 2 * second + 2 * third + fourth)
+    return x
+
+
+# By the names that `nfe` has the costs of.
+SOLVERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4}
+GRIDS = {"uniform": uniform_times, "square": square_times}
+
+
+@torch.no_grad()
+def sample(velocity: Velocity, z: Tensor, nfe: int, solver: str, grid: str = "square") -> Tensor:
+    """Images from noise z [B, ...] with exactly `nfe` evaluations, at the times of `grid`.
+
+    Raises ValueError for an unknown solver or grid, or an NFE that the solver cannot have.
+    """
+    if grid not in GRIDS:
+        raise ValueError(f"grid = {grid!r} is unknown; there are {', '.join(GRIDS)}")
+    counted, times = Counted(velocity), GRIDS[grid](intervals(solver, nfe))
+    x = SOLVERS[solver](counted, z, times)
+    if counted.nfe != nfe:
+        raise RuntimeError(f"{solver} took {counted.nfe} evaluations where {nfe} were asked for")
+    return x
+
+
+@torch.no_grad()
+def dopri5(velocity: Velocity, z: Tensor, rtol: float = 1e-5, atol: float = 1e-5) -> tuple[Tensor, int]:
+    """The reference: images from noise z [B, ...] by adaptive Dormand-Prince 5(4), and the NFE that it took.
+
+    One step serves the whole batch, so an image depends on its batch within the tolerances.
+    Raises ImportError, with the remedy, when torchdiffeq is missing.
+    """
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise ImportError("dopri5 needs torchdiffeq, which is not installed: `pip install torchdiffeq`") from error
+    counted = Counted(velocity)
+    times = torch.tensor([1.0, 0.0], dtype=torch.float64, device=z.device)
+    # A step that ends at t = 0 exactly: by default the last one goes beyond it, where no network was trained.
+    options = {"step_t": times[1:]}
+    path = odeint(lambda t, x: counted(x, float(t)), z, times, rtol=rtol, atol=atol, method="dopri5", options=options)
+    return path[-1], counted.nfe
 
 
 @torch.no_grad()

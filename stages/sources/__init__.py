@@ -4,6 +4,7 @@ from nfm.stages.sources.digits import Digits
 from nfm.stages.sources.folder import ImageFolder
 from nfm.stages.sources.idx import Idx
 from nfm.stages.sources.npz import Npz
+from nfm.stages.sources.planar import Checkerboard, Gaussians, Planar
 from nfm.stages.sources.source import Loaded, Source
 
-__all__ = ["Digits", "Idx", "ImageFolder", "Loaded", "Npz", "Source"]
+__all__ = ["Checkerboard", "Digits", "Gaussians", "Idx", "ImageFolder", "Loaded", "Npz", "Planar", "Source"]

@@ -17,6 +17,8 @@ from nfm.storage import PairStore
 from nfm.storage.index import record_keys
 from tests.faults.harness import actors_of, ended
 
+pytestmark = pytest.mark.xdist_group("ray")  # a small machine starts one local Ray at a time
+
 if TYPE_CHECKING:
     from tests.conftest import Lab
 

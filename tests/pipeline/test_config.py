@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nfm.pipeline.config import ConfigError, RunConfig, load
+from nfm.pipeline.graph import build
 from nfm.stages.pairs import PairsConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
@@ -61,6 +64,69 @@ def test_an_error_names_the_file_the_field_and_the_nearest_key(tmp_path: Path, t
         load(path)
     assert str(caught.value).startswith(f"config {path}: ")
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[data]\n[evaluate]\nfeatures = "none"', 'evaluate.features = "none" compares values directly'),
+        (
+            '[data]\nsource = "images"\nimage_size = 8\n[evaluate]\nfeatures = "none"',
+            'images of data.source = "images" have 192',
+        ),
+        (
+            '[data]\nsource = "gaussians"\npoints = 9\n[evaluate]\nfeatures = "inception"',
+            'takes pictures, data.source = "gaussians" has points',
+        ),
+        ("[data]\n[student]\nlabel_drop = 0.0\n[evaluate]\nstudent_guidance = 1.5", "set student.label_drop = 0.1"),
+        (
+            '[data]\nsource = "checkerboard"\npoints = 9\n[evaluate]\nstudent_guidance = 1.5',
+            "evaluate.student_guidance = 1.5: points of the plane have no classes",
+        ),
+    ],
+)
+def test_what_no_evaluation_could_do_is_told_before_anything_is_trained(tmp_path: Path, text: str, says: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"config {path}: evaluate.")
+    assert says in str(caught.value)
+
+
+def test_sections_that_fit_each_other_are_taken(tmp_path: Path) -> None:
+    for text in (
+        '[data]\nsource = "gaussians"\npoints = 9\n[evaluate]\nfeatures = "none"',
+        '[data]\naverage = 4\n[evaluate]\nfeatures = "none"',
+        '[data]\nsource = "npz"\n[evaluate]\nfeatures = "none"',  # what the arrays hold, the data stage finds out
+        "[data]\n[evaluate]\nstudent_guidance = 1.5",
+    ):
+        assert isinstance(load(written(tmp_path, text)), RunConfig)
+
+
+def test_weights_that_are_missing_stop_an_evaluation_before_its_students_are_trained(tmp_path: Path) -> None:
+    path = written(tmp_path, '[data]\n[evaluate]\nfeatures = "inception"')
+    weights = f"evaluate.inception_weights={tmp_path / 'weights.pth'}"
+    for target in ("evaluate", "report", "compare"):
+        with pytest.raises(ConfigError, match=r"needs evaluate\.inception_weights"):
+            build(load(path), target=target)
+        with pytest.raises(ConfigError, match="there is no such file"):
+            build(load(path, [weights]), target=target)
+    assert "student" in build(load(path), target="student"), "a machine that evaluates nothing needs no weights"
+    (tmp_path / "weights.pth").write_bytes(b"some")
+    nodes = build(load(path, [weights]), target="evaluate")
+    assert "features" not in nodes, "distances are taken in Inception's features alone"
+    assert set(nodes["evaluate"].inputs) == {"data", "student", "teacher"}
+
+
+def test_a_config_is_checked_without_torch(tmp_path: Path) -> None:
+    path = written(tmp_path, '[data]\n[evaluate]\nnfe = [8, 4]\nsolver = "rk4"\nbaselines = ["nfm:soften=0.5"]')
+    code = (
+        "import sys; from nfm.pipeline import config, graph; "
+        f"graph.build(config.load({str(path)!r}), target='report'); "
+        "print('torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
 
 
 def test_every_problem_of_a_file_is_told_at_once(tmp_path: Path) -> None:

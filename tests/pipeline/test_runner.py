@@ -14,7 +14,9 @@ from nfm.pipeline.artifact import Artifact, ArtifactError
 from nfm.pipeline.config import load
 from nfm.pipeline.console import StopRequest
 from nfm.pipeline.lock import Held, Lock
+from nfm.stages import sealing_report
 from nfm.stages.stage import StageError, Stopped
+from nfm.storage import atomic
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -111,3 +113,14 @@ def test_an_artifact_under_lock_is_not_touched(lab: Lab, root: Path) -> None:
 def test_only_stores_are_sealed(made: Lab) -> None:
     with pytest.raises(ArtifactError, match="only stores are sealed"):
         runner.seal_store(made.only("teacher"))
+
+
+def test_sealing_says_why_a_generation_has_no_coupling_report(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    store = lab.only("pairs", "independent")
+    content = store.manifest()["content_digest"]
+    store.reference.unlink()
+    atomic.write_json(store.path / sealing_report.BEGUN, {"content_digest": content})
+    again = runner.seal_store(store)
+    assert again.manifest()["content_digest"] == content
+    assert "coupling_report" not in again.manifest()
+    assert "without a coupling report: one was begun before" in capsys.readouterr().err

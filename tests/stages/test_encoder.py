@@ -34,7 +34,7 @@ encoder.encode_shard(ShardJob(1, 0, "warm"))  # what is loaded and reserved by a
 encoder.batch_size = encoder.setup.batch_size
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 _, hard = resource.getrlimit(resource.RLIMIT_AS)
-resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, hard))
+resource.setrlimit(resource.RLIMIT_AS, (used + 140 * 2**20, hard))
 first = encoder.encode_shard(ShardJob(0, 0, "one"))
 resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
 second = encoder.encode_shard(ShardJob(0, 1, "two"))

@@ -18,6 +18,8 @@ from nfm.stages.stage import StageError
 from nfm.storage import commits
 from nfm.storage.schema import read_spec
 
+pytestmark = pytest.mark.xdist_group("ray")  # a small machine starts one local Ray at a time
+
 if TYPE_CHECKING:
     from tests.conftest import Lab
 

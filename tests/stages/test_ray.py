@@ -18,6 +18,8 @@ from nfm.stages.executors import ray as on_ray
 from nfm.stages.stage import StageError
 from tests.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially
 
+pytestmark = pytest.mark.xdist_group("ray")  # a small machine starts one local Ray at a time
+
 if TYPE_CHECKING:
     from tests.conftest import Lab
 

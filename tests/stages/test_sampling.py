@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.stages import sampling
+from nfm.stages import sampling, student
 from nfm.stages.stage import StageError
-from nfm.storage import ImageDataset, philox
+from nfm.storage import ImageDataset, atomic, philox
+from nfm.trainers.nfe import COSTS
+from nfm.trainers.nfe import GRIDS as TIMES
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -22,7 +26,7 @@ def source_of(made: Lab) -> ImageDataset:
 
 
 def test_the_ith_sample_does_not_depend_on_the_batch_size(made: Lab) -> None:
-    sampler = sampling.student_sampler(made.only("student").path, "nfm", 5, "cpu", "float32")
+    sampler = sampling.student_sampler(made.only("student").path, 5, "cpu", "float32")
     source = source_of(made)
     whole, parts = (np.concatenate(list(sampling.draw(sampler.decode, source, 20, 1, size, "cpu"))) for size in (20, 7))
     assert whole.shape == (20, 1, 8, 8)
@@ -43,7 +47,7 @@ def test_every_sampler_starts_from_the_same_standard_normal_noise_and_training_l
 
 @pytest.mark.parametrize(("nfe", "method"), [(1, "euler"), (5, "euler"), (7, "heun"), (15, "heun")])
 def test_a_student_is_evaluated_as_often_as_its_row_says(made: Lab, nfe: int, method: str) -> None:
-    sampler = sampling.student_sampler(made.only("student").path, "nfm", nfe, "cpu", "float32")
+    sampler = sampling.student_sampler(made.only("student").path, nfe, "cpu", "float32")
     assert (sampler.name, sampler.sampler, sampler.nfe) == (f"student-nfm-{method}-{nfe}", method, nfe)
     calls = 0
 
@@ -88,11 +92,84 @@ def test_guidance_changes_the_teachers_samples(made: Lab) -> None:
     assert guided.guidance == 2.0
 
 
+@pytest.mark.parametrize(("nfe", "solver"), [(6, "euler"), (6, "midpoint"), (8, "rk4"), (3, "heun")])
+def test_any_solver_and_grid_can_be_named(made: Lab, nfe: int, solver: str) -> None:
+    folder = made.only("student").path
+    noise, labels = sampling.initial(source_of(made), np.arange(4), 0, "cpu")
+    square, uniform = (
+        sampling.student_sampler(folder, nfe, "cpu", "float32", solver, grid).decode(noise, labels)
+        for grid in ("square", "uniform")
+    )
+    assert not torch.allclose(square, uniform)
+
+
+def test_a_students_guidance_moves_it_from_its_velocity_without_labels(made: Lab) -> None:
+    folder = made.only("student").path
+    noise, labels = sampling.initial(source_of(made), np.arange(8), 0, "cpu")
+    model = student.load(folder)
+    with torch.no_grad():
+        plain, without = (sampling.velocity(model, y)(noise, 0.5) for y in (labels, torch.full_like(labels, -1)))
+        guided = sampling.velocity(model, labels, 1.5)(noise, 0.5)
+        assert not torch.allclose(plain, without)
+        torch.testing.assert_close(guided, plain + 1.5 * (plain - without))
+        same = sampling.student_sampler(folder, 3, "cpu", "float32").decode(noise, labels)
+        moved = sampling.student_sampler(folder, 3, "cpu", "float32", guidance=1.5)
+        assert not torch.allclose(moved.decode(noise, labels), same)
+    assert (moved.guidance, moved.nfe) == (1.5, 3)
+
+
+def test_a_student_that_never_missed_its_labels_cannot_be_guided(made: Lab, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(made.only("student").path, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["label_drop"] = 0.0
+    del manifest["digest"]
+    (folder / "manifest.json").unlink()
+    atomic.write_json(folder / "manifest.json", manifest)
+    with pytest.raises(StageError, match=r"label_drop = 0 and is undefined.*student.label_drop = 0.1"):
+        sampling.student_sampler(folder, 3, "cpu", "float32", guidance=1.0)
+
+
+def test_a_row_is_named_after_the_variant_in_the_manifest_and_serves_as_a_file(made: Lab, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(made.only("student").path, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["metrics"]["variant"] = "nfm:soften=0.5"
+    del manifest["digest"]
+    (folder / "manifest.json").unlink()
+    atomic.write_json(folder / "manifest.json", manifest)
+    sampler = sampling.student_sampler(folder, 7, "cpu", "float32")
+    assert (sampler.coupling, sampler.name) == ("nfm:soften=0.5", "student-nfm-soften-0.5-heun-7")
+
+
+def test_the_reference_takes_the_evaluations_that_it_needs_and_the_others_come_to_it(made: Lab) -> None:
+    pytest.importorskip("torchdiffeq")
+    folder = made.only("student").path
+    reference = sampling.reference_sampler(folder, "cpu", "float32")
+    assert (reference.name, reference.sampler) == ("student-nfm-dopri5", "dopri5")
+    noise, labels = sampling.initial(source_of(made), np.arange(6), 0, "cpu")
+    exact = reference.decode(noise, labels)
+    assert reference.taken is not None
+    assert len(reference.taken) == 1
+    assert reference.taken[0] >= 13  # two steps of dopri5 at least
+    ways = [("euler", 1), ("rk4", 128)]
+    samplers = (sampling.student_sampler(folder, nfe, "cpu", "float32", solver) for solver, nfe in ways)
+    rough, fine = (float((sampler.decode(noise, labels) - exact).abs().max()) for sampler in samplers)
+    assert fine < min(1e-3, rough / 10)
+
+
+def test_the_names_of_solvers_and_grids_are_those_of_the_mathematics() -> None:
+    assert set(sampling.SOLVERS) == {"auto", *COSTS}
+    assert set(sampling.GRIDS) == set(TIMES)
+
+
 def test_a_grid_wants_a_model_and_evaluations_that_its_solver_can_spend(made: Lab, tmp_path: Path) -> None:
     folder = made.only("student").path
-    for nfe in (0, 6, 8):
-        with pytest.raises(StageError, match="odd"):
-            sampling.sample_grid(folder, "student", 4, nfe, 0, tmp_path / "x.png")
+    for nfe, solver, said in ((6, "auto", "--nfe: .*odd"), (0, "auto", "nfe = 0"), (6, "rk4", "use 4 or 8")):
+        with pytest.raises(StageError, match=said):
+            sampling.sample_grid(folder, "student", 4, nfe, 0, tmp_path / "x.png", solver)
+    with pytest.raises(StageError, match="there are uniform, square"):
+        sampling.sample_grid(folder, "student", 4, 4, 0, tmp_path / "x.png", grid="cubic")
     with pytest.raises(StageError, match="name a student or a teacher"):
         sampling.sample_grid(made.only("data").path, "data", 4, 5, 0, tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()

@@ -272,7 +272,7 @@ def test_an_archive_says_how_to_read_it(make_store, spec_of):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int64", "uint8"])
 def test_row_fields_are_joined_by_image_row(tmp_path, small_spec, records, dtype):
-    spec, root = replace(small_spec, coupling="minibatch-ot"), tmp_path / "store"
+    spec, root = replace(small_spec, coupling="semidiscrete-ot"), tmp_path / "store"
     values = np.random.default_rng(0).integers(0, 200, (50, 3)).astype(dtype)
     rows = [np.random.default_rng(draw).permutation(50) for draw in range(2)]
     write_spec(root, spec)

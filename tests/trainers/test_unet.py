@@ -1,0 +1,127 @@
+"""The U-Net: shapes on odd sides, its start at zero, labels and their dropping, gradients everywhere, learning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nfm.trainers.unet import UNet
+
+
+def student(shape: tuple[int, int, int] = (2, 7, 10), classes: int = 3, trained: bool = True, depth: int = 1) -> UNet:
+    torch.manual_seed(0)
+    model = UNet(shape, classes, width=16, depth=depth)
+    if trained:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+X = torch.randn(4, 2, 7, 10, generator=torch.Generator().manual_seed(2))
+T = torch.tensor([0.0, 0.3, 0.7, 1.0])
+Y = torch.tensor([0, 2, 1, -1])
+
+
+def changed(after: Tensor, before: Tensor) -> Tensor:
+    return (after - before).flatten(1).abs().amax(1)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("sides", [(28, 28), (14, 14), (7, 10), (9, 5), (1, 2), (1, 1), (33, 3)])
+def test_any_sides_come_back_whatever_they_are_divisible_by(sides: tuple[int, int], depth: int) -> None:
+    model = student((3, *sides), depth=depth)
+    velocity = model(torch.randn(2, 3, *sides), T[:2], Y[:2])
+    assert velocity.shape == (2, 3, *sides)
+    assert velocity.isfinite().all()
+    assert (velocity != 0).any()
+
+
+def test_levels_end_where_the_image_is_small() -> None:
+    assert [len(UNet((1, side, side), 0, width=8).widths) for side in (2, 4, 8, 14, 28, 64)] == [1, 1, 2, 3, 3, 3]
+
+
+def test_a_new_student_predicts_zero_and_learns_from_the_first_step() -> None:
+    model = student(trained=False)
+    velocity = model(X, T, Y)
+    assert velocity.shape == X.shape
+    assert not velocity.any()
+    (velocity - X).square().mean().backward()
+    assert model.head.weight.grad is not None
+    assert model.head.weight.grad.any()
+
+
+def test_a_gradient_reaches_every_parameter() -> None:
+    model = student(depth=2)
+    (model(X, T, Y) - X).square().mean().backward()
+    without = [
+        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert not without
+
+
+def test_velocity_depends_on_the_whole_image_the_time_and_the_label() -> None:
+    model = student()
+    base = model(X, T, Y)
+    assert (changed(model(X, T + 0.01, Y), base) > 1e-3).all()
+    assert (changed(model(X, T, (Y + 2) % 3), base) > 1e-3).all()
+    moved = X.clone()
+    moved[:, :, -1, -1] += 1
+    assert (model(moved, T, Y) - base)[:, :, 0, 0].abs().max() > 1e-5
+
+
+def test_no_label_is_the_null_label_and_drops_it() -> None:
+    model = student()
+    dropped = model(X, T, torch.full((4,), -1))
+    torch.testing.assert_close(model(X, T), dropped)
+    assert (changed(model(X, T, Y), dropped) > 1e-3).tolist() == [True, True, True, False]
+
+
+def test_an_unconditional_student_ignores_labels() -> None:
+    model = student(classes=0)
+    torch.testing.assert_close(model(X, T), model(X, T, Y))
+
+
+def test_an_image_does_not_depend_on_its_batch() -> None:
+    model = student()
+    torch.testing.assert_close(model(X, T, Y)[1:2], model(X[1:2], T[1:2], Y[1:2]), rtol=0, atol=1e-4)
+
+
+def test_velocity_is_float32_under_bfloat16_autocast_and_float64_agrees() -> None:
+    model = student()
+    single = model(X, T, Y)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        half = model(X, T, Y)
+    assert half.dtype == torch.float32
+    assert (half - single).abs().max() < 0.05 * single.abs().max()
+    torch.testing.assert_close(model.double()(X.double(), T.double(), Y).float(), single, rtol=1e-4, atol=1e-4)
+
+
+def test_it_overfits_a_tiny_set() -> None:
+    model = student(trained=False)
+    target = torch.randn(X.shape, generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
+    for _ in range(150):
+        error = (model(X, T, Y) - target).square().mean()
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    assert error < 0.05
+
+
+@pytest.mark.parametrize("shape", [(1, 14, 14), (3, 28, 20)])
+def test_flops_are_those_that_torch_counts(shape: tuple[int, int, int]) -> None:
+    model = UNet(shape, 0, width=16, depth=2)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(torch.zeros(1, *shape), T[:1])
+    products = counted.get_flop_counts()["Global"]  # on a CPU torch leaves out attention's own
+    seen = sum(count for operation, count in products.items() if "attention" not in str(operation))
+    positions = -(-shape[1] // 4) * -(-shape[2] // 4)
+    assert model.flops() == seen + 4 * 5 * positions**2 * 32
+
+
+def test_impossible_sizes_are_refused_with_the_field_and_value() -> None:
+    with pytest.raises(ValueError, match="width = 20 of a U-Net is not a multiple of 8"):
+        UNet((1, 8, 8), 0, width=20)
