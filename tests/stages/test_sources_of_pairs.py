@@ -299,7 +299,7 @@ def test_a_report_that_was_stopped_is_told_and_the_generation_is_sealed_without(
     heard.patience = 3
     reported, said = sealed(shop, encoded, heard)
     assert not reported
-    assert "without a coupling report, which was stopped; `nfm pairs report`" in said
+    assert "the coupling report was stopped; `nfm pairs report`" in said
 
 
 def test_a_report_that_was_killed_is_not_made_again_so_that_the_manifest_comes(shop: Shop, encoded: Path) -> None:
