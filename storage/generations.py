@@ -51,6 +51,7 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
     if draws < 1:
         raise StorageError(f"{root}: draws = {draws}; seal at least one")
     where = as_path(root)
+    number = next_number(root)  # before the newest is looked at: of two who seal at once, one finds the other's
     names, holes = _present(where, spec, draws, excluded or {})
     held: list[Commit] = []
     there = listing.shard_files(where)
@@ -65,7 +66,7 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
         layout.seal(root, spec, draws, held)
         body = {
             "format": FORMAT,
-            "generation": next_number(root),
+            "generation": number,
             "draws": draws,
             "order_key": order_key(spec.source, spec.rows, draws, _slots(holes)),
             **totals.body(),
