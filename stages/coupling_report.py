@@ -17,8 +17,9 @@ import numpy as np
 
 from nfm.stages.coupling_advice import advice, lines
 from nfm.stages.coupling_sample import Sample, draw_sample, row_counts
+from nfm.stages.pairs_recipe import content
 from nfm.stages.stage import Inputs, Reporter, StageError, Stopped
-from nfm.storage import ImageDataset, PairStore, atomic, philox
+from nfm.storage import ImageDataset, PairStore, atomic
 
 if TYPE_CHECKING:
     import torch
@@ -177,15 +178,14 @@ def _nll(store: PairStore, sample: Sample, inputs: Inputs, device: str, stop: St
     mean, error = _mean_and_error(known)
     body: dict[str, float | None] = {"nll_train": mean, "nll_train_error": error}
     heldout = np.zeros(0)
-    if store.spec.coupling == "nfm" and {"teacher", "data"} <= set(inputs) and _is_of(inputs["teacher"], store):
+    if (
+        store.spec.coupling == "nfm"
+        and {"teacher", "data"} <= set(inputs)
+        and content(inputs["teacher"]) == store.spec.teacher
+    ):
         heldout = _heldout_nll(store, inputs, device, stop)
     mean, error = _mean_and_error(heldout)
     return body | {"nll_heldout": mean, "nll_heldout_error": error, "nll_heldout_rows": len(heldout)}
-
-
-def _is_of(teacher: Path, store: PairStore) -> bool:
-    """Whether a teacher is the one that made the store's noise."""
-    return bool(atomic.read_json(teacher / "manifest.json").get("content_digest") == store.spec.teacher)
 
 
 def _heldout_nll(store: PairStore, inputs: Inputs, device: str, stop: Stop) -> np.ndarray:
@@ -210,10 +210,7 @@ def _heldout_nll(store: PairStore, inputs: Inputs, device: str, stop: Stop) -> n
     with torch.inference_mode():
         for part in np.split(np.arange(count, dtype=np.int64), range(size, count, size)):
             _unless(stop)
-            image = torch.from_numpy(source.to_float(source.images(part)))
-            eps = philox.normals(store.spec.seed, 0, part, image[0].numel(), purpose="heldout").reshape(image.shape)
-            noised = (image + facts["eta"] * torch.from_numpy(eps)).to(device)
-            z, logdet = model.encode(noised, torch.from_numpy(source.labels(part)).to(device))
+            z, logdet = teacher.encode_rows(model, source, part, facts["eta"], store.spec.seed, "heldout")
             found.append(nll_per_dim(z, logdet).double().cpu().numpy())
     return np.concatenate(found)
 

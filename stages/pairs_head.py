@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from nfm.stages.pairs_recipe import content
 from nfm.stages.pictures import FALSE_COLOURS, as_pixels
 from nfm.stages.stage import StageError
 from nfm.stages.tables import aligned
@@ -76,10 +77,10 @@ def _decoder(store: PairStore, folder: Path) -> Any:
 
     from nfm.stages import teacher
 
-    content = atomic.read_json(folder / "manifest.json")["content_digest"]
-    if content != store.spec.teacher:
+    given = content(folder)
+    if given != store.spec.teacher:
         made_by = f"was made by {store.spec.teacher[:12]}" if store.spec.teacher else "has no teacher"
-        raise StageError(f"{folder}: teacher {content[:12]}, but the store {made_by}; name its own, or --teacher none")
+        raise StageError(f"{folder}: teacher {given[:12]}, but the store {made_by}; name its own, or --teacher none")
     model, _ = teacher.load(folder)
     sigma_f = store.spec.sigma_f or 1.0
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nfm.stages.slots import mirrored
-from nfm.storage import ImageDataset, codecs, layout, philox
+from nfm.stages.slots import drawn_eps, drawn_flips, mirrored
+from nfm.storage import ImageDataset, codecs, layout
 from nfm.storage.index import read_index
 from nfm.storage.schema import StoreSpec, parse_name
 
@@ -38,7 +38,6 @@ def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Mapping[s
     if chosen and not (rows.min() >= 0 and rows.max() < len(source)):
         return ["rows are not those of its source"]
     wrong = [] if chosen or np.array_equal(rows, slots) else ["rows"]
-    drawn = philox.flips(spec.seed, draw, slots) if spec.flips else np.zeros(records, bool)
     other = 0
     for part in _parts(spec, records):
         labels = source.labels(slots[part])
@@ -55,7 +54,7 @@ def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Mapping[s
                 (shard.read("noise", part.start, part.stop) != _eps(spec, draw, slots[part])).any((1, 2, 3)).sum()
             )
     found = [f"{what} are not those of its source" for what in dict.fromkeys(wrong)]
-    if not np.array_equal(flips, drawn):
+    if not np.array_equal(flips, drawn_flips(spec, draw, slots)):
         found.append("flips are not those that its seed draws")
     if other:
         found.append(f"the noises of {other} of {records} records are not those that were drawn for them")
@@ -110,8 +109,7 @@ def _assigned(spec: StoreSpec, draw: int, slots: Array, images: Array, noise: Ar
     products = [float((flat * z.reshape(flat.shape)).sum()) for z in (noise, eps)]
     if len(slots) > REDONE:
         return products[0] > products[1]
-    exact = philox.normals(spec.seed, draw, slots, flat.shape[1]).reshape(images.shape)
-    chosen = assignment(torch.from_numpy(images), torch.from_numpy(exact))
+    chosen = assignment(torch.from_numpy(images), torch.from_numpy(drawn_eps(spec, draw, slots)))
     # Equal images may have changed noises, which changes the sum's rounding.
     best = float((flat * eps[chosen].reshape(flat.shape)).sum())
     return products[0] >= best - 1e-9 * float(np.abs(flat).sum())
@@ -119,9 +117,7 @@ def _assigned(spec: StoreSpec, draw: int, slots: Array, images: Array, noise: Ar
 
 def _eps(spec: StoreSpec, draw: int, slots: Array) -> Array:
     """What was drawn for these slots, as the codec stores it."""
-    shape = spec.image_shape
-    eps = philox.normals(spec.seed, draw, slots, math.prod(shape)).reshape(len(slots), *shape)
-    return codecs.encode(eps, spec.codec, spec.noise_step)[0]
+    return codecs.encode(drawn_eps(spec, draw, slots), spec.codec, spec.noise_step)[0]
 
 
 def _digests(noise: Array) -> Array:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from nfm.stages.training import Precision
+    from nfm.trainers.sit import SiT
+    from nfm.trainers.unet import UNet
 
 SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4"]
 GridName = Literal["square", "uniform"]
@@ -65,15 +67,12 @@ def student_sampler(
     from nfm.trainers import solvers
 
     method = pick_solver(solver, nfe)
-    model = student.load(folder, device)
-    if guidance:
-        _can_be_guided(folder)
+    model, variant = _student(folder, device, guidance)
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
             return solvers.sample(velocity(model, labels, guidance), noise, nfe, method, grid)
 
-    variant = variant_of(folder)
     name = _as_file(f"student-{variant}-{method}-{nfe}")
     return Sampler(name, "student", variant, method, nfe, guidance, parameter_count(model), decode)
 
@@ -86,10 +85,7 @@ def reference_sampler(folder: Path, device: str, precision: Precision, guidance:
     from nfm.trainers import solvers
 
     find_reference_solver()
-    model = student.load(folder, device)
-    if guidance:
-        _can_be_guided(folder)
-    variant = variant_of(folder)
+    model, variant = _student(folder, device, guidance)
     name = _as_file(f"student-{variant}-{REFERENCE}")
     taken: list[int] = []
 
@@ -151,6 +147,14 @@ def velocity(model: Any, labels: torch.Tensor, guidance: float = 0.0) -> Callabl
         return with_labels + guidance * (with_labels - without)
 
     return call
+
+
+def _student(folder: Path, device: str, guidance: float) -> tuple[SiT | UNet, str]:
+    """A finished student that can be sampled with this guidance, and what its rows are named after."""
+    model = student.load(folder, device)
+    if guidance:
+        _can_be_guided(folder)
+    return model, variant_of(folder)
 
 
 def variant_of(folder: Path) -> str:

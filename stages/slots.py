@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,10 +43,20 @@ class Found(NamedTuple):
 
 def read(spec: StoreSpec, source: ImageDataset, draw: int, slots: Array) -> Sources:
     """Slots are rows of the shuffled source."""
-    flip = philox.flips(spec.seed, draw, slots) if spec.flips else np.zeros(len(slots), bool)
+    flip = drawn_flips(spec, draw, slots)
     image = mirrored(source.images(slots), flip)
-    eps = philox.normals(spec.seed, draw, slots, image[0].size).reshape(image.shape)
-    return Sources(slots, image, source.labels(slots), flip, eps)
+    return Sources(slots, image, source.labels(slots), flip, drawn_eps(spec, draw, slots))
+
+
+def drawn_flips(spec: StoreSpec, draw: int, slots: Array) -> Array:
+    """Which of these slots are flipped, bool [n]: none where the store does not flip."""
+    return philox.flips(spec.seed, draw, slots) if spec.flips else np.zeros(len(slots), bool)
+
+
+def drawn_eps(spec: StoreSpec, draw: int, slots: Array) -> Array:
+    """eps' of these slots, float32 [n, C, H, W]."""
+    shape = spec.image_shape
+    return philox.normals(spec.seed, draw, slots, math.prod(shape)).reshape(len(slots), *shape)
 
 
 def found(pairs: Pairs, count: int) -> Found:

@@ -154,14 +154,24 @@ def likelihood(
     with torch.inference_mode(), precision_context(device.type, config.precision):
         for start in range(0, len(rows), batch_size):
             part = np.asarray(rows[start : start + batch_size])
-            image = torch.from_numpy(split.to_float(split.images(part)))
-            eps = philox.normals(config.seed, 0, part, image[0].numel(), purpose="sigma").reshape(image.shape)
-            noised = (image + config.eta * torch.from_numpy(eps)).to(device)
-            z, logdet = model.encode(noised, torch.from_numpy(split.labels(part)).to(device))
+            z, logdet = encode_rows(model, split, part, config.eta, config.seed, "sigma")
             power += z.double().square().flatten(1).mean(1).sum().item()
             nats += nll_per_dim(z, logdet).double().sum().item()
     bits = bits_per_dim(torch.tensor(nats / len(rows), dtype=torch.float64)).item()
     return power / len(rows), bits if split.dtype == "uint8" else bits - math.log2(127.5)
+
+
+def encode_rows(
+    model: TarFlow, split: ImageDataset, rows: np.ndarray, eta: float, seed: int, purpose: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f(x + eta eps) of these rows with their labels, and the log-determinants; eps is a function of (seed, row)."""
+    import torch
+
+    device = next(model.parameters()).device
+    image = torch.from_numpy(split.to_float(split.images(rows)))
+    eps = philox.normals(seed, 0, rows, image[0].numel(), purpose=purpose).reshape(image.shape)
+    noised = (image + eta * torch.from_numpy(eps)).to(device)
+    return model.encode(noised, torch.from_numpy(split.labels(rows)).to(device))
 
 
 def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, path: Path, image_dtype: str) -> None:
