@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +53,6 @@ def compare(
     nodes = graph.build(config, target=stage.NAME)
     if output is not None:
         _check_folder(output, nodes[stage.NAME], force)
-    _bring_stores(nodes)
     made = runner.run(nodes, stage.NAME)
     if output is not None:
         _copy(made, output)
@@ -65,24 +63,6 @@ def compare(
 
 def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _bring_stores(nodes: Mapping[str, Node]) -> None:
-    """Make the stores, and check that they are of one order, before hours of training that would not compare.
-
-    A store that reads a student comes last: the others are checked before that student is trained.
-    """
-    from nfm.pipeline import runner
-    from nfm.stages import compare as stage
-
-    stores = {role: node for role, node in nodes[stage.NAME].inputs.items() if role.startswith("pairs:")}
-    found: dict[str, Path] = {}
-    for role, node in sorted(stores.items(), key=lambda item: "student" in item[1].inputs):
-        artifact = node.artifact()
-        if artifact is None or not artifact.done:
-            artifact = runner.run(nodes, node.name)
-        found[role.partition(":")[2]] = artifact.reference
-        stage.same_order(found)
 
 
 def _check_folder(output: Path, node: Node, force: bool) -> None:

@@ -22,8 +22,9 @@ OF_STUDENTS = ("baselines", "nfe", "solver", "grid", "reference", "student_guida
 def add(graph: Builder) -> str:
     """Add `compare` with all that it reads to a run's graph.
 
-    Stores come first among its inputs, since all of them must be of one order, then the evaluations, all of the first
-    seed before those of the next: a comparison that is stopped early has its first seeds.
+    Stores come first among its inputs, since all of them must be of one order, and of these the ones that read a
+    student last; then the evaluations, all of the first seed before those of the next: a comparison that is stopped
+    early has its first seeds.
     """
     section = graph.config.compare
     if not section.couplings:
@@ -45,6 +46,7 @@ def add(graph: Builder) -> str:
         measured = _without(graph.config.evaluate, OF_STUDENTS)
         name = graph.add("evaluate:teacher", measured, {**graph.measured_on(), "teacher": "teacher"})
         evaluations = {name: name, **evaluations}
+    pairs = dict(sorted(pairs.items(), key=lambda item: "student" in graph.nodes[item[1]].inputs))
     return graph.add("compare", section, {**pairs, **evaluations, **students})
 
 

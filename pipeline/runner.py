@@ -26,8 +26,19 @@ def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None)
     """Bring `target` and its inputs to completion, inputs first; what is complete is only named."""
     stop = stop or StopRequest()
     with stop.listening():
-        made = [_bring(node, stop) for node in upstream(nodes, target)]
-    return made[-1]
+        arrived: dict[str, Artifact] = {}
+        for node in upstream(nodes, target):
+            arrived[node.name] = _bring(node, stop)
+            _check_arrived(nodes[target], node, arrived)
+    return arrived[target]
+
+
+def _check_arrived(target: Node, node: Node, arrived: Mapping[str, Artifact]) -> None:
+    """Lets the target refuse an input as soon as it is there, before hours of work are done on the others."""
+    check = optional(target.stage, "check_arrived", lambda *_: None)
+    ready = {role: arrived[of.name].reference for role, of in target.inputs.items() if of.name in arrived}
+    for role in [role for role, of in target.inputs.items() if of.name == node.name]:
+        check(role, ready)
 
 
 def _bring(node: Node, stop: StopRequest) -> Artifact:

@@ -78,7 +78,7 @@ def run(config: CompareConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     """Gather `evaluate:VARIANT@SEED`, `evaluate:teacher`, `student:VARIANT@SEED` and `pairs:COUPLING` to one table."""
     from nfm.stages import compare_plots
 
-    stores = same_order({_name(role): path for role, path in inputs.items() if role.startswith("pairs:")})
+    stores = same_order(_stores(inputs))
     evaluations = {_name(role): _evaluation(path) for role, path in inputs.items() if role.startswith("evaluate:")}
     students = {_name(role): path for role, path in inputs.items() if role.startswith("student:")}
     body = compare_rows.body(config.students(), evaluations, students, stores)
@@ -96,6 +96,12 @@ def run(config: CompareConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     return Result(payload=[DISTANCES], metrics=compare_rows.figures(body), files=[TABLE, TEXT, *plots])
 
 
+def check_arrived(role: str, ready: Inputs) -> None:
+    """Refuses stores of another order before hours of training that would not compare."""
+    if role.startswith("pairs:"):
+        same_order(_stores(ready))
+
+
 def same_order(stores: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
     """The stores' manifests, by name.
 
@@ -111,6 +117,10 @@ def same_order(stores: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
             "order; make all of them from the same data with the same pairs.draws and rows, without excluded shards"
         )
     return manifests
+
+
+def _stores(inputs: Inputs) -> Inputs:
+    return {_name(role): path for role, path in inputs.items() if role.startswith("pairs:")}
 
 
 def _name(role: str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 NAME = "potential"
 VERSION = 1
 VECTORS, FACTS = "potential.safetensors", "potential.json"
+FINISHED = "finished.safetensors"  # as CHECKPOINT is of the class in hand
 
 
 class PotentialConfig(Section):
@@ -150,16 +151,14 @@ def _fit(
 
 
 class _Work:
-    """What is done so far, in memory and in the checkpoint: finished classes, and the state of the one in hand."""
+    """What is done so far: the finished classes in one file, the state of the one in hand in another, saved oftener."""
 
     def __init__(self, out: Path, report: Reporter, rows: Mapping[int, np.ndarray]) -> None:
-        self._path, self._report = out / CHECKPOINT, report
+        self._folder, self._report, self._rows = out, report, rows
         self.finished: dict[int, torch.Tensor] = {}
         self.facts: dict[int, dict[str, Any]] = {}
         self._begun: tuple[int, State] | None = None
-        self._rows = rows
-        if self._path.exists():
-            self._load()
+        self._load()
 
     def begun(self, label: int) -> State | None:
         """The state from which this class goes on, if it was in hand."""
@@ -176,42 +175,52 @@ class _Work:
             "chi2_samples": fitted.chi2.samples,
             "stopped": fitted.stopped,
         }
-        self.save()
+        facts = {str(label): facts for label, facts in self.facts.items()}
+        self._write(FINISHED, {str(label): vector for label, vector in self.finished.items()}, {"facts": facts})
 
-    def save(self, begun: tuple[int, State] | None = None) -> None:
-        """Replace the checkpoint."""
+    def save(self, begun: tuple[int, State]) -> None:
+        """Replace the checkpoint of the class in hand."""
+        label, state = begun
+        tensors = {"potential": state.potential, "average": state.average}
+        self._write(CHECKPOINT, tensors, {"label": label, **state.figures()})
+
+    def _write(self, name: str, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any]) -> None:
         from nfm.trainers.checkpoint import pack
 
-        tensors = {f"finished.{label}": vector for label, vector in self.finished.items()}
-        meta: dict[str, Any] = {"facts": {str(label): facts for label, facts in self.facts.items()}, "begun": None}
-        if begun is not None:
-            label, state = begun
-            tensors |= {"begun.potential": state.potential, "begun.average": state.average}
-            meta["begun"] = {"label": label, **state.figures()}
         self._report.check_lock()
-        atomic.write_bytes(self._path, pack(tensors, meta))
+        atomic.write_bytes(self._folder / name, pack(tensors, meta))
 
     def _load(self) -> None:
-        from nfm.trainers.checkpoint import CheckpointError, under_prefix, unpack
         from nfm.trainers.semidiscrete import State
 
-        try:
-            tensors, meta = unpack(self._path.read_bytes())
-            self.finished = {int(label): vector for label, vector in under_prefix("finished", tensors).items()}
+        if (found := self._read(FINISHED)) is not None:
+            vectors, meta = found
+            self.finished = {int(label): vector for label, vector in vectors.items()}
             self.facts = {int(label): facts for label, facts in meta["facts"].items()}
-            if (figures := meta["begun"]) is not None:
-                state = State.of(figures, tensors["begun.potential"], tensors["begun.average"])
-                self._begun = figures["label"], state
-        except (CheckpointError, KeyError) as error:
-            raise StageError(f"{self._path}: {error}; remove the file to fit from the start") from error
+        if (found := self._read(CHECKPOINT)) is not None and found[1]["label"] not in self.finished:
+            tensors, meta = found
+            self._begun = meta["label"], State.of(meta, tensors["potential"], tensors["average"])
         for label, size in self._sizes():
             if label not in self._rows or size != len(self._rows[label]):
                 raise StageError(
-                    f"{self._path}: label {label} has {size} images there, {len(self._rows.get(label, ()))} in the "
-                    "data; remove the file to fit from the start"
+                    f"{self._folder}: label {label} has {size} images there, {len(self._rows.get(label, ()))} in the "
+                    f"data; remove {FINISHED} and {CHECKPOINT} to fit from the start"
                 )
         going = f", and {self._begun[1].step:,} steps of the next" if self._begun else ""
-        self._report.say(f"continuing after {len(self.finished)} of {len(self._rows)} classes{going}")
+        if self.finished or self._begun:
+            self._report.say(f"continuing after {len(self.finished)} of {len(self._rows)} classes{going}")
+
+    def _read(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        from nfm.trainers.checkpoint import CheckpointError, unpack
+
+        path = self._folder / name
+        if not path.exists():
+            return None
+        try:
+            return unpack(path.read_bytes())
+        except CheckpointError as error:
+            lost = "its classes" if name == FINISHED else "its class"
+            raise StageError(f"{path}: {error}; remove the file to fit {lost} from the start") from error
 
     def _sizes(self) -> Iterator[tuple[int, int]]:
         for label, vector in self.finished.items():
@@ -223,6 +232,7 @@ class _Work:
 def _publish(work: _Work, train: ImageDataset, config: PotentialConfig, out: Path, report: Reporter) -> Result:
     from nfm.trainers.checkpoint import pack
 
+    (out / CHECKPOINT).unlink(missing_ok=True)
     # In one order of keys, whether a class was finished in this run or read from the checkpoint.
     facts = {str(label): dict(sorted(work.facts[label].items())) for label in sorted(work.facts)}
     body = {"data": train.content_digest, "split": train.split, "classes": facts}
@@ -244,7 +254,7 @@ def _publish(work: _Work, train: ImageDataset, config: PotentialConfig, out: Pat
         "stopped_by_budget": len(missed),
         "samples": sum(known["samples"] for known in work.facts.values()),
     }
-    return Result(payload=[VECTORS, FACTS], metrics=metrics, files=[CHECKPOINT])
+    return Result(payload=[VECTORS, FACTS], metrics=metrics, files=[FINISHED])
 
 
 def _called(source: ImageDataset, label: int) -> str:
