@@ -16,8 +16,6 @@ from nfm.storage.schema import StoreSpec
 if TYPE_CHECKING:
     from nfm.trainers.couplings import NFM, Coupling
 
-CHOOSES_IMAGES = ("semidiscrete-ot", "reflow")  # couplings to which the noise is given and the image is the answer
-
 
 def load_coupling(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
     """The coupling of a store, on the setup's device. Raises StageError when what it is made with is another one."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nfm.stages.coupling_facts import facts_of
+
 Report = Mapping[str, Any]
 AUC = 0.6  # above, a student meets noise that is visibly not its store's
 OVERFITTED = 0.05  # nats per dimension between held-out and training rows
 ERRORS = 5.0  # standard errors beyond which a figure is no accident
 MOMENT = 0.05  # RMS over dimensions of a mean, or of a variance minus 1, beyond what sampling gives
 UNEVEN = 0.05  # of chi^2, beyond what sampling gives
-GAUSSIAN = ("independent", "minibatch-ot", "semidiscrete-ot", "reflow")  # couplings whose noise is N(0, I) as made
 
 
 def lines(report: Report) -> dict[str, str]:
@@ -77,7 +78,7 @@ def _of_auc(report: Report) -> str | None:
         return None
     told = f"a classifier tells this noise from N(0, I), which students sample from: AUC {auc:.2f}, 0.5 is perfect"
     coupling = report.get("coupling")
-    if coupling in GAUSSIAN:
+    if facts_of(str(coupling)).gaussian:
         return f"{told}; noise of coupling {coupling} is N(0, I) as it is made: `nfm audit --deep` the store"
     if auc < AUC:
         return None

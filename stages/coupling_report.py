@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nfm.stages.coupling_advice import advice, lines
+from nfm.stages.coupling_facts import facts_of
 from nfm.stages.coupling_sample import Sample, draw_sample, row_counts
 from nfm.stages.pairs_recipe import content
 from nfm.stages.stage import Inputs, Reporter, StageError, Stopped
@@ -33,22 +34,6 @@ HELDOUT_ROWS = 2048
 HELDOUT_FLOPS = 1e13  # on a processor: half a minute to a minute of two cores
 FEWEST_HELDOUT = 32  # rows, below which their mean says little
 BATCH_FLOPS, BATCH_BYTES = {"cpu": 2e11, "cuda": 1e13}, 32 << 20  # of held-out images at a time
-EXACT = {
-    "nfm": ["each image is paired once a draw, with its own label"],
-    "independent": ["the noise is N(0, I), whatever the image", "each image is paired once a draw, with its own label"],
-    "minibatch-ot": ["the noise is N(0, I)", "each image is paired once a draw, with its own label"],
-    "semidiscrete-ot": ["the noise is N(0, I)", "each class has as many pairs as images"],
-    "reflow": ["the noise is N(0, I)", "each class has as many pairs as images"],
-    "custom": ["each image is paired once a draw, with its own label"],
-}
-APPROXIMATE = {
-    "nfm": ["the noise is N(0, I) as far as the teacher fits the data"],
-    "independent": [],
-    "minibatch-ot": ["the transport is optimal within groups of one class and shard, not over the data"],
-    "semidiscrete-ot": ["how often an image is paired, as far as the potential was fitted"],
-    "reflow": ["the images are a student's samples, not the data's"],
-    "custom": ["whatever the function makes of the noise; the two-sample AUC tells"],
-}
 
 
 def contents_of(where: str | Path) -> dict[str, str]:
@@ -102,7 +87,8 @@ def measure(store: PairStore, inputs: Inputs, report: Reporter | None = None, de
             raise Stopped
         body |= {"auc": found.auc, "auc_error": found.error, "auc_trained": found.trained, "auc_heldout": found.heldout}
     body |= {"rows": _rows(store), **_nll(store, sample, inputs, device, stop)}
-    body |= {"exact": EXACT.get(store.spec.coupling, []), "approximate": APPROXIMATE.get(store.spec.coupling, [])}
+    facts = facts_of(store.spec.coupling)
+    body |= {"exact": list(facts.exact), "approximate": list(facts.approximate)}
     body |= {"coupling": store.spec.coupling, "excluded": sum(hole["records"] for hole in store.excluded)}
     body = _jsonable(body)
     if report is not None:
@@ -156,7 +142,7 @@ def _rows(store: PairStore) -> dict[str, Any] | None:
     `chi2` is sum_j (p_j - 1/N)^2 N over the N rows; drawing the same number of pairs uniformly gives `chi2_expected`,
     which is 0 where slots are rows: there chi^2 is of what is excluded alone.
     """
-    if store.spec.coupling == "reflow":
+    if facts_of(store.spec.coupling).image == "generated":
         return None
     counts, whole = row_counts(store, SEED)
     total, rows = int(counts.sum()), len(counts)

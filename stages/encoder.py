@@ -13,7 +13,8 @@ import numpy as np
 
 from nfm.stages import slots as of_slots
 from nfm.stages import teacher_checks
-from nfm.stages.coupling import CHOOSES_IMAGES, load_coupling, of_shard
+from nfm.stages.coupling import load_coupling, of_shard
+from nfm.stages.coupling_facts import facts_of
 from nfm.stages.encoder_setup import Setup
 from nfm.stages.executors import ShardJob, Timing
 from nfm.stages.memory import free_memory, is_out_of_memory
@@ -148,7 +149,7 @@ class Encoder:
         import torch
 
         count, flip = len(source.slots[part]), source.flip[part]
-        turned = coupling.name in CHOOSES_IMAGES and bool(flip.any())
+        turned = facts_of(coupling.name).image != "row" and bool(flip.any())
         eps = mirrored(source.eps[part], flip) if turned else source.eps[part]
         arrays = (self.source.to_float(source.image[part]), source.label[part], eps)
         pairs = coupling(*(torch.from_numpy(_pad(array, size - count)) for array in arrays))

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from nfm.stages.coupling_facts import facts_of
 from nfm.stages.slots import drawn_eps, drawn_flips, mirrored
 from nfm.storage import ImageDataset, codecs, layout
 from nfm.storage.index import read_index
 from nfm.storage.schema import StoreSpec, parse_name
 
 CHUNK, CHUNK_BYTES = 1024, 8 << 20  # records in memory at a time, and what their values take as float32
-DRAWN = ("independent", "semidiscrete-ot", "reflow")  # couplings whose noise is eps, record by record
 REDONE = 1024  # records of a group of minibatch-ot that is assigned anew, at most
 Array = np.ndarray
 
@@ -34,7 +34,8 @@ def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Mapping[s
     index = read_index(root / entry["index"], ["slot", "row", "flip", "group"], records)
     slots, rows, group = (index[name].to_numpy() for name in ("slot", "row", "group"))
     flips = index["flip"].to_numpy(zero_copy_only=False)
-    chosen = spec.coupling == "semidiscrete-ot"
+    facts = facts_of(spec.coupling)
+    chosen = facts.image == "chosen"
     if chosen and not (rows.min() >= 0 and rows.max() < len(source)):
         return ["rows are not those of its source"]
     wrong = [] if chosen or np.array_equal(rows, slots) else ["rows"]
@@ -43,13 +44,13 @@ def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Mapping[s
         labels = source.labels(slots[part])
         if chosen and not np.array_equal(source.labels(rows[part]), labels):
             wrong.append("rows")
-        if spec.coupling != "reflow":
+        if facts.image != "generated":
             images = mirrored(source.images(rows[part]), flips[part])
             if not np.array_equal(shard.read("image", part.start, part.stop), images):
                 wrong.append("images")
         if spec.has("label") and not np.array_equal(shard.read("label", part.start, part.stop), labels):
             wrong.append("labels")
-        if spec.coupling in DRAWN and not exported:
+        if facts.noise == "eps" and not exported:
             other += int(
                 (shard.read("noise", part.start, part.stop) != _eps(spec, draw, slots[part])).any((1, 2, 3)).sum()
             )
@@ -58,7 +59,7 @@ def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Mapping[s
         found.append("flips are not those that its seed draws")
     if other:
         found.append(f"the noises of {other} of {records} records are not those that were drawn for them")
-    if spec.coupling == "minibatch-ot" and not exported:
+    if facts.noise == "dealt" and not exported:
         found += _groups(spec, source, shard, (draw, number), slots, group)
     return found
 

@@ -9,7 +9,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-COUPLINGS = ("independent", "minibatch-ot", "semidiscrete-ot", "nfm", "custom", "reflow")
+from nfm.stages.coupling_facts import FACTS
+
+COUPLINGS = tuple(FACTS)
 LEAST, MOST = 0.0001, 0.9999  # a share that a mixture can deal out; beyond, a variant is another one in all but name
 
 

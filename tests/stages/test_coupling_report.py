@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,7 +15,9 @@ from click.testing import CliRunner
 
 from nfm.pipeline.cli_pairs import pairs as command
 from nfm.stages import coupling_report, pairs_info, teacher
+from nfm.stages.coupling_facts import FACTS
 from nfm.stages.coupling_sample import draw_sample, row_counts
+from nfm.stages.pairs import PairsConfig
 from nfm.storage import DatasetWriter, PairStore, atomic, commits, generations
 from nfm.storage.schema import StoreSpec, pair_fields, write_spec
 from nfm.trainers.checkpoint import pack_weights
@@ -244,8 +246,11 @@ def test_another_teacher_or_none_leaves_held_out_rows_alone(make: Make, lineage:
 
 
 def test_every_coupling_says_what_is_exact_and_what_is_not() -> None:
-    names = {"nfm", "independent", "minibatch-ot", "semidiscrete-ot", "reflow", "custom"}
-    assert set(coupling_report.EXACT) == set(coupling_report.APPROXIMATE) == names
+    assert set(FACTS) == set(get_args(PairsConfig.model_fields["coupling"].annotation))
+    for name, facts in FACTS.items():
+        assert facts.exact
+        assert bool(facts.approximate) == (name != "independent")
+        assert facts.gaussian == any(told.startswith("the noise is N(0, I)") for told in facts.exact)
 
 
 def test_the_command_measures_a_store_sealed_without_a_report(
