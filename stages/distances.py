@@ -26,6 +26,9 @@ NEAREST_SAMPLES = 1000  # samples whose nearest training image is looked for
 EXACT_POINTS = 1000  # points of an exact assignment, which takes their cube: more points are measured as several sets
 EXACT_VALUES = 4  # values an image has at most, where points are compared without features
 CHUNK = 5000  # training images held at a time
+KEPT_BYTES = 1 << 30  # features of a training set up to this size are kept for the process's next evaluation
+# The features that were taken last, by what they were taken from: a comparison evaluates many students on one set.
+_kept: dict[tuple[Any, ...], np.ndarray] = {}
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,16 @@ class Reference:
 
     @functools.cached_property
     def features(self) -> np.ndarray:
-        self.report.say("taking the features of the training set")
-        return np.concatenate([self.extract(images) for images in self._chunks()])
+        network = self.inputs.get("features"), self.config.inception_weights
+        made_of = (self.source.content_digest, self.source.split, *network, self.device)
+        if made_of not in _kept:
+            self.report.say("taking the features of the training set")
+            taken = np.concatenate([self.extract(images) for images in self._chunks()])
+            _kept.clear()
+            if taken.nbytes > KEPT_BYTES:
+                return taken
+            _kept[made_of] = taken
+        return _kept[made_of]
 
     @functools.cached_property
     def gaussian(self) -> Gaussian:
