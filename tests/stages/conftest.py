@@ -1,0 +1,21 @@
+"""What tests of the sources of pairs begin with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.stages.shop import CUSTOM, Shop
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    """In a folder with a module of custom couplings."""
+    (tmp_path / "own_couplings.py").write_text(CUSTOM)
+    monkeypatch.chdir(tmp_path)
+    yield Shop(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("own_couplings_package")]:
+        del sys.modules[name]

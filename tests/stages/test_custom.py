@@ -1,0 +1,120 @@
+"""A coupling that is a function of your own: recorded by its digest, checked on workers, refused by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nfm.stages import pairs
+from nfm.stages.encoder import Encoder
+from nfm.stages.executors import ShardJob
+from nfm.stages.stage import StageError
+from nfm.storage import atomic
+from tests.stages.shop import CUSTOM, ROWS, Shop, all_of
+
+
+def test_a_custom_coupling_is_recorded_with_the_digest_of_its_file(shop: Shop) -> None:
+    config = shop.config(coupling="custom", custom="own_couplings:noise")
+    store = shop.make(config)
+    sha256 = atomic.hash_file(shop.root / "own_couplings.py")[0]
+    assert store.spec.coupling_options == {"function": "own_couplings:noise", "sha256": sha256}
+    assert pairs.external(config) == {"custom": sha256}
+    assert pairs.external(shop.config(coupling="independent", custom="own_couplings:noise")) == {}
+
+
+def test_another_file_on_a_worker_is_refused(shop: Shop) -> None:
+    config = shop.config(coupling="custom", custom="own_couplings:noise")
+    store = shop.make(config)
+    setup = pairs.setup(config, shop.of(config), Path(store.root))
+    (shop.root / "own_couplings.py").write_text(CUSTOM.replace("0.2", "0.3"))
+    with pytest.raises(StageError, match="not the file that this store's pairs are made with"):
+        Encoder(setup)
+    assert shop.audit(store, "default") == []  # the pairs are as they were
+    assert "its pairs cannot be made again" in shop.audit(store)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("short", r"returned noise of shape \(63, 1, 6, 6\) for images \(64, 1, 6, 6\)"),
+        ("whole", "returned noise of dtype int64; return float32"),
+        ("endless", "returned 2304 values that are not finite"),
+        ("listed", "returned a list; return a numpy array"),
+    ],
+)
+def test_what_is_no_noise_is_refused_by_name(shop: Shop, function: str, said: str) -> None:
+    config = shop.config(coupling="custom", custom=f"own_couplings:{function}")
+    encoder = Encoder(pairs.setup(config, shop.of(config), shop.begin(config)))
+    with pytest.raises(ValueError, match=f"own_couplings:{function}.*{said}"):
+        encoder.encode_shard(ShardJob(0, 0, "a1"))
+
+
+def test_a_function_that_fails_is_named(shop: Shop) -> None:
+    config = shop.config(coupling="custom", custom="own_couplings:broken")
+    encoder = Encoder(pairs.setup(config, shop.of(config), shop.begin(config)))
+    with pytest.raises(StageError, match=r"own_couplings:broken.*raised AttributeError"):
+        encoder.encode_shard(ShardJob(0, 0, "a1"))
+
+
+def test_a_module_that_runs_no_longer_is_a_finding_of_a_deep_audit(shop: Shop) -> None:
+    beside = shop.root / "beside_own_couplings.py"
+    beside.write_text("ZERO = 0.0\n")
+    store = shop.make(shop.config(coupling="custom", custom="own_couplings:late"))
+    assert shop.audit(store) == [], "what is imported inside of the function is found, too"
+    beside.write_text("raise KeyError('no')\n")
+    sys.modules.pop("beside_own_couplings", None)
+    assert "its pairs cannot be made again: pairs.custom = 'own_couplings:late'" in shop.audit(store)[0]
+
+
+def test_a_recipe_with_another_custom_digest_than_the_fingerprints_is_found(shop: Shop) -> None:
+    config = shop.config(coupling="custom", custom="own_couplings:noise")
+    store = shop.make(config)
+    path = Path(store.root) / "spec.json"
+    spec = {**atomic.read_json(path), "external": pairs.external(config)}
+    atomic.write_json(path, spec)
+    assert shop.audit(store, "default") == []
+    spec["store"]["coupling_options"]["sha256"] = "ab" * 32
+    atomic.write_json(path, spec)
+    assert "its recipe is not the one that its inputs give" in shop.audit(store, "default")[0]
+
+
+def test_a_function_that_writes_into_its_arguments_harms_nothing(shop: Shop) -> None:
+    store = shop.make(shop.config(coupling="custom", custom="own_couplings:mischief"))
+    records = all_of(store)
+    np.testing.assert_array_equal(records["label"], shop.source.labels(np.arange(ROWS)))
+    np.testing.assert_array_equal(records["image"], shop.source.images(np.arange(ROWS)))
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (None, r"name one"),
+        ("own_couplings", r"name one"),
+        ("own_couplings:", r"name one"),
+        ("no_such_module:noise", "there is no module no_such_module"),
+        ("no_such.module:noise", "the package of no_such.module cannot be imported"),
+    ],
+)
+def test_a_module_that_is_not_there_is_told_before_anything_begins(shop: Shop, named: str | None, said: str) -> None:
+    with pytest.raises(StageError, match=rf"pairs\.custom = .*{said}"):
+        pairs.describe(shop.config(coupling="custom", custom=named), shop.inputs)
+
+
+def test_a_function_that_is_not_there_is_told(shop: Shop) -> None:
+    config = shop.config(coupling="custom", custom="own_couplings:nothing")
+    with pytest.raises(StageError, match="has no function 'nothing'"):
+        Encoder(pairs.setup(config, shop.of(config), shop.begin(config)))
+
+
+def test_a_custom_coupling_of_a_package_imports_its_neighbours(shop: Shop) -> None:
+    package = shop.root / "own_couplings_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "scale.py").write_text("HALF = 0.05\n")
+    code = "def noise(images, labels, rng):\n    return HALF + rng.standard_normal(images.shape)"
+    (package / "ours.py").write_text(f"from .scale import HALF\n\n{code}\n")
+    store = shop.make(shop.config(coupling="custom", custom="own_couplings_package.ours:noise"))
+    assert abs(store.manifest["moments"]["mean"] - 0.05) < 0.02

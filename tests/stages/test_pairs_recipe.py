@@ -1,0 +1,116 @@
+"""What a store says of its making: fingerprints, makers, recipes old and hostile, and what pairs cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nfm.stages import costs, pairs, pairs_plan, pairs_recipe, student
+from nfm.stages.teacher import TeacherConfig
+from nfm.storage import StorageError, atomic
+from nfm.storage.row_fields import write_row_field
+from nfm.storage.schema import StoreSpec, pair_fields, read_spec, write_spec
+from tests.stages.shop import SHAPE
+
+PLAIN = StoreSpec(rows=10, rows_per_shard=5, fields=pair_fields(SHAPE), coupling="independent", source="ab" * 32)
+
+
+def test_a_field_of_source_rows_is_refused_where_images_are_generated(tmp_path: Path) -> None:
+    spec = dataclasses.replace(PLAIN, coupling="reflow")
+    write_spec(tmp_path, spec)
+    with pytest.raises(StorageError, match="coupling 'reflow' are generated"):
+        write_row_field(tmp_path, "caption", [np.zeros((10, 2))], (2,), "float64")
+
+
+def test_options_of_other_couplings_leave_a_fingerprint_alone() -> None:
+    config = pairs.PairsConfig(group_size=64, custom="a:b", reflow_nfe=7, reflow_guidance=1.0, reflow_of="nfm")
+    assert pairs.for_coupling(config, "nfm").semantic() == pairs.PairsConfig().semantic()
+    dealt = pairs.for_coupling(config, "minibatch-ot")
+    assert dealt.semantic() == {**pairs.PairsConfig().semantic(), "coupling": "minibatch-ot", "group_size": 64}
+    assert pairs.for_coupling(config, "reflow").reflow_nfe == 7
+    assert pairs.for_coupling(config, "custom").custom == "a:b"
+
+
+def test_each_coupling_says_what_it_is_made_from() -> None:
+    roles = {
+        name: pairs.input_roles(pairs.for_coupling(pairs.PairsConfig(), name))
+        for name in ("nfm", "independent", "minibatch-ot", "custom", "semidiscrete-ot", "reflow")
+    }
+    plain = ("data",)
+    assert roles == {
+        "nfm": ("data", "teacher"), "independent": plain, "minibatch-ot": plain, "custom": plain,
+        "semidiscrete-ot": ("data", "potential"), "reflow": ("data", "student"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([1], "must be an object with keys"),
+        ({"a": [1]}, "coupling_options: a = a list of 1, it must be a finite number"),
+        ({"a": float("nan")}, "must be a finite number"),
+        ({"a": "x" * 2000}, "at most 1000 characters"),
+        ({str(number): 1 for number in range(65)}, "65 of them, 64 at most"),
+    ],
+)
+def test_a_hostile_recipe_is_refused(options: Any, said: str) -> None:
+    recipe = {**PLAIN.to_dict(), "coupling_options": options}
+    with pytest.raises(StorageError, match=said):
+        StoreSpec.from_dict(recipe)
+
+
+def test_a_recipe_says_what_its_pairs_were_made_with_and_nothing_else() -> None:
+    assert set(PLAIN.to_dict()) == {
+        "rows", "rows_per_shard", "fields", "coupling", "source", "rows_per_block", "codec", "value_range", "flips",
+        "seed", "eta", "sigma_f", "teacher", "classes", "layout", "format",
+    }  # fmt: skip
+    more: dict[str, Any] = {
+        "potential": "ab" * 32,
+        "student": "cd" * 32,
+        "coupling_options": {"nfe": 7, "grid": "square", "g": 0.5},
+    }
+    spec = dataclasses.replace(PLAIN, **more)
+    assert spec.to_dict() == PLAIN.to_dict() | more
+    assert StoreSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+FACTS: dict[str, Any] = {
+    "images": 6000, "image_shape": [1, 8, 8], "classes": 10, "student": student.StudentConfig(patch=4, width=64),
+    "teacher": TeacherConfig(patch=4, channels=64),
+}  # fmt: skip
+
+
+def test_the_arithmetic_of_pairs_is_told_of_each_coupling() -> None:
+    def flops(coupling: str, **options: Any) -> float:
+        return pairs_recipe.pair_flops(pairs.PairsConfig(coupling=coupling, **options), FACTS)
+
+    assert flops("independent") == flops("custom", custom="a:b") == 0
+    assert flops("nfm") == costs.teacher_flops([1, 8, 8], FACTS["teacher"])
+    assert flops("minibatch-ot", group_size=100) == 2 * 64 * 100
+    assert flops("minibatch-ot", group_size=1000) == 2 * 64 * 409, "4,096 records a shard, of 10 classes"
+    assert flops("semidiscrete-ot") == 2 * 64 * 600
+    assert flops("reflow", reflow_nfe=7) == 7 * costs.student_flops([1, 8, 8], FACTS["student"])
+    assert flops("reflow", reflow_nfe=7, reflow_guidance=1.0) == 2 * flops("reflow", reflow_nfe=7)
+
+
+@pytest.mark.parametrize("coupling", ["independent", "minibatch-ot", "semidiscrete-ot", "reflow"])
+def test_a_plan_has_the_bytes_of_every_coupling_and_the_products_of_those_that_have_any(coupling: str) -> None:
+    config = pairs.PairsConfig(coupling=coupling, draws=2)
+    plan = pairs_plan.estimate(config, FACTS["teacher"], FACTS, [1], None)
+    assert plan["pairs"] == 12_000
+    assert "hours" not in plan
+    text = pairs_plan.as_text(plan)
+    assert ("none: this coupling runs no teacher" in text) == (coupling == "independent")
+    assert pairs.cost(config, FACTS)["pairs"] == "12,000"
+    assert ("FLOPs" in pairs.cost(config, FACTS)) == (coupling != "independent")
+
+
+@pytest.mark.parametrize("fixture", sorted((Path(__file__).parents[1] / "fixtures").glob("*/**/spec.json")))
+def test_a_recipe_of_before_is_written_as_it_was(fixture: Path) -> None:
+    stored = atomic.read_json(fixture)["store"]
+    assert read_spec(fixture.parent).to_dict() == stored
