@@ -161,6 +161,22 @@ def test_agreement_and_the_nearest_image_of_the_training_set_itself_are_perfect(
         assert far[key] > same[key]
 
 
+def test_the_training_sets_features_are_taken_once_for_all_evaluations_of_a_process(made: Lab, tmp_path: Path) -> None:
+    inputs = {"data": made.only("data").path, "features": made.only("features").path}
+    source = ImageDataset.open(inputs["data"], "train")
+
+    def taken(features: Path, split: ImageDataset = source) -> np.ndarray:
+        config = EvaluateConfig(**SMALL)
+        return distances.Reference(config, {**inputs, "features": features}, split, 60, "cpu", Recorder()).features
+
+    first, other = taken(inputs["features"]), tmp_path / "other"
+    assert taken(inputs["features"]) is first
+    assert len(taken(inputs["features"], ImageDataset.open(inputs["data"], "heldout"))) != len(first)
+    shutil.copytree(inputs["features"], other)
+    assert taken(other) is not first, "another network"
+    assert np.array_equal(taken(inputs["features"]), first)
+
+
 def test_too_few_images_for_neighbours_leave_those_columns_empty(made: Lab, tmp_path: Path) -> None:
     body, _ = evaluated(made, tmp_path, "data", "features", samples=8)
     row = body["rows"][0]
