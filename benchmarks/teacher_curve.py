@@ -12,6 +12,7 @@ import io
 import shlex
 import sys
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nfm.pipeline import graph, runner
 from nfm.pipeline.config import load
 from nfm.stages import compare
 from nfm.stages.bench_store import machine, versions
+from nfm.stages.evaluation_table import DISTANCE
 from nfm.stages.tables import aligned
 from nfm.storage import atomic
 
@@ -67,7 +69,19 @@ def as_text(points: list[dict[str, Any]]) -> str:
         for p in points
     ]
     rows.append([BASELINE, "", "", "", "", *(f"{points[0][BASELINE][nfe]:.2f}" for nfe in nfes)])
-    return aligned(header, rows)
+    even = [f"NFE {nfe} at AUC {auc:.2f}" for nfe in nfes if (auc := break_even(points, nfe)) is not None]
+    lesson = f"\nAs far as {BASELINE}, between the two teachers nearest to it: {', '.join(even)}." if even else ""
+    return f"{aligned(header, rows)}{lesson}\n"
+
+
+def break_even(points: list[dict[str, Any]], nfe: str) -> float | None:
+    """The AUC at which the student is as far as the baseline's, on the line between two teachers; None if never."""
+    ordered = sorted(points, key=lambda p: p["auc"])
+    for better, worse in pairwise(ordered):
+        low, high = (p["student"][nfe] - p[BASELINE][nfe] for p in (better, worse))
+        if low < 0 <= high:
+            return float(better["auc"] + (worse["auc"] - better["auc"]) * -low / (high - low))
+    return None
 
 
 def draw(points: list[dict[str, Any]], title: str) -> bytes:
@@ -78,11 +92,18 @@ def draw(points: list[dict[str, Any]], title: str) -> bytes:
     for nfe in points[0]["student"]:
         (line,) = axes.plot(aucs, [p["student"][nfe] for p in points], "o-", label=f"student, NFE {nfe}")
         axes.axhline(points[0][BASELINE][nfe], ls="--", lw=1, color=line.get_color(), label=f"{BASELINE}, NFE {nfe}")
-    axes.plot(aucs, [p["teacher"]["inverse"] for p in points], "s:", color="0.5", label="teacher")
+    axes.plot(
+        aucs,
+        [p["teacher"]["inverse"] for p in points],
+        "s:",
+        color="0.5",
+        label="teacher, and the images of its training",
+    )
     for p in points:
-        axes.annotate(f"{p['images'] // 1000}k", (p["auc"], p["teacher"]["inverse"]), xytext=(4, 4),
+        axes.annotate(f"{p['images'] // 1000}k", (p["auc"], p["teacher"]["inverse"]), xytext=(-6, 6), ha="right",
                       textcoords="offset points", fontsize=8, color="0.4")  # fmt: skip
-    axes.set(xlabel="two-sample AUC of the store's noise (0.5 is perfect)", ylabel=points[0]["distance"], title=title)
+    axes.set_xlabel("two-sample AUC of the store's noise (0.5 is perfect)")
+    axes.set(ylabel=DISTANCE[points[0]["distance"]], title=title)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
     png = io.BytesIO()
@@ -101,12 +122,13 @@ def main(config_path: str, images: str, variant: str, overrides: tuple[str, ...]
     points = [point(config_path, overrides, int(number), variant) for number in images.split(",")]
     text = as_text(points)
     output.mkdir(parents=True, exist_ok=True)
-    body = {"points": points, "variant": variant, "machine": machine(), "versions": versions()}
+    even = {nfe: break_even(points, nfe) for nfe in points[0]["student"]}
+    body = {"points": points, "break_even_auc": even, "variant": variant, "machine": machine(), "versions": versions()}
     atomic.write_json(output / "teacher_curve.json", body)
     atomic.write_bytes(output / "teacher_curve.txt", text.encode())
     atomic.write_bytes(output / "teacher_curve.png", draw(points, f"{Path(config_path).stem}: is the teacher enough?"))
     atomic.write_bytes(output / "command.txt", f"{shlex.join(['python', *sys.argv])}\n".encode())
-    click.echo(text)
+    click.echo(text.rstrip())
 
 
 if __name__ == "__main__":
