@@ -1,10 +1,10 @@
 """Is it the marginals of a teacher's noise that cost its student distance? A student on noise made normal, dimension by
 dimension.
 
-`python benchmarks/marginals.py -c configs/fashion14.toml -o FOLDER` maps each dimension of the nfm store's noise by its
-own quantiles to N(0, 1) (one layer of Gaussianization, Chen and Gopinath 2000), measures the two-sample AUC before and
-after, trains the config's student on the mapped noise and evaluates it beside the plain one. The map is fitted on other
-records than those that the AUC is measured on, but for those that two samples of the store share.
+`python benchmarks/marginals.py -c configs/fashion14.toml --work SCRATCH -o FOLDER` maps each dimension of the nfm
+store's noise by its own quantiles to N(0, 1) (one layer of Gaussianization, Chen and Gopinath 2000), measures the
+two-sample AUC before and after, trains the config's student on the mapped noise and evaluates it beside the plain one.
+The map is fitted on other records than those that the AUC is measured on, but for those that two samples share.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from torch import Tensor
 
 from nfm.pipeline import graph, runner
 from nfm.pipeline.config import load
+from nfm.pipeline.graph import Node
 from nfm.stages import compare, evaluate, student
 from nfm.stages.bench_store import machine, versions
 from nfm.stages.coupling_sample import Sample, draw_sample
-from nfm.stages.stage import Inputs
+from nfm.stages.evaluate import EvaluateConfig
+from nfm.stages.evaluation_table import distance_key
+from nfm.stages.student import StudentConfig
 from nfm.stages.tables import aligned
 from nfm.storage import PairStore, atomic
 from nfm.trainers import flow_matching
@@ -33,11 +36,12 @@ from nfm.trainers.gaussianity import deviation
 from nfm.trainers.two_sample import two_sample
 
 QUANTILES, CELLS, FARTHEST = 1024, 1536, 6.0
+PACKAGES = ("nfm-pairs", "numpy", "torch")
 MOMENTS = ("kurtosis_rms", "transport_cost")
 
 
 class Marginals:
-    """z -> ndtri(F_d(z_d)) for each dimension d: linear between `QUANTILES` quantiles, of slope 1 beyond them."""
+    """z -> ndtri(F_d(z_d)) for each dimension d: linear between quantiles, of slope 1 beyond them, ending at +-6."""
 
     def __init__(self, noise: np.ndarray) -> None:
         """`noise` float32 [n, D] gives the quantiles."""
@@ -45,7 +49,7 @@ class Marginals:
         normal = torch.special.ndtri(torch.from_numpy(levels)).numpy()
         at = np.linspace(-FARTHEST, FARTHEST, CELLS + 1)
         columns = [self._column(at, own, normal) for own in np.quantile(noise, levels, axis=0).T]
-        self._table = torch.from_numpy(np.stack(columns).astype(np.float32))
+        self._table = torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
 
     @staticmethod
     def _column(at: np.ndarray, own: np.ndarray, normal: np.ndarray) -> np.ndarray:
@@ -57,7 +61,8 @@ class Marginals:
         flat = noise.reshape(len(noise), -1)
         place = (flat.clamp(-FARTHEST, FARTHEST) + FARTHEST) * (CELLS / (2 * FARTHEST))
         cell = place.long().clamp_max(CELLS - 1)
-        low, high = (self._table.T.gather(0, cell + step) for step in (0, 1))
+        table = self._table.to(noise.device)
+        low, high = (table.gather(0, cell + step) for step in (0, 1))
         return torch.lerp(low, high, place - cell).reshape(noise.shape)
 
 
@@ -87,64 +92,87 @@ def figures_of(sample: Sample, noise: Tensor, store: PairStore) -> dict[str, flo
     return {"auc": found.auc, "auc_error": found.error, "kurtosis_rms": kurtosis, "transport_cost": cost}
 
 
-def trained(config: Any, inputs: Inputs, marginals: Marginals, output: Path) -> dict[str, float]:
-    """Distances by NFE of the config's student on mapped noise; made once, in `output`."""
-    plain = flow_matching.loss
+def trained(plain: Node, measure: Node, key: str, marginals: Marginals, work: Path) -> dict[str, float]:
+    """Distances by NFE of the same student on mapped noise; made once, in a folder named after the plain one."""
+    loss = flow_matching.loss
+    assert isinstance(plain.config, StudentConfig)
 
-    def loss(model: Any, image: Tensor, noise: Tensor, *rest: Any) -> Tensor:
-        return plain(model, image, marginals(noise), *rest)
+    def mapped(model: Any, image: Tensor, noise: Tensor, *rest: Any) -> Tensor:
+        return loss(model, image, marginals(noise), *rest)
 
-    folder, measured = output / "student", output / "evaluation"
+    artifact = plain.artifact()
+    assert artifact is not None
+    name = artifact.path.name
+    folder, measured = work / name / "student", work / name / "evaluation"
     if not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with mock.patch.object(flow_matching, "loss", loss):
-            result = student.run(config.student, inputs, folder, Said())
-        atomic.write_json(folder / "manifest.json", {"metrics": {**result.metrics, "variant": "nfm"}})
+        with mock.patch.object(flow_matching, "loss", mapped):
+            result = student.run(plain.config, references(plain), folder, Said())
+        atomic.write_json(folder / "manifest.json", {"metrics": result.metrics})
     measured.mkdir(exist_ok=True)
-    section = config.evaluate.model_copy(update={"baselines": (), "guidance": 0.0})
-    evaluate.run(section, {**inputs, "student": folder}, measured, Said())
-    return by_nfe(measured)
+    assert isinstance(measure.config, EvaluateConfig)
+    evaluate.run(measure.config, {**references(measure), "student": folder}, measured, Said())
+    return by_nfe(measured, key)
 
 
-def by_nfe(folder: Path) -> dict[str, float]:
+def by_nfe(folder: Path, key: str) -> dict[str, float]:
+    """The students' distances of an evaluation."""
     rows = atomic.read_json(folder / evaluate.TABLE)["rows"]
-    return {str(row["nfe"]): row["fd_cnn"] for row in rows if row["model"] == "student"}
+    return {str(row["nfe"]): row[key] for row in rows if row["model"] == "student"}
+
+
+def reference(node: Node) -> Path:
+    """Where a finished node's artifact is."""
+    artifact = node.artifact()
+    assert artifact is not None
+    return artifact.reference
+
+
+def references(node: Node) -> dict[str, Path]:
+    """The finished inputs of a node, by role."""
+    return {role: reference(of) for role, of in node.inputs.items()}
 
 
 @click.command()
 @click.option("-c", "--config", "config_path", required=True, metavar="F")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE")
-@click.option("--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="For the student.")
+@click.option(
+    "--work",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Scratch, kept for the next call: the student on mapped noise.",
+)
 @click.option("-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path))
 def main(config_path: str, overrides: tuple[str, ...], work: Path, output: Path) -> None:
     """A student on noise whose marginals were made normal, beside the plain one."""
-    config = load(config_path, (*overrides, 'compare.couplings=["nfm"]'))
+    config = load(config_path, (*overrides, 'compare.couplings=["nfm"]', "compare.seeds=[0]"))
     nodes = graph.build(config, target=compare.NAME)
     runner.run(nodes, compare.NAME)
-    found = {role: nodes[role].artifact() for role in ("data", "features", "pairs")}
-    inputs = {role: artifact.reference for role, artifact in found.items() if artifact is not None}
-    (plain,) = (node.artifact() for name, node in nodes.items() if name.startswith("evaluate:nfm@"))
-    assert plain is not None
+    key = distance_key(config.evaluate)
+    plain, measure = nodes["student:nfm@0"], nodes["evaluate:nfm@0"]
 
-    store = PairStore.open(inputs["pairs"])
+    store = PairStore.open(references(plain)["pairs"])
     sample = draw_sample(store, 0)
     marginals, noise = Marginals(draw_sample(store, 1).noise), torch.from_numpy(sample.noise)
     rows: dict[str, dict[str, Any]] = {
-        "nfm": {**figures_of(sample, noise, store), "fd_cnn": by_nfe(plain.path)},
+        "nfm": {**figures_of(sample, noise, store), "distance": by_nfe(reference(measure), key)},
         "nfm, normal marginals": {
             **figures_of(sample, marginals(noise), store),
-            "fd_cnn": trained(config, inputs, marginals, work),
+            "distance": trained(plain, measure, key, marginals, work),
         },
     }
-    header = ["", "AUC", "kurtosis - 3", "transport cost", *(f"NFE {nfe}" for nfe in by_nfe(plain.path))]
+    header = ["", "AUC", "kurtosis - 3", "transport cost", *(f"NFE {nfe}" for nfe in rows["nfm"]["distance"])]
     shown = [
         [name, f"{row['auc']:.3f} ± {row['auc_error']:.3f}", *(f"{row[key]:.3f}" for key in MOMENTS)]
-        + [f"{value:.3f}" for value in row["fd_cnn"].values()]
+        + [f"{value:.3f}" for value in row["distance"].values()]
         for name, row in rows.items()
     ]
     text = aligned(header, shown)
     output.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(output / "marginals.json", {"rows": rows, "machine": machine(), "versions": versions()})
+    atomic.write_json(
+        output / "marginals.json",
+        {"rows": rows, "machine": machine(), "versions": versions(*PACKAGES)},
+    )
     atomic.write_bytes(output / "marginals.txt", f"{text}\n".encode())
     atomic.write_bytes(output / "command.txt", f"{shlex.join(['python', *sys.argv])}\n".encode())
     click.echo(text)

@@ -28,6 +28,7 @@ from nfm.stages.tables import aligned
 from nfm.storage import atomic
 
 BASELINE = "independent"
+PACKAGES = ("nfm-pairs", "numpy", "torch")
 
 
 def point(config_path: str, overrides: tuple[str, ...], images: int, variant: str) -> dict[str, Any]:
@@ -70,12 +71,15 @@ def as_text(points: list[dict[str, Any]]) -> str:
     ]
     rows.append([BASELINE, "", "", "", "", *(f"{points[0][BASELINE][nfe]:.2f}" for nfe in nfes)])
     even = [f"NFE {nfe} at AUC {auc:.2f}" for nfe in nfes if (auc := break_even(points, nfe)) is not None]
-    lesson = f"\nAs far as {BASELINE}, between the two teachers nearest to it: {', '.join(even)}." if even else ""
+    lesson = f"\nBreak-even with {BASELINE}, interpolated between two teachers: {', '.join(even)}." if even else ""
     return f"{aligned(header, rows)}{lesson}\n"
 
 
 def break_even(points: list[dict[str, Any]], nfe: str) -> float | None:
-    """The AUC at which the student is as far as the baseline's, on the line between two teachers; None if never."""
+    """The AUC at which the student is as far as the baseline's, on the line between two teachers.
+
+    None where no two teachers have it between them.
+    """
     ordered = sorted(points, key=lambda p: p["auc"])
     for better, worse in pairwise(ordered):
         low, high = (p["student"][nfe] - p[BASELINE][nfe] for p in (better, worse))
@@ -123,7 +127,8 @@ def main(config_path: str, images: str, variant: str, overrides: tuple[str, ...]
     text = as_text(points)
     output.mkdir(parents=True, exist_ok=True)
     even = {nfe: break_even(points, nfe) for nfe in points[0]["student"]}
-    body = {"points": points, "break_even_auc": even, "variant": variant, "machine": machine(), "versions": versions()}
+    told = {"machine": machine(), "versions": versions(*PACKAGES)}
+    body = {"points": points, "break_even_auc": even, "variant": variant, **told}
     atomic.write_json(output / "teacher_curve.json", body)
     atomic.write_bytes(output / "teacher_curve.txt", text.encode())
     atomic.write_bytes(output / "teacher_curve.png", draw(points, f"{Path(config_path).stem}: is the teacher enough?"))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nfm.stages import custom
 from nfm.stages.encoder_setup import Setup
 from nfm.stages.stage import StageError
-from nfm.stages.training import CHECKPOINT, METRICS, WEIGHTS, autocast_dtype
+from nfm.stages.training import WEIGHTS, autocast_dtype
 from nfm.storage import ImageDataset, atomic
 from nfm.storage.schema import StoreSpec
 
@@ -92,15 +91,10 @@ def _checked(setup: Setup, content: str | None, kind: str) -> Path:
             f"{folder}: {kind} {manifest['content_digest'][:12]}, but {setup.store} is made with {str(content)[:12]}; "
             "name that one, or make a store of its own from this one"
         )
-    for file in _read(manifest["files"]):
-        if atomic.hash_file(folder / file["path"])[0] != file["sha256"]:
+    for file in manifest["files"]:
+        if file["payload"] and atomic.hash_file(folder / file["path"])[0] != file["sha256"]:
             raise StageError(
                 f"{folder / file['path']}: not the file that its manifest lists; run `nfm audit` on that {kind}, then "
                 "restore it or make it again"
             )
     return folder
-
-
-def _read(files: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is read of an artifact: not the state from which its making went on."""
-    return [file for file in files if file["path"] not in (CHECKPOINT, METRICS)]

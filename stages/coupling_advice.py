@@ -9,7 +9,6 @@ from nfm.stages.coupling_facts import facts_of
 
 Report = Mapping[str, Any]
 AUC = 0.6  # above, a student meets noise that is visibly not its store's
-EVEN = 0.7  # above, students at 7 evaluations did better on independent noise: results/fashion/couplings/teacher_curve
 OVERFITTED = 0.05  # nats per dimension between held-out and training rows
 ERRORS = 5.0  # standard errors beyond which a figure is no accident
 MOMENT = 0.05  # RMS over dimensions of a mean, or of a variance minus 1, beyond what sampling gives
@@ -85,8 +84,7 @@ def _of_auc(report: Report) -> str | None:
         return None
     if coupling == "custom":
         return f"{told}: mend the custom function, or soften the student (student.soften = 0.5)"
-    worse = f" (above {EVEN}, independent noise served students better from 7 evaluations on)" if auc > EVEN else ""
-    return f"{told}{worse}: train the teacher longer, or soften the student (student.soften = 0.5)"
+    return f"{told}: train the teacher longer, or soften the student (student.soften = 0.5)"
 
 
 def _of_moments(report: Report) -> str | None:

@@ -26,7 +26,7 @@ NEAREST_SAMPLES = 1000  # samples whose nearest training image is looked for
 EXACT_POINTS = 1000  # points of an exact assignment, which takes their cube: more points are measured as several sets
 EXACT_VALUES = 4  # values an image has at most, where points are compared without features
 CHUNK = 5000  # training images held at a time
-KEPT_BYTES = 1 << 30  # features of a training set up to this size are kept for the process's next evaluation
+KEPT_BYTES = 1 << 28  # features of a training set up to this size are kept for the process's next evaluation
 # The features that were taken last, by what they were taken from: a comparison evaluates many students on one set.
 _kept: dict[tuple[Any, ...], np.ndarray] = {}
 
@@ -56,12 +56,12 @@ class Reference:
 
     @functools.cached_property
     def features(self) -> np.ndarray:
-        network = self.inputs.get("features"), self.config.inception_weights
+        network = self.config.features, self.inputs.get("features"), self.config.inception_weights
         made_of = (self.source.content_digest, self.source.split, *network, self.device)
         if made_of not in _kept:
             self.report.say("taking the features of the training set")
-            taken = np.concatenate([self.extract(images) for images in self._chunks()])
             _kept.clear()
+            taken = np.concatenate([self.extract(images) for images in self._chunks()])
             if taken.nbytes > KEPT_BYTES:
                 return taken
             _kept[made_of] = taken

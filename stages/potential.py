@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,13 +194,13 @@ class _Work:
     def _load(self) -> None:
         from nfm.trainers.semidiscrete import State
 
-        if (found := self._read(FINISHED)) is not None:
-            vectors, meta = found
+        with self._reading(FINISHED) as (vectors, meta):
             self.finished = {int(label): vector for label, vector in vectors.items()}
-            self.facts = {int(label): facts for label, facts in meta["facts"].items()}
-        if (found := self._read(CHECKPOINT)) is not None and found[1]["label"] not in self.finished:
-            tensors, meta = found
-            self._begun = meta["label"], State.of(meta, tensors["potential"], tensors["average"])
+            self.facts = {int(label): facts for label, facts in (meta["facts"] if meta else {}).items()}
+        if len(self.finished) < len(self._rows):
+            with self._reading(CHECKPOINT) as (tensors, meta):
+                if meta and meta["label"] not in self.finished:
+                    self._begun = meta["label"], State.of(meta, tensors["potential"], tensors["average"])
         for label, size in self._sizes():
             if label not in self._rows or size != len(self._rows[label]):
                 raise StageError(
@@ -210,17 +211,18 @@ class _Work:
         if self.finished or self._begun:
             self._report.say(f"continuing after {len(self.finished)} of {len(self._rows)} classes{going}")
 
-    def _read(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+        """The tensors and facts of a file, none where there is no file. Raises StageError for one that is no such."""
         from nfm.trainers.checkpoint import CheckpointError, unpack
 
         path = self._folder / name
-        if not path.exists():
-            return None
         try:
-            return unpack(path.read_bytes())
-        except CheckpointError as error:
-            lost = "its classes" if name == FINISHED else "its class"
-            raise StageError(f"{path}: {error}; remove the file to fit {lost} from the start") from error
+            yield unpack(path.read_bytes()) if path.exists() else ({}, {})
+        except (CheckpointError, KeyError) as error:
+            lost = "the finished classes" if name == FINISHED else "the class in hand"
+            problem = error.__cause__ or error
+            raise StageError(f"{path}: no state of a fit ({problem!r}); remove it to fit {lost} anew") from error
 
     def _sizes(self) -> Iterator[tuple[int, int]]:
         for label, vector in self.finished.items():

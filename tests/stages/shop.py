@@ -116,7 +116,10 @@ class Shop:
         out = self.inputs[stage.NAME] = self.root / stage.NAME
         out.mkdir()
         result = stage.run(section, inputs, out, self.heard)
-        files = [{"path": path, "sha256": atomic.hash_file(out / path)[0]} for path in [*result.payload, *result.files]]
+        files = [
+            {"path": path, "sha256": atomic.hash_file(out / path)[0], "payload": path in result.payload}
+            for path in [*result.payload, *result.files]
+        ]
         content = atomic.digest("".join(file["sha256"] for file in files).encode())
         manifest = {"content_digest": content, "files": files, "metrics": result.metrics}
         atomic.write_json(out / "manifest.json", manifest | {"config": section.model_dump(mode="json")})

@@ -142,8 +142,6 @@ def test_noise_that_moments_do_not_show_is_found_and_advised_on(make: Make, line
     said = " ".join(coupling_report.advice(body))
     assert f"AUC {body['auc']:.2f}, 0.5 is perfect" in said
     assert "student.soften = 0.5" in said
-    assert "independent noise served students better" in said
-    assert "independent noise" not in " ".join(coupling_report.advice({**body, "auc": 0.65}))
     assert "two-sample AUC" in coupling_report.lines(body)
 
 

@@ -13,8 +13,9 @@ from nfm.stages import data, potential
 from nfm.stages.potential import PotentialConfig
 from nfm.stages.stage import StageError, Stopped
 from nfm.storage import ImageDataset
-from nfm.trainers.checkpoint import unpack
+from nfm.trainers.checkpoint import pack, unpack
 from tests.stages.recorder import Recorder
+from tests.stages.shop import Heard
 
 CONFIG = PotentialConfig(samples=40_000, batch_size=256, check_every=10_000, save_every=5_000, device="cpu")
 
@@ -91,9 +92,12 @@ def test_a_run_killed_between_two_saves_goes_on_from_the_last(digits: Path, whol
         potential.run(CONFIG, {"data": digits}, tmp_path, Dies())
     finished, _ = unpack((tmp_path / potential.FINISHED).read_bytes())
     assert 0 < len(finished) < 10
-    goes_on = Recorder()
+    _, in_hand = unpack((tmp_path / potential.CHECKPOINT).read_bytes())
+    assert in_hand["label"] == len(finished)
+    goes_on = Heard()
     potential.run(CONFIG, {"data": digits}, tmp_path, goes_on)
-    assert goes_on.seen[0][0] > len(finished) * CONFIG.samples
+    steps = f"{in_hand['step']:,} steps of the next"
+    assert goes_on.said[0] == f"continuing after {len(finished)} of 10 classes, and {steps}"
     assert payload(tmp_path) == payload(whole)
 
 
@@ -140,10 +144,11 @@ def test_other_data_and_damaged_files_are_refused(digits: Path, whole: Path, tmp
     (broken / potential.VECTORS).write_bytes((whole / potential.VECTORS).read_bytes()[:100])
     with pytest.raises(StageError, match=r"potential\.safetensors: 100 bytes are not a readable checkpoint"):
         potential.load_coupling(broken, ImageDataset.open(digits, "train"))
-    for name, lost in ((potential.CHECKPOINT, "its class"), (potential.FINISHED, "its classes")):
-        (tmp_path / name).write_bytes(b"no checkpoint")
-        with pytest.raises(StageError, match=f"{name}: .*remove the file to fit {lost} from the start"):
-            potential.run(CONFIG, {"data": digits}, tmp_path, Recorder())
+    for name, lost in ((potential.CHECKPOINT, "the class in hand"), (potential.FINISHED, "the finished classes")):
+        for found in (b"no checkpoint", pack({}, {"of": "another format"})):
+            (tmp_path / name).write_bytes(found)
+            with pytest.raises(StageError, match=f"{name}: no state of a fit .* remove it to fit {lost} anew"):
+                potential.run(CONFIG, {"data": digits}, tmp_path, Recorder())
 
 
 def test_a_checkpoint_of_other_data_is_refused(digits: Path, tmp_path: Path) -> None:
