@@ -200,6 +200,9 @@ def test_a_store_that_comes_from_the_teacher_by_a_student_has_the_teacher_beside
 def test_every_store_of_a_comparison_is_made_before_its_students(here: Lab) -> None:
     made = [node.name for node in upstream(compared(here, "['nfm', 'minibatch-ot']"), "compare")]
     assert made.index("pairs:minibatch-ot") < made.index("student:nfm@0")
+    made = [node.name for node in upstream(compared(here, "['reflow', 'minibatch-ot']"), "compare")]
+    generator = next(name for name in made if name.startswith("student"))
+    assert made.index("pairs:minibatch-ot") < made.index(generator) < made.index("pairs:reflow")
 
 
 def test_options_of_the_teacher_leave_the_students_evaluations_where_they_are(here: Lab) -> None:
