@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
 
 
+pytest.register_assert_rewrite("tests.stages.shop")  # whose own assertions are to show values, as a test's do
 settings.register_profile("nfm", deadline=None)  # a busy machine is no finding
 settings.load_profile("nfm")
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("tests.stages.shop")
-
 from tests.stages.shop import CUSTOM, Shop
 
 
