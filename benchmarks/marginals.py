@@ -93,17 +93,14 @@ def figures_of(sample: Sample, noise: Tensor, store: PairStore) -> dict[str, flo
 
 
 def trained(plain: Node, measure: Node, key: str, marginals: Marginals, work: Path) -> dict[str, float]:
-    """Distances by NFE of the same student on mapped noise; made once, in a folder named after the plain one."""
+    """Distances by NFE of the same student on mapped noise; made once, in `work`."""
     loss = flow_matching.loss
     assert isinstance(plain.config, StudentConfig)
 
     def mapped(model: Any, image: Tensor, noise: Tensor, *rest: Any) -> Tensor:
         return loss(model, image, marginals(noise), *rest)
 
-    artifact = plain.artifact()
-    assert artifact is not None
-    name = artifact.path.name
-    folder, measured = work / name / "student", work / name / "evaluation"
+    folder, measured = work / "student", work / "evaluation"
     if not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         with mock.patch.object(flow_matching, "loss", mapped):
@@ -121,16 +118,9 @@ def by_nfe(folder: Path, key: str) -> dict[str, float]:
     return {str(row["nfe"]): row[key] for row in rows if row["model"] == "student"}
 
 
-def reference(node: Node) -> Path:
-    """Where a finished node's artifact is."""
-    artifact = node.artifact()
-    assert artifact is not None
-    return artifact.reference
-
-
 def references(node: Node) -> dict[str, Path]:
     """The finished inputs of a node, by role."""
-    return {role: reference(of) for role, of in node.inputs.items()}
+    return {role: artifact.reference for role, artifact in (node.input_artifacts() or {}).items()}
 
 
 @click.command()
@@ -151,14 +141,16 @@ def main(config_path: str, overrides: tuple[str, ...], work: Path, output: Path)
     key = distance_key(config.evaluate)
     plain, measure = nodes["student:nfm@0"], nodes["evaluate:nfm@0"]
 
+    made = references(nodes[compare.NAME])
+
     store = PairStore.open(references(plain)["pairs"])
     sample = draw_sample(store, 0)
     marginals, noise = Marginals(draw_sample(store, 1).noise), torch.from_numpy(sample.noise)
     rows: dict[str, dict[str, Any]] = {
-        "nfm": {**figures_of(sample, noise, store), "distance": by_nfe(reference(measure), key)},
+        "nfm": {**figures_of(sample, noise, store), "distance": by_nfe(made[measure.name], key)},
         "nfm, normal marginals": {
             **figures_of(sample, marginals(noise), store),
-            "distance": trained(plain, measure, key, marginals, work),
+            "distance": trained(plain, measure, key, marginals, work / made[plain.name].name),
         },
     }
     header = ["", "AUC", "kurtosis - 3", "transport cost", *(f"NFE {nfe}" for nfe in rows["nfm"]["distance"])]
