@@ -9,7 +9,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,9 @@ from hypothesis import settings
 
 from tests.lab import CONFIG, Lab
 from tests.once import once
+from tests.sizes import FULL
+
+LONGEST_SECONDS = 10.0
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,6 +29,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI a test that is long, and does not say so by the marker `long`, fails; busy neighbours make it no longer."""
+    report = yield
+    limit = LONGEST_SECONDS * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    counts = "CI" in os.environ and not FULL and item.get_closest_marker("long") is None
+    if counts and call.when == "call" and report.passed and call.duration > limit:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid} took {call.duration:.1f} s, more than {limit:.0f} s: make it smaller (tests/sizes.py), or "
+            "mark it `long`, which leaves it to `make test-all`"
+        )
+    return report
 
 
 pytest.register_assert_rewrite("tests.stages.shop")  # whose own assertions are to show values, as a test's do
