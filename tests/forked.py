@@ -17,14 +17,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
 
-LOADED = [
+LOADED = [  # nothing of the tests: where the server starts, their package may be another one of that name
     "torch",
     "scipy.optimize",
     "nfm.pipeline.cli",
     "nfm.pipeline.audit",
     "nfm.pipeline.graph",
     "nfm.pipeline.runner",
-    "tests.forked",
 ]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(LOADED)

@@ -74,7 +74,16 @@ def expected(made: Lab) -> dict[str, str]:
     return digests(str(made.only("pairs").path))
 
 
-@pytest.mark.parametrize(("executor", "workers"), [("serial", 1), ("slurm", 1), ("ray", 1), ("ray", 2), ("ray", 3)])
+@pytest.mark.parametrize(
+    ("executor", "workers"),
+    [
+        ("serial", 1),
+        ("slurm", 1),
+        ("ray", 2),
+        pytest.param("ray", 1, marks=pytest.mark.long),
+        pytest.param("ray", 3, marks=pytest.mark.long),
+    ],
+)
 def test_every_executor_writes_the_same_bytes_at_any_number_of_workers(
     prepared: Setup, expected: dict[str, str], cluster: None, executor: str, workers: int
 ) -> None:
