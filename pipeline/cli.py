@@ -22,6 +22,7 @@ from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.lock import Held
 from nfm.stages.bench_encode import encode as bench_encode
 from nfm.stages.bench_store import bench
+from nfm.stages.custom import Allowed
 from nfm.stages.sampling import GRIDS, SOLVERS
 from nfm.stages.stage import StageError, Stopped
 from nfm.storage.errors import StorageError
@@ -81,18 +82,30 @@ def status(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     show_default=True,
     help="Pairs of each store that --deep takes.",
 )
+@click.option(
+    "--run-custom",
+    "digests",
+    multiple=True,
+    metavar="SHA256",
+    help="--deep may run the custom function whose file has this digest. With -c, those that the config names may.",
+)
 @json_option
 def audit(
     artifact: str | None, config_path: str | None, overrides: tuple[str, ...], level: Level | None, sample: int,
-    as_json: bool,
+    digests: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Prove that artifacts are what their manifests say, back to the data; exit 1 on any finding."""
     from nfm.pipeline import audit as auditing
 
     if (artifact is None) == (config_path is None):
         raise click.UsageError("name an artifact or give -c CONFIG, one of the two")
-    targets = [find(artifact)] if artifact else auditing.finished(load(str(config_path), overrides))
-    results = auditing.audit(targets, level or "default", sample)
+    if artifact:
+        targets, own = [find(artifact)], frozenset[str]()
+    else:
+        config = load(str(config_path), overrides)
+        targets, own = auditing.finished(config), auditing.own_code(config)
+    allowed = Allowed(own | frozenset(digests), lambda text: click.echo(text, err=True))
+    results = auditing.audit(targets, level or "default", sample, allowed)
     click.echo(json.dumps([asdict(result) for result in results], indent=2) if as_json else auditing.as_text(results))
     if any(result.findings for result in results):
         sys.exit(1)

@@ -15,6 +15,8 @@ import click
 from nfm.pipeline.artifact import Artifact, ArtifactError
 from nfm.storage import atomic
 from nfm.storage.errors import StorageError
+from nfm.storage.paths import inside
+from nfm.storage.small_files import read_bytes
 
 if TYPE_CHECKING:
     from nfm.pipeline.graph import Node
@@ -56,7 +58,7 @@ def compare(
     made = runner.run(nodes, stage.NAME)
     if output is not None:
         _copy(made, output)
-    click.echo((made.path / (stage.TABLE if as_json else stage.TEXT)).read_text().rstrip())
+    click.echo(read_bytes(made.path / (stage.TABLE if as_json else stage.TEXT)).decode().rstrip())
     if not as_json:
         click.echo(f"\n{made.reference}" + (f", copied to {output}" if output is not None else ""))
 
@@ -104,5 +106,5 @@ def _copy(made: Artifact, output: Path) -> None:
     # First of all: a copy that is cut off is then known for what it is, and the same command completes it.
     atomic.write_json(output / ORIGIN, {"artifact": made.name, **told, "files": names})
     for name in names:
-        shutil.copyfile(made.path / name, output / name)
+        shutil.copyfile(inside(made.path, name), output / name)
     (output / COMMAND).write_text(f"{shlex.join(['nfm', *sys.argv[1:]])}\n")

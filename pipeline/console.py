@@ -23,6 +23,7 @@ from nfm.pipeline.live import PARTS, Live, percent, worker_lines
 from nfm.pipeline.lock import Lock
 from nfm.pipeline.progress import last_progress
 from nfm.pipeline.rate import Rate, time_left
+from nfm.storage.paths import inside
 
 __all__ = ["Console", "StopRequest", "last_progress", "time_left"]
 PLAIN_SECONDS = 30.0
@@ -82,7 +83,7 @@ class Console:
         self, stage: str, events: Path, stop: StopRequest, lock: Lock | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
-        events.mkdir(exist_ok=True)
+        inside(events.parent, events.name).mkdir(exist_ok=True)
         self.stage = stage
         # Workers of one store on several hosts write beside each other, each to a file of its own.
         name = f"{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"

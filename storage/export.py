@@ -27,6 +27,7 @@ from nfm.storage.index import read_index
 from nfm.storage.paths import as_path, inside, is_remote, names_in, remove, size_of
 from nfm.storage.row_fields import FIELDS, RowField, publish_row_field, row_field_names
 from nfm.storage.schema import SPEC, StoreSpec, pair_fields
+from nfm.storage.small_files import plain
 from nfm.storage.store import PairStore
 
 Entry = Mapping[str, Any]
@@ -249,7 +250,7 @@ def _copy_row_fields(source: PairStore, root: Path) -> None:
             path = field.local(part)
             if size_of(path) is None:
                 raise MissingShard(f"{path}: missing; restore it from a copy, or run `nfm audit` on its store")
-            with open(path, "rb") as file, HashingFile(folder / part.file) as out:
+            with plain(path) as file, HashingFile(folder / part.file) as out:
                 while piece := file.read(_COPY_BYTES):
                     out.write(piece)
                 if out.sha256 != part.sha256:

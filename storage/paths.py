@@ -132,13 +132,6 @@ def exists(path: Path) -> bool:
     return True
 
 
-def read_bytes(path: Path) -> bytes:
-    """The whole of a small file. Raises FileNotFoundError, OSError (local) or StorageError (remote)."""
-    if not is_remote(path):
-        return path.read_bytes()
-    return remote.read_range(path)  # one request, where a plain read of s3fs would ask for the size first
-
-
 def remove(path: Path) -> None:
     """Removes a file; nothing when there is none."""
     if not is_remote(path):

@@ -87,7 +87,7 @@ def digest_files(
     if known is None:
         return _read_and_digest(ordered, open_file, threads)
     note = known / f"{_signature(ordered)}.json"
-    if note.exists():
+    with contextlib.suppress(StorageError, KeyError):  # a note that is no note is written anew
         return atomic.read_json(note)["identity"]
     identity = _read_and_digest(ordered, open_file, threads)
     with contextlib.suppress(StorageError):  # a folder that cannot be written to costs only the next reading
