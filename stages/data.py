@@ -23,6 +23,7 @@ from nfm.storage.order import permute
 
 NAME = "data"
 VERSION = 1
+STARTS_ANEW = True  # a run that was stopped leaves nothing to go on from, so a stop may come anywhere in it
 
 WRITE_CHUNK = 1024
 NAMED_REJECTS = 3
@@ -123,6 +124,8 @@ def split_rows(source: Source, config: DataConfig) -> tuple[np.ndarray, np.ndarr
 
 def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
     """Write the images as shards; leftovers of a killed run are removed and the work starts anew."""
+    if report.stopping:
+        raise Stopped
     for leftover in (*PRODUCTS, "scratch"):
         _remove(out / leftover)
     source = open_source(config)

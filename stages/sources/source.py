@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -108,12 +109,14 @@ def _signature(files: Sequence[tuple[str, Path]]) -> str:
 
 
 def _read_and_digest(ordered: Sequence[tuple[str, Path]], open_file: Any, threads: int) -> dict[str, Any]:
+    over = threading.Event()  # a thread in the middle of a large file would outlive the stop of this one
+
     def hash_one(item: tuple[str, Path]) -> tuple[str, int, str]:
         name, path = item
         whole, size = hashlib.sha256(), 0
         try:
             with open_file(path, "rb") as file:
-                while chunk := file.read(HASH_CHUNK):
+                while not over.is_set() and (chunk := file.read(HASH_CHUNK)):
                     whole.update(chunk)
                     size += len(chunk)
         except (OSError, EOFError, zlib.error) as error:
@@ -122,11 +125,14 @@ def _read_and_digest(ordered: Sequence[tuple[str, Path]], open_file: Any, thread
 
     together, count, total = hashlib.sha256(), 0, 0
     with ThreadPoolExecutor(threads) as pool:
-        # In batches: a future for each of a million files would fill the memory.
-        for start in range(0, len(ordered), HASH_BATCH):
-            for name, size, content in pool.map(hash_one, ordered[start : start + HASH_BATCH]):
-                together.update(f"{name}\0{size}\0{content}\n".encode())
-                count, total = count + 1, total + size
+        try:
+            # In batches: a future for each of a million files would fill the memory.
+            for start in range(0, len(ordered), HASH_BATCH):
+                for name, size, content in pool.map(hash_one, ordered[start : start + HASH_BATCH]):
+                    together.update(f"{name}\0{size}\0{content}\n".encode())
+                    count, total = count + 1, total + size
+        finally:
+            over.set()
     return {"digest": together.hexdigest(), "files": count, "bytes": total}
 
 
