@@ -94,9 +94,7 @@ def test_a_stop_before_the_work_leaves_a_resumable_artifact(lab: Lab, root: Path
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["while it is named", "in the stage"])
-def test_a_signal_stops_the_data_stage_wherever_it_is(
-    empty: Lab, monkeypatch: pytest.MonkeyPatch, begun: bool
-) -> None:
+def test_a_signal_stops_the_data_stage_wherever_it_is(empty: Lab, monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
     """Of a source that takes an hour to read; the stage itself is reached when the name's digest is known already."""
     monkeypatch.setenv("NFM_ARTIFACTS", str(empty.artifacts))
     image = empty.folder / "images" / "a" / "1.png"
