@@ -76,8 +76,8 @@ def _nll(report: Report) -> dict[str, str]:
 
 def _wrong_scale(report: Report) -> bool:
     """Whether the images are floats far from the scale of the noise; pixels never are. Older reports do not say."""
-    image = report.get("image")
-    return bool(image) and image["dtype"] != "uint8" and not SCALES[0] <= image["size"] <= SCALES[1]
+    image = report.get("image", {"dtype": "uint8"})
+    return image["dtype"] != "uint8" and not SCALES[0] <= image["size"] <= SCALES[1]
 
 
 def _of_scale(report: Report) -> str | None:

@@ -80,7 +80,7 @@ def pieces(file: Path, array: Array, scratch: Path) -> Iterator[tuple[int, np.nd
                 rows = min(step, array.shape[0] - start)
                 if unpacked is None:
                     values = np.empty((rows, *array.shape[1:]), array.dtype)
-                    _fill(memoryview(values.reshape(-1).view(np.uint8)), stream)
+                    _fill(values.reshape(-1).view(np.uint8).data, stream)
                 else:
                     values = unpacked[start : start + rows].copy()
                 yield start, values
@@ -114,7 +114,7 @@ def _unpacked(array: Array, stream: IO[bytes], scratch: Path) -> np.ndarray:
     """The array in a mapped file of `scratch`, piece by piece."""
     raw = scratch_array(scratch, (array.shape[0] * array.row_bytes,), name="unpacked.raw")
     for start in range(0, len(raw), PIECE_BYTES):
-        _fill(memoryview(raw[start : start + PIECE_BYTES]), stream)
+        _fill(raw[start : start + PIECE_BYTES].data, stream)
     return raw.view(array.dtype).reshape(array.shape, order="F")
 
 

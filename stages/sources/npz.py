@@ -44,7 +44,7 @@ class Npz:
         first_label: int | None = None,
     ):
         self.average, self.axes, self.unnamed_labels = average, axes, labels is None
-        self.files = files_of(path)
+        self.path, self.files = path, files_of(path)
         self.heads = heads = [_header(file, images or IMAGES, labels, axes) for file in self.files]
         first = heads[0]
         parts, keys, test = [], [], []
@@ -99,7 +99,7 @@ class Npz:
 
     def _check(self, report: Reporter) -> None:
         """Refuses doubtful data when it is made, so that data sets made before keep their names; tells what is odd."""
-        check_folder(self.files, report)
+        check_folder(self.path, self.files, report)
         if told := check_axes(self.heads[0].images.shape, self.axes, f"{self.files[0]}: {self.heads[0].images}"):
             report.say(told)
         for file, head in zip(self.files, self.heads):

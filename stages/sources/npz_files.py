@@ -26,14 +26,14 @@ def files_of(path: str | None) -> list[Path]:
     return batches + [file for file in (root / TEST,) if file.is_file()]
 
 
-def check_folder(files: Sequence[Path], report: Reporter) -> None:
+def check_folder(path: str | None, files: Sequence[Path], report: Reporter) -> None:
     """Refuses gaps and repetitions in the files' numbers; tells of .npz files beside them that are not read."""
+    folder = Path(path or "")
+    if folder.is_file():
+        return
     batches = [file for file in files if file.name.startswith(TRAIN)]
     numbers = [_numbers(file)[:1] for file in batches]
-    if len(files) == 1 and files != batches:
-        return
-    folder = files[0].parent
-    if len(files) > 1 and all(numbers):
+    if all(numbers):
         there = [number for (number,) in numbers]
         missing = sorted(set(range(min(1, *there), max(there) + 1)) - set(there))
         if missing:
@@ -46,7 +46,7 @@ def check_folder(files: Sequence[Path], report: Reporter) -> None:
             same = ", ".join(file.name for file, number in zip(batches, there) if number == twice[0])
             raise StageError(f"{folder}: {same} have the same number: take away all but one, or renumber them")
     others = sorted({file.name for file in folder.glob("*.npz")} - {file.name for file in files})
-    if len(files) > 1 and others:
+    if others:
         report.say(f"{folder}: not read: {', '.join(others[:5])}; only {TRAIN}*.npz and {TEST}, the test set, are")
 
 

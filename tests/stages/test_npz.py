@@ -157,7 +157,7 @@ def test_a_test_set_in_the_same_file_or_folder_is_told_of(tmp_path: Path, save: 
     assert "not read: one.npz, test_data.npz" in report.said[-1]
 
 
-@pytest.mark.parametrize(("numbers", "missing"), [((1, 2, 4), 3), ((2, 3), 1), ((0, 2), 1), ((1, 4), 2)])
+@pytest.mark.parametrize(("numbers", "missing"), [((1, 2, 4), 3), ((2, 3), 1), ((2,), 1), ((0, 2), 1), ((1, 4), 2)])
 def test_a_missing_batch_is_named(tmp_path: Path, numbers: tuple[int, ...], missing: int) -> None:
     for number in numbers:
         np.savez(tmp_path / f"train_data_batch_{number}.npz", data=pixels(4, 1, 6, 5))
