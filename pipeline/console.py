@@ -38,12 +38,14 @@ class StopRequest:
     """Set by signals; stages ask for it between units of work.
 
     SIGINT and SIGTERM drop the work in hand at the next good place, SIGUSR1 finishes it and begins nothing new.
+    Where there is nothing to save, inside `at_once`, they need no such place.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.asked_to_end = False
         self.messages = 0  # written to the terminal so far, past whatever is drawn there
+        self._at_once = False
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -59,10 +61,21 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that leaves nothing to save: the first SIGINT or SIGTERM raises KeyboardInterrupt wherever it is."""
+        before, self._at_once = self._at_once, True
+        try:
+            yield
+        finally:
+            self._at_once = before
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if self._at_once:
+            raise KeyboardInterrupt
         self._tell("stopping after the work in hand (again: at once; either way the next run goes on)")
 
     def _end(self, number: int, frame: FrameType | None) -> None:
