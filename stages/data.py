@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from nfm.stages.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Loaded, Npz, Planar, Source
+from nfm.stages.sources.folder import Colour
 from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.storage.dataset import DatasetWriter
 from nfm.storage.order import permute
@@ -55,6 +57,7 @@ class DataConfig(Section):
 
     Of latents (float arrays of source `npz`, stored as they are), `image_scale` says what to divide by before
     `image_decoder` makes pictures of them; both are passed on to the store's readers and change nothing here.
+    `background` is what transparent pixels of source `images` lie over (docs/data.md).
     `points` is how many the planar sources make from `seed`, held-out ones included.
     """
 
@@ -74,6 +77,7 @@ class DataConfig(Section):
     points: int | None = added(None, ge=2)
     image_scale: float | None = added(None, gt=0, allow_inf_nan=False)
     image_decoder: str | None = added(None)
+    background: Colour = added("white")
     name: str | None = None  # stands in dataset.json, which the content digest covers
     licence: str | None = operational(None)
     origin: str | None = operational(None)
@@ -81,6 +85,10 @@ class DataConfig(Section):
 
 def open_source(config: DataConfig) -> Source:
     """The source that the config names, its records listed but not loaded."""
+    if config.source != "images" and config.background != "white":
+        raise StageError(
+            f'data.background = {config.background!r}: source "{config.source}" has no transparent pixels; leave it out'
+        )
     if config.source == "checkerboard" or config.source == "gaussians":
         if config.average != 1 or config.classes:
             name = "average" if config.average != 1 else "classes"
@@ -96,7 +104,10 @@ def open_source(config: DataConfig) -> Source:
         return Idx(config.path, config.debian_package, config.average, config.classes)
     if config.source == "npz":
         return Npz(config.path, config.average, config.classes)
-    return ImageFolder(config.path, config.image_size, config.channels, config.average, config.classes, config.threads)
+    return ImageFolder(
+        config.path, config.image_size, config.channels, config.average, config.classes, config.threads,
+        config.background,
+    )  # fmt: skip
 
 
 def source_identity(config: DataConfig, known: Path | None = None) -> dict[str, Any]:
@@ -164,13 +175,16 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         "classes": len(source.classes),
         "image_shape": list(image_shape),
         **({} if dtype == "uint8" else {"image_dtype": dtype}),
+        **({"skipped": skipped} if (skipped := sum(entry["paths"] for entry in loaded.skipped.values())) else {}),
     }
     return Result(
         payload=list(payload),
         files=list(writer.files),
         digests=payload | writer.files,
         metrics=metrics,
-        extra={"dataset": about | {"source": identity}},
+        # Beside the dataset, not in it: paths that hold no image leave the content digest alone.
+        extra={"dataset": about | {"source": identity}}
+        | {name: told for name in ("skipped", "notes") if (told := getattr(loaded, name))},
     )
 
 
@@ -197,7 +211,7 @@ def _with_bad_labels(loaded: Loaded, source: Source, rows: np.ndarray) -> Loaded
         int(position): f"label {labels[position]} is outside the {count} classes, counted from 0"
         for position in np.flatnonzero((labels < low) | (labels > high))
     }
-    return Loaded(loaded.images, dict(sorted((wrong | loaded.rejected).items())))
+    return replace(loaded, rejected=dict(sorted((wrong | loaded.rejected).items())))
 
 
 def _set_aside(rejected: Sequence[tuple[str, str]], total: int, fraction: float, table: Path) -> None:
