@@ -18,6 +18,7 @@ from pydantic import Field
 
 from nfm.stages.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
 from nfm.stages.sources.axes import Axes
+from nfm.stages.sources.folder import Colour
 from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.storage.dataset import DatasetWriter
 from nfm.storage.order import permute
@@ -60,6 +61,7 @@ class DataConfig(Section):
     `image_decoder` makes pictures of them; both are passed on to the store's readers and change nothing here.
     `images` and `labels` name the arrays of source `npz` ("data", "labels"; labels "" leaves them out), `axes` says
     what their axes are, `first_label` which number the file gives to the first class.
+    `background` is what transparent pixels of source `images` lie over (docs/data.md).
     `points` is how many the planar sources make from `seed`, held-out ones included.
     """
 
@@ -83,6 +85,7 @@ class DataConfig(Section):
     labels: str | None = added(None)
     axes: Axes | None = added(None)
     first_label: int | None = added(None)
+    background: Colour = added("white")
     name: str | None = None  # stands in dataset.json, which the content digest covers
     licence: str | None = operational(None)
     origin: str | None = operational(None)
@@ -90,6 +93,10 @@ class DataConfig(Section):
 
 def open_source(config: DataConfig) -> Source:
     """The source that the config names, its records listed but not loaded."""
+    if config.source != "images" and config.background != "white":
+        raise StageError(
+            f'data.background = {config.background!r}: source "{config.source}" has no transparent pixels; leave it out'
+        )
     if config.source == "checkerboard" or config.source == "gaussians":
         if config.average != 1 or config.classes:
             name = "average" if config.average != 1 else "classes"
@@ -112,7 +119,10 @@ def open_source(config: DataConfig) -> Source:
     if config.source == "npz":
         own = (config.images, config.labels, config.axes, config.first_label)
         return Npz(config.path, config.average, config.classes, *own)
-    return ImageFolder(config.path, config.image_size, config.channels, config.average, config.classes, config.threads)
+    return ImageFolder(
+        config.path, config.image_size, config.channels, config.average, config.classes, config.threads,
+        config.background,
+    )  # fmt: skip
 
 
 def source_identity(config: DataConfig, known: Path | None = None) -> dict[str, Any]:
@@ -182,13 +192,16 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         "classes": len(source.classes),
         "image_shape": list(image_shape),
         **({} if dtype == "uint8" else {"image_dtype": dtype}),
+        **({"skipped": skipped} if (skipped := sum(entry["paths"] for entry in loaded.skipped.values())) else {}),
     }
     return Result(
         payload=list(payload),
         files=list(writer.files),
         digests=payload | writer.files,
         metrics=metrics,
-        extra={"dataset": about | {"source": identity}},
+        # Beside the dataset, not in it: paths that hold no image leave the content digest alone.
+        extra={"dataset": about | {"source": identity}}
+        | {name: told for name in ("skipped", "notes") if (told := getattr(loaded, name))},
     )
 
 

@@ -30,6 +30,8 @@ class Loaded:
 
     images: np.ndarray  # [n, C, H, W] uint8, or float16 or float32 where the source holds floats
     rejected: dict[int, str] = field(default_factory=dict)  # position -> reason
+    skipped: dict[str, Any] = field(default_factory=dict)  # reason -> paths of the input that are no rows, see `tree`
+    notes: dict[str, int] = field(default_factory=dict)  # what was decided for how many images
 
 
 class Source(Protocol):
