@@ -9,6 +9,7 @@ from nfm.stages.executors import Outcome, ShardJob, new_attempt
 from nfm.stages.executors.tally import Tally
 from nfm.stages.stage import Reporter, StageError
 from nfm.storage import atomic, generations
+from nfm.storage.masked import masked
 from nfm.storage.schema import StoreSpec, parse_name
 
 _LISTED = 5
@@ -96,7 +97,7 @@ def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, a
 
 
 def _set_aside(out: Path, outcome: Outcome, report: Reporter) -> None:
-    error = outcome.error or "no message"
+    error = masked(outcome.error or "no message")
     atomic.write_bytes(failure_path(out, outcome.job.name), error.encode())
     report.say(f"{outcome.job.name} failed and is set aside: {_last_line(error)}")
     report.log("SHARD_FAILED", shard=outcome.job.name, error=error, worker=outcome.worker)
