@@ -23,6 +23,7 @@ from nfm.pipeline.live import PARTS, Live, percent, worker_lines
 from nfm.pipeline.lock import Lock
 from nfm.pipeline.progress import last_progress
 from nfm.pipeline.rate import Rate, time_left
+from nfm.storage.masked import masked, masked_in
 from nfm.storage.paths import inside
 
 __all__ = ["Console", "StopRequest", "last_progress", "time_left"]
@@ -128,11 +129,13 @@ class Console:
     def say(self, text: str) -> None:
         self.finish()
         self._drawn = float("-inf")  # the table comes back with the next progress
-        click.echo(f"{self.stage}: {text}", err=True)
+        click.echo(f"{self.stage}: {masked(text)}", err=True)
 
     def log(self, kind: str, **values: Any) -> None:
         with contextlib.suppress(OSError):  # a full disk must not hide the error that it caused
-            self._events.write(json.dumps({"time": round(time.time(), 3), "kind": kind, **values}, default=str) + "\n")
+            self._events.write(
+                json.dumps({"time": round(time.time(), 3), "kind": kind, **masked_in(values)}, default=str) + "\n"
+            )
 
     def progress(self, done: int, total: int, unit: str, workers: Workers = (), **figures: Any) -> None:
         """`done` of `total` units, with a row for each worker and further figures.

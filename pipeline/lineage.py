@@ -11,7 +11,7 @@ from typing import Any
 from nfm.pipeline.artifact import Artifact, artifacts_root
 from nfm.storage import atomic
 from nfm.storage.errors import StorageError
-from nfm.storage.paths import as_path, names_in
+from nfm.storage.paths import as_path, is_url, names_in
 
 _MANIFEST = re.compile(r"manifest(\.g\d{4,9})?\.json", re.ASCII)
 
@@ -53,7 +53,7 @@ def inputs_of(artifact: Artifact) -> dict[str, Artifact]:
 def _referred(reference: Reference) -> Artifact:
     """The artifact of a reference; a store that was repaired has the same content under a later manifest."""
     where = reference.artifact
-    named = Artifact(as_path(where) if "://" in where else artifacts_root() / where, reference.manifest)
+    named = Artifact(as_path(where) if is_url(where) else artifacts_root() / where, reference.manifest)
     if not named.done:
         for name in names_in(named.path):
             if not (name.startswith("manifest") and name.endswith(".json")):

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from nfm.stages.places import LocalField
 from nfm.stages.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
 from nfm.stages.sources.axes import Axes
 from nfm.stages.sources.folder import Colour
@@ -66,7 +67,7 @@ class DataConfig(Section):
     """
 
     source: Literal["digits", "idx", "npz", "images", "checkerboard", "gaussians"] = "digits"
-    path: str | None = operational(None)
+    path: LocalField | None = operational(None)
     debian_package: str | None = operational(None)
     image_size: int | None = Field(None, ge=1)
     channels: Literal[1, 3] = 3

@@ -14,6 +14,7 @@ from nfm.stages import pairs_making as making
 from nfm.stages.encoder_setup import Setup
 from nfm.stages.executors import Outcome, ShardJob
 from nfm.stages.pairs_recipe import MAKERS, OPTIONS, maker, pair_flops, small_groups, store_spec
+from nfm.stages.places import LocalField
 from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.stages.training import WEIGHTS, Precision, pick_device
 from nfm.storage import atomic, generations, manifests
@@ -52,7 +53,7 @@ class PairsConfig(Section):
     group_size: int = added(512, ge=1)
     custom: str | None = added(None)
     reflow_of: str = added("independent")
-    student: str | None = operational(None)
+    student: LocalField | None = operational(None)
     reflow_solver: str = added("auto")
     reflow_nfe: int = added(31, ge=1)
     reflow_grid: str = added("square")

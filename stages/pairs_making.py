@@ -10,6 +10,7 @@ from nfm.stages.executors.tally import Tally
 from nfm.stages.stage import Reporter, StageError
 from nfm.storage import atomic, generations
 from nfm.storage.errors import StorageError
+from nfm.storage.masked import masked
 from nfm.storage.paths import inside
 from nfm.storage.schema import StoreSpec, parse_name
 from nfm.storage.small_files import read_tail
@@ -100,7 +101,7 @@ def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, a
 
 
 def _set_aside(out: Path, outcome: Outcome, report: Reporter) -> None:
-    error = outcome.error or "no message"
+    error = masked(outcome.error or "no message")
     inside(out, "failed")  # raises where a link would take the traceback out of the store
     atomic.write_bytes(failure_path(out, outcome.job.name), error.encode())
     report.say(f"{outcome.job.name} failed and is set aside: {_last_line(error)}")

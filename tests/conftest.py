@@ -13,7 +13,6 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from hypothesis import settings
 
 from tests.lab import CONFIG, Lab

@@ -1,4 +1,4 @@
-"""`nfm` in a process of its own, forked from a server that has torch loaded: a real pid without the seconds of an import.
+"""`nfm` in a process of its own, forked from a server that has torch loaded: a real pid, no seconds of an import.
 
 The server is the standard library's (`multiprocessing`, start method forkserver), one for each process of the tests.
 """

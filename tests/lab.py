@@ -151,7 +151,9 @@ class Lab:
         out, err = process.communicate(timeout=WAIT_SECONDS)
         return self._checked(process.args, process.returncode, exits, out, err)
 
-    def _checked(self, words: Any, code: int | None, exits: int, out: str, err: str) -> subprocess.CompletedProcess[str]:
+    def _checked(
+        self, words: Any, code: int | None, exits: int, out: str, err: str
+    ) -> subprocess.CompletedProcess[str]:
         assert code == exits, f"exit {code}, not {exits}:\n{out}\n{err}"
         assert "Traceback" not in out + err
         return subprocess.CompletedProcess(words, code, out, err)

@@ -12,12 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAY_KNOW = {
     "pipeline": (
-        "nfm.pipeline",
-        "nfm.stages",
-        "nfm.storage.atomic",
-        "nfm.storage.errors",
-        "nfm.storage.paths",
-        "nfm.storage.small_files",
+        *("nfm.pipeline", "nfm.stages", "nfm.storage.atomic", "nfm.storage.errors", "nfm.storage.masked"),
+        *("nfm.storage.paths", "nfm.storage.small_files"),
     ),
     "stages": ("nfm.stages", "nfm.storage", "nfm.trainers"),
     "storage": ("nfm.storage",),

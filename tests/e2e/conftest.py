@@ -16,7 +16,7 @@ Nfm = Callable[..., str]
 
 
 def command(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Nfm:
-    """nfm(*arguments, exits=0) runs in the lab's folder and returns what it printed; the test itself moves there too."""
+    """nfm(*arguments, exits=0) runs in the lab's folder and returns what it printed; the test moves there too."""
     monkeypatch.setenv("NFM_ARTIFACTS", str(lab.artifacts))
     monkeypatch.chdir(lab.folder)
 

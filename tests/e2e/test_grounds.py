@@ -25,7 +25,13 @@ QUICK = (
 @pytest.mark.parametrize("ground", ["checkerboard", "gaussians"])
 def test_a_ground_goes_all_the_way_to_its_exact_distance(empty: Lab, nfm_anew: Nfm, ground: str) -> None:
     """At sizes that teach nobody anything; what the full ones show is told below."""
-    small = ("teacher.images=2000", "student.pairs=2000", "data.points=1200", "evaluate.samples=400", "data.heldout=0.4")
+    small = (
+        "teacher.images=2000",
+        "student.pairs=2000",
+        "data.points=1200",
+        "evaluate.samples=400",
+        "data.heldout=0.4",
+    )
     sets = (word for setting in small for word in ("--set", setting))
     nfm_anew("run", "evaluate", "-c", CONFIGS / f"{ground}.toml", *QUICK, *sets)
     rows = atomic.read_json(empty.only("evaluate").path / "evaluation.json")["rows"]
