@@ -1,34 +1,49 @@
-"""One process of a group: `python tests/distributed/rank.py plain|accelerate STORE FOLDER`.
-
-RANK, WORLD_SIZE and the rendezvous are in the environment, as torchrun sets them. Reads the store in several ways, in
-no way told which rank it is, trains a little, and leaves what it saw in the folder.
+"""One process of a group: reads the store in several ways, in no way told which rank it is, trains a little, and leaves
+what it saw in the folder.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import os
+import socket
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from sequences import record, save
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from training import BATCH, READERS, STOP, network, train
 
 from nfm.storage import PairStore
+from tests.distributed.processes import PATIENCE
+from tests.distributed.sequences import record, save
+from tests.distributed.training import BATCH, READERS, STOP, network, train
+
+WORLD_SIZE = 2
 
 
-def main(how: str, path: str, folder: Path) -> None:
-    accelerator = None
-    if how == "accelerate":
-        from accelerate import Accelerator
+def join_group(how: str, rank: int, folder: Path) -> Any:
+    """Joins, with torch.distributed (`plain`) or through Accelerate; returns the Accelerator.
 
-        accelerator = Accelerator(cpu=True)
-    else:
-        dist.init_process_group("gloo")
+    They meet at a file, since a port that is free when it is picked may be taken when it is bound.
+    """
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "LOCAL_WORLD_SIZE": WORLD_SIZE}
+    os.environ.update({name: str(value) for name, value in group.items()})  # as torchrun sets them
+    os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    meeting = f"file://{folder / 'meeting'}"
+    if how == "plain":
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD_SIZE, timeout=PATIENCE)
+        return None
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    return Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(init_method=meeting, timeout=PATIENCE)])
+
+
+def main(how: str, number: int, path: str, folder: Path) -> None:
+    """What rank `number` does."""
+    accelerator = join_group(how, number, folder)
     rank, store = dist.get_rank(), PairStore.open(path)
 
     for name, options in READERS.items():
@@ -61,7 +76,3 @@ def main(how: str, path: str, folder: Path) -> None:
         torch.save(model.module.state_dict(), folder / "weights.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

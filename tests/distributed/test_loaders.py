@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nfm.storage import PairStore
+from tests.distributed import processes, resume_loader
 from tests.distributed.sequences import Recorded, assert_same, load, record
 from tests.distributed.training import BATCH, loader
 
@@ -51,13 +49,8 @@ def resumed(store: PairStore, tmp_path_factory: pytest.TempPathFactory) -> tuple
         stopped = loader(store, workers)
         before[workers] = record(islice(stopped, STOP))
         torch.save(stopped.state_dict(), folder / f"state.{workers}.pt")
-    script = Path(__file__).parent / "resume_loader.py"
-    subprocess.run(
-        [sys.executable, str(script), str(store.root), str(folder), *map(str, WORKERS)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=120,
-    )
+    calls = {f"{workers}-workers": (str(store.root), folder, workers) for workers in WORKERS}
+    processes.run(resume_loader.main, folder / "errors", calls)
     return folder, before
 
 

@@ -3,88 +3,83 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from nfm.storage import PairStore, StateMismatch, StorageError
-from tests.distributed.sequences import assert_same, join, load, record
+from tests.distributed import processes, rank
+from tests.distributed.sequences import Recorded, assert_same, join, load, record
 from tests.distributed.training import BATCH, READERS, STOP, network, train
 
-
-def start(how: str, store: PairStore, folder: Path) -> list[subprocess.Popen[str]]:
-    """Both processes of a group, as torchrun would start them."""
-    reader = store.batches(BATCH, seed=3, epochs=3)
-    record(islice(reader, STOP))
-    folder.mkdir()
-    (folder / "state.of-one.json").write_text(json.dumps(reader.state_dict()))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "rank.py"), how, str(store.root), str(folder)],
-            env={**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+KINDS = ("plain", "accelerate")
 
 
 @pytest.fixture(scope="module")
 def groups(store: PairStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """What both kinds of group left behind; they run at the same time."""
-    folders = {how: tmp_path_factory.mktemp("groups") / how for how in ("plain", "accelerate")}
-    running = [(how, process) for how, folder in folders.items() for process in start(how, store, folder)]
-    for how, process in running:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, f"{how}: {err}"
+    folders = {how: tmp_path_factory.mktemp("groups") / how for how in KINDS}
+    reader = store.batches(BATCH, seed=3, epochs=3)
+    record(islice(reader, STOP))
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "state.of-one.json").write_text(json.dumps(reader.state_dict()))
+    calls = {
+        f"{how}-rank{number}": (how, number, str(store.root), folder)
+        for how, folder in folders.items()
+        for number in range(rank.WORLD_SIZE)
+    }
+    processes.run(rank.main, tmp_path_factory.mktemp("ranks"), calls)
     return folders
 
 
-@pytest.fixture(params=["plain", "accelerate"])
+@pytest.fixture(scope="module")
+def alone(store: PairStore) -> Callable[[str], Recorded]:
+    """What one process reads in three epochs."""
+    return cache(lambda name: record(store.batches(BATCH, seed=3, epochs=3, **READERS[name])))
+
+
+@pytest.fixture(params=KINDS)
 def group(request: pytest.FixtureRequest, groups: dict[str, Path]) -> Path:
     return groups[request.param]
 
 
 def both(group: Path, name: str) -> list:
-    return [load(group / f"{name}.{rank}.npz") for rank in range(2)]
+    return [load(group / f"{name}.{number}.npz") for number in range(2)]
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_the_ranks_batches_together_are_those_of_one_process(name: str, group: Path, store: PairStore) -> None:
-    alone = record(store.batches(BATCH, seed=3, epochs=3, **READERS[name]))
+def test_the_ranks_batches_together_are_those_of_one_process(
+    name: str, group: Path, alone: Callable[[str], Recorded]
+) -> None:
     ranks = both(group, name)
-    assert_same(join(ranks), alone)
+    assert_same(join(ranks), alone(name))
     for first, second in zip(*ranks):
         assert not set(first["slot"].tolist()) & set(second["slot"].tolist())
 
 
-def test_one_process_goes_on_where_two_stopped(group: Path, store: PairStore) -> None:
-    states = [json.loads((group / f"state.{rank}.json").read_text()) for rank in range(2)]
+def test_one_process_goes_on_where_two_stopped(group: Path, store: PairStore, alone: Callable[[str], Recorded]) -> None:
+    states = [json.loads((group / f"state.{number}.json").read_text()) for number in range(2)]
     assert states[0] == states[1]
     reader = store.batches(BATCH, seed=3, epochs=3)
     reader.load_state_dict(states[0])
-    assert_same(record(reader), record(store.batches(BATCH, seed=3, epochs=3))[STOP:])
+    assert_same(record(reader), alone("full")[STOP:])
 
 
-def test_two_processes_go_on_where_one_stopped(group: Path, store: PairStore) -> None:
-    assert_same(join(both(group, "resumed")), record(store.batches(BATCH, seed=3, epochs=3))[STOP:])
+def test_two_processes_go_on_where_one_stopped(group: Path, alone: Callable[[str], Recorded]) -> None:
+    assert_same(join(both(group, "resumed")), alone("full")[STOP:])
 
 
 def test_training_on_two_processes_is_training_on_one(group: Path, store: PairStore) -> None:
-    alone = network()
-    train(alone, store)
+    one = network()
+    train(one, store)
     for name, value in torch.load(group / "weights.pt", weights_only=True).items():
-        torch.testing.assert_close(value, alone.state_dict()[name])
+        np.testing.assert_allclose(value, one.state_dict()[name], rtol=1.3e-6, atol=1e-5)
 
 
 def test_a_data_loader_with_workers_reads_each_ranks_part(groups: dict[str, Path], store: PairStore) -> None:
