@@ -1,12 +1,8 @@
-"""`nfm` in a process of its own, forked from a server that has torch loaded: a real pid, no seconds of an import.
-
-The server is the standard library's (`multiprocessing`, start method forkserver), one for each process of the tests.
-"""
+"""`nfm` in a process of its own, forked from one that has torch loaded: a real pid, no seconds of an import."""
 
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,25 +13,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TextIO
 
-LOADED = [  # nothing of the tests: where the server starts, their package may be another one of that name
-    "torch",
-    "scipy.optimize",
-    "nfm.pipeline.cli",
-    "nfm.pipeline.audit",
-    "nfm.pipeline.graph",
-    "nfm.pipeline.runner",
-]
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(LOADED)
+from tests.forkserver import context
 
 
 class Forked:
     """A started `nfm` with the part of `subprocess.Popen`'s face that tests use."""
 
     def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        (out, its_out), (err, its_err) = _server.Pipe(duplex=False), _server.Pipe(duplex=False)
+        (out, its_out), (err, its_err) = context.Pipe(duplex=False), context.Pipe(duplex=False)
         self.args = ["nfm", *arguments]
-        self._process = _server.Process(target=_run, args=(self.args, str(folder), dict(environment), its_out, its_err))
+        self._process = context.Process(target=_run, args=(self.args, str(folder), dict(environment), its_out, its_err))
         self._process.start()
         for end in (its_out, its_err):
             end.close()

@@ -12,28 +12,17 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from multiprocessing import connection, get_context
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-PATIENCE = timedelta(minutes=10)  # a slow machine is no finding; who hangs is found all the same
-_IMPORTED = [
-    "pytest",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "torch._dynamo",  # which DistributedDataParallel imports late
-    "torchdata.stateful_dataloader",
-    "accelerate",
-    "pyarrow.dataset",
-    "nfm.storage",
-]
-_LAST_WORDS = 5.0  # seconds that the others have once one of them failed
+from tests.forkserver import context
 
-_context = get_context("forkserver")
-_context.set_forkserver_preload(_IMPORTED)
+PATIENCE = timedelta(minutes=10)  # a slow machine is no finding; who hangs is found all the same
+_LAST_WORDS = 5.0  # seconds that the others have once one of them failed
 
 
 def run(
@@ -46,7 +35,7 @@ def run(
     try:
         for name, arguments in calls.items():
             files[name].touch()
-            running[name] = _context.Process(target=_child, args=(files[name], target, arguments))
+            running[name] = context.Process(target=_child, args=(files[name], target, arguments))
             running[name].start()
         ended = _wait(running, time.monotonic() + patience.total_seconds())
     finally:
