@@ -91,7 +91,8 @@ def _of_scale(report: Report) -> str | None:
     )
 
 
-def _better_teacher(report: Report) -> str:
+def better_teacher(report: Report) -> str:
+    """What to do about noise of a teacher that is not N(0, I)."""
     return "mend the images' scale first" if _wrong_scale(report) else "train the teacher longer"
 
 
@@ -107,7 +108,7 @@ def _of_auc(report: Report) -> str | None:
         return None
     if coupling == "custom":
         return f"{told}: mend the custom function, or soften the student (student.soften = 0.5)"
-    return f"{told}: {_better_teacher(report)}, or soften the student (student.soften = 0.5)"
+    return f"{told}: {better_teacher(report)}, or soften the student (student.soften = 0.5)"
 
 
 def _of_moments(report: Report) -> str | None:
@@ -116,7 +117,7 @@ def _of_moments(report: Report) -> str | None:
         if noise[name] > MOMENT + 2 * expected[name]:
             return (
                 f"z's {what} by {noise[name]:.3f} (RMS over dimensions, {expected[name]:.3f} from sampling alone): "
-                + (_better_teacher(report) if report.get("coupling") == "nfm" else "look at how the noise is made")
+                + (better_teacher(report) if report.get("coupling") == "nfm" else "look at how the noise is made")
             )
     return None
 

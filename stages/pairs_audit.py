@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nfm.stages import custom, pairs, pairs_source
+from nfm.stages.coupling_advice import better_teacher
 from nfm.stages.encoder import Encoder, threads
 from nfm.stages.encoder_setup import Setup
 from nfm.stages.pairs_upkeep import pinned, verify
@@ -110,7 +111,8 @@ def _marginals(root: Path, manifest: dict[str, Any]) -> list[Finding]:
     if abs(mean) <= MEAN_BOUND and low <= var <= high:
         return []
     problem = f"its noise has mean {mean:.3f} and variance {var:.3f}, a student samples from 0 and 1"
-    of_teacher = "train the teacher longer; sigma_f should be measured on these images"
+    teacher = better_teacher(manifest.get("coupling_report") or {})
+    of_teacher = f"{teacher}; sigma_f should be measured on these images"
     remedy = of_teacher if read_spec(root).teacher else "let the coupling's noise be about N(0, 1)"
     return [Finding(str(root), problem, remedy)]
 

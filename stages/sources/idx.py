@@ -14,6 +14,7 @@ import numpy as np
 
 from nfm.stages.sources.labels import Labels
 from nfm.stages.sources.source import Loaded, box_average, check_unpacked, digest_files
+from nfm.stages.sources.values import Values
 from nfm.stages.stage import Reporter, StageError
 
 TRAIN, TEST = "train", "t10k"
@@ -51,7 +52,11 @@ class Idx:
         if f"{TEST}-labels-idx1" in self.files and f"{TEST}-images-idx3" not in self.files:
             raise StageError(f"{self.folder}: {TEST}-images-idx3-ubyte[.gz] is missing beside the labels: fetch it")
         self.given.check(report)
-        return Loaded(box_average(self.pixels[rows], self.average), self.given.outside(rows, len(self.classes)))
+        pixels, values = self.pixels[rows], Values()
+        values.add(pixels)
+        if told := values.remark("uint8"):
+            report.say(f"{self.folder}: {told}")
+        return Loaded(box_average(pixels, self.average), self.given.outside(rows, len(self.classes)))
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
         # Of the unpacked content, so that plain and gzipped files are the same input.

@@ -18,7 +18,7 @@ from nfm.stages.sources.axes import Axes, channels_first, check_axes, image_shap
 from nfm.stages.sources.labels import Labels, whole_numbers
 from nfm.stages.sources.npz_files import check_folder, files_of
 from nfm.stages.sources.source import Loaded, box_average, digest_files, scratch_array
-from nfm.stages.sources.values import FloatRange, clear_nonfinite
+from nfm.stages.sources.values import Values, clear_nonfinite
 from nfm.stages.stage import Reporter, StageError, Stopped
 
 DTYPES = ("uint8", "float16", "float32")
@@ -73,7 +73,7 @@ class Npz:
         c, h, w = self.image_shape
         images = scratch_array(scratch, (len(rows), c, h // self.average, w // self.average), self.dtype)
         rejected: dict[int, str] = {}
-        values, done = FloatRange(), 0
+        values, done = Values(), 0
         for file, head, start in zip(self.files, self.heads, self.starts.tolist()):
             # The places in `images` of this file's rows, and those rows, from the first to the last.
             places = np.flatnonzero((rows >= start) & (rows < start + head.rows))
@@ -90,8 +90,8 @@ class Npz:
                 images[places[here]] = box_average(taken, self.average)
                 done += len(taken)
                 report.progress(done, len(rows), "images read")
-        if self.dtype != "uint8":
-            report.say(f"{self.where}: {self.heads[0].images.name} is {values.told(self.dtype)}")
+        if told := values.remark(self.dtype):
+            report.say(f"{self.where}: {self.heads[0].images.name} is {told}")
         return Loaded(images, dict(sorted((self.given.outside(rows, len(self.classes)) | rejected).items())))
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""What the values of float images are: those that are not finite, and their range, told in a sentence."""
+"""What the values of images are: those that are not finite, and a range that is worth a sentence."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+
+DARK = 64  # the highest pixel, below which it is told
 
 
 def clear_nonfinite(values: np.ndarray) -> dict[int, str]:
@@ -19,21 +21,25 @@ def clear_nonfinite(values: np.ndarray) -> dict[int, str]:
     return reasons
 
 
-class FloatRange:
-    """Lowest, highest and root mean square of all values that it is shown."""
+class Values:
+    """Lowest, highest and root mean square of all images that it is shown."""
 
     def __init__(self) -> None:
         self.low, self.high, self.power, self.count = math.inf, -math.inf, 0.0, 0
 
-    def add(self, values: np.ndarray) -> None:
-        if values.dtype == np.uint8 or not values.size:
+    def add(self, images: np.ndarray) -> None:
+        if not images.size:
             return
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
-        self.power += float(np.square(values, dtype=np.float64).sum())
-        self.count += values.size
+        self.low, self.high = min(self.low, float(images.min())), max(self.high, float(images.max()))
+        if images.dtype != np.uint8:
+            self.power += float(np.square(images, dtype=np.float64).sum())
+            self.count += images.size
 
-    def told(self, dtype: str) -> str:
-        """That floats are taken as latents, and what to do if they are pixels."""
+    def remark(self, dtype: str) -> str | None:
+        """Of pixels, that all are dark, as bits or fractions saved as bytes are; of floats, that they are latents."""
+        if dtype == "uint8":
+            told = f"uint8 from {self.low:g} to {self.high:g}, where 255 is white: scale the values if they mean more"
+            return told if 0 <= self.high < DARK else None
         size = math.sqrt(self.power / max(self.count, 1))
         text = (
             f"{dtype} from {self.low:.4g} to {self.high:.4g}, root mean square {size:.4g}, taken as latents, as they "
@@ -41,6 +47,5 @@ class FloatRange:
         )
         for low, high, pixels in ((0, 1, "data * 255"), (-1, 1, "(data + 1) * 127.5"), (0, 255, "data")):
             if low <= self.low and self.high <= high:
-                rounded = "np.rint(data)" if pixels == "data" else f"np.rint({pixels})"
-                return f"{text}. If they are pixels, save {rounded}.astype(np.uint8)"
+                return f"{text}. If they are pixels, save np.rint({pixels}).astype(np.uint8)"
         return text

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from nfm.pipeline.cli_pairs import pairs as command
-from nfm.stages import coupling_report, pairs_info, teacher
+from nfm.stages import coupling_report, pairs_audit, pairs_info, teacher
 from nfm.stages.coupling_facts import FACTS
 from nfm.stages.coupling_sample import draw_sample, row_counts
 from nfm.stages.pairs import PairsConfig
@@ -287,25 +287,29 @@ def test_info_shows_the_report_that_a_manifest_carries(make: Make) -> None:
 
 @pytest.mark.parametrize(("scale", "named"), [(1.0, False), (127.0, True), (0.01, True)])
 def test_images_of_another_scale_are_named_in_place_of_the_teachers_training(
-    make: Make, scale: float, named: bool
+    make: Make, tmp_path: Path, scale: float, named: bool
 ) -> None:
-    floats = (normal(300, 3) * scale).astype(np.float32)
-    body = measured(make("nfm", normal(300) * 1.5, floats))
+    floats = (normal(16, 3) * scale).astype(np.float32)
+    body = measured(make("nfm", normal(16) * 3, floats, rows=16))  # too few for an AUC, which takes seconds
     assert body["image"] == {
         "dtype": "float32",
         "low": pytest.approx(float(floats.min()), rel=1e-5),
         "high": pytest.approx(float(floats.max()), rel=1e-5),
         "size": pytest.approx(float(np.sqrt(np.square(floats, dtype=np.float64).mean())), rel=1e-5),
     }
-    said = " ".join(coupling_report.advice(body))
-    assert "z's variance differs from 1" in said
+    said = " ".join(coupling_report.advice(body | {"auc": 0.99, "auc_error": 0.01}))
+    assert "z's mean differs from 0" in said
+    assert "AUC 0.99" in said
     assert ("train the teacher longer" in said) != named
     assert ("mend the images' scale first" in said) == named
     assert (f"root mean square {body['image']['size']:.4g}, where teacher and student want about 1" in said) == named
+    manifest = json.loads(generations.manifest_path(tmp_path / "pairs" / "store", 1).read_text())
+    (finding,) = pairs_audit._marginals(tmp_path / "pairs" / "store", manifest | {"coupling_report": body})
+    assert ("mend the images' scale first" in finding.remedy) == named  # the audit gives the same advice
 
 
 def test_a_report_from_before_the_scale_was_measured_still_gives_advice(make: Make) -> None:
-    body = measured(make("nfm", normal(300) * 1.5))
+    body = measured(make("nfm", normal(16) * 3, images(16), rows=16))
     assert body["image"]["dtype"] == "uint8"
     older = {key: value for key, value in body.items() if key != "image"}
     assert coupling_report.advice(older) == coupling_report.advice(body) != []

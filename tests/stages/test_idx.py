@@ -55,6 +55,14 @@ def test_a_class_without_images_is_told(tmp_path: Path) -> None:
     assert "1 of 3 classes have no image: labels 1" in report.said[0]
 
 
+def test_pixels_that_are_all_dark_are_told(tmp_path: Path) -> None:
+    report = Recorder()
+    folder(tmp_path, np.arange(ROWS) % 3)
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.arange(ROWS * 24, dtype=np.uint8).reshape(ROWS, 6, 4) % 16)
+    loaded(tmp_path, report)
+    assert "uint8 from 0 to 15, where 255 is white" in report.said[0]
+
+
 def test_half_a_test_set_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, np.arange(ROWS) % 3)
     write_idx(tmp_path / "t10k-labels-idx1-ubyte", np.zeros(5, np.uint8))

@@ -239,6 +239,13 @@ def test_floats_are_told_to_be_latents_and_pixels_how_to_become_some(
     assert told in said
 
 
+def test_bits_and_fractions_saved_as_bytes_are_told(tmp_path: Path, save: Save) -> None:
+    report = Recorder()
+    loaded(tmp_path, save(data=pixels(ROWS, 3, 8, 8) // 128), report)
+    (said,) = report.said
+    assert "uint8 from 0 to 1, where 255 is white" in said
+
+
 def test_a_single_array_says_how_it_becomes_an_npz_file(tmp_path: Path) -> None:
     np.save(tmp_path / "one.npy", pixels(ROWS, 3, 8, 8))
     assert "a single array, not an .npz file: np.savez(..., data=np.load(...))" in refusal(
