@@ -124,7 +124,7 @@ class ImageFolder:
         for line in self.skipped.lines():
             report.say(f"not taken: {line}")
         for note, count in sorted(counts.items()):
-            report.say(f"{count:,} images: {note}")
+            report.say(f"images: {count:,} x {note}")
         return Loaded(images, dict(sorted(rejected.items())), self.skipped.reasons, dict(sorted(counts.items())))
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:

@@ -287,7 +287,7 @@ def test_paths_not_taken_and_conversions_stand_in_output_and_manifest_and_not_in
     save(root / "a" / "clear.png", Image.new("RGBA", (4, 4)))
     result = make(tmp_path / "noted", root, listener)
     assert result.extra["notes"] == {"transparent pixels lie over data.background = 'white'": 1}
-    assert listener.said[-1] == "1 images: transparent pixels lie over data.background = 'white'"
+    assert listener.said[-1] == "images: 1 x transparent pixels lie over data.background = 'white'"
 
 
 def test_the_background_is_one_colour_however_it_is_written(tmp_path: Path) -> None:

@@ -179,6 +179,14 @@ def test_transparent_pixels_lie_over_the_background(tmp_path: Path, made: Callab
     assert load(tmp_path / "in").notes == {"transparent pixels lie over data.background = 'white'": 1}
 
 
+@pytest.mark.parametrize("ending", ["gif", "png"])
+def test_one_transparent_entry_of_a_palette_lies_over_the_background(tmp_path: Path, ending: str) -> None:
+    image = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    image.putpalette([255, 0, 0, 9, 9, 9])
+    save(tmp_path / "in" / "a" / f"1.{ending}", image, transparency=0)
+    assert grey(tmp_path / "in") == [255, 9]
+
+
 @pytest.mark.parametrize("mode", ["La", "RGBa", "PA"])
 def test_alpha_of_the_rarer_kinds_is_composited_alike(mode: str) -> None:
     image = Image.fromarray(np.array([[[0, 0, 0, 0], [0, 0, 0, 128], [0, 0, 0, 255]]], np.uint8))
@@ -232,7 +240,7 @@ def test_what_is_under_alpha_0_does_not_surface_when_images_are_resized(tmp_path
     assert (load(tmp_path / "in", image_size=4).images == 255).all()
 
 
-@pytest.mark.parametrize("ending", ["gif", "png", "tif", "webp"])
+@pytest.mark.parametrize("ending", ["gif", "png", "tif", "webp", "mpo"])
 def test_the_first_of_several_frames_is_taken_and_counted(tmp_path: Path, ending: str) -> None:
     frames = [Image.new("L", (4, 4), value).convert("RGB") for value in (50, 200)]
     options = {"lossless": True} if ending == "webp" else {}
