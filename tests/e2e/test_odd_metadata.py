@@ -31,12 +31,14 @@ from nfm.storage import ImageDataset, PairStore, atomic, generations, shard_list
 from nfm.storage.errors import StorageError
 from nfm.storage.row_fields import write_row_field
 from nfm.storage.small_files import MOST_STATE_BYTES
+from nfm.trainers import checkpoint  # noqa: F401  imported once, before the children are forked
 from tests.fuzz import sandbox
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
 SECONDS = 60.0  # of a busy machine; one that waits for a pipe, or reads a device, never ends
+SLOW = ("audit -c", "status", "pairs export", "repair")
 FILES = (
     "data/*/spec.json",
     "data/*/manifest.json",
@@ -145,8 +147,10 @@ def reads(root: Path) -> dict[str, Callable[[], str]]:
             grid for model in ("student", "teacher") for grid in Evaluation(evaluation, 4).grids(model)
         ],
     }
-    named = {" ".join(words[:2]) if words[0] == "pairs" else " ".join(words[:1]): command(*words) for words in commands}
-    return {**{name: called(function) for name, function in functions.items()}, **named}
+    return {
+        **{name: called(function) for name, function in functions.items()},
+        **{" ".join(words): command(*words) for words in commands},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +184,10 @@ def lab(complete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path / "lab"
 
 
-def outcomes(lab: Path, tmp_path: Path) -> list[sandbox.Outcome]:
+def outcomes(lab: Path, tmp_path: Path, slow: bool = True) -> list[sandbox.Outcome]:
     targets = reads(lab / "artifacts")
+    if not slow:  # what hashes everything, and what follows from the other commands' way of reading
+        targets = {name: target for name, target in targets.items() if not name.startswith(SLOW)}
     found = sandbox.run(targets, [lab], tmp_path / "trace.txt", SECONDS)
     assert len(found) == len(targets), found[-1]
     return found
@@ -200,7 +206,7 @@ def test_whatever_stands_for_a_file_of_metadata_is_told_or_done_without(
     file = sorted((lab / "artifacts").glob(pattern))[0]
     shutil.move(file, tmp_path / "elsewhere")
     kind(file, tmp_path / "elsewhere")
-    found = outcomes(lab, tmp_path)
+    found = outcomes(lab, tmp_path, slow=kind in (pipe, outside))
     wrong = [outcome for outcome in found if outcome.defect]
     assert not wrong, "\n".join(f"{outcome.target}: {outcome.kind}: {outcome.detail}" for outcome in wrong)
     for outcome in found:
