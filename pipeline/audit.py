@@ -19,7 +19,7 @@ from typing import Any, Literal
 from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, fingerprint
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import STAGES, Node, build, optional
-from nfm.pipeline.lineage import ancestors, inputs_of
+from nfm.pipeline.lineage import ancestors, inputs_of, references
 from nfm.stages import custom, pairs
 from nfm.stages.stage import Finding, StageError
 from nfm.storage import atomic
@@ -148,7 +148,7 @@ def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, An
         str(artifact.path / artifact.manifest_name),
         "make the artifact again: remove its folder, run its stage",
     )
-    contents = {role: reference["content_digest"] for role, reference in spec["inputs"].items()}
+    contents = {role: reference.content_digest for role, reference in references(artifact).items()}
     key = fingerprint(spec["stage"], spec["version"], spec["config"], {**contents, **spec["external"]})
     # Under the root a folder is named by its fingerprint; a store elsewhere may have any name.
     placed = artifact.path.name == key[:12] or Path(artifact.name).is_absolute()

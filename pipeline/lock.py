@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import threading
@@ -123,12 +124,18 @@ class Lock:
         return seen["space"] == self._body["space"] and _born(seen["pid"]) != seen["born"]
 
     def _read(self) -> dict[str, Any]:
+        """What the lock says; nothing where there is none. Its names become names of files, so they are looked at."""
         try:
-            return atomic.read_json(self.path)
+            seen = atomic.read_json(self.path)
         except StorageError:
-            if self.path.exists():
+            if os.path.lexists(self.path):
                 raise
             return {}
+        texts = all(isinstance(seen.get(key), str) for key in ("id", "host", "space", "command", "since"))
+        numbers = all(isinstance(seen.get(key), int) for key in ("pid", "beat"))
+        if not (texts and numbers and re.fullmatch("[0-9a-f]{1,64}", seen["id"])):
+            raise StorageError(f"{self.path}: no lock of ours; when nobody works on the folder, remove the file")
+        return seen
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):

@@ -22,7 +22,7 @@ import numpy as np
 from nfm.stages.stage import StageError
 from nfm.storage import atomic
 from nfm.storage.errors import StorageError
-from nfm.storage.small_files import plain
+from nfm.storage.small_files import read_bytes
 
 FIELD = "pairs.custom"
 _MOST_SOURCE = 16 << 20  # bytes of a module
@@ -76,7 +76,14 @@ def _find(module: str) -> ModuleSpec | None:
 
 def digest(file: Path) -> str:
     """SHA-256 of the module's file, which decides the pairs; what it imports is not in it."""
-    return atomic.hash_file(file)[0]
+    return atomic.digest(_source(file))
+
+
+def _source(file: Path) -> bytes:
+    try:
+        return read_bytes(file.resolve(), _MOST_SOURCE)
+    except (OSError, StorageError) as error:
+        raise StageError(f"{file}: the module of {FIELD} cannot be read ({error}); is it on every node?") from error
 
 
 def announced(file: str | None, named: str, sha256: str) -> str:
@@ -89,11 +96,7 @@ def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
     the module cannot be executed, and, by the function's name, where a call of it fails.
     """
     module, function = named.split(":")
-    try:
-        with plain(file) as opened:
-            source = opened.read(_MOST_SOURCE)
-    except (OSError, StorageError) as error:
-        raise StageError(f"{file}: the module of {FIELD} cannot be read ({error}); is it on every node?") from error
+    source = _source(file)
     if atomic.digest(source) != sha256:
         raise StageError(
             f"{file}: not the file that this store's pairs are made with, {FIELD} = {named!r} of digest {sha256[:12]}. "

@@ -9,7 +9,7 @@ from nfm.stages.stage import Finding, StageError
 from nfm.storage import atomic, commits, generations, layout, manifests
 from nfm.storage import verify as storage_verify
 from nfm.storage.errors import NewerSchema, StorageError
-from nfm.storage.paths import as_path, size_of
+from nfm.storage.paths import as_path, inside, size_of
 from nfm.storage.schema import StoreSpec, read_spec, shard_name
 
 
@@ -103,7 +103,7 @@ def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
 
 
 def _is(out: Path, file: layout.StoredFile) -> bool:
-    path = out / file.path
+    path = inside(out, file.path)  # what a link leads to elsewhere is no file of the store
     return size_of(path) == file.bytes and atomic.hash_file(path) == (file.sha256, file.bytes)
 
 

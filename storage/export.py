@@ -237,7 +237,7 @@ class _Loss:
 def _check(file: Wanted) -> None:
     if size_of(file.path) is None:
         raise MissingShard(f"{file.path}: missing; restore it from a copy, or run `nfm audit` on its store")
-    if hash_file(file.path) != (file.sha256, file.bytes):
+    if size_of(file.path) != file.bytes or hash_file(file.path)[0] != file.sha256:
         raise CorruptShard(f"{file.path}: not the bytes that were committed; run `nfm audit` on its store")
 
 

@@ -101,8 +101,10 @@ def digest_files(
     if known is None:
         return _read_and_digest(ordered, open_file, threads)
     note = known / f"{_signature(ordered)}.json"
-    with contextlib.suppress(StorageError, KeyError):  # a note that is no note is written anew
-        return atomic.read_json(note)["identity"]
+    with contextlib.suppress(StorageError, KeyError, TypeError):  # a note that is no note is written anew
+        noted: dict[str, Any] = atomic.read_json(note)["identity"]
+        if isinstance(noted["digest"], str):
+            return noted
     identity = _read_and_digest(ordered, open_file, threads)
     with contextlib.suppress(StorageError):  # a folder that cannot be written to costs only the next reading
         atomic.write_json(note, {"identity": identity})
