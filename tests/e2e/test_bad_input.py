@@ -140,7 +140,12 @@ def test_a_truncated_data_shard_fails_its_pairs_and_no_others(lab: Lab) -> None:
 
 def test_a_ray_cluster_that_does_not_answer_is_named(lab: Lab) -> None:
     arguments = [*lab.arguments("pairs", "pairs.executor=ray", "pairs.draws=3"), "--ray-address", "127.0.0.1:1"]
-    refused(lab, *arguments, exits=1, says=("no Ray cluster answers at '127.0.0.1:1'", "`ray start --head`"))
+    refused(
+        lab,
+        *arguments,
+        exits=1,
+        says=("no Ray cluster answers at '127.0.0.1:1'", "pairs.ray_address", "`ray start --head`"),
+    )
 
 
 def test_a_truncated_pair_shard_stops_the_student_that_reads_it(lab: Lab) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nfm.stages.executors.ray_cluster import start_local
 from tests.stages.shop import CUSTOM, Shop
 
 
@@ -19,3 +20,14 @@ def shop(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     yield Shop(tmp_path, tmp_path_factory)
     for name in [name for name in sys.modules if name.startswith("own_couplings_package")]:
         del sys.modules[name]
+
+
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[None]:
+    """The one local Ray of all tests here that want one; executors must leave it running."""
+    import ray
+
+    start_local(4)
+    yield
+    assert ray.is_initialized()
+    ray.shutdown()

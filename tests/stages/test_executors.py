@@ -14,7 +14,6 @@ from nfm.stages import pairs
 from nfm.stages.encoder import Encoder, Setup
 from nfm.stages.executors import Outcome, ShardJob, new_attempt, serial, slurm
 from nfm.stages.executors import ray as on_ray
-from nfm.stages.executors.ray_cluster import start_local
 from nfm.stages.stage import StageError
 from nfm.storage import commits
 from nfm.storage.schema import read_spec
@@ -26,17 +25,6 @@ if TYPE_CHECKING:
 
 EXECUTORS = {"serial": serial.run, "ray": on_ray.run, "slurm": slurm.run}
 everywhere = pytest.mark.parametrize("executor", EXECUTORS)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A local Ray that all tests of this file share; executors must leave it running."""
-    import ray
-
-    start_local(4)
-    yield
-    assert ray.is_initialized()
-    ray.shutdown()
 
 
 class Switch:

@@ -7,7 +7,6 @@ import ipaddress
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,6 @@ import pytest
 from nfm.stages.encoder import Setup
 from nfm.stages.executors import ShardJob
 from nfm.stages.executors import ray as on_ray
-from nfm.stages.executors.ray_cluster import start_local
 from nfm.stages.stage import StageError
 from tests.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially
 
@@ -27,28 +25,9 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A local Ray that the tests of this file share; the executor must leave it running."""
-    import ray
-
-    start_local(4)
-    yield
-    assert ray.is_initialized()
-    ray.shutdown()
-
-
 @pytest.fixture
 def prepared(made: Lab, tmp_path: Path) -> Setup:
     return bare(made, tmp_path / "store")
-
-
-def test_an_address_where_no_cluster_answers_is_refused_at_once(prepared: Setup) -> None:
-    began = time.monotonic()
-    with pytest.raises(StageError, match=r"no Ray cluster answers at '127.0.0.1:1'.*pairs.ray_address") as caught:
-        list(on_ray.run(prepared, jobs(), 1, Switch(), address="127.0.0.1:1"))
-    assert len(str(caught.value).splitlines()) == 1
-    assert time.monotonic() - began < 10
 
 
 class Other:
