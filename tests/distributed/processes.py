@@ -7,6 +7,7 @@ then is mostly that he hung up.
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import time
@@ -91,4 +92,5 @@ def _child(errors: Path, target: Callable[..., None], arguments: tuple[Any, ...]
     handle = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 2)
     faulthandler.enable()
+    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]  # as in a process that was not forked
     target(*arguments)
