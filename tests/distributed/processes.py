@@ -12,7 +12,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 
 import pytest
 
-PATIENCE = timedelta(minutes=10)  # a slow machine is no finding; who hangs is found all the same
+from tests.patience import PATIENCE
+
 _IMPORTED = [
     "pytest",
     "torch.distributed.fsdp",
@@ -38,7 +38,7 @@ _context.set_forkserver_preload(_IMPORTED)
 
 
 def run(
-    target: Callable[..., None], folder: Path, calls: Mapping[str, tuple[Any, ...]], patience: timedelta = PATIENCE
+    target: Callable[..., None], folder: Path, calls: Mapping[str, tuple[Any, ...]], patience: float = PATIENCE
 ) -> None:
     """`target` of the arguments of each call, all at once; fails with the stderr of those that did not end well."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def run(
             files[name].touch()
             running[name] = _context.Process(target=_child, args=(files[name], target, arguments))
             running[name].start()
-        ended = _wait(running, time.monotonic() + patience.total_seconds())
+        ended = _wait(running, time.monotonic() + patience)
     finally:
         for process in running.values():
             if process.is_alive():

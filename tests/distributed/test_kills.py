@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/kill_reader.py"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 def test_five_kills_lose_no_record_and_yield_none_twice(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from nfm.stages.encoder import Setup
 from nfm.stages.executors import ShardJob
 from nfm.stages.executors import ray as on_ray
 from nfm.stages.stage import StageError
+from tests.patience import allowed
 from tests.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially
 
 pytestmark = pytest.mark.xdist_group("ray")  # a small machine starts one local Ray at a time
@@ -45,7 +46,7 @@ def test_an_address_where_no_cluster_answers_is_refused_at_once(prepared: Setup)
     with pytest.raises(StageError, match=r"no Ray cluster answers at '127.0.0.1:1'.*pairs.ray_address") as caught:
         list(on_ray.run(prepared, jobs(), 1, Switch(), address="127.0.0.1:1"))
     assert len(str(caught.value).splitlines()) == 1
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < allowed(10)
 
 
 def test_an_actor_killed_in_the_middle_of_a_shard_costs_only_that_attempt(
@@ -78,7 +79,7 @@ def test_jobs_are_drawn_as_needed_and_a_stop_leaves_other_peoples_actors_alone(p
             outcomes.append(outcome)
             if len(outcomes) == 8:
                 switch.stopping, asked = True, time.monotonic()
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < allowed(10)
     assert len(outcomes) == 8
     assert len(drawn) <= 8 + 2 * (2 + 3)  # in flight, and those that wait
     assert {outcome.worker.rpartition("/")[2] for outcome in outcomes} <= {"0", "1"}

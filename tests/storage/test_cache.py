@@ -22,6 +22,7 @@ import pytest
 from nfm.storage.cache import ShardCache, Wanted
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.paths import as_path, size_of
+from tests.patience import PATIENCE
 from tests.storage.s3server import S3, new_clients
 
 SIZE = 10_000
@@ -314,7 +315,7 @@ def test_a_fork_while_a_thread_holds_the_cache_neither_hangs_nor_shares(s3: S3, 
     process = context.Process(target=forked, args=(cache, file, answers))
     with cache._lock, cache._arrived:
         process.start()
-    process.join(timeout=30)
+    process.join(timeout=PATIENCE)
     assert process.exitcode == 0
     theirs = answers.get()
     assert theirs.parent != mine.parent
