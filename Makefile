@@ -34,7 +34,7 @@ endif
 NFM := $(PY) -m nfm.pipeline.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test test-busy test-faults test-slurm bench kills fuzz lint format clean-env
+.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench kills fuzz lint format clean-env
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ status: $(ENV)  ## a line a stage
 
 test: $(ENV)  ## run the tests
 	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+test-all: $(ENV)  ## the same with the long ones, and what has a size at its full size
+	NFM_FULL=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup -m 'not faults and not slurm' $(ARGS)
 
 test-faults: $(ENV)  ## kill, lose and fill everything, for 20 minutes
 	$(PY) -m pytest -m 'faults or not faults' tests/faults tests/ray $(ARGS)

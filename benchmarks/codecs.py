@@ -21,6 +21,7 @@ import click
 import numpy as np
 
 from nfm.stages.bench_store import machine, versions
+from nfm.stages.places import LOCAL_PATH, PLACE
 from nfm.stages.tables import aligned
 from nfm.storage import PairStore, codecs
 from nfm.storage.convert import to_float32
@@ -215,13 +216,11 @@ def as_text(found: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--store", help="A pair store (folder or URL), for its noise beside N(0, 1).")
+@click.option("--store", type=PLACE, help="A pair store (folder or URL), for its noise beside N(0, 1).")
 @click.option("--values", default=8_000_000, show_default=True, type=click.IntRange(min=1))
 @click.option("--passes", default=5, show_default=True, type=click.IntRange(min=1))
-@click.option(
-    "-o", "--output", default="benchmarks/results/codecs.json", show_default=True, type=click.Path(path_type=Path)
-)
-def main(store: str | None, values: int, passes: int, output: Path) -> None:
+@click.option("-o", "--output", default="benchmarks/results/codecs.json", show_default=True, type=LOCAL_PATH)
+def main(store: Path | None, values: int, passes: int, output: Path) -> None:
     """Study the codecs of the noise."""
     found = [source("N(0, 1)", np.random.default_rng(0).standard_normal(values, np.float32), passes)]
     if store is not None:

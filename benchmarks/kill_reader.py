@@ -30,6 +30,7 @@ from typing import Any, Literal
 import click
 import numpy as np
 
+from nfm.stages.places import LOCAL_PATH
 from nfm.storage import Batch, PairStore, StoreSpec, commits, generations
 from nfm.storage.schema import pair_fields, write_spec
 
@@ -177,9 +178,7 @@ def compare(plan: Plan, journal: list[dict[str, Any]]) -> dict[str, Any]:
 @click.command()
 @click.option("--kills", default=100, show_default=True, help="Of each order, full and windowed.")
 @click.option("--seed", default=0, show_default=True, help="Of the batches to kill at and of the numbers of ranks.")
-@click.option(
-    "-o", "--output", default="benchmarks/results/kill_reader.json", show_default=True, type=click.Path(path_type=Path)
-)
+@click.option("-o", "--output", default="benchmarks/results/kill_reader.json", show_default=True, type=LOCAL_PATH)
 def main(kills: int, seed: int, output: Path) -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

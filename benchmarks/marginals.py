@@ -28,9 +28,11 @@ from nfm.stages.bench_store import machine, versions
 from nfm.stages.coupling_sample import Sample, draw_sample
 from nfm.stages.evaluate import EvaluateConfig
 from nfm.stages.evaluation_table import distance_key
+from nfm.stages.places import LOCAL_PATH, LocalPath
 from nfm.stages.student import StudentConfig
 from nfm.stages.tables import aligned
 from nfm.storage import PairStore, atomic
+from nfm.storage.masked import masked
 from nfm.trainers import flow_matching
 from nfm.trainers.gaussianity import deviation
 from nfm.trainers.two_sample import two_sample
@@ -124,16 +126,16 @@ def references(node: Node) -> dict[str, Path]:
 
 
 @click.command()
-@click.option("-c", "--config", "config_path", required=True, metavar="F")
+@click.option("-c", "--config", "config_path", required=True, type=LOCAL_PATH, metavar="F")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE")
 @click.option(
     "--work",
     required=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=LocalPath(file_okay=False),
     help="Scratch, kept for the next call: the student on mapped noise.",
 )
-@click.option("-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path))
-def main(config_path: str, overrides: tuple[str, ...], work: Path, output: Path) -> None:
+@click.option("-o", "--output", required=True, type=LocalPath(file_okay=False))
+def main(config_path: Path, overrides: tuple[str, ...], work: Path, output: Path) -> None:
     """A student on noise whose marginals were made normal, beside the plain one."""
     config = load(config_path, (*overrides, 'compare.couplings=["nfm"]', "compare.seeds=[0]"))
     nodes = graph.build(config, target=compare.NAME)
@@ -166,7 +168,7 @@ def main(config_path: str, overrides: tuple[str, ...], work: Path, output: Path)
         {"rows": rows, "machine": machine(), "versions": versions(*PACKAGES)},
     )
     atomic.write_bytes(output / "marginals.txt", f"{text}\n".encode())
-    atomic.write_bytes(output / "command.txt", f"{shlex.join(['python', *sys.argv])}\n".encode())
+    atomic.write_bytes(output / "command.txt", masked(f"{shlex.join(['python', *sys.argv])}\n").encode())
     click.echo(text)
 
 

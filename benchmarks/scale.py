@@ -26,6 +26,7 @@ import numpy as np
 
 from nfm.stages import pairs_making
 from nfm.stages.bench_store import machine, versions
+from nfm.stages.places import LOCAL_PATH
 from nfm.stages.tables import aligned
 from nfm.storage import PairStore, commits, generations, json_text, tar
 from nfm.storage.index import index_rows
@@ -206,8 +207,8 @@ def run_step(step: str, folder: Path, shards: int, records: int) -> None:
 @click.command()
 @click.option("--shards", default=200_000, show_default=True, type=click.IntRange(min=2))
 @click.option("--records-per-shard", "records", default=1000, show_default=True, type=click.IntRange(min=1))
-@click.option("--folder", type=click.Path(path_type=Path), help="Where the store is made, and stays.")
-@click.option("--out", type=click.Path(path_type=Path), help="The JSON file; default: results/scale/SHARDS.json.")
+@click.option("--folder", type=LOCAL_PATH, help="Where the store is made, and stays.")
+@click.option("--out", type=LOCAL_PATH, help="The JSON file; default: results/scale/SHARDS.json.")
 @click.option("--step", type=click.Choice(list(STEPS)), hidden=True)
 def main(shards: int, records: int, folder: Path | None, out: Path | None, step: str | None) -> None:
     """Measure the life of a store of very many shards."""

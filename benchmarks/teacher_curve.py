@@ -24,14 +24,16 @@ from nfm.pipeline.config import load
 from nfm.stages import compare
 from nfm.stages.bench_store import machine, versions
 from nfm.stages.evaluation_table import DISTANCE
+from nfm.stages.places import LOCAL_PATH, LocalPath
 from nfm.stages.tables import aligned
 from nfm.storage import atomic
+from nfm.storage.masked import masked
 
 BASELINE = "independent"
 PACKAGES = ("nfm-pairs", "numpy", "torch")
 
 
-def point(config_path: str, overrides: tuple[str, ...], images: int, variant: str) -> dict[str, Any]:
+def point(config_path: Path, overrides: tuple[str, ...], images: int, variant: str) -> dict[str, Any]:
     """One teacher: its likelihood, its store's AUC, the distances of itself, of its student and of the baseline's."""
     couplings = f'compare.couplings=["{BASELINE}", "{variant}"]'
     config = load(config_path, (*overrides, f"teacher.images={images}", couplings))
@@ -116,12 +118,12 @@ def draw(points: list[dict[str, Any]], title: str) -> bytes:
 
 
 @click.command()
-@click.option("-c", "--config", "config_path", required=True, metavar="F")
+@click.option("-c", "--config", "config_path", required=True, type=LOCAL_PATH, metavar="F")
 @click.option("--images", required=True, metavar="N,N,...", help="Training images of each teacher.")
 @click.option("--variant", default="nfm", show_default=True, help="Of coupling nfm, for instance nfm:soften=0.5.")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE")
-@click.option("-o", "--output", required=True, type=click.Path(file_okay=False, path_type=Path))
-def main(config_path: str, images: str, variant: str, overrides: tuple[str, ...], output: Path) -> None:
+@click.option("-o", "--output", required=True, type=LocalPath(file_okay=False))
+def main(config_path: Path, images: str, variant: str, overrides: tuple[str, ...], output: Path) -> None:
     """Distance against AUC over teachers of growing training."""
     points = [point(config_path, overrides, int(number), variant) for number in images.split(",")]
     text = as_text(points)
@@ -131,8 +133,8 @@ def main(config_path: str, images: str, variant: str, overrides: tuple[str, ...]
     body = {"points": points, "break_even_auc": even, "variant": variant, **told}
     atomic.write_json(output / "teacher_curve.json", body)
     atomic.write_bytes(output / "teacher_curve.txt", text.encode())
-    atomic.write_bytes(output / "teacher_curve.png", draw(points, f"{Path(config_path).stem}: is the teacher enough?"))
-    atomic.write_bytes(output / "command.txt", f"{shlex.join(['python', *sys.argv])}\n".encode())
+    atomic.write_bytes(output / "teacher_curve.png", draw(points, f"{config_path.stem}: is the teacher enough?"))
+    atomic.write_bytes(output / "command.txt", masked(f"{shlex.join(['python', *sys.argv])}\n").encode())
     click.echo(text.rstrip())
 
 

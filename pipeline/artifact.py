@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +9,20 @@ from typing import Any
 
 from nfm.stages.stage import Result
 from nfm.storage import atomic
-from nfm.storage.paths import as_path, exists, is_remote, names_in, size_of
+from nfm.storage.errors import Told
+from nfm.storage.paths import as_path, exists, is_remote, names_in, size_of, stated_path
 
 SCHEMA = 1
 
 
-class ArtifactError(Exception):
+class ArtifactError(Told):
     """An artifact is missing, unreadable or in the way; the message says which and what to do."""
 
 
 def artifacts_root() -> Path:
     """The folder of all artifacts: `NFM_ARTIFACTS`, else `artifacts/` in the current folder."""
-    return Path(os.environ.get("NFM_ARTIFACTS", "artifacts"))
+    remedy = "name a folder; a finished store goes to an object store by `nfm pairs export STORE URL`"
+    return stated_path("NFM_ARTIFACTS", remedy) or Path("artifacts")
 
 
 def fingerprint(stage: str, version: int, config: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -78,13 +79,14 @@ class Artifact:
 
 def find(reference: str | Path) -> Artifact:
     """The artifact that a user names: a folder or URL, a manifest, `stage/fingerprint`, or a unique prefix of one."""
-    root, text = artifacts_root(), str(reference)
-    for path in (as_path(text),) if "://" in text else (Path(text), root / text):
+    root, given = artifacts_root(), as_path(reference)
+    text, remote = str(given), is_remote(given)
+    for path in (given,) if remote else (given, root / given):
         if path.name.startswith("manifest") and size_of(path) is not None:
             return Artifact(path.parent, path.name)
         if exists(path / "spec.json"):
             return Artifact(path, newest_manifest(path))
-    if "://" in text:
+    if remote:
         raise ArtifactError(f"{text}: no store there, it has no spec.json; check the URL")
     found = [path for path in root.glob(f"*/{text}*") if (path / "spec.json").exists()] if "/" not in text else []
     if len(found) == 1:

@@ -2,7 +2,8 @@
 
 It reads only. Level `quick` recomputes fingerprints and digests of manifests and looks at sizes; `default` hashes
 every file and checks the pairs' keys against their source; `deep` encodes a seeded sample of pairs again with the
-teacher and decodes it back.
+teacher and decodes it back. What it reads may be anybody's: it runs no code that a store names unless it is told to,
+and of artifacts outside the root it writes receipts only beside those that its user named.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nfm.pipeline.artifact import Artifact, ArtifactError, fingerprint
+from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, fingerprint
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import STAGES, Node, build, optional
 from nfm.pipeline.lineage import ancestors, inputs_of
+from nfm.stages import custom, pairs
 from nfm.stages.stage import Finding, StageError
 from nfm.storage import atomic
 from nfm.storage.errors import StorageError
+from nfm.storage.paths import inside, is_remote
 
 Level = Literal["quick", "default", "deep"]
 
@@ -39,10 +42,34 @@ class Audited:
     seconds: float
 
 
-def audit(targets: Sequence[Artifact], level: Level = "default", deep_sample: int = 300) -> list[Audited]:
-    """Audit these artifacts and all their ancestors, inputs first, each once; a receipt is kept beside each."""
+def audit(
+    targets: Sequence[Artifact],
+    level: Level = "default",
+    deep_sample: int = 300,
+    allowed: custom.Allowed = custom.NOBODYS,
+) -> list[Audited]:
+    """Audit these artifacts and all their ancestors, inputs first, each once; a receipt is kept beside each.
+
+    `allowed` are the custom functions that `deep` may run.
+    """
     unique = {str(found.reference): found for target in targets for found in ancestors(target)}
-    return [_audit_one(found, level, deep_sample) for found in unique.values()]
+    results = []
+    for found in unique.values():
+        results.append(_audit_one(found, level, deep_sample, allowed))
+        if found.path in {target.path for target in targets} or _under_root(found.path):
+            _keep_receipt(found.path, results[-1], level)
+    return results
+
+
+def own_code(config: RunConfig) -> frozenset[str]:
+    """The digests of the custom functions that a run's own config names, of their files as they are now."""
+    sections = [node.config for node in build(config).values()]
+    return frozenset(
+        digest
+        for section in sections
+        if isinstance(section, pairs.PairsConfig)
+        for digest in pairs.external(section).values()
+    )
 
 
 def finished(config: RunConfig) -> list[Artifact]:
@@ -79,7 +106,7 @@ def as_text(results: Sequence[Audited]) -> str:
     return "\n".join(lines)
 
 
-def _audit_one(artifact: Artifact, level: Level, deep_sample: int) -> Audited:
+def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: custom.Allowed) -> Audited:
     started = time.monotonic()
     findings: list[Finding] = []
     statements: list[str] = []
@@ -92,19 +119,17 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int) -> Audited:
         findings += _check_files(artifact.path, body.get("files", []), hashed=level != "quick")
         check = optional(STAGES[spec.get("stage", "pairs")], "audit", lambda *_: ([], []))
         inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}
-        more, statements = check(inputs, artifact.reference, level, deep_sample)
+        more, statements = check(inputs, artifact.reference, level, deep_sample, allowed)
         findings += more
-    except (StorageError, ArtifactError, StageError, KeyError, TypeError, OSError) as error:
+    except (StorageError, ArtifactError, StageError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         findings.append(
             Finding(str(artifact.path), f"{error}" or type(error).__name__, "restore it, or make it again: remove the "
                     "folder and run its stage")
         )  # fmt: skip
-    result = Audited(
+    return Audited(
         artifact.name, artifact.manifest_name, files, size, findings, statements,
         round(time.monotonic() - started, 3),
     )  # fmt: skip
-    _keep_receipt(artifact.path, result, level)
-    return result
 
 
 def _extent(body: dict[str, Any]) -> tuple[int, int]:
@@ -158,6 +183,10 @@ def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> lis
     def check(file: dict[str, Any]) -> Finding | None:
         path = folder / file["path"]
         remedy = "restore the file from a copy, or remove the artifact's folder and run its stage again"
+        try:
+            inside(folder, file["path"])
+        except StorageError as error:
+            return Finding(str(path), str(error).removeprefix(f"{path}: ").partition("; ")[0], remedy)
         if not path.is_file():
             return Finding(str(path), "missing", remedy)
         if path.stat().st_size != file["bytes"]:
@@ -170,8 +199,18 @@ def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> lis
         return [finding for finding in pool.map(check, files) if finding]
 
 
+def _under_root(folder: Path) -> bool:
+    return not is_remote(folder) and folder.absolute().is_relative_to(artifacts_root().absolute())
+
+
 def _keep_receipt(folder: Path, result: Audited, level: Level) -> None:
     """A dated receipt beside the artifact; a folder that cannot be written to loses only that."""
-    if folder.is_dir() and os.access(folder, os.W_OK):
+    if is_remote(folder) or not folder.is_dir() or not os.access(folder, os.W_OK):
+        return
+    try:
+        kept = inside(folder, "audits")
+    except StorageError:
+        return  # a link out of the artifact: nothing is written through it
+    if kept.is_dir() or not kept.exists():
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         atomic.write_json(folder / "audits" / f"{stamp}-{level}.json", {"level": level, **asdict(result)})

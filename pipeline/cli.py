@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -20,20 +21,20 @@ from nfm.pipeline.cli_submit import submit
 from nfm.pipeline.cli_worklist import encode, worklist
 from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.lock import Held
+from nfm.pipeline.options import config_option, json_option, set_option
 from nfm.stages.bench_encode import encode as bench_encode
 from nfm.stages.bench_store import bench
+from nfm.stages.custom import Allowed
+from nfm.stages.places import LOCAL_PATH, PLACE
 from nfm.stages.sampling import GRIDS, SOLVERS
 from nfm.stages.stage import StageError, Stopped
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import NoPlace, StorageError
+from nfm.storage.masked import masked
 
 if TYPE_CHECKING:
     from nfm.pipeline.audit import Level
 
 STAGE_NAMES = ["data", "features", "teacher", "potential", "pairs", "student", "evaluate", "report", "compare"]
-
-config_option = click.option("-c", "--config", "config_path", required=True, metavar="F", help="The run's TOML file.")
-set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
-json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -46,7 +47,7 @@ def cli() -> None:
 @config_option
 @set_option
 @click.option("--ray-address", metavar="ADDRESS", help="The Ray cluster, as --set pairs.ray_address; or RAY_ADDRESS.")
-def run(stage: str, config_path: str, overrides: tuple[str, ...], ray_address: str | None) -> None:
+def run(stage: str, config_path: Path, overrides: tuple[str, ...], ray_address: str | None) -> None:
     """Run a stage and whatever it needs that is missing."""
     from nfm.pipeline import graph, runner
 
@@ -60,7 +61,7 @@ def run(stage: str, config_path: str, overrides: tuple[str, ...], ray_address: s
 @config_option
 @set_option
 @json_option
-def status(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def status(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """Show a line a stage: state, fingerprint, size, key figures."""
     from nfm.pipeline import graph, planning
 
@@ -69,8 +70,11 @@ def status(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("artifact", required=False)
-@click.option("-c", "--config", "config_path", metavar="F", help="Audit what this config's furthest stage was made of.")
+@click.argument("artifact", required=False, type=PLACE)
+@click.option(
+    "-c", "--config", "config_path", type=LOCAL_PATH, metavar="F",
+    help="Audit what this config's furthest stage was made of.",
+)  # fmt: skip
 @set_option
 @click.option("--quick", "level", flag_value="quick", help="Fingerprints, digests of manifests, sizes.")
 @click.option("--deep", "level", flag_value="deep", help="Also encode a seeded sample of pairs again and decode it.")
@@ -81,27 +85,38 @@ def status(config_path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     show_default=True,
     help="Pairs of each store that --deep takes.",
 )
+@click.option(
+    "--run-custom",
+    "digests",
+    multiple=True,
+    metavar="SHA256",
+    help="--deep may run the custom function whose file has this digest. With -c, those that the config names may.",
+)
 @json_option
 def audit(
-    artifact: str | None, config_path: str | None, overrides: tuple[str, ...], level: Level | None, sample: int,
-    as_json: bool,
+    artifact: Path | None, config_path: Path | None, overrides: tuple[str, ...], level: Level | None, sample: int,
+    digests: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Prove that artifacts are what their manifests say, back to the data; exit 1 on any finding."""
     from nfm.pipeline import audit as auditing
 
     if (artifact is None) == (config_path is None):
         raise click.UsageError("name an artifact or give -c CONFIG, one of the two")
-    targets = [find(artifact)] if artifact else auditing.finished(load(str(config_path), overrides))
-    results = auditing.audit(targets, level or "default", sample)
+    targets, own = [find(artifact)] if artifact is not None else [], frozenset[str]()
+    if config_path is not None:
+        config = load(config_path, overrides)
+        targets, own = auditing.finished(config), auditing.own_code(config)
+    allowed = Allowed(own | frozenset(digests), lambda text: click.echo(text, err=True))
+    results = auditing.audit(targets, level or "default", sample, allowed)
     click.echo(json.dumps([asdict(result) for result in results], indent=2) if as_json else auditing.as_text(results))
     if any(result.findings for result in results):
         sys.exit(1)
 
 
 @cli.command()
-@click.argument("artifact")
+@click.argument("artifact", type=PLACE)
 @json_option
-def lineage(artifact: str, as_json: bool) -> None:
+def lineage(artifact: Path, as_json: bool) -> None:
     """Show what an artifact was made from, back to the data."""
     from nfm.pipeline import lineage as lines
 
@@ -111,11 +126,16 @@ def lineage(artifact: str, as_json: bool) -> None:
 
 @cli.command()
 @click.option(
-    "--pairs", "store", required=True, metavar="STORE", help="The pair store: its folder or a manifest in it."
+    "--pairs",
+    "store",
+    required=True,
+    type=PLACE,
+    metavar="STORE",
+    help="The pair store: its folder, its URL or a manifest in it.",
 )
 @config_option
 @set_option
-def student(store: str, config_path: str, overrides: tuple[str, ...]) -> None:
+def student(store: Path, config_path: Path, overrides: tuple[str, ...]) -> None:
     """Train a student alone, from any store."""
     from nfm.pipeline import graph, runner
 
@@ -135,16 +155,16 @@ def list_artifacts(as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("artifact")
+@click.argument("artifact", type=PLACE)
 @click.option("-n", "count", default=64, type=click.IntRange(min=1), show_default=True, help="Number of images.")
 @click.option("--nfe", default=7, show_default=True, help="Evaluations of a student; a teacher is inverted.")
 @click.option("--solver", default="auto", type=click.Choice(SOLVERS), show_default=True, help="auto: Euler to NFE 5.")
 @click.option("--grid", default="square", type=click.Choice(GRIDS), show_default=True, help="Times: t = u^2 or t = u.")
 @click.option("--guidance", default=0.0, show_default=True, help="v + g (v - v without labels); a teacher's own.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("-o", "--output", default="grid.png", show_default=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH)
 def sample(
-    artifact: str, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
+    artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
 ) -> None:
     """Draw a grid of images from a student or teacher."""
     from nfm.stages.sampling import sample_grid
@@ -156,8 +176,8 @@ def sample(
 
 
 @cli.command()
-@click.argument("artifact")
-def repair(artifact: str) -> None:
+@click.argument("artifact", type=PLACE)
+def repair(artifact: Path) -> None:
     """Set the bad shards of a store aside, so that the pairs stage encodes them again."""
     from nfm.pipeline.repair import repair_store
 
@@ -190,11 +210,13 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        text = io.StringIO()  # which may repeat an argument
+        error.show(file=text)
+        click.echo(masked(text.getvalue()), err=True, nl=False)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt, Stopped):
         sys.exit(130)
-    except ConfigError as error:
+    except (ConfigError, NoPlace) as error:
         _fail(error, 2)
     except (StageError, StorageError, ArtifactError, Held) as error:
         _fail(error, 1)

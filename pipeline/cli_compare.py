@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nfm.pipeline.artifact import Artifact, ArtifactError
+from nfm.pipeline.options import config_option, json_option, set_option
+from nfm.stages.places import LocalPath
 from nfm.storage import atomic
 from nfm.storage.errors import StorageError
+from nfm.storage.masked import masked
+from nfm.storage.paths import inside
+from nfm.storage.small_files import read_bytes
 
 if TYPE_CHECKING:
     from nfm.pipeline.graph import Node
@@ -23,17 +28,15 @@ COMMAND, ORIGIN = "command.txt", "origin.json"
 
 
 @click.command()
-@click.option("-c", "--config", "config_path", required=True, metavar="F", help="The run's TOML file.")
+@config_option
 @click.option("--couplings", metavar="A,B,...", help="Variants such as independent,nfm,nfm:soften=0.5,nfm@0+1+2.")
 @click.option("--seeds", metavar="0,1,...", help="Of those that name none of their own, each a student.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
-@click.option(
-    "-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Also put table, JSON and plots there."
-)
+@set_option
+@click.option("-o", "--output", type=LocalPath(file_okay=False), help="Also put table, JSON and plots there.")
 @click.option("--force", is_flag=True, help="Let --output replace another comparison.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@json_option
 def compare(
-    config_path: str, couplings: str | None, seeds: str | None, overrides: tuple[str, ...], output: Path | None,
+    config_path: Path, couplings: str | None, seeds: str | None, overrides: tuple[str, ...], output: Path | None,
     force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train the same student on every coupling's pairs and tabulate distance, curvature and speed.
@@ -56,7 +59,7 @@ def compare(
     made = runner.run(nodes, stage.NAME)
     if output is not None:
         _copy(made, output)
-    click.echo((made.path / (stage.TABLE if as_json else stage.TEXT)).read_text().rstrip())
+    click.echo(read_bytes(made.path / (stage.TABLE if as_json else stage.TEXT)).decode().rstrip())
     if not as_json:
         click.echo(f"\n{made.reference}" + (f", copied to {output}" if output is not None else ""))
 
@@ -104,5 +107,5 @@ def _copy(made: Artifact, output: Path) -> None:
     # First of all: a copy that is cut off is then known for what it is, and the same command completes it.
     atomic.write_json(output / ORIGIN, {"artifact": made.name, **told, "files": names})
     for name in names:
-        shutil.copyfile(made.path / name, output / name)
-    (output / COMMAND).write_text(f"{shlex.join(['nfm', *sys.argv[1:]])}\n")
+        shutil.copyfile(inside(made.path, name), output / name)
+    (output / COMMAND).write_text(masked(f"{shlex.join(['nfm', *sys.argv[1:]])}\n"))

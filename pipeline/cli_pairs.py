@@ -12,8 +12,11 @@ import click
 
 from nfm.pipeline.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.console import time_left
+from nfm.pipeline.options import json_option
+from nfm.stages.places import LOCAL_PATH, PLACE, LocalPath
 from nfm.storage import atomic
 from nfm.storage.errors import StorageError
+from nfm.storage.paths import is_remote
 
 LAYOUTS, CODECS = ("blocks", "samples", "zarr"), ("float32", "float16", "int8", "pcodec")
 PLAIN_SECONDS = 15.0
@@ -28,23 +31,23 @@ def pairs() -> None:
 
 
 @pairs.command()
-@click.argument("store")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
-def info(store: str, as_json: bool) -> None:
+@click.argument("store", type=PLACE)
+@json_option
+def info(store: Path, as_json: bool) -> None:
     """Show a store's recipe, generations, sizes, moments and coupling report."""
     from nfm.pipeline import planning
     from nfm.stages import pairs_info
 
     where = _where(store)
-    body = {"store": where, **pairs_info.info(where)} if isinstance(where, str) else planning.store_info(find(store))
+    body = {"store": str(where), **pairs_info.info(where)} if is_remote(where) else planning.store_info(find(store))
     lines = (f"{key:18} {'-' if value is None else value}" for key, value in body.items())
     click.echo(json.dumps(body, indent=2) if as_json else "\n".join(lines))
 
 
 @pairs.command()
-@click.argument("store")
+@click.argument("store", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="For machines, with every figure.")
-def report(store: str, as_json: bool) -> None:
+def report(store: Path, as_json: bool) -> None:
     """Measure a store's pairs anew: transport cost, how near the noise is to N(0, I), which images are paired.
 
     The store stays as it is. Its teacher and data, which tell nll on held-out rows, are looked for among the artifacts
@@ -69,21 +72,22 @@ def report(store: str, as_json: bool) -> None:
 
 
 @pairs.command()
-@click.argument("store")
+@click.argument("store", type=PLACE)
 @click.option("-n", "count", default=8, type=click.IntRange(1, 20), show_default=True, help="Pairs, and worst ones.")
 @click.option("--draw", default=0, type=click.IntRange(min=0), show_default=True)
-@click.option("-o", "--output", default="head.png", show_default=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", default="head.png", show_default=True, type=LOCAL_PATH)
 @click.option(
-    "--teacher", default="auto", show_default=True, metavar="ARTIFACT|auto|none",
+    "--teacher", default="auto", show_default=True, type=PLACE, metavar="ARTIFACT|auto|none",
     help="Who decodes the noise; auto looks for the store's own among the artifacts.",
 )  # fmt: skip
-def head(store: str, count: int, draw: int, output: Path, teacher: str) -> None:
+def head(store: Path, count: int, draw: int, output: Path, teacher: Path) -> None:
     """Draw the first pairs of a store: image, noise, decoded noise; a histogram of z; the records of worst nll."""
     from nfm.stages import pairs_head
 
     where = _where(store)
-    folder = None if teacher in ("auto", "none") else find(teacher).path
-    if teacher == "auto" and (digest := pairs_head.teacher_of(where)) is not None:
+    word = str(teacher)
+    folder = None if word in ("auto", "none") else find(teacher).path
+    if word == "auto" and (digest := pairs_head.teacher_of(where)) is not None:
         folder = _by_content("teacher", digest)
         if folder is None:
             click.echo(f"nothing is decoded: the store's teacher {digest[:12]} is not in {artifacts_root()}", err=True)
@@ -92,10 +96,10 @@ def head(store: str, count: int, draw: int, output: Path, teacher: str) -> None:
 
 
 @pairs.command()
-@click.argument("store")
+@click.argument("store", type=PLACE)
 @click.option("--quick", "level", flag_value="quick", help="Sizes and digests of commits and manifests only.")
 @click.option("--deep", "level", flag_value="deep", help="Also read every record as stock readers do.")
-def verify(store: str, level: Literal["quick", "deep"] | None) -> None:
+def verify(store: Path, level: Literal["quick", "deep"] | None) -> None:
     """Check a store by itself, without its lineage; exit 1 on any finding."""
     from nfm.stages import pairs_upkeep
 
@@ -110,8 +114,8 @@ def verify(store: str, level: Literal["quick", "deep"] | None) -> None:
 
 
 @pairs.command()
-@click.argument("store")
-def seal(store: str) -> None:
+@click.argument("store", type=PLACE)
+def seal(store: Path) -> None:
     """Seal the complete draws of a store as a generation."""
     from nfm.pipeline.runner import seal_store
 
@@ -119,12 +123,12 @@ def seal(store: str) -> None:
 
 
 @pairs.command()
-@click.argument("store")
-@click.argument("target")
+@click.argument("store", type=PLACE)
+@click.argument("target", type=PLACE)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="Default: the store's own.")
 @click.option("--codec", type=click.Choice(CODECS), help="Of the noise. Default: the store's own.")
 @click.option("--generation", type=click.IntRange(min=1), help="Default: the newest.")
-def export(store: str, target: str, layout: str | None, codec: str | None, generation: int | None) -> None:
+def export(store: Path, target: Path, layout: str | None, codec: str | None, generation: int | None) -> None:
     """Write a store to TARGET, a folder or URL, in another layout or codec.
 
     Every shard is checked before it is converted. Stopped or killed, the same command goes on where it was; run
@@ -138,14 +142,14 @@ def export(store: str, target: str, layout: str | None, codec: str | None, gener
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on from here", err=True)
         raise
-    click.echo(target)
+    click.echo(str(target))
 
 
 @pairs.command("add-field")
-@click.argument("store")
+@click.argument("store", type=PLACE)
 @click.argument("name")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def add_field(store: str, name: str, file: Path) -> None:
+@click.argument("file", type=LocalPath(exists=True, dir_okay=False))
+def add_field(store: Path, name: str, file: Path) -> None:
     """Add a field NAME from FILE.npy, which has a value a source row, to a finished store.
 
     Readers join it by image row: store.batches(..., fields=["NAME"]).
@@ -156,9 +160,9 @@ def add_field(store: str, name: str, file: Path) -> None:
     click.echo(f"{field.name}: {field.rows:,} rows of {field.dtype.name} {list(field.shape)} in {field.folder}")
 
 
-def _where(store: str) -> str | Path:
+def _where(store: Path) -> Path:
     """A URL as it is, anything else as the artifact that it names."""
-    return store if "://" in store else find(store).reference
+    return store if is_remote(store) else find(store).reference
 
 
 def _by_content(stage: str, digest: str) -> Path | None:

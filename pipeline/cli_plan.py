@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import click
 
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import STAGES
+from nfm.pipeline.options import config_option, json_option, set_option
 from nfm.stages.stage import StageError
 
 WORKERS = (1, 8, 64)
@@ -27,16 +29,16 @@ class ImageShape(click.ParamType):
 
 @click.command()
 @click.argument("stage", type=click.Choice(list(STAGES)))
-@click.option("-c", "--config", "config_path", required=True, metavar="F", help="The run's TOML file.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
+@config_option
+@set_option
 @click.option("--images", type=click.IntRange(min=1), help="Training images, to plan pairs before the data is there.")
 @click.option("--image-shape", type=ImageShape(), help="Their shape, with --images: 3x64x64.")
 @click.option("--classes", type=click.IntRange(min=0), help="Their classes, with --images; 0 for none. [default: 1000]")
 @click.option("--workers", multiple=True, type=click.IntRange(min=1), help="Say the time for so many; may be repeated.")
 @click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Images a second of a worker elsewhere.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@json_option
 def plan(
-    stage: str, config_path: str, overrides: tuple[str, ...], images: int | None, image_shape: tuple[int, ...] | None,
+    stage: str, config_path: Path, overrides: tuple[str, ...], images: int | None, image_shape: tuple[int, ...] | None,
     classes: int | None, workers: tuple[int, ...], rate: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a run would do and what it costs, and do nothing.

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 import click
 
 from nfm.pipeline.artifact import artifacts_root
+from nfm.pipeline.options import config_option, set_option
 from nfm.stages.stage import StageError
 from nfm.storage import atomic
+from nfm.storage.masked import masked
 
 if TYPE_CHECKING:
     from nfm.pipeline.submit import Script, Submission
@@ -29,8 +31,8 @@ def submit() -> None:
 
 
 @submit.command()
-@click.option("-c", "--config", "config_path", required=True, metavar="F", help="The run's TOML file.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
+@config_option
+@set_option
 @click.option("--slurm", is_flag=True, help="As an array of Slurm tasks; with --ray as a Ray cluster in one job.")
 @click.option("--ray", is_flag=True, help="As a job of a Ray cluster that is running.")
 @click.option("--go", is_flag=True, help="Submit; without it everything is printed and nothing is written.")
@@ -43,7 +45,7 @@ def submit() -> None:
 @click.option("--before", multiple=True, metavar="LINE", help="Shell line at a script's start: 'module load cuda'.")
 @click.option("--address", metavar="URL", help="Of --ray: http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS.")
 def pairs(
-    config_path: str, overrides: tuple[str, ...], slurm: bool, ray: bool, go: bool, tasks: int, max_array: int | None,
+    config_path: Path, overrides: tuple[str, ...], slurm: bool, ray: bool, go: bool, tasks: int, max_array: int | None,
     at_once: int, nodes: int, sbatch: tuple[str, ...], sbatch_seal: tuple[str, ...], before: tuple[str, ...],
     address: str | None,
 ) -> None:  # fmt: skip
@@ -85,10 +87,10 @@ def pairs(
         _submit(submission, scripts)
     else:
         for script in scripts:
-            click.echo(f"# {submission.folder / script.name}.sbatch\n{script.text}")
+            click.echo(masked(f"# {submission.folder / script.name}.sbatch\n{script.text}"))
         ids = {script.name: script.name.upper() for script in scripts}
         click.echo("# with --go these scripts are written and submitted, each waiting for the ones that it names:")
-        click.echo("\n".join(shlex.join(script.sbatch(submission.folder, ids)) for script in scripts))
+        click.echo(masked("\n".join(shlex.join(script.sbatch(submission.folder, ids)) for script in scripts)))
         if not shutil.which("sbatch"):
             click.echo("sbatch is not on this machine: --go needs it", err=True)
 
@@ -113,7 +115,7 @@ def _array_limit() -> int:
     return int(match[1]) if match else ARRAY_LIMIT
 
 
-def _create(submission: Submission, config_path: str, scripts: Sequence[Script]) -> None:
+def _create(submission: Submission, config_path: Path, scripts: Sequence[Script]) -> None:
     """The submission's folder with its scripts and a copy of the config: what is queued does not change any more."""
     if scripts and not shutil.which("sbatch"):
         raise StageError("sbatch: not found; submit from a node of the cluster, or leave --go out to see the scripts")
@@ -121,7 +123,7 @@ def _create(submission: Submission, config_path: str, scripts: Sequence[Script])
         submission.logs.mkdir(parents=True)
     except FileExistsError:
         raise StageError(f"{submission.folder}: another submission was made meanwhile; run this again") from None
-    atomic.write_bytes(submission.config, Path(config_path).read_bytes())
+    atomic.write_bytes(submission.config, config_path.read_bytes())
     for script in scripts:
         atomic.write_bytes(submission.folder / f"{script.name}.sbatch", script.text.encode())
 
@@ -152,13 +154,13 @@ def _submit(submission: Submission, scripts: Sequence[Script]) -> None:
     click.echo(f"cancel: scancel {jobs.replace(',', ' ')}   (what is committed stays)")
 
 
-def _ray_job(submission: Submission, config_path: str, address: str | None, go: bool) -> None:
+def _ray_job(submission: Submission, config_path: Path, address: str | None, go: bool) -> None:
     from nfm.pipeline import submit_ray
 
     name = f"nfm-{submission.folder.name}"
     command = submit_ray.job_command(submission, address, name)
     if not go:
-        click.echo(shlex.join(command))
+        click.echo(masked(shlex.join(command)))
         return
     command[0] = submit_ray.ray_beside(sys.executable)
     if not shutil.which(command[0]):
@@ -169,8 +171,8 @@ def _ray_job(submission: Submission, config_path: str, address: str | None, go: 
         lines = (told.stderr.strip() or told.stdout.strip()).splitlines()
         raise StageError(f"ray job submit: refused: {lines[-1] if lines else 'no message'}; is --address right?")
     atomic.write_json(submission.folder / "jobs.json", {"jobs": {"ray": name}})
-    click.echo(f"{name}\nwatch:  {submit_ray.watch(name, address)['watch']}")
-    click.echo(f"cancel: {submit_ray.watch(name, address)['cancel']}   (what is committed stays)")
+    later = submit_ray.watch(name, address)
+    click.echo(masked(f"{name}\nwatch:  {later['watch']}\ncancel: {later['cancel']}   (what is committed stays)"))
 
 
 def _sets(submission: Submission) -> list[str]:

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nfm.pipeline.options import config_option, set_option
+from nfm.stages.places import LocalPath
+
 if TYPE_CHECKING:
     from nfm.pipeline.graph import Node
 
 
 @click.command()
-@click.option("-c", "--config", "config_path", required=True, metavar="F", help="The run's TOML file.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Where it goes.")
-def worklist(config_path: str, overrides: tuple[str, ...], output: Path) -> None:
+@config_option
+@set_option
+@click.option("-o", "--output", required=True, type=LocalPath(dir_okay=False), help="Where it goes.")
+def worklist(config_path: Path, overrides: tuple[str, ...], output: Path) -> None:
     """Freeze the numbered list of shards that a store lacks, for the tasks of an array.
 
     Makes what the pairs are made from (data, teacher) where it is missing. A list is never changed: a file that is
@@ -37,7 +40,7 @@ def worklist(config_path: str, overrides: tuple[str, ...], output: Path) -> None
 
 
 @click.command()
-@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("file", type=LocalPath(dir_okay=False))
 @click.option("--task", required=True, type=click.IntRange(min=0), help="Which task this is, from 0.")
 @click.option("--of", required=True, type=click.IntRange(min=1), help="How many tasks share the list.")
 def encode(file: Path, task: int, of: int) -> None:

@@ -20,11 +20,13 @@ from nfm.stages.potential import PotentialConfig
 from nfm.stages.report import ReportConfig
 from nfm.stages.student import StudentConfig
 from nfm.stages.teacher import TeacherConfig
+from nfm.storage.errors import Told
+from nfm.storage.paths import local_path
 
 PLANAR = ("checkerboard", "gaussians")  # sources of points [1, 1, 2] without classes
 
 
-class ConfigError(Exception):
+class ConfigError(Told):
     """The config or its overrides are wrong; exit code 2."""
 
 
@@ -84,7 +86,7 @@ def values_an_image(data: DataConfig) -> int | None:
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read and validate a config file; `overrides` are `section.key=value` with a TOML value or a bare word."""
-    path = Path(path)
+    path = local_path(path)
     try:
         raw = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -134,7 +136,7 @@ def _explain(problem: Any) -> str:
         return f"{field}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{field}: missing; add it to the config"
-    return f"{field} = {problem['input']!r}: {problem['msg']}"
+    return f"{field} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 def _known_keys(section: list[str]) -> list[str]:

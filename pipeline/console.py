@@ -23,6 +23,8 @@ from nfm.pipeline.live import PARTS, Live, percent, worker_lines
 from nfm.pipeline.lock import Lock
 from nfm.pipeline.progress import last_progress
 from nfm.pipeline.rate import Rate, time_left
+from nfm.storage.masked import masked, masked_in
+from nfm.storage.paths import inside
 
 __all__ = ["Console", "StopRequest", "last_progress", "time_left"]
 PLAIN_SECONDS = 30.0
@@ -37,12 +39,14 @@ class StopRequest:
     """Set by signals; stages ask for it between units of work.
 
     SIGINT and SIGTERM drop the work in hand at the next good place, SIGUSR1 finishes it and begins nothing new.
+    Where there is nothing to save, inside `at_once`, they need no such place.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.asked_to_end = False
         self.messages = 0  # written to the terminal so far, past whatever is drawn there
+        self._at_once = False
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -58,10 +62,21 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that leaves nothing to save: the first SIGINT or SIGTERM raises KeyboardInterrupt wherever it is."""
+        before, self._at_once = self._at_once, True
+        try:
+            yield
+        finally:
+            self._at_once = before
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if self._at_once:
+            raise KeyboardInterrupt
         self._tell("stopping after the work in hand (again: at once; either way the next run goes on)")
 
     def _end(self, number: int, frame: FrameType | None) -> None:
@@ -82,7 +97,7 @@ class Console:
         self, stage: str, events: Path, stop: StopRequest, lock: Lock | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
-        events.mkdir(exist_ok=True)
+        inside(events.parent, events.name).mkdir(exist_ok=True)
         self.stage = stage
         # Workers of one store on several hosts write beside each other, each to a file of its own.
         name = f"{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
@@ -114,11 +129,13 @@ class Console:
     def say(self, text: str) -> None:
         self.finish()
         self._drawn = float("-inf")  # the table comes back with the next progress
-        click.echo(f"{self.stage}: {text}", err=True)
+        click.echo(f"{self.stage}: {masked(text)}", err=True)
 
     def log(self, kind: str, **values: Any) -> None:
         with contextlib.suppress(OSError):  # a full disk must not hide the error that it caused
-            self._events.write(json.dumps({"time": round(time.time(), 3), "kind": kind, **values}, default=str) + "\n")
+            self._events.write(
+                json.dumps({"time": round(time.time(), 3), "kind": kind, **masked_in(values)}, default=str) + "\n"
+            )
 
     def progress(self, done: int, total: int, unit: str, workers: Workers = (), **figures: Any) -> None:
         """`done` of `total` units, with a row for each worker and further figures.

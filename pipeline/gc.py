@@ -187,9 +187,10 @@ def _remove_artifact(folder: Path, check: Callable[[], None]) -> None:
     check()
     _unlink(folder.glob("manifest*.json"))
     _flush(folder)
-    _unlink((folder / "commits").glob("*"))
-    if (folder / "commits").is_dir():
-        _flush(folder / "commits")
+    commits = folder / "commits"
+    if commits.is_dir() and not commits.is_symlink():  # what a link leads to is not this artifact's
+        _unlink(path for path in commits.iterdir() if path.is_symlink() or not path.is_dir())
+        _flush(commits)
     check()
     last = folder / "spec.json"
     _unlink(path for path in _files(folder) if path != last and not gc_needed.of_lock(path.name))
@@ -203,7 +204,9 @@ def _remove_artifact(folder: Path, check: Callable[[], None]) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, and every link, which is not followed."""
+    """Every file below a folder, and every link, which is not followed, not even the folder's own."""
+    if folder.is_symlink():
+        return
     for inside, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(inside, name))]
         yield from (Path(inside, name) for name in [*names, *links])

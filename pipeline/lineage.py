@@ -3,30 +3,64 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from nfm.pipeline.artifact import Artifact, artifacts_root
 from nfm.storage import atomic
 from nfm.storage.errors import StorageError
-from nfm.storage.paths import as_path, names_in
+from nfm.storage.paths import as_path, is_url, names_in
+
+_MANIFEST = re.compile(r"manifest(\.g\d{4,9})?\.json", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a spec says of an input: `stage/fingerprint` under the root, or a whole path or URL; manifest; content."""
+
+    artifact: str
+    manifest: str
+    content_digest: str
+
+
+def references(artifact: Artifact) -> dict[str, Reference]:
+    """The inputs that a spec names, by role. Raises StorageError for names that are none, or that lead elsewhere."""
+    stated, path = artifact.spec.get("inputs", {}), artifact.path / "spec.json"
+    if not isinstance(stated, dict) or not all(isinstance(one, dict) for one in stated.values()):
+        raise StorageError(f"{path}: its inputs are no references; restore it from a copy")
+    return {role: _checked(f"{path}: input {role}", reference) for role, reference in stated.items()}
+
+
+def _checked(where: str, stated: dict[str, Any]) -> Reference:
+    values = [stated.get(key) for key in ("artifact", "manifest", "content_digest")]
+    name, manifest, content = values
+    if not (isinstance(name, str) and isinstance(manifest, str) and isinstance(content, str)):
+        raise StorageError(
+            f"{where}: artifact, manifest and content_digest are {values!r:.200}; restore it from a copy"
+        )
+    if ".." in name.split("/") or "\0" in name or not _MANIFEST.fullmatch(manifest):
+        raise StorageError(f"{where}: {name!r:.200} with {manifest!r:.200} names no artifact; restore it from a copy")
+    return Reference(name, manifest, content)
 
 
 def inputs_of(artifact: Artifact) -> dict[str, Artifact]:
-    """The artifacts that this one was made from, by role, under the same root."""
-    return {role: _referred(reference) for role, reference in artifact.spec.get("inputs", {}).items()}
+    """The artifacts that this one was made from, by role, under the same root. Raises StorageError."""
+    return {role: _referred(reference) for role, reference in references(artifact).items()}
 
 
-def _referred(reference: Mapping[str, str]) -> Artifact:
+def _referred(reference: Reference) -> Artifact:
     """The artifact of a reference; a store that was repaired has the same content under a later manifest."""
-    where = reference["artifact"]
-    named = Artifact(as_path(where) if "://" in where else artifacts_root() / where, reference["manifest"])
+    where = reference.artifact
+    named = Artifact(as_path(where) if is_url(where) else artifacts_root() / where, reference.manifest)
     if not named.done:
         for name in names_in(named.path):
             if not (name.startswith("manifest") and name.endswith(".json")):
                 continue
-            if atomic.read_json(named.path / name).get("content_digest") == reference["content_digest"]:
-                return Artifact(named.path, name)
+            with contextlib.suppress(StorageError):  # a damaged one is not what was read
+                if atomic.read_json(named.path / name).get("content_digest") == reference.content_digest:
+                    return Artifact(named.path, name)
     return named
 
 
@@ -49,7 +83,7 @@ def dependants(artifact: Artifact) -> Iterator[Artifact]:
     for path in sorted(artifacts_root().glob("*/*/spec.json")):
         other = Artifact(path.parent)
         with contextlib.suppress(StorageError):  # a damaged spec: nobody can say what it was made from
-            if any(reference["artifact"] == artifact.name for reference in other.spec.get("inputs", {}).values()):
+            if any(reference.artifact == artifact.name for reference in references(other).values()):
                 yield other
 
 

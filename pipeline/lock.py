@@ -19,13 +19,14 @@ from types import TracebackType
 from typing import Any
 
 from nfm.storage import atomic
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, Told
+from nfm.storage.masked import masked
 
 HEARTBEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 
 
-class Held(Exception):  # noqa: N818 - reads as the state that it reports
+class Held(Told):
     """Somebody else works on the artifact; the message says who and what to do."""
 
 
@@ -38,7 +39,7 @@ class Lock:
         self.lost = False
         self._body: dict[str, Any] = {
             "id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "space": _process_space(),
-            "born": _born(os.getpid()), "command": " ".join(sys.argv[:6]), "since": time.strftime("%F %T%z"),
+            "born": _born(os.getpid()), "command": masked(" ".join(sys.argv[:6])), "since": time.strftime("%F %T%z"),
             "beat": 0,
         }  # fmt: skip
         self._stop = threading.Event()

@@ -11,6 +11,8 @@ from typing import Any
 from nfm.pipeline.artifact import Artifact
 from nfm.pipeline.rate import time_left
 from nfm.stages import pairs_progress
+from nfm.storage.errors import StorageError
+from nfm.storage.small_files import read_tail
 
 FRESH_SECONDS = 90.0  # they tell every 30: a process that told nothing for so long is dead, or waits
 TAIL_BYTES = 1 << 18
@@ -60,14 +62,14 @@ def _newest(events: Path) -> Iterator[dict[str, Any]]:
 
 def _backwards(path: Path) -> Iterator[dict[str, Any]]:
     """The events of a process, newest first, as far as the end of its file holds them; half a line is passed over."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - TAIL_BYTES))
-        lines = file.read().splitlines()
+    try:
+        lines = read_tail(path, TAIL_BYTES, root=path.parent.parent).splitlines()
+    except (StorageError, OSError):
+        return  # no log: progress is told without it
     for line in reversed(lines):
         try:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and "kind" in event and "time" in event:
+        if isinstance(event, dict) and "kind" in event and isinstance(event.get("time"), int | float):
             yield event

@@ -9,6 +9,7 @@ from pathlib import Path
 from nfm.pipeline.artifact import Artifact, ArtifactError
 from nfm.pipeline.lock import Lock
 from nfm.stages import pairs_upkeep
+from nfm.storage.paths import inside
 
 
 def repair_store(artifact: Artifact) -> list[str]:
@@ -31,6 +32,8 @@ def repair_store(artifact: Artifact) -> list[str]:
 
 def _set_aside(root: Path, files: Iterable[Path], aside: Path) -> None:
     for file in files:
+        for path in (file, aside):  # raises where a link would take files out of the store, or into it
+            inside(root, str(path.parent.relative_to(root)))
         target = aside / file.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         file.rename(target)

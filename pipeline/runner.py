@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import platform
@@ -43,7 +44,8 @@ def _check_arrived(target: Node, node: Node, arrived: Mapping[str, Artifact]) ->
 
 def _bring(node: Node, stop: StopRequest) -> Artifact:
     """The node's finished artifact, made now where it is missing."""
-    artifact = node.artifact()
+    with stop.at_once():  # its name is made from the content of all source files, which may take minutes to read
+        artifact = node.artifact()
     if artifact is None:
         raise ArtifactError(f"{node.name}: an input vanished while the run went on; run it again")
     if artifact.done:
@@ -70,7 +72,10 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
         try:
             paths = {role: found.reference for role, found in inputs.items()}
-            result = node.stage.run(node.config, paths, artifact.path, console)
+            # A stage that keeps nothing of a stopped run need not look out for stops.
+            anew = getattr(node.stage, "STARTS_ANEW", False)
+            with stop.at_once() if anew else contextlib.nullcontext():
+                result = node.stage.run(node.config, paths, artifact.path, console)
             lock.check()
             if console.stopping:
                 raise Stopped

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nfm.stages.bench_store import command, machine, versions
+from nfm.stages.places import LOCAL_PATH, LocalPath
 from nfm.stages.tables import aligned
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @click.command()
-@click.option(
-    "-c", "--config", type=click.Path(exists=True, path_type=Path), help="Take the teacher's sizes from its [teacher]."
-)
+@click.option("-c", "--config", type=LocalPath(exists=True), help="Take the teacher's sizes from its [teacher].")
 @click.option("--image", help="CxHxW. Without -c and --image the presets are measured: widths 128, 256 and 512.")
 @click.option("--classes", default=10, show_default=True, type=click.IntRange(min=0))
 @click.option("--patch", default=4, show_default=True, type=click.IntRange(min=1))
@@ -53,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="Also compiled layers.")
 @click.option("--ray", is_flag=True, help="Also one Ray actor against the serial executor: a minute more.")
 @click.option("--quick", is_flag=True, help="A small run that shows that all works; its figures mean nothing.")
-@click.option("--out", "-o", "output", type=click.Path(path_type=Path), help="results/encode/NAME.json")
+@click.option("--out", "-o", "output", type=LOCAL_PATH, help="results/encode/NAME.json")
 def encode(
     config: Path | None, image: str | None, classes: int, patch: int, channels: int, blocks: int, layers: int,
     head_size: int, batch: int | None, presets: tuple[str, ...], passes: int, threads: int | None, device: str,

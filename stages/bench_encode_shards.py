@@ -157,10 +157,9 @@ def _local_ray(case: Case) -> Iterator[None]:
     """A cluster that outlives the runs, so that their start-up is the actors' own."""
     import ray
 
-    ray.init(
-        address="local", num_cpus=case.threads, include_dashboard=False, log_to_driver=False,
-        object_store_memory=80 * 2**20,
-    )  # fmt: skip
+    from nfm.stages.executors.ray_cluster import start_local
+
+    start_local(case.threads)
     try:
         yield
     finally:

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nfm.stages.places import LOCAL_PATH
+from nfm.storage.masked import masked
+
 if TYPE_CHECKING:
     from nfm.stages.bench_rows import Reading, Row, Workload
 
@@ -51,10 +54,8 @@ def bench() -> None:
 )
 @click.option("--open-records", default=2_000_000, show_default=True, help="Records of the store that is opened.")
 @click.option("--quick", is_flag=True, help="A small run that shows that all works; its figures mean nothing.")
-@click.option(
-    "--folder", type=click.Path(path_type=Path), help="Where to write the stores; on the disk to be measured."
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help=f"The JSON; {OUTPUT} unless --quick or --only.")
+@click.option("--folder", type=LOCAL_PATH, help="Where to write the stores; on the disk to be measured.")
+@click.option("-o", "--output", type=LOCAL_PATH, help=f"The JSON; {OUTPUT} unless --quick or --only.")
 def store(
     records: int, shape: str, passes: int, only: tuple[str, ...], cold_gib: float, memory_left_gib: float,
     open_records: int, quick: bool, folder: Path | None, output: Path | None,
@@ -193,7 +194,7 @@ def command(arguments: Sequence[str]) -> str:
             next(left, None)
         elif not argument.startswith(("--folder=", "--output=")):
             kept.append(argument)
-    return shlex.join(["nfm", *kept])
+    return masked(shlex.join(["nfm", *kept]))
 
 
 def machine() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from nfm.stages.encoder_setup import Setup
 from nfm.stages.stage import StageError
 from nfm.stages.training import WEIGHTS, autocast_dtype
 from nfm.storage import ImageDataset, atomic
+from nfm.storage.paths import inside
 from nfm.storage.schema import StoreSpec
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _checked(setup: Setup, content: str | None, kind: str) -> Path:
             "name that one, or make a store of its own from this one"
         )
     for file in manifest["files"]:
-        if file["payload"] and atomic.hash_file(folder / file["path"])[0] != file["sha256"]:
+        if file["payload"] and atomic.hash_file(inside(folder, file["path"]))[0] != file["sha256"]:
             raise StageError(
                 f"{folder / file['path']}: not the file that its manifest lists; run `nfm audit` on that {kind}, then "
                 "restore it or make it again"

@@ -12,6 +12,7 @@ AUC = 0.6  # above, a student meets noise that is visibly not its store's
 OVERFITTED = 0.05  # nats per dimension between held-out and training rows
 ERRORS = 5.0  # standard errors beyond which a figure is no accident
 MOMENT = 0.05  # RMS over dimensions of a mean, or of a variance minus 1, beyond what sampling gives
+SCALES = (0.2, 3.0)  # root mean squares of images, in which eta and the models' sizes mean what they should
 UNEVEN = 0.05  # of chi^2, beyond what sampling gives
 
 
@@ -48,7 +49,8 @@ def lines(report: Report) -> dict[str, str]:
 
 def advice(report: Report) -> list[str]:
     """A sentence for each figure that is bad, with its remedy; empty when all is well."""
-    return [text for text in (_of_auc(report), _of_moments(report), _of_nll(report), _of_rows(report)) if text]
+    found = (_of_scale(report), _of_auc(report), _of_moments(report), _of_nll(report), _of_rows(report))
+    return [text for text in found if text]
 
 
 def _rows(report: Report) -> dict[str, str]:
@@ -72,6 +74,27 @@ def _nll(report: Report) -> dict[str, str]:
     return {"nll": f"{report['nll_train']:.4f} nats a dimension on training rows{other}"}
 
 
+def _wrong_scale(report: Report) -> bool:
+    """Whether the images are floats far from the scale of the noise; pixels never are. Older reports do not say."""
+    image = report.get("image", {"dtype": "uint8"})
+    return image["dtype"] != "uint8" and not SCALES[0] <= image["size"] <= SCALES[1]
+
+
+def _of_scale(report: Report) -> str | None:
+    if not _wrong_scale(report):
+        return None
+    image = report["image"]
+    return (
+        f"the images are {image['dtype']} from {image['low']:.4g} to {image['high']:.4g}, root mean square "
+        f"{image['size']:.4g}, where teacher and student want about 1: if they are pixels, save them as uint8; of "
+        "latents, divide by their standard deviation (and set data.image_scale to 1 over it); then make the data anew"
+    )
+
+
+def _better_teacher(report: Report) -> str:
+    return "mend the images' scale first" if _wrong_scale(report) else "train the teacher longer"
+
+
 def _of_auc(report: Report) -> str | None:
     auc, error = report.get("auc"), report.get("auc_error")
     if auc is None or error is None or auc - 0.5 < ERRORS * error:
@@ -84,7 +107,7 @@ def _of_auc(report: Report) -> str | None:
         return None
     if coupling == "custom":
         return f"{told}: mend the custom function, or soften the student (student.soften = 0.5)"
-    return f"{told}: train the teacher longer, or soften the student (student.soften = 0.5)"
+    return f"{told}: {_better_teacher(report)}, or soften the student (student.soften = 0.5)"
 
 
 def _of_moments(report: Report) -> str | None:
@@ -93,7 +116,7 @@ def _of_moments(report: Report) -> str | None:
         if noise[name] > MOMENT + 2 * expected[name]:
             return (
                 f"z's {what} by {noise[name]:.3f} (RMS over dimensions, {expected[name]:.3f} from sampling alone): "
-                + ("train the teacher longer" if report.get("coupling") == "nfm" else "look at how the noise is made")
+                + (_better_teacher(report) if report.get("coupling") == "nfm" else "look at how the noise is made")
             )
     return None
 

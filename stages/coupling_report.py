@@ -74,6 +74,7 @@ def measure(store: PairStore, inputs: Inputs, report: Reporter | None = None, de
     body: dict[str, Any] = {
         "pairs": len(z),
         "shards": sample.shards,
+        "image": _scale(store, sample.image),
         **_transport(sample),
         "noise": _gaussianity(z),
         "noise_expected": _gaussianity(fresh),
@@ -103,6 +104,13 @@ def _unless(stop: Stop) -> None:
     """Raises Stopped when it is time to."""
     if stop():
         raise Stopped
+
+
+def _scale(store: PairStore, x: np.ndarray) -> dict[str, Any]:
+    """Of the images, as students get them: dtype in the store, lowest and highest value, root mean square."""
+    power = sum(float(np.square(part, dtype=np.float64).sum()) for part in np.array_split(x, -(-len(x) // 1024)))
+    size = math.sqrt(power / x.size)
+    return {"dtype": store.spec.field("image").dtype, "low": float(x.min()), "high": float(x.max()), "size": size}
 
 
 def _transport(sample: Sample) -> dict[str, float]:

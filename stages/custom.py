@@ -1,4 +1,8 @@
-"""A user's own coupling, `module:function`: where its file is, its digest, and the function loaded from those bytes."""
+"""A user's own coupling, `module:function`: where its file is, its digest, and the function loaded from those bytes.
+
+Whoever sends a store sends the name of a function with it, and perhaps the module beside it. So nothing here imports a
+module but `load`, which encoding alone calls; an audit does where its user has said that the code may run (`Allowed`).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +21,26 @@ import numpy as np
 
 from nfm.stages.stage import StageError
 from nfm.storage import atomic
+from nfm.storage.errors import StorageError
+from nfm.storage.small_files import plain
 
 FIELD = "pairs.custom"
+_MOST_SOURCE = 16 << 20  # bytes of a module
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The custom functions that an audit may run, by the SHA-256 of their files, and whom it tells before it does."""
+
+    digests: frozenset[str] = frozenset()
+    say: Callable[[str], None] = lambda _: None
+
+
+NOBODYS = Allowed()
 
 
 def source_file(named: str | None) -> Path:
-    """The file of the module that `module:function` names, on Python's path or in the current folder.
+    """The file of the module that `module:function` names, on Python's path or in the current folder; nothing is run.
 
     Raises StageError where it is not spelled so or the module is not found.
     """
@@ -30,10 +49,7 @@ def source_file(named: str | None) -> Path:
         raise StageError(f"{FIELD} = {named!r}: coupling 'custom' takes the noise of `module:function`; name one")
     with _importable(Path.cwd()):
         importlib.invalidate_caches()
-        try:
-            found = _find(module)
-        except ImportError as error:
-            raise StageError(f"{FIELD} = {named!r}: the package of {module} cannot be imported: {error}") from error
+        found = _find(module)
     if found is None or found.origin is None or not found.origin.endswith(".py"):
         raise StageError(
             f"{FIELD} = {named!r}: there is no module {module} on Python's path or in {Path.cwd()}; run nfm where "
@@ -43,16 +59,29 @@ def source_file(named: str | None) -> Path:
 
 
 def _find(module: str) -> ModuleSpec | None:
-    """Where an import would find the module; one of that name that is imported already may be of another file."""
-    parent = module.rpartition(".")[0]
-    path = importlib.import_module(parent).__path__ if parent else None
-    specs = (finder.find_spec(module, path) for finder in sys.meta_path)
-    return next((spec for spec in specs if spec is not None), None)
+    """Where an import would find the module; one of that name that is imported already may be of another file.
+
+    The way leads from folder to folder: importlib's own search would import, and so run, every package on it.
+    """
+    top, *rest = module.split(".")
+    specs = (finder.find_spec(top, None) for finder in sys.meta_path)
+    found = next((spec for spec in specs if spec is not None), None)
+    for part in rest:
+        if found is None or found.submodule_search_locations is None:
+            return None
+        # By its last name: asked for the whole one, a package without __init__.py looks for its parent's module.
+        found = PathFinder.find_spec(part, list(found.submodule_search_locations))
+    return found
 
 
 def digest(file: Path) -> str:
     """SHA-256 of the module's file, which decides the pairs; what it imports is not in it."""
     return atomic.hash_file(file)[0]
+
+
+def announced(file: str | None, named: str, sha256: str) -> str:
+    """Whose code is about to run, in a line."""
+    return f"{FIELD} = {named!r} runs the code of {file}, SHA-256 {sha256}"
 
 
 def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
@@ -61,8 +90,9 @@ def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
     """
     module, function = named.split(":")
     try:
-        source = file.read_bytes()
-    except OSError as error:
+        with plain(file) as opened:
+            source = opened.read(_MOST_SOURCE)
+    except (OSError, StorageError) as error:
         raise StageError(f"{file}: the module of {FIELD} cannot be read ({error}); is it on every node?") from error
     if atomic.digest(source) != sha256:
         raise StageError(

@@ -16,16 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from nfm.stages.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Loaded, Npz, Planar, Source
+from nfm.stages.places import LocalField
+from nfm.stages.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
+from nfm.stages.sources.axes import Axes
+from nfm.stages.sources.folder import Colour
 from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.storage.dataset import DatasetWriter
 from nfm.storage.order import permute
 
 NAME = "data"
 VERSION = 1
+STARTS_ANEW = True  # a run that was stopped leaves nothing to go on from, so a stop may come anywhere in it
 
 WRITE_CHUNK = 1024
 NAMED_REJECTS = 3
+OF_SOURCES = {"images": ("npz",), "labels": ("npz",), "axes": ("npz",), "first_label": ("npz", "idx")}
 PRODUCTS = ("train", "heldout", "train.parquet", "heldout.parquet", "rejected.parquet", "dataset.json")
 
 Chunk = tuple[np.ndarray, np.ndarray, list[str]]  # images [n, C, H, W] as stored, labels [n], keys
@@ -55,11 +60,14 @@ class DataConfig(Section):
 
     Of latents (float arrays of source `npz`, stored as they are), `image_scale` says what to divide by before
     `image_decoder` makes pictures of them; both are passed on to the store's readers and change nothing here.
+    `images` and `labels` name the arrays of source `npz` ("data", "labels"; labels "" leaves them out), `axes` says
+    what their axes are, `first_label` which number the file gives to the first class.
+    `background` is what transparent pixels of source `images` lie over (docs/data.md).
     `points` is how many the planar sources make from `seed`, held-out ones included.
     """
 
     source: Literal["digits", "idx", "npz", "images", "checkerboard", "gaussians"] = "digits"
-    path: str | None = operational(None)
+    path: LocalField | None = operational(None)
     debian_package: str | None = operational(None)
     image_size: int | None = Field(None, ge=1)
     channels: Literal[1, 3] = 3
@@ -74,6 +82,11 @@ class DataConfig(Section):
     points: int | None = added(None, ge=2)
     image_scale: float | None = added(None, gt=0, allow_inf_nan=False)
     image_decoder: str | None = added(None)
+    images: str | None = added(None)
+    labels: str | None = added(None)
+    axes: Axes | None = added(None)
+    first_label: int | None = added(None)
+    background: Colour = added("white")
     name: str | None = None  # stands in dataset.json, which the content digest covers
     licence: str | None = operational(None)
     origin: str | None = operational(None)
@@ -81,6 +94,10 @@ class DataConfig(Section):
 
 def open_source(config: DataConfig) -> Source:
     """The source that the config names, its records listed but not loaded."""
+    if config.source != "images" and config.background != "white":
+        raise StageError(
+            f'data.background = {config.background!r}: source "{config.source}" has no transparent pixels; leave it out'
+        )
     if config.source == "checkerboard" or config.source == "gaussians":
         if config.average != 1 or config.classes:
             name = "average" if config.average != 1 else "classes"
@@ -90,13 +107,23 @@ def open_source(config: DataConfig) -> Source:
         raise StageError(
             f'data.points = {config.points}: source "{config.source}" has the images that it has; data.limit cuts them'
         )
+    for field, sources in OF_SOURCES.items():
+        if getattr(config, field) is not None and config.source not in sources:
+            raise StageError(
+                f"data.{field} = {getattr(config, field)!r} is of source {' and '.join(sources)}, not of "
+                f'"{config.source}": leave it out'
+            )
     if config.source == "digits":
         return Digits(config.average, config.classes)
     if config.source == "idx":
-        return Idx(config.path, config.debian_package, config.average, config.classes)
+        return Idx(config.path, config.debian_package, config.average, config.classes, config.first_label)
     if config.source == "npz":
-        return Npz(config.path, config.average, config.classes)
-    return ImageFolder(config.path, config.image_size, config.channels, config.average, config.classes, config.threads)
+        own = (config.images, config.labels, config.axes, config.first_label)
+        return Npz(config.path, config.average, config.classes, *own)
+    return ImageFolder(
+        config.path, config.image_size, config.channels, config.average, config.classes, config.threads,
+        config.background,
+    )  # fmt: skip
 
 
 def source_identity(config: DataConfig, known: Path | None = None) -> dict[str, Any]:
@@ -123,6 +150,8 @@ def split_rows(source: Source, config: DataConfig) -> tuple[np.ndarray, np.ndarr
 
 def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
     """Write the images as shards; leftovers of a killed run are removed and the work starts anew."""
+    if report.stopping:
+        raise Stopped
     for leftover in (*PRODUCTS, "scratch"):
         _remove(out / leftover)
     source = open_source(config)
@@ -133,7 +162,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
     scratch = out / "scratch"
     scratch.mkdir()
     try:
-        loaded = _with_bad_labels(source.load(rows, scratch, report), source, rows)
+        loaded = source.load(rows, scratch, report)
         rejected = [(source.keys[rows[position]], reason) for position, reason in loaded.rejected.items()]
         if rejected:
             _set_aside(rejected, len(rows), config.max_rejected, out / "rejected.parquet")
@@ -164,13 +193,16 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         "classes": len(source.classes),
         "image_shape": list(image_shape),
         **({} if dtype == "uint8" else {"image_dtype": dtype}),
+        **({"skipped": skipped} if (skipped := sum(entry["paths"] for entry in loaded.skipped.values())) else {}),
     }
     return Result(
         payload=list(payload),
         files=list(writer.files),
         digests=payload | writer.files,
         metrics=metrics,
-        extra={"dataset": about | {"source": identity}},
+        # Beside the dataset, not in it: paths that hold no image leave the content digest alone.
+        extra={"dataset": about | {"source": identity}}
+        | {name: told for name in ("skipped", "notes") if (told := getattr(loaded, name))},
     )
 
 
@@ -187,17 +219,6 @@ def _reported(chunks: Iterator[Chunk], done: int, total: int, report: Reporter) 
         yield chunk
         done += len(chunk[1])
         report.progress(done, total, "images")
-
-
-def _with_bad_labels(loaded: Loaded, source: Source, rows: np.ndarray) -> Loaded:
-    labels = source.labels[rows]
-    count = len(source.classes)
-    low, high = (0, count - 1) if count else (-1, -1)
-    wrong = {
-        int(position): f"label {labels[position]} is outside the {count} classes, counted from 0"
-        for position in np.flatnonzero((labels < low) | (labels > high))
-    }
-    return Loaded(loaded.images, dict(sorted((wrong | loaded.rejected).items())))
 
 
 def _set_aside(rejected: Sequence[tuple[str, str]], total: int, fraction: float, table: Path) -> None:

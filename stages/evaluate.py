@@ -16,6 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from nfm.stages.evaluation_table import DISTANCE, as_text, distance_key
 from nfm.stages.inception import find_weights, weights_sha256
+from nfm.stages.places import LocalField
 from nfm.stages.sampling import (
     GridName,
     Sampler,
@@ -56,7 +57,7 @@ class EvaluateConfig(Section):
     reference: bool = added(False)
     samples: int = Field(5_000, ge=2)
     features: Literal["cnn", "inception", "none"] = added("cnn")
-    inception_weights: str | None = operational(None)
+    inception_weights: LocalField | None = operational(None)
     guidance: float = 0.0
     student_guidance: float = added(0.0)
     kid_subsets: int = Field(100, ge=2)

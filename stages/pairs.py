@@ -14,7 +14,8 @@ from nfm.stages import pairs_making as making
 from nfm.stages.encoder_setup import Setup
 from nfm.stages.executors import Outcome, ShardJob
 from nfm.stages.pairs_recipe import MAKERS, OPTIONS, maker, pair_flops, small_groups, store_spec
-from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, Stopped, added, operational
+from nfm.stages.places import LocalField
+from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.stages.training import WEIGHTS, Precision, pick_device
 from nfm.storage import atomic, generations, manifests
 from nfm.storage.export import converted
@@ -52,7 +53,7 @@ class PairsConfig(Section):
     group_size: int = added(512, ge=1)
     custom: str | None = added(None)
     reflow_of: str = added("independent")
-    student: str | None = operational(None)
+    student: LocalField | None = operational(None)
     reflow_solver: str = added("auto")
     reflow_nfe: int = added(31, ge=1)
     reflow_grid: str = added("square")
@@ -123,10 +124,17 @@ def recipe(
     """The recipe that a store should have by its inputs; of an export, in the layout and codec it was exported to.
 
     The file of a custom coupling is no input: its digest is the one of `recorded`, which is `external` as the
-    fingerprint has it, and holds when pairs are made anew; of a store without, that of the store.
+    fingerprint has it, and holds when pairs are made anew; of a store without, that of the store. Raises StageError
+    where neither has one: what module is here now says nothing of the one that the pairs were made with.
     """
     sha256 = recorded.get("custom", (found.coupling_options or {}).get("sha256"))
-    spec = store_spec(PairsConfig(**manifest["config"]), inputs, sha256)
+    config = PairsConfig(**manifest["config"])
+    if config.coupling == "custom" and not sha256:
+        raise StageError(
+            f"its custom function {config.custom!r} has no digest recorded, so nobody can say which code made its "
+            "pairs; make the store again from code that you know"
+        )
+    spec = store_spec(config, inputs, sha256)
     return converted(spec, found.layout, found.codec) if "exported" in manifest else spec
 
 
@@ -141,6 +149,7 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
         report.say(f"{shards - len(lacking)} of {shards} shards are committed already")
     if lacking and config.executor != "slurm":
         setting = setup(config, inputs, out)
+        announce(spec, setting, report)
         done = total - making.records_of(spec, lacking)
         outcomes = _encode(config, setting, making.jobs(lacking), report)
         failed = making.produce(out, outcomes, setting.batch_size, report, done, total)
@@ -154,6 +163,13 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
     return seal(
         out, config.draws, making.reasons(out, lacking), inputs if config.report else None, report, config.device
     )
+
+
+def announce(spec: StoreSpec, setting: Setup, report: Reporter | custom.Allowed) -> None:
+    """Says whose code is about to run, where encoding runs somebody's."""
+    if spec.coupling == "custom":
+        options = spec.coupling_options or {}
+        report.say(custom.announced(setting.maker, str(options.get("function")), str(options.get("sha256"))))
 
 
 def seal(
@@ -201,12 +217,16 @@ def cost(config: PairsConfig, facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def audit(
-    inputs: Inputs, store: Path, level: Literal["quick", "default", "deep"], sample: int
+    inputs: Inputs,
+    store: Path,
+    level: Literal["quick", "default", "deep"],
+    sample: int,
+    allowed: custom.Allowed = custom.NOBODYS,
 ) -> tuple[list[Finding], list[str]]:
     """What is wrong with a store, see `pairs_audit.audit`."""
     from nfm.stages import pairs_audit
 
-    return pairs_audit.audit(inputs, store, level, sample)
+    return pairs_audit.audit(inputs, store, level, sample, allowed)
 
 
 def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:

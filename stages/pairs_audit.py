@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nfm.stages import pairs, pairs_source
+from nfm.stages import custom, pairs, pairs_source
 from nfm.stages.encoder import Encoder, threads
 from nfm.stages.encoder_setup import Setup
 from nfm.stages.pairs_upkeep import pinned, verify
@@ -30,11 +30,17 @@ AMPLIFIED = 10  # how much of what an int8 codec rounds away may come back in im
 
 
 def audit(
-    inputs: Inputs, store: Path, level: Literal["quick", "default", "deep"], sample: int
+    inputs: Inputs,
+    store: Path,
+    level: Literal["quick", "default", "deep"],
+    sample: int,
+    allowed: custom.Allowed = custom.NOBODYS,
 ) -> tuple[list[Finding], list[str]]:
     """The store by itself, its recipe, keys, labels and images against its inputs, and at `deep` the pairs anew.
 
     `inputs` are those that are there; what needs a missing one is left out, since its absence is a finding already.
+    A custom function is somebody's code, which a store only names: it is run where `allowed` has its digest, else a
+    statement says that it was not.
     """
     findings = verify(store, level)
     root, generation = pinned(store)
@@ -53,9 +59,12 @@ def audit(
         return findings, []
     if found.codec == "pcodec":
         return findings, ["an archive: its noise is not encoded again; `nfm pairs export` it and audit that store"]
+    if found.coupling == "custom" and (found.coupling_options or {}).get("sha256") not in allowed.digests:
+        return findings, [_not_run(found)]
     # Wherever the pairs were encoded, the device that is here encodes them again.
     try:
         encoder = pairs.setup(config.model_copy(update={"device": "auto"}), inputs, root)
+        pairs.announce(found, encoder, allowed)
         with threads(encoder.threads):
             return encode_again(root, manifest, encoder, sample)
     except (StageError, ValueError) as error:
@@ -63,6 +72,15 @@ def audit(
             raise
         remedy = "put the module that made the store on Python's path, its digest stands in spec.json"
         return [Finding(str(root / "spec.json"), f"its pairs cannot be made again: {error}", remedy)], []
+
+
+def _not_run(spec: StoreSpec) -> str:
+    options = spec.coupling_options or {}
+    return (
+        f"its pairs were not encoded again: their function {options.get('function')!r} is code, and an audit runs none "
+        f"unasked. When you know the file of SHA-256 {options.get('sha256')}, give --run-custom with it, or "
+        "audit with -c CONFIG, the config of yours that names it"
+    )
 
 
 def against_source(root: Path, manifest: dict[str, Any], inputs: Inputs) -> list[Finding]:

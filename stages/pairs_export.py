@@ -17,7 +17,12 @@ CHUNK_BYTES = 16 << 20
 
 
 def run(
-    where: str | Path, target: str, layout: str | None, codec: str | None, generation: int | None, progress: Progress
+    where: str | Path,
+    target: str | Path,
+    layout: str | None,
+    codec: str | None,
+    generation: int | None,
+    progress: Progress,
 ) -> list[str]:
     """Export a store, by default in its own layout and codec; returns what there is to say of it."""
     store = PairStore.open(where, generation)

@@ -75,8 +75,12 @@ def _quarantined(store: Path) -> list[Leftover]:
     the next number follows from what is there.
     """
     newest = max(generations.numbers(store), default=0)
-    found = []
-    for folder in sorted((store / "quarantine").glob("*")):
+    found, quarantine = [], store / "quarantine"
+    # What a link leads to is not the store's.
+    folders = [] if quarantine.is_symlink() else sorted(quarantine.glob("*"))
+    for folder in folders:
+        if folder.is_symlink():
+            continue
         files = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
         numbered = ((path, _MANIFEST.fullmatch(path.name)) for path in files)
         going = [path for path, match in numbered if match is None or int(match[1]) < newest]

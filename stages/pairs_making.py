@@ -9,9 +9,14 @@ from nfm.stages.executors import Outcome, ShardJob, new_attempt
 from nfm.stages.executors.tally import Tally
 from nfm.stages.stage import Reporter, StageError
 from nfm.storage import atomic, generations
+from nfm.storage.errors import StorageError
+from nfm.storage.masked import masked
+from nfm.storage.paths import inside
 from nfm.storage.schema import StoreSpec, parse_name
+from nfm.storage.small_files import read_tail
 
 _LISTED = 5
+_TAIL_BYTES = 1 << 16  # of a traceback, of which the last line is told
 
 
 def pending(out: Path, spec: StoreSpec, draws: int) -> list[str]:
@@ -73,7 +78,7 @@ def reasons(out: Path, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         path = failure_path(out, name)
-        found[name] = _last_line(path.read_text(errors="replace")) if path.exists() else "not encoded yet"
+        found[name] = _reason(path, out) if path.exists() else "not encoded yet"
     return found
 
 
@@ -96,10 +101,18 @@ def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, a
 
 
 def _set_aside(out: Path, outcome: Outcome, report: Reporter) -> None:
-    error = outcome.error or "no message"
+    error = masked(outcome.error or "no message")
+    inside(out, "failed")  # raises where a link would take the traceback out of the store
     atomic.write_bytes(failure_path(out, outcome.job.name), error.encode())
     report.say(f"{outcome.job.name} failed and is set aside: {_last_line(error)}")
     report.log("SHARD_FAILED", shard=outcome.job.name, error=error, worker=outcome.worker)
+
+
+def _reason(path: Path, out: Path) -> str:
+    try:
+        return _last_line(read_tail(path, _TAIL_BYTES, root=out).decode(errors="replace"))
+    except (StorageError, OSError) as error:
+        return f"its traceback cannot be read: {error}"
 
 
 def _last_line(text: str) -> str:

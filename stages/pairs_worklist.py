@@ -96,6 +96,7 @@ def encode(worklist: Worklist, task: int, of: int, report: Reporter) -> dict[str
     if not left:
         return {"shards": len(mine), "committed": 0}
     setting = pairs.setup(config, {role: Path(path) for role, path in worklist.inputs.items()}, out)
+    pairs.announce(spec, setting, report)
     outcomes = slurm.run(setting, making.jobs(left), 1, report)
     total = making.records_of(spec, mine)
     done = total - making.records_of(spec, left)

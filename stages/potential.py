@@ -14,6 +14,7 @@ from nfm.stages import costs
 from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, operational
 from nfm.stages.training import CHECKPOINT, blaming, pick_device
 from nfm.storage import ImageDataset, atomic
+from nfm.storage.small_files import MOST_STATE_BYTES, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ def load_coupling(folder: Path, source: ImageDataset, device: str = "cpu") -> Se
             f"{source.content_digest[:12]}; fit a potential on this data (`nfm run potential`)"
         )
     try:
-        vectors, _ = unpack((folder / VECTORS).read_bytes())
+        vectors, _ = unpack(read_bytes(folder / VECTORS, MOST_STATE_BYTES))
     except CheckpointError as error:
         raise StageError(f"{folder / VECTORS}: {error}; `nfm audit {folder}` says what else is wrong") from error
     rows = rows_by_label(source)
@@ -218,7 +219,7 @@ class _Work:
 
         path = self._folder / name
         try:
-            yield unpack(path.read_bytes()) if path.exists() else ({}, {})
+            yield unpack(read_bytes(path, MOST_STATE_BYTES)) if path.exists() else ({}, {})
         except (CheckpointError, KeyError) as error:
             lost = "the finished classes" if name == FINISHED else "the class in hand"
             problem = error.__cause__ or error

@@ -11,6 +11,7 @@ from nfm.stages import report_plots as plots
 from nfm.stages.evaluation_table import DISTANCE, Line, columns_of, distance_key
 from nfm.stages.report_page import figure, heading, image_grid, number, paragraph, row, table
 from nfm.storage.atomic import read_json
+from nfm.storage.small_files import opened
 
 MEANT = {
     "fd_cnn": " in the features of our own CNN: FD-CNN compares within this report only and is not FID",
@@ -60,7 +61,7 @@ class Evaluation:
         for line in lines:
             file = self.root / "samples" / f"{line['name']}.npz"
             if file.is_file():
-                with np.load(file, allow_pickle=False) as arrays:
+                with opened(file, self.root) as source, np.load(source, allow_pickle=False) as arrays:
                     images = arrays["images"][: self.samples]
                 caption = f"{self.title} {number(line[self.key], 3)}"
                 grid = image_grid(images, f"samples of {line['name']}")

@@ -30,6 +30,7 @@ from nfm.storage import ImageDataset, PairStore
 from nfm.storage.atomic import read_json
 from nfm.storage.codecs import decode
 from nfm.storage.order import permute
+from nfm.storage.small_files import read_bytes
 
 SHORT_FINGERPRINT = 12
 PAIRS_SHOWN = 8
@@ -158,7 +159,7 @@ def read_manifests(inputs: Inputs) -> dict[str, dict[str, Any]]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON lines of a training log; lines cut short by a kill are left out."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in read_bytes(path).decode(errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from nfm.storage.errors import Told
+from nfm.storage.masked import holds_secret
 
 Inputs = Mapping[str, Path]
 
 
-class StageError(Exception):
+class StageError(Told):
     """A stage cannot be done; the message names the file or field, the value and the remedy."""
 
 
@@ -39,6 +42,15 @@ class Section(BaseModel):
     """One table of the config file; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_secrets(cls, value: Any) -> Any:
+        if holds_secret(value):
+            raise ValueError(
+                "a URL with a secret, which would stand in every manifest and log; leave it out of the config"
+            )
+        return value
 
     def semantic(self) -> dict[str, Any]:
         """The fields that change the stage's result, as the fingerprint sees them."""

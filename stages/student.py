@@ -28,6 +28,7 @@ from nfm.stages.training import (
 )
 from nfm.stages.variant import Variant, check_knobs
 from nfm.storage import Mixture, PairStore, atomic
+from nfm.storage.small_files import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -178,4 +179,4 @@ def _variant(coupling: str, config: StudentConfig) -> Variant:
 def _last_line(path: Path) -> dict[str, float]:
     import json
 
-    return json.loads(path.read_text().splitlines()[-1])
+    return json.loads(read_bytes(path).decode().splitlines()[-1])

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from nfm.stages.stage import Reporter, Section, StageError, Stopped, operational
 from nfm.storage import atomic
+from nfm.storage.small_files import MOST_STATE_BYTES, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +115,7 @@ def fit(
     from nfm.trainers import loop
     from nfm.trainers.checkpoint import CheckpointError, unpack
 
-    saved = (out / CHECKPOINT).read_bytes() if (out / CHECKPOINT).exists() else None
+    saved = read_bytes(out / CHECKPOINT, MOST_STATE_BYTES) if (out / CHECKPOINT).exists() else None
     if saved is not None:
         try:
             seen = unpack(saved)[1]["examples_seen"]
@@ -164,7 +165,7 @@ def fit(
 
 def _keep_lines(path: Path, unit: str, seen: int) -> None:
     """Drop the lines that a killed run wrote after its last checkpoint: they are written again."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_bytes(path).decode(errors="replace").splitlines() if path.exists() else []
     kept = []
     for line in lines:
         try:
@@ -185,6 +186,6 @@ def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     from nfm.trainers.checkpoint import CheckpointError, unpack_weights
 
     try:
-        return unpack_weights((folder / WEIGHTS).read_bytes())
+        return unpack_weights(read_bytes(folder / WEIGHTS, MOST_STATE_BYTES))
     except CheckpointError as error:
         raise StageError(f"{folder / WEIGHTS}: {error}; `nfm audit {folder}` says what else is wrong") from error

@@ -19,7 +19,8 @@ from nfm.storage.hashing_file import HashingFile, sync_folder
 from nfm.storage.json_text import RESTORE, checked, signed_text
 from nfm.storage.json_text import canonical_json as canonical_json
 from nfm.storage.json_text import digest as digest
-from nfm.storage.paths import TEMPORARY, as_path, is_remote, read_bytes, remove, size_of
+from nfm.storage.paths import TEMPORARY, as_path, is_remote, remove, size_of
+from nfm.storage.small_files import MOST_BYTES, MOST_INDEX_BYTES, plain, read_bytes
 
 _CHUNK = 4 << 20
 _TRIES = 3  # readings of a remote JSON file before its contents are called damaged
@@ -47,18 +48,18 @@ def _chunks(path: Path) -> Iterator[bytes]:
         size = remote.attempt(path, "look at", lambda fs, name: fs.info(name))["size"]
         yield from remote.read_pieces(path, size)
         return
-    with open(path, "rb") as file:
+    with plain(path) as file:
         while chunk := file.read(_CHUNK):
             yield chunk
 
 
-def read_checked(path: Path, sha256: str) -> bytes:
-    """The whole of a remote file, read again when it arrives with another SHA-256 than is given.
+def read_checked(path: Path, sha256: str, most: int = MOST_INDEX_BYTES) -> bytes:
+    """The whole of a remote file of at most `most` bytes, read again when it has another SHA-256 than is given.
 
     Raises FileNotFoundError and CorruptShard.
     """
     for _ in range(_TRIES):
-        data = read_bytes(path)
+        data = read_bytes(path, most)
         if digest(data) == sha256:
             return data
         time.sleep(0.1)
@@ -84,7 +85,9 @@ def create_bytes(path: str | Path, data: bytes) -> bool:
     where = as_path(path)
     if is_remote(where):
         return remote.create(
-            where, lambda fs, name: fs.pipe_file(name, bytes(data), mode="create"), lambda: read_bytes(where) == data
+            where,
+            lambda fs, name: fs.pipe_file(name, bytes(data), mode="create"),
+            lambda: read_bytes(where, max(MOST_BYTES, len(data))) == data,
         )
     if os.path.lexists(where):
         return False
@@ -161,26 +164,26 @@ def create_json(path: str | Path, body: Mapping[str, Any]) -> bool:
     return create_bytes(path, signed_text(path, body))
 
 
-def read_json(path: str | Path, signed: bool = True) -> dict[str, Any]:
+def read_json(path: str | Path, signed: bool = True, root: Path | None = None) -> dict[str, Any]:
     """The JSON object in `path`; it must be, byte for byte, what `create_json` writes for these contents.
 
     Its `digest` proves the contents, and the one rendering of them proves every byte of the text. With `signed=False`
-    a file without a digest is accepted too. Raises StorageError.
+    a file without a digest is accepted too. No link may lead out of `root`, by default its folder. Raises StorageError.
     """
     where = as_path(path)
-    data = _read(where)
+    data = _read(where, root)
     for _ in range(_TRIES - 1 if is_remote(where) else 0):  # what arrives damaged may be whole where it is
         try:
             return checked(where, data, signed)
         except StorageError:
             time.sleep(0.1)
-            data = _read(where)
+            data = _read(where, root)
     return checked(where, data, signed)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, root: Path | None) -> bytes:
     try:
-        return read_bytes(path)
+        return read_bytes(path, root=root)
     except FileNotFoundError as error:
         raise StorageError(f"{path}: no such file; was the stage that writes it run to its end?") from error
     except OSError as error:

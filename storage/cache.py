@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 from nfm.storage import remote
 from nfm.storage.cache_folder import base_folder, own_folder, shared_folder
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
-from nfm.storage.paths import TEMPORARY, is_remote, temporary_name
+from nfm.storage.paths import TEMPORARY, is_remote, local_path, temporary_name
 
 T = TypeVar("T")
 _TRIES = 3
@@ -48,7 +48,7 @@ class ShardCache:
     """
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
-        self._given = None if folder is None else Path(folder)
+        self._given = None if folder is None else local_path(folder)
         self._max_bytes = max_bytes if max_bytes is not None else _stated_bound()
         if self._max_bytes is not None and self._max_bytes < 1:
             raise StorageError(f"max_bytes {self._max_bytes}: a cache needs room for the shards of a batch")

@@ -12,7 +12,7 @@ import time
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-from nfm.storage.paths import TEMPORARY
+from nfm.storage.paths import TEMPORARY, stated_path
 
 _ABANDONED = 3600.0  # seconds after which an unfinished download of a shared folder is nobody's
 _held: list[int] = []  # locks of this process's own folders
@@ -20,8 +20,7 @@ _held: list[int] = []  # locks of this process's own folders
 
 def base_folder() -> Path:
     """Where the folders of processes are: `$NFM_CACHE`, else `nfm` in the user's cache folder."""
-    stated = os.environ.get("NFM_CACHE")
-    return Path(stated) if stated else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfm"
+    return stated_path("NFM_CACHE") or (stated_path("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfm"
 
 
 def shared_folder(folder: Path) -> Path:

@@ -24,7 +24,7 @@ from nfm.storage.errors import MissingShard, StorageError
 from nfm.storage.index import index_rows, keys_digest, write_index
 from nfm.storage.members import Array, Payload
 from nfm.storage.moments import Moments, MomentSums
-from nfm.storage.paths import as_path, exists, inside, remove, several, size_of
+from nfm.storage.paths import as_path, exists, remove, several, size_of
 from nfm.storage.schema import FORMAT, StoreSpec, parse_name, shard_name
 
 __all__ = ["Commit", "Written", "commit_path", "committed", "names", "publish", "read", "read_many", "write_shard"]
@@ -166,7 +166,7 @@ def read(root: str | Path, name: str) -> Commit | None:
     path = commit_path(root, name)
     if not exists(path):
         return None
-    return parse(path, name, read_json(inside(as_path(root), f"commits/{name}.json")))
+    return parse(path, name, read_json(path, root=as_path(root)))
 
 
 def names(root: str | Path, draws: int) -> list[str]:

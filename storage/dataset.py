@@ -20,7 +20,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.index import read_index
 from nfm.storage.layout import Shard
 from nfm.storage.order import Rows, Shuffle, order_key
-from nfm.storage.paths import inside
+from nfm.storage.paths import inside, local_path
 from nfm.storage.reader import BatchReader, ReadOptions
 from nfm.storage.schema import FORMAT, Field
 from nfm.storage.sequence import ShardSequence
@@ -61,7 +61,7 @@ class DatasetWriter:
     ) -> None:
         if dtype not in DTYPES:
             raise StorageError(f"{root}: images of dtype {dtype!r}; convert them to one of {', '.join(DTYPES)}")
-        self.root = Path(root)
+        self.root = local_path(root)
         self.files: dict[str, tuple[str, int]] = {}  # the tables: (sha256, bytes) by relative path
         self._name = name
         self._image_shape = tuple(image_shape)
@@ -208,7 +208,7 @@ class ImageDataset:
     @classmethod
     def open(cls, root: str | Path, split: str = "train") -> ImageDataset:
         """Opens a split. Raises StorageError when there is no such dataset or split, NewerSchema."""
-        root = Path(root)
+        root = local_path(root)
         body = read_record(root)
         if split not in body["splits"]:
             raise StorageError(f"{root / DATASET}: no split {split!r}, only {', '.join(body['splits'])}")

@@ -9,7 +9,6 @@ from typing import Any
 from nfm.storage import checked
 from nfm.storage.atomic import read_json
 from nfm.storage.errors import StorageError
-from nfm.storage.paths import inside
 from nfm.storage.schema import IMAGE_DTYPES, Field, check_format
 
 DATASET = "dataset.json"
@@ -20,7 +19,7 @@ _MOST_CLASSES = 10**6
 def read_record(root: Path) -> dict[str, Any]:
     """The dataset.json at `root`. Raises StorageError when it is none or contradicts itself, NewerSchema."""
     path = root / DATASET
-    body = read_json(inside(root, DATASET))
+    body = read_json(path)
     check_format(path, body)
     needed = {"name", "image_shape", "value_range", "classes", "rows_per_block", "splits"}
     if lacking := needed - set(body):

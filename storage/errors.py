@@ -7,9 +7,29 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from nfm.storage.masked import masked
 
-class StorageError(Exception):
+
+class Told(Exception):
+    """An error whose message is for people: secrets in its URLs are hidden."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(masked(one) if isinstance(one, str) else one for one in arguments))
+
+
+class StorageError(Told):
     """A store or one of its files cannot be used as asked."""
+
+
+class NoPlace(StorageError):
+    """What was given as a place is no path and no URL that can be used there; `reason` says why and what to write."""
+
+    def __init__(self, where: str, reason: str, named: str = "") -> None:
+        super().__init__(f"{named}{where}: {reason}")
+        self.where, self.reason = where, masked(reason)
+
+    def __reduce__(self) -> tuple[type[NoPlace], tuple[str, str]]:
+        return NoPlace, (masked(self.where), self.reason)
 
 
 class CorruptShard(StorageError):

@@ -27,6 +27,7 @@ from nfm.storage.index import read_index
 from nfm.storage.paths import as_path, inside, is_remote, names_in, remove, size_of
 from nfm.storage.row_fields import FIELDS, RowField, publish_row_field, row_field_names
 from nfm.storage.schema import SPEC, StoreSpec, pair_fields
+from nfm.storage.small_files import plain
 from nfm.storage.store import PairStore
 
 Entry = Mapping[str, Any]
@@ -246,7 +247,7 @@ def _copy_row_fields(source: PairStore, root: Path) -> None:
         for part in field.files:
             if size_of(folder / part.file) == part.bytes:
                 continue  # of an earlier, killed run: a name appears only when its file is whole
-            with field.opened(part, lambda path: path.open("rb")) as file, HashingFile(folder / part.file) as out:
+            with field.opened(part, plain) as file, HashingFile(folder / part.file) as out:
                 while piece := file.read(_COPY_BYTES):
                     out.write(piece)
                 if out.sha256 != part.sha256:

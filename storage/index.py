@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from nfm.storage.atomic import HashingFile, digest, read_checked
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.members import Array, Payload
-from nfm.storage.paths import as_path, is_remote, read_bytes
+from nfm.storage.paths import as_path, is_remote
+from nfm.storage.small_files import MOST_INDEX_BYTES, plain, read_bytes
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -74,8 +75,8 @@ def write_index(path: Path, parts: Sequence[pa.Table]) -> Payload:
 
 def _opened(path: Path, sha256: str | None) -> Any:
     if not is_remote(path):
-        return open(path, "rb")
-    return pa.BufferReader(read_bytes(path) if sha256 is None else read_checked(path, sha256))
+        return plain(path)
+    return pa.BufferReader(read_bytes(path, MOST_INDEX_BYTES) if sha256 is None else read_checked(path, sha256))
 
 
 def read_index(

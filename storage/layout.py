@@ -14,9 +14,10 @@ from nfm.storage import samples, tar, zarr_meta, zarr_shard, zarr_writer
 from nfm.storage.atomic import content_digest, place, write_bytes
 from nfm.storage.errors import StorageError
 from nfm.storage.members import Mapped, Payload
-from nfm.storage.paths import as_path, is_remote, read_bytes, several, size_of
+from nfm.storage.paths import as_path, is_remote, several, size_of
 from nfm.storage.paths import remove as remove_file
 from nfm.storage.schema import Field, StoreSpec, parse_name
+from nfm.storage.small_files import read_bytes
 
 if TYPE_CHECKING:
     from nfm.storage.commits import Commit
@@ -161,7 +162,7 @@ def seal(root: str | Path, spec: StoreSpec, draws: int, entries: Sequence[Entry 
 
     several(root, put_in_place, entries)
     for path, data in metadata(spec, draws).items():
-        if size_of(root / path) != len(data) or read_bytes(root / path) != data:
+        if size_of(root / path) != len(data) or read_bytes(root / path, root=root) != data:
             write_bytes(root / path, data)
 
 

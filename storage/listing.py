@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from nfm.storage import remote
-from nfm.storage.paths import inside, is_remote, names_in, read_bytes
+from nfm.storage.paths import inside, is_remote, names_in
+from nfm.storage.small_files import MOST_BYTES, read_bytes
 
 
 def names(root: Path, folder: str) -> Iterator[str]:
@@ -107,7 +108,7 @@ class Folder:
             return None
         try:
             status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
                 return None
             data = os.read(file, status.st_size + 1)
             return data if len(data) == status.st_size else None

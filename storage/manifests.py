@@ -12,7 +12,7 @@ from nfm.storage.atomic import read_json
 from nfm.storage.commit_record import check_files
 from nfm.storage.errors import StorageError
 from nfm.storage.moments import check_moments
-from nfm.storage.paths import as_path, exists, inside, names_in
+from nfm.storage.paths import as_path, exists, names_in
 from nfm.storage.schema import check_format, parse_name
 from nfm.storage.shard_list import MOST, is_list_name, read_list
 
@@ -53,7 +53,7 @@ def raw(root: str | Path, generation: int) -> dict[str, Any]:
     if not exists(path):
         listed = ", ".join(map(str, numbers(root))) or "none"
         raise StorageError(f"{path}: no such generation (sealed: {listed}); choose one of these or seal the store")
-    body = read_json(inside(as_path(root), path.name))
+    body = read_json(path)
     check_format(path, body)
     if missing := _NEEDED - set(body):
         raise StorageError(f"{path}: no manifest of a pair store, it lacks {', '.join(sorted(missing))}")

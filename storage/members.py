@@ -17,6 +17,7 @@ from nfm.storage.atomic import HashingFile
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.paths import as_path
 from nfm.storage.schema import Field
+from nfm.storage.small_files import plain
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TAR_HEADER = 512
@@ -87,7 +88,7 @@ def map_file(path: Path, expected: int | None, what: str) -> mmap.mmap:
     Raises MissingShard, CorruptShard or StorageError.
     """
     try:
-        with open(path, "rb") as file:
+        with plain(path) as file:
             size = file.seek(0, 2)
             if size != (expected or size) or not size:
                 raise corrupt(path, f"{size} bytes, {what} take {expected if expected is not None else 'more'}")

@@ -1,4 +1,4 @@
-"""Where a store is: a folder of this machine, or a URL that fsspec knows (s3://, gs://, memory://).
+"""What is asked of a place: a folder of this machine, or a URL that fsspec knows (s3://, gs://, memory://).
 
 What is asked of a URL goes through here, so that it is tried again when the object store has a bad moment, fails with a
 message for people, and works in forked processes; pathlib's own methods of a URL do neither.
@@ -12,50 +12,21 @@ import stat
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 from nfm.storage import remote
 from nfm.storage.errors import StorageError
+from nfm.storage.places import as_path, is_remote, is_url, local_path, stated_path
+
+__all__ = [
+    "TEMPORARY", "as_path", "exists", "inside", "is_remote", "is_url", "local_path", "names_in", "remove",
+    "several", "size_of", "stated_path", "temporary_name",
+]  # fmt: skip
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 TEMPORARY = ".tmp-"
 _REQUESTS = 16  # small requests at a time
-
-
-def as_path(where: str | Path) -> Path:
-    """A local path as pathlib's, a URL as universal_pathlib's: both have pathlib's methods.
-
-    Options of a file system (an endpoint, a profile) come from its own environment variables and from fsspec's
-    configuration. Listings are never cached: other processes write beside this one. Tested against an S3 server and
-    memory://; gs:// takes the same calls of fsspec, and is untested.
-    """
-    if not isinstance(where, str):
-        return where
-    protocol, separator, _ = where.partition("://")
-    if not separator:
-        return Path(where)
-    try:
-        from upath import UPath
-
-        if protocol in ("file", "local"):
-            return Path(UPath(where).path)
-        return cast(Path, UPath(where, **_options(protocol)))
-    except ImportError as error:
-        raise StorageError(f"{where}: {error}; URLs need the packages universal_pathlib and s3fs (or gcsfs)") from error
-    except ValueError as error:
-        raise StorageError(f"{where}: {error}; use a folder, s3://bucket/..., gs://bucket/... or file://") from error
-
-
-def _options(protocol: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if protocol in ("s3", "s3a"):
-        from fsspec.config import conf
-
-        # botocore's own retries would multiply with those of `remote.attempt`: minutes before an endpoint that is down.
-        own = conf.get(protocol, {}).get("config_kwargs")
-        options["config_kwargs"] = own or {"retries": {"total_max_attempts": 1, "mode": "standard"}}
-    return options
 
 
 def inside(root: Path, name: str) -> Path:
@@ -78,11 +49,6 @@ def inside(root: Path, name: str) -> Path:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise StorageError(f"{path}: neither a file nor a folder; move it away and restore the file from a copy")
     return path
-
-
-def is_remote(path: Any) -> bool:
-    """Whether a path of `as_path` is an object store's, where files are put whole and nothing is mapped."""
-    return not isinstance(path, Path)
 
 
 def temporary_name(name: str) -> str:
@@ -130,13 +96,6 @@ def exists(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
-
-
-def read_bytes(path: Path) -> bytes:
-    """The whole of a small file. Raises FileNotFoundError, OSError (local) or StorageError (remote)."""
-    if not is_remote(path):
-        return path.read_bytes()
-    return remote.read_range(path)  # one request, where a plain read of s3fs would ask for the size first
 
 
 def remove(path: Path) -> None:

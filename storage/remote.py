@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.masked import masked
 
 T = TypeVar("T")
 _log = logging.getLogger("nfm.storage")
@@ -52,7 +53,7 @@ _NO_BUCKET = {"NoSuchBucket", "InvalidBucketName"}
 
 def patience() -> float:
     """Seconds for which a failing request is tried again: `NFM_PATIENCE`, else 60."""
-    stated = os.environ.get("NFM_PATIENCE", "60")
+    stated = os.environ.get("NFM_PATIENCE", "").strip() or "60"
     try:
         return float(stated)
     except ValueError as error:
@@ -201,7 +202,7 @@ def _remedy(path: Path, error: BaseException) -> str:
     if _status(error) is not None and may_pass(error):
         return f"the object store kept failing for {patience():.0f} s (NFM_PATIENCE): run the same command again later"
     if may_pass(error):
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        endpoint = masked(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
         named = f" (AWS_ENDPOINT_URL is {endpoint})" if endpoint and str(path).startswith("s3") else ""
         return f"no answer within {patience():.0f} s (NFM_PATIENCE): check the network and the endpoint{named}"
     return "check the URL and the object store's settings"
@@ -236,5 +237,5 @@ def _names(error: BaseException) -> set[str]:
 
 
 def _text(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = masked(" ".join(str(error).split()))  # before it is cut, in the middle of a secret
     return (text if len(text) <= 300 else text[:297] + "...") or type(error).__name__

@@ -24,6 +24,7 @@ from nfm.storage.atomic import HashingFile, create_json, read_json
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.paths import as_path, inside, is_remote, names_in, remove
 from nfm.storage.schema import FORMAT, check_format, read_spec
+from nfm.storage.small_files import plain
 
 if TYPE_CHECKING:
     from nfm.storage.cache import ShardCache
@@ -71,7 +72,7 @@ class RowField:
         if FIELD not in names_in(inside(as_path(root), f"{FIELDS}/{name}")):
             known = ", ".join(row_field_names(root)) or "none"
             raise StorageError(f"{folder}: no field {name!r} (there are: {known}); `nfm pairs add-field` adds one")
-        return cls(folder, _checked(inside(as_path(root), f"{FIELDS}/{name}/{FIELD}"), name), cache)
+        return cls(folder, _checked(as_path(root), name), cache)
 
     def gather(self, rows: npt.ArrayLike, out: Array | None = None) -> Array:
         """The values at these source rows (any order, [n] integers) as [n, *shape], in `out` if given.
@@ -137,7 +138,7 @@ class RowField:
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    with open(path, "rb") as file:
+    with plain(path) as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -198,7 +199,7 @@ def publish_row_field(folder: Path, body: Mapping[str, Any]) -> bool:
     """Makes a field exist; False when the very same one does already. Raises StorageError for another one."""
     if create_json(folder / FIELD, body):
         return True
-    there = _checked(folder / FIELD, body["name"])
+    there = _checked(folder.parent.parent, body["name"])
     if [part["sha256"] for part in there["files"]] != [part["sha256"] for part in body["files"]]:
         raise StorageError(f"{folder}: the store has a field {body['name']!r} with other values; choose another name")
     return False
@@ -246,9 +247,10 @@ def _pieces(
             yield np.ascontiguousarray(chunk, dtype)
 
 
-def _checked(path: Path, name: str) -> dict[str, Any]:
+def _checked(root: Path, name: str) -> dict[str, Any]:
     """A field.json whose every number and name can be trusted. Raises StorageError, NewerSchema."""
-    body = read_json(path)
+    path = root / FIELDS / name / FIELD
+    body = read_json(path, root=root)
     check_format(path, body)
     try:
         dtype = _stored(name, body["dtype"])

@@ -17,7 +17,7 @@ from nfm.storage import checked
 from nfm.storage.atomic import create_json, read_json
 from nfm.storage.codecs import CODECS
 from nfm.storage.errors import NewerSchema, StorageError
-from nfm.storage.paths import as_path, inside
+from nfm.storage.paths import as_path
 
 FORMAT = 1
 ROLES = ("image", "noise", "label", "slot")
@@ -281,7 +281,7 @@ def read_spec(root: str | Path) -> StoreSpec:
     """The recipe of the store at `root`. Raises StorageError (no store there) or NewerSchema."""
     path = as_path(root) / SPEC
     try:
-        return StoreSpec.from_dict(read_json(inside(as_path(root), SPEC)))
+        return StoreSpec.from_dict(read_json(path))
     except StorageError as error:
         raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from error
 

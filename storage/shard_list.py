@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from nfm.storage import checked
 from nfm.storage.atomic import HashingFile, digest, read_checked
 from nfm.storage.errors import CorruptShard, StorageError
-from nfm.storage.paths import inside, is_remote, read_bytes
+from nfm.storage.paths import is_remote
 from nfm.storage.shard_list_checks import first_wrong
+from nfm.storage.small_files import MOST_INDEX_BYTES, read_bytes
 
 INLINE = 1000  # entries up to which a manifest holds them itself
 MOST = 2_000_000
@@ -176,14 +177,14 @@ def list_name(generation: int, sha256: str) -> str:
 def read_list(root: Path, where: str, generation: int, reference: Entry) -> ShardList:
     """The shards that a manifest refers to. Raises StorageError for a file that is not, whole, what it names."""
     sha256 = checked.sha256(f"{where}: shards.sha256", reference.get("sha256"))
-    size = checked.integer(f"{where}: shards.bytes", reference.get("bytes"), 1, MOST * _ROW_BYTES)
+    size = checked.integer(f"{where}: shards.bytes", reference.get("bytes"), 1, MOST_INDEX_BYTES)
     count = checked.integer(f"{where}: shards.count", reference.get("count"), 1, MOST)
     name = checked.text(f"{where}: shards.file", reference.get("file"), most=60)
     if name != list_name(generation, sha256):
         raise StorageError(f"{where}: {checked.shown(name)} is not the name of its list of shards")
-    path = inside(root, name)
+    path = root / name
     try:
-        data = read_checked(path, sha256) if is_remote(root) else read_bytes(path)
+        data = read_checked(path, sha256, size) if is_remote(root) else read_bytes(path, size)
     except OSError as error:
         raise StorageError(
             f"{path}: the list of shards cannot be read ({error.strerror or error}); restore it from a copy"

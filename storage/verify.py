@@ -11,10 +11,11 @@ from nfm.storage import generations, layout
 from nfm.storage.atomic import content_digest
 from nfm.storage.errors import StorageError
 from nfm.storage.order import order_key
-from nfm.storage.paths import as_path, read_bytes, size_of
+from nfm.storage.paths import as_path, size_of
 from nfm.storage.presence import excluded_problems, expected_names
 from nfm.storage.schema import SPEC, parse_name
 from nfm.storage.shard_list import numbers, texts
+from nfm.storage.small_files import read_bytes
 from nfm.storage.totals import Sums
 from nfm.storage.verify_content import close
 from nfm.storage.verify_fields import check_fields
@@ -124,5 +125,5 @@ def _metadata_findings(found: Survey, draws: int) -> Iterator[Finding]:
         path = found.root / name
         if size_of(path) is None:
             yield Finding("quick", str(path), "the file is missing", _RESEAL)
-        elif leads_outside(found.root, path) or read_bytes(path) != data:
+        elif size_of(path) != len(data) or leads_outside(found.root, path) or read_bytes(path, root=found.root) != data:
             yield Finding("quick", str(path), "is not what the store's recipe gives", _RESEAL)

@@ -20,6 +20,7 @@ from nfm.storage.crc32c import crc32c
 from nfm.storage.errors import StorageError
 from nfm.storage.members import Array, Mapped, corrupt, map_file, stored
 from nfm.storage.schema import Field
+from nfm.storage.small_files import plain
 
 CRC = 4  # bytes
 _ENTRY = 16  # bytes of the index a chunk
@@ -90,7 +91,7 @@ class MappedZarr:
     def bad_chunks(self, name: str) -> list[int]:
         """The chunks of a field whose check sum is not that of their bytes."""
         path, bad = self._paths[name], []
-        with open(path, "rb") as file:
+        with plain(path) as file:
             for chunk, (offset, size) in enumerate(self._places(name)):
                 file.seek(offset)
                 data = file.read(size)

@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_KNOW = {
-    "pipeline": ("nfm.pipeline", "nfm.stages", "nfm.storage.atomic", "nfm.storage.errors", "nfm.storage.paths"),
+    "pipeline": (
+        *("nfm.pipeline", "nfm.stages", "nfm.storage.atomic", "nfm.storage.errors", "nfm.storage.masked"),
+        *("nfm.storage.paths", "nfm.storage.small_files"),
+    ),
     "stages": ("nfm.stages", "nfm.storage", "nfm.trainers"),
     "storage": ("nfm.storage",),
     "trainers": ("nfm.trainers",),

@@ -16,6 +16,7 @@ from nfm.stages.stage import StageError
 
 ANSWER_SECONDS = 5.0
 STORE_BYTES = 80 * 2**20  # images never enter Ray's object store
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -91,22 +92,45 @@ def cluster(address: str | None, workers: int, threads: int, device: str) -> Ite
 
 def _make(workers: int, threads: int, device: str) -> None:
     """A local cluster with CPUs for the workers asked for, else for all cores, and the GPUs that torch sees."""
-    import ray
     import torch
 
     gpus = torch.cuda.device_count() if device == "auto" or device.startswith("cuda") else 0
     if not workers:
         workers = gpus or max(1, len(os.sched_getaffinity(0)) // threads)
     try:
-        ray.init(
-            address="local", num_cpus=workers * threads, num_gpus=gpus, include_dashboard=False,
-            object_store_memory=STORE_BYTES, **_quiet(),
-        )  # fmt: skip
+        start_local(workers * threads, gpus)
     except (OSError, RuntimeError, ValueError) as error:
         raise StageError(
             f"a local Ray cannot start: {_first_line(error)}; see the logs in /tmp/ray/session_latest/logs, or do "
             "without it: --set pairs.executor=serial"
         ) from error
+
+
+def start_local(cpus: int, gpus: int = 0) -> None:
+    """Start a Ray of this process's own; all of it listens on the loopback address alone, and needs no network."""
+    import ray
+
+    with _loopback_allowed():
+        ray.init(
+            address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, object_store_memory=STORE_BYTES,
+            _node_ip_address=LOOPBACK, **_quiet(),
+        )  # fmt: skip
+
+
+@contextmanager
+def _loopback_allowed() -> Iterator[None]:
+    """Ray replaces a loopback address of its node by the host's own, unless it holds that it makes no clusters here.
+
+    All its processes bind to the address of their node, and to every interface where that is no loopback address.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _connect(address: str) -> None:

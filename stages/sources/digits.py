@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nfm.stages.sources.source import Loaded, box_average, class_names, digest_files
+from nfm.stages.sources.labels import Labels
+from nfm.stages.sources.source import Loaded, box_average, digest_files
 from nfm.stages.stage import Reporter, StageError
 
 
@@ -24,13 +25,13 @@ class Digits:
         self.path, self.average = _table(), average
         table = np.loadtxt(io.BytesIO(gzip.decompress(self.path.read_bytes())), delimiter=",", dtype=np.int64)
         self.pixels = ((table[:, :64] * 255 + 8) // 16).astype(np.uint8).reshape(-1, 1, 8, 8)
-        self.labels = table[:, 64]
         self.keys = [f"digits/{row:05d}" for row in range(len(table))]
+        self.given = Labels(table[:, 64], self.keys, str(self.path), names=classes)
+        self.labels, self.classes = self.given.counted, self.given.classes()
         self.test = np.zeros(len(table), bool)
-        self.classes = class_names(classes, 10)
 
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
-        return Loaded(box_average(self.pixels[rows], self.average))
+        return Loaded(box_average(self.pixels[rows], self.average), self.given.outside(rows, len(self.classes)))
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
         # The table's content, not the .gz file, whose header differs between releases of scikit-learn.

@@ -1,22 +1,46 @@
-"""A folder of class folders of images, optionally below train/ and test/ (or val/), decoded by Pillow."""
+"""A folder of class folders of images, optionally below a training and a held-out folder, decoded by Pillow.
+
+What is read, what is not, and why: docs/data.md.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator
 
 from nfm.stages.sources.source import Loaded, box_average, digest_files, scratch_array
+from nfm.stages.sources.tree import Skipped, Tree, shown
 from nfm.stages.stage import Reporter, StageError, Stopped
 
-TEST_FOLDERS = ("test", "val")
+# What a folder of this name, in any case, holds where it stands above class folders.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "training"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+}
+UNUSED = "a validation folder beside a test folder, which is the one held out"
+BESIDE = "a folder without an image beside the training folder"
 SHAPE_SAMPLE = 256
 DECODE_BATCH = 512
+
+
+def _colour(value: Any) -> Any:
+    """One spelling of each colour, so that a fingerprint does not depend on it."""
+    text = str(value).lower()
+    if text not in ("white", "black") and not re.fullmatch("#[0-9a-f]{6}", text):
+        raise ValueError('no colour: write "white", "black" or six hexadecimal digits like "#80ff00"')
+    return {"#ffffff": "white", "#000000": "black"}.get(text, text)
+
+
+Colour = Annotated[str, BeforeValidator(_colour)]
 
 
 class ImageFolder:
@@ -36,62 +60,72 @@ class ImageFolder:
         average: int = 1,
         classes: Sequence[str] | None = None,
         threads: int = 0,
+        background: str = "white",
     ):
         self.root = _root(path)
-        self.image_size, self.channels, self.average = image_size, channels, average
+        self.image_size, self.channels, self.average, self.background = image_size, channels, average, background
         self.threads = threads or os.cpu_count() or 1
-        train, test = _parts(self.root)
-        files_of = {
-            folder: sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-            for part in (train, test)
-            if part
-            for folder in _class_folders(part)
-        }
+        files_of, heldout, self.skipped = _listed(self.root, classes or ())
         # The digest is of files, so a folder without any must not count.
-        found = {folder.name for folder, files in files_of.items() if files}
+        found = {os.path.basename(folder) for folder, files in files_of.items() if files}
         self.classes = sorted(found) if classes is None else list(classes)
         if unknown := sorted(found - set(self.classes)):
             raise StageError(f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class")
-        self.paths: list[Path] = []
+        self.keys: list[str] = []
         labels: list[int] = []
         tests: list[bool] = []
         for folder, files in files_of.items():
-            self.paths += files
-            labels += [self.classes.index(folder.name)] * len(files) if files else []
-            tests += [folder.parent == test] * len(files)
-        if not self.paths:
-            raise StageError(f"data.path = {path!r}: no image file in a class folder here (expected CLASS/IMAGE.png)")
-        self.keys = [file.relative_to(self.root).as_posix() for file in self.paths]
+            self.keys += files
+            labels += [self.classes.index(os.path.basename(folder))] * len(files) if files else []
+            tests += [folder in heldout] * len(files)
+        if odd := next((key for key in self.keys if shown(key) != key), None):
+            raise StageError(
+                f"{self.root}: {shown(odd)!r} is not UTF-8, which a key must be: rename the file or folder"
+            )
+        self.paths = [self.root / key for key in self.keys]
         self.labels, self.test = np.array(labels, np.int64), np.array(tests, bool)
 
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
         from PIL import Image, UnidentifiedImageError
 
+        from nfm.stages.sources.pixels import MisfitError, converted, fitted
+
         height, width = self._size()
         images = scratch_array(scratch, (len(rows), self.channels, height // self.average, width // self.average))
         rejected: dict[int, str] = {}
 
-        def decode(position: int) -> None:
+        def decode(position: int) -> list[str]:
             try:
                 with Image.open(self.paths[rows[position]]) as opened:
-                    pixels = self._pixels(opened, height, width)
-            except _MisfitError as error:
+                    image, notes = converted(opened, self.channels, self.background)
+                    pixels = fitted(image, height, width, self.image_size)
+            except MemoryError:
+                raise
+            except MisfitError as error:
                 rejected[position] = str(error)
             except UnidentifiedImageError:
                 rejected[position] = "not an image that Pillow reads"
-            except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
+            except Exception as error:  # of a broken file a plugin of Pillow may raise anything
                 rejected[position] = f"unreadable: {error}".replace(str(self.root) + os.sep, "")
             else:
                 images[position] = box_average(pixels[None], self.average)[0]
+                return notes
+            return []
 
+        counts: Counter[str] = Counter()
         with ThreadPoolExecutor(self.threads) as pool:
             for start in range(0, len(rows), DECODE_BATCH):
                 if report.stopping:
                     raise Stopped
                 stop = min(start + DECODE_BATCH, len(rows))
-                list(pool.map(decode, range(start, stop)))
+                for notes in pool.map(decode, range(start, stop)):
+                    counts.update(notes)
                 report.progress(stop, len(rows), "images read")
-        return Loaded(images, dict(sorted(rejected.items())))
+        for line in self.skipped.lines():
+            report.say(f"not taken: {line}")
+        for note, count in sorted(counts.items()):
+            report.say(f"{count:,} images: {note}")
+        return Loaded(images, dict(sorted(rejected.items())), self.skipped.reasons, dict(sorted(counts.items())))
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
         return digest_files(zip(self.keys, self.paths), known=known)
@@ -101,39 +135,19 @@ class ImageFolder:
             return self.image_size, self.image_size
         from PIL import Image
 
+        from nfm.stages.sources.pixels import upright_size
+
         sizes: Counter[tuple[int, int]] = Counter()
         for path in self.paths[:: max(1, len(self.paths) // SHAPE_SAMPLE)]:
             try:
                 with Image.open(path) as opened:
-                    sizes[opened.size] += 1
-            except (Image.DecompressionBombError, OSError, SyntaxError, ValueError):
-                continue  # counted and set aside when it is decoded
+                    sizes[upright_size(opened)] += 1
+            except Exception:  # counted and set aside when it is decoded
+                continue
         if not sizes:
             raise StageError(f"{self.root}: none of the files tried is an image that Pillow reads")
         width, height = max(sizes, key=lambda size: (sizes[size], size))
         return height, width
-
-    def _pixels(self, opened: Any, height: int, width: int) -> np.ndarray:
-        """One decoded image as [C, H, W] uint8."""
-        from PIL import Image
-
-        image = opened.convert("RGB" if self.channels == 3 else "L")
-        if self.image_size is None and image.size != (width, height):
-            raise _MisfitError(f"{image.width}x{image.height} pixels, the others {width}x{height}: set data.image_size")
-        if self.image_size is not None:
-            side = min(image.size)
-            if side < self.image_size:
-                raise _MisfitError(
-                    f"{image.width}x{image.height} pixels, smaller than data.image_size = {self.image_size}"
-                )
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side))
-            image = square.resize((width, height), Image.Resampling.BICUBIC)
-        return np.asarray(image, np.uint8).reshape(height, width, self.channels).transpose(2, 0, 1)
-
-
-class _MisfitError(ValueError):
-    """An image that decodes but does not fit; its message is the reason in the table."""
 
 
 def _root(path: str | None) -> Path:
@@ -144,12 +158,79 @@ def _root(path: str | None) -> Path:
     return Path(path)
 
 
-def _parts(root: Path) -> tuple[Path, Path | None]:
-    """The folder of the training classes, and that of the test set's if there is one."""
-    if not (root / "train").is_dir():
-        return root, None
-    return root / "train", next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+def _listed(root: Path, classes: Collection[str]) -> tuple[dict[str, list[str]], set[str], Skipped]:
+    """The image files of every class folder, which of these folders are held out, and what was not taken."""
+    tree = Tree(root)
+    top = tree.folders()
+    train, heldout = _splits(tree, top, classes)
+    folders = {part: tree.folders(part) for part in (train, heldout) if part is not None} or {"": top}
+    files_of = tree.images([folder for part in folders.values() for folder in part])
+    for part, inside in folders.items():
+        if not any(files_of[folder] for folder in inside):
+            raise StageError(_nothing(root, part, part == heldout, tree.skipped))
+    for folder in files_of:
+        _refuse_splits(root, folder, tree.inner[folder])
+    if train is not None and not set(names := [os.path.basename(folder) for folder in folders[train]]) <= set(classes):
+        _refuse_splits(root, train, names)
+    return files_of, set(folders.get(heldout, ()) if heldout else ()), tree.skipped
 
 
-def _class_folders(part: Path) -> list[Path]:
-    return sorted(folder for folder in part.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+def _splits(tree: Tree, top: Sequence[str], classes: Collection[str]) -> tuple[str | None, str | None]:
+    """The training and the held-out folder among those at the top; (None, None) where all of them are classes."""
+    role_of = {name: SPLITS.get(name.casefold()) for name in top}
+    if not any(role_of.values()) or (set(top) <= set(classes) and not all(role_of.values())):
+        _refuse_near_splits(tree.root, top, classes)
+        return None, None
+    parts: dict[str, str] = {}
+    for name, role in role_of.items():
+        if role and role in parts:
+            raise StageError(f"{tree.root}: {parts[role]}/ and {name}/ are both a {role} folder: keep one of them")
+        if role:
+            parts[role] = name
+    others = [name for name, role in role_of.items() if not role]
+    if "training" not in parts or (found := [name for name in others if _has_image(tree.root, name)]):
+        held = ", ".join(f"{name}/" for name in parts.values())
+        beside = ", ".join(f"{shown(name)}/" for name in (others if "training" not in parts else found)[:5])
+        raise StageError(
+            f"{tree.root}: {held} cannot be told from a class"
+            + (f" beside {beside}" if beside else " without a training folder (train/) beside")
+            + ": a training and a held-out folder hold class folders and stand alone; move away what is neither, or, "
+            "if all of these are classes, name every one in data.classes"
+        )
+    for name in others:
+        tree.skipped.add(BESIDE, f"{name}/")
+    if "test" in parts and "validation" in parts:
+        tree.skipped.add(UNUSED, f"{parts['validation']}/")
+    return parts["training"], parts.get("test", parts.get("validation"))
+
+
+def _has_image(root: Path, name: str) -> bool:
+    return any(Tree(root).images([name]).values())
+
+
+def _refuse_near_splits(root: Path, names: Sequence[str], classes: Collection[str]) -> None:
+    """train2017, test_a: not the names of splits, yet hardly those of classes."""
+    near = [name for name in names if "".join(filter(str.isalpha, name.casefold())) in SPLITS and name not in classes]
+    if near:
+        raise StageError(
+            f"{root}: {', '.join(f'{name}/' for name in near[:5])} may be a training or held-out folder, or a class: "
+            "rename it to train or test, or name every class in data.classes"
+        )
+
+
+def _refuse_splits(root: Path, folder: str, inside: Sequence[str]) -> None:
+    roles = {SPLITS.get(name.casefold()) for name in inside}
+    if "training" in roles and roles & {"test", "validation"}:
+        held = ", ".join(f"{name}/" for name in inside if name.casefold() in SPLITS)
+        raise StageError(
+            f"{shown(root / folder)}: holds {held}, and would be one class of what is trained on and held out: "
+            "training and held-out folders stand at the top of data.path, with the class folders in them"
+        )
+
+
+def _nothing(root: Path, part: str, heldout: bool, skipped: Skipped) -> str:
+    expected = f"expected {part}/CLASS/IMAGE.png" if part else "expected CLASS/IMAGE.png"
+    what = "a held-out folder without classes: " if heldout else ""
+    remedy = "; sort its images into class folders, or move it out of data.path" if heldout else ""
+    seen = f"; not taken: {'; '.join(skipped.lines())}" if skipped.reasons else ""
+    return f"{root / part}: {what}no image file in a class folder here ({expected}){remedy}{seen}"

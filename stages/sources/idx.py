@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import subprocess
 import zlib
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from nfm.stages.sources.source import Loaded, box_average, class_names, digest_files
+from nfm.stages.sources.labels import Labels
+from nfm.stages.sources.source import Loaded, box_average, check_unpacked, digest_files
 from nfm.stages.stage import Reporter, StageError
 
 TRAIN, TEST = "train", "t10k"
@@ -29,21 +31,27 @@ class Idx:
         debian_package: str | None = None,
         average: int = 1,
         classes: Sequence[str] | None = None,
+        first_label: int | None = None,
     ):
         self.average = average
-        self.files = _files(_folder(path, debian_package))
+        self.folder = _folder(path, debian_package)
+        self.files = _files(self.folder)
         parts = [(part, *self._read(part)) for part in (TRAIN, TEST) if f"{part}-images-idx3" in self.files]
         shapes = {part: images.shape[1:] for part, images, _ in parts}
         if len(set(shapes.values())) > 1:
             raise StageError(f"{self.files[f'{TEST}-images-idx3']}: train and test images differ in shape: {shapes}")
         self.pixels = np.concatenate([images for _, images, _ in parts])
-        self.labels = np.concatenate([labels for _, _, labels in parts]).astype(np.int64)
+        values = np.concatenate([labels for _, _, labels in parts]).astype(np.int64)
         self.keys = [f"{part}/{row:07d}" for part, images, _ in parts for row in range(len(images))]
+        self.given = Labels(values, self.keys, str(self.folder), first_label or 0, classes)
+        self.labels, self.classes = self.given.counted, self.given.classes()
         self.test = np.concatenate([np.full(len(images), part == TEST) for part, images, _ in parts])
-        self.classes = class_names(classes, int(self.labels.max(initial=-1)) + 1)
 
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
-        return Loaded(box_average(self.pixels[rows], self.average))
+        if f"{TEST}-labels-idx1" in self.files and f"{TEST}-images-idx3" not in self.files:
+            raise StageError(f"{self.folder}: {TEST}-images-idx3-ubyte[.gz] is missing beside the labels: fetch it")
+        self.given.check(report)
+        return Loaded(box_average(self.pixels[rows], self.average), self.given.outside(rows, len(self.classes)))
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
         # Of the unpacked content, so that plain and gzipped files are the same input.
@@ -65,21 +73,35 @@ class Idx:
 def read_idx(path: Path, magic: int) -> np.ndarray:
     """The array of one IDX file: big-endian magic, one 32-bit size per dimension, then uint8 values."""
     dimensions = magic & 0xFF
+    header = 4 * (1 + dimensions)
     try:
         with _open(path) as file:
-            raw = file.read()
+            raw = file.read(header)
+            promised = math.prod(np.frombuffer(raw[4:], ">u4").tolist()) if len(raw) == header else 0
+            check_unpacked(path, path.stat().st_size, promised)
+            raw += _at_most(file, promised + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise StageError(f"{path}: cannot be read ({error}): fetch the file anew") from error
-    header = 4 * (1 + dimensions)
     if len(raw) < header or (found := int.from_bytes(raw[:4], "big")) != magic:
         start = f"magic 0x{found:08x}" if len(raw) >= header else f"only {len(raw)} bytes"
         raise StageError(f"{path}: {start}, expected 0x{magic:08x}: this is not the IDX file that its name says")
     shape = tuple(np.frombuffer(raw[4:header], ">u4").astype(np.int64).tolist())
-    if len(raw) - header != int(np.prod(shape)):
+    if len(raw) - header != promised:
+        more = "more than" if len(raw) - header > promised else f"{len(raw) - header:,} of"
         raise StageError(
-            f"{path}: {len(raw) - header:,} bytes of values, its header promises {shape}: fetch the file anew"
+            f"{path}: {more} the {promised:,} bytes of values that its header promises, {shape}: fetch the file anew"
         )
+    if 0 in shape[1:]:
+        raise StageError(f"{path}: its images, {shape}, have no pixels: fetch the file anew")
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _at_most(file: IO[bytes], count: int) -> bytes:
+    """Up to `count` bytes; a header that promises more than there is costs no memory."""
+    read = bytearray()
+    while len(read) < count and (chunk := file.read(min(count - len(read), 1 << 20))):
+        read += chunk
+    return bytes(read)
 
 
 def _open(path: Path, mode: str = "rb") -> IO[bytes]:
@@ -114,5 +136,9 @@ def _files(folder: Path) -> dict[str, Path]:
                 if (folder / name).is_file():
                     found.setdefault(f"{part}-{kind}", folder / name)
     if f"{TRAIN}-images-idx3" not in found:
-        raise StageError(f"{folder}: no train-images-idx3-ubyte[.gz] here: set data.path to the folder that holds it")
+        others = sorted(file.name for file in folder.iterdir() if "idx" in file.name)[:4]
+        instead = f", but {', '.join(others)}: rename them so, or" if others else ":"
+        raise StageError(
+            f"{folder}: no train-images-idx3-ubyte[.gz] here{instead} set data.path to the folder that holds it"
+        )
     return found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from nfm.storage import atomic
 from nfm.storage.errors import StorageError
 
 HASH_CHUNK, HASH_BATCH = 1 << 20, 4096
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 500  # nothing but one value repeated is packed so tightly
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Loaded:
 
     images: np.ndarray  # [n, C, H, W] uint8, or float16 or float32 where the source holds floats
     rejected: dict[int, str] = field(default_factory=dict)  # position -> reason
+    skipped: dict[str, Any] = field(default_factory=dict)  # reason -> paths of the input that are no rows, see `tree`
+    notes: dict[str, int] = field(default_factory=dict)  # what was decided for how many images
 
 
 class Source(Protocol):
@@ -62,9 +67,18 @@ def box_average(images: np.ndarray, factor: int) -> np.ndarray:
     return ((2 * boxes.sum(axis=(3, 5), dtype=np.uint32) + area) // (2 * area)).astype(np.uint8)
 
 
-def scratch_array(scratch: Path, shape: tuple[int, ...], dtype: str = "uint8") -> np.ndarray:
+def check_unpacked(where: str | Path, packed: int, unpacked: int) -> None:
+    """Refuses a small file that unpacks to a huge one."""
+    if unpacked > BOMB_BYTES and unpacked > BOMB_RATIO * packed:
+        raise StageError(
+            f"{where}: {packed:,} bytes that unpack to {unpacked:,}, as images never do: damaged, empty, or made to "
+            "fill a machine. Fetch the file anew; if it is meant, save it unpacked"
+        )
+
+
+def scratch_array(scratch: Path, shape: tuple[int, ...], dtype: str = "uint8", name: str = "images.raw") -> np.ndarray:
     """A zeroed array in a mapped file of `scratch`, its disk space reserved before the first write."""
-    path, size = scratch / "images.raw", int(np.prod(shape)) * np.dtype(dtype).itemsize
+    path, size = scratch / name, math.prod(shape) * np.dtype(dtype).itemsize
     try:
         with open(path, "w+b") as file:
             # Writing to a map on a full disk would kill the process with SIGBUS instead of raising.
@@ -87,7 +101,7 @@ def digest_files(
     if known is None:
         return _read_and_digest(ordered, open_file, threads)
     note = known / f"{_signature(ordered)}.json"
-    if note.exists():
+    with contextlib.suppress(StorageError, KeyError):  # a note that is no note is written anew
         return atomic.read_json(note)["identity"]
     identity = _read_and_digest(ordered, open_file, threads)
     with contextlib.suppress(StorageError):  # a folder that cannot be written to costs only the next reading
@@ -108,12 +122,14 @@ def _signature(files: Sequence[tuple[str, Path]]) -> str:
 
 
 def _read_and_digest(ordered: Sequence[tuple[str, Path]], open_file: Any, threads: int) -> dict[str, Any]:
+    over = threading.Event()  # a thread in the middle of a large file would outlive the stop of this one
+
     def hash_one(item: tuple[str, Path]) -> tuple[str, int, str]:
         name, path = item
         whole, size = hashlib.sha256(), 0
         try:
             with open_file(path, "rb") as file:
-                while chunk := file.read(HASH_CHUNK):
+                while not over.is_set() and (chunk := file.read(HASH_CHUNK)):
                     whole.update(chunk)
                     size += len(chunk)
         except (OSError, EOFError, zlib.error) as error:
@@ -122,14 +138,12 @@ def _read_and_digest(ordered: Sequence[tuple[str, Path]], open_file: Any, thread
 
     together, count, total = hashlib.sha256(), 0, 0
     with ThreadPoolExecutor(threads) as pool:
-        # In batches: a future for each of a million files would fill the memory.
-        for start in range(0, len(ordered), HASH_BATCH):
-            for name, size, content in pool.map(hash_one, ordered[start : start + HASH_BATCH]):
-                together.update(f"{name}\0{size}\0{content}\n".encode())
-                count, total = count + 1, total + size
+        try:
+            # In batches: a future for each of a million files would fill the memory.
+            for start in range(0, len(ordered), HASH_BATCH):
+                for name, size, content in pool.map(hash_one, ordered[start : start + HASH_BATCH]):
+                    together.update(f"{name}\0{size}\0{content}\n".encode())
+                    count, total = count + 1, total + size
+        finally:
+            over.set()
     return {"digest": together.hexdigest(), "files": count, "bytes": total}
-
-
-def class_names(given: Sequence[str] | None, count: int) -> list[str]:
-    """The names that the config gives, else the labels' numbers."""
-    return list(given) if given is not None else [str(label) for label in range(count)]

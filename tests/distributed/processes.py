@@ -12,29 +12,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from multiprocessing import connection, get_context
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forkserver import context
 from tests.patience import PATIENCE
 
-_IMPORTED = [
-    "pytest",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "torch._dynamo",  # which DistributedDataParallel imports late
-    "torchdata.stateful_dataloader",
-    "accelerate",
-    "pyarrow.dataset",
-    "nfm.storage",
-]
 _LAST_WORDS = 5.0  # seconds that the others have once one of them failed
-
-_context = get_context("forkserver")
-_context.set_forkserver_preload(_IMPORTED)
 
 
 def run(
@@ -47,7 +35,7 @@ def run(
     try:
         for name, arguments in calls.items():
             files[name].touch()
-            running[name] = _context.Process(target=_child, args=(files[name], target, arguments))
+            running[name] = context.Process(target=_child, args=(files[name], target, arguments))
             running[name].start()
         ended = _wait(running, time.monotonic() + patience)
     finally:

@@ -39,7 +39,8 @@ def test_a_store_on_s3_is_looked_at_verified_and_trained_on_by_its_url(
     assert here == there
     assert "clean" in empty.nfm("pairs", "verify", url, **known).stdout
 
-    empty.nfm("student", "--pairs", f"{url}/{store.manifest_name}", "-c", "tiny.toml", **known)
+    alone = {**known, "NFM_CACHE": str(tmp_path / "student's")}  # which goes when its process ends
+    empty.wait(empty.start("student", "--pairs", f"{url}/{store.manifest_name}", "-c", "tiny.toml", **alone))
     student = empty.only("student")
     assert student.spec["inputs"]["pairs"]["artifact"] == url
     assert student.path.name == made.only("student").path.name
@@ -48,7 +49,7 @@ def test_a_store_on_s3_is_looked_at_verified_and_trained_on_by_its_url(
         f"pairs: {url}  content {PairStore.open(store.path).content_digest[:12]}"
         in empty.nfm("lineage", student.path.name, **known).stdout
     )
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "student's").iterdir())
 
     denied = empty.nfm("pairs", "info", "s3://elsewhere/store", exits=1, **known)
     assert denied.stderr.startswith("nfm: s3://elsewhere/store")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,7 @@ from nfm.pipeline.config import load
 from nfm.pipeline.console import StopRequest
 from nfm.pipeline.lock import Held, Lock
 from nfm.stages import sealing_report
+from nfm.stages.sources import source
 from nfm.stages.stage import StageError, Stopped
 from nfm.storage import atomic
 
@@ -87,6 +91,39 @@ def test_a_stop_before_the_work_leaves_a_resumable_artifact(lab: Lab, root: Path
     assert runner.run(nodes, "student").done
     assert [event["kind"] for event in events(artifact)].count("START") == 2
     assert [event.get("resumed") for event in events(artifact) if event["kind"] == "START"] == [False, True]
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["while it is named", "in the stage"])
+def test_a_signal_stops_the_data_stage_wherever_it_is(empty: Lab, monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+    """Of a source that takes an hour to read; the stage itself is reached when the name's digest is known already."""
+    monkeypatch.setenv("NFM_ARTIFACTS", str(empty.artifacts))
+    image = empty.folder / "images" / "a" / "1.png"
+    image.parent.mkdir(parents=True)
+    with image.open("wb") as file:
+        file.truncate(1 << 40)
+    note = empty.artifacts / ".sources" / f"{source._signature([('a/1.png', image)])}.json"
+    if begun:
+        note.parent.mkdir(parents=True)
+        atomic.write_json(note, {"identity": {"digest": "ab" * 32, "files": 1, "bytes": 1 << 40}})
+    nodes = graph.build(load(empty.config, ["data.source=images", f"data.path={image.parents[1]}"]))
+    stop = StopRequest()
+
+    def send() -> None:
+        while begun and not list(empty.artifacts.glob("data/*/events/*")):
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with stop.listening():
+        sender = threading.Thread(target=send)
+        sender.start()
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(nodes, "data", stop)
+        sender.join()
+    assert list(empty.artifacts.glob("data/*/manifest.json")) == []
+    assert bool(list(empty.artifacts.glob("data/*"))) == begun
+    assert note.exists() == begun
+    assert not [thread.name for thread in threading.enumerate() if "ThreadPool" in thread.name]
 
 
 def test_a_device_that_is_not_there_is_named(lab: Lab, root: Path) -> None:

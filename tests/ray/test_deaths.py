@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nfm.stages.executors import ray as on_ray
+from nfm.stages.executors.ray_cluster import start_local
 from nfm.stages.stage import StageError
 from tests.ray.shards import NAMES, Assassin, Switch, bare, digests, ended, jobs, serially, writer_of
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.faults
 def cluster() -> Iterator[None]:
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    start_local(2)
     yield
     ray.shutdown()
 

@@ -12,10 +12,10 @@ from tests.stages.shop import CUSTOM, Shop
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+def shop(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     """In a folder with a module of custom couplings."""
     (tmp_path / "own_couplings.py").write_text(CUSTOM)
     monkeypatch.chdir(tmp_path)
-    yield Shop(tmp_path)
+    yield Shop(tmp_path, tmp_path_factory)
     for name in [name for name in sys.modules if name.startswith("own_couplings_package")]:
         del sys.modules[name]

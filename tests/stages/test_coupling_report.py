@@ -53,13 +53,13 @@ def make(tmp_path: Path) -> Make:
         excluded: dict[str, str] | None = None,
     ) -> Path:
         draws = len(noise) // rows
+        image = images(rows) if image is None else image
         spec = StoreSpec(
-            rows=rows, rows_per_shard=128, rows_per_block=32, fields=pair_fields(SHAPE, codec), coupling=coupling,
-            source=DATA, codec=codec, classes=2, teacher=TEACHER if coupling == "nfm" else None,
+            rows=rows, rows_per_shard=128, rows_per_block=32, fields=pair_fields(SHAPE, codec, image.dtype.name),
+            coupling=coupling, source=DATA, codec=codec, classes=2, teacher=TEACHER if coupling == "nfm" else None,
         )  # fmt: skip
         root.mkdir(parents=True)
         write_spec(root, spec)
-        image = images(rows) if image is None else image
         for draw in range(draws):
             for shard in range(spec.shards_per_draw):
                 slots = np.array(spec.slots_of(shard))
@@ -283,3 +283,29 @@ def test_info_shows_the_report_that_a_manifest_carries(make: Make) -> None:
     info = pairs_info.info(root)
     assert info["transport cost"] == coupling_report.lines(body)["transport cost"]
     assert "z's variance differs from 1" in info["advice 1"] + info.get("advice 2", "")
+
+
+@pytest.mark.parametrize(("scale", "named"), [(1.0, False), (127.0, True), (0.01, True)])
+def test_images_of_another_scale_are_named_in_place_of_the_teachers_training(
+    make: Make, scale: float, named: bool
+) -> None:
+    floats = (normal(300, 3) * scale).astype(np.float32)
+    body = measured(make("nfm", normal(300) * 1.5, floats))
+    assert body["image"] == {
+        "dtype": "float32",
+        "low": pytest.approx(float(floats.min()), rel=1e-5),
+        "high": pytest.approx(float(floats.max()), rel=1e-5),
+        "size": pytest.approx(float(np.sqrt(np.square(floats, dtype=np.float64).mean())), rel=1e-5),
+    }
+    said = " ".join(coupling_report.advice(body))
+    assert "z's variance differs from 1" in said
+    assert ("train the teacher longer" in said) != named
+    assert ("mend the images' scale first" in said) == named
+    assert (f"root mean square {body['image']['size']:.4g}, where teacher and student want about 1" in said) == named
+
+
+def test_a_report_from_before_the_scale_was_measured_still_gives_advice(make: Make) -> None:
+    body = measured(make("nfm", normal(300) * 1.5))
+    assert body["image"]["dtype"] == "uint8"
+    older = {key: value for key, value in body.items() if key != "image"}
+    assert coupling_report.advice(older) == coupling_report.advice(body) != []

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.stages import pairs
+from nfm.stages import custom, pairs, pairs_audit
 from nfm.stages.encoder import Encoder
 from nfm.stages.executors import ShardJob
 from nfm.stages.stage import StageError
@@ -95,7 +95,7 @@ def test_a_function_that_writes_into_its_arguments_harms_nothing(shop: Shop) -> 
         ("own_couplings", r"name one"),
         ("own_couplings:", r"name one"),
         ("no_such_module:noise", "there is no module no_such_module"),
-        ("no_such.module:noise", "the package of no_such.module cannot be imported"),
+        ("no_such.module:noise", r"there is no module no_such\.module"),
     ],
 )
 def test_a_module_that_is_not_there_is_told_before_anything_begins(shop: Shop, named: str | None, said: str) -> None:
@@ -107,6 +107,56 @@ def test_a_function_that_is_not_there_is_told(shop: Shop) -> None:
     config = shop.config(coupling="custom", custom="own_couplings:nothing")
     with pytest.raises(StageError, match="has no function 'nothing'"):
         Encoder(pairs.setup(config, shop.of(config), shop.begin(config)))
+
+
+def test_a_module_is_found_through_packages_of_every_kind_and_nothing_of_them_is_run(shop: Shop) -> None:
+    plain, spaces = shop.root / "own_couplings_package", shop.root / "own_couplings_spaces"
+    for package in (plain, plain / "inner"):
+        package.mkdir()
+        (package / "__init__.py").write_text("raise SystemExit('run')\n")
+    (plain / "inner" / "ours.py").write_text("raise SystemExit('run')\n")
+    (spaces / "inner").mkdir(parents=True)  # no __init__.py
+    (spaces / "inner" / "ours.py").write_text("raise SystemExit('run')\n")
+    for package in (plain, spaces):
+        named = f"{package.name}.inner.ours:noise"
+        assert custom.source_file(named) == (package / "inner" / "ours.py").resolve()
+    assert custom.source_file("own_couplings_package.inner:noise") == (plain / "inner" / "__init__.py").resolve()
+    assert not [name for name in sys.modules if name.startswith("own_couplings_")]
+
+
+def test_whose_code_runs_is_said_once_before_it_runs(shop: Shop) -> None:
+    config = shop.config(coupling="custom", custom="own_couplings:noise")
+    file = (shop.root / "own_couplings.py").resolve()
+    told = custom.announced(str(file), "own_couplings:noise", custom.digest(file))
+    assert str(file) in told
+    assert custom.digest(file) in told
+    store = shop.make(config)
+    assert shop.heard.said.count(told) == 1
+    assert shop.audit(store) == []
+    assert shop.heard.said.count(told) == 2
+    shop.make(shop.config(coupling="independent"), "other")
+    assert sum("runs the code" in said for said in shop.heard.said) == 2
+
+
+def test_an_audit_runs_no_function_that_it_was_not_told_to_run(shop: Shop) -> None:
+    store = shop.make(shop.config(coupling="custom", custom="own_couplings:noise"))
+    (shop.root / "own_couplings.py").write_text("raise SystemExit('run')\n")
+    for allowed in (custom.NOBODYS, custom.Allowed(frozenset({"ab" * 32}))):
+        found, said = pairs_audit.audit(shop.inputs, Path(store.root), "deep", 60, allowed)
+        assert found == []
+        assert "were not encoded again" in said[0]
+        assert "--run-custom" in said[0]
+        assert str((store.spec.coupling_options or {})["sha256"]) in said[0]
+
+
+def test_a_store_that_records_no_digest_of_its_function_is_refused_by_name(shop: Shop) -> None:
+    store = shop.make(shop.config(coupling="custom", custom="own_couplings:noise"))
+    path = Path(store.root) / "spec.json"
+    spec = atomic.read_json(path)
+    del spec["store"]["coupling_options"]["sha256"]
+    atomic.write_json(path, spec)
+    with pytest.raises(StageError, match=r"own_couplings:noise' has no digest recorded"):
+        shop.audit(store, "default")
 
 
 def test_a_custom_coupling_of_a_package_imports_its_neighbours(shop: Shop) -> None:

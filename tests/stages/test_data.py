@@ -138,7 +138,8 @@ def test_labels_outside_the_classes_are_rejected(tmp_path: Path) -> None:
     np.savez(file, data=np.zeros((10, 12), np.uint8), labels=np.array([0] + [1, 2, 3] * 3))
     result = make(tmp_path / "out", source="npz", path=str(file), max_rejected=0.5)
     assert result.metrics["rejected"] == 1
-    assert "label -1 is outside the 3 classes" in str(pq.read_table(tmp_path / "out" / "rejected.parquet")["reason"])
+    (reason,) = pq.read_table(tmp_path / "out" / "rejected.parquet")["reason"].to_pylist()
+    assert "label 0 is outside the 3 classes, labels 1 to 3" in reason
 
 
 def test_a_stopped_run_starts_over_and_ends_as_if_never_stopped(tmp_path: Path) -> None:

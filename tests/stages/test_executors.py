@@ -14,6 +14,7 @@ from nfm.stages import pairs
 from nfm.stages.encoder import Encoder, Setup
 from nfm.stages.executors import Outcome, ShardJob, new_attempt, serial, slurm
 from nfm.stages.executors import ray as on_ray
+from nfm.stages.executors.ray_cluster import start_local
 from nfm.stages.stage import StageError
 from nfm.storage import commits
 from nfm.storage.schema import read_spec
@@ -32,7 +33,7 @@ def cluster() -> Iterator[None]:
     """A local Ray that all tests of this file share; executors must leave it running."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    start_local(4)
     yield
     assert ray.is_initialized()
     ray.shutdown()
@@ -74,7 +75,16 @@ def expected(made: Lab) -> dict[str, str]:
     return digests(str(made.only("pairs").path))
 
 
-@pytest.mark.parametrize(("executor", "workers"), [("serial", 1), ("slurm", 1), ("ray", 1), ("ray", 2), ("ray", 3)])
+@pytest.mark.parametrize(
+    ("executor", "workers"),
+    [
+        ("serial", 1),
+        ("slurm", 1),
+        ("ray", 2),
+        pytest.param("ray", 1, marks=pytest.mark.long),
+        pytest.param("ray", 3, marks=pytest.mark.long),
+    ],
+)
 def test_every_executor_writes_the_same_bytes_at_any_number_of_workers(
     prepared: Setup, expected: dict[str, str], cluster: None, executor: str, workers: int
 ) -> None:

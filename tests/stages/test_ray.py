@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
 import shutil
 import time
@@ -15,6 +17,7 @@ import pytest
 from nfm.stages.encoder import Setup
 from nfm.stages.executors import ShardJob
 from nfm.stages.executors import ray as on_ray
+from nfm.stages.executors.ray_cluster import start_local
 from nfm.stages.stage import StageError
 from tests.patience import allowed
 from tests.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially
@@ -30,7 +33,7 @@ def cluster() -> Iterator[None]:
     """A local Ray that the tests of this file share; the executor must leave it running."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
+    start_local(4)
     yield
     assert ray.is_initialized()
     ray.shutdown()
@@ -49,6 +52,31 @@ def test_an_address_where_no_cluster_answers_is_refused_at_once(prepared: Setup)
     assert time.monotonic() - began < allowed(10)
 
 
+class Other:
+    """Somebody else's actor."""
+
+    def greet(self) -> str:
+        return "here"
+
+
+def test_a_local_ray_listens_on_the_loopback_address_alone(cluster: None) -> None:
+    import psutil
+    import ray
+
+    other = ray.remote(num_cpus=1)(Other).remote()  # a worker listens too
+    assert ray.get(other.greet.remote()) == "here"
+    heard: dict[str, set[str]] = {}
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = process.net_connections(kind="inet")
+            heard.setdefault(process.name(), set()).update(one.laddr.ip for one in found if one.status == "LISTEN")
+    addresses = {ipaddress.ip_address(text.removeprefix("::ffff:")) for texts in heard.values() for text in texts}
+    assert all(address.is_loopback for address in addresses), heard
+    assert heard["gcs_server"], heard
+    assert heard["raylet"], heard
+    assert heard["ray::Other"], heard
+
+
 def test_an_actor_killed_in_the_middle_of_a_shard_costs_only_that_attempt(
     prepared: Setup, made: Lab, tmp_path: Path, cluster: None
 ) -> None:
@@ -65,10 +93,6 @@ def test_an_actor_killed_in_the_middle_of_a_shard_costs_only_that_attempt(
 
 def test_jobs_are_drawn_as_needed_and_a_stop_leaves_other_peoples_actors_alone(prepared: Setup, cluster: None) -> None:
     import ray
-
-    class Other:
-        def greet(self) -> str:
-            return "here"
 
     other = ray.remote(num_cpus=1)(Other).remote()
     drawn: list[ShardJob] = []

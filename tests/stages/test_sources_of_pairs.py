@@ -128,8 +128,8 @@ def test_dealing_out_lowers_the_transport_cost_and_larger_groups_lower_it_more(s
     assert costs[0] > 1.02 * costs[1] > 1.02**2 * costs[2]
 
 
-def test_data_without_classes_is_one_class(tmp_path: Path) -> None:
-    shop = Shop(tmp_path, dtype="float32", classes=0)
+def test_data_without_classes_is_one_class(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    shop = Shop(tmp_path, tmp_path_factory, dtype="float32", classes=0)
     store = shop.make(shop.config(coupling="minibatch-ot", group_size=32))
     sizes = np.unique(all_of(store)["group"], return_counts=True)[1]
     assert sizes.tolist() == [32] * 6 + [18]
@@ -176,8 +176,10 @@ def test_semidiscrete_pairs_cost_less_than_independent_ones(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float16"])
-def test_a_reflowed_image_is_what_the_student_makes_of_the_noise(tmp_path: Path, dtype: str) -> None:
-    shop = Shop(tmp_path, dtype)
+def test_a_reflowed_image_is_what_the_student_makes_of_the_noise(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, dtype: str
+) -> None:
+    shop = Shop(tmp_path, tmp_path_factory, dtype)
     config = shop.config(coupling="reflow", reflow_nfe=7)
     store = shop.make(config)
     assert store.spec.coupling_options == {"solver": "heun", "nfe": 7, "grid": "square", "guidance": 0.0}

@@ -28,9 +28,9 @@ ALL = 2 * 32  # small shards
 
 
 @pytest.fixture
-def nfm(lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nfm:
+def nfm(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Nfm:
     """The command in this process, on a copy of the tiny run."""
-    return command(lab, monkeypatch, capsys)
+    return command(lab, monkeypatch)
 
 
 def small_store(lab: Lab) -> Path:

@@ -17,7 +17,8 @@ import pytest
 
 from nfm.storage import atomic
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.paths import as_path, names_in, read_bytes, remove
+from nfm.storage.paths import as_path, names_in, remove
+from nfm.storage.small_files import read_bytes
 from tests.storage.s3server import S3
 
 

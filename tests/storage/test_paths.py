@@ -13,7 +13,8 @@ import pytest
 
 from nfm.storage import atomic
 from nfm.storage.errors import StorageError
-from nfm.storage.paths import as_path, exists, is_remote, names_in, read_bytes, remove, size_of
+from nfm.storage.paths import as_path, exists, is_remote, names_in, remove, size_of
+from nfm.storage.small_files import read_bytes
 from tests.patience import PATIENCE, allowed
 from tests.storage.s3server import S3, new_clients
 

@@ -25,8 +25,8 @@ def test_wasserstein2_of_a_shuffled_and_shifted_set_is_the_length_of_the_shift()
 
 def test_wasserstein2_of_gaussians_nears_the_closed_form():
     # In one dimension W2^2 = (difference of means)^2 + (difference of scales)^2.
-    x, y = points(2000, 1, 0), 2 * points(2000, 1, 1) + 1
-    assert wasserstein2(x, y) == pytest.approx(2**0.5, rel=0.05)
+    x, y = points(800, 1, 0), 2 * points(800, 1, 1) + 1
+    assert wasserstein2(x, y) == pytest.approx(2**0.5, rel=0.08)
 
 
 def test_sliced_wasserstein_is_pots_on_the_same_directions():

@@ -1,0 +1,141 @@
+"""One image file as upright L or RGB pixels: what becomes of every mode that Pillow knows (docs/data.md has the table).
+
+A mode is converted where there is one right way to, and set aside with a reason where there is none; so is a mode that
+nobody listed. Colour profiles are not applied to any.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageColor
+
+GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
+# Formats whose 16-bit greys run from black to white; Pillow gives those of PPM, and in older releases of PNG, as I.
+FULL_RANGE = {"I": ("PNG", "PPM"), **dict.fromkeys(GREY_16, ("PNG", "TIFF", "JPEG2000", "IM"))}
+PLAIN = ("1", "L", "P", "RGB", "RGBX", "YCbCr", "HSV", "CMYK", "LAB")
+ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+
+ORIENTATION, WHITE_IS_ZERO = 0x0112, 262  # tags of EXIF and of TIFF
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = tuple(UPRIGHT[value] for value in (5, 6, 7, 8))
+
+
+class MisfitError(ValueError):
+    """An image that decodes but does not fit; its message is the reason in the table."""
+
+
+def converted(opened: Image.Image, channels: int, background: str) -> tuple[Image.Image, list[str]]:
+    """The first frame as an upright L (1 channel) or RGB (3) image, and notes of what was decided on the way.
+
+    Transparent pixels lie over `background` before anything is resized. Raises MisfitError for a mode with no one
+    right conversion, and whatever Pillow raises for a file that it cannot read.
+    """
+    notes = ["only the first of several frames is taken"] if getattr(opened, "is_animated", False) else []
+    depth = _depth(opened)
+    opened.load()
+    turn = _turn(opened)
+    image = opened if turn is None else opened.transpose(turn)
+    if image.mode in FULL_RANGE:
+        image = _grey_of_16_bits(image, opened, depth)
+    elif image.mode not in PLAIN + ALPHA:
+        raise MisfitError(f"mode {image.mode} has no one right conversion to 8 bits: save it as 8-bit grey or RGB")
+    if image.mode == "LAB":
+        image = image.convert("RGB")  # the only way out that Pillow knows
+    if image.mode == "CMYK":
+        notes.append("CMYK is converted without a colour profile")
+    if image.mode in ALPHA or image.has_transparency_data:
+        image, seen_through = _composited(_with_alpha(image, depth), background)
+        notes += [f"transparent pixels lie over data.background = {background!r}"] if seen_through else []
+    return image.convert("RGB" if channels == 3 else "L"), notes
+
+
+def fitted(image: Image.Image, height: int, width: int, image_size: int | None) -> np.ndarray:
+    """[C, height, width] uint8: the central square resized to `image_size`, or an image that has this shape already."""
+    if image_size is None and image.size != (width, height):
+        raise MisfitError(f"{image.width}x{image.height} pixels, the others {width}x{height}: set data.image_size")
+    if image_size is not None:
+        side = min(image.size)
+        if side < image_size:
+            raise MisfitError(f"{image.width}x{image.height} pixels, smaller than data.image_size = {image_size}")
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.crop((left, top, left + side, top + side))
+        image = square.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image, np.uint8).reshape(height, width, -1).transpose(2, 0, 1)
+
+
+def upright_size(opened: Image.Image) -> tuple[int, int]:
+    """(width, height) as `converted` gives it."""
+    if _turn(opened) is not None:
+        opened.load()  # which turns a TIFF, and leaves the others as they are
+    return opened.size[::-1] if _turn(opened) in SIDEWAYS else opened.size
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the image upright by its EXIF orientation; None where it has none, or none that can be read."""
+    try:
+        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # garbage in a camera's notes, of which a parser may raise anything, is no fault of the pixels
+        return None
+
+
+def _depth(opened: Image.Image) -> int:
+    """Bits of a grey or colour value in the file, as Pillow's decoder names them; known before the pixels are read."""
+    tiles = getattr(opened, "tile", ())  # an image that was made, not opened, has none
+    args: Any = tiles[0][3] if tiles else ""
+    raw = str(args[0] if isinstance(args, tuple) and args else args)
+    digits = "".join(letter for letter in raw.partition(";")[2] if letter.isdigit())
+    return int(digits) if digits else 8
+
+
+def _grey_of_16_bits(image: Image.Image, opened: Image.Image, depth: int) -> Image.Image:
+    """L, or LA where one value is transparent: the file's range onto 0..255, to the nearest."""
+    if opened.format not in FULL_RANGE[image.mode]:
+        raise MisfitError(
+            f"mode {image.mode} of {opened.format} does not say which values are black and white: save it as 8-bit grey"
+        )
+    values = np.asarray(image).astype(np.int64)
+    top = 4095 if depth == 12 else 65535
+    grey = (255 * values + top // 2) // top
+    if getattr(opened, "tag_v2", {}).get(WHITE_IS_ZERO) == 0:
+        grey = 255 - grey
+    found = Image.fromarray(grey.astype(np.uint8))
+    if "transparency" in image.info:
+        alpha = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+        found = Image.merge("LA", (found, Image.fromarray(alpha)))
+    return found
+
+
+def _with_alpha(image: Image.Image, depth: int) -> Image.Image:
+    transparent = image.info.get("transparency")
+    if image.mode == "RGB" and depth > 8:
+        raise MisfitError(
+            f"{depth}-bit colour with a transparent one: Pillow reads 8 bits, which do not tell it apart; "
+            "save it with an alpha channel"
+        )
+    if image.mode in ("L", "RGB") and isinstance(transparent, int | tuple):
+        # PNG names a value of the file's few bits, of which the low ones count; Pillow has stretched the pixels to 8.
+        most = 2**depth - 1
+        eight = [(value & most) * 255 // most for value in np.atleast_1d(transparent).tolist()]
+        image = image.copy()
+        image.info["transparency"] = eight[0] if image.mode == "L" else tuple(eight)
+    return image.convert(PREMULTIPLIED.get(image.mode, "RGBA")).convert("RGBA")
+
+
+def _composited(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
+    """RGB of an RGBA image over the background, and whether any of that is seen."""
+    lowest: Any = image.getchannel("A").getextrema()[0]
+    if lowest == 255:
+        return image.convert("RGB"), False
+    ground = Image.new("RGBA", image.size, (*ImageColor.getrgb(background), 255))
+    return Image.alpha_composite(ground, image).convert("RGB"), True

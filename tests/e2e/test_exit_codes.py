@@ -1,0 +1,70 @@
+"""Every command once as a user's shell starts it: the installed script in a process of its own, and its exit code."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from nfm.pipeline.cli import cli
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+CONFIG = ("-c", "tiny.toml")
+CASES: dict[str, tuple[tuple[str, ...], int]] = {
+    "audit": (("{data}", "--quick"), 0),
+    "bench store": (("--passes", "none"), 2),
+    "bench encode": (("--passes", "none"), 2),
+    "compare": (("-c", "none.toml"), 2),
+    "gc": (("--dry-run",), 0),
+    "lineage": (("{teacher}",), 0),
+    "ls": ((), 0),
+    "pairs add-field": (("{pairs}", "said", "none.npy"), 2),
+    "pairs encode": (("none.json", "--task", "0", "--of", "1"), 1),
+    "pairs export": (("{teacher}", "out"), 1),
+    "pairs head": (("{teacher}",), 1),
+    "pairs info": (("{pairs}",), 0),
+    "pairs report": (("{teacher}",), 1),
+    "pairs seal": (("{teacher}",), 1),
+    "pairs verify": (("{pairs}",), 0),
+    "pairs worklist": ((*CONFIG,), 2),
+    "plan": (("data", *CONFIG), 0),
+    "repair": (("{teacher}",), 1),
+    "run": (("data", *CONFIG), 0),
+    "sample": (("{data}",), 1),
+    "status": (CONFIG, 0),
+    "student": (("--pairs", "{teacher}", *CONFIG), 1),
+    "submit pairs": ((*CONFIG,), 2),
+}
+
+
+def commands(group: click.Group, before: str = "") -> Iterator[str]:
+    """The names of all commands, those of subgroups with their group's."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}"
+
+
+def test_every_command_has_a_case_here() -> None:
+    assert sorted(CASES) == sorted(commands(cli))
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_the_script_ends_with_the_code_of_what_happened(made: Lab, command: str) -> None:
+    arguments, code = CASES[command]
+    names = {stage: made.name(stage) for stage in ("data", "teacher", "pairs")}
+    made.wait(made.script(*command.split(), *(text.format(**names) for text in arguments)), exits=code)
+
+
+def test_a_stopped_script_ends_with_130(lab: Lab) -> None:
+    process = lab.script(*lab.arguments("teacher", "teacher.images=400000"))
+    lab.started.append(process)
+    lab.until(lambda: list(lab.artifacts.glob("teacher/*/lock.json")), process)
+    process.send_signal(signal.SIGTERM)
+    lab.wait(process, exits=130)

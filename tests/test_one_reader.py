@@ -1,0 +1,145 @@
+"""Metadata is read by storage/small_files.py alone: a raw read elsewhere is a defect unless its reason stands here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+READER = "storage/small_files.py"
+# Whose files these are, and why a look at what they are is not needed, or is taken there.
+ALLOWED = {
+    "pipeline/cli_submit.py: .read_bytes": "a config, named by the user, who may give a pipe",
+    "pipeline/config.py: .read_text": "a config, named by the user, who may give a pipe",
+    "pipeline/console.py: .open": "a log of this process's own, in a folder that was looked at",
+    "pipeline/gc.py: os.open": "a folder, to flush it",
+    "pipeline/lock.py: .read_text": "the kernel's own, under /proc",
+    "stages/inception.py: .open": "weights, named by the user",
+    "stages/pairs_export.py: np.load": "an array, named by the user; never unpickled",
+    "stages/report_evaluation.py: np.load": "of a file that the reader opened; never unpickled",
+    "stages/sources/digits.py: .read_bytes": "a file of scikit-learn",
+    "stages/sources/digits.py: np.loadtxt": "bytes that were read already",
+    "stages/sources/folder.py: Image.open": "a user's own images",
+    "stages/sources/idx.py: gzip.open": "a user's own data",
+    "stages/sources/idx.py: open": "a user's own data",
+    "stages/sources/npz.py: .open": "a member of a user's own archive",
+    "stages/sources/npz.py: np.load": "a user's own data; never unpickled",
+    "stages/sources/npz.py: zipfile.ZipFile": "a user's own data",
+    "stages/sources/source.py: np.memmap": "scratch that was made a line above",
+    "stages/sources/source.py: open": "scratch that is made there",
+    "stages/training.py: .open": "the log of a training, to append to it; it was read by the reader, or removed",
+    "storage/cache.py: open": "a download, to write it",
+    "storage/cache_folder.py: os.open": "locks in a folder of this user's",
+    "storage/hashing_file.py: open": "a file, to write it",
+    "storage/hashing_file.py: os.open": "a folder, to flush it",
+    "storage/index.py: pq.ParquetFile": "of a file that the reader opened, or its bytes",
+    "storage/listing.py: os.open": "folders, and files relative to one: looked at there, by the reader's bound",
+    "storage/shard_list.py: pq.ParquetFile": "of bytes that the reader read",
+    "storage/verify_files.py: open": "a copy, to write it",
+    "storage/verify_fields.py: np.load": "payload whose size and digest were checked; never unpickled",
+    "storage/verify_stock.py: np.load": "payload, a member of a tar; never unpickled",
+    "storage/verify_stock.py: tarfile.open": "payload whose size and digest were checked",
+    "storage/verify_stock.py: zarr.open_array": "links to payload whose size and digest were checked",
+    "trainers/inception.py: torch.load": "weights, named by the user; weights only",
+}
+METHODS = {"read_text", "read_bytes", "open"}
+OF_MODULES = {
+    "np": {"load", "loadtxt", "genfromtxt", "fromfile", "memmap"},
+    "numpy": {"load", "loadtxt", "genfromtxt", "fromfile", "memmap"},
+    "os": {"open"},
+    "io": {"open", "FileIO"},
+    "json": {"load"},
+    "tomllib": {"load"},
+    "torch": {"load"},
+    "pq": {"ParquetFile", "read_table", "read_metadata", "read_schema"},
+    "pa": {"memory_map", "OSFile"},
+    "zipfile": {"ZipFile"},
+    "safetensors": {"safe_open"},
+    "shutil": {"copyfileobj"},
+    "pickle": {"load", "loads", "Unpickler"},
+    "joblib": {"load"},
+    "mmap": set(),  # of a handle, which somebody opened
+}
+OURS = {"PairStore", "ImageDataset", "RowField", "cls"}  # whose `open` opens by the reader
+
+
+def raw_reads(file: Path) -> Iterator[str]:
+    """The calls in a file that open or read a file of this machine."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        if isinstance(called, ast.Name) and called.id in ("open", "safe_open", "ParquetFile"):
+            yield called.id
+        if isinstance(called, ast.Attribute):
+            owner = called.value.id if isinstance(called.value, ast.Name) else ""
+            if called.attr in OF_MODULES.get(owner, ()) or (called.attr.startswith("open") and owner in _LIBRARIES):
+                yield f"{owner}.{called.attr}"
+            elif called.attr in METHODS and owner not in OURS | {"small_files", *OF_MODULES, *_LIBRARIES}:
+                yield f".{called.attr}"
+
+
+_LIBRARIES = {"tarfile", "zarr", "gzip", "bz2", "lzma", "Image"}
+
+
+def library() -> list[Path]:
+    """All of it but the benchmarks, which read what they have written."""
+    files = (path for folder in ("pipeline", "stages", "storage", "trainers") for path in (ROOT / folder).rglob("*.py"))
+    return [path for path in files if not path.name.startswith("bench_")]
+
+
+def test_nothing_reads_a_file_past_the_one_reader() -> None:
+    found = {
+        f"{path.relative_to(ROOT)}: {call}"
+        for path in library()
+        if str(path.relative_to(ROOT)) != READER
+        for call in raw_reads(path)
+    }
+    unknown, gone = sorted(found - set(ALLOWED)), sorted(set(ALLOWED) - found)
+    assert not unknown, f"read it by nfm.{READER[:-3].replace('/', '.')}, or say here why not: {unknown}"
+    assert not gone, f"no longer there, strike them: {gone}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "open(path)",
+        "path.read_text()",
+        "(folder / 'spec.json').read_bytes()",
+        "path.open('rb')",
+        "json.load(file)",
+        "os.open(path, 0)",
+        "np.load(path)",
+        "pq.read_table(path)",
+        "pickle.load(file)",
+        "zarr.open_group(path)",
+        "torch.load(path)",
+    ],
+)
+def test_a_raw_read_is_seen(line: str, tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(f"def f():\n    return {line}\n")
+    assert list(raw_reads(tmp_path / "one.py"))
+
+
+def test_nothing_is_unpickled_and_nothing_imports_by_a_name_that_a_file_gives() -> None:
+    """`allow_pickle` and `weights_only` are said at each call; code is run by stages/custom.py alone."""
+    for path in library():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            said = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            where = f"{path.relative_to(ROOT)}:{node.lineno}"
+            if name == "np.load":
+                assert said.get("allow_pickle") == "False", where
+            if name == "torch.load":
+                assert said.get("weights_only") == "True", where
+            assert name not in ("pickle.load", "pickle.loads", "eval", "importlib.import_module", "__import__"), where
+            if name in ("exec", "importlib.util.spec_from_file_location"):
+                assert path == ROOT / "stages/custom.py", where
+            if name == "importlib.util.find_spec" or name == "find_spec":
+                # Of a fixed top name it imports nothing.
+                assert isinstance(node.args[0], ast.Constant), where
