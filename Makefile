@@ -8,6 +8,7 @@
 #   PIP_ARGS="..."                arguments for pip, for instance the index of that torch build
 #   JOBS=0                        run the tests in one process; default: on two
 #   MINUTES=10                    how long `make fuzz` goes on
+#   TIMES=20                      how often `make test-busy` runs its tests
 
 CONFIG ?= configs/digits.toml
 ARGS ?=
@@ -15,6 +16,7 @@ TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 JOBS ?= 2
 MINUTES ?= 10
+TIMES ?= 20
 VENV := .venv
 PEERS := .venv-bench
 
@@ -32,7 +34,7 @@ endif
 NFM := $(PY) -m nfm.pipeline.cli
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test test-all test-faults test-slurm bench kills fuzz lint format clean-env
+.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench kills fuzz lint format clean-env
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +78,9 @@ test-all: $(ENV)  ## the same with the long ones, and what has a size at its ful
 
 test-faults: $(ENV)  ## kill, lose and fill everything, for 20 minutes
 	$(PY) -m pytest -m 'faults or not faults' tests/faults tests/ray $(ARGS)
+
+test-busy: $(ENV)  ## the tests that start processes, TIMES times on a busy machine
+	$(PY) tests/busy.py --times $(TIMES) --jobs $(JOBS) $(ARGS)
 
 test-slurm: $(ENV)  ## run arrays on a real Slurm of one node (needs root, slurm-wlm and munge)
 	$(PY) -m pytest -m slurm -rs tests/slurm $(ARGS)

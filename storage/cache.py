@@ -15,7 +15,8 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -26,6 +27,7 @@ from nfm.storage.paths import TEMPORARY, is_remote, local_path, temporary_name
 
 T = TypeVar("T")
 _TRIES = 3
+_EVICTED_MOST = 20  # times that other processes may evict a file between its arrival and its opening
 
 
 class Wanted(NamedTuple):
@@ -58,7 +60,8 @@ class ShardCache:
         self._lock = threading.Lock()
         self._arrived = threading.Condition()
         self._fetching: dict[str, threading.Lock] = {}
-        self._expected: dict[str, int] = {}  # bytes of what is being fetched by this process
+        self._kept: dict[str, int] = {}  # bytes of what is being fetched or opened, which this process does not evict
+        self._keepers: Counter[str] = Counter()
         self.evictions = 0  # files that this process has evicted so far
 
     def __reduce__(self) -> tuple[type[ShardCache], tuple[Path | None, int | None]]:
@@ -84,7 +87,7 @@ class ShardCache:
         return (shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._files())) // 2
 
     def local(self, path: Path, sha256: str, bytes: int) -> Path:
-        """The file as a local one: itself, or its copy here, fetched if need be.
+        """The file as a local one: itself, or its copy here, fetched if need be. To read it, use `opened`.
 
         Raises MissingShard, CorruptShard (what arrives is not what was committed, three times) and StorageError (the
         object store fails; the disk is full; the file is larger than the bound).
@@ -93,75 +96,100 @@ class ShardCache:
 
     def together(self, files: Sequence[Wanted]) -> list[Path]:
         """The same for files that are needed at once: none of them is evicted for another. As `local`."""
-        needed = {file.sha256: file.bytes for file in files if is_remote(file.path)}
-        return [self._have(file, needed) if is_remote(file.path) else file.path for file in files]
+        with self._keeping(files):
+            return [self._have(file) for file in files]
 
     def holds(self, sha256: str) -> bool:
         """Whether a file is here now. Who keeps files mapped lets go of the others when `evictions` has grown."""
         return (self.folder / sha256).exists()
 
     def opened(self, files: Sequence[Wanted], opener: Callable[[list[Path]], T]) -> T:
-        """`opener` of the local files; once more when another thread or process evicted one before it was open."""
-        for _ in range(_TRIES):
-            paths = self.together(files)
-            try:
-                return opener(paths)
-            except (MissingShard, FileNotFoundError):
-                if all(path.exists() for path in paths) or not any(is_remote(file.path) for file in files):
-                    raise
-        return opener(self.together(files))
+        """`opener` of the local files, which stay until it has opened or mapped them; it does nothing else.
 
-    def _have(self, file: Wanted, needed: Mapping[str, int]) -> Path:
-        if not re.fullmatch("[0-9a-f]{64}", file.sha256):  # it becomes the name of a file
-            raise CorruptShard(f"{file.path}: {file.sha256!r} is no SHA-256; run `nfm pairs verify` on its store")
+        Another process that shares the folder may evict one all the same, which is then fetched again. As `local`.
+        """
+        if not any(is_remote(file.path) for file in files):
+            return opener([file.path for file in files])
+        gone: Exception | None = None
+        with self._keeping(files):
+            for _ in range(_EVICTED_MOST):
+                paths = [self._have(file) for file in files]
+                try:
+                    return opener(paths)
+                except (MissingShard, FileNotFoundError) as error:
+                    gone = error
+        raise StorageError(
+            f"{self.folder}: other processes evict {files[0].path} before it can be opened, {_EVICTED_MOST} times; "
+            "raise NFM_CACHE_BYTES, or give each process a folder of its own"
+        ) from gone
+
+    @contextlib.contextmanager
+    def _keeping(self, files: Sequence[Wanted]) -> Iterator[None]:
+        """Files that are not evicted meanwhile, and have room: all of them or none, so that no two wait for each other.
+
+        Waits until what other threads keep leaves that room.
+        """
+        mine = {_name(file): file.bytes for file in files if is_remote(file.path)}
+        with self._arrived:
+            while not all(map(self.holds, mine)) and not self._fits(mine, files[0].path):
+                self._arrived.wait()
+            self._kept |= mine
+            self._keepers.update(mine.keys())
+        try:
+            yield
+        finally:
+            with self._arrived:
+                for name in mine:
+                    self._keepers[name] -= 1
+                    if not self._keepers[name]:
+                        del self._keepers[name], self._kept[name]
+                self._arrived.notify_all()
+
+    def _fits(self, mine: Mapping[str, int], path: Path) -> bool:
+        total, bound = sum(mine.values()), self.max_bytes
+        if total > bound:
+            raise StorageError(
+                f"{path}: needs {total} bytes of cache, {self.folder} is bounded to {bound}; raise NFM_CACHE_BYTES, or "
+                "name a larger disk in NFM_CACHE"
+            )
+        return sum({**self._kept, **mine}.values()) <= bound
+
+    def _have(self, file: Wanted) -> Path:
+        if not is_remote(file.path):
+            return file.path
         target = self.folder / file.sha256
         if not _used(target, file.bytes):
             with self._lock:
                 turn = self._fetching.setdefault(file.sha256, threading.Lock())
             with turn:
                 if not _used(target, file.bytes):
-                    self._fetch(file, target, needed)
+                    self._fetch(file, target)
             with self._lock:
                 self._fetching.pop(file.sha256, None)
         return target
 
-    def _fetch(self, file: Wanted, target: Path, needed: Mapping[str, int]) -> None:
-        total, bound = sum(needed.values()), self.max_bytes
-        if total > bound:
-            raise StorageError(
-                f"{file.path}: needs {total} bytes of cache, {self.folder} is bounded to {bound}; raise "
-                "NFM_CACHE_BYTES, or name a larger disk in NFM_CACHE"
-            )
+    def _fetch(self, file: Wanted, target: Path) -> None:
         with self._arrived:
-            while not self._make_room(file, needed) and self._expected:
-                self._arrived.wait()
-            self._expected[file.sha256] = file.bytes
-        try:
-            for tries in range(1, _TRIES + 1):
-                problem = _arrive(file, target)
-                if problem is None:
-                    return
-                time.sleep(0.1 * tries)
-            raise CorruptShard(f"{file.path}: {problem}, {_TRIES} times; run `nfm pairs verify` on its store")
-        finally:
-            with self._arrived:
-                del self._expected[file.sha256]
-                self._arrived.notify_all()
+            self._make_room()
+        for tries in range(1, _TRIES + 1):
+            problem = _arrive(file, target)
+            if problem is None:
+                return
+            time.sleep(0.1 * tries)
+        raise CorruptShard(f"{file.path}: {problem}, {_TRIES} times; run `nfm pairs verify` on its store")
 
-    def _make_room(self, file: Wanted, needed: Mapping[str, int]) -> bool:
-        """Evicts what was used longest ago, until a file has room beside what others are fetching; whether it has."""
-        bound, files = self.max_bytes, self._files()
+    def _make_room(self) -> None:
+        """Evicts what was used longest ago, until there is room for all that is kept, here already or not."""
         own = f"{TEMPORARY}{os.getpid()}-"  # what this process is fetching is counted in full, so not as it stands
-        held = sum(size for name, size, _ in files if not name.startswith(own))
-        held += file.bytes + sum(self._expected.values())
-        for name, size, _ in sorted(files, key=lambda found: found[2]):
-            if held <= bound:
+        others = [found for found in self._files() if not found[0].startswith(own) and found[0] not in self._kept]
+        excess = sum(size for _, size, _ in others) + sum(self._kept.values()) - self.max_bytes
+        for name, size, _ in sorted(others, key=lambda found: found[2]):
+            if excess <= 0:
                 break
-            if not name.startswith(TEMPORARY) and name not in needed:
+            if not name.startswith(TEMPORARY):
                 (self.folder / name).unlink(missing_ok=True)
                 self.evictions += 1
-                held -= size
-        return held <= bound
+                excess -= size
 
     def _files(self) -> list[tuple[str, int, int]]:
         """(name, bytes, time of last use in ns) of what is here."""
@@ -172,6 +200,12 @@ class ShardCache:
                     stat = entry.stat()
                     found.append((entry.name, stat.st_size, stat.st_mtime_ns))
         return found
+
+
+def _name(file: Wanted) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", file.sha256):  # it becomes the name of a file
+        raise CorruptShard(f"{file.path}: {file.sha256!r} is no SHA-256; run `nfm pairs verify` on its store")
+    return file.sha256
 
 
 def default_cache() -> ShardCache:

@@ -247,10 +247,7 @@ def _copy_row_fields(source: PairStore, root: Path) -> None:
         for part in field.files:
             if size_of(folder / part.file) == part.bytes:
                 continue  # of an earlier, killed run: a name appears only when its file is whole
-            path = field.local(part)
-            if size_of(path) is None:
-                raise MissingShard(f"{path}: missing; restore it from a copy, or run `nfm audit` on its store")
-            with plain(path) as file, HashingFile(folder / part.file) as out:
+            with field.opened(part, plain) as file, HashingFile(folder / part.file) as out:
                 while piece := file.read(_COPY_BYTES):
                     out.write(piece)
                 if out.sha256 != part.sha256:

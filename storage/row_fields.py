@@ -11,10 +11,10 @@ import mmap
 import re
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nfm.storage.cache import ShardCache
 
 Array = npt.NDArray[Any]
+T = TypeVar("T")
 FIELDS, FIELD = "fields", "field.json"
 _NAME = r"[a-z][a-z0-9_]{0,62}"
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
@@ -100,14 +101,21 @@ class RowField:
         for start in range(0, self.rows, rows):
             yield self.gather(np.arange(start, min(start + rows, self.rows)))
 
-    def local(self, part: FieldFile) -> Path:
-        """One of the field's files on this machine, fetched and hash-checked where the store is a URL."""
-        path = inside(self.folder.parent.parent, f"{FIELDS}/{self.name}/{part.file}")
-        if not is_remote(path):
-            return path
-        from nfm.storage.cache import default_cache
+    def opened(self, part: FieldFile, opener: Callable[[Path], T]) -> T:
+        """`opener` of one of the field's files, fetched and hash-checked first where the store is a URL.
 
-        return (self._cache or default_cache()).local(path, part.sha256, part.bytes)
+        Raises MissingShard, naming the file.
+        """
+        path = inside(self.folder.parent.parent, f"{FIELDS}/{self.name}/{part.file}")
+        try:
+            if not is_remote(path):
+                return opener(path)
+            from nfm.storage.cache import Wanted, default_cache
+
+            wanted = Wanted(path, part.sha256, part.bytes)
+            return (self._cache or default_cache()).opened([wanted], lambda paths: opener(paths[0]))
+        except FileNotFoundError as error:
+            raise MissingShard(f"{path}: a file of field {self.name!r} is missing; restore it from a copy") from error
 
     def _file(self, number: int) -> Array:
         found = self._maps.pop(number, None)
@@ -119,17 +127,19 @@ class RowField:
         return found
 
     def _open_file(self, part: FieldFile) -> Array:
-        path = self.local(part)
+        path = self.folder / part.file
         try:
-            with plain(path) as file:
-                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError as error:
-            raise MissingShard(f"{path}: a file of field {self.name!r} is missing; restore it from a copy") from error
+            buffer = self.opened(part, _mapped)
         except (OSError, ValueError) as error:
             raise CorruptShard(f"{path}: cannot be mapped ({error}); restore it from a copy") from error
         if len(buffer) != part.bytes or buffer[:_HEADER] != _npy_header(self.dtype, (part.rows, *self.shape)):
             raise CorruptShard(f"{path}: not {part.rows} rows of {self.dtype} {self.shape}; restore it from a copy")
         return np.ndarray((part.rows, *self.shape), self.dtype, buffer, _HEADER)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with plain(path) as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def row_field_names(root: str | Path) -> list[str]:

@@ -20,6 +20,7 @@ from unittest import mock
 from nfm.pipeline.artifact import Artifact, newest_manifest
 from nfm.pipeline.cli import main
 from tests.forked import Forked
+from tests.patience import PATIENCE
 
 CONFIG = """
 [data]
@@ -74,7 +75,6 @@ curvature_trajectories = 8
 batch_size = 50
 speed_batches = [8]
 """
-WAIT_SECONDS = 600  # for what takes seconds: a busy machine is no finding
 Process = subprocess.Popen[str] | Forked
 OWN_RECORDS = {"events", "audits", "failed"}  # an artifact's folders that runs and audits add to
 
@@ -148,7 +148,7 @@ class Lab:
 
     def wait(self, process: Process, exits: int = 0) -> subprocess.CompletedProcess[str]:
         """What a started command printed, when it has ended as it should."""
-        out, err = process.communicate(timeout=WAIT_SECONDS)
+        out, err = process.communicate(timeout=PATIENCE)
         return self._checked(process.args, process.returncode, exits, out, err)
 
     def _checked(
@@ -190,7 +190,7 @@ class Lab:
             if path.is_file() and not OWN_RECORDS & set(path.parts) and not path.name.startswith((".tmp-", "lock."))
         }
 
-    def until(self, condition: Callable[[], object], process: Process, seconds: float = WAIT_SECONDS) -> None:
+    def until(self, condition: Callable[[], object], process: Process, seconds: float = PATIENCE) -> None:
         """Wait until `condition()` is true while `process` works; fail when the process ends before that."""
         deadline = time.monotonic() + seconds
         while not condition():

@@ -7,11 +7,11 @@ then is mostly that he hung up.
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 
 from tests.forkserver import context
+from tests.patience import PATIENCE
 
-PATIENCE = timedelta(minutes=10)  # a slow machine is no finding; who hangs is found all the same
 _LAST_WORDS = 5.0  # seconds that the others have once one of them failed
 
 
 def run(
-    target: Callable[..., None], folder: Path, calls: Mapping[str, tuple[Any, ...]], patience: timedelta = PATIENCE
+    target: Callable[..., None], folder: Path, calls: Mapping[str, tuple[Any, ...]], patience: float = PATIENCE
 ) -> None:
     """`target` of the arguments of each call, all at once; fails with the stderr of those that did not end well."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def run(
             files[name].touch()
             running[name] = context.Process(target=_child, args=(files[name], target, arguments))
             running[name].start()
-        ended = _wait(running, time.monotonic() + patience.total_seconds())
+        ended = _wait(running, time.monotonic() + patience)
     finally:
         for process in running.values():
             if process.is_alive():
@@ -80,4 +80,5 @@ def _child(errors: Path, target: Callable[..., None], arguments: tuple[Any, ...]
     handle = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 2)
     faulthandler.enable()
+    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]  # as in a process that was not forked
     target(*arguments)

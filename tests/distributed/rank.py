@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from nfm.storage import PairStore
-from tests.distributed.processes import PATIENCE
 from tests.distributed.sequences import record, save
 from tests.distributed.training import BATCH, READERS, STOP, network, train
+from tests.patience import PATIENCE
 
 WORLD_SIZE = 2
 
@@ -32,13 +33,14 @@ def join_group(how: str, rank: int, folder: Path) -> Any:
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "LOCAL_WORLD_SIZE": WORLD_SIZE}
     os.environ.update({name: str(value) for name, value in group.items()})  # as torchrun sets them
     os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    timeout = timedelta(seconds=PATIENCE)
     meeting = f"file://{folder / 'meeting'}"
     if how == "plain":
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD_SIZE, timeout=PATIENCE)
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD_SIZE, timeout=timeout)
         return None
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    return Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(init_method=meeting, timeout=PATIENCE)])
+    return Accelerator(cpu=True, kwargs_handlers=[InitProcessGroupKwargs(init_method=meeting, timeout=timeout)])
 
 
 def main(how: str, number: int, path: str, folder: Path) -> None:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/kill_reader.py"
+from tests.distributed import processes
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+def kill(*arguments: str) -> None:
+    """The benchmark's command, in a process of its own."""
+    sys.path.insert(0, str(BENCHMARKS))
+    importlib.import_module("kill_reader").main(arguments, standalone_mode=False)
 
 
 def test_five_kills_lose_no_record_and_yield_none_twice(tmp_path: Path) -> None:
-    done = run("--kills", 5, "-o", tmp_path / "found.json")
-    assert done.returncode == 0, done.stderr
+    processes.run(kill, tmp_path, {"kill_reader": ("--kills", "5", "-o", str(tmp_path / "found.json"))})
     found = json.loads((tmp_path / "found.json").read_text())
     for order in ("full", "windowed"):
         assert found["by_order"][order]["kills"] == 5
@@ -28,7 +30,7 @@ def test_five_kills_lose_no_record_and_yield_none_twice(tmp_path: Path) -> None:
 
 
 def test_the_comparison_finds_a_lost_and_a_repeated_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     kill_reader = importlib.import_module("kill_reader")
     plan = kill_reader.Plan(kill_reader.make_store(tmp_path / "store"), 1, "full")
     whole = [{**line, "world_size": 1} for line in kill_reader.uninterrupted(plan)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -35,4 +34,4 @@ def test_who_failed_first_is_shown_first_with_every_exit_code(tmp_path: Path) ->
 
 def test_who_does_not_end_is_named_and_stopped(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="sleeper: stopped by the test: it had not ended"):
-        processes.run(time.sleep, tmp_path, {"sleeper": (3600,)}, patience=timedelta(seconds=0))
+        processes.run(time.sleep, tmp_path, {"sleeper": (3600,)}, patience=0)

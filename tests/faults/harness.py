@@ -24,6 +24,7 @@ from nfm.storage.paths import TEMPORARY
 from nfm.storage.schema import read_spec
 from tests.conftest import Lab
 from tests.faults.counts import COUNTS
+from tests.patience import PATIENCE, allowed
 
 DRAWS = 4
 SMALL = ("pairs.rows_per_shard=8", "pairs.rows_per_block=8", "pairs.batch_size=8")  # 32 shards a draw
@@ -151,7 +152,7 @@ class Making:
         begun = time.monotonic()
         for process in processes:
             assert "goes on from here" in self.lab.wait(process, exits=130).stderr
-        assert time.monotonic() - begun < seconds
+        assert time.monotonic() - begun < allowed(seconds)
         COUNTS.stopped[self.executor] += len(processes)
 
 
@@ -240,7 +241,7 @@ def actors_of(driver: subprocess.Popen[str]) -> list[int]:
     return [pid for pid in ours if names.get(pid, "").startswith("ray::Worker")]
 
 
-def ended(processes: Sequence[int], seconds: float = 60.0) -> None:
+def ended(processes: Sequence[int], seconds: float = PATIENCE) -> None:
     """Wait until none of these processes is there any more."""
     deadline = time.monotonic() + seconds
     while any(Path(f"/proc/{pid}").exists() for pid in processes):

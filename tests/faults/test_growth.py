@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.harness import Making, check_whole
+from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -42,13 +43,13 @@ def test_draws_added_later_leave_files_and_readers_of_the_first_generation_alone
     making.by("serial", draws=2).seal()
     before = files_of(making.store)
     assert len(before) == 2 + 3 * 64
-    alone, _ = reader(making.store, tmp_path).communicate(timeout=60)
+    alone, _ = reader(making.store, tmp_path).communicate(timeout=PATIENCE)
     disturbed = reader(making.store, tmp_path, "pause")
     try:
         bare.until((tmp_path / "paused").exists, disturbed)
         making.seal() if executor == "serial" else making.resume()
         (tmp_path / "go").touch()
-        sequence, _ = disturbed.communicate(timeout=60)
+        sequence, _ = disturbed.communicate(timeout=PATIENCE)
     finally:
         disturbed.kill()
     after = files_of(making.store)

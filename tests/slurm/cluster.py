@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.patience import PATIENCE
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol", "setpriv")
 ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"}
 
@@ -89,7 +91,7 @@ class Cluster:
 
     def ask(self, *command: str) -> str:
         """What a command of Slurm prints."""
-        told = subprocess.run(command, capture_output=True, text=True, env=self._environment(), timeout=60)
+        told = subprocess.run(command, capture_output=True, text=True, env=self._environment(), timeout=PATIENCE)
         return told.stdout
 
     def states(self) -> dict[str, str]:
@@ -106,7 +108,7 @@ class Cluster:
         assert match, f"no such job {job}"
         return int(match[1])
 
-    def until(self, condition: Callable[[], object], seconds: float = 180) -> None:
+    def until(self, condition: Callable[[], object], seconds: float = PATIENCE) -> None:
         """Wait until `condition()` is true; fail when a daemon ends or time is up."""
         deadline = time.monotonic() + seconds
         while not condition():

@@ -9,8 +9,10 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pytest
 from nfm.storage.cache import ShardCache, Wanted
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.paths import as_path, size_of
+from tests.patience import PATIENCE
 from tests.storage.s3server import S3, new_clients
 
 SIZE = 10_000
@@ -74,13 +77,8 @@ def test_threads_fetch_a_file_once(s3: S3, bucket: str, tmp_path: Path) -> None:
     file, cache = wanted(bucket, 0), ShardCache(tmp_path / "c")
     s3.requests.clear()
     s3.fail("delay", "f0", seconds=0.2)
-    found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(cache.local(*file))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert set(found) == {tmp_path / "c" / file.sha256}
+    at_once([partial(cache.local, *file)] * 8)
+    assert os.listdir(tmp_path / "c") == [file.sha256]
     assert s3.count("GET", "f0") == 1
 
 
@@ -160,22 +158,45 @@ def test_a_cache_travels_to_other_processes_as_its_settings(tmp_path: Path) -> N
     assert (given.folder, given.max_bytes) == (tmp_path / "c", 99)
 
 
-def test_the_bound_holds_for_threads_that_fetch_at_once(s3: S3, bucket: str, tmp_path: Path) -> None:
-    files = [wanted(bucket, number) for number in range(12)]
+def at_once(works: list[Callable[[], Any]]) -> None:
+    """Each in a thread of its own; what one of them raises is raised here."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        for done in [pool.submit(work) for work in works]:
+            done.result()
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_the_bound_holds_for_threads_that_fetch_at_once(together: int, memory: str, tmp_path: Path) -> None:
+    files = [wanted(memory, number) for number in range(12)]
     cache, most = ShardCache(tmp_path / "c", 3 * SIZE), [0]
-    s3.fail("delay", method="GET", seconds=0.02, times=1000)
+
+    def opener(paths: list[Path]) -> list[bytes]:
+        time.sleep(0.001)  # for the others
+        return [path.read_bytes() for path in paths]
 
     def read(mine: list[Wanted]) -> None:
-        for file in mine:
-            assert cache.opened([file], lambda paths: paths[0].read_bytes())
+        for start in range(len(mine)):
+            some = (mine + mine)[start : start + together]
+            assert [hashlib.sha256(data).hexdigest() for data in cache.opened(some, opener)] == [f.sha256 for f in some]
             most[0] = max(most[0], held(tmp_path / "c"))
 
-    threads = [threading.Thread(target=read, args=(files[n::4],)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once([partial(read, files[number::4]) for number in range(4)])
     assert most[0] <= 3 * SIZE
+    assert not cache._kept
+
+
+def test_a_file_that_a_thread_is_opening_stays_while_others_fetch(memory: str, tmp_path: Path) -> None:
+    files = [wanted(memory, number) for number in range(6)]
+    cache = ShardCache(tmp_path / "c", 2 * SIZE)
+
+    def opener(paths: list[Path]) -> bytes:
+        at_once([partial(cache.local, *file) for file in files[1:]])
+        assert held(tmp_path / "c") <= 2 * SIZE
+        return paths[0].read_bytes()
+
+    calls: list[int] = []
+    assert len(cache.opened(files[:1], lambda paths: calls.append(1) or opener(paths))) == SIZE
+    assert calls == [1]
 
 
 def test_an_evicted_file_is_fetched_again_before_it_is_opened(memory: str, tmp_path: Path) -> None:
@@ -189,6 +210,18 @@ def test_an_evicted_file_is_fetched_again_before_it_is_opened(memory: str, tmp_p
 
     assert len(cache.opened([file], opener)) == SIZE
     assert len(calls) == 2
+
+
+def test_a_file_that_others_evict_whenever_it_arrives_says_what_to_raise(memory: str, tmp_path: Path) -> None:
+    file, cache = wanted(memory, 0), ShardCache(tmp_path / "c")
+
+    def evicted(paths: list[Path]) -> bytes:
+        paths[0].unlink()
+        return paths[0].read_bytes()
+
+    with pytest.raises(StorageError, match=r"f0 before it can be opened, 20 times; raise NFM_CACHE_BYTES"):
+        cache.opened([file], evicted)
+    assert not cache._kept
 
 
 def test_a_shard_larger_than_the_bound_says_what_to_raise(memory: str, tmp_path: Path) -> None:
@@ -282,7 +315,7 @@ def test_a_fork_while_a_thread_holds_the_cache_neither_hangs_nor_shares(s3: S3, 
     process = context.Process(target=forked, args=(cache, file, answers))
     with cache._lock, cache._arrived:
         process.start()
-    process.join(timeout=30)
+    process.join(timeout=PATIENCE)
     assert process.exitcode == 0
     theirs = answers.get()
     assert theirs.parent != mine.parent

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nfm.storage.atomic import read_json, write_json
+from nfm.storage.cache import ShardCache
 from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StorageError
 from nfm.storage.row_fields import FIELD, RowField, row_field_names, write_row_field
 
@@ -142,3 +143,29 @@ def test_a_field_of_a_url_is_fetched_and_checked(root, tmp_path):
     field = RowField.open("memory://h4-fields/store", "caption")
     np.testing.assert_array_equal(field.gather([4, 40, 4]), VALUES[[4, 40, 4]])
     assert row_field_names("memory://h4-fields/store") == ["caption"]
+
+
+class Shared(ShardCache):
+    """A cache whose folder another process empties once, between the arrival of a file and its opening."""
+
+    emptied = False
+
+    def opened(self, files, opener):
+        def late(paths):
+            if not self.emptied:
+                self.emptied = True
+                paths[0].unlink()
+            return opener(paths)
+
+        return super().opened(files, late)
+
+
+def test_a_file_that_another_process_evicts_is_fetched_again(root, tmp_path):
+    import fsspec
+
+    add(root)
+    fsspec.filesystem("memory").put(str(root), "/evicted-fields/store", recursive=True)
+    cache = Shared(tmp_path / "shared")
+    field = RowField.open("memory://evicted-fields/store", "caption", cache)
+    np.testing.assert_array_equal(field.gather([4, 40, 4]), VALUES[[4, 40, 4]])
+    assert cache.emptied
