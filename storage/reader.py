@@ -204,7 +204,8 @@ class BatchReader:
         if thread is None:
             return batches
         thread.start()
-        return map(_received, iter(ready.get, None))  # which hold on to nothing that they passed on
+        items: Iterator[_Filled | BaseException] = iter(ready.get, None)
+        return map(_received, items)  # which hold on to nothing that they passed on
 
     def _forget(self) -> None:
         self._asked = queue.SimpleQueue()

@@ -37,10 +37,12 @@ def test_the_loaders_order_is_the_readers(store, workers, shuffle):
 
 def test_spawned_workers_read_the_same(store):
     dataset = store.as_torch_dataset(10, filter=[("label", "<", 5)], raw=True)
-    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=1, persistent_workers=True, multiprocessing_context="spawn"
+    )
     batches = list(loader)
-    expected = [batch.slot.tolist() for batch in store.batches(10, filter=[("label", "<", 5)])]
-    assert [batch["slot"].tolist() for batch in batches] == expected
+    expected = [batch.slot.tolist() for batch in store.batches(10, filter=[("label", "<", 5)], epochs=2)]
+    assert [batch["slot"].tolist() for batch in batches] + slots(loader) == expected
     assert batches[0]["noise"].dtype == torch.float16
     assert batches[0]["image"].dtype == torch.uint8
 
