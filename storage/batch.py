@@ -1,4 +1,4 @@
-"""What a reader yields, and the memory it is put together in."""
+"""What a reader yields, and how it is put together."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from nfm.storage.convert import scale_of, to_float32
 from nfm.storage.device import Upload
 from nfm.storage.errors import StorageError
+from nfm.storage.pool import Pool, empty
 from nfm.storage.soften import Softener
 from nfm.storage.stream import Arrays, Records, Source
 
@@ -24,7 +25,8 @@ class Batch:
 
     numpy arrays, or torch tensors where the reader was given a device; with `raw=True` in the dtypes they are stored
     in. `noise` is None for a dataset. `store` is the number of the mixture's member, 0 for one store. `fields` are
-    the row-scoped fields that were asked for, [B, *shape].
+    the row-scoped fields that were asked for, [B, *shape]. All is its holder's, to keep or to write into: the memory is
+    used for another batch when nobody refers to it, or to a view or a tensor of it, any more.
     """
 
     image: Any
@@ -40,24 +42,18 @@ class Batch:
         return len(self.image)
 
 
-@dataclass(frozen=True)
-class Buffers:
-    """Memory of one batch: what is stored, and what it becomes in float32 on the host."""
-
-    stored: Arrays
-    float32: Arrays
-
-
 class Assembly:
     """How a batch comes together: gathered from its sources, joined with row-scoped fields, converted once.
 
     Members of a mixture that store a field in different types are gathered aside and meet in float32. So does noise
-    that is softened, which is done here whatever the device, so that its bits are the same on all.
+    that is softened, which is done here whatever the device, so that its bits are the same on all. `records` is the
+    most that a batch holds.
     """
 
     def __init__(
         self,
         sources: Sequence[Source],
+        records: int,
         fields: Sequence[str],
         raw: bool,
         upload: Upload | None,
@@ -86,18 +82,31 @@ class Assembly:
             self._common[name] = np.empty((0, *first.shape), first.dtype)
         self._widened = () if raw else tuple(name for name, array in self._common.items() if _widens(name, array))
         self._scratch: dict[tuple[int, str], npt.NDArray[Any]] = {}
+        allocate = empty if upload is None else upload.empty
+        self._stored = {
+            name: Pool((records, *array.shape[1:]), array.dtype, allocate) for name, array in self._common.items()
+        }
+        self._float32 = {
+            name: Pool((records, *self._common[name].shape[1:]), np.dtype(np.float32)) for name in self._widened
+        }
 
-    def buffers(self, records: int) -> Buffers:
-        """Memory for a batch of up to that many records; page-locked where a device copies from it."""
-        stored = {name: np.empty((records, *array.shape[1:]), array.dtype) for name, array in self._common.items()}
-        if self._upload is not None and not self._upload.on_host:
-            return Buffers(self._upload.buffers(stored), {})
-        return Buffers(stored, {name: np.empty(stored[name].shape, np.float32) for name in self._widened})
+    @property
+    def allocated(self) -> dict[str, int]:
+        """How many arrays a field of batches has taken so far; of what is converted, of either kind."""
+        return {
+            name: max(pool.made, self._float32[name].made if name in self._float32 else 0)
+            for name, pool in self._stored.items()
+        }
 
-    def fill(self, records: Records, buffers: Buffers) -> dict[str, Any]:
-        """Gathers and converts the records: arrays or tensors by name, over the memory of `buffers`."""
+    def clear(self) -> None:
+        """Lets go of memory that no batch holds."""
+        for pool in (*self._stored.values(), *self._float32.values()):
+            pool.clear()
+
+    def fill(self, records: Records) -> dict[str, Any]:
+        """Gathers and converts the records: arrays or tensors by name, which are the caller's."""
         count = len(records.slot)
-        arrays = {name: array[:count] for name, array in buffers.stored.items()}
+        arrays = {name: pool.lend(count) for name, pool in self._stored.items()}
         arrays["slot"][:], arrays["draw"][:], arrays["store"][:] = records.slot, records.draw, records.store
         for store, draw, where in records.runs():
             self._gather(store, draw, records.slot[where], {name: array[where] for name, array in arrays.items()})
@@ -108,7 +117,7 @@ class Assembly:
             scales = {name: _scale(name, arrays[name].dtype, source) for name in self._widened}
             return self._upload(arrays, scales)
         for name in self._widened:
-            out = buffers.float32[name][:count]
+            out = self._float32[name].lend(count)
             step = source.noise_step if name == "noise" else None
             arrays[name] = to_float32(arrays[name], source.value_range, out, step, torch=self._upload is not None)
         return arrays if self._upload is None else self._upload.share(arrays)

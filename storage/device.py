@@ -1,4 +1,4 @@
-"""Batches as torch tensors: shared with the host's buffers on the CPU, copied ahead of time elsewhere."""
+"""Batches as torch tensors: shared with the host's arrays on the CPU, copied ahead of time elsewhere."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nfm.storage.pool import empty
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Upload:
     """Copies arrays as they are stored to a device and converts them there, which moves the fewest bytes.
 
-    On CUDA the copy runs from page-locked buffers on a stream of its own, beside the consumer's kernels.
+    On CUDA the copy runs from page-locked memory on a stream of its own, beside the consumer's kernels. It is over
+    when a call returns, so that memory may be filled again at once; the tensors have their own on the device.
     """
 
     def __init__(self, device: Any) -> None:
@@ -28,13 +31,12 @@ class Upload:
         """Whether tensors of this device share memory with numpy arrays."""
         return self.device.type == "cpu"
 
-    def buffers(self, arrays: Arrays) -> Arrays:
-        """Arrays like these that the device copies fastest from."""
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """An array that the device copies fastest from: page-locked for CUDA."""
         import torch
 
-        if self._stream is None:
-            return arrays
-        return {name: torch.from_numpy(array).pin_memory().numpy() for name, array in arrays.items()}
+        array = empty(shape, dtype)
+        return array if self._stream is None else torch.from_numpy(array).pin_memory().numpy()
 
     def share(self, arrays: Arrays) -> dict[str, Any]:
         """CPU tensors over the same memory."""

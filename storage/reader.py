@@ -1,8 +1,8 @@
-"""Batches from mapped shards: gathered and converted by one thread, ahead of the consumer, into buffers used again.
+"""Batches from mapped shards: gathered and converted by one thread, ahead of the consumer, into memory used again.
 
 A reader's state counts what was yielded, never what was prefetched; loaded on any number of ranks, it goes on
-with the record that comes next. Two sets of buffers take turns, so a batch is valid until the next one is
-asked for.
+with the record that comes next. A batch stays what it is for as long as anybody holds a part of it; in a loop that
+holds one, the arrays of three take turns.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, TypedDict
 
-from nfm.storage.batch import Assembly, Batch, Buffers
+from nfm.storage.batch import Assembly, Batch
 from nfm.storage.device import Upload
 from nfm.storage.errors import StateMismatch
 from nfm.storage.ranks import find_rank
@@ -30,17 +30,16 @@ class ReadOptions(TypedDict, total=False):
     """How batches come, whatever they hold: the keyword arguments that every `batches` takes.
 
     `last`: "drop" (default) or "keep" the batch at the end of an epoch that is not full. `rank` and `world_size`:
-    default torch.distributed's. `device`: torch tensors there instead of numpy arrays. `copy`: every batch stays
-    valid, not only until the next one. `prefetch` (default): a thread reads ahead. `fields`: names of row-scoped
-    fields to join. `raw`: the stored dtypes as they are, converted by the consumer. `soften`: rho in [0, 1), the noise
-    becomes sqrt(1 - rho^2) z + rho eps with fresh eps ~ N(0, I) in every epoch, the same for a record whoever reads it.
+    default torch.distributed's. `device`: torch tensors there instead of numpy arrays. `prefetch` (default): a thread
+    reads ahead. `fields`: names of row-scoped fields to join. `raw`: the stored dtypes as they are, converted by the
+    consumer. `soften`: rho in [0, 1), the noise becomes sqrt(1 - rho^2) z + rho eps with fresh eps ~ N(0, I) in every
+    epoch, the same for a record whoever reads it.
     """
 
     last: Literal["drop", "keep"]
     rank: int | None
     world_size: int | None
     device: Any
-    copy: bool
     prefetch: bool
     fields: Sequence[str]
     raw: bool
@@ -50,7 +49,6 @@ class ReadOptions(TypedDict, total=False):
 @dataclass(frozen=True)
 class _Filled:
     arrays: dict[str, Any]
-    buffers: Buffers
     epoch: int
     consumed: int  # records of the epoch, over all ranks, after this batch
 
@@ -73,7 +71,6 @@ class BatchReader:
         rank: int | None = None,
         world_size: int | None = None,
         device: Any = None,
-        copy: bool = False,
         prefetch: bool = True,
         fields: Sequence[str] = (),
         raw: bool = False,
@@ -93,11 +90,10 @@ class BatchReader:
         self._upload = None if device is None else Upload(device)
         self._soften = float(soften)
         softener = Softener(self._soften, int(stream.identity["seed"])) if soften else None
-        self._assembly = Assembly(stream.sources, fields, raw, self._upload, softener)
-        self._copy = copy
+        share = -(-batch_size // self.world_size)
+        self._assembly = Assembly(stream.sources, share, fields, raw, self._upload, softener)
         self._prefetch = prefetch
-        self._free: queue.SimpleQueue[Buffers | None] = queue.SimpleQueue()
-        self._in_use: Buffers | None = None
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: fill one more batch; False: stop
         self._filled: Iterator[_Filled] | None = None
         self._stop: weakref.finalize[Any, Any] | None = None
         self._process = os.getpid()
@@ -112,19 +108,33 @@ class BatchReader:
         try:
             if self._filled is None:
                 self._filled = self._start()
-            elif self._in_use is not None:
-                self._free.put(self._new_buffers() if self._copy else self._in_use)
+            self._asked.put(True)
             filled = next(self._filled)
         except BaseException:  # the end, an error of the thread, or an interrupt: all leave no thread behind
             self.close()
             raise
         finally:
             self.wait_seconds += time.perf_counter() - started
-        self._in_use = filled.buffers
         self.epoch, self.consumed = filled.epoch, filled.consumed
         if self._upload is not None:
             self._upload.hand_over(filled.arrays)
         return self._assembly.batch(filled.arrays, filled.epoch)
+
+    def __repr__(self) -> str:
+        return f"BatchReader({self.summary}; after {self.consumed} of epoch {self.epoch})"
+
+    @property
+    def summary(self) -> str:
+        """What an epoch yields, and what it leaves out."""
+        rows = self._stream.rows(self.epoch)
+        left = rows % self._batch_size
+        kept = f"the last {left} dropped each epoch (last='keep' reads them)" if self._drop_last else "all of them read"
+        return f"{rows} records an epoch in batches of {self._batch_size}, {kept if left else 'none left over'}"
+
+    @property
+    def allocated(self) -> dict[str, int]:
+        """How many arrays were allocated so far, by field: a few, unless batches are kept."""
+        return self._assembly.allocated
 
     def state_dict(self) -> dict[str, Any]:
         """Where the reader stands: counts of what was yielded, and the identity of what is read; JSON's types."""
@@ -142,6 +152,12 @@ class BatchReader:
         The number of ranks may differ; so may the batch size, and then the epoch's next batch starts at the
         next record all the same.
         """
+        self.check(state)
+        self.close()
+        self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises StateMismatch unless the state is one of this order of records."""
         softened = float(state.get("soften", 0.0))
         if softened != self._soften:
             raise StateMismatch(
@@ -154,18 +170,12 @@ class BatchReader:
                     f"reader state: {name} is {state.get(name)!r} there and {here!r} here; open the store, the "
                     "generation, the seed and the filter that the state was saved with, or start without a state"
                 )
-        self.close()
-        self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
 
     def close(self) -> None:
         """Stops reading ahead; a batch in hand stays valid."""
         if self._stop is not None:
             self._stop()
-        self._free = queue.SimpleQueue()
-        self._stop = self._filled = self._in_use = None
-
-    def _new_buffers(self) -> Buffers:
-        return self._assembly.buffers(-(-self._batch_size // self.world_size))
+        self._forget()
 
     def _start(self) -> Iterator[_Filled]:
         skip, step = self._turns
@@ -184,26 +194,29 @@ class BatchReader:
         if self._stream.lookahead:
             ahead = ReadAhead(self._stream.sources, -(-self._stream.lookahead // (self._batch_size * step)))
             plans = ahead.over(plans)
-        free = self._free
-        batches = _fill_batches(plans, self._assembly, free)
-        free.put(self._new_buffers())
+        batches = _fill_batches(plans, self._assembly, self._asked)
         thread, ready = None, queue.SimpleQueue[_Filled | BaseException | None]()
         if self._prefetch:
-            free.put(self._new_buffers())
+            self._asked.put(True)
             # The threads know the queues only, not the reader: a dropped reader is collected and stops them.
             thread = threading.Thread(target=_read_ahead, args=(batches, ready), name="nfm-reader", daemon=True)
-        self._stop = weakref.finalize(self, _stop_threads, free, thread, ahead)
+        self._stop = weakref.finalize(self, _stop_threads, self._asked, thread, ahead)
         if thread is None:
             return batches
         thread.start()
-        return _received(ready)
+        items: Iterator[_Filled | BaseException] = iter(ready.get, None)
+        return map(_received, items)  # which hold on to nothing that they passed on
+
+    def _forget(self) -> None:
+        self._asked = queue.SimpleQueue()
+        self._stop = self._filled = None
+        self._assembly.clear()
 
     def _forked(self) -> None:
         """Forgets the threads of the parent process, which a fork does not copy."""
         if self._stop is not None:
             self._stop.detach()
-        self._stop = self._filled = self._in_use = None
-        self._free = queue.SimpleQueue()
+        self._forget()
         self._process = os.getpid()
 
 
@@ -222,14 +235,11 @@ def _check_sizes(stream: Stream, batch_size: int, last: str, world_size: int) ->
         )
 
 
-def _fill_batches(
-    plans: Iterator[Planned], assembly: Assembly, free: queue.SimpleQueue[Buffers | None]
-) -> Iterator[_Filled]:
+def _fill_batches(plans: Iterator[Planned], assembly: Assembly, asked: queue.SimpleQueue[bool]) -> Iterator[_Filled]:
     for planned in plans:
-        buffers = free.get()
-        if buffers is None:
+        if not asked.get():
             return
-        yield _Filled(assembly.fill(planned.records, buffers), buffers, planned.epoch, planned.consumed)
+        yield _Filled(assembly.fill(planned.records), planned.epoch, planned.consumed)
 
 
 def _read_ahead(batches: Iterator[_Filled], ready: queue.SimpleQueue[_Filled | BaseException | None]) -> None:
@@ -242,17 +252,14 @@ def _read_ahead(batches: Iterator[_Filled], ready: queue.SimpleQueue[_Filled | B
         ready.put(error)
 
 
-def _received(ready: queue.SimpleQueue[_Filled | BaseException | None]) -> Iterator[_Filled]:
-    while (item := ready.get()) is not None:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+def _received(item: _Filled | BaseException) -> _Filled:
+    if isinstance(item, BaseException):
+        raise item
+    return item
 
 
-def _stop_threads(
-    free: queue.SimpleQueue[Buffers | None], thread: threading.Thread | None, ahead: ReadAhead | None
-) -> None:
-    free.put(None)
+def _stop_threads(asked: queue.SimpleQueue[bool], thread: threading.Thread | None, ahead: ReadAhead | None) -> None:
+    asked.put(False)
     if ahead is not None:
         ahead.stop()
     if thread is not None and thread is not threading.current_thread() and thread.ident is not None:

@@ -162,7 +162,7 @@ class PairStore:
         order of slots. `filter` keeps the records that match: a pyarrow expression over the columns of `index`, or
         conditions as [("label", "in", [1, 2])]. Further `options`: see `ReadOptions`.
 
-        A batch is valid until the next one is asked for, unless `copy=True`.
+        A batch is its holder's for as long as he keeps it. Every call begins at epoch 0: ask for all epochs in one.
         """
         return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 

@@ -39,7 +39,7 @@ class Straight(torch.nn.Module):
 @pytest.fixture
 def pairs(store: Callable[[str], Path]) -> tuple[Tensor, Tensor, Tensor]:
     """image, noise and label of one batch."""
-    batch = next(PairStore.open(store("blocks")).batches(128, device="cpu", copy=True))
+    batch = next(PairStore.open(store("blocks")).batches(128, device="cpu"))
     return batch.image, batch.noise, batch.label
 
 

@@ -27,7 +27,7 @@ def test_a_device_converts_as_the_host_does(make_store, small_spec, monkeypatch,
     store = PairStore.open(make_store(spec=replace(small_spec, fields=fields, codec=codec)))
     host = [batch.image.copy() for batch in store.batches(10)], [batch.noise.copy() for batch in store.batches(10)]
     monkeypatch.setattr("nfm.storage.reader.Upload", Elsewhere)
-    there = [(batch.image.numpy(), batch.noise.numpy()) for batch in store.batches(10, device="cpu", copy=True)]
+    there = [(batch.image.numpy(), batch.noise.numpy()) for batch in store.batches(10, device="cpu")]
     for image, noise, (image_there, noise_there) in zip(*host, there, strict=True):
         np.testing.assert_array_equal(image, image_there)
         np.testing.assert_array_equal(noise, noise_there)

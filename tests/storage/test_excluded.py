@@ -45,7 +45,7 @@ def mend(root: Path, spec: StoreSpec, records: Any, name: str) -> None:
 def slots(store: PairStore | Mixture, epochs: int = 2, world_size: int = 1, state: Any = None, **how: Any) -> list[Any]:
     """(epoch, slots) of every global batch; the noise of each record is that of its draw and slot."""
     readers = [
-        store.batches(4, seed=1, epochs=epochs, last="keep", rank=rank, world_size=world_size, copy=True, **how)
+        store.batches(4, seed=1, epochs=epochs, last="keep", rank=rank, world_size=world_size, **how)
         for rank in range(world_size)
     ]
     for reader in readers if state else ():

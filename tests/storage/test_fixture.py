@@ -71,7 +71,7 @@ def test_a_store_of_format_1_holds_the_values_of_its_formula(name: str) -> None:
         assert index["row"].to_pylist() == rows.tolist()
         assert index["flip"].to_pylist() == (slots % 2 == 1).tolist()
         assert index["nll"].to_pylist() == (slots / 8).tolist()
-    batches = list(store.batches(4, seed=3, epochs=store.draws, last="keep", copy=True))
+    batches = list(store.batches(4, seed=3, epochs=store.draws, last="keep"))
     assert sorted(slot for batch in batches for slot in batch.slot) == sorted(slots.tolist() * store.draws)
 
 

@@ -269,26 +269,6 @@ def test_values_are_those_of_the_records_and_epochs_take_turns_over_the_draws(pr
     assert met == [(0, 0)] * 3 + [(1, 1)] * 3 + [(2, 0)] * 3
 
 
-def test_a_batch_is_valid_until_the_next_one():
-    reader = make_reader(Numbers(400), epochs=None)
-    for _, batch in zip(range(300), reader):
-        time.sleep(0)
-        assert (batch.image == (batch.slot % 256)[:, None, None, None]).all()
-    reader.close()
-    assert (batch.image == (batch.slot % 256)[:, None, None, None]).all()
-
-
-def test_copies_stay_valid():
-    batches = list(make_reader(Numbers(200), copy=True))
-    assert sorted(slot for batch in batches for slot in batch.slot) == list(range(200))
-    assert all((batch.image == batch.slot[:, None, None, None]).all() for batch in batches)
-
-
-def test_buffers_are_used_again_without_copy():
-    pointers = {batch.image.ctypes.data for batch in make_reader(Numbers(200))}
-    assert len(pointers) == 2
-
-
 def test_a_device_gives_tensors():
     for batch in make_reader(Numbers(8), device="cpu"):
         assert batch.image.dtype == batch.noise.dtype == torch.float32

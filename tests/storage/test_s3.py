@@ -47,7 +47,7 @@ def make(root: str | Path, spec: StoreSpec, records: Any, draws: int = 2) -> str
 
 def read(store: PairStore, **how: Any) -> list[dict[str, np.ndarray]]:
     """The batches of two epochs, copied."""
-    batches = store.batches(7, seed=3, epochs=2, copy=True, **how)
+    batches = store.batches(7, seed=3, epochs=2, **how)
     return [{name: np.array(getattr(batch, name)) for name in FIELDS} for batch in batches]
 
 
@@ -185,7 +185,7 @@ def test_a_store_larger_than_the_cache_streams_within_its_bound(
     most = max(sizes.values())
     cache = ShardCache(tmp_path / "bounded", 5 * most)
     store, found, used, named = PairStore.open(root, cache=cache), [], [], []
-    for batch in store.batches(7, seed=3, epochs=2, copy=True, shuffle="windowed", window=2):
+    for batch in store.batches(7, seed=3, epochs=2, shuffle="windowed", window=2):
         found.append({name: np.array(getattr(batch, name)) for name in FIELDS})
         used.append(disk_use(tmp_path / "bounded", sizes))
         named.append(sum(size_of(path) or 0 for path in (tmp_path / "bounded").iterdir()))

@@ -41,7 +41,7 @@ def store(make_store):
 )
 @pytest.mark.parametrize("shuffle", ["full", "windowed", None])
 def test_an_epoch_holds_the_records_that_match(store, filter, expected, shuffle):
-    batches = list(store.batches(4, filter=filter, shuffle=shuffle, last="keep", window=1, copy=True))
+    batches = list(store.batches(4, filter=filter, shuffle=shuffle, last="keep", window=1))
     assert sorted(chain.from_iterable(batch.slot.tolist() for batch in batches)) == expected
     for batch in batches:
         stored = store.gather(0, batch.slot)

@@ -38,7 +38,7 @@ def pair(make_store: Any, monkeypatch: pytest.MonkeyPatch, spec: StoreSpec) -> t
 
 
 def read(root: str | Path, cache: ShardCache | None = None, **how: Any) -> list[dict[str, Any]]:
-    batches = PairStore.open(root, cache=cache).batches(7, seed=3, epochs=2, last="keep", copy=True, **how)
+    batches = PairStore.open(root, cache=cache).batches(7, seed=3, epochs=2, last="keep", **how)
     return [{name: np.asarray(getattr(batch, name)).tolist() for name in FIELDS} for batch in batches]
 
 

@@ -77,8 +77,8 @@ def test_every_part_of_the_key_gives_another_eps():
 def test_softened_noise_is_the_formula(make_store, small_spec, codec, device):
     spec = replace(small_spec, codec=codec, fields=pair_fields((1, 4, 4), codec))
     store, rho = PairStore.open(make_store(draws=1, spec=spec)), 0.6
-    plain = store.batches(10, seed=3, epochs=2, copy=True)
-    softened = store.batches(10, seed=3, epochs=2, copy=True, soften=rho, device=device)
+    plain = store.batches(10, seed=3, epochs=2)
+    softened = store.batches(10, seed=3, epochs=2, soften=rho, device=device)
     for one, other in zip(plain, softened, strict=True):
         slots = one.slot
         which = Records(np.zeros_like(slots), one.draw, slots, np.full_like(slots, one.epoch))
@@ -146,7 +146,7 @@ def make_pair(make_store, small_spec):
 def test_a_data_loaders_workers_soften_as_the_reader_does(make_pair):
     for source in (make_pair[0], Mixture([(make_pair[0], 0.5), (make_pair[1], 0.5)])):
         options = {"epochs": 2, "last": "keep", "soften": 0.5}
-        expected = [batch.noise for batch in source.batches(8, copy=True, **options)]
+        expected = [batch.noise for batch in source.batches(8, **options)]
         loader = DataLoader(source.as_torch_dataset(8, **options), batch_size=None, num_workers=2)
         for ours, theirs in zip(expected, loader, strict=True):
             np.testing.assert_array_equal(ours, theirs["noise"].numpy())
