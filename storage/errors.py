@@ -25,7 +25,7 @@ class NoPlace(StorageError):
     """What was given as a place is no path and no URL that can be used there; `reason` says why and what to write."""
 
     def __init__(self, where: str, reason: str, named: str = "") -> None:
-        super().__init__(where, reason, named)
+        super().__init__(_printable(where), _printable(reason), named)
 
     @property
     def reason(self) -> str:
@@ -34,6 +34,10 @@ class NoPlace(StorageError):
     def __str__(self) -> str:
         where, reason, named = self.args
         return f"{named}{where}: {reason}"
+
+
+def _printable(text: str) -> str:
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 class CorruptShard(StorageError):

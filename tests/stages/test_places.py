@@ -47,6 +47,16 @@ def test_a_field_names_a_local_path_as_an_argument_does(tmp_path: Path, monkeypa
     assert DataConfig(path="a b%20c#d?e").path == "a b%20c#d?e"
 
 
+def test_the_traceback_of_a_shard_that_is_set_aside_holds_no_secret(tmp_path: Path) -> None:
+    from nfm.stages.executors import Outcome, ShardJob
+    from nfm.stages.pairs_making import failure_path, produce
+    from tests.stages.recorder import Recorder
+
+    failed = Outcome(ShardJob(0, 0, "a"), error="Traceback\nOSError: s3://key:secret@host/x")
+    assert [one.job.name for one in produce(tmp_path, iter([failed]), 1, Recorder(), 0, 1)] == ["d000-s00000"]
+    assert failure_path(tmp_path, "d000-s00000").read_text() == "Traceback\nOSError: s3://***@host/x"
+
+
 @pytest.mark.parametrize("text", ["s3://bucket/x", "s3:/bucket/x", "s4://x", "", "~no-such-user/x"])
 def test_a_field_that_is_no_local_path_is_refused(text: str) -> None:
     for section, field in ((DataConfig, "path"), (EvaluateConfig, "inception_weights"), (PairsConfig, "student")):

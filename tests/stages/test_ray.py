@@ -58,6 +58,12 @@ class Other:
         return "here"
 
 
+def test_the_secret_of_an_address_is_not_shown(prepared: Setup) -> None:
+    with pytest.raises(StageError, match=r"no Ray cluster answers at 'ray://\*\*\*@127.0.0.1:1'") as caught:
+        list(on_ray.run(prepared, jobs(), 1, Switch(), address="ray://user:secret@127.0.0.1:1"))
+    assert "secret" not in repr(caught.value)
+
+
 def test_a_local_ray_listens_on_the_loopback_address_alone(cluster: None) -> None:
     import psutil
     import ray

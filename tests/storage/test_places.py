@@ -108,6 +108,20 @@ def test_a_path_object_is_taken_as_it_is_unless_it_was_a_url() -> None:
             as_path(path)
 
 
+def test_a_url_object_with_a_secret_is_refused_too() -> None:
+    from upath import UPath
+
+    with pytest.raises(NoPlace, match=r"^s3://\*\*\*@host/x: a URL with a key"):
+        PairStore.open(UPath("s3://key:secret@host/x"))
+
+
+def test_a_message_is_one_printable_line() -> None:
+    for text in ("s4://a\nb", "s3:/a\x1b[31m", "~no-such-user\n"):
+        with pytest.raises(NoPlace) as caught:
+            as_path(text)
+        assert str(caught.value).isprintable()
+
+
 def test_where_only_local_paths_work_a_url_is_refused_with_the_remedy() -> None:
     assert local_path("a b") == Path("a b")
     with pytest.raises(NoPlace, match=r"^s3://bucket/x: a URL, and only a path of this machine works here; mount it"):
