@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -223,6 +224,9 @@ def main() -> None:
     except OSError as error:
         what = f"{error.filename or 'file'}: {error.strerror or error}"
         _fail(StageError(f"{what}; mend that and run the same command again, what is committed stays"), 1)
+    except Exception:  # a fault of ours, told as Python would, but for secrets
+        click.echo(masked(traceback.format_exc()), err=True, nl=False)
+        sys.exit(1)
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from nfm.pipeline.options import json_option
+from nfm.stages.places import LOCAL_PATH
 
 if TYPE_CHECKING:
     from nfm.pipeline import gc as collecting
@@ -15,15 +19,16 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--dry-run", is_flag=True, help="List only.")
 @click.option(
-    "-c", "--config", "configs", multiple=True, metavar="F", help="A config in use: what it reaches stays. Repeatable."
-)
+    "-c", "--config", "configs", multiple=True, type=LOCAL_PATH, metavar="F",
+    help="A config in use: what it reaches stays. Repeatable.",
+)  # fmt: skip
 @click.option(
     "--older-than", "days", default=7.0, type=click.FloatRange(min=0), show_default=True, metavar="DAYS",
     help="Artifacts that changed later than this stay.",
 )  # fmt: skip
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@click.option("--json", "as_json", is_flag=True, help="For machines.")
-def gc(dry_run: bool, configs: tuple[str, ...], days: float, yes: bool, as_json: bool) -> None:
+@json_option
+def gc(dry_run: bool, configs: tuple[Path, ...], days: float, yes: bool, as_json: bool) -> None:
     """Remove files of killed attempts, quarantined shards, and artifacts that nothing depends on.
 
     Students, evaluations, comparisons and reports stay, and all that they were made from. Pair stores stay until -c

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from nfm.stages import custom, sealing_report
 from nfm.stages import pairs_making as making
 from nfm.stages.encoder_setup import Setup
 from nfm.stages.executors import Outcome, ShardJob
+from nfm.stages.executors.ray_cluster import address_of
 from nfm.stages.pairs_recipe import MAKERS, OPTIONS, maker, pair_flops, small_groups, store_spec
 from nfm.stages.places import LocalField
 from nfm.stages.stage import Finding, Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
@@ -108,7 +108,7 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     facts = (str(inputs["teacher"].resolve()), spec.image_shape, spec.classes or 0, spec.eta)
     how: dict[str, Any] = {"precision": config.precision, "threads": config.threads, "compile": config.compile}
     sizes = [size for size in probe.SIZES if size <= spec.rows_per_shard]
-    address = config.ray_address or os.environ.get("RAY_ADDRESS", "local")
+    address = address_of(config.ray_address)
     if config.executor == "ray" and address != "local":  # where the workers are, which may have other devices
         from nfm.stages.executors import ray
 

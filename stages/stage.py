@@ -48,7 +48,7 @@ class Section(BaseModel):
     def _without_secrets(cls, value: Any) -> Any:
         if holds_secret(value):
             raise ValueError(
-                "a URL with a secret, which would stand in every manifest and log; leave it out of the config"
+                "a URL with a key, a password or a token, which would stand in manifests and logs; leave it out"
             )
         return value
 

@@ -276,7 +276,7 @@ def _write_all(write: Callable[[memoryview], int | None], data: bytes) -> None:
 
 
 def _stated_bound() -> int | None:
-    stated = os.environ.get("NFM_CACHE_BYTES")
+    stated = os.environ.get("NFM_CACHE_BYTES", "").strip()
     if not stated:
         return None
     try:

@@ -25,11 +25,19 @@ class NoPlace(StorageError):
     """What was given as a place is no path and no URL that can be used there; `reason` says why and what to write."""
 
     def __init__(self, where: str, reason: str, named: str = "") -> None:
-        super().__init__(f"{named}{where}: {reason}")
-        self.where, self.reason = where, masked(reason)
+        super().__init__(_printable(where), _printable(reason), named)
 
-    def __reduce__(self) -> tuple[type[NoPlace], tuple[str, str]]:
-        return NoPlace, (masked(self.where), self.reason)
+    @property
+    def reason(self) -> str:
+        return str(self.args[1])
+
+    def __str__(self) -> str:
+        where, reason, named = self.args
+        return f"{named}{where}: {reason}"
+
+
+def _printable(text: str) -> str:
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 class CorruptShard(StorageError):

@@ -14,7 +14,7 @@ _OBJECT_STORES = ("s3", "s3a", "gs", "gcs")  # no bucket has a colon, so one is 
 _NAMES_USERS = ("abfs", "abfss", "wasb", "wasbs", "hdfs", "webhdfs", "sftp", "ssh", "git", "ftp", "smb", "file")
 _LEAD = r"\b(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{1,30}):"
 _URL = re.compile(rf"(?:{_LEAD}/+|\b(?P<bare>s3a?|gcs|gs):(?!/))(?P<authority>[^/?#\s'\"]*)", re.IGNORECASE)
-_TOKEN = re.compile(r"\S*")
+_SPACE = re.compile(r"\s")
 _WHOLE = re.compile(rf"{_LEAD}/+\S*")
 _QUERY = re.compile(
     r"([?&;#][\w.%-]*(?:signature|sig|token|secret|passw|pwd|credential|key|auth|accessid)[\w.%-]*=)[^?&;#\s'\"]+",
@@ -26,13 +26,15 @@ _CLOSING = ".,:;)]}>"
 def masked(text: str) -> str:
     """The text with `***` for every secret of the URLs in it, also of those that lack a slash."""
     parts, at = [], 0
+    token_end = at_sign = 0
     while url := _URL.search(text, at):
         start, end = url.span("authority")
         shown = _authority((url["scheme"] or url["bare"]).lower(), url["authority"])
         if shown is None:  # a password goes on behind a slash or a quote, up to the last @
-            token = _TOKEN.match(text, end)
-            behind, at_sign, _ = token[0].rpartition("@") if token else ("", "", "")
-            shown, end = HIDDEN + at_sign, end + len(behind + at_sign)
+            if end >= token_end:
+                token_end = len(text) if (space := _SPACE.search(text, end)) is None else space.start()
+                at_sign = text.rfind("@", end, token_end)
+            shown, end = (f"{HIDDEN}@", at_sign + 1) if at_sign >= end else (HIDDEN, end)
         parts += [text[at:start], shown]
         at = end
     return _WHOLE.sub(lambda found: _QUERY.sub(rf"\1{HIDDEN}", found[0]), "".join(parts) + text[at:])

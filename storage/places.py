@@ -49,7 +49,7 @@ def as_path(where: str | Path) -> Path:
     if slashes >= 2:
         return _remote(where, found["chain"].lower() + scheme, "/" * (slashes - 2) + rest)
     if slashes or scheme in _SCHEMES:
-        right = "file:///path" if scheme in _FILES else f"{scheme}://{rest}"
+        right = "file:///path" if scheme in _FILES else f"{found['chain']}{scheme}://{rest}"
         raise NoPlace(where, f"a URL has two slashes: write {right}, or ./{where} for a local path of that name")
     return _local(where)
 

@@ -65,6 +65,11 @@ def carried(share: Share) -> int:
     return sum(share.fits(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
 
+def address_of(stated: str | None) -> str:
+    """Where the cluster is: the address that was stated, else RAY_ADDRESS, else `local` for one that is made."""
+    return stated or os.environ.get("RAY_ADDRESS") or "local"
+
+
 @contextmanager
 def cluster(address: str | None, workers: int, threads: int, device: str) -> Iterator[Share]:
     """Connect to a cluster, or make a local one that ends with us; yields what an actor takes of it.
@@ -74,7 +79,7 @@ def cluster(address: str | None, workers: int, threads: int, device: str) -> Ite
     """
     import ray
 
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = address_of(address)
     connected = ray.is_initialized()
     if not connected:
         with _interruptible():
