@@ -78,7 +78,7 @@ class ImageFolder:
             self.keys += files
             labels += [self.classes.index(os.path.basename(folder))] * len(files) if files else []
             tests += [folder in heldout] * len(files)
-        if odd := next((key for key in self.keys if shown(key) != key), None):
+        if odd := next((key for key in self.keys if not key.isascii() and shown(key) != key), None):
             raise StageError(
                 f"{self.root}: {shown(odd)!r} is not UTF-8, which a key must be: rename the file or folder"
             )

@@ -100,10 +100,10 @@ class Tree:
                     (links if kind == "link" else true).append((owner, inside, at))
                     if path == owner:
                         self.inner[owner].append(os.path.basename(inside))
-                elif is_image(self.root / inside):
+                elif _ending(inside) in _image_endings() or opens(self.root / inside):
                     found[owner].append(inside)
                 else:
-                    self.skipped.add(f"no image that Pillow reads: {_ending(inside) or 'no ending'}", inside)
+                    self.skipped.add(f"no image that Pillow reads: {shown(_ending(inside)) or 'no ending'}", inside)
         for folder, files in found.items():
             files.sort(key=lambda path: path.split("/"))
             if not files:
@@ -160,10 +160,8 @@ def _kind(entry: os.DirEntry[str]) -> str:
     return "link" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else SPECIAL
 
 
-def is_image(path: Path) -> bool:
-    """Whether the name says so, or else the content: a broken image is one, which its decoding tells."""
-    if _ending(path.name) in _image_endings():
-        return True
+def opens(path: Path) -> bool:
+    """Whether Pillow knows the content; of a file whose name does not say that it is an image."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -181,7 +179,7 @@ def shown(path: object) -> str:
 
 
 def _ending(path: str) -> str:
-    return shown(os.path.splitext(path)[1].lower())
+    return os.path.splitext(path)[1].lower()
 
 
 @functools.cache
