@@ -17,7 +17,7 @@ _HUGE_PAGE = 2 << 20  # bytes
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """As np.empty; a large array begins where a huge page does, which numpy asks the kernel for: 7 % more records/s."""
+    """As np.empty; a large array begins where a huge page does: numpy asks the kernel for these, they fill faster."""
     size = math.prod(shape) * dtype.itemsize
     if size < _HUGE_PAGE:
         return np.empty(shape, dtype)
