@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from nfm.stages import report_plots as plots
 from nfm.stages.evaluation_table import DISTANCE, Line, columns_of, distance_key
 from nfm.stages.report_page import figure, heading, image_grid, number, paragraph, row, table
+from nfm.stages.stage import StageError
 from nfm.storage.atomic import read_json
 from nfm.storage.small_files import opened
 
@@ -61,8 +64,7 @@ class Evaluation:
         for line in lines:
             file = self.root / "samples" / f"{line['name']}.npz"
             if file.is_file():
-                with opened(file, self.root) as source, np.load(source, allow_pickle=False) as arrays:
-                    images = arrays["images"][: self.samples]
+                images = _samples(file, self.root)[: self.samples]
                 caption = f"{self.title} {number(line[self.key], 3)}"
                 grid = image_grid(images, f"samples of {line['name']}")
                 figures.append(figure(grid, _row_title(line), caption))
@@ -106,6 +108,15 @@ class Evaluation:
         rows = [[line[key] for key in ("model", "coupling", "value", "steps", "trajectories")] for line in lines]
         text = "Mean squared deviation of velocity from the straight line along generated paths; 0 is straight."
         return heading("Curvature") + paragraph(text) + table(columns, rows)
+
+
+def _samples(file: Path, root: Path) -> np.ndarray:
+    try:
+        with opened(file, root) as source, np.load(source, allow_pickle=False) as arrays:
+            return np.asarray(arrays["images"])
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        remedy = "remove that evaluation's folder and run the same command again"
+        raise StageError(f"{file}: no samples of an evaluation ({error}); {remedy}") from error
 
 
 def _row_title(line: Line) -> str:

@@ -167,7 +167,9 @@ def complete(made: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_row_field(store, "caption", [np.zeros((rows, 2), np.float32)], (2,), "float32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_list, "INLINE", 0)
-        generations.seal(store, 1, config=PairStore.open(store).manifest["config"])
+        first = PairStore.open(store).manifest
+        told = ("stage", "version", "fingerprint", "inputs", "config", "files", "metrics", "git_commit", "finished")
+        generations.seal(store, 1, **{key: first[key] for key in (*told, "seconds")})
     atomic.write_bytes(store / "failed" / "d000-s00000.txt", b"Error: no\n")
     atomic.write_json(store / "audits" / "20200101T000000Z-quick.json", {"level": "quick"})
     lock = Lock(store)
