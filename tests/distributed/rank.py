@@ -65,6 +65,7 @@ def main(how: str, number: int, path: str, folder: Path) -> None:
         accelerator.register_for_checkpointing(reader)
         record(islice(reader, STOP))
         accelerator.save_state(str(folder / "accelerate"))
+        accelerator.wait_for_everyone()  # rank 0 writes what both load
         rest = record(reader)
         accelerator.load_state(str(folder / "accelerate"))
         save(folder / f"loaded.{rank}.npz", record(reader))
