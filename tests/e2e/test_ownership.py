@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,16 @@ from nfm.pipeline.artifact import Artifact
 from nfm.storage import PairStore, atomic
 
 if TYPE_CHECKING:
-    from tests.conftest import Lab
+    from tests.lab import Lab, Process
+
+
+def halt_between_saves(process: Process, folder: Path) -> None:
+    while True:
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.05)  # until it has stopped
+        if not list(folder.glob(".tmp-*")):
+            return
+        process.send_signal(signal.SIGCONT)
 
 
 def test_a_driver_that_lost_its_lock_writes_nothing_more_and_says_so(empty: Lab) -> None:
@@ -21,12 +31,13 @@ def test_a_driver_that_lost_its_lock_writes_nothing_more_and_says_so(empty: Lab)
     (checkpoint,) = empty.artifacts.glob("teacher/*/checkpoint.safetensors")
     lock = checkpoint.with_name("lock.json")
     other = {key: value for key, value in json.loads(lock.read_text()).items() if key != "digest"}
-    atomic.write_json(lock, {**other, "id": "other", "command": "nfm elsewhere", "host": "node7", "pid": 7})
-    time.sleep(0.2)  # a save that was under way ends
+    halt_between_saves(process, checkpoint.parent)
+    atomic.write_json(lock, {**other, "id": "0" * 32, "command": "nfm elsewhere", "host": "node7", "pid": 7})
     kept = checkpoint.read_bytes()
+    process.send_signal(signal.SIGCONT)
     result = empty.wait(process, exits=1)
     assert "'nfm elsewhere' on node7 (process 7) took this work over" in result.stderr
-    assert json.loads(lock.read_text())["id"] == "other"
+    assert json.loads(lock.read_text())["id"] == "0" * 32
     assert checkpoint.read_bytes() == kept
     assert not checkpoint.with_name("manifest.json").exists()
 

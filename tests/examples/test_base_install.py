@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 READ = """
 import json, sys
 
@@ -57,5 +59,5 @@ def test_a_base_install_reads_every_layout(layout: str, store: Callable[[str], P
     ]
     assert {"torch", "zarr", "google_crc32c", "webdataset", "s3fs"} <= set(absent)
     command = [sys.executable, "-c", READ, str(store(layout)), json.dumps(absent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.stdout, done.stderr) == ("600\n600\n", "")

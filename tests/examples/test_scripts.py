@@ -12,6 +12,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.patience import PATIENCE
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TRAINERS = ("own_trainer.py", "torchcfm_step.py", "flow_matching_step.py", "sit_transport.py")
 LAUNCHED = ("ddp.py", "accelerate_loop.py")
@@ -53,7 +55,7 @@ def test_launched_examples_train_on_two_processes_and_save_where_they_stand(
         for name in LAUNCHED
     }
     for name, process in running.items():
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err
         # torchrun's processes write unbuffered to one pipe: a line of one may begin before the other's has ended.
         losses = dict(re.findall(r"rank (\d) of 2: loss (\d+\.\d{4})", out))

@@ -23,6 +23,7 @@ from nfm.pipeline import progress
 from nfm.pipeline.artifact import Artifact
 from nfm.pipeline.console import Console, StopRequest
 from nfm.pipeline.rate import Rate
+from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -126,7 +127,7 @@ class Terminal:
 
     def read(self, until: str | None = None) -> str:
         """Read on to a text that comes from now on, or to the end of the process; returns all that came so far."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while until is None or until not in self.text[self.seen :]:
             assert time.monotonic() < deadline, self.text
             if not select.select([self.master], [], [], 1.0)[0]:
@@ -143,7 +144,7 @@ class Terminal:
 
     def end(self) -> str:
         text = self.read()
-        assert self.process.wait(60) == 0, text
+        assert self.process.wait(PATIENCE) == 0, text
         os.close(self.master)
         return text
 

@@ -27,6 +27,7 @@ from nfm.pipeline.lock import Lock
 from nfm.pipeline.repair import repair_store
 from nfm.stages import pairs_export
 from nfm.storage import PairStore
+from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -366,7 +367,7 @@ def test_on_a_terminal_the_user_is_asked(lab: Lab, root: Path, answer: bytes, go
     keyboard, slave = pty.openpty()
     os.write(keyboard, answer)
     command = [sys.executable, "-m", "nfm.pipeline.cli", "gc", "-c", str(ELSEWHERE)]
-    done = subprocess.run(command, stdin=slave, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, stdin=slave, capture_output=True, text=True, timeout=PATIENCE)
     os.close(slave)
     os.close(keyboard)
     assert "remove 5 artifacts: " in done.stderr

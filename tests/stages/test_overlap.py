@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from nfm.stages.overlap import Ahead, Stopwatch, running
+from tests.patience import PATIENCE
 
 
 def threads() -> list[str]:
@@ -16,7 +17,7 @@ def threads() -> list[str]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
@@ -86,7 +87,7 @@ def test_an_interrupt_waits_for_nothing_that_is_in_hand() -> None:
 
     def items() -> Iterator[int]:
         yield 0
-        let_go.wait(60)  # a batch of a large teacher
+        let_go.wait(PATIENCE)  # a batch of a large teacher
         yield 1
 
     first = Ahead(items())
@@ -103,14 +104,14 @@ def test_a_consumer_can_look_without_waiting_for_long() -> None:
     let_go = threading.Event()
 
     def items() -> Iterator[int]:
-        let_go.wait(60)
+        let_go.wait(PATIENCE)
         yield 1
 
     taking = Ahead(items())
     with running(taking):
         assert not taking.wait(0.01)
         let_go.set()
-        assert taking.wait(60)
+        assert taking.wait(PATIENCE)
         assert taking.take() == 1
 
 
@@ -125,7 +126,7 @@ def test_two_stages_in_a_chain_overlap() -> None:
     def use(items: Iterator[int]) -> Iterator[int]:
         for item in items:
             if item == 0:  # in hand until the next one is being made, which needs another thread
-                assert second_begun.wait(30)
+                assert second_begun.wait(PATIENCE)
                 first_used.set()
             yield item
 

@@ -19,6 +19,7 @@ from nfm.storage import atomic
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.paths import as_path, names_in, remove
 from nfm.storage.small_files import read_bytes
+from tests.patience import PATIENCE
 from tests.storage.s3server import S3
 
 
@@ -135,7 +136,9 @@ def test_a_full_disk_names_path_and_remedy_and_leaves_no_temporary(tmp_path: Pat
         f'ls -A "{folder}" >&2; exit $code'
     )
     try:
-        done = subprocess.run(["unshare", "-rm", "sh", "-c", script, WRITE], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["unshare", "-rm", "sh", "-c", script, WRITE], capture_output=True, text=True, timeout=PATIENCE
+        )
     except FileNotFoundError:
         pytest.skip("needs unshare to mount a small file system")
     if done.returncode in (1, 77):
@@ -149,7 +152,7 @@ def test_a_limit_on_file_sizes_names_path_and_remedy_and_leaves_no_temporary(tmp
         ["sh", "-c", f'ulimit -f 1024; "{sys.executable}" -c "$0" "{tmp_path}"', WRITE],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     _assert_reported(done, str(tmp_path), "ulimit", " ".join(os.listdir(tmp_path)))
 

@@ -21,6 +21,7 @@ from nfm.storage.index import INDEX_SCHEMA
 from nfm.storage.moments import MomentSums, pool
 from nfm.storage.schema import StoreSpec, write_spec
 from nfm.storage.tar import MappedShard
+from tests.patience import PATIENCE
 
 
 def test_a_shard_without_a_commit_does_not_exist(tmp_path: Path, small_spec: StoreSpec, records) -> None:
@@ -272,7 +273,7 @@ def test_a_full_disk_makes_no_shard_and_leaves_nothing(tmp_path: Path, small_spe
         ["sh", "-c", f'ulimit -f 1024; "{sys.executable}" -c "$0" "{tmp_path}" a1', WORKER],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1
     assert "StorageError" in done.stderr

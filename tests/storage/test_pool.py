@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from nfm.storage import Mixture, PairStore
 from nfm.storage.pool import Pool, empty
 from nfm.storage.schema import pair_fields
+from tests.patience import PATIENCE
 
 KINDS = {
     "arrays": {},
@@ -79,7 +80,7 @@ def test_batches_that_wait_in_a_queue_stay_what_they_are(store, device):
     thread = threading.Thread(target=lambda: [waiting.put(b) for b in store.batches(5, epochs=6, device=device)])
     thread.start()
     for one in expected:
-        assert same([waiting.get(timeout=60)], [one])
+        assert same([waiting.get(timeout=PATIENCE)], [one])
     thread.join()
 
 

@@ -36,6 +36,7 @@ from nfm.storage.row_fields import write_row_field
 from nfm.storage.schema import StoreSpec, pair_fields, write_spec
 from nfm.storage.sequence import ShardSequence
 from nfm.storage.tar import MappedShard, shard_bytes
+from tests.patience import allowed
 
 
 def noise_of(spec: StoreSpec, draw: int, slots) -> np.ndarray:
@@ -304,7 +305,7 @@ def test_opening_two_million_records_takes_less_than_half_a_second(tmp_path, sma
         store = PairStore.open(tmp_path)
         reader = store.batches(256)
         times.append(time.perf_counter() - begin)
-    assert min(times) < 0.5
+    assert min(times) < allowed(0.5)
     assert (len(store), len(store.manifest["shards"])) == (2_000_000, 489)
     with pytest.raises(MissingShard, match="the shard is missing"):  # no shard was looked at before
         next(reader)
