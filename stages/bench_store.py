@@ -161,7 +161,7 @@ def reading(work: Workload, passes: int, names: Sequence[str], seconds: float) -
     for name, figures in in_turns(works, passes).items():
         rates, cpu_rates = zip(*figures)
         found[name] |= {
-            "records_per_second": round(statistics.median(rates)),
+            "records_per_second": round(statistics.median(rates)) or round(statistics.median(rates), 3),
             "lowest": round(min(rates)),
             "highest": round(max(rates)),
             "records_per_cpu_second": round(statistics.median(cpu_rates)),  # of all threads, without workers
