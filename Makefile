@@ -77,7 +77,7 @@ test-all: $(ENV)  ## the same with the long ones, and what has a size at its ful
 	NFM_FULL=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup -m 'not faults and not slurm' $(ARGS)
 
 test-faults: $(ENV)  ## kill, lose and fill everything, for 20 minutes
-	$(PY) -m pytest -m 'faults or not faults' tests/faults tests/ray $(ARGS)
+	NFM_FULL=1 $(PY) -m pytest -m 'faults or not faults' tests/faults tests/ray $(ARGS)
 
 test-busy: $(ENV)  ## the tests that start processes, TIMES times on a busy machine
 	$(PY) tests/busy.py --times $(TIMES) --jobs $(JOBS) $(ARGS)

@@ -34,15 +34,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In CI a test that is long, and does not say so by the marker `long`, fails; busy neighbours make it no longer."""
+    """In CI a test that is long, and does not say so by a marker, fails; busy neighbours make it no longer."""
     report = yield
-    limit = LONGEST_SECONDS * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
-    counts = "CI" in os.environ and not FULL and item.get_closest_marker("long") is None
-    if counts and call.when == "call" and report.passed and call.duration > limit:
+    marker = item.get_closest_marker("seconds")
+    limit = marker.args[0] if marker else LONGEST_SECONDS
+    limit *= max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    if "CI" in os.environ and not FULL and call.when == "call" and report.passed and call.duration > limit:
         report.outcome = "failed"
         report.longrepr = (
-            f"{item.nodeid} took {call.duration:.1f} s, more than {limit:.0f} s: make it smaller (tests/sizes.py), or "
-            "mark it `long`, which leaves it to `make test-all`"
+            f"{item.nodeid} took {call.duration:.1f} s, more than {limit:.0f} s: make it smaller (tests/sizes.py), "
+            "mark it `long`, which leaves it to `make test-all`, or state its `seconds`"
         )
     return report
 

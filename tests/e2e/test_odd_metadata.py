@@ -33,6 +33,7 @@ from nfm.storage.row_fields import write_row_field
 from nfm.storage.small_files import MOST_STATE_BYTES
 from nfm.trainers import checkpoint  # noqa: F401  imported once, before the children are forked
 from tests.fuzz import sandbox
+from tests.sizes import FULL
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -90,6 +91,12 @@ def huge(path: Path, elsewhere: Path) -> None:
 
 
 KINDS = (pipe, endless, outside, folder, huge)
+# Every file as a pipe, and as one of the others in turn; each as each in full.
+CASES = [
+    pytest.param(pattern, kind, id=f"{pattern}-{kind.__name__}")
+    for number, pattern in enumerate(FILES)
+    for kind in (KINDS if FULL else (pipe, KINDS[1 + number % (len(KINDS) - 1)]))
+]
 
 
 def command(*arguments: str) -> Callable[[], str]:
@@ -200,8 +207,7 @@ def test_an_artifact_that_is_as_it_was_made_is_read_by_all(lab: Path, tmp_path: 
         assert outcome.kind == "data", outcome
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("pattern", FILES)
+@pytest.mark.parametrize(("pattern", "kind"), CASES)
 def test_whatever_stands_for_a_file_of_metadata_is_told_or_done_without(
     lab: Path, tmp_path: Path, pattern: str, kind: Callable[[Path, Path], None]
 ) -> None:

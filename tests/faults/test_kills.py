@@ -15,6 +15,7 @@ from tests.faults.conftest import copied
 from tests.faults.counts import COUNTS
 from tests.faults.harness import Making, actors_of, check_whole, ended, killing
 from tests.patience import PATIENCE
+from tests.sizes import FULL
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -24,6 +25,7 @@ MOMENTS = 20  # of each executor
 IN_A_ROW = 2  # kills before the store is completed and checked
 SEEDS = {"serial": 20260309, "ray": 9014, "slurm": 2603}
 POINTS = [f"{when}-{what}" for what in ("payload", "index", "commit") for when in ("before", "after")]
+POINTS = POINTS if FULL else POINTS[1::2]
 
 
 def kill_one_of(making: Making, processes: list[subprocess.Popen[str]], rng: np.random.Generator) -> bool:
@@ -79,11 +81,12 @@ SOME = [
 ]
 
 
+@pytest.mark.seconds(30)
 @pytest.mark.parametrize("executor", SOME, indirect=True)
 def test_killed_before_and_after_payload_index_and_commit(
     bare: Lab, tmp_path: Path, executor: str, uninterrupted: Uninterrupted
 ) -> None:
-    """At each of the six points one process dies, on Ray an actor; the same command is run until nobody dies."""
+    """At each point one process dies, on Ray an actor; the same command is run until nobody dies."""
     making, tokens = Making(bare, executor), {point: tmp_path / point for point in POINTS}
     environment = killing({point: (2, token) for point, token in tokens.items()})
     for _ in range(len(POINTS) + 1):

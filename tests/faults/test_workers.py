@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LONG = 12  # draws of runs that must not end before a node was lost and another one came
 
 
+@pytest.mark.long
 def test_an_actor_killed_in_the_middle_of_a_shard_is_replaced(
     bare: Lab, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Parameters of text that name no place; a new one is to be entered here, or to be of a type of nfm.stages.places.
 NO_PLACES = {
     *("overrides", "ray_address", "address", "level", "couplings", "seeds", "name"),
-    *("sbatch", "sbatch_seal", "before", "shape", "image", "only", "device"),
+    *("sbatch", "sbatch_seal", "before", "shape", "image", "only", "device", "digests"),
 }
 URLS = ["s3://key:secret@host/x", "s3:/key:secret@host/x", "https://host/x?X-Amz-Signature=secret"]
 

@@ -18,7 +18,7 @@ from nfm.stages.stage import StageError
 from nfm.storage import commits
 from nfm.storage.schema import read_spec
 
-pytestmark = pytest.mark.xdist_group("ray")  # a small machine starts one local Ray at a time
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.seconds(30)]  # a small machine starts one Ray at a time
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -17,6 +17,7 @@ from nfm.stages.places import LocalField
 # Fields of text that name no place; a new one is to be entered here, or to be a LocalField.
 NO_PLACES = {
     *("data.debian_package", "data.classes", "data.image_decoder", "data.name", "data.licence", "data.origin"),
+    *("data.images", "data.labels", "data.background"),
     *("pairs.custom", "pairs.reflow_of", "pairs.reflow_solver", "pairs.reflow_grid", "pairs.ray_address"),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
 }
