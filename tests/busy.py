@@ -87,25 +87,28 @@ def counted(report: Path) -> dict[str, Any]:
 @click.command()
 @click.argument("tests", nargs=-1)
 @click.option("--times", default=20, show_default=True, type=click.IntRange(1, 1000), help="Rounds.")
+@click.option("--each", default=1, show_default=True, type=click.IntRange(1, 100), help="Times of a test in a round.")
 @click.option("--loops", "count", default=2, show_default=True, type=click.IntRange(0, 64), help="Busy processes.")
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(0, 64), help="As of `make test`.")
 @click.option("--minutes", default=30.0, show_default=True, help="After which a round is stopped.")
 @click.option("--hours", default=6.0, show_default=True, help="After which no other round begins.")
 @click.option("-o", "--output", default="results/busy/busy.json", show_default=True, type=click.Path(path_type=Path))
-def main(tests: tuple[str, ...], times: int, count: int, jobs: int, minutes: float, hours: float, output: Path) -> None:
+def main(
+    tests: tuple[str, ...], times: int, each: int, count: int, jobs: int, minutes: float, hours: float, output: Path
+) -> None:
     """TESTS: paths and other arguments for pytest, the tests that start processes by default."""
     tests = tests or TESTS
-    command = [sys.executable, "-m", "pytest", "-n", str(jobs), "--dist", "loadgroup", *tests]
+    command = [sys.executable, "-m", "pytest", "-n", str(jobs), "--dist", "loadgroup", f"--count={each}", *tests]
     rounds: list[dict[str, Any]] = []
     begun = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)
     with loops(count):
         while len(rounds) < times and time.monotonic() - begun < hours * 3600:
             rounds.append(run_once(command, minutes))
-            good = sum(each["exit_code"] == 0 for each in rounds)
+            good = sum(one["exit_code"] == 0 for one in rounds)
             body = {
-                "tests": list(tests), "jobs": jobs, "busy_loops": count, "times": times, "rounds_done": len(rounds),
-                "rounds_passed": good, "machine": machine(), "rounds": rounds,
+                "tests": list(tests), "jobs": jobs, "busy_loops": count, "times": times, "each": each,
+                "rounds_done": len(rounds), "rounds_passed": good, "machine": machine(), "rounds": rounds,
             }  # fmt: skip
             atomic.write_json(output, body)
             last = rounds[-1]
