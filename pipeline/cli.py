@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import traceback
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from nfm.pipeline.cli_submit import submit
 from nfm.pipeline.cli_worklist import encode, worklist
 from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.lock import Held
-from nfm.pipeline.options import config_option, json_option, set_option
+from nfm.pipeline.options import FiniteRange, config_option, json_option, set_option
 from nfm.stages.bench_encode import encode as bench_encode
 from nfm.stages.bench_store import bench
 from nfm.stages.custom import Allowed
@@ -103,6 +104,9 @@ def audit(
 
     if (artifact is None) == (config_path is None):
         raise click.UsageError("name an artifact or give -c CONFIG, one of the two")
+    for digest in digests:
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise click.UsageError(f"--run-custom {digest}: no SHA-256 of a file, 64 hex digits as of sha256sum")
     targets, own = [find(artifact)] if artifact is not None else [], frozenset[str]()
     if config_path is not None:
         config = load(config_path, overrides)
@@ -157,12 +161,24 @@ def list_artifacts(as_json: bool) -> None:
 
 @cli.command()
 @click.argument("artifact", type=PLACE)
-@click.option("-n", "count", default=64, type=click.IntRange(min=1), show_default=True, help="Number of images.")
-@click.option("--nfe", default=7, show_default=True, help="Evaluations of a student; a teacher is inverted.")
+@click.option("-n", "count", default=64, type=click.IntRange(1, 65_536), show_default=True, help="Number of images.")
+@click.option(
+    "--nfe",
+    default=7,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Evaluations of a student; a teacher is inverted.",
+)
 @click.option("--solver", default="auto", type=click.Choice(SOLVERS), show_default=True, help="auto: Euler to NFE 5.")
 @click.option("--grid", default="square", type=click.Choice(GRIDS), show_default=True, help="Times: t = u^2 or t = u.")
-@click.option("--guidance", default=0.0, show_default=True, help="v + g (v - v without labels); a teacher's own.")
-@click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--guidance",
+    default=0.0,
+    type=FiniteRange(-100, 100),
+    show_default=True,
+    help="v + g (v - v without labels); a teacher's own.",
+)
+@click.option("--seed", default=0, type=click.IntRange(0, 2**64 - 1), show_default=True)
 @click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH)
 def sample(
     artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path

@@ -137,7 +137,8 @@ def export(store: Path, target: Path, layout: str | None, codec: str | None, gen
     from nfm.stages import pairs_export
 
     try:
-        for line in pairs_export.run(_where(store), target, layout, codec, generation, _Progress()):
+        source = _where(store) if generation is None else _any_generation(store)
+        for line in pairs_export.run(source, target, layout, codec, generation, _Progress()):
             click.echo(line)
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on from here", err=True)
@@ -163,6 +164,11 @@ def add_field(store: Path, name: str, file: Path) -> None:
 def _where(store: Path) -> Path:
     """A URL as it is, anything else as the artifact that it names."""
     return store if is_remote(store) else find(store).reference
+
+
+def _any_generation(store: Path) -> Path:
+    """As `_where`, but the folder, whose newest generation is not meant; a manifest that was named stays that one."""
+    return store if is_remote(store) or store.suffix == ".json" else find(store).path
 
 
 def _by_content(stage: str, digest: str) -> Path | None:

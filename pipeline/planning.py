@@ -74,7 +74,7 @@ def status(nodes: Mapping[str, Node]) -> list[Row]:
     rows = []
     for node in nodes.values():
         artifact = node.artifact()
-        state = "waiting" if artifact is None else "done" if artifact.done else "started" if artifact.started else "-"
+        state = "waiting" if artifact is None else _state(artifact) if artifact.done or artifact.started else "-"
         rows.append(
             {
                 "stage": node.name,
@@ -152,6 +152,8 @@ def _name(node: Node, artifact: Artifact | None) -> str:
 def _action(node: Node, artifact: Artifact | None) -> str:
     if artifact is None:
         return LATER
+    if (artifact.done or artifact.started) and _state(artifact) == "damaged":
+        return "stop: it is damaged, see nfm audit"
     return DONE if artifact.done else "resume" if artifact.started else "run"
 
 

@@ -49,6 +49,7 @@ def _bring(node: Node, stop: StopRequest) -> Artifact:
     if artifact is None:
         raise ArtifactError(f"{node.name}: an input vanished while the run went on; run it again")
     if artifact.done:
+        _standing(node, artifact, node.input_artifacts() or {})
         click.echo(f"{node.name}: {artifact.name} is up to date ({headline(artifact)})", err=True)
     else:
         artifact = _execute(node, artifact, stop)
@@ -101,11 +102,16 @@ def prepare(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> d
     """The artifact's `spec.json`, written now unless it stands; leftovers of killed writers go. Call under its lock."""
     atomic.clear_temporaries(artifact.path)
     if artifact.started:
-        spec = artifact.spec
-        if spec["fingerprint"] != node.fingerprint(inputs):
-            raise ArtifactError(f"{artifact.path / 'spec.json'} holds another fingerprint; move that folder away")
-        return spec
+        return _standing(node, artifact, inputs)
     return open_spec(artifact.path, specification(node, inputs))
+
+
+def _standing(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+    """The artifact's `spec.json` as it stands. Raises where it is damaged, or of other work."""
+    spec = artifact.spec
+    if spec.get("fingerprint") != node.fingerprint(inputs):
+        raise ArtifactError(f"{artifact.path / 'spec.json'} holds another fingerprint; move that folder away")
+    return spec
 
 
 def provenance(spec: Mapping[str, Any], config: dict[str, Any], started: float) -> dict[str, Any]:
@@ -126,8 +132,10 @@ def seal_store(artifact: Artifact) -> Artifact:
     """Seal the complete draws of a store, for instance after its run was stopped; the newest seal if nothing is new."""
     from nfm.stages import pairs, pairs_upkeep
 
-    if artifact.spec["stage"] != pairs.NAME:
-        raise ArtifactError(f"{artifact.name} is no pair store; only stores are sealed")
+    spec = artifact.spec
+    if spec.get("stage") != pairs.NAME:
+        what = "an exported store, which its export seals" if "exported" in spec else "no pair store"
+        raise ArtifactError(f"{artifact.name} is {what}; only stores of the pairs stage are sealed")
     stop = StopRequest()
     with Lock(artifact.path) as lock, stop.listening():
         inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}

@@ -61,7 +61,7 @@ def audit(
     if found.codec == "pcodec":
         return findings, ["an archive: its noise is not encoded again; `nfm pairs export` it and audit that store"]
     if found.coupling == "custom" and (found.coupling_options or {}).get("sha256") not in allowed.digests:
-        return findings, [_not_run(found)]
+        return findings, [_not_run(found, allowed)]
     # Wherever the pairs were encoded, the device that is here encodes them again.
     try:
         encoder = pairs.setup(config.model_copy(update={"device": "auto"}), inputs, root)
@@ -75,12 +75,13 @@ def audit(
         return [Finding(str(root / "spec.json"), f"its pairs cannot be made again: {error}", remedy)], []
 
 
-def _not_run(spec: StoreSpec) -> str:
+def _not_run(spec: StoreSpec, allowed: custom.Allowed) -> str:
     options = spec.coupling_options or {}
+    others = ", ".join(sorted(digest[:12] for digest in allowed.digests))
     return (
         f"its pairs were not encoded again: their function {options.get('function')!r} is code, and an audit runs none "
         f"unasked. When you know the file of SHA-256 {options.get('sha256')}, give --run-custom with it, or "
-        "audit with -c CONFIG, the config of yours that names it"
+        f"audit with -c CONFIG, the config of yours that names it{f'; allowed were others, {others}' if others else ''}"
     )
 
 

@@ -102,6 +102,8 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
             f"{source.root}: {len(source.excluded)} shards are missing, and the arrays of layout zarr can have no "
             "holes; complete the store first, or export it in layout blocks or samples"
         )
+    if _within(root, source.root):
+        raise StorageError(f"{root}: inside the store that is exported, {source.root}; export into a folder of its own")
     mine = {"store": spec.to_dict(), "inputs": _inputs(source), "exported": {"order_source": source.spec.source}}
     names = [name for name in names_in(root) if not is_temporary(name)]
     if names and SPEC not in names:
@@ -113,6 +115,13 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
         there.pop("digest", None)
         if "exported" not in there or StoreSpec.from_dict(there) != spec or there.get("inputs") != mine["inputs"]:
             raise StorageError(f"{root}: another store is there; export into a new or empty folder")
+
+
+def _within(path: Path, folder: Path) -> bool:
+    """Whether a place is that folder or below it, links followed."""
+    if is_remote(path) or is_remote(folder):
+        return f"{path}/".startswith(f"{str(folder).rstrip('/')}/")
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def _inputs(source: PairStore) -> dict[str, Any]:

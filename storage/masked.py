@@ -53,7 +53,11 @@ def masked_in(value: Any) -> Any:
 
 def holds_secret(value: Any) -> bool:
     """Whether a URL in the text, or in any text of the value, carries a key, a password or a token."""
-    return bool(masked_in(value) != value)
+    if isinstance(value, str):
+        return masked(value) != value
+    if isinstance(value, dict):
+        return any(holds_secret(key) or holds_secret(one) for key, one in value.items())
+    return isinstance(value, list | tuple) and any(map(holds_secret, value))
 
 
 def _authority(scheme: str, authority: str) -> str | None:

@@ -97,14 +97,19 @@ class BatchReader:
         self._filled: Iterator[_Filled] | None = None
         self._stop: weakref.finalize[Any, Any] | None = None
         self._process = os.getpid()
+        self._lock = threading.RLock()  # threads that share a reader take a batch each
 
     def __iter__(self) -> BatchReader:
         return self
 
     def __next__(self) -> Batch:
-        started = time.perf_counter()
         if self._process != os.getpid():
             self._forked()
+        with self._lock:
+            return self._next()
+
+    def _next(self) -> Batch:
+        started = time.perf_counter()
         try:
             if self._filled is None:
                 self._filled = self._start()
@@ -218,6 +223,7 @@ class BatchReader:
             self._stop.detach()
         self._forget()
         self._process = os.getpid()
+        self._lock = threading.RLock()
 
 
 def _check_sizes(stream: Stream, batch_size: int, last: str, world_size: int) -> None:

@@ -79,7 +79,10 @@ class PairStore:
         """
         root = as_path(path)
         if root.suffix == ".json" and size_of(root) is not None:
-            generation, root = int(read_json(root).get("generation", 0)), root.parent
+            named = int(read_json(root).get("generation", 0))
+            if generation not in (None, named):
+                raise StorageError(f"{root}: the manifest of generation {named}, not of {generation}; name the folder")
+            generation, root = named, root.parent
         spec = read_spec(root)
         if generation is not None:
             return cls(root, spec, generations.load(root, generation), cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Integral
 from typing import Any, Unpack
 
 from torch import Tensor
@@ -62,6 +63,9 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration begins with, unless a loaded state is in it; as of a DistributedSampler."""
+        if isinstance(epoch, bool) or not isinstance(epoch, Integral) or epoch < 0:
+            raise ValueError(f"epoch is {epoch!r}: it must be an integer from 0 on")
+        epoch = int(epoch)
         asked = self._starts.asked
         if asked is None or asked.first != epoch:
             self._starts.ask(Start(epoch, epoch))

@@ -82,6 +82,24 @@ def test_status_shows_a_stage_that_was_killed_as_started(lab: Lab) -> None:
     assert planned["teacher"]["would"] == "resume"
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"stage": "pairs"}'])
+def test_a_recipe_that_is_destroyed_is_damage_to_every_command(lab: Lab, content: str) -> None:
+    spec = lab.only("pairs").path / "spec.json"
+    spec.write_text(content)
+    found = {row["stage"]: row["state"] for row in rows(lab, "status", "-c", "tiny.toml")}
+    assert found["pairs"] == "damaged"
+    assert found["teacher"] == "done"
+    for command in (lab.arguments("pairs"), ("plan", "pairs", "-c", "tiny.toml")):
+        assert str(spec) in lab.nfm(*command, exits=1).stderr
+
+
+def test_numbers_that_make_no_samples_are_wrong_use(made: Lab) -> None:
+    student = made.name("student")
+    for wrong in (("--guidance", "nan"), ("--guidance", "1e30"), ("--seed", "-1"), ("--nfe", "0"), ("-n", "99999999")):
+        assert wrong[0] in made.nfm("sample", student, *wrong, exits=2).stderr
+    assert not (made.folder / "grid.png").exists()
+
+
 def test_ls_lists_every_artifact_and_who_needs_it(made: Lab, empty: Lab) -> None:
     found = {row["artifact"]: row for row in rows(made, "ls")}
     assert len(found) == 9

@@ -42,6 +42,18 @@ def test_an_export_is_a_store_that_students_read_and_audits_follow_back(lab: Lab
     assert "another store is there" in nfm("pairs", "export", store, out, "--layout", "blocks", exits=1)
 
 
+def test_an_export_is_of_the_generation_that_is_asked_for_and_is_not_sealed_again(lab: Lab, nfm: Nfm) -> None:
+    nfm(*lab.arguments("pairs", "pairs.draws=3"))
+    store = lab.only("pairs").path
+    assert "512 pairs" in nfm("pairs", "export", store, "of-1", "--generation", 1)
+    assert "768 pairs" in nfm("pairs", "export", lab.name("pairs"), "of-2", "--generation", 2)
+    assert "768 pairs" in nfm("pairs", "export", store, "newest")
+    assert "no such generation (sealed: 1, 2)" in nfm("pairs", "export", store, "of-9", "--generation", 9, exits=1)
+    assert "not of 2" in nfm("pairs", "export", store / "manifest.g0001.json", "of-x", "--generation", 2, exits=1)
+    assert not (lab.folder / "of-9").exists()
+    assert "an exported store, which its export seals" in nfm("pairs", "seal", "newest", exits=1)
+
+
 def test_an_audit_knows_an_export_whose_images_are_not_the_sources(lab: Lab, nfm: Nfm) -> None:
     """Every digest of the export is right; only its lineage tells that it is of other data."""
     nfm("run", "data", "-c", "tiny.toml", "--set", "data.seed=1")

@@ -210,3 +210,10 @@ class TestStarts:
     def test_too_many_workers_are_refused_by_name(self):
         with pytest.raises(StorageError, match="num_workers"):
             Starts().join((7, 0), 1024, 1, None)
+
+
+@pytest.mark.parametrize("epoch", [-1, 1.5, float("nan"), True, "1", None])
+def test_an_epoch_that_is_none_is_refused(make_store, epoch):
+    dataset = PairStore.open(make_store()).as_torch_dataset(5)
+    with pytest.raises(ValueError, match=r"epoch is .*: it must be an integer from 0 on"):
+        dataset.set_epoch(epoch)

@@ -132,6 +132,19 @@ def test_a_pinned_generation_is_what_is_exported(make_store, tmp_path, records):
     assert (manifest["draws"], manifest["exported"]["generation"]) == (1, 1)
 
 
+def test_a_manifest_that_is_named_is_of_no_other_generation(make_store, tmp_path):
+    with pytest.raises(StorageError, match="the manifest of generation 1, not of 2"):
+        PairStore.open(make_store() / "manifest.g0001.json", generation=2)
+
+
+@pytest.mark.parametrize("below", [".", "sub", "shards/sub"])
+def test_a_store_is_not_exported_into_itself(source, below):
+    before = sorted(source.root.rglob("*"))
+    with pytest.raises(StorageError, match="inside the store that is exported"):
+        export(source, source.root / below)
+    assert sorted(source.root.rglob("*")) == before
+
+
 def test_a_target_that_is_another_store_is_refused(source, make_store, tmp_path):
     with pytest.raises(StorageError, match="another store is there"):
         export(source, source.root, "blocks", "float32")

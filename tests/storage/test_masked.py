@@ -77,3 +77,8 @@ def test_hostile_text_costs_little(piece: str) -> None:
     began = time.process_time()
     masked(piece * (50_000 // len(piece)))
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), [float("nan")], {"eta": float("nan")}, None, 1, "nan"])
+def test_what_is_no_text_of_a_url_holds_no_secret(value: object) -> None:
+    assert not holds_secret(value)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nfm.storage import BatchReader, PairStore, StateMismatch, StorageError
 from nfm.storage.convert import to_float32
 from nfm.storage.stream import StoreStream, plan
+from tests.patience import PATIENCE
 
 # The batches of two epochs of 23 records in shards of 5, seed 3: what students that stopped are resumed with.
 FULL = [
@@ -363,3 +364,21 @@ def test_no_record_is_lost_between_threads_of_a_real_store(make_store):
     store = PairStore.open(make_store())
     for _ in range(20):
         assert sorted(flat(slots(store.batches(7, last="keep")))) == list(range(50))
+
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_threads_that_share_a_reader_take_a_batch_each_and_all_of_them_end(make_store, prefetch):
+    reader = PairStore.open(make_store()).batches(5, epochs=8, prefetch=prefetch)
+    slots = []
+
+    def take():
+        for batch in reader:
+            slots.append((batch.epoch, *batch.slot.tolist()))
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(slots) == len(set(slots)) == 80
