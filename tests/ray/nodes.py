@@ -31,6 +31,7 @@ def main() -> None:
             "dashboard_agent_listen_port": 0,  # the default one may be taken by another cluster of this machine
             "temp_dir": options.temp,
             "object_store_memory": STORE_BYTES,
+            "_system_config": {"worker_niceness": 0},  # else they starve on a busy machine
         },
     )
     # The job server looks here for its own cluster, and else takes any of this machine.

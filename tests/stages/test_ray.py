@@ -118,6 +118,16 @@ def whoever(*seen: object, device: str) -> tuple[int, str, tuple[object, ...]]:
     return os.getpid(), device, seen
 
 
+def niceness() -> int:
+    return os.nice(0)
+
+
+def test_workers_are_as_nice_as_the_command_and_no_nicer(cluster: None) -> None:
+    import ray
+
+    assert ray.get(ray.remote(niceness).remote()) == os.nice(0)
+
+
 def test_a_probe_runs_on_a_worker_where_the_devices_are(cluster: None) -> None:
     process, device, seen = on_ray.on_a_worker(whoever, "auto", 2, None, 1, "x")
     assert process != os.getpid()
