@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from nfm.stages.data_settings import check_names
 from nfm.stages.places import LocalField
 from nfm.stages.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
 from nfm.stages.sources.axes import Axes
@@ -94,6 +95,12 @@ class DataConfig(Section):
 
 def open_source(config: DataConfig) -> Source:
     """The source that the config names, its records listed but not loaded."""
+    source = _source(config)
+    check_names(config, source.classes)
+    return source
+
+
+def _source(config: DataConfig) -> Source:
     if config.source != "images" and config.background != "white":
         raise StageError(
             f'data.background = {config.background!r}: source "{config.source}" has no transparent pixels; leave it out'

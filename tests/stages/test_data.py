@@ -213,3 +213,18 @@ def test_nothing_usable_fails_whatever_the_threshold(tmp_path: Path) -> None:
         make(tmp_path / "out", source="images", path=path, max_rejected=1.0)
     with pytest.raises(StageError, match="none of the 2 training images can be used"):
         make(tmp_path / "out", source="images", path=path, max_rejected=1.0, image_size=4)
+
+
+@pytest.mark.parametrize("odd", ["a\tb", "a\nb", "\x01", "\x1f", "a" * 1001])
+@pytest.mark.parametrize("field", ["name", "image_decoder", "classes"])
+def test_names_that_no_reader_takes_are_refused_before_the_data_is_named(field: str, odd: str) -> None:
+    config = DataConfig.model_validate({field: [odd, *map(str, range(9))] if field == "classes" else odd})
+    with pytest.raises(StageError, match=rf"data\.{field}.* = '(a|\\).*at most 1000 characters: rename it"):
+        source_identity(config)
+
+
+def test_a_class_folder_that_no_reader_takes_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = image_folder(tmp_path / "in", good=2)
+    (tmp_path / "in" / "class0").rename(tmp_path / "in" / "tab\tbed")
+    with pytest.raises(StageError, match=r"in: the name of a class folder = 'tab\\tbed', it must be .*: rename it"):
+        source_identity(DataConfig(source="images", path=path))
