@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from nfm.stages.data_settings import check_names
+from nfm.stages.data_settings import check_names, check_owners, check_settings
 from nfm.stages.places import LocalField
 from nfm.stages.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
 from nfm.stages.sources.axes import Axes
@@ -105,6 +105,7 @@ def _source(config: DataConfig) -> Source:
         raise StageError(
             f'data.background = {config.background!r}: source "{config.source}" has no transparent pixels; leave it out'
         )
+    check_owners(config, OF_SOURCES)
     if config.source == "checkerboard" or config.source == "gaussians":
         if config.average != 1 or config.classes:
             name = "average" if config.average != 1 else "classes"
@@ -114,12 +115,6 @@ def _source(config: DataConfig) -> Source:
         raise StageError(
             f'data.points = {config.points}: source "{config.source}" has the images that it has; data.limit cuts them'
         )
-    for field, sources in OF_SOURCES.items():
-        if getattr(config, field) is not None and config.source not in sources:
-            raise StageError(
-                f"data.{field} = {getattr(config, field)!r} is of source {' and '.join(sources)}, not of "
-                f'"{config.source}": leave it out'
-            )
     if config.source == "digits":
         return Digits(config.average, config.classes)
     if config.source == "idx":
@@ -162,6 +157,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
     for leftover in (*PRODUCTS, "scratch"):
         _remove(out / leftover)
     source = open_source(config)
+    check_settings(config, source, report)
     identity = source.digest()
     own, apart = split_rows(source, config)
     rows = np.concatenate([own, apart])

@@ -1,16 +1,68 @@
-"""Settings of [data] that cannot stand: refused by name before anything is read or written for them."""
+"""Settings of [data] that cannot stand, refused by name, and those that another one outdoes, told.
+
+What is refused of any data set is asked whenever its artifact is named; the rest when it is made, so that data sets
+made before keep their names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from nfm.stages.stage import StageError
+from nfm.stages.sources import Source
+from nfm.stages.stage import Reporter, StageError
 from nfm.storage import checked
 from nfm.storage.errors import StorageError
 
 if TYPE_CHECKING:
     from nfm.stages.data import DataConfig
+
+WHEN_MADE = {
+    "image_size": ("images",),
+    "channels": ("images",),
+    "path": ("npz", "idx", "images"),
+    "debian_package": ("idx",),
+}
+
+
+def check_owners(config: DataConfig, owners: Mapping[str, Sequence[str]]) -> None:
+    """Refuses a setting that only other sources read; at its default it says nothing. `owners`: sources by field."""
+    for field, sources in owners.items():
+        value = getattr(config, field)
+        if value != type(config).model_fields[field].default and config.source not in sources:
+            raise StageError(
+                f'data.{field} = {value!r} is of source {" and ".join(sources)}, not of "{config.source}": leave it out'
+            )
+
+
+def check_settings(config: DataConfig, source: Source, report: Reporter) -> None:
+    """Refuses settings that would do nothing, or name no class; tells of those that another one outdoes."""
+    check_owners(config, WHEN_MADE)
+    if config.images == "":
+        raise StageError('data.images = "" names no array: leave it out for the array "data"')
+    if config.classes is not None:
+        _check_classes(config.classes, source)
+    if config.path is not None and config.debian_package is not None:
+        report.say(f"data.path = {config.path!r} is read, data.debian_package = {config.debian_package!r} is not")
+    if "heldout" in config.model_fields_set and (count := int(source.test.sum())):
+        report.say(
+            f"data.heldout = {config.heldout:g} is not used: the source's own test set of {count:,} images is held out"
+        )
+
+
+def _check_classes(classes: Sequence[str], source: Source) -> None:
+    if not classes and source.classes:
+        raise StageError(
+            "data.classes = [] names no class, but the images have labels: name every class, or leave it out"
+        )
+    if empty := [place for place, name in enumerate(classes) if not name.strip()]:
+        raise StageError(f"data.classes: the name at place {empty[0]}, counted from 0, is empty: write one")
+    places: dict[str, int] = {}
+    for place, name in enumerate(classes):
+        if (first := places.setdefault(name, place)) != place:
+            raise StageError(
+                f"data.classes: {name!r} stands at places {first} and {place}, counted from 0: one name a class"
+            )
 
 
 def check_names(config: DataConfig, classes: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from nfm.stages.data import DataConfig, source_identity
 from nfm.stages.stage import Result, StageError, Stopped
 from nfm.storage import ImageDataset
 from tests.stages.recorder import Recorder
+from tests.stages.test_idx import folder as idx_folder
 
 
 def make(out: Path, report: Recorder | None = None, **config: object) -> Result:
@@ -228,3 +229,77 @@ def test_a_class_folder_that_no_reader_takes_is_refused_by_its_name(tmp_path: Pa
     (tmp_path / "in" / "class0").rename(tmp_path / "in" / "tab\tbed")
     with pytest.raises(StageError, match=r"in: the name of a class folder = 'tab\\tbed', it must be .*: rename it"):
         source_identity(DataConfig(source="images", path=path))
+
+
+def npz(root: Path, shape: tuple[int, ...] = (30, 1, 6, 5), **arrays: np.ndarray) -> str:
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(root / "one.npz", data=values, **arrays)
+    return str(root / "one.npz")
+
+
+@pytest.mark.parametrize("source", ["digits", "npz", "idx", "checkerboard"])
+@pytest.mark.parametrize(("field", "value"), [("image_size", 4), ("channels", 1)])
+def test_a_setting_of_another_source_is_refused_by_name(tmp_path: Path, source: str, field: str, value: int) -> None:
+    where: dict[str, object] = {"source": source}
+    if source == "npz":
+        where["path"] = npz(tmp_path)
+    elif source == "idx":
+        where["path"] = str(idx_folder(tmp_path, np.arange(30) % 3))
+    elif source == "checkerboard":
+        where["points"] = 30
+    said = rf'data\.{field} = {value} is of source images, not of "{source}": leave it out'
+    with pytest.raises(StageError, match=said):
+        make(tmp_path / "out", **where, **{field: value})
+    assert not list((tmp_path / "out").iterdir())
+    make(tmp_path / "out", **where, channels=3)  # the default, also where a config writes it down
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "source"),
+    [("path", "/elsewhere", "digits"), ("debian_package", "fashion", "digits"), ("axes", "nhwc", "checkerboard")],
+)
+def test_a_place_or_an_array_that_would_not_be_read_is_refused(
+    tmp_path: Path, field: str, value: str, source: str
+) -> None:
+    with pytest.raises(StageError, match=rf"data\.{field} = '{value}' is of source .*leave it out"):
+        make(tmp_path / "out", **{"source": source, field: value, "points": 30 if source == "checkerboard" else None})
+
+
+def test_finished_data_with_a_setting_that_did_nothing_keeps_its_name() -> None:
+    assert source_identity(DataConfig(image_size=4)) == source_identity(DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        ([], r"data\.classes = \[\] names no class, but the images have labels"),
+        (["a", "a", "b"], r"'a' stands at places 0 and 1, counted from 0"),
+        (["a", "b", "c", "b"], r"'b' stands at places 1 and 3"),
+        (["a", "", "b"], r"the name at place 1, counted from 0, is empty"),
+        (["a", "b", " "], r"the name at place 2, counted from 0, is empty"),
+    ],
+)
+def test_classes_that_are_none_or_not_told_apart_are_refused(tmp_path: Path, classes: list[str], says: str) -> None:
+    path = npz(tmp_path, labels=np.arange(30) % 3)
+    with pytest.raises(StageError, match=says):
+        make(tmp_path / "out", source="npz", path=path, classes=classes)
+
+
+def test_an_array_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r'data\.images = "" names no array'):
+        make(tmp_path / "out", source="npz", path=npz(tmp_path), images="")
+
+
+def test_a_fraction_beside_a_test_set_is_told_where_it_was_set(tmp_path: Path) -> None:
+    path, said = image_folder(tmp_path / "in", good=4, parts=("train", "test")), Recorder()
+    make(tmp_path / "out", said, source="images", path=path, heldout=0.05)
+    assert said.said == ["data.heldout = 0.05 is not used: the source's own test set of 4 images is held out"]
+    quiet = Recorder()
+    make(tmp_path / "out", quiet, source="images", path=path)
+    assert quiet.said == []
+
+
+def test_of_a_path_and_a_package_the_path_is_read_and_told(tmp_path: Path) -> None:
+    path, report = str(idx_folder(tmp_path, np.arange(30) % 3)), Recorder()
+    make(tmp_path / "out", report, source="idx", path=path, debian_package="fashion")
+    assert report.said == [f"data.path = {path!r} is read, data.debian_package = 'fashion' is not"]
