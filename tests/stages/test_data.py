@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from nfm.pipeline.config import ConfigError, load
 from nfm.stages import data
 from nfm.stages.data import DataConfig, source_identity
+from nfm.stages.sources import Idx, ImageFolder, Npz, Source
 from nfm.stages.stage import Result, StageError, Stopped
 from nfm.storage import ImageDataset
 from tests.stages.recorder import Recorder
@@ -303,3 +306,41 @@ def test_of_a_path_and_a_package_the_path_is_read_and_told(tmp_path: Path) -> No
     path, report = str(idx_folder(tmp_path, np.arange(30) % 3)), Recorder()
     make(tmp_path / "out", report, source="idx", path=path, debian_package="fashion")
     assert report.said == [f"data.path = {path!r} is read, data.debian_package = 'fashion' is not"]
+
+
+def latin_1(name: bytes) -> str:
+    """A name whose bytes are no UTF-8, as Python gives it to a program."""
+    return os.fsdecode(name)
+
+
+@pytest.mark.parametrize("source", ["images", "npz", "idx"])
+def test_a_folder_above_whose_name_is_no_utf_8_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    above = tmp_path / latin_1(b"caf\xe9") / "in"
+    above.mkdir(parents=True)
+    files = {"images": image_folder, "npz": npz, "idx": lambda at: str(idx_folder(at, np.arange(30) % 3))}
+    path = Path(files[source](above))
+    link = tmp_path / path.name
+    link.symlink_to(path)
+    found = source_identity(DataConfig.model_validate({"source": source, "path": str(link)}), tmp_path / "known")
+    odd: Source = {"images": ImageFolder, "npz": Npz, "idx": Idx}[source](str(path))
+    assert odd.digest(tmp_path / "known") == odd.digest(tmp_path / "known") == found
+    monkeypatch.chdir(above)
+    make(tmp_path / "out", source=source, path=os.path.relpath(path, above))
+
+
+def test_an_npz_file_whose_name_is_no_utf_8_is_refused_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.rename(npz(tmp_path), tmp_path / latin_1(b"\xe9ins.npz"))
+    (tmp_path / "one.npz").symlink_to(latin_1(b"\xe9ins.npz"))
+    make(tmp_path / "out", source="npz", path=str(tmp_path / "one.npz"))
+    with pytest.raises(StageError, match=r"'\\xe9ins' is not UTF-8, which a key must be: rename the file"):
+        Npz(str(tmp_path / latin_1(b"\xe9ins.npz")))
+
+
+@pytest.mark.parametrize("field", ["path", "name", "origin", "image_decoder"])
+def test_a_setting_that_no_manifest_can_hold_is_refused_in_print(tmp_path: Path, field: str) -> None:
+    (tmp_path / "c.toml").write_text('[data]\nsource = "digits"\n')
+    with pytest.raises(ConfigError, match=rf"data\.{field} = 'caf\\xe9': its bytes are no UTF-8.*rename it") as caught:
+        load(tmp_path / "c.toml", [f"data.{field}={latin_1(b'caf' + bytes([0xE9]))}"])
+    assert str(caught.value).isprintable()
