@@ -402,3 +402,21 @@ def test_data_made_before_a_check_existed_keeps_its_identity(tmp_path: Path, sav
     assert data.source_identity(config)["files"] == 1
     with pytest.raises(StageError, match=r"data\.axes"):
         data.run(config, {}, tmp_path, Recorder())
+
+
+@pytest.mark.parametrize(
+    ("labels", "run_to", "odd"),
+    [
+        ([1, 2, 255], 2, "label 255 (1 of 13 images)"),
+        ([-1, 1, 2], 2, "label -1 (1 of 13 images)"),
+        ([-1, 1, 2, 255, 10**5, 255], 2, "label -1 (1 of 16 images), label 255 (2 of 16 images), label 100000 (1 of"),
+    ],
+)
+def test_a_label_that_stands_apart_is_named_beside_the_first_one(
+    tmp_path: Path, save: Save, labels: list[int], run_to: int, odd: str
+) -> None:
+    values = np.array([*labels, *([1, 2] * 5)])
+    path = save(data=pixels(len(values), 1, 6, 5), labels=values)
+    said = refusal(tmp_path, path)
+    assert f"labels run from 1 to {run_to}, expected to begin with 0" in said
+    assert f"set data.first_label = 1, or name every class, from 0 on, with data.classes. Then leave out {odd}" in said
