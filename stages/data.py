@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from nfm.stages.data_settings import check_names, check_owners, check_settings
+from nfm.stages.data_settings import check_names, check_owners, check_settings, tell_untrained
 from nfm.stages.places import LocalField
 from nfm.stages.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
 from nfm.stages.sources.axes import Axes
 from nfm.stages.sources.folder import Colour
+from nfm.stages.sources.tree import Skipped
 from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.storage.dataset import DatasetWriter
 from nfm.storage.order import permute
@@ -31,6 +32,7 @@ STARTS_ANEW = True  # a run that was stopped leaves nothing to go on from, so a 
 
 WRITE_CHUNK = 1024
 NAMED_REJECTS = 3
+TOLD_REASONS = 8
 OF_SOURCES = {"images": ("npz",), "labels": ("npz",), "axes": ("npz",), "first_label": ("npz", "idx")}
 PRODUCTS = ("train", "heldout", "train.parquet", "heldout.parquet", "rejected.parquet", "dataset.json")
 
@@ -169,6 +171,11 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         rejected = [(source.keys[rows[position]], reason) for position, reason in loaded.rejected.items()]
         if rejected:
             _set_aside(rejected, len(rows), config.max_rejected, out / "rejected.parquet")
+            aside = Skipped()
+            for key, reason in rejected:
+                aside.add(reason, key)
+            for line in aside.lines(TOLD_REASONS):
+                report.say(f"set aside: {line}")
         about = _about(config, source, identity)
         image_shape = loaded.images.shape[1:]
         dtype = loaded.images.dtype.name
@@ -179,6 +186,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])
         if not len(train):
             raise StageError(f"none of the {len(own)} training images can be used: see rejected.parquet in {out}")
+        tell_untrained(config, source, rows[train], rows[heldout], report)
         writer = DatasetWriter(
             out, about["name"], image_shape, classes, config.rows_per_shard, dtype, config.image_scale,
             config.image_decoder,

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from nfm.stages.sources import Source
 from nfm.stages.stage import Reporter, StageError
 from nfm.storage import checked
@@ -17,6 +19,7 @@ from nfm.storage.errors import StorageError
 if TYPE_CHECKING:
     from nfm.stages.data import DataConfig
 
+SHOWN = 8
 WHEN_MADE = {
     "image_size": ("images",),
     "channels": ("images",),
@@ -48,6 +51,30 @@ def check_settings(config: DataConfig, source: Source, report: Reporter) -> None
         report.say(
             f"data.heldout = {config.heldout:g} is not used: the source's own test set of {count:,} images is held out"
         )
+
+
+def tell_untrained(
+    config: DataConfig, source: Source, train: np.ndarray, heldout: np.ndarray, report: Reporter
+) -> None:
+    """Tells of classes that the usable rows of `train` lack, and which of them are held out."""
+
+    def images(rows: np.ndarray | slice) -> np.ndarray:
+        labels = source.labels[rows]
+        return np.bincount(labels[(labels >= 0) & (labels < len(source.classes))], minlength=len(source.classes))
+
+    lacking = images(train) == 0
+    if config.classes is None:
+        lacking &= images(slice(None)) > 0  # of a number that no image has, the source has told
+    if not lacking.any():
+        return
+    held = lacking & (images(heldout) > 0)
+    told = f"{lacking.sum():,} of {len(source.classes):,} classes have no training image: {_listed(source, lacking)}"
+    report.say(f"{told}; held out are images of {_listed(source, held)}" if held.any() else told)
+
+
+def _listed(source: Source, chosen: np.ndarray) -> str:
+    places = np.flatnonzero(chosen).tolist()
+    return ", ".join(repr(source.classes[place]) for place in places[:SHOWN]) + (", ..." if len(places) > SHOWN else "")
 
 
 def _check_classes(classes: Sequence[str], source: Source) -> None:

@@ -38,12 +38,18 @@ class Skipped:
         if len(entry["first"]) < SHOWN:
             entry["first"].append(legible(path))
 
-    def lines(self) -> list[str]:
-        """For people, one a reason."""
-        return [
+    def lines(self, most: int | None = None) -> list[str]:
+        """For people, one a reason; of more than `most`, the commonest and a line on the rest."""
+        entries = sorted(self.reasons.items())
+        if most is not None and len(entries) > most:
+            entries = sorted(entries, key=lambda item: -item[1]["paths"])
+        lines = [
             f"{entry['paths']:,} x {reason} ({', '.join(entry['first'])}{', ...' if entry['paths'] > SHOWN else ''})"
-            for reason, entry in sorted(self.reasons.items())
+            for reason, entry in entries[:most]
         ]
+        if rest := entries[len(lines) :]:
+            lines.append(f"{sum(entry['paths'] for _, entry in rest):,} x {len(rest):,} other reasons")
+        return lines
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from nfm.stages.data import DataConfig, source_identity
 from nfm.stages.sources import Idx, ImageFolder, Npz, Source
 from nfm.stages.stage import Result, StageError, Stopped
 from nfm.storage import ImageDataset
+from tests.stages.image_files import picture
 from tests.stages.recorder import Recorder
 from tests.stages.test_idx import folder as idx_folder
+from tests.stages.test_sources import write_idx
 
 
 def make(out: Path, report: Recorder | None = None, **config: object) -> Result:
@@ -344,3 +346,59 @@ def test_a_setting_that_no_manifest_can_hold_is_refused_in_print(tmp_path: Path,
     with pytest.raises(ConfigError, match=rf"data\.{field} = 'caf\\xe9': its bytes are no UTF-8.*rename it") as caught:
         load(tmp_path / "c.toml", [f"data.{field}={latin_1(b'caf' + bytes([0xE9]))}"])
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (("train/a", "val/a", "val/b"), "1 of 2 classes have no training image: 'b'; held out are images of 'b'"),
+        (
+            ("train/Cat", "train/dog", "test/cat", "test/dog"),
+            "1 of 3 classes have no training image: 'cat'; held out are images of 'cat'",
+        ),
+    ],
+)
+def test_a_class_folder_that_is_held_out_alone_is_told(tmp_path: Path, files: tuple[str, ...], says: str) -> None:
+    report = Recorder()
+    for file in files:
+        picture(tmp_path / "in" / file / "1.png")
+    make(tmp_path / "out", report, source="images", path=str(tmp_path / "in"))
+    assert report.said == [says]
+
+
+def test_labels_of_a_test_set_that_no_training_image_has_are_told(tmp_path: Path) -> None:
+    report = Recorder()
+    folder = idx_folder(tmp_path, np.arange(30) % 3)
+    write_idx(folder / "t10k-images-idx3-ubyte", np.full((4, 6, 4), 200, np.uint8))
+    write_idx(folder / "t10k-labels-idx1-ubyte", np.array([0, 1, 3, 4], np.uint8))
+    make(tmp_path / "out", report, source="idx", path=str(folder))
+    assert report.said == ["2 of 5 classes have no training image: '3', '4'; held out are images of '3', '4'"]
+
+
+def test_a_class_that_the_config_names_and_no_image_has_is_told(tmp_path: Path) -> None:
+    report = Recorder()
+    path = npz(tmp_path, labels=np.arange(30) % 2)
+    make(tmp_path / "out", report, source="npz", path=path, classes=["a", "b", "c"])
+    assert report.said == ["1 of 3 classes have no training image: 'c'"]
+
+
+def test_images_that_may_be_set_aside_are_told_by_reason(tmp_path: Path) -> None:
+    report = Recorder()
+    labels = np.array([0, 1] * 8 + [7] * 5 + [9])
+    path = npz(tmp_path, (22, 1, 6, 5), labels=labels)
+    make(tmp_path / "out", report, source="npz", path=path, classes=["a", "b"], max_rejected=0.5)
+    five, one = [text for text in report.said if text.startswith("set aside: ")]
+    assert five.startswith("set aside: 5 x label 7 is outside the 2 classes")
+    assert five.count("one/00000") == 3  # examples
+    assert five.endswith(", ...)")
+    assert one.startswith("set aside: 1 x label 9 is outside")
+
+
+def test_of_many_reasons_the_commonest_are_told(tmp_path: Path) -> None:
+    report = Recorder()
+    labels = np.array([0, 1] * 20 + list(range(2, 20)) + [19])
+    path = npz(tmp_path, (len(labels), 1, 6, 5), labels=labels)
+    make(tmp_path / "out", report, source="npz", path=path, classes=["a", "b"], max_rejected=0.5)
+    told = [text for text in report.said if text.startswith("set aside: ")]
+    assert told[0].startswith("set aside: 2 x label 19")
+    assert told[8:] == ["set aside: 10 x 10 other reasons"]
