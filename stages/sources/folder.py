@@ -66,7 +66,10 @@ class ImageFolder:
         self.root = _root(path)
         self.image_size, self.channels, self.average, self.background = image_size, channels, average, background
         self.threads = threads or os.cpu_count() or 1
-        files_of, heldout, self.skipped = _listed(self.root, classes or ())
+        from nfm.stages.sources.pixels import own_limit
+
+        with own_limit():
+            files_of, heldout, self.skipped = _listed(self.root, classes or ())
         # The digest is of files, so a folder without any must not count.
         found = {os.path.basename(folder) for folder, files in files_of.items() if files}
         self.classes = sorted(found) if classes is None else list(classes)
@@ -84,9 +87,15 @@ class ImageFolder:
         self.labels, self.test = np.array(labels, np.int64), np.array(tests, bool)
 
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
+        from nfm.stages.sources.pixels import own_limit
+
+        with own_limit():
+            return self._decoded(rows, scratch, report)
+
+    def _decoded(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
         from PIL import Image, UnidentifiedImageError
 
-        from nfm.stages.sources.pixels import MisfitError, converted, fitted
+        from nfm.stages.sources.pixels import MOST_PIXELS, MisfitError, converted, fitted
 
         height, width = self._size()
         images = scratch_array(scratch, (len(rows), self.channels, height // self.average, width // self.average))
@@ -101,6 +110,8 @@ class ImageFolder:
                 raise
             except MisfitError as error:
                 rejected[position] = str(error)
+            except Image.DecompressionBombError:
+                rejected[position] = f"more than {MOST_PIXELS:,} pixels, the most that are read: make it smaller"
             except UnidentifiedImageError:
                 rejected[position] = "not an image that Pillow reads"
             except Exception as error:  # of a broken file a plugin of Pillow may raise anything
