@@ -23,6 +23,7 @@ from nfm.pipeline.live import PARTS, Live, percent, worker_lines
 from nfm.pipeline.lock import Lock
 from nfm.pipeline.progress import last_progress
 from nfm.pipeline.rate import Rate, time_left
+from nfm.storage.errors import legible
 from nfm.storage.masked import masked, masked_in
 from nfm.storage.paths import inside
 
@@ -129,7 +130,7 @@ class Console:
     def say(self, text: str) -> None:
         self.finish()
         self._drawn = float("-inf")  # the table comes back with the next progress
-        click.echo(f"{self.stage}: {masked(text)}", err=True)
+        click.echo(f"{self.stage}: {masked(legible(text))}", err=True)
 
     def log(self, kind: str, **values: Any) -> None:
         with contextlib.suppress(OSError):  # a full disk must not hide the error that it caused

@@ -69,12 +69,12 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         spec = prepare(node, artifact, inputs)
         console = Console(node.name, artifact.path / "events", stop, lock)
         started = time.time()
-        console.say(f"{'resuming' if resumed else 'making'} {artifact.name}")
+        # A stage that keeps nothing of a stopped run need not look out for stops.
+        anew = getattr(node.stage, "STARTS_ANEW", False)
+        console.say(f"{'making' if not resumed else 'beginning anew' if anew else 'resuming'} {artifact.name}")
         console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
         try:
             paths = {role: found.reference for role, found in inputs.items()}
-            # A stage that keeps nothing of a stopped run need not look out for stops.
-            anew = getattr(node.stage, "STARTS_ANEW", False)
             with stop.at_once() if anew else contextlib.nullcontext():
                 result = node.stage.run(node.config, paths, artifact.path, console)
             lock.check()
@@ -84,7 +84,7 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         except (Stopped, KeyboardInterrupt):
             lock.check()
             console.log("STOP")
-            console.say("stopped; the same command goes on from here")
+            console.say(f"stopped; the same command {'begins it anew' if anew else 'goes on from here'}")
             raise
         except BaseException as error:
             console.log("FAIL", error=f"{type(error).__name__}: {error}")

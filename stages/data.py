@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from nfm.stages.data_settings import check_names, check_owners, check_settings, tell_untrained
 from nfm.stages.places import LocalField
 from nfm.stages.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
 from nfm.stages.sources.axes import Axes
 from nfm.stages.sources.folder import Colour
+from nfm.stages.sources.tree import Skipped
 from nfm.stages.stage import Inputs, Reporter, Result, Section, StageError, Stopped, added, operational
 from nfm.storage.dataset import DatasetWriter
 from nfm.storage.order import permute
@@ -30,6 +32,7 @@ STARTS_ANEW = True  # a run that was stopped leaves nothing to go on from, so a 
 
 WRITE_CHUNK = 1024
 NAMED_REJECTS = 3
+TOLD_REASONS = 8
 OF_SOURCES = {"images": ("npz",), "labels": ("npz",), "axes": ("npz",), "first_label": ("npz", "idx")}
 PRODUCTS = ("train", "heldout", "train.parquet", "heldout.parquet", "rejected.parquet", "dataset.json")
 
@@ -94,10 +97,17 @@ class DataConfig(Section):
 
 def open_source(config: DataConfig) -> Source:
     """The source that the config names, its records listed but not loaded."""
+    source = _source(config)
+    check_names(config, source.classes)
+    return source
+
+
+def _source(config: DataConfig) -> Source:
     if config.source != "images" and config.background != "white":
         raise StageError(
             f'data.background = {config.background!r}: source "{config.source}" has no transparent pixels; leave it out'
         )
+    check_owners(config, OF_SOURCES)
     if config.source == "checkerboard" or config.source == "gaussians":
         if config.average != 1 or config.classes:
             name = "average" if config.average != 1 else "classes"
@@ -107,12 +117,6 @@ def open_source(config: DataConfig) -> Source:
         raise StageError(
             f'data.points = {config.points}: source "{config.source}" has the images that it has; data.limit cuts them'
         )
-    for field, sources in OF_SOURCES.items():
-        if getattr(config, field) is not None and config.source not in sources:
-            raise StageError(
-                f"data.{field} = {getattr(config, field)!r} is of source {' and '.join(sources)}, not of "
-                f'"{config.source}": leave it out'
-            )
     if config.source == "digits":
         return Digits(config.average, config.classes)
     if config.source == "idx":
@@ -155,6 +159,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
     for leftover in (*PRODUCTS, "scratch"):
         _remove(out / leftover)
     source = open_source(config)
+    check_settings(config, source, report)
     identity = source.digest()
     own, apart = split_rows(source, config)
     rows = np.concatenate([own, apart])
@@ -166,6 +171,11 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         rejected = [(source.keys[rows[position]], reason) for position, reason in loaded.rejected.items()]
         if rejected:
             _set_aside(rejected, len(rows), config.max_rejected, out / "rejected.parquet")
+            aside = Skipped()
+            for key, reason in rejected:
+                aside.add(reason, key)
+            for line in aside.lines(TOLD_REASONS):
+                report.say(f"set aside: {line}")
         about = _about(config, source, identity)
         image_shape = loaded.images.shape[1:]
         dtype = loaded.images.dtype.name
@@ -176,6 +186,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])
         if not len(train):
             raise StageError(f"none of the {len(own)} training images can be used: see rejected.parquet in {out}")
+        tell_untrained(config, source, rows[train], rows[heldout], report)
         writer = DatasetWriter(
             out, about["name"], image_shape, classes, config.rows_per_shard, dtype, config.image_scale,
             config.image_decoder,

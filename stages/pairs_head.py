@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nfm.stages.pairs_recipe import content
-from nfm.stages.pictures import FALSE_COLOURS, as_pixels
+from nfm.stages.pictures import FALSE_COLOURS, as_pixels, in_false_colours
 from nfm.stages.stage import StageError
 from nfm.stages.tables import aligned
 from nfm.storage import PairStore, atomic, codecs, convert
@@ -138,7 +138,7 @@ def _picture(store: PairStore, draw: int, first: Head, worst: Head, values: Arra
     title = f"{spec.coupling} pairs, draw {draw} of {store.draws}, {len(store.slots(draw)):,} records of {size}"
     title += f", noise in {spec.codec}, layout {spec.layout}"
     image_dtype = spec.field("image").dtype
-    if image_dtype != "uint8":
+    if in_false_colours(image_dtype, spec.image_shape[0]):
         title += f"\n{FALSE_COLOURS}"
     top.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left")
     _draw_pairs(top, first, columns, image_dtype, spec.eta)

@@ -30,9 +30,14 @@ FALSE_COLOURS = (
 )
 
 
+def in_false_colours(image_dtype: str, channels: int) -> bool:
+    """Whether images are shown so: latents, and pixels of so many channels that they are neither grey nor RGB."""
+    return image_dtype != "uint8" or channels not in (1, 3)
+
+
 def as_pixels(images: np.ndarray, image_dtype: str) -> np.ndarray:
     """What to show of images in model space, given the dtype of their store: pixels, or latents in false colours."""
-    return to_uint8(images) if image_dtype == "uint8" else false_colours(images)
+    return false_colours(images) if in_false_colours(image_dtype, images.shape[1]) else to_uint8(images)
 
 
 def grid(images: np.ndarray, columns: int = 8, gap: int = 1) -> np.ndarray:
@@ -57,7 +62,7 @@ def save_grid(path: Path, images: np.ndarray, scale: int = 3, image_dtype: str =
 
     picture = grid(images if images.dtype == np.uint8 else as_pixels(images, image_dtype))
     said = PngInfo()
-    if image_dtype != "uint8":
+    if in_false_colours(image_dtype, images.shape[1]):
         said.add_text("Description", FALSE_COLOURS)
     data = io.BytesIO()
     Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1)).save(data, "PNG", pnginfo=said)

@@ -7,6 +7,7 @@ manifest after it returned. `run` resumes from whatever an earlier, killed run l
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from nfm.storage.errors import Told
+from nfm.storage.errors import Told, is_utf8
 from nfm.storage.masked import holds_secret
 
 Inputs = Mapping[str, Path]
@@ -49,6 +50,16 @@ class Section(BaseModel):
         if holds_secret(value):
             raise ValueError(
                 "a URL with a key, a password or a token, which would stand in manifests and logs; leave it out"
+            )
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _in_utf8(cls, value: Any) -> Any:
+        if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
+            raise ValueError(
+                "its bytes are no UTF-8, and it would stand in manifests, which are: rename it, or, of a path, run the "
+                "command in that folder and name what is below it"
             )
         return value
 

@@ -12,6 +12,7 @@ from nfm.storage.errors import StorageError
 
 _SHOWN = 60  # characters of a wrong value in a message
 _HEX = re.compile(r"[0-9a-f]{64}")
+PLAIN = r"[^\x00-\x1f]*"
 Value = TypeVar("Value")
 
 
@@ -37,10 +38,13 @@ def real(where: str, value: Any) -> float:
     return number
 
 
-def text(where: str, value: Any, pattern: str = r"[^\x00-\x1f]*", most: int = 1000) -> str:
+def text(where: str, value: Any, pattern: str = PLAIN, most: int = 1000) -> str:
     """Text of at most `most` characters, all of which `pattern` matches."""
     if not isinstance(value, str) or len(value) > most or re.fullmatch(pattern, value) is None:
-        raise _wrong(where, value, f"text like {pattern}, at most {most} characters")
+        kind = (
+            "text without tabs, line ends and other control characters" if pattern == PLAIN else f"text like {pattern}"
+        )
+        raise _wrong(where, value, f"{kind}, at most {most} characters")
     return value
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from nfm.storage.atomic import HashingFile, hash_file, write_json
 from nfm.storage.convert import to_float32
-from nfm.storage.dataset_record import DATASET, read_record
+from nfm.storage.dataset_record import DATASET, check_record, read_record
 from nfm.storage.errors import StorageError
 from nfm.storage.index import read_index
 from nfm.storage.layout import Shard
@@ -70,6 +70,8 @@ class DatasetWriter:
         self._about = {"image_scale": image_scale, "image_decoder": image_decoder}
         self._rows_per_shard = rows_per_shard
         self._splits: dict[str, Any] = {}
+        empty = {"rows": 0, "rows_per_shard": rows_per_shard, "shards": [], "table": "train.parquet"}
+        check_record(self.root / DATASET, self._record({"train": empty}))  # before hours of writing, not after
 
     def write_split(self, split: str, rows: int, chunks: Iterable[Chunk]) -> None:
         """Writes exactly `rows` records from chunks of (images [n, C, H, W], labels [n], keys [n]).
@@ -119,7 +121,16 @@ class DatasetWriter:
         """
         columns = [[key for key, _ in rejected], [reason for _, reason in rejected]]
         self._write_table("rejected.parquet", pa.table(columns, schema=_REJECTED))
-        body = {
+        write_json(self.root / DATASET, check_record(self.root / DATASET, self._record(self._splits)))
+        payload = {
+            shard["file"]: (shard["sha256"], shard["bytes"])
+            for split in self._splits.values()
+            for shard in split["shards"]
+        }
+        return payload | {DATASET: hash_file(self.root / DATASET)}
+
+    def _record(self, splits: Mapping[str, Any]) -> dict[str, Any]:
+        return {
             "format": FORMAT,
             "name": self._name,
             "image_shape": list(self._image_shape),
@@ -127,16 +138,9 @@ class DatasetWriter:
             "value_range": list(VALUE_RANGE),
             "classes": self._classes,
             "rows_per_block": _ROWS_PER_BLOCK,
-            "splits": self._splits,
+            "splits": splits,
             **{key: value for key, value in self._about.items() if value is not None},
         }
-        write_json(self.root / DATASET, body)
-        payload = {
-            shard["file"]: (shard["sha256"], shard["bytes"])
-            for split in self._splits.values()
-            for shard in split["shards"]
-        }
-        return payload | {DATASET: hash_file(self.root / DATASET)}
 
     def _pieces(self, split: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         for images, labels, keys in chunks:

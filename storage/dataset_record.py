@@ -19,7 +19,11 @@ _MOST_CLASSES = 10**6
 def read_record(root: Path) -> dict[str, Any]:
     """The dataset.json at `root`. Raises StorageError when it is none or contradicts itself, NewerSchema."""
     path = root / DATASET
-    body = read_json(path)
+    return check_record(path, read_json(path))
+
+
+def check_record(path: Path, body: dict[str, Any]) -> dict[str, Any]:
+    """What `path` holds or will hold: one rule for reader and writer, so that nothing is written that nobody opens."""
     check_format(path, body)
     needed = {"name", "image_shape", "value_range", "classes", "rows_per_block", "splits"}
     if lacking := needed - set(body):

@@ -5,16 +5,34 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 
 from nfm.storage.masked import masked
 
+# What Python makes of a byte of a name that is no UTF-8, as it is or as repr() writes it.
+_ODD_BYTE = re.compile(r"[\udc80-\udcff]|\\udc[89a-f][0-9a-f]")
+
+
+def legible(text: str) -> str:
+    r"""The text with \xe9 for every byte of a name that is no UTF-8; it can be printed and encoded."""
+    found = _ODD_BYTE.sub(lambda byte: rf"\x{ascii(byte[0])[-3:-1]}", text)
+    return found.encode("utf-8", "backslashreplace").decode()
+
+
+def is_utf8(name: str) -> bool:
+    """Whether every byte of a name was UTF-8, as keys and manifests are."""
+    try:
+        return name.isascii() or bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
 
 class Told(Exception):
-    """An error whose message is for people: secrets in its URLs are hidden."""
+    """An error whose message is for people: secrets in its URLs are hidden, and odd bytes of names can be read."""
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*(masked(one) if isinstance(one, str) else one for one in arguments))
+        super().__init__(*(masked(legible(one)) if isinstance(one, str) else one for one in arguments))
 
 
 class StorageError(Told):
@@ -25,7 +43,7 @@ class NoPlace(StorageError):
     """What was given as a place is no path and no URL that can be used there; `reason` says why and what to write."""
 
     def __init__(self, where: str, reason: str, named: str = "") -> None:
-        super().__init__(_printable(where), _printable(reason), named)
+        super().__init__(_printable(legible(where)), _printable(legible(reason)), named)
 
     @property
     def reason(self) -> str:

@@ -41,23 +41,37 @@ def _remedy(shape: tuple[int, ...], axes: Axes | None) -> str:
 def check_axes(shape: tuple[int, ...], axes: Axes | None, where: str) -> str | None:
     """Refuses an array whose axes look like [N, H, W, C], unless the config says what they are.
 
-    Returns what to tell where both readings are as likely. A usual number of channels on an axis speaks for a reading,
-    and so do images that are square.
+    Returns what to tell where both readings are as likely, or where the one that the config says looks wrong. A usual
+    number of channels on an axis speaks for a reading, and so do images that are square.
     """
-    if axes is not None or len(shape) != 4 or shape[1] == shape[2] == shape[3] == 1:
+    if len(shape) != 4 or shape[1] == shape[2] == shape[3] == 1:
         return None
-    first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
-    square_first, square_last = shape[2] == shape[3], shape[1] == shape[2] > 1
-    as_first, as_last = _told(*shape[1:]), _told(shape[3], shape[1], shape[2])
-    if (last and not (first and square_first)) or (square_last and not square_first):
-        raise StageError(
-            f"{where}: channels first, which is the rule here, it holds {as_first}; channels last, {as_last}. "
-            f'Set data.axes = "nhwc" if its channels are last (or save it with .transpose(0, 3, 1, 2)), '
-            'data.axes = "nchw" if they are first'
+    first, last = (shape[1], shape[2], shape[3]), (shape[3], shape[1], shape[2])
+    if axes is not None:
+        taken, other = (last, first) if axes == "nhwc" else (first, last)
+        if not _looks_like(other, rather_than=taken):
+            return None
+        swapped = "nchw" if axes == "nhwc" else "nhwc"
+        return (
+            f'{where}: taken as {_told(*taken)}, as data.axes = "{axes}" says; with "{swapped}" it holds '
+            f"{_told(*other)}"
         )
-    if last and square_last:
+    if _looks_like(last, rather_than=first):
+        raise StageError(
+            f"{where}: channels first, which is the rule here, it holds {_told(*first)}; channels last, "
+            f'{_told(*last)}. Set data.axes = "nhwc" if its channels are last (or save it with '
+            '.transpose(0, 3, 1, 2)), data.axes = "nchw" if they are first'
+        )
+    if last[0] in CHANNELS and last[1] == last[2] > 1:
         return f'{where}: taken as [N, C, H, W]; if its channels are last, set data.axes = "nhwc"'
     return None
+
+
+def _looks_like(reading: tuple[int, int, int], rather_than: tuple[int, int, int]) -> bool:
+    """Of two readings as [C, H, W], whether the first is likely and the other is not."""
+    usual, square = reading[0] in CHANNELS, reading[1] == reading[2] > 1
+    other_usual, other_square = rather_than[0] in CHANNELS, rather_than[1] == rather_than[2]
+    return (usual and not (other_usual and other_square)) or (square and not other_square)
 
 
 def _told(channels: int, height: int, width: int) -> str:

@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator
 
-from nfm.stages.sources.source import Loaded, box_average, digest_files, scratch_array
-from nfm.stages.sources.tree import Skipped, Tree, shown
+from nfm.stages.sources.source import Loaded, box_average, check_keys, digest_files, scratch_array
+from nfm.stages.sources.tree import Skipped, Tree
 from nfm.stages.stage import Reporter, StageError, Stopped
+from nfm.storage.errors import legible
 
 # What a folder of this name, in any case, holds where it stands above class folders.
 SPLITS = {
@@ -65,7 +66,10 @@ class ImageFolder:
         self.root = _root(path)
         self.image_size, self.channels, self.average, self.background = image_size, channels, average, background
         self.threads = threads or os.cpu_count() or 1
-        files_of, heldout, self.skipped = _listed(self.root, classes or ())
+        from nfm.stages.sources.pixels import own_limit
+
+        with own_limit():
+            files_of, heldout, self.skipped = _listed(self.root, classes or ())
         # The digest is of files, so a folder without any must not count.
         found = {os.path.basename(folder) for folder, files in files_of.items() if files}
         self.classes = sorted(found) if classes is None else list(classes)
@@ -78,17 +82,20 @@ class ImageFolder:
             self.keys += files
             labels += [self.classes.index(os.path.basename(folder))] * len(files) if files else []
             tests += [folder in heldout] * len(files)
-        if odd := next((key for key in self.keys if not key.isascii() and shown(key) != key), None):
-            raise StageError(
-                f"{self.root}: {shown(odd)!r} is not UTF-8, which a key must be: rename the file or folder"
-            )
+        check_keys(self.root, self.keys)
         self.paths = [self.root / key for key in self.keys]
         self.labels, self.test = np.array(labels, np.int64), np.array(tests, bool)
 
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
+        from nfm.stages.sources.pixels import own_limit
+
+        with own_limit():
+            return self._decoded(rows, scratch, report)
+
+    def _decoded(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
         from PIL import Image, UnidentifiedImageError
 
-        from nfm.stages.sources.pixels import MisfitError, converted, fitted
+        from nfm.stages.sources.pixels import MOST_PIXELS, MisfitError, converted, fitted
 
         height, width = self._size()
         images = scratch_array(scratch, (len(rows), self.channels, height // self.average, width // self.average))
@@ -103,10 +110,12 @@ class ImageFolder:
                 raise
             except MisfitError as error:
                 rejected[position] = str(error)
+            except Image.DecompressionBombError:
+                rejected[position] = f"more than {MOST_PIXELS:,} pixels, the most that are read: make it smaller"
             except UnidentifiedImageError:
                 rejected[position] = "not an image that Pillow reads"
             except Exception as error:  # of a broken file a plugin of Pillow may raise anything
-                rejected[position] = f"unreadable: {error}".replace(str(self.root) + os.sep, "")
+                rejected[position] = legible(f"unreadable: {error}".replace(str(self.root) + os.sep, ""))
             else:
                 images[position] = box_average(pixels[None], self.average)[0]
                 return notes
@@ -190,7 +199,7 @@ def _splits(tree: Tree, top: Sequence[str], classes: Collection[str]) -> tuple[s
     others = [name for name, role in role_of.items() if not role]
     if "training" not in parts or (found := [name for name in others if _has_image(tree.root, name)]):
         held = ", ".join(f"{name}/" for name in parts.values())
-        beside = ", ".join(f"{shown(name)}/" for name in (others if "training" not in parts else found)[:5])
+        beside = ", ".join(f"{name}/" for name in (others if "training" not in parts else found)[:5])
         raise StageError(
             f"{tree.root}: {held} cannot be told from a class"
             + (f" beside {beside}" if beside else " without a training folder (train/) beside")
@@ -223,7 +232,7 @@ def _refuse_splits(root: Path, folder: str, inside: Sequence[str]) -> None:
     if "training" in roles and roles & {"test", "validation"}:
         held = ", ".join(f"{name}/" for name in inside if name.casefold() in SPLITS)
         raise StageError(
-            f"{shown(root / folder)}: holds {held}, and would be one class of what is trained on and held out: "
+            f"{root / folder}: holds {held}, and would be one class of what is trained on and held out: "
             "training and held-out folders stand at the top of data.path, with the class folders in them"
         )
 

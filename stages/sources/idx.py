@@ -20,6 +20,10 @@ from nfm.stages.stage import Reporter, StageError
 TRAIN, TEST = "train", "t10k"
 MAGIC = {"images-idx3": 0x00000803, "labels-idx1": 0x00000801}  # two zero bytes, uint8, number of dimensions
 
+KIND_OF = {MAGIC["images-idx3"]: "images", MAGIC["labels-idx1"]: "labels"}
+VALUES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
+GZIP = b"\x1f\x8b"
+
 
 class Idx:
     """Images [N, 1, H, W] uint8 and labels of `train-*-ubyte[.gz]`; `t10k-*` is the test set if present."""
@@ -38,6 +42,7 @@ class Idx:
         self.folder = _folder(path, debian_package)
         self.files = _files(self.folder)
         parts = [(part, *self._read(part)) for part in (TRAIN, TEST) if f"{part}-images-idx3" in self.files]
+        self.counts = {part: len(images) for part, images, _ in parts}
         shapes = {part: images.shape[1:] for part, images, _ in parts}
         if len(set(shapes.values())) > 1:
             raise StageError(f"{self.files[f'{TEST}-images-idx3']}: train and test images differ in shape: {shapes}")
@@ -51,6 +56,12 @@ class Idx:
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
         if f"{TEST}-labels-idx1" in self.files and f"{TEST}-images-idx3" not in self.files:
             raise StageError(f"{self.folder}: {TEST}-images-idx3-ubyte[.gz] is missing beside the labels: fetch it")
+        for part, count in self.counts.items():
+            if not count:
+                raise StageError(
+                    f"{self.files[f'{part}-images-idx3']}: holds no image: fetch the file anew, or take it away"
+                )
+        _refuse_differing_twins(self.folder)
         self.given.check(report)
         pixels, values = self.pixels[rows], Values()
         values.add(pixels)
@@ -82,23 +93,42 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     try:
         with _open(path) as file:
             raw = file.read(header)
-            promised = math.prod(np.frombuffer(raw[4:], ">u4").tolist()) if len(raw) == header else 0
-            check_unpacked(path, path.stat().st_size, promised)
+            if len(raw) < header or raw[:4] != magic.to_bytes(4, "big"):
+                raise StageError(f"{path}: {_other_content(raw, magic)}")
+            promised = math.prod(np.frombuffer(raw[4:], ">u4").tolist())
+            if isinstance(file, gzip.GzipFile):  # of a plain file, no more is read than there is
+                check_unpacked(path, path.stat().st_size, promised)
             raw += _at_most(file, promised + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise StageError(f"{path}: cannot be read ({error}): fetch the file anew") from error
-    if len(raw) < header or (found := int.from_bytes(raw[:4], "big")) != magic:
-        start = f"magic 0x{found:08x}" if len(raw) >= header else f"only {len(raw)} bytes"
-        raise StageError(f"{path}: {start}, expected 0x{magic:08x}: this is not the IDX file that its name says")
     shape = tuple(np.frombuffer(raw[4:header], ">u4").astype(np.int64).tolist())
     if len(raw) - header != promised:
-        more = "more than" if len(raw) - header > promised else f"{len(raw) - header:,} of"
-        raise StageError(
-            f"{path}: {more} the {promised:,} bytes of values that its header promises, {shape}: fetch the file anew"
-        )
+        held = len(raw) - header
+        differs = "holds more than" if held > promised else f"is shorter than its header promises: {held:,} of"
+        raise StageError(f"{path}: {differs} the {promised:,} bytes of values, {shape}: fetch the file anew")
     if 0 in shape[1:]:
         raise StageError(f"{path}: its images, {shape}, have no pixels: fetch the file anew")
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+
+
+def _other_content(raw: bytes, magic: int) -> str:
+    """What a file is whose header is not the one expected, and what to do."""
+    wanted = KIND_OF[magic]
+    if len(raw) < 4 or (found := int.from_bytes(raw[:4], "big")) == magic:
+        return f"only {len(raw)} bytes, an IDX file of {wanted} begins with more: fetch the file anew"
+    told = f"magic 0x{found:08x}, expected 0x{magic:08x}"
+    if found in KIND_OF:
+        return f"{told}: these are {KIND_OF[found]} where {wanted} were expected; rename the files"
+    if raw[:4][::-1] == magic.to_bytes(4, "big"):
+        return f"{told}: its header is little-endian; write magic and sizes big-endian (astype('>u4'))"
+    if raw[:2] == GZIP:
+        return f"{told}: gzip data within gzip; unpack it once"
+    if raw[:2] == b"\0\0" and raw[2] in VALUES:
+        return (
+            f"{told}: {VALUES[raw[2]]} values of {raw[3]} dimensions where {wanted} are uint8 of {magic & 0xFF}; "
+            "save them so"
+        )
+    return f"{told}: this is not the IDX file that its name says; fetch the file anew"
 
 
 def _at_most(file: IO[bytes], count: int) -> bytes:
@@ -110,7 +140,14 @@ def _at_most(file: IO[bytes], count: int) -> bytes:
 
 
 def _open(path: Path, mode: str = "rb") -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+    """The unpacked content; whether it is gzip data, the file says, not its name."""
+    file = open(path, "rb")  # noqa: SIM115 - handed on
+    packed = file.read(len(GZIP)) == GZIP
+    file.seek(0)
+    if not packed:
+        return file
+    file.close()
+    return gzip.open(path, "rb")  # type: ignore[return-value]
 
 
 def _folder(path: str | None, package: str | None) -> Path:
@@ -133,13 +170,26 @@ def _folder(path: str | None, package: str | None) -> Path:
     raise StageError(f"data.debian_package = {package!r} holds no train-images-idx3-ubyte[.gz]: {remedy}")
 
 
+def _twins(folder: Path) -> dict[str, list[Path]]:
+    """The files of each part that are there, the plain one first."""
+    names = {f"{part}-{kind}": f"{part}-{kind}-ubyte" for part in (TRAIN, TEST) for kind in MAGIC}
+    there = {
+        key: [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()] for key, name in names.items()
+    }
+    return {key: paths for key, paths in there.items() if paths}
+
+
+def _refuse_differing_twins(folder: Path) -> None:
+    """A plain file and a gzipped one of the same name must hold the same, as one of them is not read."""
+    for paths in _twins(folder).values():
+        if len({digest_files([("", path)], _open)["digest"] for path in paths}) > 1:
+            raise StageError(
+                f"{folder}: {' and '.join(path.name for path in paths)} hold different content: take away one of them"
+            )
+
+
 def _files(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for part in (TRAIN, TEST):
-        for kind in MAGIC:
-            for name in (f"{part}-{kind}-ubyte", f"{part}-{kind}-ubyte.gz"):
-                if (folder / name).is_file():
-                    found.setdefault(f"{part}-{kind}", folder / name)
+    found = {key: paths[0] for key, paths in _twins(folder).items()}
     if f"{TRAIN}-images-idx3" not in found:
         others = sorted(file.name for file in folder.iterdir() if "idx" in file.name)[:4]
         instead = f", but {', '.join(others)}: rename them so, or" if others else ":"

@@ -56,13 +56,14 @@ class Labels(NamedTuple):
             return
         low, high = int(there[0]), int(there[-1])
         if low > self.first:
+            far, odd = _far_above(there), self._odd(there)
             raise StageError(
-                f"{self.where}: labels run from {low} to {high}, expected to begin with {self.first}, and a class "
-                f"without images would be made: set data.first_label = {low}, or name every class, from "
-                f"{self.first} on, with data.classes"
+                f"{self.where}: labels run from {low} to {there[-1 - len(far)]}, expected to begin with {self.first}, "
+                f"and a class without images would be made: set data.first_label = {low}, or name every class, from "
+                f"{self.first} on, with data.classes" + (f". Then leave out {odd}, which stand apart" if odd else "")
             )
         empty = high - low + 1 - len(there)
-        if empty > max(len(there), FEW_EMPTY):
+        if _far_above(there):
             row = int(self.values.argmax())
             raise StageError(
                 f"{self.where}: {self.keys[row]} has label {high}, {self._too_far()}. "
@@ -72,6 +73,12 @@ class Labels(NamedTuple):
             gaps = np.setdiff1d(np.arange(low, high + 1), there)
             shown = ", ".join(map(str, gaps[:SHOWN])) + (", ..." if empty > SHOWN else "")
             report.say(f"{self.where}: {empty} of {high - low + 1} classes have no image: labels {shown}")
+
+    def _odd(self, there: np.ndarray) -> str:
+        """Labels before the first class, and far above the others, each with its images."""
+        odd = [*np.unique(self.values[self.values < self.first]), *_far_above(there)]
+        images = [f"label {label} ({(self.values == label).sum()} of {len(self.values)} images)" for label in odd]
+        return ", ".join(images[:SHOWN]) + (", ..." if len(images) > SHOWN else "")
 
     def _too_far(self) -> str:
         there = np.unique(self.values)
@@ -94,6 +101,14 @@ class Labels(NamedTuple):
     def _reason(self, label: int, count: int) -> str:
         reason = f"label {label} is outside the {count} classes, labels {self.first} to {self.first + count - 1}"
         return reason if label >= self.first else f"{reason}; data.first_label = {label} if that is where they begin"
+
+
+def _far_above(there: np.ndarray) -> list[int]:
+    """Of sorted labels, the highest ones, below which more numbers are empty than taken."""
+    end = len(there)
+    while end > 1 and there[end - 1] - there[0] + 1 - end > max(end, FEW_EMPTY):
+        end -= 1
+    return [int(label) for label in there[end:]]
 
 
 def whole_numbers(values: np.ndarray, rows: int, where: str) -> np.ndarray:

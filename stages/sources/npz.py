@@ -17,7 +17,7 @@ from nfm.stages.sources.arrays import Array, arrays_of, pieces, read_whole
 from nfm.stages.sources.axes import Axes, channels_first, check_axes, image_shape
 from nfm.stages.sources.labels import Labels, whole_numbers
 from nfm.stages.sources.npz_files import check_folder, files_of
-from nfm.stages.sources.source import Loaded, box_average, digest_files, scratch_array
+from nfm.stages.sources.source import Loaded, box_average, check_keys, digest_files, scratch_array
 from nfm.stages.sources.values import Values, clear_nonfinite
 from nfm.stages.stage import Reporter, StageError, Stopped
 
@@ -45,6 +45,8 @@ class Npz:
     ):
         self.average, self.axes, self.unnamed_labels = average, axes, labels is None
         self.path, self.files = path, files_of(path)
+        for file in self.files:
+            check_keys(file.parent, [file.stem])
         self.heads = heads = [_header(file, images or IMAGES, labels, axes) for file in self.files]
         first = heads[0]
         parts, keys, test = [], [], []

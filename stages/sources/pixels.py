@@ -6,6 +6,9 @@ nobody listed. Colour profiles are not applied to any.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ PLAIN = ("1", "L", "P", "RGB", "RGBX", "YCbCr", "HSV", "CMYK", "LAB")
 ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
+MOST_PIXELS = 178_956_970  # what Pillow refuses by default; it warns from half of it on, and cannot name the file
 ORIENTATION, WHITE_IS_ZERO = 0x0112, 262  # tags of EXIF and of TIFF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,6 +37,19 @@ SIDEWAYS = tuple(UPRIGHT[value] for value in (5, 6, 7, 8))
 
 class MisfitError(ValueError):
     """An image that decodes but does not fit; its message is the reason in the table."""
+
+
+@contextmanager
+def own_limit() -> Iterator[None]:
+    """Pillow opens images of up to MOST_PIXELS without a word, and raises DecompressionBombError beyond."""
+    before = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():  # of all threads: to be entered before they begin
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def converted(opened: Image.Image, channels: int, background: str) -> tuple[Image.Image, list[str]]:

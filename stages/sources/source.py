@@ -18,7 +18,7 @@ import numpy as np
 
 from nfm.stages.stage import Reporter, StageError
 from nfm.storage import atomic
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, is_utf8
 
 HASH_CHUNK, HASH_BATCH = 1 << 20, 4096
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 500  # nothing but one value repeated is packed so tightly
@@ -65,6 +65,12 @@ def box_average(images: np.ndarray, factor: int) -> np.ndarray:
     boxes = images.reshape(n, c, h // factor, factor, w // factor, factor)
     area = factor * factor
     return ((2 * boxes.sum(axis=(3, 5), dtype=np.uint32) + area) // (2 * area)).astype(np.uint8)
+
+
+def check_keys(where: str | Path, keys: Iterable[str]) -> None:
+    """Refuses a key, made of names of files and folders, that is no UTF-8."""
+    if odd := next((key for key in keys if not is_utf8(key)), None):
+        raise StageError(f"{where}: {odd!r} is not UTF-8, which a key must be: rename the file or folder")
 
 
 def check_unpacked(where: str | Path, packed: int, unpacked: int) -> None:
@@ -119,7 +125,9 @@ def _signature(files: Sequence[tuple[str, Path]]) -> str:
             facts = path.stat()
         except OSError as error:
             raise StageError(f"{path}: cannot be read ({error}): restore the file and run again") from error
-        together.update(f"{name}\0{path}\0{facts.st_size}\0{facts.st_ino}\0{facts.st_ctime_ns}\n".encode())
+        together.update(
+            f"{name}\0{path}\0{facts.st_size}\0{facts.st_ino}\0{facts.st_ctime_ns}\n".encode(errors="surrogateescape")
+        )
     return together.hexdigest()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nfm.stages.stage import StageError
+from nfm.storage.errors import legible
 
 SHOWN = 3
 
@@ -35,14 +36,20 @@ class Skipped:
         entry = self.reasons.setdefault(reason, {"paths": 0, "first": []})
         entry["paths"] += 1
         if len(entry["first"]) < SHOWN:
-            entry["first"].append(shown(path))
+            entry["first"].append(legible(path))
 
-    def lines(self) -> list[str]:
-        """For people, one a reason."""
-        return [
+    def lines(self, most: int | None = None) -> list[str]:
+        """For people, one a reason; of more than `most`, the commonest and a line on the rest."""
+        entries = sorted(self.reasons.items())
+        if most is not None and len(entries) > most:
+            entries = sorted(entries, key=lambda item: -item[1]["paths"])
+        lines = [
             f"{entry['paths']:,} x {reason} ({', '.join(entry['first'])}{', ...' if entry['paths'] > SHOWN else ''})"
-            for reason, entry in sorted(self.reasons.items())
+            for reason, entry in entries[:most]
         ]
+        if rest := entries[len(lines) :]:
+            lines.append(f"{sum(entry['paths'] for _, entry in rest):,} x {len(rest):,} other reasons")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Tree:
                 elif _ending(inside) in _image_endings() or opens(self.root / inside):
                     found[owner].append(inside)
                 else:
-                    self.skipped.add(f"no image that Pillow reads: {shown(_ending(inside)) or 'no ending'}", inside)
+                    self.skipped.add(f"no image that Pillow reads: {legible(_ending(inside)) or 'no ending'}", inside)
         for folder, files in found.items():
             files.sort(key=lambda path: path.split("/"))
             if not files:
@@ -113,8 +120,8 @@ class Tree:
     def _refuse_another_owner(self, path: str, at: _Place, owner: str) -> None:
         if (before := self._owners[at.way[-1]]) != owner:
             raise StageError(
-                f"{shown(self.root / path)}: is the folder {shown(at.way[-1])}, whose images are those of "
-                f"{shown(before)}/ already; an image has one class, in one split: remove one of the two"
+                f"{self.root / path}: is the folder {at.way[-1]}, whose images are those of "
+                f"{before}/ already; an image has one class, in one split: remove one of the two"
             )
 
     def _enter(self, path: str, parent: _Place) -> _Place:
@@ -123,9 +130,7 @@ class Tree:
             return _Place(path, (*parent.way, os.path.join(parent.way[-1], os.path.basename(path))))
         true = os.path.realpath(self.root / path)
         if any(on_the_way == true or on_the_way.startswith(true.rstrip("/") + "/") for on_the_way in parent.way):
-            raise StageError(
-                f"{shown(self.root / path)}: the link leads back to {shown(true)}, which holds it: remove the link"
-            )
+            raise StageError(f"{self.root / path}: the link leads back to {true}, which holds it: remove the link")
         return _Place(path, (*parent.way, true))
 
     def _entries(self, at: _Place) -> Iterator[tuple[str, str]]:
@@ -142,7 +147,7 @@ class Tree:
                     self.skipped.add(kind, path)
         except OSError as error:
             raise StageError(
-                f"{shown(error.filename or self.root / at.path)}: cannot be read ({error.strerror}): mend its "
+                f"{error.filename or self.root / at.path}: cannot be read ({error.strerror}): mend its "
                 "permissions, or remove it"
             ) from error
 
@@ -171,11 +176,6 @@ def opens(path: Path) -> bool:
         return False
     except Exception:  # of a broken image a plugin may raise anything; decoding it gives the reason
         return True
-
-
-def shown(path: object) -> str:
-    """A path for people and for JSON, also one whose bytes are no UTF-8."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def _ending(path: str) -> str:

@@ -94,7 +94,9 @@ def test_a_stop_before_the_work_leaves_a_resumable_artifact(lab: Lab, root: Path
 
 
 @pytest.mark.parametrize("begun", [False, True], ids=["while it is named", "in the stage"])
-def test_a_signal_stops_the_data_stage_wherever_it_is(empty: Lab, monkeypatch: pytest.MonkeyPatch, begun: bool) -> None:
+def test_a_signal_stops_the_data_stage_wherever_it_is(
+    empty: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], begun: bool
+) -> None:
     """Of a source that takes an hour to read; the stage itself is reached when the name's digest is known already."""
     monkeypatch.setenv("NFM_ARTIFACTS", str(empty.artifacts))
     image = empty.folder / "images" / "a" / "1.png"
@@ -126,6 +128,15 @@ def test_a_signal_stops_the_data_stage_wherever_it_is(empty: Lab, monkeypatch: p
     assert list(empty.artifacts.glob("data/*/manifest.json")) == []
     assert bool(list(empty.artifacts.glob("data/*"))) == begun
     assert note.exists() == begun
+    told = capsys.readouterr().err
+    assert ("stopped; the same command begins it anew" in told) == begun
+    assert "goes on from here" not in told
+    if begun:  # once more, asked to stop before it has done anything
+        again = StopRequest()
+        again.asked = True
+        with pytest.raises(Stopped):
+            runner.run(nodes, "data", again)
+        assert "data: beginning anew data/" in capsys.readouterr().err
     assert set(threading.enumerate()) <= before  # no thread goes on reading
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -11,11 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from nfm.pipeline.config import ConfigError, load
 from nfm.stages import data
 from nfm.stages.data import DataConfig, source_identity
+from nfm.stages.sources import Idx, ImageFolder, Npz, Source
 from nfm.stages.stage import Result, StageError, Stopped
 from nfm.storage import ImageDataset
+from tests.stages.image_files import picture
 from tests.stages.recorder import Recorder
+from tests.stages.test_idx import folder as idx_folder
+from tests.stages.test_sources import write_idx
 
 
 def make(out: Path, report: Recorder | None = None, **config: object) -> Result:
@@ -213,3 +219,186 @@ def test_nothing_usable_fails_whatever_the_threshold(tmp_path: Path) -> None:
         make(tmp_path / "out", source="images", path=path, max_rejected=1.0)
     with pytest.raises(StageError, match="none of the 2 training images can be used"):
         make(tmp_path / "out", source="images", path=path, max_rejected=1.0, image_size=4)
+
+
+@pytest.mark.parametrize("odd", ["a\tb", "a\nb", "\x01", "\x1f", "a" * 1001])
+@pytest.mark.parametrize("field", ["name", "image_decoder", "classes"])
+def test_names_that_no_reader_takes_are_refused_before_the_data_is_named(field: str, odd: str) -> None:
+    config = DataConfig.model_validate({field: [odd, *map(str, range(9))] if field == "classes" else odd})
+    with pytest.raises(StageError, match=rf"data\.{field}.* = '(a|\\).*at most 1000 characters: rename it"):
+        source_identity(config)
+
+
+def test_a_class_folder_that_no_reader_takes_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = image_folder(tmp_path / "in", good=2)
+    (tmp_path / "in" / "class0").rename(tmp_path / "in" / "tab\tbed")
+    with pytest.raises(StageError, match=r"in: the name of a class folder = 'tab\\tbed', it must be .*: rename it"):
+        source_identity(DataConfig(source="images", path=path))
+
+
+def npz(root: Path, shape: tuple[int, ...] = (30, 1, 6, 5), **arrays: np.ndarray) -> str:
+    values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(root / "one.npz", data=values, **arrays)
+    return str(root / "one.npz")
+
+
+@pytest.mark.parametrize("source", ["digits", "npz", "idx", "checkerboard"])
+@pytest.mark.parametrize(("field", "value"), [("image_size", 4), ("channels", 1)])
+def test_a_setting_of_another_source_is_refused_by_name(tmp_path: Path, source: str, field: str, value: int) -> None:
+    where: dict[str, object] = {"source": source}
+    if source == "npz":
+        where["path"] = npz(tmp_path)
+    elif source == "idx":
+        where["path"] = str(idx_folder(tmp_path, np.arange(30) % 3))
+    elif source == "checkerboard":
+        where["points"] = 30
+    said = rf'data\.{field} = {value} is of source images, not of "{source}": leave it out'
+    with pytest.raises(StageError, match=said):
+        make(tmp_path / "out", **where, **{field: value})
+    assert not list((tmp_path / "out").iterdir())
+    make(tmp_path / "out", **where, channels=3)  # the default, also where a config writes it down
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "source"),
+    [("path", "/elsewhere", "digits"), ("debian_package", "fashion", "digits"), ("axes", "nhwc", "checkerboard")],
+)
+def test_a_place_or_an_array_that_would_not_be_read_is_refused(
+    tmp_path: Path, field: str, value: str, source: str
+) -> None:
+    with pytest.raises(StageError, match=rf"data\.{field} = '{value}' is of source .*leave it out"):
+        make(tmp_path / "out", **{"source": source, field: value, "points": 30 if source == "checkerboard" else None})
+
+
+def test_finished_data_with_a_setting_that_did_nothing_keeps_its_name() -> None:
+    assert source_identity(DataConfig(image_size=4)) == source_identity(DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        ([], r"data\.classes = \[\] names no class, but the images have labels"),
+        (["a", "a", "b"], r"'a' stands at places 0 and 1, counted from 0"),
+        (["a", "b", "c", "b"], r"'b' stands at places 1 and 3"),
+        (["a", "", "b"], r"the name at place 1, counted from 0, is empty"),
+        (["a", "b", " "], r"the name at place 2, counted from 0, is empty"),
+    ],
+)
+def test_classes_that_are_none_or_not_told_apart_are_refused(tmp_path: Path, classes: list[str], says: str) -> None:
+    path = npz(tmp_path, labels=np.arange(30) % 3)
+    with pytest.raises(StageError, match=says):
+        make(tmp_path / "out", source="npz", path=path, classes=classes)
+
+
+def test_an_array_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r'data\.images = "" names no array'):
+        make(tmp_path / "out", source="npz", path=npz(tmp_path), images="")
+
+
+def test_a_fraction_beside_a_test_set_is_told_where_it_was_set(tmp_path: Path) -> None:
+    path, said = image_folder(tmp_path / "in", good=4, parts=("train", "test")), Recorder()
+    make(tmp_path / "out", said, source="images", path=path, heldout=0.05)
+    assert said.said == ["data.heldout = 0.05 is not used: the source's own test set of 4 images is held out"]
+    quiet = Recorder()
+    make(tmp_path / "out", quiet, source="images", path=path)
+    assert quiet.said == []
+
+
+def test_of_a_path_and_a_package_the_path_is_read_and_told(tmp_path: Path) -> None:
+    path, report = str(idx_folder(tmp_path, np.arange(30) % 3)), Recorder()
+    make(tmp_path / "out", report, source="idx", path=path, debian_package="fashion")
+    assert report.said == [f"data.path = {path!r} is read, data.debian_package = 'fashion' is not"]
+
+
+def latin_1(name: bytes) -> str:
+    """A name whose bytes are no UTF-8, as Python gives it to a program."""
+    return os.fsdecode(name)
+
+
+@pytest.mark.parametrize("source", ["images", "npz", "idx"])
+def test_a_folder_above_whose_name_is_no_utf_8_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    above = tmp_path / latin_1(b"caf\xe9") / "in"
+    above.mkdir(parents=True)
+    files = {"images": image_folder, "npz": npz, "idx": lambda at: str(idx_folder(at, np.arange(30) % 3))}
+    path = Path(files[source](above))
+    link = tmp_path / path.name
+    link.symlink_to(path)
+    found = source_identity(DataConfig.model_validate({"source": source, "path": str(link)}), tmp_path / "known")
+    odd: Source = {"images": ImageFolder, "npz": Npz, "idx": Idx}[source](str(path))
+    assert odd.digest(tmp_path / "known") == odd.digest(tmp_path / "known") == found
+    monkeypatch.chdir(above)
+    make(tmp_path / "out", source=source, path=os.path.relpath(path, above))
+
+
+def test_an_npz_file_whose_name_is_no_utf_8_is_refused_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.rename(npz(tmp_path), tmp_path / latin_1(b"\xe9ins.npz"))
+    (tmp_path / "one.npz").symlink_to(latin_1(b"\xe9ins.npz"))
+    make(tmp_path / "out", source="npz", path=str(tmp_path / "one.npz"))
+    with pytest.raises(StageError, match=r"'\\xe9ins' is not UTF-8, which a key must be: rename the file"):
+        Npz(str(tmp_path / latin_1(b"\xe9ins.npz")))
+
+
+@pytest.mark.parametrize("field", ["path", "name", "origin", "image_decoder"])
+def test_a_setting_that_no_manifest_can_hold_is_refused_in_print(tmp_path: Path, field: str) -> None:
+    (tmp_path / "c.toml").write_text('[data]\nsource = "digits"\n')
+    with pytest.raises(ConfigError, match=rf"data\.{field} = 'caf\\xe9': its bytes are no UTF-8.*rename it") as caught:
+        load(tmp_path / "c.toml", [f"data.{field}={latin_1(b'caf' + bytes([0xE9]))}"])
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (("train/a", "val/a", "val/b"), "1 of 2 classes have no training image: 'b'; held out are images of 'b'"),
+        (
+            ("train/Cat", "train/dog", "test/cat", "test/dog"),
+            "1 of 3 classes have no training image: 'cat'; held out are images of 'cat'",
+        ),
+    ],
+)
+def test_a_class_folder_that_is_held_out_alone_is_told(tmp_path: Path, files: tuple[str, ...], says: str) -> None:
+    report = Recorder()
+    for file in files:
+        picture(tmp_path / "in" / file / "1.png")
+    make(tmp_path / "out", report, source="images", path=str(tmp_path / "in"))
+    assert report.said == [says]
+
+
+def test_labels_of_a_test_set_that_no_training_image_has_are_told(tmp_path: Path) -> None:
+    report = Recorder()
+    folder = idx_folder(tmp_path, np.arange(30) % 3)
+    write_idx(folder / "t10k-images-idx3-ubyte", np.full((4, 6, 4), 200, np.uint8))
+    write_idx(folder / "t10k-labels-idx1-ubyte", np.array([0, 1, 3, 4], np.uint8))
+    make(tmp_path / "out", report, source="idx", path=str(folder))
+    assert report.said == ["2 of 5 classes have no training image: '3', '4'; held out are images of '3', '4'"]
+
+
+def test_a_class_that_the_config_names_and_no_image_has_is_told(tmp_path: Path) -> None:
+    report = Recorder()
+    path = npz(tmp_path, labels=np.arange(30) % 2)
+    make(tmp_path / "out", report, source="npz", path=path, classes=["a", "b", "c"])
+    assert report.said == ["1 of 3 classes have no training image: 'c'"]
+
+
+def test_images_that_may_be_set_aside_are_told_by_reason(tmp_path: Path) -> None:
+    report = Recorder()
+    labels = np.array([0, 1] * 8 + [7] * 5 + [9])
+    path = npz(tmp_path, (22, 1, 6, 5), labels=labels)
+    make(tmp_path / "out", report, source="npz", path=path, classes=["a", "b"], max_rejected=0.5)
+    five, one = [text for text in report.said if text.startswith("set aside: ")]
+    assert five.startswith("set aside: 5 x label 7 is outside the 2 classes")
+    assert five.count("one/00000") == 3  # examples
+    assert five.endswith(", ...)")
+    assert one.startswith("set aside: 1 x label 9 is outside")
+
+
+def test_of_many_reasons_the_commonest_are_told(tmp_path: Path) -> None:
+    report = Recorder()
+    labels = np.array([0, 1] * 20 + list(range(2, 20)) + [19])
+    path = npz(tmp_path, (len(labels), 1, 6, 5), labels=labels)
+    make(tmp_path / "out", report, source="npz", path=path, classes=["a", "b"], max_rejected=0.5)
+    told = [text for text in report.said if text.startswith("set aside: ")]
+    assert told[0].startswith("set aside: 2 x label 19")
+    assert told[8:] == ["set aside: 10 x 10 other reasons"]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from nfm.stages import pairs_head
-from nfm.stages.pictures import FALSE_COLOURS, false_colours, save_grid
+from nfm.stages.pictures import FALSE_COLOURS, as_pixels, false_colours, in_false_colours, save_grid
 from nfm.stages.stage import StageError
 from nfm.storage import PairStore, commits, generations
 from nfm.storage.schema import StoreSpec, pair_fields, write_spec
@@ -70,6 +70,26 @@ def test_latents_are_shown_in_false_colours(tmp_path: Path, shape: tuple[int, in
     text = pairs_head.draw(tmp_path / "store", count, 0, None, tmp_path / "head.png")
     assert len(lines_after(text, f"the first {min(count, 12)} pairs of draw 0")) == min(count, 12)
     assert Image.open(tmp_path / "head.png").width > 800
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_pixels_of_any_number_of_channels_are_drawn(tmp_path: Path, channels: int) -> None:
+    shape = (channels, 3, 5)
+    spec = StoreSpec(
+        rows=4, rows_per_shard=4, fields=pair_fields(shape, "float32", "uint8", label=False), codec="float32",
+        coupling="independent", source="ab" * 32,
+    )  # fmt: skip
+    write_spec(tmp_path / "store", spec)
+    random = np.random.default_rng(0)
+    image, noise = random.integers(0, 256, (4, *shape), np.uint8), random.normal(size=(4, *shape)).astype(np.float32)
+    records = [{"image": image, "noise": noise, "slot": np.arange(4)}]
+    commits.publish(tmp_path / "store", commits.write_shard(tmp_path / "store", spec, 0, 0, "a", records).commit())
+    generations.seal(tmp_path / "store", 1)
+    pairs_head.draw(tmp_path / "store", 4, 0, None, tmp_path / "head.png")
+    assert Image.open(tmp_path / "head.png").width > 800
+    shown = as_pixels(image.astype(np.float32) / 127.5 - 1, "uint8")
+    assert shown.shape[1] == (3 if channels >= 3 else 1)  # never a fourth, which would be drawn as alpha
+    assert in_false_colours("uint8", channels) == (channels not in (1, 3))
 
 
 def test_false_colours_use_the_whole_range_and_say_so(tmp_path: Path) -> None:

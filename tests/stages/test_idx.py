@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.stages.data import DataConfig, open_source
+from nfm.stages.data import DataConfig, open_source, run
 from nfm.stages.sources import Idx
 from nfm.stages.sources.source import Loaded
 from nfm.stages.stage import StageError
@@ -101,4 +101,96 @@ def test_a_file_that_unpacks_to_far_more_than_images_do_is_refused(
     folder(tmp_path, np.arange(ROWS) % 3, ".gz")
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((ROWS, 512, 128), np.uint8))
     with pytest.raises(StageError, match=r"train-images-idx3-ubyte\.gz: .* bytes that unpack to 1,966,080"):
+        loaded(tmp_path)
+
+
+def test_gzip_data_is_known_by_its_content(tmp_path: Path) -> None:
+    """A server or a person took the ending off, or put it on."""
+    labels = np.arange(ROWS) % 3
+    plain, zipped, renamed = (tmp_path / name for name in ("plain", "zipped", "renamed"))
+    for root, suffix in ((plain, ""), (zipped, ".gz"), (renamed, ".gz")):
+        root.mkdir()
+        folder(root, labels, suffix)
+    for file in list(renamed.iterdir()):
+        file.rename(file.with_suffix(""))
+    named_gz = tmp_path / "named"
+    named_gz.mkdir()
+    for file in folder(plain, labels).iterdir():
+        (named_gz / f"{file.name}.gz").write_bytes(file.read_bytes())
+    first = Idx(str(plain))
+    for root in (zipped, renamed, named_gz):
+        source = Idx(str(root))
+        np.testing.assert_array_equal(source.pixels, first.pixels)
+        assert source.digest() == first.digest()
+
+
+IMAGES_3 = (0x803).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    ("start", "says"),
+    [
+        ((0x801).to_bytes(4, "big"), "magic 0x00000801, expected 0x00000803: these are labels where images were"),
+        ((0x803).to_bytes(4, "little"), "magic 0x03080000, .*its header is little-endian; write magic and sizes big"),
+        ((0xD03).to_bytes(4, "big"), "float32 values of 3 dimensions where images are uint8 of 3; save them so"),
+        ((0x804).to_bytes(4, "big"), "uint8 values of 4 dimensions where images are uint8 of 3; save them so"),
+        (b"PK\3\4", "magic 0x504b0304, .*not the IDX file that its name says; fetch the file anew"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_what_is_no_idx_file_of_images_is_told_as_what_it_is(
+    tmp_path: Path, start: bytes, says: str, suffix: str
+) -> None:
+    file = folder(tmp_path, np.arange(ROWS) % 3, suffix) / f"train-images-idx3-ubyte{suffix}"
+    raw = start + b"\x7f" * 12 + bytes(10)  # sizes that nothing must be made of
+    file.write_bytes(gzip.compress(raw) if suffix else raw)
+    with pytest.raises(StageError, match=f"train-images-idx3-ubyte{suffix}: .*{says}"):
+        Idx(str(tmp_path))
+
+
+def test_gzip_data_within_gzip_is_told(tmp_path: Path) -> None:
+    file = folder(tmp_path, np.arange(ROWS) % 3, ".gz") / "train-images-idx3-ubyte.gz"
+    file.write_bytes(gzip.compress(file.read_bytes()))
+    with pytest.raises(StageError, match="gzip data within gzip; unpack it once"):
+        Idx(str(tmp_path))
+
+
+def test_swapped_files_are_told(tmp_path: Path) -> None:
+    folder(tmp_path, np.arange(ROWS) % 3)
+    images, labels = tmp_path / "train-images-idx3-ubyte", tmp_path / "train-labels-idx1-ubyte"
+    images.rename(tmp_path / "third")
+    labels.rename(images)
+    (tmp_path / "third").rename(labels)
+    with pytest.raises(StageError, match="these are labels where images were expected; rename the files"):
+        Idx(str(tmp_path))
+
+
+def test_a_plain_file_with_too_large_a_header_is_shorter_than_that(tmp_path: Path) -> None:
+    folder(tmp_path, np.arange(ROWS) % 3)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(IMAGES_3 + b"\x7f" * 12 + bytes(10))
+    with pytest.raises(StageError, match=r"is shorter than its header promises: 10 of the .* bytes of values"):
+        Idx(str(tmp_path))
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(IMAGES_3)
+    with pytest.raises(StageError, match="only 4 bytes, an IDX file of images begins with more: fetch the file anew"):
+        Idx(str(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["train", "t10k"])
+def test_a_file_of_no_images_is_told_by_its_name(tmp_path: Path, part: str) -> None:
+    folder(tmp_path, np.arange(ROWS) % 3)
+    write_idx(tmp_path / f"{part}-images-idx3-ubyte", np.zeros((0, 6, 4), np.uint8))
+    write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.zeros(0, np.uint8))
+    config = DataConfig(source="idx", path=str(tmp_path))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StageError, match=f"{part}-images-idx3-ubyte: holds no image: fetch the file anew"):
+        run(config, {}, tmp_path / "out", Recorder())
+
+
+@pytest.mark.parametrize("kind", ["images-idx3", "labels-idx1"])
+def test_a_plain_and_a_gzipped_file_of_one_name_must_be_the_same(tmp_path: Path, kind: str) -> None:
+    folder(folder(tmp_path, np.arange(ROWS) % 3), np.arange(ROWS) % 3, ".gz")
+    assert loaded(tmp_path)[1].rejected == {}
+    file = tmp_path / f"train-{kind}-ubyte"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(StageError, match=f"train-{kind}-ubyte and train-{kind}-ubyte.gz hold different content: take"):
         loaded(tmp_path)

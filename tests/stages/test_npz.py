@@ -96,6 +96,33 @@ def test_axes_that_may_be_either_are_taken_as_documented_and_told(tmp_path: Path
     assert [text for text in report.said if "taken as [N, C, H, W]" in text and 'data.axes = "nhwc"' in text]
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes", "taken", "other"),
+    [
+        ((3, 8, 8), "nhwc", "8 channels and 3 x 8", '"nchw" it holds images of 3 channels and 8 x 8'),
+        ((1, 28, 28), "nhwc", "28 channels and 1 x 28", '"nchw" it holds images of 1 channel and 28 x 28'),
+        ((8, 8, 3), "nchw", "8 channels and 8 x 3", '"nhwc" it holds images of 3 channels and 8 x 8'),
+    ],
+)
+def test_axes_that_are_set_and_look_wrong_are_taken_and_told(
+    tmp_path: Path, save: Save, shape: tuple[int, ...], axes: str, taken: str, other: str
+) -> None:
+    report = Recorder()
+    loaded(tmp_path, save(data=pixels(24, *shape)), report, axes=axes)
+    assert [text for text in report.said if f"taken as images of {taken}, as data.axes" in text and other in text]
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"), [((8, 8, 3), "nhwc"), ((3, 8, 8), "nchw"), ((4, 4, 4), "nhwc"), ((8, 8, 8), "nchw")]
+)
+def test_axes_that_are_set_and_look_right_need_no_word(
+    tmp_path: Path, save: Save, shape: tuple[int, ...], axes: str
+) -> None:
+    report = Recorder()
+    loaded(tmp_path, save(data=pixels(24, *shape)), report, axes=axes)
+    assert report.said == []
+
+
 def test_images_of_three_axes_are_grey_on_purpose_alone(tmp_path: Path, save: Save) -> None:
     values = pixels(ROWS, 6, 5)
     path = save(data=values)
@@ -402,3 +429,21 @@ def test_data_made_before_a_check_existed_keeps_its_identity(tmp_path: Path, sav
     assert data.source_identity(config)["files"] == 1
     with pytest.raises(StageError, match=r"data\.axes"):
         data.run(config, {}, tmp_path, Recorder())
+
+
+@pytest.mark.parametrize(
+    ("labels", "run_to", "odd"),
+    [
+        ([1, 2, 255], 2, "label 255 (1 of 13 images)"),
+        ([-1, 1, 2], 2, "label -1 (1 of 13 images)"),
+        ([-1, 1, 2, 255, 10**5, 255], 2, "label -1 (1 of 16 images), label 255 (2 of 16 images), label 100000 (1 of"),
+    ],
+)
+def test_a_label_that_stands_apart_is_named_beside_the_first_one(
+    tmp_path: Path, save: Save, labels: list[int], run_to: int, odd: str
+) -> None:
+    values = np.array([*labels, *([1, 2] * 5)])
+    path = save(data=pixels(len(values), 1, 6, 5), labels=values)
+    said = refusal(tmp_path, path)
+    assert f"labels run from 1 to {run_to}, expected to begin with 0" in said
+    assert f"set data.first_label = 1, or name every class, from 0 on, with data.classes. Then leave out {odd}" in said

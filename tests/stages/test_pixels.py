@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfm.stages.sources import ImageFolder
+from nfm.stages.sources import ImageFolder, pixels
 from nfm.stages.sources.pixels import ALPHA, FULL_RANGE, PLAIN, MisfitError, converted
 from nfm.stages.sources.source import Loaded
 from tests.stages.image_files import COLOUR, COLOUR_ALPHA, GREY, GREY_ALPHA, PALETTE, picture, raw_png, save
@@ -273,3 +274,27 @@ def test_images_stand_upright(tmp_path: Path, ending: str, orientation: int) -> 
 def test_garbage_for_exif_leaves_the_image_as_it_is(tmp_path: Path) -> None:
     save(tmp_path / "in" / "a" / "1.jpg", Image.new("L", (8, 8), 60), exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
     assert grey(tmp_path / "in") == [60] * 8
+
+
+def test_images_of_many_pixels_are_taken_up_to_the_limit_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(pixels, "MOST_PIXELS", 32)
+    for side in (4, 5, 6):  # half of the limit, below it, above it
+        picture(tmp_path / "in" / "a" / f"{side}.png", size=side).rename(tmp_path / "in" / "a" / str(side))
+    loaded = load(tmp_path / "in", image_size=4)
+    assert loaded.rejected == {2: "more than 32 pixels, the most that are read: make it smaller"}
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_the_limit_of_pixels_is_the_one_that_is_documented(tmp_path: Path) -> None:
+    documented = Path(__file__).parents[2].joinpath("docs", "data.md").read_text()
+    assert f"more than {pixels.MOST_PIXELS:,} pixels" in documented
+    before = Image.MAX_IMAGE_PIXELS
+    file = raw_png(tmp_path / "in" / "a" / "1.png", np.zeros((1, 1), np.uint8), 8, GREY)
+    size = pixels.MOST_PIXELS.to_bytes(4, "big")
+    head = b"IHDR" + size + (2).to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    raw = file.read_bytes()
+    file.write_bytes(raw[:12] + head + zlib.crc32(head).to_bytes(4, "big") + raw[33:])
+    assert reason(tmp_path / "in", image_size=4).startswith("more than 178,956,970 pixels")
+    assert before == Image.MAX_IMAGE_PIXELS

@@ -189,3 +189,31 @@ def test_a_missing_shard_is_named(root):
     assert len(train.images(np.arange(16))) == 16
     with pytest.raises(MissingShard, match=r"s00001\.tar.*audit"):
         train.images(np.array([20]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "a\tb"},
+        {"name": "a" * 1001},
+        {"classes": ["a", "b\n", "c"]},
+        {"classes": ["a", "b", "c" * 1001]},
+        {"dtype": "float32", "image_decoder": "\x01"},
+        {"image_scale": float("inf")},
+        {"image_shape": (0, 4, 5)},
+        {"rows_per_shard": 2 * 10**9},
+    ],
+)
+def test_what_no_reader_opens_is_refused_before_anything_is_written(tmp_path, changes):
+    with pytest.raises(StorageError):
+        write(tmp_path, **changes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a" * 1000, "\x7f", "Größe, 大", "", "a b/c"])
+def test_names_that_are_written_are_read(tmp_path, name):
+    writer = write(tmp_path, name=name, classes=[name, "b", "c"])
+    writer.write_split("train", ROWS, chunks(0, ROWS))
+    writer.close()
+    train = ImageDataset.open(tmp_path)
+    assert (train.name, train.classes[0]) == (name, name)
