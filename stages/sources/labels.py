@@ -60,7 +60,7 @@ class Labels(NamedTuple):
             raise StageError(
                 f"{self.where}: labels run from {low} to {there[-1 - len(far)]}, expected to begin with {self.first}, "
                 f"and a class without images would be made: set data.first_label = {low}, or name every class, from "
-                f"{self.first} on, with data.classes" + (f". Then leave out {odd}, which stand apart" if odd else "")
+                f"{self.first} on, with data.classes" + (f". Then leave out {odd}, far from the others" if odd else "")
             )
         empty = high - low + 1 - len(there)
         if _far_above(there):
