@@ -135,7 +135,7 @@ def seal_store(artifact: Artifact) -> Artifact:
     spec = artifact.spec
     if spec.get("stage") != pairs.NAME:
         what = "an exported store, which its export seals" if "exported" in spec else "no pair store"
-        raise ArtifactError(f"{artifact.name} is {what}; only stores of the pairs stage are sealed")
+        raise ArtifactError(f"{artifact.name} is {what}; only stores are sealed")
     stop = StopRequest()
     with Lock(artifact.path) as lock, stop.listening():
         inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}

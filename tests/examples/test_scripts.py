@@ -38,6 +38,7 @@ def test_every_example_is_run_by_a_test(store: Callable[[str], Path]) -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*TRAINERS, *LAUNCHED, *stock, "network.py"}
 
 
+@pytest.mark.seconds(40)
 def test_launched_examples_train_on_two_processes_and_save_where_they_stand(
     store: Callable[[str], Path], tmp_path: Path
 ) -> None:

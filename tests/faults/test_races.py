@@ -26,6 +26,7 @@ POINTS = ["before-commit"] + [
 ]
 
 
+@pytest.mark.seconds(30)
 @pytest.mark.parametrize("point", POINTS)
 def test_the_same_shard_encoded_twice_at_once_has_one_commit_and_the_loser_leaves_nothing(
     bare: Lab, tmp_path: Path, point: str, uninterrupted: Uninterrupted

@@ -89,7 +89,8 @@ def test_a_shard_says_where_its_time_went_and_how_far_it_is_from_float64(prepare
     encoder = Encoder(prepared)
     commit = encoder.encode_shard(ShardJob(0, 0, "a1"))
     timing = encoder.timing
-    assert 0 < max(timing.read, timing.encode, timing.write) <= timing.wall
+    # The watches stop one after the other, on threads that may be kept waiting in between.
+    assert 0 < max(timing.read, timing.encode, timing.write) <= timing.wall + 0.1
     assert commit.noise_error is not None
     assert 0 < commit.noise_error < 1e-4
     coarse = Encoder(Setup(**{**asdict(prepared), "precision": "bfloat16"}))

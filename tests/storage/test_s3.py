@@ -57,6 +57,7 @@ def same(one: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -
     )
 
 
+@pytest.mark.seconds(30)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_store_lives_on_s3_as_it_does_here(
     layout: str, bucket: str, tmp_path: Path, small_spec: StoreSpec, records: Any
@@ -253,6 +254,7 @@ def test_a_server_that_stays_bad_ends_in_an_error_that_names_the_file(
         read(PairStore.open(root), shuffle="windowed", window=2)
 
 
+@pytest.mark.seconds(30)
 @pytest.mark.parametrize("layout", ["blocks", "zarr"])
 def test_writing_through_bad_moments_leaves_one_right_store(
     layout: str, s3: S3, bucket: str, tmp_path: Path, small_spec: StoreSpec, records: Any
