@@ -68,7 +68,8 @@ def _wait(running: Mapping[str, BaseProcess], deadline: float) -> dict[str, int]
 
 def _told(ended: Mapping[str, int], files: Mapping[str, Path]) -> str:
     """What each that did not end well said, in the order in which they stopped saying anything."""
-    failed = sorted((name for name in files if ended.get(name)), key=lambda name: files[name].stat().st_mtime_ns)
+    silent = {name: files[name].stat().st_mtime_ns for name, code in ended.items() if code}
+    failed = sorted(silent, key=lambda name: silent[name])  # of equal dates, in the order in which they ended
     lines = []
     for name in [*failed, *(name for name in files if name not in ended)]:
         how = f"exit code {ended[name]}" if name in ended else "stopped by the test: it had not ended"

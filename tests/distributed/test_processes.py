@@ -16,6 +16,7 @@ def cause_or_victim(role: str, folder: Path) -> None:
     if role == "victim":
         while not (folder / "failed").exists():
             time.sleep(0.01)
+        time.sleep(0.1)  # longer than a tick of the clock that dates files: who is silent first is told by their dates
         raise ConnectionError("closed by peer")
     print("no such store", file=sys.stderr, flush=True)
     (folder / "failed").touch()
