@@ -131,7 +131,7 @@ class ShardCache:
         """
         mine = {_name(file): file.bytes for file in files if is_remote(file.path)}
         with self._arrived:
-            while not all(map(self.holds, mine)) and not self._fits(mine, files[0].path):
+            while not self._fits(mine, files[0].path):
                 self._arrived.wait()
             self._kept |= mine
             self._keepers.update(mine.keys())
@@ -148,6 +148,8 @@ class ShardCache:
     def _fits(self, mine: Mapping[str, int], path: Path) -> bool:
         total, bound = sum(mine.values()), self.max_bytes
         if total > bound:
+            if all(map(self.holds, mine)):  # nothing is to be fetched
+                return True
             raise StorageError(
                 f"{path}: needs {total} bytes of cache, {self.folder} is bounded to {bound}; raise NFM_CACHE_BYTES, or "
                 "name a larger disk in NFM_CACHE"

@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -183,6 +184,18 @@ def test_the_bound_holds_for_threads_that_fetch_at_once(together: int, memory: s
     at_once([partial(read, files[number::4]) for number in range(4)])
     assert most[0] <= 3 * SIZE
     assert not cache._kept
+
+
+def test_files_that_are_here_wait_for_the_room_that_others_were_promised(memory: str, tmp_path: Path) -> None:
+    files = [wanted(memory, number) for number in range(6)]
+    cache, opened = ShardCache(tmp_path / "c", 3 * SIZE), threading.Event()
+    cache.together(files[:3])
+    with cache._keeping(files[3:]):  # a thread that is about to fetch these
+        other = threading.Thread(target=lambda: cache.opened(files[:3], lambda _: opened.set()))
+        other.start()
+        assert not opened.wait(0.2)
+    other.join(PATIENCE)
+    assert opened.is_set()
 
 
 def test_a_file_that_a_thread_is_opening_stays_while_others_fetch(memory: str, tmp_path: Path) -> None:
