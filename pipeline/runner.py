@@ -49,7 +49,7 @@ def _bring(node: Node, stop: StopRequest) -> Artifact:
     if artifact is None:
         raise ArtifactError(f"{node.name}: an input vanished while the run went on; run it again")
     if artifact.done:
-        _standing(node, artifact, node.input_artifacts() or {})
+        _standing(artifact, artifact.path.name)  # the folder is named by the fingerprint, which took its inputs to make
         click.echo(f"{node.name}: {artifact.name} is up to date ({headline(artifact)})", err=True)
     else:
         artifact = _execute(node, artifact, stop)
@@ -102,14 +102,14 @@ def prepare(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> d
     """The artifact's `spec.json`, written now unless it stands; leftovers of killed writers go. Call under its lock."""
     atomic.clear_temporaries(artifact.path)
     if artifact.started:
-        return _standing(node, artifact, inputs)
+        return _standing(artifact, node.fingerprint(inputs))
     return open_spec(artifact.path, specification(node, inputs))
 
 
-def _standing(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """The artifact's `spec.json` as it stands. Raises where it is damaged, or of other work."""
+def _standing(artifact: Artifact, fingerprint: str) -> dict[str, Any]:
+    """The artifact's `spec.json` as it stands. Raises where it is damaged, or its fingerprint begins otherwise."""
     spec = artifact.spec
-    if spec.get("fingerprint") != node.fingerprint(inputs):
+    if not str(spec.get("fingerprint")).startswith(fingerprint):
         raise ArtifactError(f"{artifact.path / 'spec.json'} holds another fingerprint; move that folder away")
     return spec
 
