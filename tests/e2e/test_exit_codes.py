@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import click
 import pytest
 
-from nfm.pipeline.cli import cli
+from tests.commands import commands
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -42,17 +40,8 @@ CASES: dict[str, tuple[tuple[str, ...], int]] = {
 }
 
 
-def commands(group: click.Group, before: str = "") -> Iterator[str]:
-    """The names of all commands, those of subgroups with their group's."""
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from commands(command, f"{before}{name} ")
-        else:
-            yield f"{before}{name}"
-
-
 def test_every_command_has_a_case_here() -> None:
-    assert sorted(CASES) == sorted(commands(cli))
+    assert sorted(CASES) == sorted(" ".join(path) for path, _ in commands())
 
 
 @pytest.mark.parametrize("command", CASES)

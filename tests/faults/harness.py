@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from click.testing import CliRunner
 
-from nfm.pipeline.cli import cli
 from nfm.storage import PairStore, commits
 from nfm.storage.index import record_keys
 from nfm.storage.paths import TEMPORARY
@@ -115,9 +113,8 @@ class Making:
 
     def command(self, *arguments: object, exits: int = 0) -> str:
         """`nfm` in this process, for what is not itself the case: it saves the seconds of a start."""
-        done = CliRunner().invoke(cli, [*map(str, arguments)], env={"NFM_ARTIFACTS": str(self.lab.artifacts)})
-        assert done.exit_code == exits, (done.output, done.exception)
-        return done.output
+        done = self.lab.nfm(*arguments, exits=exits)
+        return done.stdout + done.stderr
 
     def seal(self) -> None:
         """`nfm run pairs` in this process, where neither signals nor what is said are the case."""

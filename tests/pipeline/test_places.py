@@ -5,19 +5,20 @@ from __future__ import annotations
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 
 from nfm.pipeline.artifact import artifacts_root, find
-from nfm.pipeline.cli import cli, main
+from nfm.pipeline.cli import main
 from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.console import Console, StopRequest
 from nfm.pipeline.lock import Lock
 from nfm.stages.places import LocalPath, Place
 from nfm.storage.errors import NoPlace
+from tests.commands import commands
 from tests.storage.s3server import new_clients
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,14 +52,6 @@ def nfm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return code, out + err
 
     return run
-
-
-def commands(group: click.Command = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    if isinstance(group, click.Group):
-        for name, command in group.commands.items():
-            yield from commands(command, (*path, name))
-    else:
-        yield path, group
 
 
 PARAMETERS = [(path, parameter, command) for path, command in commands() for parameter in command.params]

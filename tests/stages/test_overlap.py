@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from nfm.stages.overlap import Ahead, Stopwatch, running
-from tests.patience import PATIENCE
+from tests.patience import PATIENCE, until
 
 
 def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "nfm-ahead"]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_the_items_come_in_order_and_the_thread_ends() -> None:
