@@ -86,7 +86,7 @@ test-slurm: $(ENV)  ## run arrays on a real Slurm of one node (needs root, slurm
 	$(PY) -m pytest -m slurm -rs tests/slurm $(ARGS)
 
 bench: $(PEERS_ENV)  ## measure the reader beside its peers and a plain copy
-	$(PEERS_PY) -m nfm.pipeline.cli bench store $(ARGS)
+	$(PEERS_PY) -m benchmarks.store $(ARGS)
 
 # The peers pin older numpy and fsspec than we are tested with, so they have an environment of their own.
 $(PEERS)/.installed: pyproject.toml

@@ -20,11 +20,12 @@ from typing import Any
 import click
 import numpy as np
 
-from nfm.stages.bench_store import machine, versions
-from nfm.stages.places import LOCAL_PATH, PLACE
-from nfm.stages.tables import aligned
-from nfm.storage import PairStore, codecs
-from nfm.storage.convert import to_float32
+from benchmarks.told import machine, versions
+from nfm.pipeline.cli.options import LOCAL_PATH, PLACE
+from nfm.stages.display.tables import aligned
+from nfm.storage import PairStore
+from nfm.storage.format import codecs
+from nfm.storage.format.convert import to_float32
 
 CHUNK = 256 * 784  # values that are compressed together: a block of Fashion-MNIST's records
 Array = np.ndarray[Any, np.dtype[Any]]

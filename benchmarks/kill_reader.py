@@ -30,9 +30,10 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from nfm.stages.places import LOCAL_PATH
-from nfm.storage import Batch, PairStore, StoreSpec, commits, generations
-from nfm.storage.schema import pair_fields, write_spec
+from nfm.pipeline.cli.options import LOCAL_PATH
+from nfm.storage import Batch, PairStore, StoreSpec
+from nfm.storage.format.spec import pair_fields, write_spec
+from nfm.storage.ledger import commits, seal
 
 ROWS, BATCH, SHAPE, DRAWS = 4000, 128, (1, 8, 8), 2
 BATCHES_PER_KILL = 24
@@ -90,7 +91,7 @@ def make_store(root: Path) -> Path:
                 "slot": slots,
             }
             commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", [record]).commit())
-    generations.seal(root, DRAWS)
+    seal.seal(root, DRAWS)
     return root
 
 

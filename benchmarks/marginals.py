@@ -20,22 +20,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.told import machine, versions
 from nfm.pipeline import graph, runner
+from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import Node
-from nfm.stages import compare, evaluate, student
-from nfm.stages.bench_store import machine, versions
-from nfm.stages.coupling_sample import Sample, draw_sample
-from nfm.stages.evaluate import EvaluateConfig
-from nfm.stages.evaluation_table import distance_key
-from nfm.stages.places import LOCAL_PATH, LocalPath
-from nfm.stages.student import StudentConfig
-from nfm.stages.tables import aligned
-from nfm.storage import PairStore, atomic
-from nfm.storage.masked import masked
+from nfm.stages.display.tables import aligned
+from nfm.stages.evaluation import compare, stage
+from nfm.stages.evaluation.stage import EvaluateConfig
+from nfm.stages.evaluation.table import distance_key
+from nfm.stages.pairs.coupling_sample import Sample, draw_sample
+from nfm.stages.trained import student
+from nfm.stages.trained.student import StudentConfig
+from nfm.storage import PairStore
+from nfm.storage.errors.masked import masked
+from nfm.storage.files import atomic
 from nfm.trainers import flow_matching
-from nfm.trainers.gaussianity import deviation
-from nfm.trainers.two_sample import two_sample
+from nfm.trainers.metrics.gaussianity import deviation
+from nfm.trainers.metrics.two_sample import two_sample
 
 QUANTILES, CELLS, FARTHEST = 1024, 1536, 6.0
 PACKAGES = ("nfm-pairs", "numpy", "torch")
@@ -110,13 +112,13 @@ def trained(plain: Node, measure: Node, key: str, marginals: Marginals, work: Pa
         atomic.write_json(folder / "manifest.json", {"metrics": result.metrics})
     measured.mkdir(exist_ok=True)
     assert isinstance(measure.config, EvaluateConfig)
-    evaluate.run(measure.config, {**references(measure), "student": folder}, measured, Said())
+    stage.run(measure.config, {**references(measure), "student": folder}, measured, Said())
     return by_nfe(measured, key)
 
 
 def by_nfe(folder: Path, key: str) -> dict[str, float]:
     """The students' distances of an evaluation."""
-    rows = atomic.read_json(folder / evaluate.TABLE)["rows"]
+    rows = atomic.read_json(folder / stage.TABLE)["rows"]
     return {str(row["nfe"]): row[key] for row in rows if row["model"] == "student"}
 
 

@@ -24,13 +24,17 @@ from typing import Any
 import click
 import numpy as np
 
-from nfm.stages import pairs_making
-from nfm.stages.bench_store import machine, versions
-from nfm.stages.places import LOCAL_PATH
-from nfm.stages.tables import aligned
-from nfm.storage import PairStore, commits, generations, json_text, tar
-from nfm.storage.index import index_rows
-from nfm.storage.schema import FORMAT, StoreSpec, pair_fields, parse_name, read_spec, write_spec
+from benchmarks.told import machine, versions
+from nfm.pipeline.cli.options import LOCAL_PATH
+from nfm.stages.display.tables import aligned
+from nfm.stages.pairs import production
+from nfm.storage import PairStore
+from nfm.storage.files import signed_json
+from nfm.storage.format.index import index_rows
+from nfm.storage.format.spec import FORMAT, StoreSpec, pair_fields, parse_name, read_spec, write_spec
+from nfm.storage.layouts import blocks
+from nfm.storage.ledger import commits
+from nfm.storage.ledger import seal as generations
 
 MOST_SHARDS = 100_000  # of one draw
 MISSING = 0.01  # of the commits, when pending shards are listed
@@ -86,14 +90,14 @@ def _make_part(part: tuple[Path, StoreSpec, list[str]]) -> None:
         table, sink = index_rows(draw, rows), pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         index = sink.getvalue().to_pybytes()
-        keys = json_text.digest("\n".join(table["key"].to_pylist()).encode())  # as index.keys_digest, of keys made once
-        size = tar.shard_bytes(spec.fields, len(slots), spec.rows_per_block)
+        keys = signed_json.digest("\n".join(table["key"].to_pylist()).encode())  # see index.keys_digest
+        size = blocks.shard_bytes(spec.fields, len(slots), spec.rows_per_block)
         commit = _commit(name, len(slots), size, index, keys, rng)
         (folder / commit["index"]).write_bytes(index)
         with open(folder / commit["payload"], "wb") as file:
             file.truncate(size)
         path = commits.commit_path(folder, name)
-        path.write_bytes(json_text.signed_text(path, {"format": FORMAT, **commit}))
+        path.write_bytes(signed_json.signed_text(path, {"format": FORMAT, **commit}))
 
 
 def _commit(name: str, records: int, size: int, index: bytes, keys: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -101,8 +105,8 @@ def _commit(name: str, records: int, size: int, index: bytes, keys: str, rng: np
     mean, var, skewness, kurtosis = (rng.standard_normal(4) * 1e-3 + (0, 1, 0, 3)).tolist()
     return {
         "name": name, "draw": draw, "shard": shard, "attempt": ATTEMPT,
-        "payload": f"shards/{name}.{ATTEMPT}.tar", "payload_sha256": json_text.digest(name.encode()),
-        "payload_bytes": size, "index": f"index/{name}.{ATTEMPT}.parquet", "index_sha256": json_text.digest(index),
+        "payload": f"shards/{name}.{ATTEMPT}.tar", "payload_sha256": signed_json.digest(name.encode()),
+        "payload_bytes": size, "index": f"index/{name}.{ATTEMPT}.parquet", "index_sha256": signed_json.digest(index),
         "index_bytes": len(index), "records": records, "keys_digest": keys,
         "moments": {"mean": mean, "var": var, "min": -5.1, "max": 5.2, "skewness": skewness, "kurtosis": kurtosis,
                     "nonfinite": 0},
@@ -134,7 +138,7 @@ def pending(folder: Path, shards: int, records: int) -> dict[str, Any]:
 def plan(folder: Path, shards: int, records: int) -> dict[str, Any]:
     """Makes the jobs of all shards, as a run that begins does, all at once."""
     spec, draws = spec_of(shards, records)
-    seconds, jobs = timed(lambda: list(pairs_making.jobs(generations.names_of(spec, draws))))
+    seconds, jobs = timed(lambda: list(production.jobs(generations.names_of(spec, draws))))
     return {"seconds": seconds, "jobs": len(jobs)}
 
 

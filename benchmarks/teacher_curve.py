@@ -19,15 +19,15 @@ from typing import Any
 import click
 from matplotlib.figure import Figure
 
+from benchmarks.told import machine, versions
 from nfm.pipeline import graph, runner
+from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
-from nfm.stages import compare
-from nfm.stages.bench_store import machine, versions
-from nfm.stages.evaluation_table import DISTANCE
-from nfm.stages.places import LOCAL_PATH, LocalPath
-from nfm.stages.tables import aligned
-from nfm.storage import atomic
-from nfm.storage.masked import masked
+from nfm.stages.display.tables import aligned
+from nfm.stages.evaluation import compare
+from nfm.stages.evaluation.table import DISTANCE
+from nfm.storage.errors.masked import masked
+from nfm.storage.files import atomic
 
 BASELINE = "independent"
 PACKAGES = ("nfm-pairs", "numpy", "torch")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nfm.pipeline.config import ConfigError
-from nfm.stages.evaluate import EvaluateConfig
+from nfm.stages.evaluation.stage import EvaluateConfig
 
 if TYPE_CHECKING:
     from nfm.pipeline.graph import Builder

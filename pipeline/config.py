@@ -10,18 +10,18 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nfm.stages.compare import CompareConfig
-from nfm.stages.data import DataConfig
-from nfm.stages.distances import EXACT_VALUES
-from nfm.stages.evaluate import EvaluateConfig
-from nfm.stages.features import FeaturesConfig
-from nfm.stages.pairs import PairsConfig
-from nfm.stages.potential import PotentialConfig
-from nfm.stages.report import ReportConfig
-from nfm.stages.student import StudentConfig
-from nfm.stages.teacher import TeacherConfig
+from nfm.stages.data.stage import DataConfig
+from nfm.stages.evaluation.compare import CompareConfig
+from nfm.stages.evaluation.distances import EXACT_VALUES
+from nfm.stages.evaluation.stage import EvaluateConfig
+from nfm.stages.pairs.stage import PairsConfig
+from nfm.stages.report.stage import ReportConfig
+from nfm.stages.trained.features import FeaturesConfig
+from nfm.stages.trained.potential import PotentialConfig
+from nfm.stages.trained.student import StudentConfig
+from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage.errors import Told
-from nfm.storage.paths import local_path
+from nfm.storage.files.paths import local_path
 
 PLANAR = ("checkerboard", "gaussians")  # sources of points [1, 1, 2] without classes
 

@@ -16,11 +16,16 @@ from types import ModuleType
 from typing import Any
 
 from nfm.pipeline import comparing
-from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, find, fingerprint
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, find, fingerprint
 from nfm.pipeline.config import ConfigError, RunConfig
-from nfm.stages import compare, data, evaluate, features, pairs, potential, report, student, teacher
-from nfm.stages.stage import Section, StageError
-from nfm.stages.variant import Variant
+from nfm.stages.base import Section, StageError
+from nfm.stages.couplings.variant import Variant
+from nfm.stages.data import stage as data
+from nfm.stages.evaluation import compare
+from nfm.stages.evaluation import stage as evaluate
+from nfm.stages.pairs import stage as pairs
+from nfm.stages.report import stage as report
+from nfm.stages.trained import features, potential, student, teacher
 
 STAGES: dict[str, ModuleType] = {
     module.NAME: module for module in (data, features, teacher, potential, pairs, student, evaluate, report, compare)

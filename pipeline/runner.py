@@ -14,13 +14,13 @@ from typing import Any
 
 import click
 
-from nfm.pipeline.artifact import SCHEMA, Artifact, ArtifactError, open_spec, publish
+from nfm.pipeline.artifacts.artifact import SCHEMA, Artifact, ArtifactError, open_spec, publish
+from nfm.pipeline.artifacts.lineage import inputs_of
+from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.console import Console, StopRequest, time_left
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
-from nfm.pipeline.lineage import inputs_of
-from nfm.pipeline.lock import Lock
-from nfm.stages.stage import Stopped
-from nfm.storage import atomic
+from nfm.stages.base import Stopped
+from nfm.storage.files import atomic
 
 
 def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None) -> Artifact:
@@ -130,18 +130,19 @@ def provenance(spec: Mapping[str, Any], config: dict[str, Any], started: float) 
 
 def seal_store(artifact: Artifact) -> Artifact:
     """Seal the complete draws of a store, for instance after its run was stopped; the newest seal if nothing is new."""
-    from nfm.stages import pairs, pairs_upkeep
+    from nfm.stages.pairs import stage
+    from nfm.stages.stores import repair
 
     spec = artifact.spec
-    if spec.get("stage") != pairs.NAME:
+    if spec.get("stage") != stage.NAME:
         what = "an exported store, which its export seals" if "exported" in spec else "no pair store"
         raise ArtifactError(f"{artifact.name} is {what}; only stores are sealed")
     stop = StopRequest()
     with Lock(artifact.path) as lock, stop.listening():
         inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}
-        console = Console(pairs.NAME, artifact.path / "events", stop, lock)
+        console = Console(stage.NAME, artifact.path / "events", stop, lock)
         try:
-            result = pairs.seal(artifact.path, *pairs_upkeep.sealable(artifact.path), inputs, console)
+            result = stage.seal(artifact.path, *repair.sealable(artifact.path), inputs, console)
         finally:
             console.close()
         lock.check()

@@ -2,13 +2,13 @@
 one.
 """
 
-from nfm.storage.batch import Batch
-from nfm.storage.cache import ShardCache
-from nfm.storage.dataset import DatasetWriter, ImageDataset
+from nfm.storage.dataset.images import DatasetWriter, ImageDataset
 from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StateMismatch, StorageError
+from nfm.storage.files.cache import ShardCache
+from nfm.storage.format.spec import Field, StoreSpec
 from nfm.storage.mixture import Mixture
-from nfm.storage.reader import BatchReader
-from nfm.storage.schema import Field, StoreSpec
+from nfm.storage.reading.batch import Batch
+from nfm.storage.reading.reader import BatchReader
 from nfm.storage.store import PairStore
 
 __all__ = [

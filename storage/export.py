@@ -18,16 +18,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nfm.storage import codecs, commits, generations
-from nfm.storage import layout as layouts
-from nfm.storage.atomic import HashingFile, create_json, hash_file, is_temporary, read_json
-from nfm.storage.cache import Wanted
+from nfm.storage import layouts as layouts
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.index import read_index
-from nfm.storage.paths import as_path, inside, is_remote, names_in, remove, size_of
-from nfm.storage.row_fields import FIELDS, RowField, publish_row_field, row_field_names
-from nfm.storage.schema import SPEC, StoreSpec, pair_fields
-from nfm.storage.small_files import plain
+from nfm.storage.files.atomic import HashingFile, create_json, hash_file, is_temporary, read_json
+from nfm.storage.files.cache import Wanted
+from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove, size_of
+from nfm.storage.files.small_files import plain
+from nfm.storage.format import codecs
+from nfm.storage.format.index import read_index
+from nfm.storage.format.spec import SPEC, StoreSpec, pair_fields
+from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.row_fields import FIELDS, RowField, publish_row_field, row_field_names
 from nfm.storage.store import PairStore
 
 Entry = Mapping[str, Any]
@@ -90,7 +91,7 @@ def export(
     }
     carried = {key: source.manifest[key] for key in _CARRIED if key in source.manifest}
     holes = {shard["name"]: shard["reason"] for shard in source.excluded}
-    manifest = generations.seal(root, source.draws, holes, **carried, inputs=_inputs(source), exported=exported)
+    manifest = seal.seal(root, source.draws, holes, **carried, inputs=_inputs(source), exported=exported)
     _remove_lost_attempts(root, manifest["shards"])
     return manifest
 

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
-from nfm.storage.order import Rows, Shuffle
-from nfm.storage.reader import BatchReader, ReadOptions
-from nfm.storage.selection import Filter
-from nfm.storage.stream import Records, StoreStream
+from nfm.storage.format.order import Rows, Shuffle
+from nfm.storage.reading.reader import BatchReader, ReadOptions
+from nfm.storage.reading.selection import Filter
+from nfm.storage.reading.stream import Records, StoreStream
 
 if TYPE_CHECKING:
+    from nfm.storage.reading.torch_dataset import TorchBatches
     from nfm.storage.store import PairStore
-    from nfm.storage.torch_dataset import TorchBatches
 
 _FINEST = 10_000  # weights are fractions with at most this denominator, so that shares are exact
 
@@ -63,7 +63,7 @@ class Mixture:
         **options: Unpack[ReadOptions],
     ) -> TorchBatches:
         """The same batches as an IterableDataset: `DataLoader(dataset, batch_size=None, num_workers=any)`."""
-        from nfm.storage.torch_dataset import TorchBatches
+        from nfm.storage.reading.torch_dataset import TorchBatches
 
         return TorchBatches(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 

@@ -15,22 +15,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from nfm.storage import generations, layout, shard_list
-from nfm.storage.atomic import read_json
-from nfm.storage.cache import ShardCache, Wanted, default_cache
+from nfm.storage import layouts
 from nfm.storage.errors import StorageError
-from nfm.storage.order import Rows, Shuffle
-from nfm.storage.paths import as_path, inside, is_remote, size_of
-from nfm.storage.presence import DrawShards, Presence, excluded_problems
-from nfm.storage.reader import BatchReader, ReadOptions
-from nfm.storage.row_fields import RowField
-from nfm.storage.schema import StoreSpec, read_spec
-from nfm.storage.selection import Filter, read_parts, select
-from nfm.storage.sequence import ShardSequence
-from nfm.storage.stream import Arrays, StoreStream
+from nfm.storage.files.atomic import read_json
+from nfm.storage.files.cache import ShardCache, Wanted, default_cache
+from nfm.storage.files.paths import as_path, inside, is_remote, size_of
+from nfm.storage.format.order import Rows, Shuffle
+from nfm.storage.format.spec import StoreSpec, read_spec
+from nfm.storage.ledger import seal, shard_list
+from nfm.storage.ledger.generation import DrawShards, Presence, excluded_problems
+from nfm.storage.ledger.row_fields import RowField
+from nfm.storage.reading.reader import BatchReader, ReadOptions
+from nfm.storage.reading.selection import Filter, read_parts, select
+from nfm.storage.reading.shards import ShardSequence
+from nfm.storage.reading.stream import Arrays, StoreStream
 
 if TYPE_CHECKING:
-    from nfm.storage.torch_dataset import TorchBatches
+    from nfm.storage.reading.torch_dataset import TorchBatches
 
 _DRAWS_OPEN = 2  # a reader at the end of an epoch touches two draws
 
@@ -55,7 +56,7 @@ class PairStore:
         self.noise_step = spec.noise_step
         self.rows_per_shard = spec.rows_per_shard
         self.remote = is_remote(root)
-        path = str(generations.manifest_path(root, self.generation))
+        path = str(seal.manifest_path(root, self.generation))
         if problems := excluded_problems(spec, manifest):
             raise StorageError(f"{path}: {problems[0]}; run `nfm audit {root}`")
         self._presence = Presence(path, spec, manifest)
@@ -85,8 +86,8 @@ class PairStore:
             generation, root = named, root.parent
         spec = read_spec(root)
         if generation is not None:
-            return cls(root, spec, generations.load(root, generation), cache)
-        newest = generations.newest(root)
+            return cls(root, spec, seal.load(root, generation), cache)
+        newest = seal.newest(root)
         if newest is None:
             raise StorageError(
                 f"{root}: a pair store without a sealed generation; finish the pairs stage, or seal what is "
@@ -181,7 +182,7 @@ class PairStore:
         **options: Unpack[ReadOptions],
     ) -> TorchBatches:
         """The same batches as an IterableDataset: `DataLoader(dataset, batch_size=None, num_workers=any)`."""
-        from nfm.storage.torch_dataset import TorchBatches
+        from nfm.storage.reading.torch_dataset import TorchBatches
 
         return TorchBatches(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 
@@ -204,7 +205,7 @@ class PairStore:
         names = [field.name for field in self.spec.fields if field.role != "slot"]
         return self._draw(0).empty(names, records)
 
-    def shard(self, draw: int, number: int) -> layout.Shard:
+    def shard(self, draw: int, number: int) -> layouts.Shard:
         """A shard of a draw, mapped and open, fetched into the cache first if the store is a URL."""
         if self.remote:  # before the draw's lock is taken, so that several are fetched at once
             self.cache.together(_wanted(self.root, self.spec, self._presence.of(draw)[number]))
@@ -271,13 +272,13 @@ class PairStore:
 
 def _wanted(root: Path, spec: StoreSpec, entry: Mapping[str, Any]) -> list[Wanted]:
     """The payload files of a shard, where the store is."""
-    return [Wanted(inside(root, file.path), file.sha256, file.bytes) for file in layout.files(spec, entry)]
+    return [Wanted(inside(root, file.path), file.sha256, file.bytes) for file in layouts.files(spec, entry)]
 
 
-def _open_shard(root: Path, spec: StoreSpec, shards: DrawShards, cache: ShardCache, number: int) -> layout.Shard:
+def _open_shard(root: Path, spec: StoreSpec, shards: DrawShards, cache: ShardCache, number: int) -> layouts.Shard:
     # No method, so that a store which nobody uses any more goes at once, with its maps.
     entry = shards[number]
-    return cache.opened(_wanted(root, spec, entry), lambda paths: layout.open_shard(spec, paths, entry["records"]))
+    return cache.opened(_wanted(root, spec, entry), lambda paths: layouts.open_shard(spec, paths, entry["records"]))
 
 
 class JoinedField:

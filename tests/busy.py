@@ -21,8 +21,8 @@ from typing import Any
 
 import click
 
-from nfm.stages.bench_store import machine
-from nfm.storage import atomic
+from nfm.stages.trained.machine import machine
+from nfm.storage.files import atomic
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (

@@ -12,7 +12,7 @@ _IMPORTED = [
     *("torch", "torch.distributed.fsdp", "torch.distributed.tensor"),
     "torch._dynamo",  # which DistributedDataParallel imports late
     *("torchdata.stateful_dataloader", "accelerate", "pyarrow.dataset", "scipy.optimize", "pytest"),
-    *("nfm.storage", "nfm.pipeline.audit", "nfm.pipeline.cli", "nfm.pipeline.graph", "nfm.pipeline.runner"),
+    *("nfm.storage", "nfm.pipeline.upkeep.audit", "nfm.pipeline.cli", "nfm.pipeline.graph", "nfm.pipeline.runner"),
 ]
 
 context = multiprocessing.get_context("forkserver")

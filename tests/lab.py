@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from nfm.pipeline.artifact import Artifact, newest_manifest
+from nfm.pipeline.artifacts.artifact import Artifact, newest_manifest
 from nfm.pipeline.cli import main
 from tests.forked import Forked
 from tests.patience import PATIENCE

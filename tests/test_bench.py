@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from nfm.stages.bench_peers import PEERS
-from nfm.stages.bench_rows import COPY, INLINE, ROWS, Reading, Triple, Workload, checked_epoch, copied, tensors
-from nfm.stages.bench_store import bench
+from benchmarks.store.command import store
+from benchmarks.store.peers import PEERS
+from benchmarks.store.rows import COPY, INLINE, ROWS, Reading, Triple, Workload, checked_epoch, copied, tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def run(tmp_path: Path, *arguments: str) -> tuple[dict, str]:
     output = tmp_path / "store.json"
     result = CliRunner().invoke(
-        bench, ["store", "--quick", "--folder", str(tmp_path), "-o", str(output), *arguments], catch_exceptions=False
+        store, ["--quick", "--folder", str(tmp_path), "-o", str(output), *arguments], catch_exceptions=False
     )
     assert result.exit_code == 0, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["store.json"], "stores were left behind"

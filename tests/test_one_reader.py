@@ -1,4 +1,4 @@
-"""Metadata is read by storage/small_files.py alone: a raw read elsewhere is a defect unless its reason stands here."""
+"""Metadata is read by small_files.py alone: a raw read elsewhere is a defect unless its reason stands here."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-READER = "storage/small_files.py"
+READER = "storage/files/small_files.py"
 # Whose files these are, and why a look at what they are is not needed, or is taken there.
 ALLOWED = {
-    "pipeline/cli_submit.py: .read_bytes": "a config, named by the user, who may give a pipe",
+    "pipeline/cli/submit.py: .read_bytes": "a config, named by the user, who may give a pipe",
     "pipeline/config.py: .read_text": "a config, named by the user, who may give a pipe",
-    "pipeline/console.py: .open": "a log of this process's own, in a folder that was looked at",
-    "pipeline/gc.py: os.open": "a folder, to flush it",
-    "pipeline/lock.py: .read_text": "the kernel's own, under /proc",
-    "stages/inception.py: .open": "weights, named by the user",
-    "stages/pairs_export.py: np.load": "an array, named by the user; never unpickled",
-    "stages/report_evaluation.py: np.load": "of a file that the reader opened; never unpickled",
-    "stages/sources/digits.py: .read_bytes": "a file of scikit-learn",
-    "stages/sources/digits.py: np.loadtxt": "bytes that were read already",
-    "stages/sources/folder.py: Image.open": "a user's own images",
-    "stages/sources/idx.py: gzip.open": "a user's own data",
-    "stages/sources/idx.py: open": "a user's own data",
-    "stages/sources/arrays.py: .open": "a user's own data, or a member of it",
-    "stages/sources/arrays.py: np.load": "a user's own data; never unpickled",
-    "stages/sources/arrays.py: zipfile.ZipFile": "a user's own data",
-    "stages/sources/tree.py: Image.open": "a user's own images",
-    "stages/sources/source.py: np.memmap": "scratch that was made a line above",
-    "stages/sources/source.py: open": "scratch that is made there",
-    "stages/training.py: .open": "the log of a training, to append to it; it was read by the reader, or removed",
-    "storage/cache.py: open": "a download, to write it",
-    "storage/cache_folder.py: os.open": "locks in a folder of this user's",
-    "storage/hashing_file.py: open": "a file, to write it",
-    "storage/hashing_file.py: os.open": "a folder, to flush it",
-    "storage/index.py: pq.ParquetFile": "of a file that the reader opened, or its bytes",
-    "storage/listing.py: os.open": "folders, and files relative to one: looked at there, by the reader's bound",
-    "storage/shard_list.py: pq.ParquetFile": "of bytes that the reader read",
-    "storage/verify_files.py: open": "a copy, to write it",
-    "storage/verify_fields.py: np.load": "payload whose size and digest were checked; never unpickled",
-    "storage/verify_stock.py: np.load": "payload, a member of a tar; never unpickled",
-    "storage/verify_stock.py: tarfile.open": "payload whose size and digest were checked",
-    "storage/verify_stock.py: zarr.open_array": "links to payload whose size and digest were checked",
-    "trainers/inception.py: torch.load": "weights, named by the user; weights only",
+    "pipeline/console/__init__.py: .open": "a log of this process's own, in a folder that was looked at",
+    "pipeline/upkeep/gc.py: os.open": "a folder, to flush it",
+    "pipeline/artifacts/lock.py: .read_text": "the kernel's own, under /proc",
+    "stages/evaluation/inception.py: .open": "weights, named by the user",
+    "stages/stores/export.py: np.load": "an array, named by the user; never unpickled",
+    "stages/report/evaluation.py: np.load": "of a file that the reader opened; never unpickled",
+    "stages/data/sources/digits.py: .read_bytes": "a file of scikit-learn",
+    "stages/data/sources/digits.py: np.loadtxt": "bytes that were read already",
+    "stages/data/sources/folder.py: Image.open": "a user's own images",
+    "stages/data/sources/idx.py: gzip.open": "a user's own data",
+    "stages/data/sources/idx.py: open": "a user's own data",
+    "stages/data/reading/arrays.py: .open": "a user's own data, or a member of it",
+    "stages/data/reading/arrays.py: np.load": "a user's own data; never unpickled",
+    "stages/data/reading/arrays.py: zipfile.ZipFile": "a user's own data",
+    "stages/data/reading/tree.py: Image.open": "a user's own images",
+    "stages/data/source.py: np.memmap": "scratch that was made a line above",
+    "stages/data/source.py: open": "scratch that is made there",
+    "stages/trained/training.py: .open": "a training's log, to append to it; it was read by the reader, or removed",
+    "storage/files/cache.py: open": "a download, to write it",
+    "storage/files/cache_folder.py: os.open": "locks in a folder of this user's",
+    "storage/files/durable.py: open": "a file, to write it",
+    "storage/files/durable.py: os.open": "a folder, to flush it",
+    "storage/format/index.py: pq.ParquetFile": "of a file that the reader opened, or its bytes",
+    "storage/files/folder.py: os.open": "folders, and files relative to one: looked at there, by the reader's bound",
+    "storage/ledger/shard_list.py: pq.ParquetFile": "of bytes that the reader read",
+    "storage/verify/files.py: open": "a copy, to write it",
+    "storage/verify/row_fields.py: np.load": "payload whose size and digest were checked; never unpickled",
+    "storage/verify/stock.py: np.load": "payload, a member of a tar; never unpickled",
+    "storage/verify/stock.py: tarfile.open": "payload whose size and digest were checked",
+    "storage/verify/stock.py: zarr.open_array": "links to payload whose size and digest were checked",
+    "trainers/models/inception.py: torch.load": "weights, named by the user; weights only",
 }
 METHODS = {"read_text", "read_bytes", "open"}
 OF_MODULES = {
@@ -87,9 +87,8 @@ _LIBRARIES = {"tarfile", "zarr", "gzip", "bz2", "lzma", "Image"}
 
 
 def library() -> list[Path]:
-    """All of it but the benchmarks, which read what they have written."""
-    files = (path for folder in ("pipeline", "stages", "storage", "trainers") for path in (ROOT / folder).rglob("*.py"))
-    return [path for path in files if not path.name.startswith("bench_")]
+    """All of its files; the benchmarks, which read what they have written, are no part of it."""
+    return [path for folder in ("pipeline", "stages", "storage", "trainers") for path in (ROOT / folder).rglob("*.py")]
 
 
 def test_nothing_reads_a_file_past_the_one_reader() -> None:
@@ -126,7 +125,7 @@ def test_a_raw_read_is_seen(line: str, tmp_path: Path) -> None:
 
 
 def test_nothing_is_unpickled_and_nothing_imports_by_a_name_that_a_file_gives() -> None:
-    """`allow_pickle` and `weights_only` are said at each call; code is run by stages/custom.py alone."""
+    """`allow_pickle` and `weights_only` are said at each call; code is run by stages/couplings/custom.py alone."""
     for path in library():
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
@@ -140,7 +139,7 @@ def test_nothing_is_unpickled_and_nothing_imports_by_a_name_that_a_file_gives() 
                 assert said.get("weights_only") == "True", where
             assert name not in ("pickle.load", "pickle.loads", "eval", "importlib.import_module", "__import__"), where
             if name in ("exec", "importlib.util.spec_from_file_location"):
-                assert path == ROOT / "stages/custom.py", where
+                assert path == ROOT / "stages/couplings/custom.py", where
             if name == "importlib.util.find_spec" or name == "find_spec":
                 # Of a fixed top name it imports nothing.
                 assert isinstance(node.args[0], ast.Constant), where

@@ -12,8 +12,8 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from nfm.storage.commits import Commit
-from nfm.storage.schema import shard_name
+from nfm.storage.format.spec import shard_name
+from nfm.storage.ledger.commits import Commit
 
 TRIES = 3
 

@@ -12,11 +12,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from nfm.stages.encoder import Setup
+from nfm.stages.base import StageError
+from nfm.stages.encoding.encoder import Setup
 from nfm.stages.executors import TRIES, Halt, Outcome, ShardJob
 from nfm.stages.executors.ray_cluster import cluster
 from nfm.stages.executors.ray_crew import IN_FLIGHT, Crew, Landing
-from nfm.stages.stage import StageError
 
 DEATHS = 5
 LOSSES = 10  # with whole nodes as well, which one shard may run out of memory

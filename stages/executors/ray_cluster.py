@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from nfm.stages.stage import StageError
+from nfm.stages.base import StageError
 
 ANSWER_SECONDS = 5.0
 STORE_BYTES = 80 * 2**20  # images never enter Ray's object store

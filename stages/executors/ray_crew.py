@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nfm.stages.encoder import Encoder, Setup
+from nfm.stages.base import StageError
+from nfm.stages.encoding.encoder import Encoder, Setup
 from nfm.stages.executors import ShardJob, Timing
 from nfm.stages.executors.ray_cluster import Share, carried
-from nfm.stages.stage import StageError
-from nfm.storage.commits import Commit
+from nfm.storage.ledger.commits import Commit
 
 IN_FLIGHT = 2
 LOOK_SECONDS = 1.0  # how often the cluster is asked for nodes that came or went

@@ -7,9 +7,9 @@ import socket
 import traceback
 from collections.abc import Iterable, Iterator
 
-from nfm.stages.encoder import Encoder, Setup, threads
+from nfm.stages.encoding.encoder import Encoder, Setup, threads
+from nfm.stages.encoding.overlap import Ahead, running
 from nfm.stages.executors import TRIES, Halt, Outcome, ShardJob
-from nfm.stages.overlap import Ahead, running
 
 TICK_SECONDS = 1.0
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from nfm.stages.encoder import Setup
+from nfm.stages.encoding.encoder import Setup
 from nfm.stages.executors import Halt, Outcome, ShardJob, serial
-from nfm.storage import commits
-from nfm.storage.paths import as_path, exists
+from nfm.storage.files.paths import as_path, exists
+from nfm.storage.ledger import commits
 
 
 def share(names: Sequence[str], task: int, of: int) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nfm.storage import PairStore, StoreSpec, commits, generations
-from nfm.storage.schema import pair_fields, write_spec
+from nfm.storage import PairStore, StoreSpec
+from nfm.storage.format.spec import pair_fields, write_spec
+from nfm.storage.ledger import commits, seal
 
 
 @pytest.fixture(scope="session")
@@ -34,5 +35,5 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> PairStore:
                 "slot": slots,
             }
             commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", [record]).commit())
-    generations.seal(root, 2)
+    seal.seal(root, 2)
     return PairStore.open(root)

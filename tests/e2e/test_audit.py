@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from nfm.pipeline.artifact import Artifact
-from nfm.storage import atomic, commits, generations
-from nfm.storage.schema import read_spec
+from nfm.pipeline.artifacts.artifact import Artifact
+from nfm.storage.files import atomic
+from nfm.storage.format.spec import read_spec
+from nfm.storage.ledger import commits, seal
 from nfm.storage.store import PairStore
 
 if TYPE_CHECKING:
@@ -152,8 +153,8 @@ def swap_noise(store: Artifact, draw: int, shard: int) -> None:
         path.unlink()
     commits.publish(root, commits.write_shard(root, spec, draw, shard, "forged", [records]).commit())
     store.path.joinpath(store.manifest_name).unlink()
-    made = {*generations.build(root, spec, body["draws"]), "digest"}
-    generations.seal(root, body["draws"], **{key: value for key, value in body.items() if key not in made})
+    made = {*seal.build(root, spec, body["draws"]), "digest"}
+    seal.seal(root, body["draws"], **{key: value for key, value in body.items() if key not in made})
 
 
 def test_noise_of_another_teacher_is_found_by_the_deep_level_alone(lab: Lab) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfm.storage import atomic
+from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 CONFIG = ("-c", "tiny.toml")
 CASES: dict[str, tuple[tuple[str, ...], int]] = {
     "audit": (("{data}", "--quick"), 0),
-    "bench store": (("--passes", "none"), 2),
-    "bench encode": (("--passes", "none"), 2),
     "compare": (("-c", "none.toml"), 2),
     "gc": (("--dry-run",), 0),
     "lineage": (("{teacher}",), 0),

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from nfm.pipeline.cli import cli
-from nfm.stages import custom
-from nfm.storage import atomic
+from nfm.stages.couplings import custom
+from nfm.storage.files import atomic
 
 CONFIG = """
 [data]

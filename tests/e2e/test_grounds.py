@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.storage import atomic
+from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from nfm.pipeline.artifact import Artifact
+from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.storage import PairStore
-from nfm.storage.index import record_keys
+from nfm.storage.format.index import record_keys
 from tests.faults.harness import actors_of, ended
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfm.stages.pictures import FALSE_COLOURS
+from nfm.stages.display.pictures import FALSE_COLOURS
 from nfm.storage import ImageDataset, PairStore
 
 if TYPE_CHECKING:

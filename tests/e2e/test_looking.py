@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from nfm.pipeline.config import load
-from nfm.stages.sampling import sample_grid
+from nfm.stages.trained.sampling import sample_grid
 from nfm.storage import PairStore
 
 if TYPE_CHECKING:

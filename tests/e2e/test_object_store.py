@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nfm.pipeline.artifact import ArtifactError, find
+from nfm.pipeline.artifacts.artifact import ArtifactError, find
 from nfm.storage import PairStore
-from nfm.storage.paths import as_path
+from nfm.storage.files.paths import as_path
 from tests.storage.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 if TYPE_CHECKING:

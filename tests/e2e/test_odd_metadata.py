@@ -19,18 +19,21 @@ import numpy as np
 import pytest
 from click import ClickException
 
-from nfm.pipeline.artifact import Artifact, ArtifactError
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError
+from nfm.pipeline.artifacts.lock import Held, Lock
 from nfm.pipeline.cli import cli
-from nfm.pipeline.lock import Held, Lock
-from nfm.pipeline.progress import figures
-from nfm.stages import pairs_making, report_sections
-from nfm.stages.report_evaluation import Evaluation
-from nfm.stages.stage import StageError
-from nfm.stages.training import read_weights
-from nfm.storage import ImageDataset, PairStore, atomic, generations, shard_list
+from nfm.pipeline.console.progress import figures
+from nfm.stages.base import StageError
+from nfm.stages.pairs import production
+from nfm.stages.report import sections
+from nfm.stages.report.evaluation import Evaluation
+from nfm.stages.trained.training import read_weights
+from nfm.storage import ImageDataset, PairStore
 from nfm.storage.errors import StorageError
-from nfm.storage.row_fields import write_row_field
-from nfm.storage.small_files import MOST_STATE_BYTES
+from nfm.storage.files import atomic
+from nfm.storage.files.small_files import MOST_STATE_BYTES
+from nfm.storage.ledger import seal, shard_list
+from nfm.storage.ledger.row_fields import write_row_field
 from nfm.trainers import checkpoint  # noqa: F401  imported once, before the children are forked
 from tests.fuzz import sandbox
 from tests.sizes import FULL
@@ -145,8 +148,8 @@ def reads(root: Path) -> dict[str, Callable[[], str]]:
 
     functions: dict[str, Callable[[], object]] = {
         "weights": lambda: read_weights(teacher),
-        "training log": lambda: report_sections.read_lines(teacher / "metrics.jsonl"),
-        "tracebacks": lambda: pairs_making.reasons(Path(store), ["d000-s00000"]),
+        "training log": lambda: sections.read_lines(teacher / "metrics.jsonl"),
+        "tracebacks": lambda: production.reasons(Path(store), ["d000-s00000"]),
         "progress": lambda: figures(Artifact(Path(store)), 2),
         "records": lambda: list(PairStore.open(store).batches(64, epochs=1, last="keep", fields=("caption",))),
         "keys": lambda: ImageDataset.open(next(root.glob("data/*"))).keys(np.arange(3)),
@@ -176,7 +179,7 @@ def complete(made: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(shard_list, "INLINE", 0)
         first = PairStore.open(store).manifest
         told = ("stage", "version", "fingerprint", "inputs", "config", "files", "metrics", "git_commit", "finished")
-        generations.seal(store, 1, **{key: first[key] for key in (*told, "seconds")})
+        seal.seal(store, 1, **{key: first[key] for key in (*told, "seconds")})
     atomic.write_bytes(store / "failed" / "d000-s00000.txt", b"Error: no\n")
     atomic.write_json(store / "audits" / "20200101T000000Z-quick.json", {"level": "quick"})
     lock = Lock(store)

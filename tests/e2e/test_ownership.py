@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nfm.pipeline.artifact import Artifact
-from nfm.storage import PairStore, atomic
+from nfm.pipeline.artifacts.artifact import Artifact
+from nfm.storage import PairStore
+from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
     from tests.lab import Lab, Process

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfm.storage import PairStore, atomic
+from nfm.storage import PairStore
+from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

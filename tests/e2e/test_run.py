@@ -129,7 +129,7 @@ def test_a_student_alone_takes_the_generation_that_it_is_given(lab: Lab) -> None
 
 def test_the_student_stage_imports_no_teacher(lab: Lab) -> None:
     script = (
-        "import sys; from pathlib import Path; from nfm.stages.student import StudentConfig, run\n"
+        "import sys; from pathlib import Path; from nfm.stages.trained.student import StudentConfig, run\n"
         "class Quiet:\n"
         "    stopping = False\n"
         "    check_lock = progress = say = log = lambda *a, **k: None\n"
@@ -141,5 +141,5 @@ def test_the_student_stage_imports_no_teacher(lab: Lab) -> None:
     command = [sys.executable, "-c", script, str(lab.only("pairs").path), str(lab.folder / "out")]
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert (lab.folder / "out/weights.safetensors").exists()
-    assert "nfm.trainers.sit" in loaded
+    assert "nfm.trainers.models.sit" in loaded
     assert not [name for name in loaded if "teacher" in name or "tarflow" in name or "couplings" in name]

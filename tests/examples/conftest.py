@@ -12,8 +12,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from nfm.storage import StoreSpec, commits, generations
-from nfm.storage.schema import pair_fields, write_spec
+from nfm.storage import StoreSpec
+from nfm.storage.format.spec import pair_fields, write_spec
+from nfm.storage.ledger import commits, seal
 from tests.storage.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -40,7 +41,7 @@ def make_store(root: Path, layout: str) -> Path:
             image = np.clip(np.rint(127.5 + 127.5 * 0.25 * noise), 0, 255).astype(np.uint8)
             record = {"image": image, "noise": noise, "label": slots % 10, "slot": slots}
             commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", [record]).commit())
-    generations.seal(root, 2)
+    seal.seal(root, 2)
     return root
 
 

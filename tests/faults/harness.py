@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nfm.storage import PairStore, commits
-from nfm.storage.index import record_keys
-from nfm.storage.paths import TEMPORARY
-from nfm.storage.schema import read_spec
+from nfm.storage import PairStore
+from nfm.storage.files.paths import TEMPORARY
+from nfm.storage.format.index import record_keys
+from nfm.storage.format.spec import read_spec
+from nfm.storage.ledger import commits
 from tests.conftest import Lab
 from tests.faults.counts import COUNTS
 from tests.patience import PATIENCE, allowed

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.storage import PairStore, atomic
+from nfm.storage import PairStore
+from nfm.storage.files import atomic
 from tests.faults.harness import Making, check_whole
 
 if TYPE_CHECKING:

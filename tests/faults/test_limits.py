@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.storage import atomic, commits
+from nfm.storage.files import atomic
+from nfm.storage.ledger import commits
 from tests.conftest import Lab
 from tests.e2e.test_bad_input import small_disk as small_disk
 from tests.faults.harness import Making, check_whole

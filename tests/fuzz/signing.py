@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nfm.storage import atomic
 from nfm.storage.errors import StorageError
+from nfm.storage.files import atomic
 
 
 def write_signed(path: Path, body: Any) -> None:

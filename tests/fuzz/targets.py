@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import zarr  # noqa: F401  imported once, before the children are forked
 
-from nfm.storage import ImageDataset, PairStore, layout
+from nfm.storage import ImageDataset, PairStore, layouts
 from nfm.storage.errors import StorageError
 from nfm.storage.export import export
-from nfm.storage.row_fields import RowField, row_field_names
+from nfm.storage.ledger.row_fields import RowField, row_field_names
 from nfm.storage.verify import LEVELS, orphans, verify
 
 from .sandbox import Target
@@ -54,8 +54,8 @@ def _mapped(store: PairStore, draw: int, rows: int) -> Iterator[tuple[str, np.nd
         slots = spec.slots_of(number)
         if slots.start >= rows:
             break
-        paths = [store.root / file.path for file in layout.files(spec, entry)]
-        shard = layout.open_shard(spec, paths, len(slots))
+        paths = [store.root / file.path for file in layouts.files(spec, entry)]
+        shard = layouts.open_shard(spec, paths, len(slots))
         for field in spec.fields:
             parts.setdefault(field.name, []).append(shard.read(field.name, 0, min(len(slots), rows - slots.start)))
     yield from ((name, np.concatenate(values)) for name, values in parts.items())

@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, find, fingerprint, open_spec, publish
-from nfm.stages.stage import Result, Section, added, operational
-from nfm.storage import atomic
+from nfm.pipeline.artifacts.artifact import (
+    Artifact,
+    ArtifactError,
+    artifacts_root,
+    find,
+    fingerprint,
+    open_spec,
+    publish,
+)
+from nfm.stages.base import Result, Section, added, operational
 from nfm.storage.errors import StorageError
+from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -57,8 +65,8 @@ def test_a_fingerprint_is_what_it_was() -> None:
 
 
 def test_the_fields_that_decide_how_work_is_done_stay_out() -> None:
-    from nfm.stages.pairs import PairsConfig
-    from nfm.stages.student import StudentConfig
+    from nfm.stages.pairs.stage import PairsConfig
+    from nfm.stages.trained.student import StudentConfig
 
     semantic = PairsConfig().semantic()
     assert not {"draws", "executor", "workers", "threads", "device", "ray_address"} & set(semantic)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from nfm.pipeline.artifact import Artifact
-from nfm.pipeline.audit import as_text, audit, finished
+from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.pipeline.config import load
-from nfm.storage import atomic
-from nfm.storage.dataset import DatasetWriter, ImageDataset
+from nfm.pipeline.upkeep.audit import as_text, audit, finished
+from nfm.storage.dataset.images import DatasetWriter, ImageDataset
+from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

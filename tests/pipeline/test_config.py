@@ -10,7 +10,7 @@ import pytest
 
 from nfm.pipeline.config import ConfigError, RunConfig, load
 from nfm.pipeline.graph import build
-from nfm.stages.pairs import PairsConfig
+from nfm.stages.pairs.stage import PairsConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
 

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nfm.pipeline import progress
-from nfm.pipeline.artifact import Artifact
-from nfm.pipeline.console import Console, StopRequest
-from nfm.pipeline.rate import Rate
+from nfm.pipeline.artifacts.artifact import Artifact
+from nfm.pipeline.console import Console, StopRequest, progress
+from nfm.pipeline.console.rate import Rate
 from tests.patience import PATIENCE
 
 if TYPE_CHECKING:

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from nfm.pipeline import gc
-from nfm.pipeline.artifact import Artifact
-from nfm.pipeline.audit import audit
-from nfm.pipeline.cli_compare import _copy
+from nfm.pipeline.artifacts.artifact import Artifact
+from nfm.pipeline.artifacts.lineage import ancestors, inputs_of
+from nfm.pipeline.artifacts.lock import Lock
+from nfm.pipeline.cli.compare import _copy
 from nfm.pipeline.console import Console, StopRequest
-from nfm.pipeline.lineage import ancestors, inputs_of
-from nfm.pipeline.lock import Lock
-from nfm.pipeline.repair import repair_store
-from nfm.stages import pairs_leftovers
-from nfm.storage import atomic
+from nfm.pipeline.upkeep import gc
+from nfm.pipeline.upkeep.audit import audit
+from nfm.pipeline.upkeep.repair import repair_store
+from nfm.stages.stores import leftovers
 from nfm.storage.errors import StorageError
+from nfm.storage.files import atomic
 from tests.storage.test_hostile import store
 
 DIGEST = "ab" * 32
@@ -129,7 +129,7 @@ def test_gc_removes_nothing_that_a_link_leads_to(root: Path, tmp_path: Path) -> 
         (outer / name).write_bytes(b"theirs")
     path = store(root / "pairs")
     (path / "quarantine").symlink_to(outer)
-    assert pairs_leftovers.leftovers(path) == []
+    assert leftovers.leftovers(path) == []
     other = artifact(root / "features" / "x")
     for name in ("commits", "events", "audits", "failed"):
         (other.path / name).symlink_to(outer)

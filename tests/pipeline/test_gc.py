@@ -18,14 +18,15 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from nfm.pipeline import gc, graph, runner
-from nfm.pipeline.artifact import Artifact, artifacts_root
-from nfm.pipeline.audit import audit
+from nfm.pipeline import graph, runner
+from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root
+from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.cli import cli
 from nfm.pipeline.config import load
-from nfm.pipeline.lock import Lock
-from nfm.pipeline.repair import repair_store
-from nfm.stages import pairs_export
+from nfm.pipeline.upkeep import gc
+from nfm.pipeline.upkeep.audit import audit
+from nfm.pipeline.upkeep.repair import repair_store
+from nfm.stages.stores import export
 from nfm.storage import PairStore
 from tests.patience import PATIENCE
 
@@ -336,7 +337,7 @@ def test_pairs_of_a_configs_data_and_teacher_stay_whatever_they_were_overridden_
 
 def test_a_store_of_others_is_no_garbage(lab: Lab, root: Path) -> None:
     target = root / "pairs" / "exported"
-    pairs_export.run(lab.only("pairs").path, str(target), "samples", None, None, lambda *_: None)
+    export.run(lab.only("pairs").path, str(target), "samples", None, None, lambda *_: None)
     age(root, 8 * DAY)
     collect(older_than=0)
     assert Artifact(target).started

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.pipeline.artifact import Artifact, ArtifactError, artifacts_root, find
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, find
 from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.graph import Node, build, upstream
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.pipeline.lineage import ancestors, as_json, dependants, inputs_of, tree
+from nfm.pipeline.artifacts.lineage import ancestors, as_json, dependants, inputs_of, tree
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

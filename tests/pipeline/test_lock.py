@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from nfm.pipeline import lock
-from nfm.pipeline.lock import Held, Lock
-from nfm.storage import atomic
+from nfm.pipeline.artifacts import lock
+from nfm.pipeline.artifacts.lock import Held, Lock
+from nfm.storage.files import atomic
 from tests.patience import PATIENCE, allowed, until
 
 
@@ -60,7 +60,7 @@ def test_a_second_holder_is_told_at_once_who_has_it(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_killed_process_is_taken_at_once(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from nfm.pipeline.lock import Lock\n"
+    code = "import sys, time; from pathlib import Path; from nfm.pipeline.artifacts.lock import Lock\n"
     code += "with Lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -11,18 +11,18 @@ from pathlib import Path
 import click
 import pytest
 
-from nfm.pipeline.artifact import artifacts_root, find
+from nfm.pipeline.artifacts.artifact import artifacts_root, find
+from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.cli import main
+from nfm.pipeline.cli.options import LocalPath, Place
 from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.console import Console, StopRequest
-from nfm.pipeline.lock import Lock
-from nfm.stages.places import LocalPath, Place
 from nfm.storage.errors import NoPlace
 from tests.commands import commands
 from tests.storage.s3server import new_clients
 
 ROOT = Path(__file__).resolve().parents[2]
-# Parameters of text that name no place; a new one is to be entered here, or to be of a type of nfm.stages.places.
+# Parameters of text that name no place; a new one is entered here, or has a type of nfm.pipeline.cli.options.
 NO_PLACES = {
     *("overrides", "ray_address", "address", "level", "couplings", "seeds", "name"),
     *("sbatch", "sbatch_seal", "before", "shape", "image", "only", "device", "digests"),
@@ -66,7 +66,7 @@ def test_every_parameter_that_names_a_place_takes_it_by_the_rule() -> None:
             continue
         assert not isinstance(parameter.type, click.Path | click.File), where
         text = isinstance(parameter.type, click.types.StringParamType)
-        assert not text or parameter.name in NO_PLACES, f"{where}: is it a place? See nfm.stages.places"
+        assert not text or parameter.name in NO_PLACES, f"{where}: is it a place? See nfm.pipeline.cli.options"
     assert seen >= {"artifact", "store", "target", "config_path", "configs", "config", "output", "folder", "file"}
 
 
@@ -121,7 +121,7 @@ def test_no_command_shows_or_writes_the_secret_of_a_url(nfm: Nfm, url: str, tmp_
     tried = 0
     for path, parameter, command in PARAMETERS:
         text = isinstance(parameter.type, click.types.StringParamType) and parameter.name != "level"
-        if not (text or isinstance(parameter.type, Place | LocalPath)) or (text and path[0] == "bench"):
+        if not (text or isinstance(parameter.type, Place | LocalPath)):
             continue
         words = line(path, command, parameter, url)
         code, told = nfm(*words)

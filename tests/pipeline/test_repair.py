@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nfm.pipeline import graph, runner
-from nfm.pipeline.artifact import ArtifactError, find
-from nfm.pipeline.audit import audit
+from nfm.pipeline.artifacts.artifact import ArtifactError, find
+from nfm.pipeline.artifacts.lock import Held, Lock
 from nfm.pipeline.config import load
-from nfm.pipeline.lock import Held, Lock
-from nfm.pipeline.repair import repair_store
-from nfm.storage import shard_list
+from nfm.pipeline.upkeep.audit import audit
+from nfm.pipeline.upkeep.repair import repair_store
+from nfm.storage.ledger import shard_list
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

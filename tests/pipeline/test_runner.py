@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nfm.pipeline import graph, runner
-from nfm.pipeline.artifact import Artifact, ArtifactError
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError
+from nfm.pipeline.artifacts.lock import Held, Lock
 from nfm.pipeline.config import load
 from nfm.pipeline.console import StopRequest
-from nfm.pipeline.lock import Held, Lock
-from nfm.stages import sealing_report
-from nfm.stages.sources import source
-from nfm.stages.stage import StageError, Stopped
-from nfm.storage import atomic
+from nfm.stages.base import StageError, Stopped
+from nfm.stages.data import source
+from nfm.stages.pairs import sealing
+from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -170,7 +170,7 @@ def test_sealing_says_why_a_generation_has_no_coupling_report(lab: Lab, capsys: 
     store = lab.only("pairs", "independent")
     content = store.manifest()["content_digest"]
     store.reference.unlink()
-    atomic.write_json(store.path / sealing_report.BEGUN, {"content_digest": content})
+    atomic.write_json(store.path / sealing.BEGUN, {"content_digest": content})
     again = runner.seal_store(store)
     assert again.manifest()["content_digest"] == content
     assert "coupling_report" not in again.manifest()

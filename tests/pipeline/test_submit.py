@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.pipeline.submit import Script, Submission, array_jobs, directive, user_options
-from nfm.pipeline.submit_ray import allocation, job_command
-from nfm.stages.stage import StageError
+from nfm.pipeline.submit.ray import allocation, job_command
+from nfm.pipeline.submit.slurm import Script, Submission, array_jobs, directive, user_options
+from nfm.stages.base import StageError
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

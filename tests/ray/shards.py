@@ -13,10 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nfm.stages import pairs
-from nfm.stages.encoder import Setup
+from nfm.stages.encoding.encoder import Setup
 from nfm.stages.executors import Outcome, ShardJob, new_attempt, serial
-from nfm.storage import commits
+from nfm.stages.pairs import stage as pairs
+from nfm.storage.ledger import commits
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

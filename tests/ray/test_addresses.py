@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from nfm.stages.base import StageError
 from nfm.stages.executors import ray_cluster
-from nfm.stages.stage import StageError
 from tests.patience import allowed
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nfm.stages.base import StageError
 from nfm.stages.executors import ray as on_ray
 from nfm.stages.executors.ray_cluster import start_local
-from nfm.stages.stage import StageError
 from tests.ray.shards import NAMES, Assassin, Switch, bare, digests, ended, jobs, serially, writer_of
 
 if TYPE_CHECKING:

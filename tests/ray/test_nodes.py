@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nfm.storage import PairStore
-from nfm.storage.index import record_keys
+from nfm.storage.format.index import record_keys
 from tests.patience import PATIENCE, allowed
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nfm.storage import PairStore
-from nfm.storage.atomic import read_json
+from nfm.storage.files.atomic import read_json
 from tests.slurm.cluster import Cluster, absent
 
 if TYPE_CHECKING:

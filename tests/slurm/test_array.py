@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nfm.storage import PairStore
-from nfm.storage.index import record_keys
+from nfm.storage.format.index import record_keys
 from tests.patience import allowed
 from tests.slurm.conftest import SETS, SHARDS, Site
 

@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.stages import pairs, pairs_audit, pairs_recipe, potential, student
-from nfm.stages.custom import Allowed
-from nfm.storage import DatasetWriter, ImageDataset, PairStore, atomic, generations, philox
+from nfm.stages.couplings.custom import Allowed
+from nfm.stages.pairs import recipe
+from nfm.stages.pairs import stage as pairs
+from nfm.stages.stores import audit as pairs_audit
+from nfm.stages.trained import potential, student
+from nfm.storage import DatasetWriter, ImageDataset, PairStore
+from nfm.storage.files import atomic
+from nfm.storage.format import philox
+from nfm.storage.ledger import seal
 from tests.once import once
 from tests.stages.recorder import Recorder
 
@@ -93,7 +99,7 @@ class Shop:
 
     def begin(self, config: pairs.PairsConfig, name: str = "store") -> Path:
         """A store whose recipe stands."""
-        if config.coupling in pairs_recipe.MAKERS and pairs_recipe.MAKERS[config.coupling] not in self.inputs:
+        if config.coupling in recipe.MAKERS and recipe.MAKERS[config.coupling] not in self.inputs:
             self.makers(config.coupling)
         out = self.root / name
         out.mkdir()
@@ -109,7 +115,7 @@ class Shop:
 
     def makers(self, coupling: str) -> None:
         """The potential or the student that a coupling is made with, trained once for all tests."""
-        role = pairs_recipe.MAKERS[coupling]
+        role = recipe.MAKERS[coupling]
         name = f"{role}-{self.dtype}-{self.classes}"
         trained = once(
             self.factory, name, lambda folder: Shop(folder, self.factory, self.dtype, self.classes)._train(coupling)
@@ -140,7 +146,7 @@ class Shop:
 
     def finish(self, config: pairs.PairsConfig, out: Path) -> None:
         pairs.run(config, self.of(config), out, self.heard)
-        generations.seal(out, config.draws, config=config.model_dump(mode="json"))
+        seal.seal(out, config.draws, config=config.model_dump(mode="json"))
 
     def audit(self, store: PairStore, level: Any = "deep") -> list[str]:
         """What an audit finds that may run the store's own custom function."""

@@ -1,4 +1,4 @@
-"""`nfm bench encode` measures every way, says what did not work, and its parts are what they claim to be."""
+"""`python -m benchmarks.encode` measures every way, says what did not work, and its parts are what they claim to be."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nfm.stages import costs
-from nfm.stages.bench_encode import encode, targets
-from nfm.stages.bench_encode_rows import PLAIN, Case, measure
-from nfm.trainers.tarflow import TarFlow
+from benchmarks.encode.command import encode, targets
+from benchmarks.encode.rows import PLAIN, Case, measure
+from nfm.stages.trained import costs
+from nfm.trainers.models.tarflow import TarFlow
 
 SIZES = ("--image", "1x8x8", "--patch", "4", "--channels", "64", "--blocks", "1", "--layers", "1", "--batch", "4")
 

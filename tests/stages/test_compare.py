@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from nfm.stages import compare, compare_plots
-from nfm.stages.compare import CompareConfig
-from nfm.stages.stage import Result, StageError
-from nfm.storage import StoreSpec, commits, generations
-from nfm.storage.atomic import read_json, write_json
-from nfm.storage.schema import pair_fields, write_spec
+from nfm.stages.base import Result, StageError
+from nfm.stages.evaluation import compare, compare_plots
+from nfm.stages.evaluation.compare import CompareConfig
+from nfm.storage import StoreSpec
+from nfm.storage.files.atomic import read_json, write_json
+from nfm.storage.format.spec import pair_fields, write_spec
+from nfm.storage.ledger import commits, seal
 from tests.stages.recorder import Recorder
 
 # Distances by NFE of seed 0; the seeds after it add 1 each.
@@ -60,7 +61,7 @@ def store(root: Path, coupling: str, rows: int = 8, auc: float | None = None) ->
     record: dict[str, np.ndarray] = {"image": images, "noise": noise, "label": slots, "slot": slots}
     commits.publish(root, commits.write_shard(root, spec, 0, 0, "a1", [record]).commit())
     report: dict[str, Any] = {} if auc is None else {"coupling_report": {"auc": auc, "transport_cost": 1.5}}
-    generations.seal(root, 1, stage="pairs", fingerprint="f", metrics={}, seconds=1.0, **report)
+    seal.seal(root, 1, stage="pairs", fingerprint="f", metrics={}, seconds=1.0, **report)
     return root
 
 

@@ -13,15 +13,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from nfm.pipeline.cli_pairs import pairs as command
-from nfm.stages import coupling_report, pairs_audit, pairs_info, teacher
-from nfm.stages.coupling_facts import FACTS
-from nfm.stages.coupling_sample import draw_sample, row_counts
-from nfm.stages.pairs import PairsConfig
-from nfm.storage import DatasetWriter, PairStore, atomic, commits, generations
-from nfm.storage.schema import StoreSpec, pair_fields, write_spec
+from nfm.pipeline.cli.pairs import pairs as command
+from nfm.stages.couplings.facts import FACTS
+from nfm.stages.pairs import coupling_report
+from nfm.stages.pairs.coupling_sample import draw_sample, row_counts
+from nfm.stages.pairs.stage import PairsConfig
+from nfm.stages.stores import audit
+from nfm.stages.stores import info as pairs_info
+from nfm.stages.trained import teacher
+from nfm.storage import DatasetWriter, PairStore
+from nfm.storage.files import atomic
+from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
+from nfm.storage.ledger import commits, seal
 from nfm.trainers.checkpoint import pack_weights
-from nfm.trainers.tarflow import TarFlow, nll_per_dim
+from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
 
 SHAPE = (1, 8, 8)
 DATA, TEACHER = "ab" * 32, "cd" * 32
@@ -71,7 +76,7 @@ def make(tmp_path: Path) -> Make:
                     "row": own, "flip": slots < 0, "nll": np.full(len(slots), nll, np.float32),
                 }  # fmt: skip
                 commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", [record]).commit())
-        generations.seal(root, draws, excluded)
+        seal.seal(root, draws, excluded)
         return root
 
     return make
@@ -278,7 +283,7 @@ def test_info_shows_the_report_that_a_manifest_carries(make: Make) -> None:
     torch.manual_seed(0)
     root = make("custom", normal(300) * 1.5)
     body = measured(root)
-    manifest = generations.manifest_path(root, 1)
+    manifest = seal.manifest_path(root, 1)
     atomic.write_json(manifest, json.loads(manifest.read_text()) | {"coupling_report": body})
     info = pairs_info.info(root)
     assert info["transport cost"] == coupling_report.lines(body)["transport cost"]
@@ -303,8 +308,8 @@ def test_images_of_another_scale_are_named_in_place_of_the_teachers_training(
     assert ("train the teacher longer" in said) != named
     assert ("mend the images' scale first" in said) == named
     assert (f"root mean square {body['image']['size']:.4g}, where teacher and student want about 1" in said) == named
-    manifest = json.loads(generations.manifest_path(tmp_path / "pairs" / "store", 1).read_text())
-    (finding,) = pairs_audit._marginals(tmp_path / "pairs" / "store", manifest | {"coupling_report": body})
+    manifest = json.loads(seal.manifest_path(tmp_path / "pairs" / "store", 1).read_text())
+    (finding,) = audit._marginals(tmp_path / "pairs" / "store", manifest | {"coupling_report": body})
     assert ("mend the images' scale first" in finding.remedy) == named  # the audit gives the same advice
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.stages import custom, pairs, pairs_audit
-from nfm.stages.encoder import Encoder
+from nfm.stages.base import StageError
+from nfm.stages.couplings import custom
+from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.executors import ShardJob
-from nfm.stages.stage import StageError
-from nfm.storage import atomic
+from nfm.stages.pairs import stage
+from nfm.stages.stores import audit
+from nfm.storage.files import atomic
 from tests.stages.shop import CUSTOM, ROWS, Shop, all_of
 
 
@@ -21,14 +23,14 @@ def test_a_custom_coupling_is_recorded_with_the_digest_of_its_file(shop: Shop) -
     store = shop.make(config)
     sha256 = atomic.hash_file(shop.root / "own_couplings.py")[0]
     assert store.spec.coupling_options == {"function": "own_couplings:noise", "sha256": sha256}
-    assert pairs.external(config) == {"custom": sha256}
-    assert pairs.external(shop.config(coupling="independent", custom="own_couplings:noise")) == {}
+    assert stage.external(config) == {"custom": sha256}
+    assert stage.external(shop.config(coupling="independent", custom="own_couplings:noise")) == {}
 
 
 def test_another_file_on_a_worker_is_refused(shop: Shop) -> None:
     config = shop.config(coupling="custom", custom="own_couplings:noise")
     store = shop.make(config)
-    setup = pairs.setup(config, shop.of(config), Path(store.root))
+    setup = stage.setup(config, shop.of(config), Path(store.root))
     (shop.root / "own_couplings.py").write_text(CUSTOM.replace("0.2", "0.3"))
     with pytest.raises(StageError, match="not the file that this store's pairs are made with"):
         Encoder(setup)
@@ -47,14 +49,14 @@ def test_another_file_on_a_worker_is_refused(shop: Shop) -> None:
 )
 def test_what_is_no_noise_is_refused_by_name(shop: Shop, function: str, said: str) -> None:
     config = shop.config(coupling="custom", custom=f"own_couplings:{function}")
-    encoder = Encoder(pairs.setup(config, shop.of(config), shop.begin(config)))
+    encoder = Encoder(stage.setup(config, shop.of(config), shop.begin(config)))
     with pytest.raises(ValueError, match=f"own_couplings:{function}.*{said}"):
         encoder.encode_shard(ShardJob(0, 0, "a1"))
 
 
 def test_a_function_that_fails_is_named(shop: Shop) -> None:
     config = shop.config(coupling="custom", custom="own_couplings:broken")
-    encoder = Encoder(pairs.setup(config, shop.of(config), shop.begin(config)))
+    encoder = Encoder(stage.setup(config, shop.of(config), shop.begin(config)))
     with pytest.raises(StageError, match=r"own_couplings:broken.*raised AttributeError"):
         encoder.encode_shard(ShardJob(0, 0, "a1"))
 
@@ -73,7 +75,7 @@ def test_a_recipe_with_another_custom_digest_than_the_fingerprints_is_found(shop
     config = shop.config(coupling="custom", custom="own_couplings:noise")
     store = shop.make(config)
     path = Path(store.root) / "spec.json"
-    spec = {**atomic.read_json(path), "external": pairs.external(config)}
+    spec = {**atomic.read_json(path), "external": stage.external(config)}
     atomic.write_json(path, spec)
     assert shop.audit(store, "default") == []
     spec["store"]["coupling_options"]["sha256"] = "ab" * 32
@@ -100,13 +102,13 @@ def test_a_function_that_writes_into_its_arguments_harms_nothing(shop: Shop) -> 
 )
 def test_a_module_that_is_not_there_is_told_before_anything_begins(shop: Shop, named: str | None, said: str) -> None:
     with pytest.raises(StageError, match=rf"pairs\.custom = .*{said}"):
-        pairs.describe(shop.config(coupling="custom", custom=named), shop.inputs)
+        stage.describe(shop.config(coupling="custom", custom=named), shop.inputs)
 
 
 def test_a_function_that_is_not_there_is_told(shop: Shop) -> None:
     config = shop.config(coupling="custom", custom="own_couplings:nothing")
     with pytest.raises(StageError, match="has no function 'nothing'"):
-        Encoder(pairs.setup(config, shop.of(config), shop.begin(config)))
+        Encoder(stage.setup(config, shop.of(config), shop.begin(config)))
 
 
 def test_a_module_is_found_through_packages_of_every_kind_and_nothing_of_them_is_run(shop: Shop) -> None:
@@ -142,7 +144,7 @@ def test_an_audit_runs_no_function_that_it_was_not_told_to_run(shop: Shop) -> No
     store = shop.make(shop.config(coupling="custom", custom="own_couplings:noise"))
     (shop.root / "own_couplings.py").write_text("raise SystemExit('run')\n")
     for allowed in (custom.NOBODYS, custom.Allowed(frozenset({"ab" * 32}))):
-        found, said = pairs_audit.audit(shop.inputs, Path(store.root), "deep", 60, allowed)
+        found, said = audit.audit(shop.inputs, Path(store.root), "deep", 60, allowed)
         assert found == []
         assert "were not encoded again" in said[0]
         assert "--run-custom" in said[0]

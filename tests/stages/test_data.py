@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from nfm.pipeline.config import ConfigError, load
-from nfm.stages import data
-from nfm.stages.data import DataConfig, source_identity
-from nfm.stages.sources import Idx, ImageFolder, Npz, Source
-from nfm.stages.stage import Result, StageError, Stopped
+from nfm.stages.base import Result, StageError, Stopped
+from nfm.stages.data import stage
+from nfm.stages.data.sources import Idx, ImageFolder, Npz, Source
+from nfm.stages.data.stage import DataConfig, source_identity
 from nfm.storage import ImageDataset
 from tests.stages.image_files import picture
 from tests.stages.recorder import Recorder
@@ -26,7 +26,7 @@ from tests.stages.test_sources import write_idx
 
 def make(out: Path, report: Recorder | None = None, **config: object) -> Result:
     out.mkdir(exist_ok=True)
-    return data.run(DataConfig.model_validate(config), {}, out, report or Recorder())
+    return stage.run(DataConfig.model_validate(config), {}, out, report or Recorder())
 
 
 def image_folder(root: Path, good: int = 20, bad: int = 0, parts: tuple[str, ...] = ("",)) -> str:
@@ -48,7 +48,7 @@ def keys_of(out: Path, split: str) -> list[str]:
 def test_digits_become_shards_that_hold_every_image_once(tmp_path: Path) -> None:
     report = Recorder()
     result = make(tmp_path / "out", report, rows_per_shard=1000)
-    source = data.open_source(DataConfig())
+    source = stage.open_source(DataConfig())
     images = source.load(np.arange(1797), tmp_path, report).images
     train, heldout = (ImageDataset.open(tmp_path / "out", split) for split in ("train", "heldout"))
     assert (len(train), len(heldout)) == (1707, 90)  # 5 % of 1797, rounded

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from nfm.stages import pairs
-from nfm.stages.encoder import Encoder, Setup
+from nfm.stages.encoding.encoder import Encoder, Setup
 from nfm.stages.executors import ShardJob
-from nfm.storage import codecs, commits, layout
-from nfm.storage.schema import read_spec
+from nfm.stages.pairs import stage as pairs
+from nfm.storage import layouts
+from nfm.storage.format import codecs
+from nfm.storage.format.spec import read_spec
+from nfm.storage.ledger import commits
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -56,7 +58,7 @@ def noise_of(store: Path, name: str) -> np.ndarray:
     """The noise of a committed shard."""
     spec, commit = read_spec(store), commits.read(store, name)
     assert commit is not None
-    shard = layout.open_shard(spec, [store / commit.payload], commit.records)
+    shard = layouts.open_shard(spec, [store / commit.payload], commit.records)
     return codecs.decode(shard.read("noise", 0, commit.records), spec.noise_step)
 
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from nfm.stages import distances, evaluate, inception, student
-from nfm.stages.evaluate import EvaluateConfig
-from nfm.stages.evaluation_table import COLUMNS, as_text, columns_of, distance_key
-from nfm.stages.report_evaluation import Evaluation
-from nfm.stages.stage import Result, StageError, Stopped
+from nfm.stages.base import Result, StageError, Stopped
+from nfm.stages.evaluation import distances, inception, stage
+from nfm.stages.evaluation.stage import EvaluateConfig
+from nfm.stages.evaluation.table import COLUMNS, as_text, columns_of, distance_key
+from nfm.stages.report.evaluation import Evaluation
+from nfm.stages.trained import student
 from nfm.storage import DatasetWriter, ImageDataset
 from nfm.trainers.checkpoint import pack_weights, unpack_weights
 from tests.stages.recorder import Recorder
@@ -40,8 +41,8 @@ METRICS = {
 def evaluated(made: Lab, out: Path, *roles: str, **options: Any) -> tuple[dict[str, Any], Result]:
     out.mkdir(exist_ok=True)
     inputs = {role: made.only(role.partition(":")[0], role.partition(":")[2] or "nfm").path for role in roles}
-    result = evaluate.run(EvaluateConfig(**(SMALL | options)), inputs, out, Recorder())
-    return json.loads((out / evaluate.TABLE).read_text()), result
+    result = stage.run(EvaluateConfig(**(SMALL | options)), inputs, out, Recorder())
+    return json.loads((out / stage.TABLE).read_text()), result
 
 
 def names(body: dict[str, Any]) -> list[str]:
@@ -65,9 +66,9 @@ def test_every_row_has_every_metric_and_the_floor_is_best(made: Lab, tmp_path: P
     assert floor["nearest"] > 0
     assert [row["coupling"] for row in body["curvature"]] == ["nfm", "independent"]
     assert result.metrics["FD-CNN floor"] == floor["fd_cnn"]
-    assert list(result.payload) == [evaluate.DISTANCES]
-    told = json.loads((tmp_path / evaluate.DISTANCES).read_text())["rows"]
-    assert not {key for row in told for key in row} & set(evaluate.OF_THE_MOMENT)
+    assert list(result.payload) == [stage.DISTANCES]
+    told = json.loads((tmp_path / stage.DISTANCES).read_text())["rows"]
+    assert not {key for row in told for key in row} & set(stage.OF_THE_MOMENT)
     assert {row["machine"] for row in body["rows"]} == {body["machine"]} != {""}
     assert [row["guidance"] for row in body["curvature"]] == [0.0, 0.0]
     assert told[0].keys() >= METRICS
@@ -107,7 +108,7 @@ def test_the_reference_is_a_row_more_with_the_evaluations_that_it_took(made: Lab
     assert isinstance(reference["nfe"], int)
     assert reference["nfe"] >= 13
     assert abs(many["fd_cnn"] - reference["fd_cnn"]) < 0.1 * abs(one["fd_cnn"] - reference["fd_cnn"])
-    assert (tmp_path / evaluate.SAMPLES / "student-nfm-dopri5.npz").exists()
+    assert (tmp_path / stage.SAMPLES / "student-nfm-dopri5.npz").exists()
 
 
 def test_a_sample_that_is_not_finite_stops_the_evaluation_with_its_row(made: Lab, tmp_path: Path) -> None:
@@ -122,8 +123,8 @@ def test_a_sample_that_is_not_finite_stops_the_evaluation_with_its_row(made: Lab
     assert state.keys() == model.state_dict().keys()
     (tmp_path / "out").mkdir()
     with pytest.raises(StageError, match=r"row student-nfm-euler-2: 60 of 60 samples .*not finite.*precision"):
-        evaluate.run(EvaluateConfig(**SMALL), roles | {"student": broken}, tmp_path / "out", Recorder())
-    assert not list((tmp_path / "out" / evaluate.ROWS).glob("student*")), "no figure was made of it"
+        stage.run(EvaluateConfig(**SMALL), roles | {"student": broken}, tmp_path / "out", Recorder())
+    assert not list((tmp_path / "out" / stage.ROWS).glob("student*")), "no figure was made of it"
 
 
 def test_a_stopped_evaluation_goes_on_with_the_next_row(made: Lab, tmp_path: Path) -> None:
@@ -133,15 +134,15 @@ def test_a_stopped_evaluation_goes_on_with_the_next_row(made: Lab, tmp_path: Pat
     class Stopping(Recorder):
         @property
         def stopping(self) -> bool:
-            return len(list((tmp_path / evaluate.ROWS).glob("*"))) >= 2
+            return len(list((tmp_path / stage.ROWS).glob("*"))) >= 2
 
     with pytest.raises(Stopped):
-        evaluate.run(config, roles, tmp_path, Stopping())
-    first = tmp_path / evaluate.ROWS / "floor.json"
+        stage.run(config, roles, tmp_path, Stopping())
+    first = tmp_path / stage.ROWS / "floor.json"
     before = first.stat().st_mtime_ns
-    evaluate.run(config, roles, tmp_path, Recorder())
+    stage.run(config, roles, tmp_path, Recorder())
     assert first.stat().st_mtime_ns == before
-    assert len(list((tmp_path / evaluate.ROWS).glob("*"))) == 4
+    assert len(list((tmp_path / stage.ROWS).glob("*"))) == 4
 
 
 def test_agreement_and_the_nearest_image_of_the_training_set_itself_are_perfect(made: Lab, tmp_path: Path) -> None:
@@ -210,8 +211,8 @@ def test_points_of_the_plane_are_measured_without_features(tmp_path: Path) -> No
     writer.close()
     config = EvaluateConfig(**(SMALL | {"features": "none", "samples": 150}))
     (tmp_path / "out").mkdir()
-    result = evaluate.run(config, {"data": tmp_path / "data"}, tmp_path / "out", Recorder())
-    row = json.loads((tmp_path / "out" / evaluate.TABLE).read_text())["rows"][0]
+    result = stage.run(config, {"data": tmp_path / "data"}, tmp_path / "out", Recorder())
+    row = json.loads((tmp_path / "out" / stage.TABLE).read_text())["rows"][0]
     assert 0.02 < row["w2"] < 0.6
     assert 0 < row["sliced_wasserstein"] < row["w2"]
     assert not {"fd_cnn", "kid", "precision", "nearest", "agreement"} & row.keys()
@@ -323,9 +324,9 @@ def test_in_the_features_of_inception_the_distance_is_called_fid(untrained: Path
     config = EvaluateConfig(**SMALL | {"features": "inception", "inception_weights": str(untrained), "samples": 8})
     data = small_pictures(tmp_path / "data")
     (tmp_path / "out").mkdir()
-    evaluate.run(config, {"data": data}, tmp_path / "out", Recorder())
-    text = (tmp_path / "out" / evaluate.TEXT).read_text()
-    row = json.loads((tmp_path / "out" / evaluate.TABLE).read_text())["rows"][0]
+    stage.run(config, {"data": data}, tmp_path / "out", Recorder())
+    text = (tmp_path / "out" / stage.TEXT).read_text()
+    row = json.loads((tmp_path / "out" / stage.TABLE).read_text())["rows"][0]
     assert row["fid"] > 0
     assert "FID" in text
     assert "FD-CNN" not in text
@@ -343,10 +344,10 @@ def test_weights_decide_the_identity_and_their_place_does_not(untrained: Path, t
     copy.write_bytes(untrained.read_bytes())
     here, there = (EvaluateConfig(features="inception", inception_weights=str(path)) for path in (untrained, copy))
     assert here.semantic() == there.semantic()
-    assert evaluate.external(here) == evaluate.external(there) != {}
+    assert stage.external(here) == stage.external(there) != {}
     copy.write_bytes(b"other")
-    assert evaluate.external(here) != evaluate.external(there)
-    assert evaluate.external(EvaluateConfig()) == {}
+    assert stage.external(here) != stage.external(there)
+    assert stage.external(EvaluateConfig()) == {}
 
 
 def test_what_is_missing_for_inception_is_told_with_the_remedy(tmp_path: Path) -> None:

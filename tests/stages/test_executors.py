@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from nfm.stages import pairs
-from nfm.stages.encoder import Encoder, Setup
+from nfm.stages.base import StageError
+from nfm.stages.encoding.encoder import Encoder, Setup
 from nfm.stages.executors import Outcome, ShardJob, new_attempt, serial, slurm
 from nfm.stages.executors import ray as on_ray
-from nfm.stages.stage import StageError
-from nfm.storage import commits
-from nfm.storage.schema import read_spec
+from nfm.stages.pairs import stage as pairs
+from nfm.storage.format.spec import read_spec
+from nfm.storage.ledger import commits
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.seconds(30)]  # a small machine starts one Ray at a time
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from nfm.stages import data
-from nfm.stages.data import DataConfig
-from nfm.stages.sources import ImageFolder
-from nfm.stages.stage import Result, StageError
+from nfm.stages.base import Result, StageError
+from nfm.stages.data import stage
+from nfm.stages.data.sources import ImageFolder
+from nfm.stages.data.stage import DataConfig
 from tests.stages.image_files import picture, save
 from tests.stages.recorder import Recorder
 
@@ -49,7 +49,7 @@ def refused(root: Path, *says: str, **options: Any) -> None:
 def make(out: Path, path: Path, report: Recorder | None = None, **config: Any) -> Result:
     out.mkdir()
     settings = DataConfig.model_validate({"source": "images", "path": str(path), **config})
-    return data.run(settings, {}, out, report or Recorder())
+    return stage.run(settings, {}, out, report or Recorder())
 
 
 # Splits
@@ -298,7 +298,7 @@ def test_the_background_is_one_colour_however_it_is_written(tmp_path: Path) -> N
         with pytest.raises(ValueError, match="six hexadecimal digits"):
             DataConfig.model_validate({"background": wrong})
     with pytest.raises(StageError, match=r"data\.background = 'black': source \"digits\" has no transparent pixels"):
-        data.open_source(DataConfig(background="black"))
+        stage.open_source(DataConfig(background="black"))
 
 
 def test_folders_of_plain_images_keep_the_digests_they_had(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfm.stages import pairs_head
-from nfm.stages.pictures import FALSE_COLOURS, as_pixels, false_colours, in_false_colours, save_grid
-from nfm.stages.stage import StageError
-from nfm.storage import PairStore, commits, generations
-from nfm.storage.schema import StoreSpec, pair_fields, write_spec
+from nfm.stages.base import StageError
+from nfm.stages.display.pictures import FALSE_COLOURS, as_pixels, false_colours, in_false_colours, save_grid
+from nfm.stages.stores import head
+from nfm.storage import PairStore
+from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
+from nfm.storage.ledger import commits, seal
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -27,7 +28,7 @@ def lines_after(text: str, heading: str) -> list[list[str]]:
 
 def test_the_first_pairs_and_the_worst_nll_in_order(made: Lab, tmp_path: Path) -> None:
     store = PairStore.open(made.only("pairs").path)
-    text = pairs_head.draw(store.root, 5, 1, made.only("teacher").path, tmp_path / "head.png")
+    text = head.draw(store.root, 5, 1, made.only("teacher").path, tmp_path / "head.png")
     index = store.index(["key", "label", "nll"], draw=1).to_pydict()
     first = lines_after(text, "the first 5 pairs of draw 1")
     assert [row[0] for row in first] == index["key"][:5]
@@ -42,7 +43,7 @@ def test_the_first_pairs_and_the_worst_nll_in_order(made: Lab, tmp_path: Path) -
 
 
 def test_the_teacher_decodes_its_noise_to_image_plus_eta_eps(made: Lab, tmp_path: Path) -> None:
-    text = pairs_head.draw(made.only("pairs").path, 4, 0, made.only("teacher").path, tmp_path / "head.png")
+    text = head.draw(made.only("pairs").path, 4, 0, made.only("teacher").path, tmp_path / "head.png")
     errors = [float(row[-1]) for row in lines_after(text, "the first 4 pairs of draw 0")]
     assert all(0.1 < error < 0.2 for error in errors)  # eta is 0.15
     assert "eta eps' alone gives 0.15" in text
@@ -50,12 +51,12 @@ def test_the_teacher_decodes_its_noise_to_image_plus_eta_eps(made: Lab, tmp_path
 
 def test_without_a_teacher_nothing_is_decoded(made: Lab, tmp_path: Path) -> None:
     store = made.only("pairs", "independent").path
-    assert pairs_head.teacher_of(store) is None
-    text = pairs_head.draw(store, 3, 0, None, tmp_path / "head.png")
+    assert head.teacher_of(store) is None
+    text = head.draw(store, 3, 0, None, tmp_path / "head.png")
     assert [row[-1] for row in lines_after(text, "the first 3 pairs of draw 0")] == ["-"] * 3
     assert "worst nll" not in text
     with pytest.raises(StageError, match="has no teacher"):
-        pairs_head.draw(store, 3, 0, made.only("teacher").path, tmp_path / "head.png")
+        head.draw(store, 3, 0, made.only("teacher").path, tmp_path / "head.png")
 
 
 @pytest.mark.parametrize(("shape", "count"), [((4, 6, 6), 1), ((2, 3, 5), 20)])
@@ -66,8 +67,8 @@ def test_latents_are_shown_in_false_colours(tmp_path: Path, shape: tuple[int, in
     noise = np.random.default_rng(0).normal(size=(12, *shape)).astype(np.float32)
     records = [{"image": noise.astype(np.float16), "noise": noise, "slot": np.arange(12)}]
     commits.publish(tmp_path / "store", commits.write_shard(tmp_path / "store", spec, 0, 0, "a", records).commit())
-    generations.seal(tmp_path / "store", 1)
-    text = pairs_head.draw(tmp_path / "store", count, 0, None, tmp_path / "head.png")
+    seal.seal(tmp_path / "store", 1)
+    text = head.draw(tmp_path / "store", count, 0, None, tmp_path / "head.png")
     assert len(lines_after(text, f"the first {min(count, 12)} pairs of draw 0")) == min(count, 12)
     assert Image.open(tmp_path / "head.png").width > 800
 
@@ -84,8 +85,8 @@ def test_pixels_of_any_number_of_channels_are_drawn(tmp_path: Path, channels: in
     image, noise = random.integers(0, 256, (4, *shape), np.uint8), random.normal(size=(4, *shape)).astype(np.float32)
     records = [{"image": image, "noise": noise, "slot": np.arange(4)}]
     commits.publish(tmp_path / "store", commits.write_shard(tmp_path / "store", spec, 0, 0, "a", records).commit())
-    generations.seal(tmp_path / "store", 1)
-    pairs_head.draw(tmp_path / "store", 4, 0, None, tmp_path / "head.png")
+    seal.seal(tmp_path / "store", 1)
+    head.draw(tmp_path / "store", 4, 0, None, tmp_path / "head.png")
     assert Image.open(tmp_path / "head.png").width > 800
     shown = as_pixels(image.astype(np.float32) / 127.5 - 1, "uint8")
     assert shown.shape[1] == (3 if channels >= 3 else 1)  # never a fourth, which would be drawn as alpha

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.stages.data import DataConfig, open_source, run
-from nfm.stages.sources import Idx
-from nfm.stages.sources.source import Loaded
-from nfm.stages.stage import StageError
+from nfm.stages.base import StageError
+from nfm.stages.data.source import Loaded
+from nfm.stages.data.sources import Idx
+from nfm.stages.data.stage import DataConfig, open_source, run
 from tests.stages.recorder import Recorder
 from tests.stages.test_sources import write_idx
 
@@ -97,7 +97,7 @@ def test_a_header_that_promises_more_than_there_is_costs_nothing(tmp_path: Path,
 def test_a_file_that_unpacks_to_far_more_than_images_do_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nfm.stages.sources.source.BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr("nfm.stages.data.source.BOMB_BYTES", 1 << 20)
     folder(tmp_path, np.arange(ROWS) % 3, ".gz")
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((ROWS, 512, 128), np.uint8))
     with pytest.raises(StageError, match=r"train-images-idx3-ubyte\.gz: .* bytes that unpack to 1,966,080"):

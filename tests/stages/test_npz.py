@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.stages import data
-from nfm.stages.data import DataConfig
-from nfm.stages.sources import Npz
-from nfm.stages.sources.source import Loaded
-from nfm.stages.stage import StageError, Stopped
+from nfm.stages.base import StageError, Stopped
+from nfm.stages.data import stage
+from nfm.stages.data.source import Loaded
+from nfm.stages.data.sources import Npz
+from nfm.stages.data.stage import DataConfig
 from nfm.storage import ImageDataset
 from tests.patience import allowed
 from tests.stages.recorder import Recorder
@@ -238,7 +238,7 @@ def test_images_of_another_type_are_refused_with_what_to_save(tmp_path: Path, sa
 def test_byte_order_memory_order_and_compression_change_no_value(
     tmp_path: Path, save: Save, dtype: str, order: str, compressed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nfm.stages.sources.arrays.PIECE_BYTES", 1000)  # so that there are many pieces
+    monkeypatch.setattr("nfm.stages.data.reading.arrays.PIECE_BYTES", 1000)  # so that there are many pieces
     values = pixels(ROWS, 3, 6, 5)
     path = save(compressed, data=np.asarray(values, dtype, order=order), labels=LABELS.astype(">i2"))
     source, _ = loaded(tmp_path, path)
@@ -291,7 +291,7 @@ def test_a_header_that_promises_more_than_there_is_costs_nothing(tmp_path: Path)
 
 
 def test_a_file_that_unpacks_to_far_more_than_images_do_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("nfm.stages.sources.source.BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr("nfm.stages.data.source.BOMB_BYTES", 1 << 20)
     np.savez_compressed(tmp_path / "one.npz", data=np.zeros((1 << 13, 3, 8, 8), np.uint8))
     assert "that unpack to 1,572,992" in refusal(tmp_path, str(tmp_path / "one.npz"))
 
@@ -305,7 +305,7 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path: Path, save: Save) -> N
 
 
 def test_reading_stops_between_pieces_of_one_file(tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nfm.stages.sources.arrays.PIECE_BYTES", 1000)
+    monkeypatch.setattr("nfm.stages.data.reading.arrays.PIECE_BYTES", 1000)
     path = save(data=pixels(ROWS, 3, 8, 8))
     report = Recorder(patience=3)
     with pytest.raises(Stopped):
@@ -407,7 +407,7 @@ def test_the_settings_reach_the_source_and_stay_out_of_old_fingerprints(tmp_path
     values = pixels(ROWS, 8, 6, 3)
     settings = {"images": "x", "labels": "y", "axes": "nhwc", "first_label": 1}
     config = DataConfig.model_validate({"source": "npz", "path": save(x=values, y=LABELS + 1), **settings})
-    data.run(config, {}, tmp_path, Recorder())
+    stage.run(config, {}, tmp_path, Recorder())
     train = ImageDataset.open(tmp_path)
     at = [int(key.split("/")[1]) for key in train.keys(np.arange(len(train)))]
     np.testing.assert_array_equal(train.images(np.arange(len(train))), values.transpose(0, 3, 1, 2)[at])
@@ -419,16 +419,16 @@ def test_the_settings_reach_the_source_and_stay_out_of_old_fingerprints(tmp_path
 @pytest.mark.parametrize("setting", [{"images": "x"}, {"labels": ""}, {"axes": "nchw"}, {"first_label": 0}])
 def test_settings_of_another_source_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(StageError, match=rf'data\.{next(iter(setting))} = .* is of source npz.*not of "digits"'):
-        data.open_source(DataConfig.model_validate(setting))
+        stage.open_source(DataConfig.model_validate(setting))
 
 
 def test_data_made_before_a_check_existed_keeps_its_identity(tmp_path: Path, save: Save) -> None:
     """What is refused is refused when data is made: an artifact that there is needs its name and nothing else."""
     path = save(data=pixels(ROWS, 8, 8, 4), label=LABELS)
     config = DataConfig(source="npz", path=path)
-    assert data.source_identity(config)["files"] == 1
+    assert stage.source_identity(config)["files"] == 1
     with pytest.raises(StageError, match=r"data\.axes"):
-        data.run(config, {}, tmp_path, Recorder())
+        stage.run(config, {}, tmp_path, Recorder())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nfm.stages.overlap import Ahead, Stopwatch, running
+from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
 from tests.patience import PATIENCE, until
 
 

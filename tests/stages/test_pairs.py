@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from nfm.stages import pairs, pairs_upkeep
-from nfm.stages.stage import StageError
-from nfm.storage import DatasetWriter, ImageDataset, MissingShard, PairStore, atomic, commits, philox
-from nfm.storage.schema import StoreSpec, read_spec
+from nfm.stages.base import StageError
+from nfm.stages.pairs import stage
+from nfm.stages.stores import repair
+from nfm.storage import DatasetWriter, ImageDataset, MissingShard, PairStore
+from nfm.storage.files import atomic
+from nfm.storage.format import philox
+from nfm.storage.format.spec import StoreSpec, read_spec
+from nfm.storage.ledger import commits
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -85,14 +89,14 @@ def test_the_noise_of_a_better_pairing_is_nearer_to_its_image(made: Lab) -> None
 
 def test_sealing_wants_every_shard_and_names_the_missing(lab: Lab) -> None:
     store = lab.only("pairs").path
-    assert pairs_upkeep.complete_draws(store) == 2
+    assert repair.complete_draws(store) == 2
     next(store.glob("commits/d001-s00002.json")).unlink()
-    assert pairs_upkeep.complete_draws(store) == 1
+    assert repair.complete_draws(store) == 1
     with pytest.raises(MissingShard, match="1 of 8 shards are not committed: d001-s00002"):
-        pairs.seal(store, 2)
+        stage.seal(store, 2)
     next(store.glob("commits/d000-s00000.json")).unlink()
     with pytest.raises(StageError, match="no draw is complete yet"):
-        pairs_upkeep.complete_draws(store)
+        repair.complete_draws(store)
 
 
 def test_a_seal_over_a_missing_payload_is_refused(lab: Lab) -> None:
@@ -100,7 +104,7 @@ def test_a_seal_over_a_missing_payload_is_refused(lab: Lab) -> None:
     shard = next(store.glob("shards/d001-s00001.*"))
     shard.unlink()
     with pytest.raises(MissingShard, match=r"missing, though .*d001-s00001\.json says it was committed"):
-        pairs.seal(store, 2)
+        stage.seal(store, 2)
 
 
 def test_the_recipe_names_teacher_source_eta_and_sigma(made: Lab) -> None:
@@ -115,11 +119,11 @@ def test_the_recipe_names_teacher_source_eta_and_sigma(made: Lab) -> None:
 
 
 def test_a_default_section_has_the_fingerprint_that_it_always_had() -> None:
-    assert pairs.PairsConfig().semantic() == {
+    assert stage.PairsConfig().semantic() == {
         "coupling": "nfm", "codec": "float16", "rows_per_shard": 4096, "rows_per_block": 256, "flips": False,
         "seed": 0, "batch_size": 256, "precision": "float32",
     }  # fmt: skip
-    assert pairs.PairsConfig(layout="zarr").semantic()["layout"] == "zarr"
+    assert stage.PairsConfig(layout="zarr").semantic()["layout"] == "zarr"
 
 
 def test_the_recipe_of_a_default_store_is_what_it_always_was(made: Lab) -> None:
@@ -134,7 +138,7 @@ def test_an_old_recipe_without_the_later_keys_is_still_its_inputs_own(made: Lab)
     inputs = {role: made.only(role).path for role in ("data", "teacher")}
     found = read_spec(store.path)
     old = StoreSpec.from_dict({key: value for key, value in store.spec["store"].items() if key != "layout"})
-    assert pairs.recipe(store.manifest(), inputs, old) == old == found
+    assert stage.recipe(store.manifest(), inputs, old) == old == found
 
 
 def test_latents_are_not_flipped_and_pixels_have_no_scale(tmp_path: Path) -> None:
@@ -144,11 +148,11 @@ def test_latents_are_not_flipped_and_pixels_have_no_scale(tmp_path: Path) -> Non
     writer.close()
     atomic.write_json(tmp_path / "manifest.json", {"content_digest": "ab" * 32})
     inputs = {"data": tmp_path}
-    spec = StoreSpec.from_dict(pairs.describe(pairs.PairsConfig(coupling="independent", codec="int8"), inputs)["store"])
+    spec = StoreSpec.from_dict(stage.describe(stage.PairsConfig(coupling="independent", codec="int8"), inputs)["store"])
     assert (spec.field("image").dtype, spec.image_scale, spec.image_decoder) == ("float16", 0.5, "vae")
     assert (spec.codec, spec.noise_step, spec.classes, spec.has("label")) == ("int8", 0.05, None, False)
     with pytest.raises(StageError, match=r"pairs\.flips = true: these images are latents"):
-        pairs.describe(pairs.PairsConfig(coupling="independent", flips=True), inputs)
+        stage.describe(stage.PairsConfig(coupling="independent", flips=True), inputs)
 
 
 @pytest.mark.parametrize("layout", ["samples", "zarr"])

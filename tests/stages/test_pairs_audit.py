@@ -9,25 +9,26 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.stages import pairs
-from nfm.stages.encoder import Encoder
+from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.executors import ShardJob, new_attempt
-from nfm.storage import PairStore, generations
-from nfm.storage.schema import read_spec
-from nfm.trainers.couplings import Pairs
-from nfm.trainers.minibatch_ot import groups
+from nfm.stages.pairs import stage
+from nfm.storage import PairStore
+from nfm.storage.format.spec import read_spec
+from nfm.storage.ledger import seal
+from nfm.trainers.couplings.coupling import Pairs
+from nfm.trainers.couplings.minibatch_ot import groups
 from tests.stages.shop import CLASSES, OPTIONS, ROWS, Shop
 
 
-def spoiled(shop: Shop, config: pairs.PairsConfig, field: str, change: Callable[[np.ndarray], np.ndarray]) -> PairStore:
+def spoiled(shop: Shop, config: stage.PairsConfig, field: str, change: Callable[[np.ndarray], np.ndarray]) -> PairStore:
     """A store whose encoder was wrong about a field: whole, sealed, and not what its recipe says."""
     out = shop.begin(config)
-    encoder = Encoder(pairs.setup(config, shop.of(config), out))
+    encoder = Encoder(stage.setup(config, shop.of(config), out))
     right = encoder._records
     encoder._records = lambda draw, source: (found := right(draw, source)) | {field: change(found[field])}  # type: ignore[method-assign]
-    for name in generations.names_of(read_spec(out), 2):
+    for name in seal.names_of(read_spec(out), 2):
         encoder.encode_shard(ShardJob(int(name[1:4]), int(name[6:]), new_attempt()))
-    generations.seal(out, 2, config=config.model_dump(mode="json"))
+    seal.seal(out, 2, config=config.model_dump(mode="json"))
     return PairStore.open(out)
 
 
@@ -100,11 +101,11 @@ def test_an_audit_finds_groups_whose_noises_were_not_assigned(shop: Shop, shift:
     right = shop.make(config, "right")
     assert shop.audit(right, "default") == []
     out = shop.begin(config)
-    encoder = Encoder(pairs.setup(config, shop.of(config), out))
+    encoder = Encoder(stage.setup(config, shop.of(config), out))
     encoder.coupling = Undealt(shift)  # type: ignore[assignment]
-    for name in generations.names_of(read_spec(out), 2):
+    for name in seal.names_of(read_spec(out), 2):
         encoder.encode_shard(ShardJob(int(name[1:4]), int(name[6:]), new_attempt()))
-    generations.seal(out, 2, config=config.model_dump(mode="json"))
+    seal.seal(out, 2, config=config.model_dump(mode="json"))
     found = shop.audit(PairStore.open(out), "default")
     assert len(found) >= 8, "one a shard"
     assert all("are not assigned at the least cost" in line for line in found)

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.stages import costs, pairs, pairs_plan, pairs_recipe, student
-from nfm.stages.teacher import TeacherConfig
-from nfm.storage import StorageError, atomic
-from nfm.storage.row_fields import write_row_field
-from nfm.storage.schema import StoreSpec, pair_fields, read_spec, write_spec
+from nfm.stages.pairs import estimate, stage
+from nfm.stages.pairs import recipe as pairs_recipe
+from nfm.stages.trained import costs, student
+from nfm.stages.trained.teacher import TeacherConfig
+from nfm.storage import StorageError
+from nfm.storage.files import atomic
+from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec, write_spec
+from nfm.storage.ledger.row_fields import write_row_field
 from tests.stages.shop import SHAPE
 
 PLAIN = StoreSpec(rows=10, rows_per_shard=5, fields=pair_fields(SHAPE), coupling="independent", source="ab" * 32)
@@ -28,17 +31,17 @@ def test_a_field_of_source_rows_is_refused_where_images_are_generated(tmp_path: 
 
 
 def test_options_of_other_couplings_leave_a_fingerprint_alone() -> None:
-    config = pairs.PairsConfig(group_size=64, custom="a:b", reflow_nfe=7, reflow_guidance=1.0, reflow_of="nfm")
-    assert pairs.for_coupling(config, "nfm").semantic() == pairs.PairsConfig().semantic()
-    dealt = pairs.for_coupling(config, "minibatch-ot")
-    assert dealt.semantic() == {**pairs.PairsConfig().semantic(), "coupling": "minibatch-ot", "group_size": 64}
-    assert pairs.for_coupling(config, "reflow").reflow_nfe == 7
-    assert pairs.for_coupling(config, "custom").custom == "a:b"
+    config = stage.PairsConfig(group_size=64, custom="a:b", reflow_nfe=7, reflow_guidance=1.0, reflow_of="nfm")
+    assert stage.for_coupling(config, "nfm").semantic() == stage.PairsConfig().semantic()
+    dealt = stage.for_coupling(config, "minibatch-ot")
+    assert dealt.semantic() == {**stage.PairsConfig().semantic(), "coupling": "minibatch-ot", "group_size": 64}
+    assert stage.for_coupling(config, "reflow").reflow_nfe == 7
+    assert stage.for_coupling(config, "custom").custom == "a:b"
 
 
 def test_each_coupling_says_what_it_is_made_from() -> None:
     roles = {
-        name: pairs.input_roles(pairs.for_coupling(pairs.PairsConfig(), name))
+        name: stage.input_roles(stage.for_coupling(stage.PairsConfig(), name))
         for name in ("nfm", "independent", "minibatch-ot", "custom", "semidiscrete-ot", "reflow")
     }
     plain = ("data",)
@@ -87,7 +90,7 @@ FACTS: dict[str, Any] = {
 
 def test_the_arithmetic_of_pairs_is_told_of_each_coupling() -> None:
     def flops(coupling: str, **options: Any) -> float:
-        return pairs_recipe.pair_flops(pairs.PairsConfig(coupling=coupling, **options), FACTS)
+        return pairs_recipe.pair_flops(stage.PairsConfig(coupling=coupling, **options), FACTS)
 
     assert flops("independent") == flops("custom", custom="a:b") == 0
     assert flops("nfm") == costs.teacher_flops([1, 8, 8], FACTS["teacher"])
@@ -100,14 +103,14 @@ def test_the_arithmetic_of_pairs_is_told_of_each_coupling() -> None:
 
 @pytest.mark.parametrize("coupling", ["independent", "minibatch-ot", "semidiscrete-ot", "reflow"])
 def test_a_plan_has_the_bytes_of_every_coupling_and_the_products_of_those_that_have_any(coupling: str) -> None:
-    config = pairs.PairsConfig(coupling=coupling, draws=2)
-    plan = pairs_plan.estimate(config, FACTS["teacher"], FACTS, [1], None)
+    config = stage.PairsConfig(coupling=coupling, draws=2)
+    plan = estimate.estimate(config, FACTS["teacher"], FACTS, [1], None)
     assert plan["pairs"] == 12_000
     assert "hours" not in plan
-    text = pairs_plan.as_text(plan)
+    text = estimate.as_text(plan)
     assert ("none: this coupling runs no teacher" in text) == (coupling == "independent")
-    assert pairs.cost(config, FACTS)["pairs"] == "12,000"
-    assert ("FLOPs" in pairs.cost(config, FACTS)) == (coupling != "independent")
+    assert stage.cost(config, FACTS)["pairs"] == "12,000"
+    assert ("FLOPs" in stage.cost(config, FACTS)) == (coupling != "independent")
 
 
 @pytest.mark.parametrize("fixture", sorted((Path(__file__).parents[1] / "fixtures").glob("*/**/spec.json")))

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfm.stages.sources import ImageFolder, pixels
-from nfm.stages.sources.pixels import ALPHA, FULL_RANGE, PLAIN, MisfitError, converted
-from nfm.stages.sources.source import Loaded
+from nfm.stages.data.reading import pixels
+from nfm.stages.data.reading.pixels import ALPHA, FULL_RANGE, PLAIN, MisfitError, converted
+from nfm.stages.data.source import Loaded
+from nfm.stages.data.sources import ImageFolder
 from tests.stages.image_files import COLOUR, COLOUR_ALPHA, GREY, GREY_ALPHA, PALETTE, picture, raw_png, save
 from tests.stages.recorder import Recorder
 

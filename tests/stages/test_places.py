@@ -9,10 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from nfm.pipeline.config import RunConfig
-from nfm.stages.data import DataConfig
-from nfm.stages.evaluate import EvaluateConfig
-from nfm.stages.pairs import PairsConfig
-from nfm.stages.places import LocalField
+from nfm.stages.base import LocalField
+from nfm.stages.data.stage import DataConfig
+from nfm.stages.evaluation.stage import EvaluateConfig
+from nfm.stages.pairs.stage import PairsConfig
 
 # Fields of text that name no place; a new one is to be entered here, or to be a LocalField.
 NO_PLACES = {
@@ -36,7 +36,7 @@ def test_every_config_field_that_is_text_takes_places_by_the_rule_or_names_none(
                 continue
             seen.add(key)
             local = info.annotation == (LocalField | None)
-            assert local != (key in NO_PLACES), f"{key}: is it a place? See nfm.stages.places"
+            assert local != (key in NO_PLACES), f"{key}: is it a place? See nfm.pipeline.cli.options"
     assert seen > NO_PLACES
 
 
@@ -50,7 +50,7 @@ def test_a_field_names_a_local_path_as_an_argument_does(tmp_path: Path, monkeypa
 
 def test_the_traceback_of_a_shard_that_is_set_aside_holds_no_secret(tmp_path: Path) -> None:
     from nfm.stages.executors import Outcome, ShardJob
-    from nfm.stages.pairs_making import failure_path, produce
+    from nfm.stages.pairs.production import failure_path, produce
     from tests.stages.recorder import Recorder
 
     failed = Outcome(ShardJob(0, 0, "a"), error="Traceback\nOSError: s3://key:secret@host/x")

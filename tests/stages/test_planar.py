@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from nfm.stages import data
-from nfm.stages.data import DataConfig, source_identity
-from nfm.stages.sources import Checkerboard, Gaussians
-from nfm.stages.sources.planar import BOARD, MODES, RADIUS, SPREAD
-from nfm.stages.stage import StageError
+from nfm.stages.base import StageError
+from nfm.stages.data import stage
+from nfm.stages.data.sources import Checkerboard, Gaussians
+from nfm.stages.data.sources.planar import BOARD, MODES, RADIUS, SPREAD
+from nfm.stages.data.stage import DataConfig, source_identity
 from nfm.storage import ImageDataset
 from tests.stages.recorder import Recorder
 
@@ -88,21 +88,21 @@ def test_the_digest_moves_with_source_seed_and_number_of_points_only(monkeypatch
     assert digest() == digest(heldout=0.5, rows_per_shard=7, limit=20, licence="mine")
     assert len({digest(), digest(seed=1), digest(points=51), digest(source="gaussians")}) == 4
     before = digest()
-    monkeypatch.setattr("nfm.stages.sources.planar.GENERATOR", 2)
+    monkeypatch.setattr("nfm.stages.data.sources.planar.GENERATOR", 2)
     assert digest() != before
 
 
 @pytest.mark.parametrize("source", ["checkerboard", "gaussians"])
 def test_the_data_stage_holds_points_out_and_states_their_licence(source: str, tmp_path: Path) -> None:
     config = DataConfig(source=source, points=400, heldout=0.25, seed=5)
-    result = data.run(config, {}, tmp_path, Recorder())
+    result = stage.run(config, {}, tmp_path, Recorder())
     train, heldout = (ImageDataset.open(tmp_path, split) for split in ("train", "heldout"))
     assert (len(train), len(heldout)) == (300, 100)
     assert (train.image_shape, train.dtype, train.classes) == ((1, 1, 2), "float32", [])
     keys = [*train.keys(range(300)), *heldout.keys(range(100))]
     assert sorted(keys) == [f"{source}/{row:07d}" for row in range(400)]
     rows = np.array([int(key.split("/")[1]) for key in train.keys(range(300))])
-    made = data.open_source(config).load(rows, tmp_path, Recorder()).images
+    made = stage.open_source(config).load(rows, tmp_path, Recorder()).images
     np.testing.assert_array_equal(train.images(range(300)), made)
     assert (train.labels(range(300)) == -1).all()
     about = result.extra["dataset"]
@@ -113,7 +113,7 @@ def test_the_data_stage_holds_points_out_and_states_their_licence(source: str, t
 
 def test_a_planar_source_without_a_number_of_points_says_what_to_set() -> None:
     with pytest.raises(StageError, match=r'data.source = "gaussians" needs data.points'):
-        data.open_source(DataConfig(source="gaussians"))
+        stage.open_source(DataConfig(source="gaussians"))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_a_planar_source_without_a_number_of_points_says_what_to_set() -> None:
 )
 def test_options_that_a_source_cannot_use_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(StageError, match=says):
-        data.open_source(DataConfig(**options))
+        stage.open_source(DataConfig(**options))
 
 
 def test_the_points_field_leaves_older_fingerprints_alone() -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.stages import data, potential
-from nfm.stages.potential import PotentialConfig
-from nfm.stages.stage import StageError, Stopped
+from nfm.stages.base import StageError, Stopped
+from nfm.stages.data import stage
+from nfm.stages.trained import potential
+from nfm.stages.trained.potential import PotentialConfig
 from nfm.storage import ImageDataset
 from nfm.trainers.checkpoint import pack, unpack
 from tests.stages.recorder import Recorder
@@ -23,7 +24,7 @@ CONFIG = PotentialConfig(samples=40_000, batch_size=256, check_every=10_000, sav
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
-    data.run(data.DataConfig(source="digits", limit=320), {}, folder, Recorder())
+    stage.run(stage.DataConfig(source="digits", limit=320), {}, folder, Recorder())
     return folder
 
 
@@ -122,7 +123,7 @@ def test_data_without_classes_is_one_class(tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", data=images)
     source.mkdir()
     out.mkdir()
-    data.run(data.DataConfig(source="npz", path=str(tmp_path / "images.npz")), {}, source, Recorder())
+    stage.run(stage.DataConfig(source="npz", path=str(tmp_path / "images.npz")), {}, source, Recorder())
     potential.run(CONFIG, {"data": source}, out, Recorder())
     train = ImageDataset.open(source, "train")
     pairs = potential.load_coupling(out, train)(
@@ -155,7 +156,7 @@ def test_a_checkpoint_of_other_data_is_refused(digits: Path, tmp_path: Path) -> 
     other, out = tmp_path / "other", tmp_path / "out"
     other.mkdir()
     out.mkdir()
-    data.run(data.DataConfig(source="digits", limit=200), {}, other, Recorder())
+    stage.run(stage.DataConfig(source="digits", limit=200), {}, other, Recorder())
     with pytest.raises(Stopped):
         potential.run(CONFIG, {"data": other}, out, Recorder(patience=300))
     with pytest.raises(StageError, match=r"label 0 has .* images there, .* in the data"):

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nfm.stages import probe
-from nfm.stages.stage import StageError
-from nfm.trainers.couplings import NFM
-from nfm.trainers.tarflow import TarFlow
+from nfm.stages.base import StageError
+from nfm.stages.encoding import probe
+from nfm.trainers.couplings.coupling import NFM
+from nfm.trainers.models.tarflow import TarFlow
 
 SHAPE = (1, 8, 8)
 

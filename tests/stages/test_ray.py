@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.stages.encoder import Setup
+from nfm.stages.base import StageError
+from nfm.stages.encoding.encoder import Setup
 from nfm.stages.executors import ShardJob
 from nfm.stages.executors import ray as on_ray
-from nfm.stages.stage import StageError
 from tests.patience import allowed
 from tests.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially
 

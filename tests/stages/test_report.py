@@ -11,13 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.stages import data, report
-from nfm.stages.report import ReportConfig
-from nfm.stages.report_page import column_texts, duration, number
-from nfm.stages.stage import StageError
-from nfm.storage import ImageDataset, StorageError, StoreSpec, commits, generations
-from nfm.storage.atomic import write_json
-from nfm.storage.schema import pair_fields, write_spec
+from nfm.stages.base import StageError
+from nfm.stages.data import stage as data
+from nfm.stages.report import stage as report
+from nfm.stages.report.html import column_texts, duration, number
+from nfm.stages.report.stage import ReportConfig
+from nfm.storage import ImageDataset, StorageError, StoreSpec
+from nfm.storage.files.atomic import write_json
+from nfm.storage.format.spec import pair_fields, write_spec
+from nfm.storage.ledger import commits, seal
 from tests.stages.recorder import Recorder
 
 NFE = {31: "heun", 15: "heun", 7: "heun", 5: "euler"}
@@ -61,7 +63,7 @@ def make_pairs(root: Path, source: ImageDataset, coupling: str) -> Path:
             "slot": slots,
         }
         commits.publish(root, commits.write_shard(root, spec, 0, shard, "a1", [record]).commit())
-    generations.seal(root, 1, stage="pairs", fingerprint="pairs-fingerprint", metrics={}, seconds=4.0)
+    seal.seal(root, 1, stage="pairs", fingerprint="pairs-fingerprint", metrics={}, seconds=4.0)
     return root
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.stages import sampling, student
-from nfm.stages.stage import StageError
-from nfm.storage import ImageDataset, atomic, philox
+from nfm.stages.base import StageError
+from nfm.stages.trained import sampling, student
+from nfm.storage import ImageDataset
+from nfm.storage.files import atomic
+from nfm.storage.format import philox
 from nfm.trainers.nfe import COSTS
 from nfm.trainers.nfe import GRIDS as TIMES
 

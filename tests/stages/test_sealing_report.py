@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nfm.stages import pairs, sealing_report
+from nfm.stages.pairs import sealing, stage
 from tests.stages.shop import Heard, Shop
 
 
 def test_a_sealed_generation_has_a_coupling_report_where_its_inputs_are_there(shop: Shop) -> None:
     config = shop.config(coupling="minibatch-ot", group_size=16)
     out = shop.begin(config)
-    result = pairs.run(config, shop.of(config), out, shop.heard)
+    result = stage.run(config, shop.of(config), out, shop.heard)
     assert {"auc", "transport_cost", "exact", "approximate"} <= set(result.extra["coupling_report"])
-    without = pairs.seal(out, 2)
+    without = stage.seal(out, 2)
     assert "coupling_report" not in without.extra
     assert without.content_digest == result.content_digest
 
@@ -34,14 +34,14 @@ class Interrupted(Heard):
 def encoded(shop: Shop) -> Path:
     """A store with all commits and no manifest."""
     out = shop.begin(config := shop.config(coupling="independent"))
-    pairs.run(config, shop.of(config), out, shop.heard)
+    stage.run(config, shop.of(config), out, shop.heard)
     return out
 
 
 def sealed(shop: Shop, out: Path, heard: Heard, device: str = "auto") -> tuple[bool, str]:
     """(whether there is a coupling report, what was said) of a sealing."""
-    result = pairs.seal(out, 2, {}, shop.inputs, heard, device)
-    assert result.content_digest == pairs.seal(out, 2).content_digest
+    result = stage.seal(out, 2, {}, shop.inputs, heard, device)
+    assert result.content_digest == stage.seal(out, 2).content_digest
     return "coupling_report" in result.extra, " ".join(heard.said)
 
 
@@ -59,9 +59,9 @@ def test_a_report_that_was_killed_is_not_made_again_so_that_the_manifest_comes(s
     reported, said = sealed(shop, encoded, Heard())
     assert not reported
     assert "one was begun before and did not come to its end; `nfm pairs report`" in said
-    (encoded / sealing_report.BEGUN).unlink()
+    (encoded / sealing.BEGUN).unlink()
     assert sealed(shop, encoded, Heard())[0]
-    assert not (encoded / sealing_report.BEGUN).exists()
+    assert not (encoded / sealing.BEGUN).exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device that is not there is a CUDA one")
@@ -83,4 +83,4 @@ def test_a_node_without_torch_seals_and_says_so(shop: Shop, encoded: Path, monke
 def test_a_store_may_be_made_without_a_report(shop: Shop) -> None:
     config = shop.config(coupling="independent", report=False)
     assert config.semantic() == shop.config(coupling="independent").semantic()
-    assert "coupling_report" not in pairs.run(config, shop.inputs, shop.begin(config), shop.heard).extra
+    assert "coupling_report" not in stage.run(config, shop.inputs, shop.begin(config), shop.heard).extra

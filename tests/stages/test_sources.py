@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfm.stages.sources import Digits, Idx, ImageFolder, Npz
-from nfm.stages.sources.source import box_average
-from nfm.stages.stage import StageError, Stopped
+from nfm.stages.base import StageError, Stopped
+from nfm.stages.data.source import box_average
+from nfm.stages.data.sources import Digits, Idx, ImageFolder, Npz
 from tests.stages.recorder import Recorder
 
 

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.stages import pairs, pairs_recipe, potential, student
-from nfm.stages.encoder import Encoder
+from nfm.stages.base import StageError
+from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.executors import ShardJob, new_attempt
-from nfm.stages.stage import StageError
-from nfm.storage import PairStore, atomic, generations, philox
-from nfm.storage.schema import pair_fields, read_spec
+from nfm.stages.pairs import recipe, stage
+from nfm.stages.trained import potential, student
+from nfm.storage import PairStore
+from nfm.storage.files import atomic
+from nfm.storage.format import philox
+from nfm.storage.format.spec import pair_fields, read_spec
+from nfm.storage.ledger import seal
 from nfm.trainers import solvers
 from tests.stages.shop import EVERY, OF_A_SLOT, OPTIONS, ROWS, Shop, all_of, cost_of, eps_of, store_images
 
@@ -41,7 +45,7 @@ def test_slot_s_has_the_label_and_the_image_of_row_s(shop: Shop, coupling: str) 
 def test_any_slots_encoded_again_are_what_was_stored(shop: Shop, coupling: str) -> None:
     config = shop.config(coupling=coupling, **OPTIONS[coupling])
     store = shop.make(config)
-    encoder = Encoder(pickle.loads(pickle.dumps(pairs.setup(config, shop.of(config), Path(store.root)))))
+    encoder = Encoder(pickle.loads(pickle.dumps(stage.setup(config, shop.of(config), Path(store.root)))))
     for slots in (np.array([5]), np.array([130, 3, 64, 209]), np.arange(60, 76)):
         again, stored = encoder.encode_slots(1, slots), store.gather(1, slots)
         for name in ("image", "noise", "label"):
@@ -56,11 +60,11 @@ def test_pairs_do_not_depend_on_the_batch_or_on_who_encodes_which_shard(shop: Sh
     # A student's last bits depend on the batch, as a teacher's do.
     other = shop.config(coupling=coupling, batch_size=16 if coupling == "reflow" else 5, **OPTIONS[coupling])
     out = shop.begin(other, "other")
-    workers = [Encoder(pairs.setup(other, shop.of(other), out)) for _ in range(2)]
-    for number, name in enumerate(reversed(generations.names_of(read_spec(out), 2))):
+    workers = [Encoder(stage.setup(other, shop.of(other), out)) for _ in range(2)]
+    for number, name in enumerate(reversed(seal.names_of(read_spec(out), 2))):
         draw, shard = int(name[1:4]), int(name[6:])
         workers[number % 2].encode_shard(ShardJob(draw, shard, new_attempt()))
-    generations.seal(out, 2)
+    seal.seal(out, 2)
     second = PairStore.open(out)
     for draw in range(2):
         ours, theirs = all_of(first, draw), all_of(second, draw)
@@ -73,7 +77,7 @@ def test_a_store_that_was_killed_half_way_ends_with_the_same_bytes(shop: Shop, c
     config = shop.config(coupling=coupling, **OPTIONS[coupling])
     whole = shop.make(config, "whole")
     out = shop.begin(config, "killed")
-    pairs.run(config, shop.of(config), out, shop.heard)
+    stage.run(config, shop.of(config), out, shop.heard)
     for commit in sorted((out / "commits").glob("*.json"))[::2]:
         commit.unlink()
     shop.finish(config, out)
@@ -88,7 +92,7 @@ def test_nothing_is_published_of_a_shard_that_is_stopped(shop: Shop, coupling: s
     out = shop.begin(config)
     looks = iter([False, True, True, True, True])
     with pytest.raises(InterruptedError):
-        Encoder(pairs.setup(config, shop.of(config), out)).encode_shard(ShardJob(0, 0, "a1"), lambda: next(looks))
+        Encoder(stage.setup(config, shop.of(config), out)).encode_shard(ShardJob(0, 0, "a1"), lambda: next(looks))
     assert not [path for folder in ("shards", "index", "commits") for path in out.glob(f"{folder}/*")]
 
 
@@ -97,7 +101,7 @@ def test_an_auto_batch_of_no_teacher_is_not_probed(shop: Shop, coupling: str, si
     config = shop.config(coupling=coupling, batch_size="auto")
     out = shop.begin(config)
     assert atomic.read_json(out / "spec.json")["encoding"] == {"batch_size": size}
-    assert pairs.setup(config, shop.of(config), out).batch_size == size
+    assert stage.setup(config, shop.of(config), out).batch_size == size
 
 
 def test_the_noises_of_a_group_are_its_own_eps_dealt_out_again(shop: Shop) -> None:
@@ -232,7 +236,7 @@ def test_a_solver_that_cannot_do_it_is_told_before_anything_begins(
 def test_another_maker_than_the_recipes_is_refused(shop: Shop, coupling: str) -> None:
     config = shop.config(coupling=coupling, **OPTIONS[coupling])
     out = shop.begin(config)
-    setup, folder = pairs.setup(config, shop.of(config), out), shop.inputs[pairs_recipe.MAKERS[coupling]]
+    setup, folder = stage.setup(config, shop.of(config), out), shop.inputs[recipe.MAKERS[coupling]]
     Encoder(setup)
     payload = folder / (potential.VECTORS if coupling == "semidiscrete-ot" else "weights.safetensors")
     whole = payload.read_bytes()
@@ -249,12 +253,10 @@ def test_another_maker_than_the_recipes_is_refused(shop: Shop, coupling: str) ->
 
 def test_shards_are_not_advised_beyond_memory(shop: Shop) -> None:
     config = shop.config(coupling="minibatch-ot", group_size=512, rows_per_shard=64)
-    told = pairs_recipe.small_groups(pairs_recipe.store_spec(config, shop.inputs), shop.inputs)
+    told = recipe.small_groups(recipe.store_spec(config, shop.inputs), shop.inputs)
     assert told is not None
     assert "about 210; a worker holds its shard in memory, 0.1 MB then" in told
-    spec = dataclasses.replace(
-        pairs_recipe.store_spec(config, shop.inputs), fields=pair_fields((3, 2048, 2048), "float32")
-    )
-    told = pairs_recipe.small_groups(spec, shop.inputs)
+    spec = dataclasses.replace(recipe.store_spec(config, shop.inputs), fields=pair_fields((3, 2048, 2048), "float32"))
+    told = recipe.small_groups(spec, shop.inputs)
     assert told is not None
     assert "larger shards, which a worker holds in memory, would take more than 4.3 GB" in told

@@ -10,15 +10,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from nfm.stages import costs, student
-from nfm.stages.stage import StageError, Stopped
-from nfm.stages.student import StudentConfig
-from nfm.stages.variant import COUPLINGS, Variant
-from nfm.storage import commits, generations
-from nfm.storage.schema import StoreSpec, pair_fields, write_spec
+from nfm.stages.base import StageError, Stopped
+from nfm.stages.couplings.variant import COUPLINGS, Variant
+from nfm.stages.trained import costs, student
+from nfm.stages.trained.student import StudentConfig
+from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
+from nfm.storage.ledger import commits, seal
 from nfm.trainers.checkpoint import pack_weights, unpack, unpack_weights
-from nfm.trainers.sit import SiT
-from nfm.trainers.unet import UNet
+from nfm.trainers.models.sit import SiT
+from nfm.trainers.models.unet import UNet
 from tests.stages.recorder import Recorder
 
 SHAPE = (1, 6, 7)
@@ -54,7 +54,7 @@ def write_store(root: Path, coupling: str, seed: int, source: str = "ab" * 32) -
             "nll": np.full(len(slots), 0.5, np.float32),
         }  # fmt: skip
         commits.publish(root, commits.write_shard(root, spec, 0, shard, "a1", iter([record])).commit())
-    generations.seal(root, 1)
+    seal.seal(root, 1)
     return root
 
 

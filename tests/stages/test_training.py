@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.stages import features, student, teacher, training
-from nfm.stages.stage import StageError
-from nfm.stages.teacher import TeacherConfig
+from nfm.stages.base import StageError
+from nfm.stages.trained import features, student, teacher, training
+from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage import ImageDataset
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.stages import pairs_upkeep
-from nfm.storage import generations, layout
+from nfm.stages.stores import repair
+from nfm.storage import layouts
+from nfm.storage.ledger import seal
 from tests.storage.conftest import make_store, small_spec  # noqa: F401  fixtures
 
 if TYPE_CHECKING:
@@ -22,19 +23,19 @@ def test_a_repair_killed_between_any_two_moves_finds_the_shard_again(make_store,
     spec = replace(small_spec, layout=kind, rows_per_block=10)
     whole = make_store(spec=spec)
     name = "d000-s00001"
-    count = len(pairs_upkeep.files_of_shards(whole, [name]))
+    count = len(repair.files_of_shards(whole, [name]))
     for moved in range(count):
         root = shutil.copytree(whole, tmp_path / f"after-{moved}")
         damaged = next(root.glob("d000/noise/c/1/0/0/0" if kind == "zarr" else f"shards/{name}.*"))
         data = bytearray(damaged.read_bytes())
         data[len(data) // 2] ^= 1
         damaged.write_bytes(data)
-        assert pairs_upkeep.bad_shards(root) == [name]
-        for file in pairs_upkeep.files_of_shards(root, [name])[:moved]:
+        assert repair.bad_shards(root) == [name]
+        for file in repair.files_of_shards(root, [name])[:moved]:
             file.unlink()
-        left = [root / path for path in layout.placed(spec, name) if (root / path).exists()]
+        left = [root / path for path in layouts.placed(spec, name) if (root / path).exists()]
         committed = (root / "commits" / f"{name}.json").exists()
-        assert pairs_upkeep.bad_shards(root) == [name] if committed else not left
+        assert repair.bad_shards(root) == [name] if committed else not left
 
 
 def test_sealing_again_never_gives_readers_less_than_they_had(lab: Lab, root: Path) -> None:
@@ -43,8 +44,8 @@ def test_sealing_again_never_gives_readers_less_than_they_had(lab: Lab, root: Pa
     (store / "manifest.g0001.json").unlink()
     for path in store.glob("*/d001-s00002.*"):
         path.unlink()
-    generations.seal(store, 2, {"d001-s00002": "its image is unreadable"})
-    assert pairs_upkeep.sealable(store) == (2, {"d001-s00002": "its image is unreadable"})
+    seal.seal(store, 2, {"d001-s00002": "its image is unreadable"})
+    assert repair.sealable(store) == (2, {"d001-s00002": "its image is unreadable"})
     before = lab.committed()
-    assert generations.seal(store, *pairs_upkeep.sealable(store))["generation"] == 1
+    assert seal.seal(store, *repair.sealable(store))["generation"] == 1
     assert lab.committed() == before

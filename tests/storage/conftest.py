@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.storage import commits, generations
-from nfm.storage.schema import StoreSpec, pair_fields, write_spec
+from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
+from nfm.storage.ledger import commits, seal
 from tests.storage.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 Records = Callable[[StoreSpec, int, int], Iterator[dict[str, np.ndarray]]]
@@ -88,7 +88,7 @@ def make_store(tmp_path: Path, small_spec: StoreSpec) -> Callable[..., Path]:
                 written = commits.write_shard(root, spec, draw, shard, "a1", _records(spec, draw, shard))
                 commits.publish(root, written.commit())
         if sealed:
-            generations.seal(root, draws)
+            seal.seal(root, draws)
         return root
 
     return make

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.storage import atomic
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.paths import as_path, names_in, remove
-from nfm.storage.small_files import read_bytes
+from nfm.storage.files import atomic
+from nfm.storage.files.paths import as_path, names_in, remove
+from nfm.storage.files.small_files import read_bytes
 from tests.patience import PATIENCE
 from tests.storage.s3server import S3
 

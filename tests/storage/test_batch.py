@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from nfm.storage import PairStore
-from nfm.storage.device import Upload
-from nfm.storage.schema import pair_fields
+from nfm.storage.format.spec import pair_fields
+from nfm.storage.reading.device import Upload
 
 
 class Elsewhere(Upload):
@@ -26,7 +26,7 @@ def test_a_device_converts_as_the_host_does(make_store, small_spec, monkeypatch,
     fields = pair_fields((1, 4, 4), codec, image_dtype)
     store = PairStore.open(make_store(spec=replace(small_spec, fields=fields, codec=codec)))
     host = [batch.image.copy() for batch in store.batches(10)], [batch.noise.copy() for batch in store.batches(10)]
-    monkeypatch.setattr("nfm.storage.reader.Upload", Elsewhere)
+    monkeypatch.setattr("nfm.storage.reading.reader.Upload", Elsewhere)
     there = [(batch.image.numpy(), batch.noise.numpy()) for batch in store.batches(10, device="cpu")]
     for image, noise, (image_there, noise_there) in zip(*host, there, strict=True):
         np.testing.assert_array_equal(image, image_there)

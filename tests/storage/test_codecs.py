@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nfm.storage import commits, generations, layout
-from nfm.storage.codecs import CODECS, decode, encode
+from nfm.storage import layouts
 from nfm.storage.errors import StorageError
-from nfm.storage.moments import MomentSums
-from nfm.storage.schema import write_spec
+from nfm.storage.format.codecs import CODECS, decode, encode
+from nfm.storage.format.moments import MomentSums
+from nfm.storage.format.spec import write_spec
+from nfm.storage.ledger import commits, seal
 
 
 @given(hnp.arrays(np.float32, st.integers(0, 50), elements=st.floats(-1000, 1000, width=32)))
@@ -92,12 +93,12 @@ def test_a_store_counts_the_clipped_and_its_moments_are_those_of_the_stored_nois
 
     for shard in range(2):
         commits.publish(tmp_path, commits.write_shard(tmp_path, spec, 0, shard, "a", loud(shard)).commit())
-    body = generations.seal(tmp_path, 1)
+    body = seal.seal(tmp_path, 1)
     assert [commit.clipped for commit in commits.committed(tmp_path, 1).values()] == [20, 20]
     assert body["clipped"] == 40
     entry = body["shards"][0]
-    file = tmp_path / layout.files(spec, entry)[0].path
-    noise = layout.open_shard(spec, [file], 20).read("noise", 0, 20)
+    file = tmp_path / layouts.files(spec, entry)[0].path
+    noise = layouts.open_shard(spec, [file], 20).read("noise", 0, 20)
     assert noise.dtype == np.int8
     assert noise.min() == -127
     decoded = decode(noise, spec.noise_step).astype(np.float64)

@@ -15,12 +15,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from nfm.storage import atomic, commits
 from nfm.storage.errors import MissingShard, NewerSchema, StorageError
-from nfm.storage.index import INDEX_SCHEMA
-from nfm.storage.moments import MomentSums, pool
-from nfm.storage.schema import StoreSpec, write_spec
-from nfm.storage.tar import MappedShard
+from nfm.storage.files import atomic
+from nfm.storage.format.index import INDEX_SCHEMA
+from nfm.storage.format.moments import MomentSums, pool
+from nfm.storage.format.spec import StoreSpec, write_spec
+from nfm.storage.layouts.blocks import MappedShard
+from nfm.storage.ledger import commits
 from tests.patience import PATIENCE
 
 
@@ -227,7 +228,7 @@ def test_temporary_files_among_the_commits_are_ignored(make_store) -> None:
 
 WORKER = """
 import sys, numpy as np
-from nfm.storage import commits
+from nfm.storage.ledger import commits
 from nfm.storage.schema import read_spec
 root, attempt = sys.argv[1:]
 spec = read_spec(root)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfm.storage.convert import scale_of, to_float32
+from nfm.storage.format.convert import scale_of, to_float32
 
 UNIT = (-1.0, 1.0)
 PATTERNS = np.arange(65536, dtype=np.uint16).view(np.float16)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nfm.storage import DatasetWriter, ImageDataset, MissingShard, NewerSchema, StorageError
-from nfm.storage.atomic import hash_file, read_json, write_json
+from nfm.storage.files.atomic import hash_file, read_json, write_json
 
 ROWS = 53
 IMAGES = np.random.default_rng(0).integers(0, 256, (ROWS, 1, 4, 5), dtype=np.uint8)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from nfm.storage import PairStore, StorageError
-from nfm.storage.starts import Start, Starts
+from nfm.storage.reading.starts import Start, Starts
 
 HOW = {
     "in process": {},

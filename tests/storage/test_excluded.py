@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.storage import Mixture, PairStore, StateMismatch, atomic, commits, generations, shard_list
+from nfm.storage import Mixture, PairStore, StateMismatch
 from nfm.storage.errors import MissingShard, StorageError
 from nfm.storage.export import export
-from nfm.storage.order import order_key
-from nfm.storage.schema import StoreSpec, read_spec
+from nfm.storage.files import atomic
+from nfm.storage.format.order import order_key
+from nfm.storage.format.spec import StoreSpec, read_spec
+from nfm.storage.ledger import commits, seal, shard_list
 from nfm.storage.verify import LEVELS, orphans, verify
 
 HOLES = {"d000-s00001": "out of\n  memory", "d001-s00002": "killed five times"}
@@ -28,7 +30,7 @@ def root(request: pytest.FixtureRequest, make_store, monkeypatch: pytest.MonkeyP
     root = make_store(draws=2, sealed=False)
     for name in HOLES:
         remove(root, name)
-    generations.seal(root, 2, HOLES)
+    seal.seal(root, 2, HOLES)
     return root
 
 
@@ -61,7 +63,7 @@ def slots(store: PairStore | Mixture, epochs: int = 2, world_size: int = 1, stat
 
 
 def test_the_manifest_says_what_is_not_there_and_counts_what_is(root: Path, small_spec: StoreSpec) -> None:
-    body = generations.load(root, 1)
+    body = seal.load(root, 1)
     assert body["records"] == 70
     assert body["excluded"] == [
         {"name": "d000-s00001", "slots": [20, 40], "records": 20, "reason": "out of memory"},
@@ -135,14 +137,14 @@ def test_verification_knows_it_at_every_level_and_when_a_shard_was_made_since(
 
 
 def test_a_later_generation_has_all_and_the_earlier_stays_as_it_is(root: Path, small_spec: StoreSpec, records) -> None:
-    before, state = generations.manifest_path(root, 1).read_bytes(), PairStore.open(root).batches(4).state_dict()
+    before, state = seal.manifest_path(root, 1).read_bytes(), PairStore.open(root).batches(4).state_dict()
     alone = slots(PairStore.open(root))
     for name in HOLES:
         mend(root, small_spec, records, name)
-    body = generations.seal(root, 2, HOLES)
+    body = seal.seal(root, 2, HOLES)
     assert (body["generation"], body["records"], "excluded" in body) == (2, 100, False)
     assert body["order_key"] == order_key(small_spec.source, 50, 2)
-    assert generations.manifest_path(root, 1).read_bytes() == before
+    assert seal.manifest_path(root, 1).read_bytes() == before
     assert slots(PairStore.open(root, generation=1)) == alone
     assert verify(root, level="default") == []
     with pytest.raises(StateMismatch):
@@ -150,28 +152,28 @@ def test_a_later_generation_has_all_and_the_earlier_stays_as_it_is(root: Path, s
 
 
 def test_sealing_the_same_again_is_the_same_generation_whatever_the_reasons(root: Path) -> None:
-    assert generations.build(root, read_spec(root), 2, dict.fromkeys(HOLES, "another"))["generation"] == 1
-    assert generations.seal(root, 2, HOLES)["excluded"][0]["reason"] == "out of memory"
+    assert seal.build(root, read_spec(root), 2, dict.fromkeys(HOLES, "another"))["generation"] == 1
+    assert seal.seal(root, 2, HOLES)["excluded"][0]["reason"] == "out of memory"
 
 
 def test_only_what_is_named_may_be_missing(make_store) -> None:
     root = make_store(draws=1, sealed=False)
     remove(root, "d000-s00001")
     with pytest.raises(MissingShard, match=r"1 of 3 shards are not committed: d000-s00001"):
-        generations.seal(root, 1, {"d000-s00000": "there all the same"})
+        seal.seal(root, 1, {"d000-s00000": "there all the same"})
     for name in ("d000-s00000", "d000-s00002"):
         remove(root, name)
     with pytest.raises(StorageError, match="draw 0 would hold no shard at all"):
-        generations.seal(root, 1, dict.fromkeys(generations.names_of(read_spec(root), 1), "gone"))
-    assert generations.numbers(root) == []
+        seal.seal(root, 1, dict.fromkeys(seal.names_of(read_spec(root), 1), "gone"))
+    assert seal.numbers(root) == []
 
 
 def test_the_arrays_of_layout_zarr_can_have_no_holes(make_store, spec_of) -> None:
     root = make_store(1, spec_of("zarr"), sealed=False)
     (root / "commits" / "d000-s00001.json").unlink()
     with pytest.raises(StorageError, match=r"d000-s00001.*layout zarr can have no holes"):
-        generations.seal(root, 1, {"d000-s00001": "x"})
-    assert generations.numbers(root) == []
+        seal.seal(root, 1, {"d000-s00001": "x"})
+    assert seal.numbers(root) == []
 
 
 HOSTILE = [
@@ -192,8 +194,8 @@ HOSTILE = [
 def test_a_hostile_list_of_what_is_excluded_is_refused(make_store, value: Any) -> None:
     root = make_store(draws=1, sealed=False)
     remove(root, "d000-s00001")
-    generations.seal(root, 1, HOLES)
-    path = generations.manifest_path(root, 1)
+    seal.seal(root, 1, HOLES)
+    path = seal.manifest_path(root, 1)
     atomic.write_json(path, atomic.read_json(path) | {"excluded": value})
     with pytest.raises(StorageError):
         PairStore.open(root)

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.storage import PairStore, commits, generations
-from nfm.storage.atomic import read_json
+from nfm.storage import PairStore
 from nfm.storage.errors import CorruptShard, StorageError
 from nfm.storage.export import converted, export
-from nfm.storage.row_fields import RowField, write_row_field
-from nfm.storage.schema import StoreSpec, pair_fields
+from nfm.storage.files.atomic import read_json
+from nfm.storage.format.spec import StoreSpec, pair_fields
+from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.row_fields import RowField, write_row_field
 from nfm.storage.verify import verify
 
 LAYOUTS = ("blocks", "samples", "zarr")
@@ -91,7 +92,7 @@ def test_the_manifest_says_what_was_lost_and_where_it_is_from(source, tmp_path):
 
 def test_what_the_pipeline_knew_travels_along(source, tmp_path, make_store, small_spec):
     root = make_store(name="made", sealed=False)
-    generations.seal(root, 2, config={"codec": "float16"}, git_commit="abc")
+    seal.seal(root, 2, config={"codec": "float16"}, git_commit="abc")
     manifest = export(PairStore.open(root), tmp_path / "out", "blocks", "float32")
     assert (manifest["config"], manifest["git_commit"]) == ({"codec": "float16"}, "abc")
     assert PairStore.open(tmp_path / "out").manifest["config"] == {"codec": "float16"}
@@ -113,12 +114,12 @@ def test_exporting_again_converts_nothing_and_a_third_draw_only_itself(source, t
     for shard in range(source.spec.shards_per_draw):
         written = commits.write_shard(root, source.spec, 2, shard, "a1", records(source.spec, 2, shard))
         commits.publish(root, written.commit())
-    generations.seal(root, 3)
+    seal.seal(root, 3)
     seen.clear()
     grown = export(PairStore.open(root), out, "blocks", "float16", note)
     assert seen[0] == (100, 150)
     assert (grown["generation"], grown["draws"]) == (2, 3)
-    assert generations.numbers(out) == [1, 2]
+    assert seal.numbers(out) == [1, 2]
 
 
 def test_a_pinned_generation_is_what_is_exported(make_store, tmp_path, records):
@@ -127,7 +128,7 @@ def test_a_pinned_generation_is_what_is_exported(make_store, tmp_path, records):
     for shard in range(spec.shards_per_draw):
         written = commits.write_shard(root, spec, 1, shard, "a1", records(spec, 1, shard))
         commits.publish(root, written.commit())
-    generations.seal(root, 2)
+    seal.seal(root, 2)
     manifest = export(PairStore.open(root, generation=1), tmp_path / "out", "blocks", "float32")
     assert (manifest["draws"], manifest["exported"]["generation"]) == (1, 1)
 
@@ -166,7 +167,7 @@ def test_pairs_of_another_making_are_not_mixed_in(source, make_store, tmp_path, 
     noisy = ({**chunk, "noise": chunk["noise"] + 0.001} for chunk in records(source.spec, 0, 1))
     commits.publish(root, commits.write_shard(root, source.spec, 0, 1, "a2", noisy).commit())
     assert one is not None
-    generations.seal(root, 1)
+    seal.seal(root, 1)
     export(source, tmp_path / "out", "blocks", "float16")
     with pytest.raises(StorageError, match="d000-s00001 was exported from other pairs"):
         export(PairStore.open(root), tmp_path / "out", "blocks", "float16")
@@ -180,7 +181,7 @@ def test_a_flipped_bit_of_the_source_is_never_exported(source, tmp_path, folder)
     path.write_bytes(data)
     with pytest.raises(CorruptShard, match=path.name):
         export(source, tmp_path / "out", "blocks", "float16")
-    assert not generations.numbers(tmp_path / "out")
+    assert not seal.numbers(tmp_path / "out")
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     export(source, tmp_path / "out", "blocks", "float16")
@@ -189,7 +190,9 @@ def test_a_flipped_bit_of_the_source_is_never_exported(source, tmp_path, folder)
 
 KILLED = """
 import os, signal, sys
-from nfm.storage import PairStore, atomic, commits
+from nfm.storage import PairStore
+from nfm.storage.files import atomic
+from nfm.storage.ledger import commits
 from nfm.storage.export import export
 left, name = int(sys.argv[3]), sys.argv[4]
 owner = {"create_json": commits, "write_index": commits, "publish": commits}[name]
@@ -212,7 +215,7 @@ def test_an_export_killed_between_any_two_files_ends_as_if_nothing_had_happened(
         command = [sys.executable, "-c", KILLED, source.root, out, str(at), name, layout]
         done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        assert not generations.numbers(out)
+        assert not seal.numbers(out)
     export(source, out, layout, "float16")
     export(source, whole, layout, "float16")
     assert PairStore.open(out).content_digest == PairStore.open(whole).content_digest
@@ -223,7 +226,7 @@ def test_an_export_killed_between_any_two_files_ends_as_if_nothing_had_happened(
 
 def test_what_was_lost_is_said_also_when_only_the_seal_was_missing(source, tmp_path):
     export(source, tmp_path / "out", "blocks", "int8")
-    generations.manifest_path(tmp_path / "out", 1).unlink()
+    seal.manifest_path(tmp_path / "out", 1).unlink()
     exported = export(source, tmp_path / "out", "blocks", "int8")["exported"]
     assert exported["rms_error"] == pytest.approx(0.05 / 12**0.5, rel=0.1)
     assert exported["measured"] == 20  # a shard
@@ -250,13 +253,13 @@ def test_latents_without_labels_travel_too(make_store, small_spec, tmp_path, rec
     fields = pair_fields((4, 2, 2), "float16", "float16", label=False)
     spec = dataclasses.replace(small_spec, fields=fields, classes=None, image_scale=0.18215, image_decoder="vae")
     root = tmp_path / "latents"
-    from nfm.storage.schema import write_spec
+    from nfm.storage.format.spec import write_spec
 
     write_spec(root, spec)
     for shard in range(spec.shards_per_draw):
         chunks = ({**c, "image": c["image"].astype(np.float16) / 100} for c in records(spec, 0, shard))
         commits.publish(root, commits.write_shard(root, spec, 0, shard, "a1", chunks).commit())
-    generations.seal(root, 1)
+    seal.seal(root, 1)
     export(PairStore.open(root), tmp_path / "out", "samples", "int8")
     found, source = PairStore.open(tmp_path / "out"), PairStore.open(root)
     np.testing.assert_array_equal(everything(found, 0)["image"], everything(source, 0)["image"])

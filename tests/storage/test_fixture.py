@@ -14,9 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.storage import ImageDataset, NewerSchema, PairStore, atomic, codecs, commits, generations
-from nfm.storage.row_fields import RowField
-from nfm.storage.schema import read_spec
+from nfm.storage import ImageDataset, NewerSchema, PairStore
+from nfm.storage.files import atomic
+from nfm.storage.format import codecs
+from nfm.storage.format.spec import read_spec
+from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.row_fields import RowField
 from nfm.storage.verify import orphans, verify
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "store-format-1"
@@ -82,7 +85,7 @@ def test_a_store_of_format_1_verifies_at_the_deep_level(name: str) -> None:
 
 def test_the_older_generation_of_a_fixture_is_read_too() -> None:
     for name in make.STORES:
-        assert generations.numbers(FIXTURES / name) == [1, 2]
+        assert seal.numbers(FIXTURES / name) == [1, 2]
         assert PairStore.open(FIXTURES / name, generation=1).draws == 1
 
 
@@ -131,7 +134,7 @@ def test_a_store_that_the_first_session_left_half_made_is_finished(tmp_path: Pat
     assert spec == make_again(spec)
     assert set(commits.committed(root, 2)) == {"d000-s00000", "d000-s00001", "d001-s00000"}
     make.write(root, spec, 1, 1)
-    generations.seal(root, 2)
+    seal.seal(root, 2)
     assert verify(root, level="deep") == []
     assert before.items() <= sums(root).items()
     slots = np.arange(make.ROWS)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.storage import atomic, commits, generations
-from nfm.storage.row_fields import write_row_field
-from nfm.storage.schema import StoreSpec, pair_fields, read_spec, write_spec
+from nfm.storage.files import atomic
+from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec, write_spec
+from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.row_fields import write_row_field
 from nfm.storage.verify import Finding, orphans, verify
 from tests.sizes import sized
 
@@ -50,7 +51,7 @@ def make(root: Path, layout: str, seed: int = 0) -> Path:
     write_spec(root, spec)
     for shard in range(2):
         commits.publish(root, commits.write_shard(root, spec, 0, shard, "a1", records(spec, shard, seed)).commit())
-    generations.seal(root, 1)
+    seal.seal(root, 1)
     write_row_field(root, "caption", [np.arange(30, dtype=np.float16).reshape(10, 3)], (3,), "float16")
     return root
 
@@ -261,7 +262,7 @@ def test_records_that_only_stock_readers_see_differently_are_found_by_the_deep_l
     commit = root / "commits" / "d000-s00000.json"
     atomic.write_json(commit, atomic.read_json(commit) | {"payload_sha256": sha256})
     (root / "manifest.g0001.json").unlink()
-    generations.seal(root, 1)
+    seal.seal(root, 1)
     assert verify(root, level="default") == []
     (finding,) = verify(root, level="deep")
     assert finding.file == str(path)
@@ -280,7 +281,7 @@ def test_a_chunk_whose_check_sum_is_wrong_is_found_by_the_deep_level(tmp_path: P
     body["payload_sha256"] = atomic.content_digest(part["sha256"] for part in body["parts"])
     atomic.write_json(commit, body)
     (root / "manifest.g0001.json").unlink()
-    generations.seal(root, 1)
+    seal.seal(root, 1)
     assert verify(root, level="default") == []
     (finding,) = verify(root, level="deep")
     assert "checksum" in finding.problem.lower() or "crc" in finding.problem.lower()

@@ -13,8 +13,9 @@ from typing import Any
 import google_crc32c
 import pytest
 
-from nfm.storage import PairStore, StorageError, atomic
-from nfm.storage.row_fields import RowField
+from nfm.storage import PairStore, StorageError
+from nfm.storage.files import atomic
+from nfm.storage.ledger.row_fields import RowField
 from nfm.storage.verify import verify
 from tests.fuzz.run import fuzz
 from tests.fuzz.signing import reseal

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from nfm.storage.errors import CorruptShard, NoPlace, StorageError
-from nfm.storage.masked import HIDDEN, holds_secret, masked, masked_in
+from nfm.storage.errors.masked import HIDDEN, holds_secret, masked, masked_in
 
 SECRET = [
     ("s3://key:secret@host/x", f"s3://{HIDDEN}@host/x"),

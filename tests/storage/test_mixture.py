@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nfm.storage import Mixture, PairStore, StateMismatch, StorageError
+from nfm.storage.format.spec import pair_fields
 from nfm.storage.mixture import deal
-from nfm.storage.schema import pair_fields
 
 QUICK = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 weights = st.lists(st.integers(1, 20), min_size=1, max_size=4).map(lambda w: [Fraction(x, sum(w)) for x in w])

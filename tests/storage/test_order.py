@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfm.storage.order import Order, Windows, order_key, permute, shard_counts, shuffling
+from nfm.storage.format.order import Order, Windows, order_key, permute, shard_counts, shuffling
 
 counts_of_shards = st.lists(st.integers(1, 40), min_size=1, max_size=30).map(lambda counts: np.array(counts, np.int64))
 

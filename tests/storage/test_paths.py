@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nfm.storage import atomic
 from nfm.storage.errors import StorageError
-from nfm.storage.paths import as_path, exists, is_remote, names_in, remove, size_of
-from nfm.storage.small_files import read_bytes
+from nfm.storage.files import atomic
+from nfm.storage.files.paths import as_path, exists, is_remote, names_in, remove, size_of
+from nfm.storage.files.small_files import read_bytes
 from tests.patience import PATIENCE, allowed
 from tests.storage.s3server import S3, new_clients
 
@@ -144,7 +144,7 @@ def test_an_unknown_protocol_and_a_number_that_is_none_say_what_to_write(monkeyp
 def test_a_missing_package_is_named() -> None:
     code = (
         "import sys; sys.modules['s3fs'] = None\n"
-        "from nfm.storage.paths import as_path, names_in\n"
+        "from nfm.storage.files.paths import as_path, names_in\n"
         "from nfm.storage.errors import StorageError\n"
         "try: names_in(as_path('s3://bucket/x'))\n"
         "except StorageError as error: print(error)"

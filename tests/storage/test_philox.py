@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfm.storage import philox
+from nfm.storage.format import philox
 
 # philox4x64-10 lines of kat_vectors in Random123 (counter, key, result)
 KNOWN_ANSWERS = [

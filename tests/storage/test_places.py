@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfm.storage import ImageDataset, PairStore
-from nfm.storage.cache import ShardCache
-from nfm.storage.cache_folder import base_folder
 from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.export import export
-from nfm.storage.paths import as_path, is_remote, is_url, local_path, stated_path
-from nfm.storage.remote import patience
+from nfm.storage.files.cache import ShardCache
+from nfm.storage.files.cache_folder import base_folder
+from nfm.storage.files.paths import as_path, is_remote, is_url, local_path, stated_path
+from nfm.storage.files.remote import patience
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from nfm.storage import Mixture, PairStore
-from nfm.storage.pool import Pool, empty
-from nfm.storage.schema import pair_fields
+from nfm.storage.format.spec import pair_fields
+from nfm.storage.reading.pool import Pool, empty
 from tests.patience import PATIENCE
 
 KINDS = {

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nfm.storage import CorruptShard, Mixture, PairStore, StorageError, readahead
-from nfm.storage.members import Mapped
-from nfm.storage.readahead import ReadAhead
-from nfm.storage.stream import StoreStream, plan
+from nfm.storage import CorruptShard, Mixture, PairStore, StorageError
+from nfm.storage.layouts.tar import Mapped
+from nfm.storage.reading import readahead
+from nfm.storage.reading.readahead import ReadAhead
+from nfm.storage.reading.stream import StoreStream, plan
 
 ROWS, SHARD, WINDOW = 960, 20, 4
 

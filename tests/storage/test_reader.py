@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nfm.storage import BatchReader, PairStore, StateMismatch, StorageError
-from nfm.storage.convert import to_float32
-from nfm.storage.stream import StoreStream, plan
+from nfm.storage.format.convert import to_float32
+from nfm.storage.reading.stream import StoreStream, plan
 from tests.patience import PATIENCE
 
 # The batches of two epochs of 23 records in shards of 5, seed 3: what students that stopped are resumed with.

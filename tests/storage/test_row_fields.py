@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.storage.atomic import read_json, write_json
-from nfm.storage.cache import ShardCache
 from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StorageError
-from nfm.storage.row_fields import FIELD, RowField, row_field_names, write_row_field
+from nfm.storage.files.atomic import read_json, write_json
+from nfm.storage.files.cache import ShardCache
+from nfm.storage.ledger.row_fields import FIELD, RowField, row_field_names, write_row_field
 
 VALUES = np.random.default_rng(0).normal(size=(50, 3, 2)).astype(np.float16)
 

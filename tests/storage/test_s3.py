@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.storage import PairStore, commits, generations
-from nfm.storage.cache import ShardCache
-from nfm.storage.commits import Commit
+from nfm.storage import PairStore
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.paths import as_path, names_in, remove, size_of
-from nfm.storage.schema import StoreSpec, write_spec
+from nfm.storage.files.cache import ShardCache
+from nfm.storage.files.paths import as_path, names_in, remove, size_of
+from nfm.storage.format.spec import StoreSpec, write_spec
+from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.commits import Commit
 from nfm.storage.verify import verify
 from tests.storage.s3server import S3, new_clients
 
@@ -41,7 +42,7 @@ def make(root: str | Path, spec: StoreSpec, records: Any, draws: int = 2) -> str
     """A sealed store, made through the public functions."""
     write_spec(root, spec)
     fill(root, spec, records, range(draws))
-    generations.seal(root, draws)
+    seal.seal(root, draws)
     return root
 
 
@@ -87,7 +88,7 @@ def test_a_store_lives_on_s3_as_it_does_here(
     assert np.array_equal(seen, [batch["slot"] for batch in read(local)])
 
     fill(there, spec, records, range(2, 3))
-    generations.seal(there, 3)
+    seal.seal(there, 3)
     grown = PairStore.open(there)
     assert (grown.generation, grown.draws, PairStore.open(there, generation=1).draws) == (2, 3, 2)
     assert PairStore.open(f"{there}/manifest.g0001.json").generation == 1
@@ -121,14 +122,14 @@ def test_two_who_seal_at_once_agree(bucket: str, small_spec: StoreSpec, records:
     root, sealed = f"{bucket}/store", []
     write_spec(root, small_spec)
     fill(root, small_spec, records, range(1))
-    threads = [threading.Thread(target=lambda: sealed.append(generations.seal(root, 1))) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: sealed.append(seal.seal(root, 1))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(sealed) == 2
-    assert [{**body, "digest": None} for body in sealed] == [{**generations.load(root, 1), "digest": None}] * 2
-    assert generations.numbers(root) == [1]
+    assert [{**body, "digest": None} for body in sealed] == [{**seal.load(root, 1), "digest": None}] * 2
+    assert seal.numbers(root) == [1]
 
 
 def test_other_file_systems_hold_a_store_too(tmp_path: Path, small_spec: StoreSpec, records: Any) -> None:

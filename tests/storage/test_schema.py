@@ -9,18 +9,9 @@ from typing import Any
 
 import pytest
 
-from nfm.storage import atomic
 from nfm.storage.errors import NewerSchema, StorageError
-from nfm.storage.schema import (
-    FORMAT,
-    Field,
-    StoreSpec,
-    pair_fields,
-    parse_name,
-    read_spec,
-    shard_name,
-    write_spec,
-)
+from nfm.storage.files import atomic
+from nfm.storage.format.spec import FORMAT, Field, StoreSpec, pair_fields, parse_name, read_spec, shard_name, write_spec
 
 
 def test_a_spec_reads_back_from_json_with_foreign_keys_around_it(tmp_path: Path, small_spec: StoreSpec) -> None:

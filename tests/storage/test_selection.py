@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nfm.storage import MissingShard, PairStore, StateMismatch, StorageError
-from nfm.storage.schema import pair_fields
+from nfm.storage.format.spec import pair_fields
 
 ODD = pc.field("flip")
 QUICK = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfm.storage import layout
-from nfm.storage.codecs import encode
+from nfm.storage import layouts
 from nfm.storage.errors import CorruptShard, MissingShard
-from nfm.storage.schema import LAYOUTS, StoreSpec, pair_fields, shard_name
-from nfm.storage.sequence import ShardSequence
+from nfm.storage.format.codecs import encode
+from nfm.storage.format.spec import LAYOUTS, StoreSpec, pair_fields, shard_name
+from nfm.storage.reading.shards import ShardSequence
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,12 +42,12 @@ def _write(root: Path, spec: StoreSpec, arrays: Arrays, chunk: int) -> list[dict
     found = []
     for shard in range(spec.shards_per_draw):
         slots, name = spec.slots_of(shard), shard_name(0, shard)
-        with layout.writer(spec, root, name, "a") as writer:
+        with layouts.writer(spec, root, name, "a") as writer:
             for start in range(slots.start, slots.stop, chunk):
                 part = slice(start, min(start + chunk, slots.stop))
                 writer.append({name: array[part] for name, array in stored.items()})
-            payload, parts = layout.closed(writer)
-        file = layout.payload_name(spec, name, "a")
+            payload, parts = layouts.closed(writer)
+        file = layouts.payload_name(spec, name, "a")
         facts = {"sha256": payload.sha256, "bytes": payload.bytes, "records": len(slots), "parts": parts}
         found.append({"name": name, "payload": file, **facts})
     return found
@@ -55,8 +55,8 @@ def _write(root: Path, spec: StoreSpec, arrays: Arrays, chunk: int) -> list[dict
 
 def _sequence(root: Path, spec: StoreSpec, held: list[dict[str, Any]]) -> ShardSequence:
     def open_shard(number: int) -> Any:
-        paths = [root / file.path for file in layout.files(spec, held[number], sealed=False)]
-        return layout.open_shard(spec, paths, held[number]["records"])
+        paths = [root / file.path for file in layouts.files(spec, held[number], sealed=False)]
+        return layouts.open_shard(spec, paths, held[number]["records"])
 
     return ShardSequence(open_shard, spec.fields, spec.rows, spec.rows_per_shard, spec.rows_per_block, spec.layout)
 
@@ -151,7 +151,7 @@ def test_a_store_of_many_shards_keeps_to_the_limit_of_open_files(tmp_path: Path,
 def test_a_missing_or_altered_file_is_named_when_it_is_read(tmp_path: Path, spec_of, kind: str) -> None:
     spec = spec_of(kind)
     held = _write(tmp_path, spec, _arrays(spec, 0), 16)
-    file = tmp_path / layout.files(spec, held[1], sealed=False)[0].path
+    file = tmp_path / layouts.files(spec, held[1], sealed=False)[0].path
     file.write_bytes(file.read_bytes()[:-7])
     sequence = _sequence(tmp_path, spec, held)
     np.testing.assert_array_equal(sequence.gather(["slot"], np.array([3, 45]))["slot"], [3, 45])

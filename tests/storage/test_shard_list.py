@@ -10,14 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nfm.pipeline import audit as auditing
-from nfm.pipeline.artifact import find
-from nfm.storage import PairStore, atomic, commits, generations, shard_list
-from nfm.storage.cache import ShardCache
+from nfm.pipeline.artifacts.artifact import find
+from nfm.pipeline.upkeep import audit as auditing
+from nfm.storage import PairStore
 from nfm.storage.errors import StorageError
 from nfm.storage.export import export
-from nfm.storage.schema import StoreSpec, read_spec, write_spec
-from nfm.storage.shard_list import SCHEMA, ShardList, read_list, written
+from nfm.storage.files import atomic
+from nfm.storage.files.cache import ShardCache
+from nfm.storage.format.spec import StoreSpec, read_spec, write_spec
+from nfm.storage.ledger import commits, seal, shard_list
+from nfm.storage.ledger.shard_list import SCHEMA, ShardList, read_list, written
 from nfm.storage.verify import LEVELS, orphans, verify
 from tests.storage.s3server import S3
 
@@ -65,7 +67,7 @@ def test_a_store_with_a_list_verifies_at_every_level(listed, make_store, spec_of
     assert orphans(root) == []
     (found,) = auditing.audit([find(root)], "quick")
     assert (found.findings, found.files) == ([], 6)
-    assert found.bytes == sum(entry["bytes"] for entry in generations.load(root, 1)["shards"])
+    assert found.bytes == sum(entry["bytes"] for entry in seal.load(root, 1)["shards"])
 
 
 def test_an_export_of_a_store_with_a_list_holds_the_same_pairs(listed, make_store, tmp_path: Path) -> None:
@@ -83,8 +85,8 @@ def test_a_store_with_a_list_on_an_object_store_is_read_through_the_cache(
     for shard in range(small_spec.shards_per_draw):
         made = commits.write_shard(root, small_spec, 0, shard, "a", records(small_spec, 0, shard))
         commits.publish(root, made.commit())
-    generations.seal(root, 1)
-    assert generations.seal(root, 1)["generation"] == 1
+    seal.seal(root, 1)
+    assert seal.seal(root, 1)["generation"] == 1
     cache = ShardCache(tmp_path / "cache")
     assert read(root, cache) == read(make_store(1))
     assert verify(root, level="default") == []
@@ -94,20 +96,20 @@ def test_a_store_with_a_list_on_an_object_store_is_read_through_the_cache(
 def test_sealing_again_finds_the_list_and_leaves_no_file(listed, make_store, monkeypatch) -> None:
     root = make_store(2)
     before = sorted(path.name for path in root.iterdir())
-    assert generations.seal(root, 2)["generation"] == 1
+    assert seal.seal(root, 2)["generation"] == 1
     monkeypatch.setattr(shard_list, "INLINE", 1000)  # a version that would list them in the manifest
-    assert generations.build(root, read_spec(root), 2)["generation"] == 1
+    assert seal.build(root, read_spec(root), 2)["generation"] == 1
     assert sorted(path.name for path in root.iterdir()) == before
 
 
 def test_a_list_that_no_manifest_names_is_an_orphan_and_one_of_a_damaged_manifest_is_kept(listed, make_store) -> None:
     root = make_store(1)
-    body = generations.build(root, read_spec(root), 1) | {"generation": 2}
+    body = seal.build(root, read_spec(root), 1) | {"generation": 2}
     assert body["shards"]["file"].startswith("manifest.g0001.")
-    killed = written(root, 2, generations.load(root, 1)["shards"])["file"]
+    killed = written(root, 2, seal.load(root, 1)["shards"])["file"]
     assert orphans(root) == [killed]
     assert verify(root) == []
-    path = generations.manifest_path(root, 1)
+    path = seal.manifest_path(root, 1)
     path.write_text(path.read_text().replace("0", "1", 1))
     assert orphans(root) == [killed]
 
@@ -139,7 +141,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("change", HOSTILE)
 def test_a_hostile_row_is_refused_though_all_digests_agree(make_store, tmp_path: Path, change: dict[str, Any]) -> None:
-    first, *rest = generations.load(make_store(1), 1)["shards"]
+    first, *rest = seal.load(make_store(1), 1)["shards"]
     reference = written(tmp_path, 1, [first | change, *rest])
     with pytest.raises(StorageError, match=f"{reference['file']}.*row 0"):
         read_list(tmp_path, "manifest", 1, reference)
@@ -152,7 +154,7 @@ def test_a_hostile_row_is_refused_though_all_digests_agree(make_store, tmp_path:
 def test_a_hostile_part_is_refused_though_all_digests_agree(
     make_store, spec_of, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    entries = [dict(entry) for entry in generations.load(make_store(1, spec_of("zarr")), 1)["shards"]]
+    entries = [dict(entry) for entry in seal.load(make_store(1, spec_of("zarr")), 1)["shards"]]
     assert list(read_list(tmp_path, "manifest", 1, written(tmp_path, 1, entries))) == entries
     entries[2]["parts"] = [entries[2]["parts"][0] | change, *entries[2]["parts"][1:]]
     with pytest.raises(StorageError, match="row 2"):
@@ -163,15 +165,15 @@ def test_a_hostile_part_is_refused_though_all_digests_agree(
 @pytest.mark.parametrize("key", ["file", "sha256", "bytes", "count"])
 def test_a_hostile_reference_is_refused(listed, make_store, key: str, value: Any) -> None:
     root = make_store(1)
-    path = generations.manifest_path(root, 1)
+    path = seal.manifest_path(root, 1)
     body = atomic.read_json(path)
     atomic.write_json(path, body | {"shards": body["shards"] | {key: value}})
     with pytest.raises(StorageError):
-        generations.load(root, 1)
+        seal.load(root, 1)
 
 
 def test_a_list_that_would_decode_to_far_more_than_it_holds_is_refused(make_store, tmp_path: Path) -> None:
-    (first, *_) = generations.load(make_store(1), 1)["shards"]
+    (first, *_) = seal.load(make_store(1), 1)["shards"]
     table = pa.Table.from_pylist([first | {"name": "x" * 100_000}] * 50, SCHEMA)
     for dictionary in (True, False):
         pq.write_table(table, tmp_path / "list", compression="zstd", use_dictionary=dictionary)
@@ -184,7 +186,7 @@ def test_a_list_that_would_decode_to_far_more_than_it_holds_is_refused(make_stor
 
 
 def test_a_list_is_a_sequence_of_entries(listed, make_store) -> None:
-    shards = generations.load(make_store(2), 1)["shards"]
+    shards = seal.load(make_store(2), 1)["shards"]
     entries = list(shards)
     assert isinstance(shards, ShardList)
     assert shards == entries

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from nfm.storage import atomic
 from nfm.storage.errors import StorageError
-from nfm.storage.listing import Folder
-from nfm.storage.paths import as_path
-from nfm.storage.small_files import MOST_BYTES, plain, read_bytes, read_tail
+from nfm.storage.files import atomic
+from nfm.storage.files.folder import Folder
+from nfm.storage.files.paths import as_path
+from nfm.storage.files.small_files import MOST_BYTES, plain, read_bytes, read_tail
 
 
 @pytest.fixture

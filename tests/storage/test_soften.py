@@ -13,9 +13,9 @@ from scipy import stats
 from torch.utils.data import DataLoader
 
 from nfm.storage import DatasetWriter, ImageDataset, Mixture, PairStore, StateMismatch
-from nfm.storage.schema import pair_fields
-from nfm.storage.soften import normals
-from nfm.storage.stream import Records
+from nfm.storage.format.spec import pair_fields
+from nfm.storage.reading.soften import normals
+from nfm.storage.reading.stream import Records
 from tests.storage.test_batch import Elsewhere
 
 GOLDEN = [  # what students that stopped are resumed with
@@ -154,7 +154,7 @@ def test_a_data_loaders_workers_soften_as_the_reader_does(make_pair):
 
 def test_a_device_of_its_own_memory_gets_the_same_bits(store, monkeypatch):
     host = seen(store.batches(10, soften=0.5))
-    monkeypatch.setattr("nfm.storage.reader.Upload", Elsewhere)
+    monkeypatch.setattr("nfm.storage.reading.reader.Upload", Elsewhere)
     assert seen(store.batches(10, device="cpu", soften=0.5)) == host
 
 

@@ -18,24 +18,15 @@ import fsspec
 import numpy as np
 import pytest
 
-from nfm.storage import (
-    CorruptShard,
-    MissingShard,
-    NewerSchema,
-    PairStore,
-    ShardCache,
-    StateMismatch,
-    StorageError,
-    commits,
-    generations,
-)
-from nfm.storage.atomic import content_digest, write_json
-from nfm.storage.layout import files as files_of
-from nfm.storage.order import order_key
-from nfm.storage.row_fields import write_row_field
-from nfm.storage.schema import StoreSpec, pair_fields, write_spec
-from nfm.storage.sequence import ShardSequence
-from nfm.storage.tar import MappedShard, shard_bytes
+from nfm.storage import CorruptShard, MissingShard, NewerSchema, PairStore, ShardCache, StateMismatch, StorageError
+from nfm.storage.files.atomic import content_digest, write_json
+from nfm.storage.format.order import order_key
+from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
+from nfm.storage.layouts import files as files_of
+from nfm.storage.layouts.blocks import MappedShard, shard_bytes
+from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.row_fields import write_row_field
+from nfm.storage.reading.shards import ShardSequence
 from tests.patience import allowed
 
 
@@ -102,9 +93,9 @@ def test_the_index_has_a_row_a_record(make_store):
 
 def test_a_reader_pins_its_generation(make_store):
     root = make_store(2, sealed=False)
-    generations.seal(root, 1)
+    seal.seal(root, 1)
     early = PairStore.open(root)
-    generations.seal(root, 2)
+    seal.seal(root, 2)
     assert (PairStore.open(root).generation, PairStore.open(root).draws) == (2, 2)
     assert PairStore.open(root, generation=1).manifest == early.manifest
     assert {draw for batch in early.batches(10, epochs=3) for draw in batch.draw} == {0}
@@ -282,7 +273,7 @@ def test_row_fields_are_joined_by_image_row(tmp_path, small_spec, records, dtype
         for shard in range(spec.shards_per_draw):
             parts = (part | {"row": rows[draw][part["slot"]]} for part in records(spec, draw, shard))
             commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", parts).commit())
-    generations.seal(root, 2)
+    seal.seal(root, 2)
     write_row_field(root, "caption", [values], (3,), dtype)
     store = PairStore.open(root)
     for options in ({}, {"device": "cpu"}, {"raw": True}):
@@ -313,7 +304,7 @@ def test_opening_two_million_records_takes_less_than_half_a_second(tmp_path, sma
 
 
 def manifest_of(spec: StoreSpec, draws: int) -> dict[str, object]:
-    names = generations.names_of(spec, draws)
+    names = seal.names_of(spec, draws)
     slots = [len(spec.slots_of(number)) for number in range(spec.shards_per_draw)] * draws
     entries = [
         {

@@ -9,9 +9,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from nfm.storage import atomic, commits, generations
-from nfm.storage.schema import StoreSpec
-from nfm.storage.tar import MappedShard, ShardWriter
+from nfm.storage.files import atomic
+from nfm.storage.format.spec import StoreSpec
+from nfm.storage.layouts.blocks import MappedShard, ShardWriter
+from nfm.storage.ledger import commits, seal
 from nfm.storage.verify import LEVELS, orphans, verify
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "store-format-1"
@@ -107,8 +108,8 @@ def _forge(root: Path, spec: StoreSpec, change) -> None:
     path = commits.commit_path(root, written.name)
     body = atomic.read_json(path)
     atomic.write_json(path, body | {"payload_sha256": writer.payload.sha256})
-    generations.manifest_path(root, 1).unlink()
-    generations.seal(root, 1)
+    seal.manifest_path(root, 1).unlink()
+    seal.seal(root, 1)
 
 
 def _repeat_a_slot(arrays: dict[str, np.ndarray]) -> None:
@@ -152,7 +153,7 @@ def test_an_older_generation_is_verified_by_its_number(make_store, small_spec: S
     for shard in range(small_spec.shards_per_draw):
         written = commits.write_shard(root, small_spec, 1, shard, "b", records(small_spec, 1, shard))
         commits.publish(root, written.commit())
-    generations.seal(root, 2)
+    seal.seal(root, 2)
     (root / "shards" / "d001-s00000.b.tar").unlink()
     assert verify(root, generation=1, level="default") == []
     assert len(verify(root)) == 1

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nfm.storage import atomic, codecs, commits, crc32c, generations, layout
+from nfm.storage import layouts
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.schema import StoreSpec
-from nfm.storage.sequence import ShardSequence
-from nfm.storage.zarr_shard import MappedZarr, shard_bytes
+from nfm.storage.files import atomic
+from nfm.storage.format import codecs, crc32c
+from nfm.storage.format.spec import StoreSpec
+from nfm.storage.layouts.zarr_shard import MappedZarr, shard_bytes
+from nfm.storage.ledger import commits, seal
+from nfm.storage.reading.shards import ShardSequence
 
 zarr = pytest.importorskip("zarr")
 
@@ -67,10 +70,10 @@ def test_stock_zarr_opens_a_sealed_store(make_store, spec_of, records, codec, im
 def test_ours_reads_what_stock_reads(make_store, spec_of) -> None:
     spec = spec_of("zarr")
     root = make_store(1, spec)
-    entries = generations.load(root, 1)["shards"]
+    entries = seal.load(root, 1)["shards"]
     stock = zarr.open(str(root), mode="r")["d000"]
     for entry in entries:
-        shard = layout.open_shard(spec, [root / f.path for f in layout.files(spec, entry)], entry["records"])
+        shard = layouts.open_shard(spec, [root / f.path for f in layouts.files(spec, entry)], entry["records"])
         first = int(entry["name"][-5:]) * spec.rows_per_shard
         for field in spec.fields:
             found = shard.read(field.name, 3, entry["records"])
@@ -81,19 +84,19 @@ def test_every_file_is_hashed_and_placed_with_its_commits_bytes(make_store, spec
     spec = spec_of("zarr")
     root = make_store(1, spec, sealed=False)
     commit = commits.read(root, "d000-s00001")
-    staged = layout.files(spec, commit, sealed=False)
+    staged = layouts.files(spec, commit, sealed=False)
     assert [file.path for file in staged] == [f"shards/d000-s00001.a1/{field.name}" for field in spec.fields]
     assert commit.payload_sha256 == atomic.content_digest(file.sha256 for file in staged)
     assert commit.payload_bytes == sum(file.bytes for file in staged)
-    assert not layout.missing(root, spec, commit)
-    body = generations.seal(root, 1)
+    assert not layouts.missing(root, spec, commit)
+    body = seal.seal(root, 1)
     assert not (root / commit.payload).exists()
-    assert not layout.missing(root, spec, commit)
-    placed = layout.files(spec, body["shards"][1])
+    assert not layouts.missing(root, spec, commit)
+    placed = layouts.files(spec, body["shards"][1])
     assert [file.path for file in placed][:2] == ["d000/image/c/1/0/0/0", "d000/noise/c/1/0/0/0"]
     for file, before in zip(placed, staged):
         assert atomic.hash_file(root / file.path) == (before.sha256, before.bytes)
-    for path, data in layout.metadata(spec, 1).items():
+    for path, data in layouts.metadata(spec, 1).items():
         assert (root / path).read_bytes() == data
 
 
@@ -103,7 +106,7 @@ def test_adding_a_draw_leaves_every_earlier_file_untouched(make_store, spec_of, 
     before = _files(root)
     for shard in range(spec.shards_per_draw):
         commits.publish(root, commits.write_shard(root, spec, 1, shard, "b", records(spec, 1, shard)).commit())
-    assert generations.seal(root, 2)["generation"] == 2
+    assert seal.seal(root, 2)["generation"] == 2
     after = _files(root)
     assert before.items() <= after.items()
     np.testing.assert_array_equal(zarr.open(str(root), mode="r")["d001/slot"][...], np.arange(50))
@@ -113,15 +116,15 @@ def test_sealing_goes_on_wherever_it_was_killed(make_store, spec_of) -> None:
     spec = spec_of("zarr")
     root = make_store(1, spec, sealed=False)
     commit = commits.read(root, "d000-s00000")
-    moves = list(zip(layout.files(spec, commit, sealed=False), layout.files(spec, commit)))
+    moves = list(zip(layouts.files(spec, commit, sealed=False), layouts.files(spec, commit)))
     staged, placed = moves[0]
     atomic.place(root / staged.path, root / placed.path)  # one file placed, and of the next the second name made
     (root / moves[1][1].path).parent.mkdir(parents=True)
     (root / moves[1][1].path).hardlink_to(root / moves[1][0].path)
-    body = generations.seal(root, 1)
+    body = seal.seal(root, 1)
     assert not (root / "shards" / "d000-s00000.a1").exists()
     assert commits.publish(root, commit) == commit  # a worker that repeats itself after the seal
-    assert generations.build(root, spec, 1) == body
+    assert seal.build(root, spec, 1) == body
     np.testing.assert_array_equal(zarr.open(str(root), mode="r")["d000/slot"][...], np.arange(50))
 
 
@@ -130,8 +133,8 @@ def test_sealing_without_a_committed_file_names_it(make_store, spec_of) -> None:
     root = make_store(1, spec, sealed=False)
     (root / "shards/d000-s00001.a1/noise").unlink()
     with pytest.raises(MissingShard, match=r"d000-s00001\.a1/noise"):
-        generations.seal(root, 1)
-    assert generations.newest(root) is None
+        seal.seal(root, 1)
+    assert seal.newest(root) is None
 
 
 def test_a_losing_attempt_leaves_nothing(tmp_path: Path, spec_of, records) -> None:
@@ -158,8 +161,8 @@ def test_a_flipped_byte_in_a_chunk_is_seen_by_stock_zarr_and_by_ours(make_store,
     _flip(path, 84 + at)  # the second chunk: 5 records of 16 bytes, and their crc32c
     with pytest.raises(ValueError, match="checksum"):
         zarr.open(str(root), mode="r")["d000/image"][5:10]
-    entry = generations.load(root, 1)["shards"][0]
-    shard = layout.open_shard(spec, [root / f.path for f in layout.files(spec, entry)], 20)
+    entry = seal.load(root, 1)["shards"][0]
+    shard = layouts.open_shard(spec, [root / f.path for f in layouts.files(spec, entry)], 20)
     assert isinstance(shard, MappedZarr)
     assert shard.bad_chunks("image") == [1]
     assert shard.bad_chunks("noise") == []
@@ -172,8 +175,8 @@ def _flip(path: Path, at: int) -> None:
 
 
 def _open(root: Path, spec: StoreSpec, number: int = 0) -> Any:
-    entry = generations.load(root, 1)["shards"][number]
-    return layout.open_shard(spec, [root / f.path for f in layout.files(spec, entry)], entry["records"])
+    entry = seal.load(root, 1)["shards"][number]
+    return layouts.open_shard(spec, [root / f.path for f in layouts.files(spec, entry)], entry["records"])
 
 
 @pytest.mark.parametrize("codec", ["float16", "pcodec"])
@@ -268,7 +271,7 @@ def test_chunks_of_zeros_are_written(make_store, spec_of) -> None:
 
 
 def test_metadata_is_plain_json_of_the_specification(spec_of) -> None:
-    found = layout.metadata(spec_of("zarr", "int8"), 2)
+    found = layouts.metadata(spec_of("zarr", "int8"), 2)
     assert set(found) == {"zarr.json"} | {f"d{d:03d}/zarr.json" for d in (0, 1)} | {
         f"d{d:03d}/{name}/zarr.json" for d in (0, 1) for name in ("image", "noise", "label", "slot")
     }
@@ -276,7 +279,7 @@ def test_metadata_is_plain_json_of_the_specification(spec_of) -> None:
     assert noise["data_type"] == "int8"
     inner = noise["codecs"][0]["configuration"]["codecs"]
     assert [codec["name"] for codec in inner] == ["bytes", "crc32c"]
-    assert layout.metadata(spec_of("blocks"), 2) == {}
+    assert layouts.metadata(spec_of("blocks"), 2) == {}
 
 
 def test_crc32c_is_the_castagnoli_check_sum_in_both_implementations() -> None:

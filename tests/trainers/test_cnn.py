@@ -7,8 +7,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from nfm.trainers.checkpoint import pack_weights, unpack_weights
-from nfm.trainers.cnn import FeatureNet, classification_loss
 from nfm.trainers.loop import Recipe, train
+from nfm.trainers.models.cnn import FeatureNet, classification_loss
 
 
 @pytest.mark.parametrize("image_shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (4, 9, 15)])

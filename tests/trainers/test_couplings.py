@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.trainers.couplings import NFM, Generated, Independent
-from nfm.trainers.minibatch_ot import MinibatchOT, assignment, groups
-from nfm.trainers.tarflow import TarFlow, nll_per_dim
+from nfm.trainers.couplings.coupling import NFM, Generated, Independent
+from nfm.trainers.couplings.minibatch_ot import MinibatchOT, assignment, groups
+from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
 
 X = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
 Y = torch.tensor([0, 1, 2, 0, 1, 2])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from nfm.trainers.gaussianity import deviation, kolmogorov_p, projected
+from nfm.trainers.metrics.gaussianity import deviation, kolmogorov_p, projected
 
 
 def normal(count: int, size: int, seed: int = 0) -> torch.Tensor:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.trainers.metrics import fd_infinity, fit, frechet_distance, kid
-from nfm.trainers.nearest import nearest
-from nfm.trainers.prdc import manifold, prdc
+from nfm.trainers.metrics.frechet import fd_infinity, fit, frechet_distance, kid
+from nfm.trainers.metrics.nearest import nearest
+from nfm.trainers.metrics.prdc import manifold, prdc
 from tests.torchvision_stub import make_importable
 
 

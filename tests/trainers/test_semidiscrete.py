@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfm.trainers import semidiscrete
-from nfm.trainers.semidiscrete import Ascent, Fitted, SemidiscreteOT, State, _Noise, chi_squared, fit
-from nfm.trainers.semidiscrete_targets import Targets
+from nfm.trainers.couplings import semidiscrete
+from nfm.trainers.couplings.semidiscrete import Ascent, Fitted, SemidiscreteOT, State, _Noise, chi_squared, fit
+from nfm.trainers.couplings.semidiscrete_targets import Targets
 
 ASCENT = Ascent(samples=200_000, batch_size=256, gamma=0.3, target=1e-9, check_every=100_000)
 

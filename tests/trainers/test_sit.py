@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nfm.trainers.sit import SiT
+from nfm.trainers.models.sit import SiT
 
 
 def student(shape: tuple[int, int, int] = (2, 4, 8), classes: int = 3, trained: bool = True) -> SiT:

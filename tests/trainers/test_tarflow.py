@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfm.trainers.tarflow import MetaBlock, TarFlow, bits_per_dim, denoise, nll_per_dim
+from nfm.trainers.models.tarflow import MetaBlock, TarFlow, bits_per_dim, denoise, nll_per_dim
 
 
 def flow(

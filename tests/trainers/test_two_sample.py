@@ -8,7 +8,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from nfm.trainers.two_sample import area_under_curve, two_sample
+from nfm.trainers.metrics.two_sample import area_under_curve, two_sample
 
 N, SIDE = 1600, 8
 

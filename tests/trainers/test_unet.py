@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nfm.trainers.unet import UNet
+from nfm.trainers.models.unet import UNet
 
 
 def student(shape: tuple[int, int, int] = (2, 7, 10), classes: int = 3, trained: bool = True, depth: int = 1) -> UNet:

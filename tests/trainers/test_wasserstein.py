@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.trainers.wasserstein import sliced_wasserstein, wasserstein2
+from nfm.trainers.metrics.wasserstein import sliced_wasserstein, wasserstein2
 
 
 def points(n: int, size: int, seed: int) -> np.ndarray:

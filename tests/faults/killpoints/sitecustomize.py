@@ -23,9 +23,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 MEET_SECONDS = 120.0  # only a process that died does not come
 # module -> its functions, by the point that they pass
 POINTS = {
-    "nfm.storage.layout": {"closed": "payload"},
-    "nfm.storage.commits": {"write_index": "index", "create_json": "commit"},
-    "nfm.pipeline.artifact": {"publish": "manifest"},
+    "nfm.storage.layouts": {"closed": "payload"},
+    "nfm.storage.ledger.commits": {"write_index": "index", "create_json": "commit"},
+    "nfm.pipeline.artifacts.artifact": {"publish": "manifest"},
 }
 passages: dict[str, int] = {}
 

@@ -1,0 +1,4 @@
+from benchmarks.store.command import store
+from nfm.pipeline.cli.exits import run
+
+run(store)

@@ -1,0 +1,143 @@
+"""Artifacts: one folder a fingerprint, `spec.json` first, a manifest last, nothing committed ever changes."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nfm.stages.base import Result
+from nfm.storage.errors import Told
+from nfm.storage.files import atomic
+from nfm.storage.files.paths import as_path, exists, is_remote, names_in, size_of, stated_path
+
+SCHEMA = 1
+
+
+class ArtifactError(Told):
+    """An artifact is missing, unreadable or in the way; the message says which and what to do."""
+
+
+def artifacts_root() -> Path:
+    """The folder of all artifacts: `NFM_ARTIFACTS`, else `artifacts/` in the current folder."""
+    remedy = "name a folder; a finished store goes to an object store by `nfm pairs export STORE URL`"
+    return stated_path("NFM_ARTIFACTS", remedy) or Path("artifacts")
+
+
+def fingerprint(stage: str, version: int, config: dict[str, Any], inputs: dict[str, str]) -> str:
+    """SHA-256 of the canonical JSON of what decides a result: stage, its version, semantic config, input content."""
+    body = {"stage": stage, "version": version, "config": config, "inputs": inputs}
+    return atomic.digest(atomic.canonical_json(body))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A folder `<root>/<stage>/<fingerprint, 12 hex>`, and which of its manifests counts.
+
+    A store that somebody else made may be anywhere, also on an object store; `path` is then a path of `as_path`.
+    """
+
+    path: Path
+    manifest_name: str = "manifest.json"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return atomic.read_json(self.path / "spec.json")
+
+    @property
+    def started(self) -> bool:
+        return exists(self.path / "spec.json")
+
+    @property
+    def done(self) -> bool:
+        return exists(self.path / self.manifest_name)
+
+    @property
+    def name(self) -> str:
+        """`stage/fingerprint` under the root, the whole path or the URL elsewhere."""
+        if is_remote(self.path):
+            return str(self.path)
+        path = self.path.resolve()
+        inside = path.parent.parent == artifacts_root().resolve()
+        return f"{path.parent.name}/{path.name}" if inside else str(path)
+
+    @property
+    def reference(self) -> Path:
+        """What a later stage is given: the folder, or the manifest itself where it is one generation of several."""
+        return self.path if self.manifest_name == "manifest.json" else self.path / self.manifest_name
+
+    def manifest(self) -> dict[str, Any]:
+        body = atomic.read_json(self.path / self.manifest_name)
+        if body.get("schema", 0) > SCHEMA:
+            raise ArtifactError(
+                f"{self.path / self.manifest_name}: schema {body['schema']} is newer than this version of nfm "
+                f"reads ({SCHEMA}); upgrade nfm-pairs, the artifact is left as it is"
+            )
+        return body
+
+
+def find(reference: str | Path) -> Artifact:
+    """The artifact that a user names: a folder or URL, a manifest, `stage/fingerprint`, or a unique prefix of one."""
+    root, given = artifacts_root(), as_path(reference)
+    text, remote = str(given), is_remote(given)
+    for path in (given,) if remote else (given, root / given):
+        if path.name.startswith("manifest") and size_of(path) is not None:
+            return Artifact(path.parent, path.name)
+        if exists(path / "spec.json"):
+            return Artifact(path, newest_manifest(path))
+    if remote:
+        raise ArtifactError(f"{text}: no store there, it has no spec.json; check the URL")
+    found = [path for path in root.glob(f"*/{text}*") if (path / "spec.json").exists()] if "/" not in text else []
+    if len(found) == 1:
+        return Artifact(found[0], newest_manifest(found[0]))
+    if found:
+        names = ", ".join(f"{path.parent.name}/{path.name}" for path in sorted(found))
+        raise ArtifactError(f"{text} names several artifacts: {names}; write more of the fingerprint")
+    raise ArtifactError(f"no artifact {text} under {root}; `nfm ls` lists what there is")
+
+
+def newest_manifest(path: Path) -> str:
+    """The name of the newest manifest in a folder (stores have one a generation)."""
+    names = [name for name in names_in(path) if name.startswith("manifest") and name.endswith(".json")]
+    return names[-1] if names else "manifest.json"
+
+
+def open_spec(path: Path, body: dict[str, Any]) -> dict[str, Any]:
+    """Create `spec.json`, or check that the one that is there is of the same work; returns the one that stands."""
+    path.mkdir(parents=True, exist_ok=True)
+    if atomic.create_json(path / "spec.json", body):
+        return body
+    found = atomic.read_json(path / "spec.json")
+    if found["fingerprint"] != body["fingerprint"]:
+        raise ArtifactError(f"{path / 'spec.json'} holds another fingerprint; move that folder away")
+    return found
+
+
+def publish(path: Path, result: Result, provenance: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest: hashes what was not hashed while it was written, create-if-absent, last of all."""
+    names = [*result.payload, *result.files]
+    unknown = [name for name in names if name not in result.digests]
+    with ThreadPoolExecutor() as pool:
+        hashed = dict(zip(unknown, pool.map(lambda name: atomic.hash_file(path / name), unknown)))
+    digests = {**hashed, **result.digests}
+    content = result.content_digest or atomic.content_digest(digests[name][0] for name in result.payload)
+    body = {
+        "schema": SCHEMA,
+        **provenance,
+        "content_digest": content,
+        "files": [
+            {
+                "path": name,
+                "bytes": digests[name][1],
+                "sha256": digests[name][0],
+                "payload": name in result.payload,
+            }
+            for name in names
+        ],
+        "metrics": result.metrics,
+        **result.extra,
+    }
+    if not atomic.create_json(path / result.manifest, body):
+        raise ArtifactError(f"{path / result.manifest} exists already; another process finished this artifact")
+    return body

@@ -1,0 +1,212 @@
+"""The `nfm` command. Exit codes: 0 done, 1 findings or failed work, 2 wrong use, 130 stopped by the user."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
+from nfm.pipeline.cli import exits
+from nfm.pipeline.cli.compare import compare
+from nfm.pipeline.cli.gc import gc
+from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, FiniteRange, config_option, json_option, set_option
+from nfm.pipeline.cli.pairs import pairs
+from nfm.pipeline.cli.plan import plan
+from nfm.pipeline.cli.submit import submit
+from nfm.pipeline.cli.worklist import encode, worklist
+from nfm.pipeline.config import load
+from nfm.stages.couplings.custom import Allowed
+from nfm.stages.trained.sampling import GRIDS, SOLVERS
+
+if TYPE_CHECKING:
+    from nfm.pipeline.upkeep.audit import Level
+
+STAGE_NAMES = ["data", "features", "teacher", "potential", "pairs", "student", "evaluate", "report", "compare"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli() -> None:
+    """Make, audit and stream the pairs of noise and image that flow-matching students train on."""
+
+
+@cli.command()
+@click.argument("stage", type=click.Choice(STAGE_NAMES))
+@config_option
+@set_option
+@click.option("--ray-address", metavar="ADDRESS", help="The Ray cluster, as --set pairs.ray_address; or RAY_ADDRESS.")
+def run(stage: str, config_path: Path, overrides: tuple[str, ...], ray_address: str | None) -> None:
+    """Run a stage and whatever it needs that is missing."""
+    from nfm.pipeline import graph, runner
+
+    if ray_address is not None:
+        overrides += (f"pairs.ray_address={ray_address}",)
+    artifact = runner.run(graph.build(load(config_path, overrides), target=stage), stage)
+    click.echo(_main_output(artifact))
+
+
+@cli.command()
+@config_option
+@set_option
+@json_option
+def status(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show a line a stage: state, fingerprint, size, key figures."""
+    from nfm.pipeline import graph, overview
+
+    rows = overview.status(graph.build(load(config_path, overrides)))
+    click.echo(json.dumps(rows, indent=2) if as_json else overview.as_text(rows))
+
+
+@cli.command()
+@click.argument("artifact", required=False, type=PLACE)
+@click.option(
+    "-c", "--config", "config_path", type=LOCAL_PATH, metavar="F",
+    help="Audit what this config's furthest stage was made of.",
+)  # fmt: skip
+@set_option
+@click.option("--quick", "level", flag_value="quick", help="Fingerprints, digests of manifests, sizes.")
+@click.option("--deep", "level", flag_value="deep", help="Also encode a seeded sample of pairs again and decode it.")
+@click.option(
+    "--sample",
+    default=300,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Pairs of each store that --deep takes.",
+)
+@click.option(
+    "--run-custom",
+    "digests",
+    multiple=True,
+    metavar="SHA256",
+    help="--deep may run the custom function whose file has this digest. With -c, those that the config names may.",
+)
+@json_option
+def audit(
+    artifact: Path | None, config_path: Path | None, overrides: tuple[str, ...], level: Level | None, sample: int,
+    digests: tuple[str, ...], as_json: bool,
+) -> None:  # fmt: skip
+    """Prove that artifacts are what their manifests say, back to the data; exit 1 on any finding."""
+    from nfm.pipeline.upkeep import audit as auditing
+
+    if (artifact is None) == (config_path is None):
+        raise click.UsageError("name an artifact or give -c CONFIG, one of the two")
+    for digest in digests:
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise click.UsageError(f"--run-custom {digest}: no SHA-256 of a file, 64 hex digits as of sha256sum")
+    targets, own = [find(artifact)] if artifact is not None else [], frozenset[str]()
+    if config_path is not None:
+        config = load(config_path, overrides)
+        targets, own = auditing.finished(config), auditing.own_code(config)
+    allowed = Allowed(own | frozenset(digests), lambda text: click.echo(text, err=True))
+    results = auditing.audit(targets, level or "default", sample, allowed)
+    click.echo(json.dumps([asdict(result) for result in results], indent=2) if as_json else auditing.as_text(results))
+    if any(result.findings for result in results):
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("artifact", type=PLACE)
+@json_option
+def lineage(artifact: Path, as_json: bool) -> None:
+    """Show what an artifact was made from, back to the data."""
+    from nfm.pipeline.artifacts import lineage as lines
+
+    found = find(artifact)
+    click.echo(json.dumps(lines.as_json(found), indent=2) if as_json else "\n".join(lines.tree(found)))
+
+
+@cli.command()
+@click.option(
+    "--pairs",
+    "store",
+    required=True,
+    type=PLACE,
+    metavar="STORE",
+    help="The pair store: its folder, its URL or a manifest in it.",
+)
+@config_option
+@set_option
+def student(store: Path, config_path: Path, overrides: tuple[str, ...]) -> None:
+    """Train a student alone, from any store."""
+    from nfm.pipeline import graph, runner
+
+    artifact = runner.run(graph.build(load(config_path, overrides), store=find(store)), "student")
+    click.echo(_main_output(artifact))
+
+
+@cli.command("ls")
+@json_option
+def list_artifacts(as_json: bool) -> None:
+    """List every artifact: stage, state, size, age, what depends on it."""
+    from nfm.pipeline import overview
+
+    rows = overview.inventory()
+    empty = f"no artifacts under {artifacts_root()}"
+    click.echo(json.dumps(rows, indent=2) if as_json else overview.as_text(rows) if rows else empty)
+
+
+@cli.command()
+@click.argument("artifact", type=PLACE)
+@click.option("-n", "count", default=64, type=click.IntRange(1, 65_536), show_default=True, help="Number of images.")
+@click.option(
+    "--nfe",
+    default=7,
+    type=click.IntRange(min=1),
+    show_default=True,
+    help="Evaluations of a student; a teacher is inverted.",
+)
+@click.option("--solver", default="auto", type=click.Choice(SOLVERS), show_default=True, help="auto: Euler to NFE 5.")
+@click.option("--grid", default="square", type=click.Choice(GRIDS), show_default=True, help="Times: t = u^2 or t = u.")
+@click.option(
+    "--guidance",
+    default=0.0,
+    type=FiniteRange(-100, 100),
+    show_default=True,
+    help="v + g (v - v without labels); a teacher's own.",
+)
+@click.option("--seed", default=0, type=click.IntRange(0, 2**64 - 1), show_default=True)
+@click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH)
+def sample(
+    artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
+) -> None:
+    """Draw a grid of images from a student or teacher."""
+    from nfm.stages.trained.sampling import sample_grid
+
+    found = find(artifact)
+    found.manifest()  # an unfinished artifact has none, and says so
+    sample_grid(found.path, found.spec["stage"], count, nfe, seed, output, solver, grid, guidance)
+    click.echo(str(output))
+
+
+@cli.command()
+@click.argument("artifact", type=PLACE)
+def repair(artifact: Path) -> None:
+    """Set the bad shards of a store aside, so that the pairs stage encodes them again."""
+    from nfm.pipeline.upkeep.repair import repair_store
+
+    moved = repair_store(find(artifact))
+    click.echo("\n".join([*moved, f"set aside: {len(moved)}" if moved else "nothing to repair"]))
+
+
+cli.add_command(compare)
+cli.add_command(gc)
+cli.add_command(pairs)
+cli.add_command(plan)
+cli.add_command(submit)
+pairs.add_command(worklist)
+pairs.add_command(encode)
+
+
+def _main_output(artifact: Artifact) -> str:
+    shown = [artifact.path / name for name in ("report.html", "compare.txt")]
+    return str(next((path for path in shown if path.exists()), artifact.reference))
+
+
+def main() -> None:
+    """Entry point of the installed script."""
+    exits.run(cli)

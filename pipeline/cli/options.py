@@ -1,0 +1,58 @@
+"""Options that many commands share; how they take a place from a user, by the rule of nfm.storage.files.places."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nfm.storage.errors import NoPlace
+from nfm.storage.files.paths import as_path, local_path
+
+
+class Place(click.ParamType):
+    """A path or a URL; also an artifact's name, which reads as a path."""
+
+    name = "PLACE"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        try:
+            return as_path(value)
+        except NoPlace as error:
+            self.fail(str(error), param, ctx)
+
+
+class LocalPath(click.Path):
+    """A path of this machine; takes the options of click.Path."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(local_path(value), param, ctx)
+        except NoPlace as error:
+            self.fail(str(error), param, ctx)
+
+
+PLACE = Place()
+LOCAL_PATH = LocalPath()
+
+
+class FiniteRange(click.FloatRange):
+    """As click's, which takes nan for every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = float(super().convert(value, param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return found
+
+
+config_option = click.option(
+    "-c", "--config", "config_path", required=True, type=LOCAL_PATH, metavar="F", help="The run's TOML file."
+)
+set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
+json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")

@@ -1,0 +1,205 @@
+"""`nfm pairs`: look into pair stores, check, seal, convert and extend them; most of it works on URLs too."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
+from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, json_option
+from nfm.pipeline.console import time_left
+from nfm.storage.errors import StorageError
+from nfm.storage.files import atomic
+from nfm.storage.files.paths import is_remote
+
+LAYOUTS, CODECS = ("blocks", "samples", "zarr"), ("float32", "float16", "int8", "pcodec")
+PLAIN_SECONDS = 15.0
+
+
+@click.group()
+def pairs() -> None:
+    """Look into pair stores, check, convert and extend them.
+
+    STORE is an artifact, a folder, one of its manifests, or a URL such as s3://bucket/store.
+    """
+
+
+@pairs.command()
+@click.argument("store", type=PLACE)
+@json_option
+def info(store: Path, as_json: bool) -> None:
+    """Show a store's recipe, generations, sizes, moments and coupling report."""
+    from nfm.pipeline import overview
+    from nfm.stages.stores import info as pairs_info
+
+    where = _where(store)
+    body = {"store": str(where), **pairs_info.info(where)} if is_remote(where) else overview.store_info(find(store))
+    lines = (f"{key:18} {'-' if value is None else value}" for key, value in body.items())
+    click.echo(json.dumps(body, indent=2) if as_json else "\n".join(lines))
+
+
+@pairs.command()
+@click.argument("store", type=PLACE)
+@click.option("--json", "as_json", is_flag=True, help="For machines, with every figure.")
+def report(store: Path, as_json: bool) -> None:
+    """Measure a store's pairs anew: transport cost, how near the noise is to N(0, I), which images are paired.
+
+    The store stays as it is. Its teacher and data, which tell nll on held-out rows, are looked for among the artifacts
+    by their content.
+    """
+    from nfm.stages.pairs import coupling_report
+
+    where = _where(store)
+    contents = coupling_report.contents_of(where)
+    found = {role: folder for role, digest in contents.items() if (folder := _by_content(role, digest)) is not None}
+    if "teacher" in contents and (missing := sorted(set(contents) - set(found))):
+        lack = " and ".join(f"{role} {contents[role][:12]}" for role in missing)
+        click.echo(f"no nll on held-out rows: {lack} not found in {artifacts_root()}", err=True)
+    body = coupling_report.measure_at(where, found)
+    if as_json:
+        click.echo(json.dumps(body, indent=2, allow_nan=False))
+        return
+    for key, value in coupling_report.lines(body).items():
+        click.echo(f"{key:18} {value}")
+    for text in coupling_report.advice(body):
+        click.echo(f"advice: {text}")
+
+
+@pairs.command()
+@click.argument("store", type=PLACE)
+@click.option("-n", "count", default=8, type=click.IntRange(1, 20), show_default=True, help="Pairs, and worst ones.")
+@click.option("--draw", default=0, type=click.IntRange(min=0), show_default=True)
+@click.option("-o", "--output", default="head.png", show_default=True, type=LOCAL_PATH)
+@click.option(
+    "--teacher", default="auto", show_default=True, type=PLACE, metavar="ARTIFACT|auto|none",
+    help="Who decodes the noise; auto looks for the store's own among the artifacts.",
+)  # fmt: skip
+def head(store: Path, count: int, draw: int, output: Path, teacher: Path) -> None:
+    """Draw the first pairs of a store: image, noise, decoded noise; a histogram of z; the records of worst nll."""
+    from nfm.stages.stores import head as pairs_head
+
+    where = _where(store)
+    word = str(teacher)
+    folder = None if word in ("auto", "none") else find(teacher).path
+    if word == "auto" and (digest := pairs_head.teacher_of(where)) is not None:
+        folder = _by_content("teacher", digest)
+        if folder is None:
+            click.echo(f"nothing is decoded: the store's teacher {digest[:12]} is not in {artifacts_root()}", err=True)
+    click.echo(pairs_head.draw(where, count, draw, folder, output))
+    click.echo(str(output))
+
+
+@pairs.command()
+@click.argument("store", type=PLACE)
+@click.option("--quick", "level", flag_value="quick", help="Sizes and digests of commits and manifests only.")
+@click.option("--deep", "level", flag_value="deep", help="Also read every record as stock readers do.")
+def verify(store: Path, level: Literal["quick", "deep"] | None) -> None:
+    """Check a store by itself, without its lineage; exit 1 on any finding."""
+    from nfm.stages.stores import repair
+
+    findings = repair.verify(_where(store), level or "default")
+    for finding in findings:
+        click.echo(f"{finding.file}: {finding.problem}; {finding.remedy}")
+    if findings:
+        sys.exit(1)
+    if left := repair.unfinished(_where(store)):
+        click.echo(left)
+    click.echo("clean")
+
+
+@pairs.command()
+@click.argument("store", type=PLACE)
+def seal(store: Path) -> None:
+    """Seal the complete draws of a store as a generation."""
+    from nfm.pipeline.runner import seal_store
+
+    click.echo(str(seal_store(find(store)).reference))
+
+
+@pairs.command()
+@click.argument("store", type=PLACE)
+@click.argument("target", type=PLACE)
+@click.option("--layout", type=click.Choice(LAYOUTS), help="Default: the store's own.")
+@click.option("--codec", type=click.Choice(CODECS), help="Of the noise. Default: the store's own.")
+@click.option("--generation", type=click.IntRange(min=1), help="Default: the newest.")
+def export(store: Path, target: Path, layout: str | None, codec: str | None, generation: int | None) -> None:
+    """Write a store to TARGET, a folder or URL, in another layout or codec.
+
+    Every shard is checked before it is converted. Stopped or killed, the same command goes on where it was; run
+    again after the store grew, it adds the new draws.
+    """
+    from nfm.stages.stores import export as pairs_export
+
+    try:
+        source = _where(store) if generation is None else _any_generation(store)
+        for line in pairs_export.run(source, target, layout, codec, generation, _Progress()):
+            click.echo(line)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on from here", err=True)
+        raise
+    click.echo(str(target))
+
+
+@pairs.command("add-field")
+@click.argument("store", type=PLACE)
+@click.argument("name")
+@click.argument("file", type=LocalPath(exists=True, dir_okay=False))
+def add_field(store: Path, name: str, file: Path) -> None:
+    """Add a field NAME from FILE.npy, which has a value a source row, to a finished store.
+
+    Readers join it by image row: store.batches(..., fields=["NAME"]).
+    """
+    from nfm.stages.stores import export as pairs_export
+
+    field = pairs_export.add_field(_where(store), name, file)
+    click.echo(f"{field.name}: {field.rows:,} rows of {field.dtype.name} {list(field.shape)} in {field.folder}")
+
+
+def _where(store: Path) -> Path:
+    """A URL as it is, anything else as the artifact that it names."""
+    return store if is_remote(store) else find(store).reference
+
+
+def _any_generation(store: Path) -> Path:
+    """As `_where`, but the folder, whose newest generation is not meant; a manifest that was named stays that one."""
+    return store if is_remote(store) or store.suffix == ".json" else find(store).path
+
+
+def _by_content(stage: str, digest: str) -> Path | None:
+    """The folder of the finished artifact with this content, if it is under the root."""
+    for path in sorted(artifacts_root().glob(f"{stage}/*/manifest*.json")):
+        try:
+            if atomic.read_json(path).get("content_digest") == digest:
+                return Artifact(path.parent).path
+        except StorageError:
+            continue  # damaged: its audit says so
+    return None
+
+
+class _Progress:
+    """A line that is written over on a terminal, and one every 15 seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._started = self._told = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, total: int, read: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+            if 0 < done < total:
+                click.echo(f"export: {done:,} of {total:,} pairs are there already", err=True)
+        seconds = max(now - self._started, 1e-9)
+        rate = (done - self._first) / seconds
+        left = f", {time_left((total - done) / rate)} left" if rate else ""
+        line = f"export: {done:,} of {total:,} pairs, {read / seconds / 1e6:,.0f} MB/s{left}"
+        if sys.stderr.isatty():
+            click.echo(f"\r\033[K{line}" + ("\n" if done == total else ""), err=True, nl=False)
+        elif now - self._told >= PLAIN_SECONDS:
+            self._told = now
+            click.echo(line, err=True)

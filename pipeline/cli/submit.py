@@ -1,0 +1,179 @@
+"""`nfm submit pairs`: print the jobs that make pairs on a cluster, and with --go submit them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nfm.pipeline.artifacts.artifact import artifacts_root
+from nfm.pipeline.cli.options import config_option, set_option
+from nfm.stages.base import StageError
+from nfm.storage.errors.masked import masked
+from nfm.storage.files import atomic
+
+if TYPE_CHECKING:
+    from nfm.pipeline.submit.slurm import Script, Submission
+
+ARRAY_LIMIT = 1000  # where Slurm does not say; its own default is 1001
+
+
+@click.group()
+def submit() -> None:
+    """Send work to a cluster."""
+
+
+@submit.command()
+@config_option
+@set_option
+@click.option("--slurm", is_flag=True, help="As an array of Slurm tasks; with --ray as a Ray cluster in one job.")
+@click.option("--ray", is_flag=True, help="As a job of a Ray cluster that is running.")
+@click.option("--go", is_flag=True, help="Submit; without it everything is printed and nothing is written.")
+@click.option("--tasks", default=8, type=click.IntRange(min=1), show_default=True, help="Tasks that share the shards.")
+@click.option("--max-array", type=click.IntRange(min=1), help="Tasks an array may have. Default: what Slurm says.")
+@click.option("--at-once", default=0, type=click.IntRange(min=0), help="Tasks of an array that run at a time; 0: all.")
+@click.option("--nodes", default=1, type=click.IntRange(min=1), show_default=True, help="Of --slurm --ray.")
+@click.option("--sbatch", multiple=True, metavar="OPTION", help="For the jobs that compute: --sbatch=--gres=gpu:1.")
+@click.option("--sbatch-seal", multiple=True, metavar="OPTION", help="For the job that seals: --sbatch-seal=--mem=8G.")
+@click.option("--before", multiple=True, metavar="LINE", help="Shell line at a script's start: 'module load cuda'.")
+@click.option("--address", metavar="URL", help="Of --ray: http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS.")
+def pairs(
+    config_path: Path, overrides: tuple[str, ...], slurm: bool, ray: bool, go: bool, tasks: int, max_array: int | None,
+    at_once: int, nodes: int, sbatch: tuple[str, ...], sbatch_seal: tuple[str, ...], before: tuple[str, ...],
+    address: str | None,
+) -> None:  # fmt: skip
+    """Make pairs on a cluster: --slurm, --ray, or both for a Ray cluster inside one Slurm job.
+
+    All nodes must see the same files under the same paths, this environment included. What is committed stays:
+    submitted again, only what is missing is made.
+    """
+    from nfm.pipeline.config import load
+    from nfm.pipeline.submit import ray as submit_ray
+    from nfm.pipeline.submit.slurm import Submission, array_jobs, user_options
+
+    if not (slurm or ray):
+        raise click.UsageError("say where: --slurm, --ray, or both for a Ray cluster inside one Slurm job")
+    config = load(config_path, overrides)
+    folder = _next_folder(atomic.digest(atomic.canonical_json(config.model_dump(mode="json")))[:8])
+    submission = Submission(
+        folder=folder,
+        work=Path.cwd(),
+        artifacts=artifacts_root().absolute(),
+        nfm=(sys.executable, "-m", "nfm.pipeline.cli"),
+        config=folder / "config.toml",
+        sets=overrides,
+        threads=config.pairs.threads,
+        before=before,
+        compute=user_options(sbatch),
+        sealing=user_options(sbatch_seal),
+    )
+    if not slurm:
+        _ray_job(submission, config_path, address, go)
+        return
+    scripts = (
+        [submit_ray.allocation(submission, nodes)]
+        if ray
+        else array_jobs(submission, tasks, max_array or _array_limit(), at_once)
+    )
+    if go:
+        _create(submission, config_path, scripts)
+        _submit(submission, scripts)
+    else:
+        for script in scripts:
+            click.echo(masked(f"# {submission.folder / script.name}.sbatch\n{script.text}"))
+        ids = {script.name: script.name.upper() for script in scripts}
+        click.echo("# with --go these scripts are written and submitted, each waiting for the ones that it names:")
+        click.echo(masked("\n".join(shlex.join(script.sbatch(submission.folder, ids)) for script in scripts)))
+        if not shutil.which("sbatch"):
+            click.echo("sbatch is not on this machine: --go needs it", err=True)
+
+
+def _next_folder(digest: str) -> Path:
+    """`submissions/DIGEST-NUMBER`, a number above all that are there: the digest is the config's."""
+    root = artifacts_root().absolute() / "submissions"
+    taken = [int(match[1]) for path in root.glob(f"{digest}-*") if (match := re.search(r"-(\d+)$", path.name))]
+    return root / f"{digest}-{max(taken, default=0) + 1:03d}"
+
+
+def _array_limit() -> int:
+    """How many tasks one array may have here: indices below MaxArraySize."""
+    if not shutil.which("scontrol"):
+        return ARRAY_LIMIT
+    told = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", told.stdout, re.MULTILINE)
+    if match and int(match[1]) == 0:
+        raise StageError(
+            "MaxArraySize = 0: this Slurm takes no arrays; use --slurm --ray, or ask the site to allow them"
+        )
+    return int(match[1]) if match else ARRAY_LIMIT
+
+
+def _create(submission: Submission, config_path: Path, scripts: Sequence[Script]) -> None:
+    """The submission's folder with its scripts and a copy of the config: what is queued does not change any more."""
+    if scripts and not shutil.which("sbatch"):
+        raise StageError("sbatch: not found; submit from a node of the cluster, or leave --go out to see the scripts")
+    try:
+        submission.logs.mkdir(parents=True)
+    except FileExistsError:
+        raise StageError(f"{submission.folder}: another submission was made meanwhile; run this again") from None
+    atomic.write_bytes(submission.config, config_path.read_bytes())
+    for script in scripts:
+        atomic.write_bytes(submission.folder / f"{script.name}.sbatch", script.text.encode())
+
+
+def _submit(submission: Submission, scripts: Sequence[Script]) -> None:
+    """One `sbatch` a script; when one is refused, those before it are cancelled again."""
+    ids: dict[str, str] = {}
+    for script in scripts:
+        command = script.sbatch(submission.folder, ids)
+        told = subprocess.run(command, capture_output=True, text=True, cwd=submission.work)
+        if told.returncode:
+            if ids:
+                subprocess.run(["scancel", *ids.values()], capture_output=True)
+            raise StageError(
+                f"{shlex.join(command)}: refused: {told.stderr.strip() or told.stdout.strip()}\nNothing is queued"
+                f"{', the jobs before it were cancelled' if ids else ''}; mend the option and submit again"
+            )
+        if told.stderr.strip():
+            click.echo(told.stderr.strip(), err=True)
+        ids[script.name] = told.stdout.strip().partition(";")[0]
+    atomic.write_json(submission.folder / "jobs.json", {"jobs": ids})
+    jobs = ",".join(ids.values())
+    for name, job in ids.items():
+        click.echo(f"{job}  {name}")
+    click.echo(f"scripts and logs: {submission.folder}")
+    click.echo(f"watch:  squeue --jobs={jobs}")
+    click.echo(f"        nfm status {shlex.join(['-c', str(submission.config), *_sets(submission)])}")
+    click.echo(f"cancel: scancel {jobs.replace(',', ' ')}   (what is committed stays)")
+
+
+def _ray_job(submission: Submission, config_path: Path, address: str | None, go: bool) -> None:
+    from nfm.pipeline.submit import ray as submit_ray
+
+    name = f"nfm-{submission.folder.name}"
+    command = submit_ray.job_command(submission, address, name)
+    if not go:
+        click.echo(masked(shlex.join(command)))
+        return
+    command[0] = submit_ray.ray_beside(sys.executable)
+    if not shutil.which(command[0]):
+        raise StageError("ray: not found; install the extra `ray`, or leave --go out to see the command")
+    _create(submission, config_path, ())
+    told = subprocess.run(command, text=True, capture_output=True)
+    if told.returncode:
+        lines = (told.stderr.strip() or told.stdout.strip()).splitlines()
+        raise StageError(f"ray job submit: refused: {lines[-1] if lines else 'no message'}; is --address right?")
+    atomic.write_json(submission.folder / "jobs.json", {"jobs": {"ray": name}})
+    later = submit_ray.watch(name, address)
+    click.echo(masked(f"{name}\nwatch:  {later['watch']}\ncancel: {later['cancel']}   (what is committed stays)"))
+
+
+def _sets(submission: Submission) -> list[str]:
+    return [word for text in submission.sets for word in ("--set", text)]

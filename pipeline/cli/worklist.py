@@ -1,0 +1,95 @@
+"""`nfm pairs worklist` and `nfm pairs encode`: the two halves of making pairs in an array of independent tasks."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nfm.pipeline.cli.options import LocalPath, config_option, set_option
+
+if TYPE_CHECKING:
+    from nfm.pipeline.graph import Node
+
+
+@click.command()
+@config_option
+@set_option
+@click.option("-o", "--output", required=True, type=LocalPath(dir_okay=False), help="Where it goes.")
+def worklist(config_path: Path, overrides: tuple[str, ...], output: Path) -> None:
+    """Freeze the numbered list of shards that a store lacks, for the tasks of an array.
+
+    Makes what the pairs are made from (data, teacher) where it is missing. A list is never changed: a file that is
+    there already is kept where it still holds all that is pending, and refused where it does not.
+    """
+    from nfm.pipeline import graph, runner
+    from nfm.pipeline.config import load
+    from nfm.stages.pairs import worklist as pairs_worklist
+
+    config = load(config_path, overrides)
+    nodes = graph.build(config)
+    node = nodes["pairs"]
+    for needed in node.inputs.values():
+        runner.run(nodes, needed.name)
+    store, inputs = _prepared(node)
+    found = pairs_worklist.freeze(config.pairs, inputs, store, output.absolute())
+    click.echo(f"{output}: {len(found.shards):,} shards of {store} are to be encoded")
+
+
+@click.command()
+@click.argument("file", type=LocalPath(dir_okay=False))
+@click.option("--task", required=True, type=click.IntRange(min=0), help="Which task this is, from 0.")
+@click.option("--of", required=True, type=click.IntRange(min=1), help="How many tasks share the list.")
+def encode(file: Path, task: int, of: int) -> None:
+    """Encode the shards of a worklist that fall to one task: those whose number mod --of is --task.
+
+    Exit 0 when all of them are committed, 1 when some failed three times, 130 when stopped: SIGTERM and SIGINT drop
+    the shard in hand, SIGUSR1 finishes it. The same command goes on with what is left.
+    """
+    from nfm.pipeline.console import Console, StopRequest, time_left
+    from nfm.pipeline.runner import versions
+    from nfm.stages.base import Stopped
+    from nfm.stages.pairs import worklist as pairs_worklist
+    from nfm.storage.files.paths import as_path
+
+    if task >= of:
+        raise click.UsageError(f"--task {task} --of {of}: tasks count from 0 to {of - 1}")
+    stop = StopRequest()
+    with stop.listening():
+        found = pairs_worklist.load(file)
+        console = Console("pairs", as_path(found.store) / "events", stop)
+        started = time.time()
+        console.log("START", worklist=str(file), task=task, of=of, versions=versions())
+        try:
+            metrics = pairs_worklist.encode(found, task, of, console)
+        except (Stopped, KeyboardInterrupt):
+            console.log("STOP", task=task)
+            console.say("stopped; the same task goes on from here")
+            raise
+        except BaseException as error:
+            console.log("FAIL", task=task, error=f"{type(error).__name__}: {error}")
+            raise
+        else:
+            console.log("COMPLETE", task=task, metrics=metrics)
+            console.finish()
+            console.say(f"task {task} of {of} done in {time_left(time.time() - started)}: {metrics['shards']} shards")
+        finally:
+            console.close()
+
+
+def _prepared(node: Node) -> tuple[Path, dict[str, Path]]:
+    """(the store's folder, its inputs by role): `spec.json` is written, under the lock, where it is not there yet."""
+    from nfm.pipeline import runner
+    from nfm.pipeline.artifacts.artifact import ArtifactError
+    from nfm.pipeline.artifacts.lock import Lock
+
+    artifact, inputs = node.artifact(), node.input_artifacts()
+    if artifact is None or inputs is None:
+        raise ArtifactError(f"{node.name}: an input vanished while the list was made; run it again")
+    if not artifact.started:
+        artifact.path.mkdir(parents=True, exist_ok=True)
+        with Lock(artifact.path):
+            runner.prepare(node, artifact, inputs)
+    return artifact.path, {role: found.reference for role, found in inputs.items()}

@@ -1,0 +1,215 @@
+"""What a run tells: a live table on a terminal, plain lines elsewhere, and the same figures as lines in `events/`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from nfm.pipeline.artifacts.lock import Lock
+from nfm.pipeline.console.live import PARTS, Live, percent, worker_lines
+from nfm.pipeline.console.progress import last_progress
+from nfm.pipeline.console.rate import Rate, time_left
+from nfm.storage.errors import legible
+from nfm.storage.errors.masked import masked, masked_in
+from nfm.storage.files.paths import inside
+
+__all__ = ["Console", "StopRequest", "last_progress", "time_left"]
+PLAIN_SECONDS = 30.0
+LOGGED_WORKERS = 64  # rows in an event; the shares are the medians of all
+EVENT_SECONDS = 30.0
+DRAW_SECONDS = 0.25
+
+Workers = Sequence[Mapping[str, Any]]
+
+
+class StopRequest:
+    """Set by signals; stages ask for it between units of work.
+
+    SIGINT and SIGTERM drop the work in hand at the next good place, SIGUSR1 finishes it and begins nothing new.
+    Where there is nothing to save, inside `at_once`, they need no such place.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.asked_to_end = False
+        self.messages = 0  # written to the terminal so far, past whatever is drawn there
+        self._at_once = False
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Handle the signals for the time of a run; a second SIGINT or SIGTERM stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._end)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that leaves nothing to save: the first SIGINT or SIGTERM raises KeyboardInterrupt wherever it is."""
+        before, self._at_once = self._at_once, True
+        try:
+            yield
+        finally:
+            self._at_once = before
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        if self._at_once:
+            raise KeyboardInterrupt
+        self._tell("stopping after the work in hand (again: at once; either way the next run goes on)")
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if not self.asked_to_end:
+            self.asked_to_end = True
+            self._tell("asked to end: the work in hand is finished, nothing new begins; the next run goes on")
+
+    def _tell(self, text: str) -> None:
+        # Not through sys.stderr, which the signal may have interrupted in the middle of a line.
+        os.write(2, f"\n{text}\n".encode())
+        self.messages += 1
+
+
+class Console:
+    """The reporter of one stage's run: implements `nfm.stages.base.Reporter`."""
+
+    def __init__(
+        self, stage: str, events: Path, stop: StopRequest, lock: Lock | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
+        inside(events.parent, events.name).mkdir(exist_ok=True)
+        self.stage = stage
+        # Workers of one store on several hosts write beside each other, each to a file of its own.
+        name = f"{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
+        self._events = (events / name).open("a", buffering=1)
+        self._stop = stop
+        self._lock = lock
+        self._clock = clock
+        self._told = self._logged = self._began = clock()
+        self._drawn = float("-inf")
+        self._live = Live(sys.stderr) if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else None
+        self._messages = stop.messages
+        self._count: tuple[str, int] | None = None
+        self._done = 0
+        self._rate = Rate(0, self._began)
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.asked or (self._lock is not None and self._lock.lost)
+
+    @property
+    def ending(self) -> bool:
+        return self._stop.asked_to_end or self.stopping
+
+    def check_lock(self) -> None:
+        """Raises `Held` when another process took the artifact over: nothing may be written to it then."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def say(self, text: str) -> None:
+        self.finish()
+        self._drawn = float("-inf")  # the table comes back with the next progress
+        click.echo(f"{self.stage}: {masked(legible(text))}", err=True)
+
+    def log(self, kind: str, **values: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that it caused
+            self._events.write(
+                json.dumps({"time": round(time.time(), 3), "kind": kind, **masked_in(values)}, default=str) + "\n"
+            )
+
+    def progress(self, done: int, total: int, unit: str, workers: Workers = (), **figures: Any) -> None:
+        """`done` of `total` units, with a row for each worker and further figures.
+
+        The rate is that of the last minutes; what a count's first call has is not counted, an earlier run did it.
+        """
+        now = self._clock()
+        if (unit, total) != self._count or done < self._done:
+            self._count, self._began, self._rate = (unit, total), now, Rate(done, now)
+        self._done = done
+        self._rate.add(done, now)
+        logs, tells = now - self._logged >= EVENT_SECONDS or done == total, now - self._told >= PLAIN_SECONDS
+        draws = self._live is not None and (now - self._drawn >= DRAW_SECONDS or done == total)
+        if not (logs or draws or tells):
+            return
+        rate = self._rate.per_second(done, now)
+        left = (total - done) / rate if rate > 0 else None
+        shares = {part: round(statistics.median(row[part] for row in workers), 3) for part in PARTS} if workers else {}
+        if logs:
+            self._logged = now
+            rows = {"shares": shares, "workers": list(workers[:LOGGED_WORKERS])} if workers else {}
+            seconds = None if left is None else round(left, 1)
+            values = {"per_second": round(rate, 2), "seconds_left": seconds, **figures, **rows}
+            self.log("PROGRESS", done=done, total=total, unit=unit, **values)
+        if self._live is not None:
+            if draws:
+                self._draw(self._live, done, total, unit, rate, workers, figures)
+        elif tells:
+            self._told = now
+            self._tell(done, total, unit, rate, left, shares, len(workers), figures)
+
+    def _tell(
+        self, done: int, total: int, unit: str, rate: float, left: float | None, shares: Mapping[str, float],
+        workers: int, figures: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        words = [f"{done:,} of {total:,} {unit}", f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"]
+        words += [f"{time_left(left)} left"] if left is not None else []
+        words += [f"{key} {_figure(value)}" for key, value in figures.items()]
+        if shares:
+            parts = ", ".join(f"{part} {percent(share)}" for part, share in shares.items())
+            words.append(f"{workers} workers, in the median {parts}" if workers > 1 else parts)
+        self.say(", ".join(words))
+
+    def _draw(
+        self, live: Live, done: int, total: int, unit: str, rate: float, workers: Workers, figures: Mapping[str, Any]
+    ) -> None:
+        from tqdm import tqdm
+
+        now = self._drawn = self._clock()
+        if self._messages != self._stop.messages:
+            self._messages = self._stop.messages
+            live.forget()
+        columns, lines = live.size()
+        postfix = ", ".join(f"{key}={_figure(value)}" for key, value in figures.items())
+        bar = tqdm.format_meter(
+            done, total, now - self._began, ncols=columns - 1, prefix=self.stage, unit=f" {unit}", rate=rate or None,
+            postfix=postfix,
+        )  # fmt: skip
+        live.draw([bar, *worker_lines(workers, lines - 2)])
+
+    def finish(self) -> None:
+        """Take the table away, so that lines can follow; the next progress draws it again."""
+        if self._live is not None:
+            if self._messages != self._stop.messages:
+                self._messages = self._stop.messages
+                self._live.forget()
+            self._live.clear()
+
+    def close(self) -> None:
+        self.finish()
+        with contextlib.suppress(OSError):
+            self._events.close()
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,191 @@
+"""Making pairs on a Slurm cluster as text: scripts, their options and dependencies; nothing here writes or submits.
+
+A submission is three kinds of jobs: `prepare` freezes the worklist, arrays encode its shards, `seal` seals the store.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nfm.stages.base import StageError
+
+PLAIN = re.compile(r"[\w./:=%@+,-]*")  # what a `#SBATCH` line takes without quotes
+FIXED = {  # what the scripts decide, and what to use instead
+    "array": "--tasks, --max-array and --at-once",
+    "dependency": "nothing: jobs wait for each other already",
+    "wrap": "--before for lines of your own",
+    "output": "nothing: logs are in the submission's folder",
+}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What all scripts of one submission have in common; paths are absolute.
+
+    `nfm` is the command as arguments, `config` the config's copy in `folder`, `before` lines of the user's own that
+    make the environment (`module load cuda`), `compute` and `sealing` the user's options of `sbatch` for the jobs that
+    compute and for the one that seals.
+    """
+
+    folder: Path
+    work: Path
+    artifacts: Path
+    nfm: tuple[str, ...]
+    config: Path
+    sets: tuple[str, ...] = ()
+    threads: int = 1
+    before: tuple[str, ...] = ()
+    compute: tuple[str, ...] = ()
+    sealing: tuple[str, ...] = ()
+
+    @property
+    def worklist(self) -> Path:
+        return self.folder / "worklist.json"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+
+@dataclass(frozen=True)
+class Script:
+    """One job: its script, and by kind (afterok, afterany) the names of the jobs that it waits for."""
+
+    name: str
+    text: str
+    waits: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def sbatch(self, folder: Path, ids: Mapping[str, str]) -> list[str]:
+        """The command that submits it, `ids` being what the jobs that it waits for were given."""
+        waits = [":".join([kind, *(ids[name] for name in names)]) for kind, names in self.waits.items()]
+        dependency = [f"--dependency={','.join(waits)}"] if waits else []
+        return ["sbatch", "--parsable", *dependency, str(folder / f"{self.name}.sbatch")]
+
+
+def array_jobs(submission: Submission, tasks: int, limit: int, at_once: int = 0) -> list[Script]:
+    """Prepare, one array for every `limit` tasks, and the job that seals when all of these ended, however they did."""
+    parts = [(start, min(limit, tasks - start)) for start in range(0, tasks, limit)]
+    names = [f"array-{number}" for number in range(len(parts))]
+    arrays = [
+        Script(name, _array(submission, name, start, count, tasks, at_once), {"afterok": ["prepare"]})
+        for name, (start, count) in zip(names, parts)
+    ]
+    seal = Script("seal", _seal(submission), {"afterok": ["prepare"], "afterany": names})
+    return [Script("prepare", _prepare(submission)), *arrays, seal]
+
+
+def _prepare(submission: Submission) -> str:
+    return script(
+        submission,
+        "prepare",
+        _options(submission, "prepare", "%j", submission.compute, f"--cpus-per-task={submission.threads}"),
+        "# Makes data and teacher where they are missing, and freezes the list of shards to encode.",
+        'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
+        f"exec {nfm(submission, 'pairs', 'worklist', '-o', submission.worklist, config=True)}",
+    )
+
+
+def _array(submission: Submission, name: str, start: int, count: int, tasks: int, at_once: int) -> str:
+    throttle = f"%{at_once}" if at_once else ""
+    return script(
+        submission,
+        name,
+        _options(
+            submission,
+            name,
+            "%A_%a",
+            submission.compute,
+            f"--array=0-{count - 1}{throttle}",
+            f"--cpus-per-task={submission.threads}",
+            "--signal=B:USR1@120",
+        ),
+        f"# Tasks {start} to {start + count - 1} of {tasks}: task i encodes the shards whose number mod {tasks} is i.",
+        "# SIGUSR1, 120 s before the time limit, finishes the shard in hand; SIGTERM (scancel, preemption) drops it.",
+        "# Last bits depend on the number of threads: it is pairs.threads, whatever else the job was given.",
+        f"export OMP_NUM_THREADS={submission.threads}",
+        f"task=$((SLURM_ARRAY_TASK_ID + {start}))",
+        f'exec {nfm(submission, "pairs", "encode", submission.worklist)} --task "$task" --of {tasks}',
+    )
+
+
+def _seal(submission: Submission) -> str:
+    return script(
+        submission,
+        "seal",
+        _options(submission, "seal", "%j", submission.sealing),
+        "# Seals the store when nothing is missing; otherwise says what is, and ends with exit code 1.",
+        f"exec {nfm(submission, 'run', 'pairs', config=True, sets=('pairs.executor=slurm',))}",
+    )
+
+
+def script(submission: Submission, name: str, options: Sequence[str], *lines: str) -> str:
+    """A whole script: its options, the user's own lines, the folders, then `lines`."""
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH {option}" for option in options),
+            "set -eo pipefail",
+            *submission.before,
+            f"cd -- {shlex.quote(str(submission.work))}",
+            f"export NFM_ARTIFACTS={shlex.quote(str(submission.artifacts))}",
+            *lines,
+            "",
+        ]
+    )
+
+
+def _options(submission: Submission, name: str, log: str, own: Sequence[str], *fixed: str) -> list[str]:
+    """Ours first: of an option that is given twice, `sbatch` takes the last."""
+    logs = str(submission.logs).replace("%", "%%")
+    ours = [
+        f"--job-name=nfm-{name}",
+        f"--output={logs}/{name}-{log}.log",
+        "--open-mode=append",
+        "--requeue",
+        "--kill-on-invalid-dep=yes",
+        *fixed,
+    ]
+    return [directive(option) for option in [*ours, *own]]
+
+
+def directive(option: str) -> str:
+    """An option of `sbatch` as a `#SBATCH` line takes it. Raises StageError for what the scripts decide themselves."""
+    name, sign, value = option.partition("=")
+    if "\n" in option or not option.startswith("-"):
+        raise StageError(f"--sbatch {option!r}: write one option of sbatch, for instance --sbatch=--time=04:00:00")
+    if not sign or PLAIN.fullmatch(value):
+        return option
+    if value[:1] in "\"'" and value[-1:] == value[:1]:
+        return option  # quoted already
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"'
+
+
+def user_options(options: Sequence[str]) -> tuple[str, ...]:
+    """The user's options, checked: those that the scripts decide are refused with what to use instead."""
+    for option in options:
+        directive(option)
+        if fixed := _fixed(option):
+            raise StageError(f"--sbatch {option}: use {FIXED[fixed]}")
+    return tuple(options)
+
+
+def _fixed(option: str) -> str | None:
+    """Which of FIXED an option sets; sbatch takes `-a0-3` for `--array=0-3`, and long names cut short."""
+    if not option.startswith("--"):
+        return {"a": "array", "d": "dependency", "o": "output"}.get(option[1:2])
+    name = re.split(r"[=\s]", option[2:], maxsplit=1)[0]
+    return next((fixed for fixed in FIXED if len(name) > 1 and fixed.startswith(name)), None)
+
+
+def nfm(submission: Submission, *arguments: object, config: bool = False, sets: Sequence[str] = ()) -> str:
+    """An `nfm` command as a shell line, with the run's config and overrides where it takes them."""
+    words = [*submission.nfm, *map(str, arguments)]
+    if config:
+        words += ["-c", str(submission.config)]
+        words += [word for text in (*submission.sets, *sets) for word in ("--set", text)]
+    return shlex.join(words)

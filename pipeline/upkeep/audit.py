@@ -1,0 +1,217 @@
+"""Audit: walk the lineage back to the data and prove that every artifact is what its manifest says.
+
+It reads only. Level `quick` recomputes fingerprints and digests of manifests and looks at sizes; `default` hashes
+every file and checks the pairs' keys against their source; `deep` encodes a seeded sample of pairs again with the
+teacher and decodes it back. What it reads may be anybody's: it runs no code that a store names unless it is told to,
+and of artifacts outside the root it writes receipts only beside those that its user named.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, fingerprint
+from nfm.pipeline.artifacts.lineage import ancestors, inputs_of, references
+from nfm.pipeline.config import RunConfig
+from nfm.pipeline.graph import STAGES, Node, build, optional
+from nfm.stages.base import Finding, StageError
+from nfm.stages.couplings import custom
+from nfm.stages.pairs import stage
+from nfm.storage.errors import StorageError
+from nfm.storage.files import atomic
+from nfm.storage.files.paths import inside, is_remote
+
+Level = Literal["quick", "default", "deep"]
+
+
+@dataclass(frozen=True)
+class Audited:
+    """The outcome for one artifact: what was looked at, what was found, and statements of confidence."""
+
+    artifact: str
+    manifest: str
+    files: int
+    bytes: int
+    findings: list[Finding]
+    statements: list[str]
+    seconds: float
+
+
+def audit(
+    targets: Sequence[Artifact],
+    level: Level = "default",
+    deep_sample: int = 300,
+    allowed: custom.Allowed = custom.NOBODYS,
+) -> list[Audited]:
+    """Audit these artifacts and all their ancestors, inputs first, each once; a receipt is kept beside each.
+
+    `allowed` are the custom functions that `deep` may run.
+    """
+    unique = {str(found.reference): found for target in targets for found in ancestors(target)}
+    results = []
+    for found in unique.values():
+        results.append(_audit_one(found, level, deep_sample, allowed))
+        if found.path in {target.path for target in targets} or _under_root(found.path):
+            _keep_receipt(found.path, results[-1], level)
+    return results
+
+
+def own_code(config: RunConfig) -> frozenset[str]:
+    """The digests of the custom functions that a run's own config names, of their files as they are now."""
+    sections = [node.config for node in build(config).values()]
+    return frozenset(
+        digest
+        for section in sections
+        if isinstance(section, stage.PairsConfig)
+        for digest in stage.external(section).values()
+    )
+
+
+def finished(config: RunConfig) -> list[Artifact]:
+    """Every finished artifact of a run, in the order of the pipeline."""
+    done = [artifact for node in build(config).values() for artifact in _manifests_of(node) if artifact.done]
+    if not done:
+        raise ArtifactError("nothing of this config is made yet; start with `nfm run pairs -c F`")
+    return done
+
+
+def _manifests_of(node: Node) -> list[Artifact]:
+    """The artifact of a node; where its own manifest cannot be read, all that its folder holds, damaged ones too."""
+    try:
+        found = node.artifact()
+        return [found] if found is not None else []
+    except (StorageError, ArtifactError):
+        pass
+    try:
+        folder = node.folder()
+    except (StorageError, ArtifactError):
+        return []  # the manifest of an input: it is found there
+    return [Artifact(folder, path.name) for path in sorted(folder.glob("manifest*.json"))] if folder else []
+
+
+def as_text(results: Sequence[Audited]) -> str:
+    """The table for people."""
+    lines = []
+    for result in results:
+        verdict = f"{len(result.findings)} FINDINGS" if result.findings else "clean"
+        looked = f"{result.files} files, {result.bytes / 1e6:.1f} MB"
+        lines.append(f"{result.artifact:24} {verdict:12} {looked:24} {result.seconds:6.1f} s  {result.manifest}")
+        lines += [f"    {finding.file}: {finding.problem}. Remedy: {finding.remedy}" for finding in result.findings]
+        lines += [f"    {statement}" for statement in result.statements]
+    return "\n".join(lines)
+
+
+def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: custom.Allowed) -> Audited:
+    started = time.monotonic()
+    findings: list[Finding] = []
+    statements: list[str] = []
+    files, size = 0, 0
+    try:
+        spec, body = artifact.spec, artifact.manifest()
+        files, size = _extent(body)
+        if "stage" in spec:  # else a store that was made without the pipeline: it has files, but no identity
+            findings += _check_identity(artifact, spec, body)
+        findings += _check_files(artifact.path, body.get("files", []), hashed=level != "quick")
+        check = optional(STAGES[spec.get("stage", "pairs")], "audit", lambda *_: ([], []))
+        inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}
+        more, statements = check(inputs, artifact.reference, level, deep_sample, allowed)
+        findings += more
+    except (StorageError, ArtifactError, StageError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        findings.append(
+            Finding(str(artifact.path), f"{error}" or type(error).__name__, "restore it, or make it again: remove the "
+                    "folder and run its stage")
+        )  # fmt: skip
+    return Audited(
+        artifact.name, artifact.manifest_name, files, size, findings, statements,
+        round(time.monotonic() - started, 3),
+    )  # fmt: skip
+
+
+def _extent(body: dict[str, Any]) -> tuple[int, int]:
+    """(files, bytes) that a manifest vouches for; a large store lists its shards beside it and states their totals."""
+    files = body.get("files", [])
+    shards = body.get("shards", [])
+    listed = [*files, *shards] if isinstance(shards, list) else files
+    count, size = len(listed), sum(file["bytes"] for file in listed)
+    return (count, size) if isinstance(shards, list) else (count + body["shard_count"], size + body["bytes"])
+
+
+def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, Any]) -> list[Finding]:
+    """Recompute the fingerprint and the content digest, and ask the inputs whether they still are what was read."""
+    findings = []
+    path, again = (
+        str(artifact.path / artifact.manifest_name),
+        "make the artifact again: remove its folder, run its stage",
+    )
+    contents = {role: reference.content_digest for role, reference in references(artifact).items()}
+    key = fingerprint(spec["stage"], spec["version"], spec["config"], {**contents, **spec["external"]})
+    # Under the root a folder is named by its fingerprint; a store elsewhere may have any name.
+    placed = artifact.path.name == key[:12] or Path(artifact.name).is_absolute()
+    if not (key == spec["fingerprint"] == body["fingerprint"] and placed):
+        findings.append(Finding(path, "the fingerprint is not the one of its spec and folder", again))
+    payload = [file["sha256"] for file in body["files"] if file["payload"]]
+    if payload and atomic.content_digest(payload) != body["content_digest"]:
+        findings.append(Finding(path, "the content digest is not the one of its payload files", again))
+    for role, found in inputs_of(artifact).items():
+        if not found.done:
+            problem = f"input {role}, {found.name}/{found.manifest_name}, is missing"
+            findings.append(Finding(path, problem, "restore that artifact or run its stage again"))
+        elif _content(found) != contents[role]:
+            problem = f"input {role}, {found.name}, holds other content than was read"
+            findings.append(
+                Finding(path, problem, f"restore {found.name}; what was made from it cannot be vouched for")
+            )
+    return findings
+
+
+def _content(artifact: Artifact) -> str | None:
+    """The content digest that a manifest states; None where it cannot be read, which its own audit says."""
+    try:
+        return artifact.manifest()["content_digest"]
+    except (StorageError, ArtifactError, KeyError):
+        return None
+
+
+def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> list[Finding]:
+    """Sizes, and with `hashed` the SHA-256, of every file that the manifest lists."""
+
+    def check(file: dict[str, Any]) -> Finding | None:
+        path = folder / file["path"]
+        remedy = "restore the file from a copy, or remove the artifact's folder and run its stage again"
+        try:
+            inside(folder, file["path"])
+        except StorageError as error:
+            return Finding(str(path), str(error).removeprefix(f"{path}: ").partition("; ")[0], remedy)
+        if not path.is_file():
+            return Finding(str(path), "missing", remedy)
+        if path.stat().st_size != file["bytes"]:
+            return Finding(str(path), f"{path.stat().st_size} bytes, the manifest says {file['bytes']}", remedy)
+        if hashed and atomic.hash_file(path)[0] != file["sha256"]:
+            return Finding(str(path), "its SHA-256 is not the manifest's: the bytes changed", remedy)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [finding for finding in pool.map(check, files) if finding]
+
+
+def _under_root(folder: Path) -> bool:
+    return not is_remote(folder) and folder.absolute().is_relative_to(artifacts_root().absolute())
+
+
+def _keep_receipt(folder: Path, result: Audited, level: Level) -> None:
+    """A dated receipt beside the artifact; a folder that cannot be written to loses only that."""
+    if is_remote(folder) or not folder.is_dir() or not os.access(folder, os.W_OK):
+        return
+    try:
+        kept = inside(folder, "audits")
+    except StorageError:
+        return  # a link out of the artifact: nothing is written through it
+    if kept.is_dir() or not kept.exists():
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        atomic.write_json(folder / "audits" / f"{stamp}-{level}.json", {"level": level, **asdict(result)})

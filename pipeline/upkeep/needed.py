@@ -1,0 +1,247 @@
+"""Which artifacts are needed, and why; what is left nobody depends on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root
+from nfm.pipeline.artifacts.lock import Lock
+from nfm.pipeline.config import RunConfig
+from nfm.pipeline.graph import Node, build
+from nfm.stages.base import StageError
+from nfm.stages.pairs import stage as pairs
+from nfm.storage.errors import StorageError
+from nfm.storage.files import atomic
+
+SUBMISSIONS = "submissions"
+END_PRODUCTS = ("student", "evaluate", "report", "compare")
+IDLE_SECONDS = 3600.0  # what was written to more recently may be in the making: not every worker takes the lock
+BEATING_SECONDS = 86400.0  # generous, since another host's clock may be off
+
+
+@dataclass
+class Standing:
+    """An artifact as gc sees it; `why` is the reason for which it stays, empty when there is none."""
+
+    path: Path
+    stage: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)  # names of the artifacts that it was made from
+    store: bool = False
+    damage: str = ""
+    told: bool = True  # whether anything says what it was made from
+    locked: bool = False
+    why: str = ""
+
+    @property
+    def name(self) -> str:
+        return _name(self.path)
+
+
+def survey(configs: Sequence[RunConfig], older_than: float, now: float | None = None) -> list[Standing]:
+    """Every artifact under the root with the reason for which it stays.
+
+    It stays when it is damaged, locked by a live holder, an end product, made without the pipeline, reached by a
+    config, on the list of a submission, changed within `older_than` seconds, or when something that stays was made
+    from it. Without any config pair stores stay as well: who reads them elsewhere cannot be seen from here.
+    """
+    found = {_name(path): _look(path) for path in _folders()}
+    queued = _queued()
+    reached = [reach for config in configs for reach in _reached(config)]
+    for held in found.values():
+        held.why = _own_reason(held, reached, queued)
+    _spread(found)
+    if unknown := next((held for held in found.values() if not held.told), None):
+        for held in found.values():
+            held.why = held.why or f"nobody can tell what the damaged {unknown.name} was made from; see to that first"
+    now = time.time() if now is None else now
+    for held in found.values():
+        held.why = held.why or recently(held.path, older_than, now)
+    _spread(found)
+    return list(found.values())
+
+
+def recently(path: Path, older_than: float, now: float) -> str:
+    """Why an artifact is too young to go, empty when it is not."""
+    changed, written, sealed = _times(path)
+    if now - changed < older_than:
+        return f"changed within {older_than / 86400:g} days"
+    if written > sealed and now - written < IDLE_SECONDS:
+        return "written to within the hour: it may be in the making"
+    return ""
+
+
+def of_lock(name: str) -> bool:
+    """Whether a file is a lock, the marker of one who takes it over, or a temporary of either."""
+    return name.startswith("lock.") or (atomic.is_temporary(name) and "-lock." in name)
+
+
+def user_of(name: str) -> str:
+    """An artifact that was made from the one of this name, empty when there is none now."""
+    for path in _folders():
+        other = Standing(path)
+        if _describe(other, ["spec"]) and name in other.inputs:
+            return other.name
+    return ""
+
+
+def lives(folder: Path) -> bool:
+    """Whether somebody holds a folder's lock, by reading alone; where that is unsure, somebody does."""
+    lock = Lock(folder)
+    try:
+        seen = lock._read()
+        if not seen or lock._dead(seen):
+            return False
+        ours = seen["space"] == lock._body["space"]
+        return bool(ours) or time.time() - lock.path.stat().st_mtime < BEATING_SECONDS
+    except FileNotFoundError:
+        return False
+    except (StorageError, KeyError):
+        return True
+
+
+def _folders() -> list[Path]:
+    """The folders of artifacts, whole or not; hidden ones are the pipeline's own, submissions are no artifacts."""
+    root = artifacts_root().resolve()
+    found = (path for path in sorted(root.glob("[!.]*/[!.]*")) if path.is_dir())
+    return [path for path in found if path.parent.name != SUBMISSIONS]
+
+
+def _queued() -> dict[str, str]:
+    """Stores that tasks of a submission may be about to complete, by name: the submission. They hold no lock."""
+    found = {}
+    for file in sorted(artifacts_root().glob(f"{SUBMISSIONS}/*/worklist.json")):
+        try:
+            found[_name(Path(atomic.read_json(file)["store"]))] = f"{SUBMISSIONS}/{file.parent.name}"
+        except (StorageError, KeyError, TypeError):
+            continue  # damaged: its tasks refuse it as well
+    return found
+
+
+def _name(path: Path) -> str:
+    """`stage/fingerprint`: it says what the content is wherever links and moves have put the folder."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def _look(path: Path) -> Standing:
+    held = Standing(path, locked=lives(path))
+    if not (path / "spec.json").exists():
+        if any(not of_lock(name) for _, _, names in os.walk(path) for name in names):
+            held.damage = "it has no spec.json"
+        held.told = not any(path.glob("manifest*.json")) or _describe(held, ["manifest"])
+        return held
+    held.told = _describe(held, ["spec", "manifest"])
+    try:
+        for name in ["spec.json", *(manifest.name for manifest in path.glob("manifest*.json"))]:
+            Artifact(path, name).manifest()
+    except (StorageError, ArtifactError) as error:
+        held.damage = str(error).removeprefix(f"{path}{os.sep}")
+    return held
+
+
+def _describe(held: Standing, sources: Sequence[str]) -> bool:
+    """Fill in stage, config and inputs by the first file that can be read; False when none can."""
+    for file in (file for source in sources for file in sorted(held.path.glob(f"{source}*.json"))):
+        try:
+            body = atomic.read_json(file)
+            references = body.get("inputs", {}).values()
+            held.inputs = [_name(Path(reference["artifact"])) for reference in references]
+        except (StorageError, KeyError, TypeError, AttributeError):
+            continue
+        held.stage, held.config = body.get("stage", "elsewhere"), body.get("config", {})
+        held.store = "store" in body
+        return True
+    return False
+
+
+def _own_reason(held: Standing, reached: Sequence[_Reach], queued: Mapping[str, str]) -> str:
+    if held.damage:
+        return f"damaged: {held.damage}; restore or repair it, or remove the folder yourself"
+    if held.locked:
+        return "somebody works on it"
+    if held.stage in END_PRODUCTS:
+        return f"an end product ({held.stage})"
+    if held.path.is_symlink():
+        return "a link: its files lie elsewhere"
+    if held.stage == "elsewhere":
+        return "made without the pipeline"
+    if any(reach.covers(held) for reach in reached):
+        return "a config given with -c reaches it"
+    if held.name in queued:
+        return f"{queued[held.name]} is to complete it"
+    if held.store and not reached and any(held.path.glob("commits/*.json")):
+        return "a pair store with work in it; it goes only where -c names the configs in use and none reaches it"
+    return ""
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """A folder that a config leads to; None where an input is missing or unreadable, whose content decides the place.
+
+    Then every artifact of this stage and config counts that was made from the inputs' folders, as far as known.
+    """
+
+    folder: str | None
+    stage: str
+    config: dict[str, Any]
+    inputs: frozenset[str]
+
+    def covers(self, held: Standing) -> bool:
+        if self.stage == pairs.NAME == held.stage and self.inputs == set(held.inputs):
+            return True  # pairs of the same data and teacher, made with other overrides of this config
+        if self.folder is not None:
+            return held.name == self.folder
+        return held.stage == self.stage and held.config == self.config and self.inputs.issubset(held.inputs)
+
+
+def _reached(config: RunConfig) -> Iterable[_Reach]:
+    for node in build(config).values():
+        inputs = frozenset(name for name in map(_folder, node.inputs.values()) if name is not None)
+        inputs |= {_name(artifact.path) for artifact in node.given.values()}
+        yield _Reach(_folder(node), node.stage.NAME, node.config.semantic(), inputs)
+
+
+def _folder(node: Node) -> str | None:
+    try:
+        found = node.folder()
+    except (StorageError, ArtifactError, StageError, OSError, KeyError):
+        return None  # an input is damaged, or the source's files are not here
+    return _name(found) if found is not None else None
+
+
+def _spread(found: dict[str, Standing]) -> None:
+    """What stays keeps what it was made from."""
+    waiting = [held for held in found.values() if held.why]
+    while waiting:
+        held = waiting.pop()
+        for name in held.inputs:
+            needed = found.get(name)
+            if needed is not None and not needed.why:
+                needed.why = f"{held.name} was made from it"
+                waiting.append(needed)
+
+
+def _times(path: Path) -> tuple[float, float, float]:
+    """When anything in an artifact changed last; when work was written last, and when a manifest was."""
+    sealed = 0.0
+    changed = written = 0.0 if (path / "spec.json").exists() else path.stat().st_mtime  # perhaps a run begins there
+    for folder, _, names in os.walk(path):
+        records = Path(folder) != path and Path(folder).relative_to(path).parts[0] in ("events", "audits")
+        for name in names:
+            if of_lock(name):
+                continue
+            try:
+                at = os.lstat(os.path.join(folder, name)).st_mtime
+            except FileNotFoundError:
+                at = time.time()  # it went away just now: somebody is at work
+            changed = max(changed, at)
+            if name.startswith("manifest") and folder == str(path):
+                sealed = max(sealed, at)
+            elif not records:
+                written = max(written, at)
+    return changed, written, sealed

@@ -1,0 +1,39 @@
+"""Repair: bad shards and manifests are set aside, never deleted, so that the pairs stage makes them again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError
+from nfm.pipeline.artifacts.lock import Lock
+from nfm.stages.stores import repair
+from nfm.storage.files.paths import inside
+
+
+def repair_store(artifact: Artifact) -> list[str]:
+    """Move bad shards, and before them the manifests that list them, to `quarantine/`; returns what was bad.
+
+    The pairs stage then encodes exactly these again and seals a new generation. On the same kind of device the bytes
+    come out the same, and so does the content digest, by which what was made from the store finds it again. A manifest
+    that cannot be read is set aside as well: what it sealed is sealed again from the commits.
+    """
+    if "store" not in artifact.spec:
+        raise ArtifactError(f"{artifact.name} is no pair store; make other artifacts again: remove the folder, run it")
+    with Lock(artifact.path):
+        aside = artifact.path / "quarantine" / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        damaged = repair.damaged_manifests(artifact.path)
+        _set_aside(artifact.path, damaged, aside)
+        bad = repair.bad_shards(artifact.path)
+        _set_aside(artifact.path, repair.files_of_shards(artifact.path, bad), aside)
+    return [*(path.name for path in damaged), *bad]
+
+
+def _set_aside(root: Path, files: Iterable[Path], aside: Path) -> None:
+    for file in files:
+        for path in (file, aside):  # raises where a link would take files out of the store, or into it
+            inside(root, str(path.parent.relative_to(root)))
+        target = aside / file.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)

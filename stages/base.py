@@ -1,0 +1,139 @@
+"""What every stage shares: its config section, the reporter it speaks to, and the result it returns.
+
+A stage is a function `run(config, inputs, out, report) -> Result`. It knows neither the graph nor the manifest:
+the pipeline gives it the folders of its inputs and an output folder that holds `spec.json`, and publishes the
+manifest after it returned. `run` resumes from whatever an earlier, killed run left in the output folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from nfm.storage.errors import NoPlace, Told, is_utf8
+from nfm.storage.errors.masked import holds_secret
+from nfm.storage.files.paths import local_path
+
+Inputs = Mapping[str, Path]
+
+
+class StageError(Told):
+    """A stage cannot be done; the message names the file or field, the value and the remedy."""
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error: the work is kept and the next run goes on from it
+    """The user asked to stop; everything needed to resume is on disk."""
+
+
+def operational(default: Any, **constraints: Any) -> Any:
+    """A config field that decides how or where work is done, never its result: left out of the fingerprint."""
+    return Field(default, json_schema_extra={"operational": True}, **constraints)
+
+
+def _local(text: str) -> str:
+    try:
+        return str(local_path(text))
+    except NoPlace as error:
+        raise ValueError(error.reason) from None
+
+
+LocalField = Annotated[str, AfterValidator(_local)]  # a config field that names a path of this machine
+
+
+def added(default: Any, **constraints: Any) -> Any:
+    """A config field newer than its section: left out of the fingerprint at its default, so old ones stand."""
+    return Field(default, json_schema_extra={"added": True}, **constraints)
+
+
+class Section(BaseModel):
+    """One table of the config file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_secrets(cls, value: Any) -> Any:
+        if holds_secret(value):
+            raise ValueError(
+                "a URL with a key, a password or a token, which would stand in manifests and logs; leave it out"
+            )
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _in_utf8(cls, value: Any) -> Any:
+        if not is_utf8(json.dumps(value, ensure_ascii=False, default=str)):
+            raise ValueError(
+                "its bytes are no UTF-8, and it would stand in manifests, which are: rename it, or, of a path, run the "
+                "command in that folder and name what is below it"
+            )
+        return value
+
+    def semantic(self) -> dict[str, Any]:
+        """The fields that change the stage's result, as the fingerprint sees them."""
+        values = self.model_dump(mode="json")
+        for name, info in type(self).model_fields.items():
+            marks = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+            if marks.get("operational") or (marks.get("added") and getattr(self, name) == info.default):
+                del values[name]
+        return values
+
+
+class Reporter(Protocol):
+    """Where a stage says what it does: progress for people, lines in events for the record."""
+
+    @property
+    def stopping(self) -> bool:
+        """True once the user asked to stop; a stage then saves and raises `Stopped`."""
+        ...
+
+    @property
+    def ending(self) -> bool:
+        """True once no new unit of work is to begin, though those in hand are finished; also when `stopping`."""
+        ...
+
+    def check_lock(self) -> None:
+        """Raises when another process took the artifact over; to be asked before a file is replaced."""
+        ...
+
+    def progress(
+        self, done: int, total: int, unit: str, workers: Sequence[Mapping[str, Any]] = (), **figures: Any
+    ) -> None:
+        """`done` of `total` units, with a row for each worker (see `executors.tally`) and any further figures."""
+        ...
+
+    def say(self, text: str) -> None: ...
+
+    def log(self, kind: str, **values: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage hands to the pipeline for the manifest.
+
+    `payload` are the files, in order, whose SHA-256 make the content digest; `files` are listed beside them;
+    `digests` holds (sha256, bytes) of files that were hashed while they were written; `extra` goes to the top
+    level of the manifest. `content_digest` overrides the digest over `payload` where the stage's store has its own.
+    """
+
+    payload: Sequence[str]
+    metrics: dict[str, Any]
+    files: Sequence[str] = ()
+    digests: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    content_digest: str | None = None
+    manifest: str = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that an audit found wrong, with the file that it concerns and the remedy."""
+
+    file: str
+    problem: str
+    remedy: str

@@ -1,0 +1,160 @@
+"""A user's own coupling, `module:function`: where its file is, its digest, and the function loaded from those bytes.
+
+Whoever sends a store sends the name of a function with it, and perhaps the module beside it. So nothing here imports a
+module but `load`, which encoding alone calls; an audit does where its user has said that the code may run (`Allowed`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nfm.stages.base import StageError
+from nfm.storage.errors import StorageError
+from nfm.storage.files import atomic
+from nfm.storage.files.small_files import read_bytes
+
+FIELD = "pairs.custom"
+_MOST_SOURCE = 16 << 20  # bytes of a module
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """The custom functions that an audit may run, by the SHA-256 of their files, and whom it tells before it does."""
+
+    digests: frozenset[str] = frozenset()
+    say: Callable[[str], None] = lambda _: None
+
+
+NOBODYS = Allowed()
+
+
+def source_file(named: str | None) -> Path:
+    """The file of the module that `module:function` names, on Python's path or in the current folder; nothing is run.
+
+    Raises StageError where it is not spelled so or the module is not found.
+    """
+    module, _, function = (named or "").partition(":")
+    if not module or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise StageError(f"{FIELD} = {named!r}: coupling 'custom' takes the noise of `module:function`; name one")
+    with _importable(Path.cwd()):
+        importlib.invalidate_caches()
+        found = _find(module)
+    if found is None or found.origin is None or not found.origin.endswith(".py"):
+        raise StageError(
+            f"{FIELD} = {named!r}: there is no module {module} on Python's path or in {Path.cwd()}; run nfm where "
+            f"{module.split('.')[0]} is, or set PYTHONPATH"
+        )
+    return Path(found.origin).resolve()
+
+
+def _find(module: str) -> ModuleSpec | None:
+    """Where an import would find the module; one of that name that is imported already may be of another file.
+
+    The way leads from folder to folder: importlib's own search would import, and so run, every package on it.
+    """
+    top, *rest = module.split(".")
+    specs = (finder.find_spec(top, None) for finder in sys.meta_path)
+    found = next((spec for spec in specs if spec is not None), None)
+    for part in rest:
+        if found is None or found.submodule_search_locations is None:
+            return None
+        # By its last name: asked for the whole one, a package without __init__.py looks for its parent's module.
+        found = PathFinder.find_spec(part, list(found.submodule_search_locations))
+    return found
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of the module's file, which decides the pairs; what it imports is not in it."""
+    return atomic.digest(_source(file))
+
+
+def _source(file: Path) -> bytes:
+    try:
+        return read_bytes(file.resolve(), _MOST_SOURCE)
+    except (OSError, StorageError) as error:
+        raise StageError(f"{file}: the module of {FIELD} cannot be read ({error}); is it on every node?") from error
+
+
+def announced(file: str | None, named: str, sha256: str) -> str:
+    """Whose code is about to run, in a line."""
+    return f"{FIELD} = {named!r} runs the code of {file}, SHA-256 {sha256}"
+
+
+def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
+    """The function, from the bytes of `file` that have this digest. Raises StageError where they have another, where
+    the module cannot be executed, and, by the function's name, where a call of it fails.
+    """
+    module, function = named.split(":")
+    source = _source(file)
+    if atomic.digest(source) != sha256:
+        raise StageError(
+            f"{file}: not the file that this store's pairs are made with, {FIELD} = {named!r} of digest {sha256[:12]}. "
+            "Restore it, or run the pairs stage again from the changed one, which makes a store of its own"
+        )
+    spec = importlib.util.spec_from_file_location(module, file)
+    assert spec is not None
+    loaded = importlib.util.module_from_spec(spec)
+    before = sys.modules.get(module)
+    sys.modules[module] = loaded
+    try:
+        with _importable(_root(file, module)):
+            # From the bytes that were hashed: bytecode beside the file may be of another.
+            exec(compile(source, str(file), "exec"), loaded.__dict__)
+    except BaseException as error:
+        del sys.modules[module]
+        if not isinstance(error, Exception | SystemExit):
+            raise
+        raise StageError(f"{FIELD} = {named!r}: {file} cannot be executed: {_told(error)}; mend it") from error
+    finally:
+        if before is not None:
+            sys.modules[module] = before
+    found = getattr(loaded, function, None)
+    if not callable(found):
+        raise StageError(f"{FIELD} = {named!r}: {file} has no function {function!r}; define it or name another")
+
+    def function_of_shard(*arguments: Any) -> Any:
+        try:
+            with _importable(_root(file, module)):  # for what it imports when it is called
+                return found(*arguments)
+        except Exception as error:
+            raise StageError(f"{FIELD} = {named!r}: the function raised {_told(error)}; mend it in {file}") from error
+
+    return function_of_shard
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def rng(seed: int, draw: int, shard: int) -> np.random.Generator:
+    """The random numbers of a shard: Philox, key (seed, "custom"), counter (0, shard, draw, 0); see storage.philox."""
+    purpose = int.from_bytes(hashlib.sha256(b"custom").digest()[:8], "little")
+    return np.random.Generator(np.random.Philox(key=seed | purpose << 64, counter=[0, shard, draw, 0]))
+
+
+def _root(file: Path, module: str) -> Path:
+    """The folder from which `module` is imported."""
+    depth = module.count(".") + (file.name == "__init__.py")
+    return file.parents[depth]
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Imports find modules of this folder too, behind all others."""
+    path = str(folder)
+    sys.path.append(path)
+    try:
+        yield
+    finally:
+        sys.path.remove(path)

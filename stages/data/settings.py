@@ -1,0 +1,105 @@
+"""Settings of [data] that cannot stand, refused by name, and those that another one outdoes, told.
+
+What is refused of any data set is asked whenever its artifact is named; the rest when it is made, so that data sets
+made before keep their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nfm.stages.base import Reporter, StageError
+from nfm.stages.data.sources import Source
+from nfm.storage.errors import StorageError
+from nfm.storage.format import untrusted
+
+if TYPE_CHECKING:
+    from nfm.stages.data.stage import DataConfig
+
+SHOWN = 8
+WHEN_MADE = {
+    "image_size": ("images",),
+    "channels": ("images",),
+    "path": ("npz", "idx", "images"),
+    "debian_package": ("idx",),
+}
+
+
+def check_owners(config: DataConfig, owners: Mapping[str, Sequence[str]]) -> None:
+    """Refuses a setting that only other sources read; at its default it says nothing. `owners`: sources by field."""
+    for field, sources in owners.items():
+        value = getattr(config, field)
+        if value != type(config).model_fields[field].default and config.source not in sources:
+            raise StageError(
+                f'data.{field} = {value!r} is of source {" and ".join(sources)}, not of "{config.source}": leave it out'
+            )
+
+
+def check_settings(config: DataConfig, source: Source, report: Reporter) -> None:
+    """Refuses settings that would do nothing, or name no class; tells of those that another one outdoes."""
+    check_owners(config, WHEN_MADE)
+    if config.images == "":
+        raise StageError('data.images = "" names no array: leave it out for the array "data"')
+    if config.classes is not None:
+        _check_classes(config.classes, source)
+    if config.path is not None and config.debian_package is not None:
+        report.say(f"data.path = {config.path!r} is read, data.debian_package = {config.debian_package!r} is not")
+    if "heldout" in config.model_fields_set and (count := int(source.test.sum())):
+        report.say(
+            f"data.heldout = {config.heldout:g} is not used: the source's own test set of {count:,} images is held out"
+        )
+
+
+def tell_untrained(
+    config: DataConfig, source: Source, train: np.ndarray, heldout: np.ndarray, report: Reporter
+) -> None:
+    """Tells of classes that the usable rows of `train` lack, and which of them are held out."""
+
+    def images(rows: np.ndarray | slice) -> np.ndarray:
+        labels = source.labels[rows]
+        return np.bincount(labels[(labels >= 0) & (labels < len(source.classes))], minlength=len(source.classes))
+
+    lacking = images(train) == 0
+    if config.classes is None:
+        lacking &= images(slice(None)) > 0  # of a number that no image has, the source has told
+    if not lacking.any():
+        return
+    held = lacking & (images(heldout) > 0)
+    told = f"{lacking.sum():,} of {len(source.classes):,} classes have no training image: {_listed(source, lacking)}"
+    report.say(f"{told}; held out are images of {_listed(source, held)}" if held.any() else told)
+
+
+def _listed(source: Source, chosen: np.ndarray) -> str:
+    places = np.flatnonzero(chosen).tolist()
+    return ", ".join(repr(source.classes[place]) for place in places[:SHOWN]) + (", ..." if len(places) > SHOWN else "")
+
+
+def _check_classes(classes: Sequence[str], source: Source) -> None:
+    if not classes and source.classes:
+        raise StageError(
+            "data.classes = [] names no class, but the images have labels: name every class, or leave it out"
+        )
+    if empty := [place for place, name in enumerate(classes) if not name.strip()]:
+        raise StageError(f"data.classes: the name at place {empty[0]}, counted from 0, is empty: write one")
+    places: dict[str, int] = {}
+    for place, name in enumerate(classes):
+        if (first := places.setdefault(name, place)) != place:
+            raise StageError(
+                f"data.classes: {name!r} stands at places {first} and {place}, counted from 0: one name a class"
+            )
+
+
+def check_names(config: DataConfig, classes: Sequence[str]) -> None:
+    """Names that a reader of the data set would refuse, by the reader's own rule; `classes` are the source's."""
+    try:
+        for field in ("name", "image_decoder"):
+            if (value := getattr(config, field)) is not None:
+                untrusted.text(f"data.{field}", value)
+        where = f"{config.path}: the name of a class folder" if config.classes is None else "data.classes: a name"
+        for name in classes:
+            untrusted.text(where, name)
+    except StorageError as error:
+        raise StageError(f"{error}: rename it") from error

@@ -1,0 +1,159 @@
+"""What a source of images is, and the few array operations that sources share."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import threading
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nfm.stages.base import Reporter, StageError
+from nfm.storage.errors import StorageError, is_utf8
+from nfm.storage.files import atomic
+
+HASH_CHUNK, HASH_BATCH = 1 << 20, 4096
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 500  # nothing but one value repeated is packed so tightly
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Rows of a source in the order asked for; a rejected position holds zeros and has its reason here."""
+
+    images: np.ndarray  # [n, C, H, W] uint8, or float16 or float32 where the source holds floats
+    rejected: dict[int, str] = field(default_factory=dict)  # position -> reason
+    skipped: dict[str, Any] = field(default_factory=dict)  # reason -> paths of the input that are no rows, see `tree`
+    notes: dict[str, int] = field(default_factory=dict)  # what was decided for how many images
+
+
+class Source(Protocol):
+    """Records in the source's own order; `load` brings the pixels of chosen rows."""
+
+    name: str
+    keys: list[str]
+    labels: np.ndarray  # [N] int64, counted from 0
+    test: np.ndarray  # [N] bool, true for rows of the source's own test set
+    classes: list[str]
+
+    def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
+        """Pixels of `rows`, in that order; `scratch` is an empty folder for arrays too large for memory."""
+        ...
+
+    def digest(self, known: Path | None = None) -> dict[str, Any]:
+        """Digest of the content that the source reads: {digest, files, bytes}; never of paths or times.
+
+        `known` is a folder where digests of unchanged files are kept, so that asking again costs no reading.
+        """
+        ...
+
+
+def box_average(images: np.ndarray, factor: int) -> np.ndarray:
+    """Means of factor x factor boxes, rounded half up; [n, C, H, W] uint8 -> [n, C, H/factor, W/factor]."""
+    if factor == 1:
+        return images
+    n, c, h, w = images.shape
+    if h % factor or w % factor:
+        raise StageError(f"data.average = {factor} does not divide the images' {h}x{w} pixels: choose a divisor")
+    boxes = images.reshape(n, c, h // factor, factor, w // factor, factor)
+    area = factor * factor
+    return ((2 * boxes.sum(axis=(3, 5), dtype=np.uint32) + area) // (2 * area)).astype(np.uint8)
+
+
+def check_keys(where: str | Path, keys: Iterable[str]) -> None:
+    """Refuses a key, made of names of files and folders, that is no UTF-8."""
+    if odd := next((key for key in keys if not is_utf8(key)), None):
+        raise StageError(f"{where}: {odd!r} is not UTF-8, which a key must be: rename the file or folder")
+
+
+def check_unpacked(where: str | Path, packed: int, unpacked: int) -> None:
+    """Refuses a small file that unpacks to a huge one."""
+    if unpacked > BOMB_BYTES and unpacked > BOMB_RATIO * packed:
+        raise StageError(
+            f"{where}: {packed:,} bytes that unpack to {unpacked:,}, as images never do: damaged, empty, or made to "
+            "fill a machine. Fetch the file anew; if it is meant, save it unpacked"
+        )
+
+
+def scratch_array(scratch: Path, shape: tuple[int, ...], dtype: str = "uint8", name: str = "images.raw") -> np.ndarray:
+    """A zeroed array in a mapped file of `scratch`, its disk space reserved before the first write."""
+    path, size = scratch / name, math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        with open(path, "w+b") as file:
+            # Writing to a map on a full disk would kill the process with SIGBUS instead of raising.
+            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+    except OSError as error:
+        raise StageError(
+            f"{path}: no room for {size:,} bytes of decoded images ({error.strerror}): free disk space and run again"
+        ) from error
+    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+
+
+def digest_files(
+    files: Iterable[tuple[str, Path]], open_file: Any = open, threads: int = 8, known: Path | None = None
+) -> dict[str, Any]:
+    """SHA-256 over (name, size, SHA-256 of the content) of files, sorted by name; files are read in threads.
+
+    With `known`, the answer for files of the same names, sizes, inodes and change times is taken from there.
+    """
+    ordered = sorted(files)
+    if known is None:
+        return _read_and_digest(ordered, open_file, threads)
+    note = known / f"{_signature(ordered)}.json"
+    with contextlib.suppress(StorageError, KeyError, TypeError):  # a note that is no note is written anew
+        noted: dict[str, Any] = atomic.read_json(note)["identity"]
+        if isinstance(noted["digest"], str):
+            return noted
+    identity = _read_and_digest(ordered, open_file, threads)
+    with contextlib.suppress(StorageError):  # a folder that cannot be written to costs only the next reading
+        atomic.write_json(note, {"identity": identity})
+    return identity
+
+
+def _signature(files: Sequence[tuple[str, Path]]) -> str:
+    """Changes whenever a file's content may have: of names, places, sizes, inodes and change times."""
+    together = hashlib.sha256()
+    for name, path in files:
+        try:
+            facts = path.stat()
+        except OSError as error:
+            raise StageError(f"{path}: cannot be read ({error}): restore the file and run again") from error
+        together.update(
+            f"{name}\0{path}\0{facts.st_size}\0{facts.st_ino}\0{facts.st_ctime_ns}\n".encode(errors="surrogateescape")
+        )
+    return together.hexdigest()
+
+
+def _read_and_digest(ordered: Sequence[tuple[str, Path]], open_file: Any, threads: int) -> dict[str, Any]:
+    over = threading.Event()  # a thread in the middle of a large file would outlive the stop of this one
+
+    def hash_one(item: tuple[str, Path]) -> tuple[str, int, str]:
+        name, path = item
+        whole, size = hashlib.sha256(), 0
+        try:
+            with open_file(path, "rb") as file:
+                while not over.is_set() and (chunk := file.read(HASH_CHUNK)):
+                    whole.update(chunk)
+                    size += len(chunk)
+        except (OSError, EOFError, zlib.error) as error:
+            raise StageError(f"{path}: cannot be read ({error}): restore the file and run again") from error
+        return name, size, whole.hexdigest()
+
+    together, count, total = hashlib.sha256(), 0, 0
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            # In batches: a future for each of a million files would fill the memory.
+            for start in range(0, len(ordered), HASH_BATCH):
+                for name, size, content in pool.map(hash_one, ordered[start : start + HASH_BATCH]):
+                    together.update(f"{name}\0{size}\0{content}\n".encode())
+                    count, total = count + 1, total + size
+        finally:
+            over.set()
+    return {"digest": together.hexdigest(), "files": count, "bytes": total}

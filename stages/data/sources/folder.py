@@ -1,0 +1,245 @@
+"""A folder of class folders of images, optionally below a training and a held-out folder, decoded by Pillow.
+
+What is read, what is not, and why: docs/data.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BeforeValidator
+
+from nfm.stages.base import Reporter, StageError, Stopped
+from nfm.stages.data.reading.tree import Skipped, Tree
+from nfm.stages.data.source import Loaded, box_average, check_keys, digest_files, scratch_array
+from nfm.storage.errors import legible
+
+# What a folder of this name, in any case, holds where it stands above class folders.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "training"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+}
+UNUSED = "a validation folder beside a test folder, which is the one held out"
+BESIDE = "a folder without an image beside the training folder"
+SHAPE_SAMPLE = 256
+DECODE_BATCH = 512
+
+
+def _colour(value: Any) -> Any:
+    """One spelling of each colour, so that a fingerprint does not depend on it."""
+    text = str(value).lower()
+    if text not in ("white", "black") and not re.fullmatch("#[0-9a-f]{6}", text):
+        raise ValueError('no colour: write "white", "black" or six hexadecimal digits like "#80ff00"')
+    return {"#ffffff": "white", "#000000": "black"}.get(text, text)
+
+
+Colour = Annotated[str, BeforeValidator(_colour)]
+
+
+class ImageFolder:
+    """Image files by class: keys are paths below the folder, labels the classes' places in sorted order.
+
+    With `image_size`, the central square of every image is resized to that edge (bicubic, antialiased).
+    Without it, images keep their pixels, and the commonest shape is the one that all must have.
+    """
+
+    name = "images"
+
+    def __init__(
+        self,
+        path: str | None,
+        image_size: int | None = None,
+        channels: int = 3,
+        average: int = 1,
+        classes: Sequence[str] | None = None,
+        threads: int = 0,
+        background: str = "white",
+    ):
+        self.root = _root(path)
+        self.image_size, self.channels, self.average, self.background = image_size, channels, average, background
+        self.threads = threads or os.cpu_count() or 1
+        from nfm.stages.data.reading.pixels import own_limit
+
+        with own_limit():
+            files_of, heldout, self.skipped = _listed(self.root, classes or ())
+        # The digest is of files, so a folder without any must not count.
+        found = {os.path.basename(folder) for folder, files in files_of.items() if files}
+        self.classes = sorted(found) if classes is None else list(classes)
+        if unknown := sorted(found - set(self.classes)):
+            raise StageError(f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class")
+        self.keys: list[str] = []
+        labels: list[int] = []
+        tests: list[bool] = []
+        for folder, files in files_of.items():
+            self.keys += files
+            labels += [self.classes.index(os.path.basename(folder))] * len(files) if files else []
+            tests += [folder in heldout] * len(files)
+        check_keys(self.root, self.keys)
+        self.paths = [self.root / key for key in self.keys]
+        self.labels, self.test = np.array(labels, np.int64), np.array(tests, bool)
+
+    def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
+        from nfm.stages.data.reading.pixels import own_limit
+
+        with own_limit():
+            return self._decoded(rows, scratch, report)
+
+    def _decoded(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
+        from PIL import Image, UnidentifiedImageError
+
+        from nfm.stages.data.reading.pixels import MOST_PIXELS, MisfitError, converted, fitted
+
+        height, width = self._size()
+        images = scratch_array(scratch, (len(rows), self.channels, height // self.average, width // self.average))
+        rejected: dict[int, str] = {}
+
+        def decode(position: int) -> list[str]:
+            try:
+                with Image.open(self.paths[rows[position]]) as opened:
+                    image, notes = converted(opened, self.channels, self.background)
+                    pixels = fitted(image, height, width, self.image_size)
+            except MemoryError:
+                raise
+            except MisfitError as error:
+                rejected[position] = str(error)
+            except Image.DecompressionBombError:
+                rejected[position] = f"more than {MOST_PIXELS:,} pixels, the most that are read: make it smaller"
+            except UnidentifiedImageError:
+                rejected[position] = "not an image that Pillow reads"
+            except Exception as error:  # of a broken file a plugin of Pillow may raise anything
+                rejected[position] = legible(f"unreadable: {error}".replace(str(self.root) + os.sep, ""))
+            else:
+                images[position] = box_average(pixels[None], self.average)[0]
+                return notes
+            return []
+
+        counts: Counter[str] = Counter()
+        with ThreadPoolExecutor(self.threads) as pool:
+            for start in range(0, len(rows), DECODE_BATCH):
+                if report.stopping:
+                    raise Stopped
+                stop = min(start + DECODE_BATCH, len(rows))
+                for notes in pool.map(decode, range(start, stop)):
+                    counts.update(notes)
+                report.progress(stop, len(rows), "images read")
+        for line in self.skipped.lines():
+            report.say(f"not taken: {line}")
+        for note, count in sorted(counts.items()):
+            report.say(f"images: {count:,} x {note}")
+        return Loaded(images, dict(sorted(rejected.items())), self.skipped.reasons, dict(sorted(counts.items())))
+
+    def digest(self, known: Path | None = None) -> dict[str, Any]:
+        return digest_files(zip(self.keys, self.paths), known=known)
+
+    def _size(self) -> tuple[int, int]:
+        if self.image_size:
+            return self.image_size, self.image_size
+        from PIL import Image
+
+        from nfm.stages.data.reading.pixels import upright_size
+
+        sizes: Counter[tuple[int, int]] = Counter()
+        for path in self.paths[:: max(1, len(self.paths) // SHAPE_SAMPLE)]:
+            try:
+                with Image.open(path) as opened:
+                    sizes[upright_size(opened)] += 1
+            except Exception:  # counted and set aside when it is decoded
+                continue
+        if not sizes:
+            raise StageError(f"{self.root}: none of the files tried is an image that Pillow reads")
+        width, height = max(sizes, key=lambda size: (sizes[size], size))
+        return height, width
+
+
+def _root(path: str | None) -> Path:
+    if path is None:
+        raise StageError('data.source = "images" needs data.path, a folder of class folders')
+    if not Path(path).is_dir():
+        raise StageError(f"data.path = {path!r} is no folder: name one that holds a folder for each class")
+    return Path(path)
+
+
+def _listed(root: Path, classes: Collection[str]) -> tuple[dict[str, list[str]], set[str], Skipped]:
+    """The image files of every class folder, which of these folders are held out, and what was not taken."""
+    tree = Tree(root)
+    top = tree.folders()
+    train, heldout = _splits(tree, top, classes)
+    folders = {part: tree.folders(part) for part in (train, heldout) if part is not None} or {"": top}
+    files_of = tree.images([folder for part in folders.values() for folder in part])
+    for part, inside in folders.items():
+        if not any(files_of[folder] for folder in inside):
+            raise StageError(_nothing(root, part, part == heldout, tree.skipped))
+    for folder in files_of:
+        _refuse_splits(root, folder, tree.inner[folder])
+    if train is not None and not set(names := [os.path.basename(folder) for folder in folders[train]]) <= set(classes):
+        _refuse_splits(root, train, names)
+    return files_of, set(folders.get(heldout, ()) if heldout else ()), tree.skipped
+
+
+def _splits(tree: Tree, top: Sequence[str], classes: Collection[str]) -> tuple[str | None, str | None]:
+    """The training and the held-out folder among those at the top; (None, None) where all of them are classes."""
+    role_of = {name: SPLITS.get(name.casefold()) for name in top}
+    if not any(role_of.values()) or (set(top) <= set(classes) and not all(role_of.values())):
+        _refuse_near_splits(tree.root, top, classes)
+        return None, None
+    parts: dict[str, str] = {}
+    for name, role in role_of.items():
+        if role and role in parts:
+            raise StageError(f"{tree.root}: {parts[role]}/ and {name}/ are both a {role} folder: keep one of them")
+        if role:
+            parts[role] = name
+    others = [name for name, role in role_of.items() if not role]
+    if "training" not in parts or (found := [name for name in others if _has_image(tree.root, name)]):
+        held = ", ".join(f"{name}/" for name in parts.values())
+        beside = ", ".join(f"{name}/" for name in (others if "training" not in parts else found)[:5])
+        raise StageError(
+            f"{tree.root}: {held} cannot be told from a class"
+            + (f" beside {beside}" if beside else " without a training folder (train/) beside")
+            + ": a training and a held-out folder hold class folders and stand alone; move away what is neither, or, "
+            "if all of these are classes, name every one in data.classes"
+        )
+    for name in others:
+        tree.skipped.add(BESIDE, f"{name}/")
+    if "test" in parts and "validation" in parts:
+        tree.skipped.add(UNUSED, f"{parts['validation']}/")
+    return parts["training"], parts.get("test", parts.get("validation"))
+
+
+def _has_image(root: Path, name: str) -> bool:
+    return any(Tree(root).images([name]).values())
+
+
+def _refuse_near_splits(root: Path, names: Sequence[str], classes: Collection[str]) -> None:
+    """train2017, test_a: not the names of splits, yet hardly those of classes."""
+    near = [name for name in names if "".join(filter(str.isalpha, name.casefold())) in SPLITS and name not in classes]
+    if near:
+        raise StageError(
+            f"{root}: {', '.join(f'{name}/' for name in near[:5])} may be a training or held-out folder, or a class: "
+            "rename it to train or test, or name every class in data.classes"
+        )
+
+
+def _refuse_splits(root: Path, folder: str, inside: Sequence[str]) -> None:
+    roles = {SPLITS.get(name.casefold()) for name in inside}
+    if "training" in roles and roles & {"test", "validation"}:
+        held = ", ".join(f"{name}/" for name in inside if name.casefold() in SPLITS)
+        raise StageError(
+            f"{root / folder}: holds {held}, and would be one class of what is trained on and held out: "
+            "training and held-out folders stand at the top of data.path, with the class folders in them"
+        )
+
+
+def _nothing(root: Path, part: str, heldout: bool, skipped: Skipped) -> str:
+    expected = f"expected {part}/CLASS/IMAGE.png" if part else "expected CLASS/IMAGE.png"
+    what = "a held-out folder without classes: " if heldout else ""
+    remedy = "; sort its images into class folders, or move it out of data.path" if heldout else ""
+    seen = f"; not taken: {'; '.join(skipped.lines())}" if skipped.reasons else ""
+    return f"{root / part}: {what}no image file in a class folder here ({expected}){remedy}{seen}"

@@ -1,0 +1,260 @@
+"""The data stage: images or latents in, shards with keys and labels out, in a seeded random order.
+
+A held-out part, the source's own test set or else a seeded fraction, is written apart and never becomes
+pairs. Records that cannot be used are set aside in `rejected.parquet` with the reason.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from nfm.stages.base import Inputs, LocalField, Reporter, Result, Section, StageError, Stopped, added, operational
+from nfm.stages.data.reading.axes import Axes
+from nfm.stages.data.reading.tree import Skipped
+from nfm.stages.data.settings import check_names, check_owners, check_settings, tell_untrained
+from nfm.stages.data.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
+from nfm.stages.data.sources.folder import Colour
+from nfm.storage.dataset.images import DatasetWriter
+from nfm.storage.format.order import permute
+
+NAME = "data"
+VERSION = 1
+STARTS_ANEW = True  # a run that was stopped leaves nothing to go on from, so a stop may come anywhere in it
+
+WRITE_CHUNK = 1024
+NAMED_REJECTS = 3
+TOLD_REASONS = 8
+OF_SOURCES = {"images": ("npz",), "labels": ("npz",), "axes": ("npz",), "first_label": ("npz", "idx")}
+PRODUCTS = ("train", "heldout", "train.parquet", "heldout.parquet", "rejected.parquet", "dataset.json")
+
+Chunk = tuple[np.ndarray, np.ndarray, list[str]]  # images [n, C, H, W] as stored, labels [n], keys
+
+# Licence and origin of inputs that we recognise by the digest of their content, wherever they lie.
+KNOWN: dict[str, dict[str, Any]] = {
+    "a99ec17e1eff8dc9479a239228d75b0cf69e35db87870a51daf5aecf9e977067": {
+        "name": "digits",
+        "licence": "CC BY 4.0",
+        "origin": "scikit-learn's digits: the test set of UCI Optical Recognition of Handwritten Digits "
+        "(E. Alpaydin, C. Kaynak)",
+    },
+    "0ac8d030b7547efc769e0998c29c12b3d5f9a3796a3ad1f57754a8f2fb2a7f27": {
+        "name": "fashion-mnist",
+        "licence": "MIT",
+        "origin": "Fashion-MNIST (Zalando SE, 2017; arXiv 1708.07747)",
+        "classes": (
+            *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+            *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        ),
+    },
+}
+
+
+class DataConfig(Section):
+    """[data]: which images, and how they are cut, split and ordered.
+
+    Of latents (float arrays of source `npz`, stored as they are), `image_scale` says what to divide by before
+    `image_decoder` makes pictures of them; both are passed on to the store's readers and change nothing here.
+    `images` and `labels` name the arrays of source `npz` ("data", "labels"; labels "" leaves them out), `axes` says
+    what their axes are, `first_label` which number the file gives to the first class.
+    `background` is what transparent pixels of source `images` lie over (docs/data.md).
+    `points` is how many the planar sources make from `seed`, held-out ones included.
+    """
+
+    source: Literal["digits", "idx", "npz", "images", "checkerboard", "gaussians"] = "digits"
+    path: LocalField | None = operational(None)
+    debian_package: str | None = operational(None)
+    image_size: int | None = Field(None, ge=1)
+    channels: Literal[1, 3] = 3
+    average: int = Field(1, ge=1)
+    classes: tuple[str, ...] | None = None
+    heldout: float = Field(0.05, ge=0.0, lt=1.0)
+    limit: int | None = Field(None, ge=1)
+    seed: int = 0
+    rows_per_shard: int = Field(4096, ge=1)
+    max_rejected: float = operational(0.0, ge=0.0, le=1.0)
+    threads: int = operational(0, ge=0)
+    points: int | None = added(None, ge=2)
+    image_scale: float | None = added(None, gt=0, allow_inf_nan=False)
+    image_decoder: str | None = added(None)
+    images: str | None = added(None)
+    labels: str | None = added(None)
+    axes: Axes | None = added(None)
+    first_label: int | None = added(None)
+    background: Colour = added("white")
+    name: str | None = None  # stands in dataset.json, which the content digest covers
+    licence: str | None = operational(None)
+    origin: str | None = operational(None)
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that the config names, its records listed but not loaded."""
+    source = _source(config)
+    check_names(config, source.classes)
+    return source
+
+
+def _source(config: DataConfig) -> Source:
+    if config.source != "images" and config.background != "white":
+        raise StageError(
+            f'data.background = {config.background!r}: source "{config.source}" has no transparent pixels; leave it out'
+        )
+    check_owners(config, OF_SOURCES)
+    if config.source == "checkerboard" or config.source == "gaussians":
+        if config.average != 1 or config.classes:
+            name = "average" if config.average != 1 else "classes"
+            raise StageError(f"data.{name} is of images; points of the plane have none: leave it out")
+        return (Checkerboard if config.source == "checkerboard" else Gaussians)(config.points, config.seed)
+    if config.points is not None:
+        raise StageError(
+            f'data.points = {config.points}: source "{config.source}" has the images that it has; data.limit cuts them'
+        )
+    if config.source == "digits":
+        return Digits(config.average, config.classes)
+    if config.source == "idx":
+        return Idx(config.path, config.debian_package, config.average, config.classes, config.first_label)
+    if config.source == "npz":
+        own = (config.images, config.labels, config.axes, config.first_label)
+        return Npz(config.path, config.average, config.classes, *own)
+    return ImageFolder(
+        config.path, config.image_size, config.channels, config.average, config.classes, config.threads,
+        config.background,
+    )  # fmt: skip
+
+
+def source_identity(config: DataConfig, known: Path | None = None) -> dict[str, Any]:
+    """Digest of the input's content: {digest, files, bytes}. Part of the data stage's fingerprint.
+
+    `known` is a folder that remembers digests of unchanged files.
+    """
+    return open_source(config).digest(known)
+
+
+def split_rows(source: Source, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of (train, heldout) in seeded random order; `limit` cuts it before the fraction is taken."""
+
+    def shuffled(rows: np.ndarray, split: str) -> np.ndarray:
+        return rows[permute(np.arange(len(rows)), len(rows), f"data/{split}/{config.seed}")][: config.limit]
+
+    order, test = shuffled(np.flatnonzero(~source.test), "train"), np.flatnonzero(source.test)
+    if len(test):
+        return order, shuffled(test, "heldout")
+    # At least one row on either side, so that a tiny source still has both.
+    count = min(max(round(config.heldout * len(order)), 1), len(order) - 1) if config.heldout else 0
+    return order[count:], order[:count]
+
+
+def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Write the images as shards; leftovers of a killed run are removed and the work starts anew."""
+    if report.stopping:
+        raise Stopped
+    for leftover in (*PRODUCTS, "scratch"):
+        _remove(out / leftover)
+    source = open_source(config)
+    check_settings(config, source, report)
+    identity = source.digest()
+    own, apart = split_rows(source, config)
+    rows = np.concatenate([own, apart])
+
+    scratch = out / "scratch"
+    scratch.mkdir()
+    try:
+        loaded = source.load(rows, scratch, report)
+        rejected = [(source.keys[rows[position]], reason) for position, reason in loaded.rejected.items()]
+        if rejected:
+            _set_aside(rejected, len(rows), config.max_rejected, out / "rejected.parquet")
+            aside = Skipped()
+            for key, reason in rejected:
+                aside.add(reason, key)
+            for line in aside.lines(TOLD_REASONS):
+                report.say(f"set aside: {line}")
+        about = _about(config, source, identity)
+        image_shape = loaded.images.shape[1:]
+        dtype = loaded.images.dtype.name
+        if dtype == "uint8" and (config.image_scale or config.image_decoder):
+            raise StageError("data.image_scale and data.image_decoder are of latents; these images are uint8 pixels")
+        classes = list(about.pop("classes"))
+        usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
+        train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])
+        if not len(train):
+            raise StageError(f"none of the {len(own)} training images can be used: see rejected.parquet in {out}")
+        tell_untrained(config, source, rows[train], rows[heldout], report)
+        writer = DatasetWriter(
+            out, about["name"], image_shape, classes, config.rows_per_shard, dtype, config.image_scale,
+            config.image_decoder,
+        )  # fmt: skip
+        for split, positions, done in (("train", train, 0), ("heldout", heldout, len(train))):
+            chunks = _chunks(source, loaded.images, rows, positions)
+            writer.write_split(split, len(positions), _reported(chunks, done, len(usable), report))
+        payload = writer.close(rejected)
+    finally:
+        _remove(scratch)
+    metrics = {
+        "images": len(train),
+        "heldout": len(heldout),
+        "rejected": len(rejected),
+        "classes": len(source.classes),
+        "image_shape": list(image_shape),
+        **({} if dtype == "uint8" else {"image_dtype": dtype}),
+        **({"skipped": skipped} if (skipped := sum(entry["paths"] for entry in loaded.skipped.values())) else {}),
+    }
+    return Result(
+        payload=list(payload),
+        files=list(writer.files),
+        digests=payload | writer.files,
+        metrics=metrics,
+        # Beside the dataset, not in it: paths that hold no image leave the content digest alone.
+        extra={"dataset": about | {"source": identity}}
+        | {name: told for name in ("skipped", "notes") if (told := getattr(loaded, name))},
+    )
+
+
+def _chunks(source: Source, images: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> Iterator[Chunk]:
+    for start in range(0, len(positions), WRITE_CHUNK):
+        chosen = positions[start : start + WRITE_CHUNK]
+        yield images[chosen], source.labels[rows[chosen]], [source.keys[row] for row in rows[chosen]]
+
+
+def _reported(chunks: Iterator[Chunk], done: int, total: int, report: Reporter) -> Iterator[Chunk]:
+    for chunk in chunks:
+        if report.stopping:
+            raise Stopped
+        yield chunk
+        done += len(chunk[1])
+        report.progress(done, total, "images")
+
+
+def _set_aside(rejected: Sequence[tuple[str, str]], total: int, fraction: float, table: Path) -> None:
+    """Write the table of rejected records, which must outlast a failure; fail if they are too many."""
+    columns = {"key": [key for key, _ in rejected], "reason": [reason for _, reason in rejected]}
+    pq.write_table(pa.table(columns), table)
+    if len(rejected) > fraction * total:
+        first = "; ".join(f"{key}: {reason}" for key, reason in rejected[:NAMED_REJECTS])
+        raise StageError(
+            f"{len(rejected)} of {total} images cannot be used, data.max_rejected = {fraction:g} allows "
+            f"{int(fraction * total)}: {first}{'; ...' if len(rejected) > NAMED_REJECTS else ''}. "
+            f"All of them with reasons: {table}. Repair or remove them, or raise data.max_rejected"
+        )
+
+
+def _about(config: DataConfig, source: Source, identity: dict[str, Any]) -> dict[str, Any]:
+    """Name, licence, origin, class names: what the config says, else what is known of this very content."""
+    said = {key: value for key in ("name", "licence", "origin", "classes") if (value := getattr(config, key))}
+    unknown = {"name": source.name, "licence": "unknown", "origin": "unknown", "classes": source.classes}
+    if isinstance(source, Planar):
+        unknown |= {"licence": source.licence, "origin": source.origin}
+    return unknown | KNOWN.get(identity["digest"], {}) | said
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+"""Plots of the report, each drawn for a light and for a dark page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from nfm.stages.report.html import themed_picture
+
+Curve = tuple[Sequence[float], Sequence[float]]  # x, y
+PANEL_INCHES = (5.1, 3.2)
+
+
+@dataclass(frozen=True)
+class Theme:
+    ink: str
+    line: str
+    series: Mapping[str, str]
+    others: Sequence[str]
+
+    def colour(self, name: str, number: int) -> str:
+        return self.series.get(name, self.others[number % len(self.others)])
+
+
+Panel = Callable[[Any, Theme], None]  # draws into matplotlib axes
+
+LIGHT = Theme(
+    ink="#414b58",
+    line="#dde2e9",
+    series={"nfm": "#2566d8", "independent": "#d4711c", "teacher": "#1d8f61", "floor": "#7a8594"},
+    others=("#8e44ad", "#c0396b", "#0f8a9d", "#8a6d1d"),
+)
+DARK = Theme(
+    ink="#b9c2cf",
+    line="#303846",
+    series={"nfm": "#6aa3ff", "independent": "#f2a35c", "teacher": "#57cf9d", "floor": "#95a0b0"},
+    others=("#c58be0", "#f07aa6", "#58c7d8", "#d6b65c"),
+)
+
+
+def curves(lines: Mapping[str, Curve], x: str, y: str, alt: str) -> str:
+    """Lines over what was seen, named in a legend; `NAME training` and `NAME held-out` share a colour."""
+
+    def draw(axes: Any, theme: Theme) -> None:
+        for i, (name, (seen, values)) in enumerate(lines.items()):
+            base = name.removesuffix(" held-out").removesuffix(" training")
+            heldout = name.endswith(" held-out")
+            style: dict[str, Any] = {"ls": "--", "marker": "o", "ms": 3} if heldout else {}
+            axes.plot(seen, values, color=theme.colour(base, i), lw=1.6, label=name, **style)
+        axes.set(xlabel=x, ylabel=y)
+        axes.xaxis.set_major_formatter(compact)
+        axes.set_ylim(*_robust_limits([values for _, values in lines.values()]))
+        legend(axes, theme)
+
+    return _picture([draw], alt)
+
+
+def noise_histogram(samples: Mapping[str, np.ndarray], alt: str) -> str:
+    """Density of noise values by coupling against N(0, 1), linear and logarithmic side by side."""
+    edges = np.linspace(-5, 5, 101)
+    at = (edges[1:] + edges[:-1]) / 2
+    normal = np.exp(-(at**2) / 2) / np.sqrt(2 * np.pi)
+
+    def panel(scale: str) -> Callable[[Any, Theme], None]:
+        def draw(axes: Any, theme: Theme) -> None:
+            for i, (name, values) in enumerate(samples.items()):
+                # Divided by all values: mass outside the axis is missing from the plot, not spread over it.
+                density = np.histogram(values, edges)[0] / (values.size * np.diff(edges))
+                density = np.where(density > 0, density, np.nan) if scale == "log" else density
+                axes.stairs(density, edges, color=theme.colour(name, i), lw=1.5, label=name)
+            axes.plot(at, normal, color=theme.ink, lw=1, ls="--", label="N(0, 1)")
+            axes.set(xlabel="value of z", ylabel="density" if scale == "linear" else "", yscale=scale)
+            if scale == "linear":
+                legend(axes, theme)
+
+        return draw
+
+    return _picture([panel("linear"), panel("log")], alt)
+
+
+def distance_by_nfe(lines: Mapping[str, Curve], levels: Mapping[str, tuple[str, float]], alt: str) -> str:
+    """FD-CNN against NFE for students; `levels` are horizontal: {label: (series name, value)}."""
+
+    def draw(axes: Any, theme: Theme) -> None:
+        for i, (name, (nfe, distance)) in enumerate(lines.items()):
+            axes.plot(nfe, distance, color=theme.colour(name, i), lw=1.8, marker="o", ms=5, label=f"{name} student")
+        for i, (label, (name, value)) in enumerate(levels.items()):
+            axes.axhline(value, color=theme.colour(name, i), lw=1.2, ls=("--", ":", "-.")[i % 3], label=label)
+        ticks = sorted({step for nfe, _ in lines.values() for step in nfe})
+        axes.set(xlabel="NFE", ylabel="FD-CNN (lower is better)", xscale="log", ylim=(0, None))
+        axes.set_xticks(ticks, [str(step) for step in ticks])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+    return _picture([draw], alt, inches=(8.6, 3.8))
+
+
+def _picture(panels: Sequence[Panel], alt: str, inches: tuple[float, float] = PANEL_INCHES) -> str:
+    return themed_picture(_svg(panels, LIGHT, inches), _svg(panels, DARK, inches), alt)
+
+
+def png(panels: Sequence[Panel], inches: tuple[float, float] = PANEL_INCHES) -> bytes:
+    """The panels beside each other on white, for files."""
+    return _drawn(
+        panels, LIGHT, inches, {"format": "png", "dpi": 150, "facecolor": "white", "metadata": {"Software": None}}
+    )
+
+
+def _svg(panels: Sequence[Panel], theme: Theme, inches: tuple[float, float]) -> bytes:
+    return _drawn(panels, theme, inches, {"format": "svg", "transparent": True, "metadata": {"Date": None}})
+
+
+def _drawn(panels: Sequence[Panel], theme: Theme, inches: tuple[float, float], form: Mapping[str, Any]) -> bytes:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # A fixed salt, no date and no version: the same figures give the same page.
+    settings: dict[str, Any] = {"svg.hashsalt": "nfm", "font.size": 10, "axes.spines.top": False}
+    settings |= {
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": theme.line,
+        "grid.linewidth": 0.7,
+    }
+    settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.ink)
+    settings |= {"axes.edgecolor": theme.ink, "axes.linewidth": 0.8, "axes.facecolor": "none"}
+    file = io.BytesIO()
+    with matplotlib.rc_context(cast(Any, settings)):
+        sheet = Figure(figsize=(inches[0] * len(panels), inches[1]), layout="constrained")
+        for axes, draw in zip(np.atleast_1d(sheet.subplots(1, len(panels))), panels):
+            draw(axes, theme)
+        sheet.savefig(file, **form)
+    return file.getvalue()
+
+
+def legend(axes: Any, theme: Theme, **place: Any) -> None:
+    axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, **place)
+
+
+def _robust_limits(series: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Limits that leave out the first steps' peak, which would press the rest of the curve flat."""
+    tails = np.concatenate([np.asarray(values)[len(values) // 20 :] for values in series])
+    tails = tails[np.isfinite(tails)]
+    if not len(tails):
+        return 0.0, 1.0
+    low, high = float(tails.min()), float(tails.max())
+    margin = 0.06 * (high - low) or 0.5
+    return low - margin, high + margin
+
+
+def compact(value: float, _: Any = None) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"

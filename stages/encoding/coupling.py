@@ -1,0 +1,102 @@
+"""The coupling that a store's recipe names, loaded where it is used, from inputs that are what the recipe says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nfm.stages.base import StageError
+from nfm.stages.couplings import custom
+from nfm.stages.encoding.setup import Setup
+from nfm.stages.trained.training import WEIGHTS, autocast_dtype
+from nfm.storage import ImageDataset
+from nfm.storage.files import atomic
+from nfm.storage.files.paths import inside
+from nfm.storage.format.spec import StoreSpec
+
+if TYPE_CHECKING:
+    from nfm.trainers.couplings.coupling import NFM, Coupling
+
+
+def load_coupling(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
+    """The coupling of a store, on the setup's device. Raises StageError when what it is made with is another one."""
+    from nfm.trainers.couplings.coupling import Custom, Independent
+    from nfm.trainers.couplings.minibatch_ot import MinibatchOT
+
+    options: dict[str, Any] = dict(spec.coupling_options or {})
+    if spec.coupling == "independent":
+        return Independent()
+    if spec.coupling == "nfm":
+        return _teachers(setup)
+    if spec.coupling == "minibatch-ot":
+        return MinibatchOT(options["group_size"])
+    if spec.coupling == "custom":
+        named = options["function"]
+        function = custom.load(Path(setup.maker or ""), named, options["sha256"])
+        return Custom(function, f"pairs.custom = {named!r}:", lambda draw, shard: custom.rng(spec.seed, draw, shard))
+    if spec.coupling == "semidiscrete-ot":
+        from nfm.stages.trained import potential
+
+        return potential.load_coupling(_checked(setup, spec.potential, "potential"), source, setup.device)
+    if spec.coupling == "reflow":
+        return _students(spec, setup, options)
+    raise StageError(f"{setup.store}: coupling {spec.coupling!r} is not known here; install a newer nfm-pairs")
+
+
+def of_shard(coupling: Coupling, draw: int, shard: int) -> Coupling:
+    """The coupling as it is for one shard: a custom one has the shard's own random numbers."""
+    from nfm.trainers.couplings.coupling import Custom
+
+    return coupling.at(draw, shard) if isinstance(coupling, Custom) else coupling
+
+
+def as_teacher(coupling: Coupling) -> NFM | None:
+    """The coupling, if it is a teacher's."""
+    from nfm.trainers.couplings.coupling import NFM
+
+    return coupling if isinstance(coupling, NFM) else None
+
+
+def _teachers(setup: Setup) -> NFM:
+    from nfm.stages.trained import teacher
+    from nfm.trainers.couplings.coupling import NFM
+
+    weights = Path(setup.teacher or "") / WEIGHTS
+    if atomic.hash_file(weights)[0] != setup.teacher_sha256:
+        raise StageError(
+            f"{weights}: not the weights that its manifest lists; run `nfm audit` on that teacher, then restore it or "
+            "train it again"
+        )
+    model, facts = teacher.load(weights.parent, setup.device)
+    if setup.compile:
+        model.compile(dynamic=False)  # the batch shape is the store's
+    return NFM(model, facts["eta"], facts["sigma_f"], setup.device, autocast_dtype(setup.precision))
+
+
+def _students(spec: StoreSpec, setup: Setup, options: dict[str, Any]) -> Coupling:
+    """A trained student's samples, by the solver that the recipe states."""
+    from nfm.stages.trained.sampling import student_sampler
+    from nfm.trainers.couplings.coupling import Generated
+
+    folder = _checked(setup, spec.student, "student")
+    how = {name: options[name] for name in ("solver", "grid", "guidance")}
+    sampler = student_sampler(folder, options["nfe"], setup.device, setup.precision, **how)
+    return Generated(sampler.decode, setup.device)
+
+
+def _checked(setup: Setup, content: str | None, kind: str) -> Path:
+    """The folder of what the pairs are made with, whose files are those that the recipe means."""
+    folder = Path(setup.maker or "")
+    manifest = atomic.read_json(folder / "manifest.json")
+    if manifest["content_digest"] != content:
+        raise StageError(
+            f"{folder}: {kind} {manifest['content_digest'][:12]}, but {setup.store} is made with {str(content)[:12]}; "
+            "name that one, or make a store of its own from this one"
+        )
+    for file in manifest["files"]:
+        if file["payload"] and atomic.hash_file(inside(folder, file["path"]))[0] != file["sha256"]:
+            raise StageError(
+                f"{folder / file['path']}: not the file that its manifest lists; run `nfm audit` on that {kind}, then "
+                "restore it or make it again"
+            )
+    return folder

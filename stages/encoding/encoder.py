@@ -1,0 +1,214 @@
+"""`encode_shard`: from a shard's descriptor to its commit, wherever it runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nfm.stages.couplings.facts import facts_of
+from nfm.stages.encoding import reference
+from nfm.stages.encoding import slots as of_slots
+from nfm.stages.encoding.coupling import load_coupling, of_shard
+from nfm.stages.encoding.memory import free_memory, is_out_of_memory
+from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
+from nfm.stages.encoding.setup import Setup
+from nfm.stages.encoding.slots import Found, Sources, mirrored
+from nfm.stages.executors import ShardJob, Timing
+from nfm.stages.trained.training import pick_device
+from nfm.storage import ImageDataset
+from nfm.storage.format.spec import read_spec
+from nfm.storage.ledger import commits
+from nfm.storage.ledger.commits import Commit
+
+if TYPE_CHECKING:
+    from nfm.trainers.couplings.coupling import Coupling
+
+Records = dict[str, np.ndarray]
+
+
+class Encoder:
+    """Encodes shards of one store: source images mapped, coupling (and its teacher) loaded once.
+
+    Whoever uses one sets the threads: an actor for good, anybody else within `with threads(setup.threads)`.
+    `batch_size` is the one that fits into memory, which may be less than the setup's; of the last shard, `timing` says
+    where its time went, and `noise_error`, of a store's very first shard, how far z is from a float64 reference (RMS).
+    """
+
+    def __init__(self, setup: Setup):
+        self.setup = replace(setup, device=pick_device(setup.device))
+        self.store = Path(setup.store)
+        self.spec = read_spec(self.store)
+        self.source = ImageDataset.open(setup.data, "train")
+        self.coupling = load_coupling(self.spec, self.source, self.setup)
+        self.batch_size = setup.batch_size
+        self.timing = Timing()
+        self.noise_error: float | None = None
+        self._shard: tuple[tuple[int, int], Records] | None = None  # the last one that `encode_slots` made whole
+
+    def encode_shard(self, job: ShardJob, stopping: Callable[[], bool] = lambda: False) -> Commit:
+        """Encode one shard and commit it; returns the commit that stands, ours or an earlier one.
+
+        Reading, encoding and writing overlap, a thread each. Raises InterruptedError when `stopping()` turns true
+        between batches: nothing is published then.
+        """
+        read, encode, wait, wall = Stopwatch(), Stopwatch(), Stopwatch(), Stopwatch()
+        sources = Ahead(read.over(self._read(job.draw, job.shard)))
+        records = Ahead(self._encode(job, sources, encode, stopping))
+        with wall, running(records, sources):
+            written = commits.write_shard(self.store, self.spec, job.draw, job.shard, job.attempt, wait.over(records))
+            commit = commits.publish(self.store, written.commit(
+                precision=self.setup.precision,
+                batch_size=self.batch_size,
+                threads=self.setup.threads,
+                versions=_versions(),
+                device=_device_kind(self.setup.device),
+                noise_error=self.noise_error,
+            ))  # fmt: skip
+        self.timing = Timing(wall.seconds, read.seconds, encode.seconds, wall.seconds - wait.seconds)
+        return commit
+
+    def _read(self, draw: int, shard: int) -> Iterator[Sources]:
+        slots = self.spec.slots_of(shard)
+        for start in range(slots.start, slots.stop, self.setup.batch_size):
+            yield self._sources(draw, np.arange(start, min(start + self.setup.batch_size, slots.stop)))
+
+    def _encode(
+        self, job: ShardJob, sources: Iterator[Sources], busy: Stopwatch, stopping: Callable[[], bool]
+    ) -> Iterator[Records]:
+        import torch
+
+        self.noise_error = None
+        for source in sources if self.coupling.scope == "record" else _whole(sources, stopping):
+            if stopping():
+                raise InterruptedError
+            with busy:
+                records = self._records(job.draw, source)
+                if (job.draw, job.shard, source.slots[0]) == (0, 0, 0):  # once a store: float64 is slow
+                    self.noise_error = reference.against_reference(self.coupling, self.source, source, records["noise"])
+                if self.spec.codec == "float16":  # torch rounds to the same bits as numpy, several times as fast
+                    records["noise"] = torch.from_numpy(records["noise"]).half().numpy()
+            yield from _batches(records, self.setup.batch_size)
+
+    def encode_slots(self, draw: int, slots: np.ndarray) -> Records:
+        """The records of at most `batch_size` slots, the same whatever their number: z is computed at the full batch
+        size, and with its whole shard where the coupling is of a shard.
+        """
+        if self.coupling.scope == "record":
+            return self._records(draw, self._sources(draw, slots))
+        out: Records = {}
+        shards = slots // self.spec.rows_per_shard
+        for shard in np.unique(shards).tolist():
+            whole, mine = self._shard_records(draw, shard), shards == shard
+            for name, values in whole.items():
+                part = out.setdefault(name, np.empty((len(slots), *values.shape[1:]), values.dtype))
+                part[mine] = values[slots[mine] - self.spec.slots_of(shard).start]
+        return out
+
+    def _shard_records(self, draw: int, shard: int) -> Records:
+        if self._shard is None or self._shard[0] != (draw, shard):
+            source = of_slots.joined(list(self._read(draw, shard)))
+            self._shard = (draw, shard), self._records(draw, source)
+        return self._shard[1]
+
+    def _records(self, draw: int, source: Sources) -> Records:
+        if self.coupling.scope == "record":
+            found = self._in_batches(source)
+        else:
+            shard = int(source.slots[0]) // self.spec.rows_per_shard
+            found = self._coupled(of_shard(self.coupling, draw, shard), source, slice(None), len(source.slots))
+        return of_slots.records(self.source, source, found)
+
+    def _in_batches(self, source: Sources) -> Found:
+        """The pairs of the slots. A batch that does not fit into memory is halved, for all that follow as well."""
+        while True:
+            size = self.batch_size
+            try:
+                starts = range(0, len(source.slots), size)
+                parts = [self._coupled(self.coupling, source, slice(at, at + size), size) for at in starts]
+            except Exception as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                self.batch_size = size // 2
+            else:
+                return of_slots.together(parts)
+            free_memory(self.setup.device)
+
+    def _coupled(self, coupling: Coupling, source: Sources, part: slice, size: int) -> Found:
+        """The pairs of a part of the slots, padded to `size` rows: a fixed shape keeps each row's bits the same.
+
+        A coupling that chooses the image knows images as the source has them, so a pair is flipped as a whole: the
+        noise is handed over mirrored and taken back so.
+        """
+        import torch
+
+        count, flip = len(source.slots[part]), source.flip[part]
+        turned = facts_of(coupling.name).image != "row" and bool(flip.any())
+        eps = mirrored(source.eps[part], flip) if turned else source.eps[part]
+        arrays = (self.source.to_float(source.image[part]), source.label[part], eps)
+        pairs = coupling(*(torch.from_numpy(_pad(array, size - count)) for array in arrays))
+        found = of_slots.found(pairs, count)
+        return found._replace(noise=mirrored(found.noise, flip)) if turned else found
+
+    def decode_error(self, draw: int, slots: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """RMS over each record of decode(sigma_f z) minus x + eta eps', in float32; `noise` is z [n, C, H, W]."""
+        source = self._sources(draw, slots)
+        return reference.decode_error(self.coupling, self.source, source, noise, self.store)
+
+    def _sources(self, draw: int, slots: np.ndarray) -> Sources:
+        return of_slots.read(self.spec, self.source, draw, slots)
+
+
+def _whole(sources: Iterator[Sources], stopping: Callable[[], bool]) -> Iterator[Sources]:
+    """All of a shard as one; InterruptedError when it is to stop while they are read."""
+    parts = []
+    for source in sources:
+        if stopping():
+            raise InterruptedError
+        parts.append(source)
+    if parts:  # none: reading was cancelled
+        yield of_slots.joined(parts)
+
+
+def _batches(records: Records, size: int) -> Iterator[Records]:
+    """The records, at most `size` at a time."""
+    for start in range(0, len(records["slot"]), size):
+        yield {name: values[start : start + size] for name, values in records.items()}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with this many threads for a while: bits depend on the number, this process's own work included."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _pad(array: np.ndarray, count: int) -> np.ndarray:
+    """`count` repetitions of the last row behind the array."""
+    return np.concatenate([array, np.repeat(array[-1:], count, axis=0)]) if count else array
+
+
+def _versions() -> dict[str, Any]:
+    import torch
+
+    return {"torch": str(torch.__version__), "numpy": np.__version__}
+
+
+def _device_kind(device: str) -> str:
+    """The kind of device, never the host: a GPU's model name or the CPU's instruction set."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu {os.uname().machine} {torch.backends.cpu.get_cpu_capability()}"

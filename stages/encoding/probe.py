@@ -1,0 +1,164 @@
+"""A short probe of a teacher: the batch size at which encoding is fastest, and what its precision costs in accuracy."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nfm.stages.base import StageError
+from nfm.stages.encoding.memory import free_memory, is_out_of_memory
+from nfm.stages.trained.training import Precision, autocast_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nfm.trainers.couplings.coupling import NFM
+    from nfm.trainers.models.tarflow import TarFlow
+
+SIZES = tuple(2**power for power in range(11))  # 1 to 1024
+SECONDS = 3.0  # of comparing; the first two batches of each size come before
+SLOW_BATCH = 1.0  # seconds: nothing is gained beyond, and a stop waits for the batch in hand
+WITHIN = 0.04  # of the best rate: less than the noise between two runs
+ROUNDS = 5
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The batch size to encode with, and the images a second at every size that was timed (sizes as text, for JSON)."""
+
+    batch_size: int
+    rates: dict[str, float]
+
+    @property
+    def rate(self) -> float:
+        """Images a second at the proposed size."""
+        return self.rates[str(self.batch_size)]
+
+
+def propose(encode: Callable[[int], object], sizes: Sequence[int], seconds: float) -> Proposal:
+    """The smallest size within a few percent of the best rate; `encode(size)` encodes a batch and waits for its end.
+
+    Sizes are tried in ascending order until one is slow, falls far behind or does not fit into memory; those worth it
+    then take turns for about `seconds`. Raises what `encode` raises, out of memory only where no size fits.
+    """
+    times: dict[int, list[float]] = {}
+    behind = 0
+    for size in sorted(sizes):
+        try:
+            if not times:
+                encode(size)  # a process's very first batch also loads kernels
+            times[size] = _warm(encode, size)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if not times:
+                raise StageError(
+                    f"a batch of {size} does not fit into memory: this device is too small for the teacher"
+                ) from error
+            break
+        best = max(tried / min(taken) for tried, taken in times.items())
+        behind = behind + 1 if size / min(times[size]) < 0.75 * best else 0
+        if min(times[size]) > SLOW_BATCH or behind == 2:  # one size behind the smaller ones may be chance
+            break
+    contenders = [size for size, taken in times.items() if size / min(taken) > 0.75 * best]
+    deadline = time.perf_counter() + seconds
+    for _ in range(ROUNDS):
+        for size in contenders:
+            if time.perf_counter() + min(times[size]) < deadline:
+                times[size].append(_seconds(encode, size))
+    rates = {size: size / statistics.median(taken) for size, taken in times.items()}
+    chosen = min(size for size in rates if rates[size] >= (1 - WITHIN) * max(rates.values()))
+    return Proposal(chosen, {str(size): float(f"{rate:.3g}") for size, rate in rates.items()})
+
+
+def for_teacher(
+    teacher: str | Path | TarFlow,
+    image_shape: Sequence[int],
+    classes: int,
+    eta: float | None,
+    device: str,
+    precision: Precision,
+    threads: int,
+    compile: bool = False,
+    seconds: float = SECONDS,
+    sizes: Sequence[int] = SIZES,
+) -> Proposal:
+    """The batch size for a teacher, given as its stage's folder or as a model that is on `device`.
+
+    Timed as the encoder calls it, on `threads` CPU threads and not compiled even where `compile` is set: compiling for
+    every size would take minutes, and the sizes rank alike.
+    """
+    from nfm.stages.encoding.encoder import threads as on_threads
+    from nfm.trainers.couplings.coupling import NFM
+
+    if isinstance(teacher, str | Path):
+        from nfm.stages.trained.teacher import load
+
+        teacher, _ = load(Path(teacher), device)
+    coupling = NFM(teacher, eta or 0.0, 1.0, device, autocast_dtype(precision))
+    encode = encoding(coupling, image_shape, classes)
+    with on_threads(threads):
+        proposal = propose(encode, sizes, seconds)
+    free_memory(device)
+    return proposal
+
+
+def encoding(coupling: NFM, image_shape: Sequence[int], classes: int) -> Callable[[int], object]:
+    """A function that encodes a batch of so many random images and brings the noise back, as the encoder does."""
+
+    inputs = inputs_like(image_shape, classes, 1)
+
+    def encode(size: int) -> object:
+        nonlocal inputs
+        if size > len(inputs[0]):  # in ascending order, so that what is timed later makes no random numbers
+            inputs = inputs_like(image_shape, classes, size)
+        pairs = coupling(*(part[:size] for part in inputs))
+        return [part.float().cpu() for part in pairs if part is not None]  # on a GPU this waits for the end
+
+    return encode
+
+
+def inputs_like(image_shape: Sequence[int], classes: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random (images in [-1, 1], labels, eps) of a batch, as a coupling takes them; the same at every call."""
+    import torch
+
+    generator = torch.Generator().manual_seed(SEED)
+    images = torch.rand((count, *image_shape), generator=generator) * 2 - 1
+    labels = torch.randint(max(classes, 1), (count,), generator=generator) - (0 if classes else 1)
+    return images, labels, torch.randn((count, *image_shape), generator=generator)
+
+
+def noise_error(
+    model: TarFlow, eta: float, sigma_f: float, images: Tensor, labels: Tensor, eps: Tensor, noise: Tensor
+) -> float:
+    """RMS of `noise` (z as it was encoded) minus the same computed by a float64 copy of the model, on its device.
+
+    All of a few images: images, eps and noise [n, C, H, W], labels int64 [n].
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    reference = copy.deepcopy(model).double()
+    x = images.to(device).double() + eta * eps.to(device).double()
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        z, _ = reference.encode(x, labels.to(device))
+        return float((noise.to(device).double() - z / sigma_f).square().mean().sqrt())
+
+
+def _warm(encode: Callable[[int], object], size: int) -> list[float]:
+    """Seconds of batches after a first one, which counts only where it is slow itself; several where they are short."""
+    if (first := _seconds(encode, size)) > SLOW_BATCH:
+        return [first]
+    return [_seconds(encode, size) for _ in range(1 if first > 0.05 else 3)]
+
+
+def _seconds(encode: Callable[[int], object], size: int) -> float:
+    started = time.perf_counter()
+    encode(size)
+    return time.perf_counter() - started

@@ -1,0 +1,181 @@
+"""The comparison's plots as PNG: distance against NFE, loss against pairs seen, curvature, speed against distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nfm.stages.couplings.variant import Variant
+from nfm.stages.display.plots import Panel, Theme, compact, legend, png
+from nfm.stages.evaluation.compare_rows import Row, mean
+from nfm.stages.evaluation.compare_table import label, shown
+from nfm.stages.evaluation.table import DISTANCE
+from nfm.stages.trained.sampling import REFERENCE
+
+COLOURS = {
+    "nfm": "#2566d8", "independent": "#d4711c", "minibatch-ot": "#8e44ad", "semidiscrete-ot": "#0f8a9d",
+    "reflow": "#c0396b", "custom": "#8a6d1d",
+}  # fmt: skip
+DASHES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v")  # five against four dashes: twenty variants of a coupling look different
+FAR = 8  # times below all students: a level is then told in the legend alone
+WIDE, ROW = (9.2, 4.2), 0.36  # inches
+
+
+class Style(NamedTuple):
+    """How a variant is drawn in every plot: its coupling's colour, with dashes and a marker of its own."""
+
+    colour: str
+    dashes: str
+    marker: str
+
+    def line(self) -> dict[str, Any]:
+        return {"color": self.colour, "ls": self.dashes, "marker": self.marker, "ms": 5, "lw": 1.7}
+
+
+def draw(body: Row) -> dict[str, bytes]:
+    """File names and their PNGs."""
+    styles = _styles(list(body["seeds"]))
+    plots = {
+        "distance.png": png([_distance(body, styles)], WIDE),
+        "loss.png": png([_loss(body, styles)], WIDE),
+        "curvature.png": png([_curvature(body, styles)], (6.4, 1.1 + ROW * len(body["curvature"]))),
+    }
+    # Speeds of different machines do not belong into one plot.
+    if len(body["machines"]) == 1 and any("images_per_second" in row["speeds"] for row in body["rows"]):
+        plots["speed.png"] = png([_speed(body, styles)], WIDE)
+    return plots
+
+
+def _styles(variants: list[str]) -> dict[str, Style]:
+    found: dict[str, Style] = {}
+    count: dict[str, int] = {}
+    for name in variants:
+        coupling = Variant.parse(name).coupling
+        number = count[coupling] = count.get(coupling, -1) + 1
+        found[name] = Style(COLOURS[coupling], DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)])
+    return found
+
+
+def _distance(body: Row, styles: Mapping[str, Style]) -> Panel:
+    """Logarithmic both ways, since distances at one evaluation are tens of times those at many."""
+    key = body["distance"]
+
+    def panel(axes: Any, theme: Theme) -> None:
+        for name, rows in _by_variant(body).items():
+            rows = sorted(rows, key=lambda row: row["nfe"])
+            means = [mean(row, key) for row in rows]
+            axes.plot([row["nfe"] for row in rows], means, label=name, **styles[name].line())
+            for row in rows:
+                if row["metrics"][key]["spread"] is not None:
+                    axes.errorbar(row["nfe"], mean(row, key), row["metrics"][key]["spread"], color=styles[name].colour,
+                                  capsize=3, lw=1.2)  # fmt: skip
+        levels = [("teacher", row) for row in body["teacher"]] + [("floor", body["floor"])]
+        for number, (series, row) in enumerate(levels):
+            style = {"color": theme.series[series], "lw": 1.2, "ls": DASHES[(number + 1) % len(DASHES)]}
+            if _beyond(body, row):
+                axes.plot([], [], label=f"{label(row)} {shown(mean(row, key))}, below", **style)
+            else:
+                axes.axhline(mean(row, key), label=label(row), **style)
+        _nfe_axis(axes, body)
+        axes.set(ylabel=f"{DISTANCE[key]} (lower is better)", yscale="log")
+        _plain_ticks(axes.yaxis)
+        legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+    return panel
+
+
+def _loss(body: Row, styles: Mapping[str, Style]) -> Panel:
+    """A line a student; those of one variant that differ in the seed alone look the same."""
+
+    def panel(axes: Any, theme: Theme) -> None:
+        named: set[str] = set()
+        for line in body["losses"]:
+            name, (seen, losses) = line["variant"], np.array(line["curve"], float).T
+            style = {**styles[name].line(), "ms": 4, "markevery": 0.15, "lw": 1.3}
+            axes.plot(seen, losses, label=None if name in named else name, **style)
+            named.add(name)
+        # The first points are far above all others and would press them flat.
+        later = np.concatenate(
+            [np.array(line["curve"], float)[len(line["curve"]) // 20 :, 1] for line in body["losses"]]
+        )
+        low, high = float(np.nanmin(later)), float(np.nanmax(later))
+        margin = 0.06 * (high - low) or 0.5
+        axes.set(xlabel="pairs seen", ylabel="flow-matching loss", ylim=(low - margin, high + margin))
+        axes.xaxis.set_major_formatter(compact)
+        legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+    return panel
+
+
+def _curvature(body: Row, styles: Mapping[str, Style]) -> Panel:
+    def panel(axes: Any, theme: Theme) -> None:
+        for place, row in enumerate(body["curvature"]):
+            found = row["value"]
+            axes.barh(place, found["mean"], xerr=found["spread"], color=styles[row["variant"]].colour, height=0.62,
+                      error_kw={"lw": 1.2, "capsize": 3, "ecolor": theme.ink})  # fmt: skip
+        axes.set_yticks(range(len(body["curvature"])), [row["variant"] for row in body["curvature"]])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_axisbelow(True)
+        axes.set(xlabel="curvature (0 is straight)", xlim=(0, None))
+
+    return panel
+
+
+def _speed(body: Row, styles: Mapping[str, Style]) -> Panel:
+    """Images a second against distance, a point a sampler; up and to the left is better."""
+    key = body["distance"]
+
+    def panel(axes: Any, theme: Theme) -> None:
+        for name, rows in _by_variant(body).items():
+            rows = [row for row in sorted(rows, key=lambda row: row["nfe"]) if "images_per_second" in row["speeds"]]
+            speeds = [row["speeds"]["images_per_second"]["mean"] for row in rows]
+            axes.plot([mean(row, key) for row in rows], speeds, label=name, **styles[name].line())
+        for number, row in enumerate(row for row in body["teacher"] if "images_per_second" in row["speeds"]):
+            speed = row["speeds"]["images_per_second"]["mean"]
+            style = {"color": theme.series["teacher"], "ls": "", "marker": MARKERS[number % len(MARKERS)], "ms": 7}
+            axes.plot([mean(row, key)], [speed], label=label(row), **style)
+        if not _beyond(body, body["floor"]):
+            axes.axvline(mean(body["floor"], key), color=theme.series["floor"], lw=1.2, ls=":", label="floor")
+        axes.set(xlabel=f"{DISTANCE[key]} (lower is better)", ylabel="images a second", xscale="log", yscale="log")
+        _plain_ticks(axes.xaxis)
+        _plain_ticks(axes.yaxis)
+        legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+    return panel
+
+
+def _beyond(body: Row, row: Row) -> bool:
+    """Whether a level lies so far below all students that the axis would show little else than the gap."""
+    lowest = min(mean(student, body["distance"]) for student in body["rows"])
+    return mean(row, body["distance"]) <= lowest / FAR
+
+
+def _nfe_axis(axes: Any, body: Row) -> None:
+    ticks = sorted({row["nfe"] for row in body["rows"] if row["sampler"] != REFERENCE})
+    axes.set(xlabel="NFE", xscale="log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(_nowhere())
+
+
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10 as such, not as powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    show: Callable[[float, Any], str] = compact
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(show)
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _nowhere() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _by_variant(body: Row) -> dict[str, list[Row]]:
+    return {name: [row for row in body["rows"] if row["variant"] == name] for name in body["seeds"]}

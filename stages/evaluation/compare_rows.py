@@ -1,0 +1,140 @@
+"""The comparison as JSON: means and spreads over seeds of what was measured, losses, facts of the stores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nfm.stages.couplings.variant import Variant
+from nfm.stages.evaluation.stage import SPEEDS
+from nfm.stages.evaluation.table import distance_key
+from nfm.stages.report.sections import read_lines
+from nfm.stages.trained.sampling import REFERENCE
+from nfm.stages.trained.training import METRICS
+from nfm.storage.files import atomic
+
+Row = dict[str, Any]
+Evaluations = Mapping[str, Mapping[str, Any]]  # by `VARIANT@SEED` and `teacher`: bodies of evaluation.json
+
+SETS = ("w2_points", "w2_sets")  # of how many points, and how often, an exact W2 was measured
+# What says which measurement a row is; every other number in it is a metric, or a speed.
+IDENTITY = ("name", "model", "coupling", "sampler", "nfe", "guidance", "samples", "parameters", "kid_size", *SETS)
+RATES = tuple(name for name in SPEEDS if name != "batch")
+REPORTED = ("auc", "auc_error", "transport_cost", "nll_train", "nll_heldout")  # of a store's coupling report
+
+
+def body(
+    students: Iterable[tuple[Variant, int]], evaluations: Evaluations, folders: Mapping[str, Path],
+    stores: Mapping[str, Mapping[str, Any]],
+) -> Row:  # fmt: skip
+    """`compare.json`: rows of students by variant and sampler, of the teacher and the floor, curvature and losses."""
+    seeds: dict[str, list[int]] = {}
+    for variant, seed in students:
+        seeds.setdefault(str(variant), []).append(seed)
+    everyone = {name: _by_name(evaluations[name]) for name in evaluations}
+    first = next(iter(everyone.values()))
+    rows = [row for name in seeds for row in _rows(name, {seed: everyone[f"{name}@{seed}"] for seed in seeds[name]})]
+    teacher = [_row(None, {None: row}) for row in everyone.get("teacher", {}).values() if row["model"] == "teacher"]
+    return {
+        "distance": distance_key(first["floor"]),
+        "seeds": seeds,
+        "rows": rows,
+        "teacher": teacher,
+        "floor": _row(None, {None: first["floor"]}),
+        "curvature": [
+            _curvature(name, {seed: evaluations[f"{name}@{seed}"] for seed in seeds[name]}) for name in seeds
+        ],
+        "losses": [_loss(name, seed, folders[f"{name}@{seed}"]) for name in seeds for seed in seeds[name]],
+        "stores": {name: _store(manifest) for name, manifest in stores.items()},
+        "reference": next(iter(evaluations.values()))["reference"],
+        "machines": sorted({machine for row in (*rows, *teacher) for machine in row["machines"]}),
+    }
+
+
+def distances(body: Row) -> Row:
+    """What the comparison found out, without anything that depends on the machine or the moment."""
+    bare = {key: [_without_speeds(row) for row in body[key]] for key in ("rows", "teacher")}
+    return {**bare, "floor": _without_speeds(body["floor"]), "curvature": body["curvature"], "seeds": body["seeds"]}
+
+
+def figures(body: Row) -> dict[str, float]:
+    """The headline of the manifest: every student's distance at the fewest evaluations."""
+    rows = [row for row in body["rows"] if row["sampler"] != REFERENCE]
+    fewest = min(row["nfe"] for row in rows)
+    return {f"{row['variant']} at NFE {fewest}": mean(row, body["distance"]) for row in rows if row["nfe"] == fewest}
+
+
+def mean(row: Row, metric: str) -> float:
+    return float(row["metrics"][metric]["mean"])
+
+
+def _rows(variant: str, measured: Mapping[int, Mapping[str, Row]]) -> list[Row]:
+    """A variant's rows, a sampler each; the evaluation gives its rows the same names for every seed."""
+    names = [name for name, row in next(iter(measured.values())).items() if row["model"] == "student"]
+    return [_row(variant, {seed: found[name] for seed, found in measured.items()}) for name in names]
+
+
+def _row(variant: str | None, by_seed: Mapping[int | None, Row]) -> Row:
+    """One sampler's figures over seeds; those of a single measurement have no spread.
+
+    Speeds of several machines have no mean that says anything, and are left out.
+    """
+    one = next(iter(by_seed.values()))
+    machines = sorted({row["machine"] for row in by_seed.values()})
+    rates = [key for key in RATES if one.get(key)] if len(machines) == 1 else []
+    numbers = [key for key, value in one.items() if isinstance(value, int | float) and key not in (*IDENTITY, *SPEEDS)]
+    told = {key: one.get(key) for key in ("sampler", "nfe", "guidance", "samples", "parameters")}
+    if told["sampler"] == REFERENCE:  # what it took, which differs by seed
+        told["nfe"] = math.ceil(np.mean([row["nfe"] for row in by_seed.values()]))
+    return {
+        "variant": variant,
+        "model": one["model"],
+        **told,
+        **{key: one[key] for key in SETS if key in one},
+        "machines": machines,
+        "batch": one.get("batch") if rates else None,
+        "metrics": {key: _spread({seed: row[key] for seed, row in by_seed.items()}) for key in numbers},
+        "speeds": {key: _spread({seed: row.get(key) for seed, row in by_seed.items()}) for key in rates},
+    }
+
+
+def _spread(values: Mapping[int | None, float | None]) -> Row:
+    """Mean and standard deviation (of a sample: divided by n - 1) over seeds, and the values themselves."""
+    found = np.array([value for value in values.values() if value is not None], float)
+    spread = float(found.std(ddof=1)) if len(found) > 1 else None
+    by_seed = {str(seed): value for seed, value in values.items() if seed is not None}
+    return {"mean": float(found.mean()), "spread": spread, **({"values": by_seed} if by_seed else {})}
+
+
+def _without_speeds(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key not in ("speeds", "batch", "machines")}
+
+
+def _by_name(evaluation: Mapping[str, Any]) -> dict[str, Row]:
+    """The rows of an evaluation, each with its machine: a resumed evaluation may have been on another for some."""
+    return {row["name"]: {**row, "machine": row.get("machine") or evaluation["machine"]} for row in evaluation["rows"]}
+
+
+def _curvature(variant: str, by_seed: Mapping[int, Mapping[str, Any]]) -> Row:
+    found = {seed: evaluation["curvature"][0] for seed, evaluation in by_seed.items()}
+    one = next(iter(found.values()))
+    value = _spread({seed: row["value"] for seed, row in found.items()})
+    return {"variant": variant, "value": value, "steps": one["steps"], "trajectories": one["trajectories"]}
+
+
+def _loss(variant: str, seed: int, folder: Path) -> Row:
+    """The training log's loss by pairs seen, with what the training took."""
+    points = {line["pairs_seen"]: line["loss"] for line in read_lines(folder / METRICS)}
+    facts = atomic.read_json(folder / "manifest.json")["metrics"]
+    told = {key: facts[key] for key in ("pairs_seen", "pairs_per_second", "parameters")}
+    return {"variant": variant, "seed": seed, **told, "curve": [[seen, points[seen]] for seen in sorted(points)]}
+
+
+def _store(manifest: Mapping[str, Any]) -> Row:
+    report = manifest.get("coupling_report") or {}
+    told = {key: manifest[key] for key in ("content_digest", "order_key", "records")}
+    return {**told, **{key: report[key] for key in REPORTED if report.get(key) is not None}}

@@ -1,0 +1,168 @@
+"""What every row is compared with, the training set, and the distances of images to it by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nfm.stages.base import Inputs, Reporter, StageError
+from nfm.stages.evaluation import inception
+from nfm.stages.evaluation.table import distance_key
+from nfm.stages.trained import features
+from nfm.storage import ImageDataset
+
+if TYPE_CHECKING:
+    import torch
+
+    from nfm.stages.evaluation.stage import EvaluateConfig
+    from nfm.trainers.metrics.frechet import Gaussian
+    from nfm.trainers.metrics.prdc import Manifold
+
+PROJECTIONS = 128  # random directions of the sliced distance
+NEAREST_SAMPLES = 1000  # samples whose nearest training image is looked for
+EXACT_POINTS = 1000  # points of an exact assignment, which takes their cube: more points are measured as several sets
+EXACT_VALUES = 4  # values an image has at most, where points are compared without features
+CHUNK = 5000  # training images held at a time
+KEPT_BYTES = 1 << 28  # features of a training set up to this size are kept for the process's next evaluation
+# The features that were taken last, by what they were taken from: a comparison evaluates many students on one set.
+_kept: dict[tuple[Any, ...], np.ndarray] = {}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The training set: features, balls and pixels are taken once, when a row first needs them.
+
+    Manifolds and pixels are of `count` seeded training images, as many as a row has samples: precision, recall,
+    density, coverage and the Wasserstein distances depend on both numbers.
+    """
+
+    config: EvaluateConfig
+    inputs: Inputs
+    source: ImageDataset
+    count: int
+    device: str
+    report: Reporter
+
+    @functools.cached_property
+    def network(self) -> Any:
+        if self.config.features == "inception":
+            return inception.load(self.config.inception_weights, self.source, self.device)
+        if "features" not in self.inputs:
+            raise StageError("evaluate.features is 'cnn' and no features artifact is among the inputs; give one")
+        return features.load(self.inputs["features"], self.device)
+
+    @functools.cached_property
+    def features(self) -> np.ndarray:
+        network = self.config.features, self.inputs.get("features"), self.config.inception_weights
+        made_of = (self.source.content_digest, self.source.split, *network, self.device)
+        if made_of not in _kept:
+            self.report.say("taking the features of the training set")
+            _kept.clear()
+            taken = np.concatenate([self.extract(images) for images in self._chunks()])
+            if taken.nbytes > KEPT_BYTES:
+                return taken
+            _kept[made_of] = taken
+        return _kept[made_of]
+
+    @functools.cached_property
+    def gaussian(self) -> Gaussian:
+        from nfm.trainers.metrics.frechet import fit
+
+        return fit(self.features)
+
+    @functools.cached_property
+    def subset(self) -> np.ndarray:
+        random = np.random.default_rng(self.config.seed)
+        return np.sort(random.choice(len(self.source), min(self.count, len(self.source)), replace=False))
+
+    @functools.cached_property
+    def manifold(self) -> Manifold:
+        from nfm.trainers.metrics.prdc import manifold
+
+        return manifold(self.features[self.subset])
+
+    @functools.cached_property
+    def pixels(self) -> np.ndarray:
+        return in_model_space(self.source.images(self.subset))
+
+    def extract(self, images: np.ndarray) -> np.ndarray:
+        """Features [N, F] float32 of images [N, C, H, W]: uint8 pixels, or latents as floats."""
+        module = inception if self.config.features == "inception" else features
+        return module.extract(self.network, images)
+
+    def distances(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        """All distances of images [N, C, H, W], as a file would hold them, that were asked for with labels [N]."""
+        found = in_model_space(images)
+        if self.config.features == "none":
+            return {"samples": len(images), **self._of_points(found), **self._of_pixels(found)}
+        row = self._of_features(self.extract(images), labels)
+        return {"samples": len(images), **row, **self._of_pixels(found), "nearest": self._nearest(found)}
+
+    def _of_features(self, found: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+        from nfm.trainers.metrics.frechet import FEWEST, fd_infinity, fewest_for_infinity, frechet_distance, kid
+        from nfm.trainers.metrics.prdc import manifold, prdc
+
+        size = min(self.config.kid_size, len(found), len(self.features))
+        mean, error = kid(found, self.features, self.config.kid_subsets, size, self.config.seed)
+        row: dict[str, Any] = {
+            distance_key(self.config): frechet_distance(found, self.gaussian),
+            "kid": mean,
+            "kid_error": error,
+            "kid_size": size,
+        }
+        # Too few samples say nothing: the columns are left empty.
+        enough = len(found) >= fewest_for_infinity(found.shape[1])
+        row["fd_infinity"] = fd_infinity(found, self.gaussian, seed=self.config.seed) if enough else None
+        if min(len(found), len(self.subset)) >= FEWEST:
+            row |= prdc(self.manifold, manifold(found))._asdict()
+        if self.source.classes and self.config.features == "cnn":
+            row["agreement"] = float((features.classify(self.network, found) == labels).mean())
+        return row
+
+    def _of_points(self, found: np.ndarray) -> dict[str, Any]:
+        """W2 in the mean over disjoint sets of points, each against its own of the training set, and the mean's error.
+
+        One set would not do: of separate modes, a set has a few points more or fewer than its share, and moving them
+        costs more than what a good sampler does wrong.
+        """
+        from nfm.trainers.metrics.wasserstein import wasserstein2
+
+        points = min(len(found), len(self.pixels))
+        size = min(points, EXACT_POINTS)
+        # The subset is sorted by row, and rows are in a seeded random order: any part of it is as good as another.
+        sets = [slice(start, start + size) for start in range(0, points - size + 1, size)]
+        each = [wasserstein2(found[part], self.pixels[part]) for part in sets]
+        row = {"w2": float(np.mean(each)), "w2_points": size, "w2_sets": len(sets)}
+        return row if len(each) < 2 else {**row, "w2_error": float(np.std(each, ddof=1) / len(each) ** 0.5)}
+
+    def _of_pixels(self, found: np.ndarray) -> dict[str, float]:
+        from nfm.trainers.metrics.wasserstein import sliced_wasserstein
+
+        return {"sliced_wasserstein": sliced_wasserstein(found, self.pixels, PROJECTIONS, self.config.seed)}
+
+    def _nearest(self, found: np.ndarray) -> float:
+        import torch
+
+        from nfm.trainers.metrics.nearest import nearest
+
+        samples = torch.from_numpy(found[:NEAREST_SAMPLES]).to(self.device)
+        return float(nearest(samples, self._tensors())[0].mean())
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        import torch
+
+        for images in self._chunks():
+            yield torch.from_numpy(in_model_space(images)).to(self.device)
+
+    def _chunks(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self.source), CHUNK):
+            yield self.source.images(np.arange(start, min(start + CHUNK, len(self.source))))
+
+
+def in_model_space(images: np.ndarray) -> np.ndarray:
+    """Pixels [N, C, H, W] as the models see them, float32 in [-1, 1]; latents as they are."""
+    return images.astype(np.float32) / np.float32(127.5) - 1 if images.dtype == np.uint8 else images.astype(np.float32)

@@ -1,0 +1,165 @@
+"""One row of the evaluation: distances of a sampler's images to the training set, its speeds, a student's curvature."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nfm.stages.base import Inputs, Reporter, StageError, Stopped
+from nfm.stages.display.pictures import as_pixels, to_uint8
+from nfm.stages.evaluation.distances import EXACT_VALUES, Reference
+from nfm.stages.trained import student
+from nfm.stages.trained.machine import machine
+from nfm.stages.trained.sampling import Sampler, draw, initial, variant_of, velocity
+from nfm.stages.trained.training import precision_context
+from nfm.storage import ImageDataset
+from nfm.storage.files import atomic
+
+if TYPE_CHECKING:
+    from nfm.stages.evaluation.stage import EvaluateConfig
+
+Row = dict[str, Any]
+SHOWN = 64
+CURVATURE_STEPS = 128
+# Columns that only a sampler has.
+NOT_SAMPLED = ["coupling", "sampler", "nfe", "guidance", "images_per_second", "batch", "latency_seconds", "parameters"]
+
+_REMEDY = (
+    'use evaluate.precision = "float32" or less guidance, or look at the loss of its training in metrics.jsonl: one '
+    "that diverged wants a smaller learning_rate"
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every row is measured with."""
+
+    config: EvaluateConfig
+    inputs: Inputs
+    out: Path
+    device: str
+    report: Reporter
+
+    @functools.cached_property
+    def source(self) -> ImageDataset:
+        return ImageDataset.open(self.inputs["data"], "train")
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        return Reference(self.config, self.inputs, self.source, self.count, self.device, self.report)
+
+    @functools.cached_property
+    def heldout(self) -> ImageDataset:
+        return ImageDataset.open(self.inputs["data"], "heldout")
+
+    @functools.cached_property
+    def machine(self) -> str:
+        """What speeds are measured on; it says nothing of where that stands."""
+        import torch
+
+        kind = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else self.device
+        return f"{machine()['cpu']}, {kind}, {torch.get_num_threads()} threads"
+
+    @property
+    def count(self) -> int:
+        """Images a row: distances of few images are larger, so every row, the floor too, has the same number."""
+        return min(self.config.samples, len(self.heldout))
+
+    def check(self) -> None:
+        """Raise StageError at once for what the first row, or a later one, would stumble over."""
+        if self.config.features != "none":
+            _ = self.reference.network
+        elif (values := int(np.prod(self.source.image_shape))) > EXACT_VALUES:
+            raise StageError(
+                f'evaluate.features = "none" compares values directly, which says something of up to {EXACT_VALUES} of '
+                f'them; these images have {values}: use evaluate.features = "cnn"'
+            )
+
+    def floor(self) -> Row:
+        """The distances of as many real images that the training set does not hold: a perfect sampler's."""
+        rows = np.arange(self.count)
+        found = self.reference.distances(self.heldout.images(rows), self.heldout.labels(rows))
+        return {"name": "floor", "model": "floor", **dict.fromkeys(NOT_SAMPLED), **found, "machine": self.machine}
+
+    def sampler(self, sampler: Sampler, picture: Path) -> Row:
+        """A sampler's distances, best throughput and latency; its first images go to `picture`."""
+        config = self.config
+        parts: list[np.ndarray] = []
+        shown: list[np.ndarray] = []
+        for images in draw(sampler.decode, self.source, self.count, config.seed, config.batch_size, self.device):
+            if self.report.stopping:
+                raise Stopped
+            _refuse_broken(sampler.name, images, config)
+            # Pixels are measured as the bytes that a file would hold, latents as they are.
+            parts.append(to_uint8(images) if self.source.dtype == "uint8" else images)
+            if len(shown) * config.batch_size < SHOWN:
+                shown.append(images)
+            self.report.progress(sum(len(part) for part in parts), self.count, "images", row=sampler.name)
+        data = io.BytesIO()
+        np.savez_compressed(data, images=as_pixels(np.concatenate(shown)[:SHOWN], self.source.dtype))
+        atomic.write_bytes(picture, data.getvalue())
+        described = {key: value for key, value in sampler._asdict().items() if key not in ("decode", "taken")}
+        if sampler.taken:
+            described["nfe"] = math.ceil(np.mean(sampler.taken))
+        labels = self.source.labels(np.arange(self.count) % len(self.source))
+        found = self.reference.distances(np.concatenate(parts), labels)
+        return {**described, **found, **self._speed(sampler), "machine": self.machine}
+
+    def curvature(self, role: str) -> Row:
+        """How far a student's paths, never guided, are from straight, per dimension, on 128 uniform Euler steps."""
+        import torch
+
+        from nfm.trainers.solvers import curvature
+
+        trajectories = self.config.curvature_trajectories
+        noise, labels = initial(self.source, np.arange(trajectories), self.config.seed, self.device)
+        model = student.load(self.inputs[role], self.device)
+        with torch.no_grad(), precision_context(noise.device.type, self.config.precision):
+            value = float(curvature(velocity(model, labels), noise, CURVATURE_STEPS))
+        variant = variant_of(self.inputs[role])
+        if not math.isfinite(value):
+            raise StageError(f"the curvature of the student on {variant} pairs is {value}: {_REMEDY}")
+        return {
+            "model": "student",
+            "coupling": variant,
+            "guidance": 0.0,
+            "value": value,
+            "steps": CURVATURE_STEPS,
+            "trajectories": trajectories,
+        }
+
+    def _speed(self, sampler: Sampler) -> Row:
+        """Images a second at the best of a few batch sizes, and seconds for one image (median of five)."""
+        rates = {batch: batch / self._seconds(sampler, batch, repeats=1) for batch in self.config.speed_batches}
+        best = max(rates, key=lambda batch: rates[batch])
+        latency = self._seconds(sampler, 1, repeats=5)
+        return {"images_per_second": rates[best], "batch": best, "latency_seconds": latency}
+
+    def _seconds(self, sampler: Sampler, batch: int, repeats: int) -> float:
+        import torch
+
+        noise, labels = initial(self.source, np.arange(batch), 0, self.device)
+        taken = []
+        for _ in range(repeats + 1):  # the first one warms up
+            started = time.perf_counter()
+            with torch.no_grad():
+                sampler.decode(noise, labels).float().cpu()
+            taken.append(time.perf_counter() - started)
+        return float(np.median(taken[1:]))
+
+
+def _refuse_broken(row: str, images: np.ndarray, config: EvaluateConfig) -> None:
+    """Raise StageError for values that are not finite: others in their place would make a distance of their own."""
+    broken = int((~np.isfinite(images.reshape(len(images), -1))).any(axis=1).sum())
+    if broken:
+        raise StageError(
+            f"row {row}: {broken} of {len(images)} samples in a batch have values that are not finite "
+            f'(evaluate.precision = "{config.precision}"): {_REMEDY}'
+        )

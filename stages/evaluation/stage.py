@@ -1,0 +1,173 @@
+"""Evaluate: distances of samples to the training set, speeds and curvature, with the floor beside them.
+
+Distances are taken in the features of this run's own classifier (stage `features`), and then never called FID; in those
+of Inception-v3 (FID); or, of images of few values, without any (exact W2). A row is written when it is measured, so
+that a stopped evaluation goes on with the next one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from nfm.stages.base import Inputs, LocalField, Reporter, Result, Section, StageError, Stopped, added, operational
+from nfm.stages.couplings.variant import Variant
+from nfm.stages.evaluation.inception import find_weights, weights_sha256
+from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key
+from nfm.stages.trained.sampling import (
+    GridName,
+    Sampler,
+    SolverName,
+    find_reference_solver,
+    reference_sampler,
+    student_sampler,
+    teacher_sampler,
+)
+from nfm.stages.trained.training import Precision, pick_device
+from nfm.storage.files import atomic
+from nfm.trainers.nfe import pick_solver
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NAME = "evaluate"
+VERSION = 2
+TABLE, TEXT, DISTANCES, ROWS, SAMPLES = "evaluation.json", "evaluation.txt", "distances.json", "rows", "samples"
+SPEEDS = ("images_per_second", "batch", "latency_seconds")
+OF_THE_MOMENT = (*SPEEDS, "machine")  # columns that are of a machine and a moment: never in the content digest
+
+
+class EvaluateConfig(Section):
+    """The `[evaluate]` table; `baselines` are variants whose students are trained and measured beside.
+
+    With `guidance` the teacher has guided rows beside its plain ones; with `student_guidance` the students' rows are
+    guided, and with `reference` they have a row more, of adaptive dopri5. `features` is where distances are taken: this
+    run's classifier, Inception-v3 from `inception_weights`, or none, for points of the plane.
+    """
+
+    baselines: tuple[str, ...] = ()
+    solver: SolverName = added("auto")
+    grid: GridName = added("square")
+    nfe: tuple[int, ...] = Field((31, 15, 7, 5), validate_default=True)
+    reference: bool = added(False)
+    samples: int = Field(5_000, ge=2)
+    features: Literal["cnn", "inception", "none"] = added("cnn")
+    inception_weights: LocalField | None = operational(None)
+    guidance: float = 0.0
+    student_guidance: float = added(0.0)
+    kid_subsets: int = Field(100, ge=2)
+    kid_size: int = Field(1000, ge=2)
+    curvature_trajectories: int = Field(256, ge=1)
+    seed: int = Field(1, ge=0)
+    precision: Precision = "float32"
+    batch_size: int = Field(250, ge=1)
+    speed_batches: tuple[int, ...] = operational((32, 128, 512))
+    device: str = operational("auto")
+
+    @field_validator("baselines")
+    @classmethod
+    def _are_variants(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Variant.parse(text)) for text in baselines)
+
+    @field_validator("nfe")
+    @classmethod
+    def _solvers_can(cls, nfe: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        twice = [str(count) for count, times in Counter(nfe).items() if times > 1]
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named more than once; every number of evaluations is one row")
+        for count in nfe:
+            if "solver" in info.data:
+                pick_solver(info.data["solver"], count)
+        return nfe
+
+
+def external(config: EvaluateConfig) -> dict[str, str]:
+    """What decides the result and is neither config nor artifact: the Inception weights, by their SHA-256."""
+    if config.features != "inception":
+        return {}
+    return {"inception_weights": weights_sha256(config.inception_weights)}
+
+
+def check(config: EvaluateConfig) -> None:
+    """Raise StageError for what is missing on this machine, before days of training lead to it."""
+    if config.features == "inception":
+        find_weights(config.inception_weights)
+    if config.reference:
+        find_reference_solver()
+
+
+def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Measure every sampler against the training set and write the table as JSON and text.
+
+    Every row is of the same number of images, `samples` or as many as are held out: the distances' bias depends on it.
+    """
+    from nfm.stages.evaluation.rows import Bench
+
+    device = pick_device(config.device)
+    bench = Bench(config, inputs, out, device, report)
+    bench.check()
+    samplers = list(_samplers(config, inputs, device))
+    pictures = [f"{SAMPLES}/{sampler.name}.npz" for sampler in samplers]
+    if len(set(pictures)) < len(pictures):
+        raise StageError(f"two students are of one variant: {', '.join(s.name for s in samplers)}; evaluate them apart")
+    measures: dict[str, Callable[[], dict[str, Any]]] = {"floor": bench.floor}
+    measures |= {s.name: partial(bench.sampler, s, out / picture) for s, picture in zip(samplers, pictures)}
+    measures |= {f"curvature-{role}": partial(bench.curvature, role) for role in _students(inputs)}
+
+    measured = []
+    for number, (name, measure) in enumerate(measures.items()):
+        if report.stopping:
+            raise Stopped
+        path = out / ROWS / f"{name}.json"
+        if not path.exists():
+            atomic.write_json(path, measure())
+        row = atomic.read_json(path)
+        del row["digest"]
+        measured.append(row)
+        report.say(f"{number + 1} of {len(measures)}, {_line(row)}")
+
+    body: dict[str, Any] = {
+        "rows": [row for row in measured if "value" not in row],
+        "curvature": [row for row in measured if "value" in row],
+        "machine": "; ".join(sorted({row["machine"] for row in measured if "machine" in row})) or bench.machine,
+        "reference": {"rows": len(bench.source), "split": "train"},
+        "solver": {"grid": config.grid},
+    }
+    bare = [{key: value for key, value in row.items() if key not in OF_THE_MOMENT} for row in body["rows"]]
+    atomic.write_json(out / DISTANCES, {"rows": bare, "curvature": body["curvature"], "reference": body["reference"]})
+    atomic.write_json(out / TABLE, body)
+    atomic.write_bytes(out / TEXT, as_text(body).encode())
+    report.say(f"\n{as_text(body)}")
+    key = distance_key(config)
+    figures = {f"{DISTANCE[key]} {row['name']}": row[key] for row in body["rows"]}
+    return Result(payload=[DISTANCES], metrics=figures, files=[TABLE, TEXT, *pictures])
+
+
+def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[Sampler]:
+    if "teacher" in inputs:
+        for guidance in sorted({0.0, config.guidance}, key=bool):
+            for score in (False, True):
+                yield teacher_sampler(inputs["teacher"], guidance, score, device, config.precision)
+    for role in _students(inputs):
+        for nfe in config.nfe:
+            yield student_sampler(
+                inputs[role], nfe, device, config.precision, config.solver, config.grid, config.student_guidance
+            )
+        if config.reference:
+            yield reference_sampler(inputs[role], device, config.precision, config.student_guidance)
+
+
+def _students(inputs: Inputs) -> list[str]:
+    return [role for role in inputs if role.partition(":")[0] == "student"]
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "value" in row:
+        return f"curvature of the student on {row['coupling']} pairs: {row['value']:.5f}"
+    key = distance_key(row)
+    kid = f", KID {row['kid']:.5f}" if "kid" in row else ""
+    return f"{row['name']}: {DISTANCE[key]} {row[key]:.4g}{kid} on {row['samples']} images"

@@ -1,0 +1,93 @@
+"""The columns of an evaluation, for its text and the report alike, and which of them is its distance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nfm.stages.display.tables import aligned
+
+if TYPE_CHECKING:
+    from nfm.stages.evaluation.stage import EvaluateConfig
+
+Line = Mapping[str, Any]  # one row of evaluation.json; figures that a row cannot have are null or absent
+
+# The distances by which rows are compared, by the key that a row holds one of.
+DISTANCE = {"fd_cnn": "FD-CNN", "fid": "FID", "w2": "W2"}
+
+
+class Column(NamedTuple):
+    """A figure of a row, times `scale`; `spelled` is its format in text."""
+
+    title: str
+    key: str
+    scale: float = 1.0
+    spelled: str = ""
+
+    def value(self, line: Line) -> Any:
+        value = line.get(self.key)
+        return value if value is None or self.scale == 1.0 else self.scale * value
+
+
+COLUMNS = (
+    Column("model", "model"),
+    Column("coupling", "coupling"),
+    Column("sampler", "sampler"),
+    Column("NFE", "nfe"),
+    Column("guidance", "guidance", spelled="g"),
+    Column("samples", "samples"),
+    *(Column(title, key, spelled=".4f" if key == "w2" else ".2f") for key, title in DISTANCE.items()),
+    Column("± s.e.", "w2_error", spelled=".4f"),
+    Column("points a set", "w2_points", spelled=","),
+    Column("sets", "w2_sets"),
+    Column("at infinity", "fd_infinity", spelled=".2f"),
+    Column("KID × 1000", "kid", 1000, ".2f"),
+    Column("± s.e.", "kid_error", 1000, ".2f"),
+    Column("precision", "precision", spelled=".3f"),
+    Column("recall", "recall", spelled=".3f"),
+    Column("density", "density", spelled=".3f"),
+    Column("coverage", "coverage", spelled=".3f"),
+    Column("sliced W2", "sliced_wasserstein", spelled=".4f"),
+    Column("agreement", "agreement", spelled=".3f"),
+    Column("nearest", "nearest", spelled=".4f"),
+    Column("images/s", "images_per_second", spelled=".0f"),
+    Column("at batch", "batch"),
+    Column("latency, ms", "latency_seconds", 1000, ".1f"),
+    Column("parameters", "parameters", spelled=","),
+)
+
+
+def distance_key(of: EvaluateConfig | Line) -> str:
+    """Which of `DISTANCE` an evaluation of this config has, or this row of its table holds.
+
+    Raises ValueError for a row that holds none.
+    """
+    if not isinstance(of, Mapping):
+        return {"cnn": "fd_cnn", "inception": "fid", "none": "w2"}[of.features]
+    for key in DISTANCE:
+        if key in of:
+            return key
+    raise ValueError(f"row {of.get('name')!r} holds no distance; one of {', '.join(DISTANCE)} was expected")
+
+
+def columns_of(rows: Sequence[Line]) -> list[Column]:
+    """The columns in which some row has a value."""
+    return [column for column in COLUMNS if any(column.value(row) is not None for row in rows)]
+
+
+def as_text(body: dict[str, Any]) -> str:
+    """The evaluation as aligned columns, curvature below."""
+    columns = columns_of(body["rows"])
+    cells = [[_spelled(column, row) for column in columns] for row in body["rows"]]
+    text = aligned([column.title for column in columns], cells)
+    for row in body["curvature"]:
+        text += (
+            f"\ncurvature of {row['model']} ({row['coupling']}), unguided: {row['value']:.5f}, "
+            f"{row['steps']} uniform Euler steps, {row['trajectories']} trajectories"
+        )
+    return f"{text}\n"
+
+
+def _spelled(column: Column, row: Line) -> str | None:
+    value = column.value(row)
+    return None if value is None else format(value, column.spelled)

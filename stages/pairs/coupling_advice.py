@@ -1,0 +1,153 @@
+"""A coupling report for people: its figures in lines, and a sentence with a remedy for each that is bad."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nfm.stages.couplings.facts import facts_of
+
+Report = Mapping[str, Any]
+AUC = 0.6  # above, a student meets noise that is visibly not its store's
+OVERFITTED = 0.05  # nats per dimension between held-out and training rows
+ERRORS = 5.0  # standard errors beyond which a figure is no accident
+MOMENT = 0.05  # RMS over dimensions of a mean, or of a variance minus 1, beyond what sampling gives
+SCALES = (0.2, 3.0)  # root mean squares of images, in which eta and the models' sizes mean what they should
+UNEVEN = 0.05  # of chi^2, beyond what sampling gives
+
+
+def lines(report: Report) -> dict[str, str]:
+    """The report's figures by the names that people see; what could not be measured is left out."""
+    noise, expected = report["noise"], report["noise_expected"]
+    found = {
+        "measured": f"{report['pairs']:,} pairs of {report['shards']} shards",
+        "transport cost": f"{report['transport_cost']:.4f} a dimension ({report['transport_cost_independent']:.4f} "
+        "if paired at random)",
+    }
+    if report.get("auc") is not None:
+        found["two-sample AUC"] = f"{report['auc']:.3f} +- {report['auc_error']:.3f} (0.5: no different from N(0, I))"
+    for name, shown in (("mean", "mean"), ("var", "variance - 1"), ("kurtosis", "kurtosis - 3")):
+        found[f"z {shown}"] = (
+            f"RMS {noise[name]:.4f}, worst {noise[f'{name}_worst']:+.4f} over dimensions "
+            f"({expected[name]:.4f}, {expected[f'{name}_worst']:+.4f} of fresh noise)"
+        )
+    found["z projections"] = (
+        f"Kolmogorov-Smirnov {noise['ks_statistic']:.4f} ({expected['ks_statistic']:.4f} of fresh noise), "
+        f"worst p {noise['ks_p']:.2g}"
+    )
+    if report["classes"]:
+        worst = max(report["classes"], key=lambda row: row["var"] - row["expected"]["var"])
+        found["z by class"] = (
+            f"variance - 1 is RMS {worst['var']:.4f} ({worst['expected']['var']:.4f} of fresh noise) in the worst "
+            f"class, {worst['label']}, of {len(report['classes'])}"
+        )
+    found |= _rows(report) | _nll(report)
+    found["exact"] = "; ".join(report["exact"]) or "-"
+    found["approximate"] = "; ".join(report["approximate"]) or "-"
+    return found
+
+
+def advice(report: Report) -> list[str]:
+    """A sentence for each figure that is bad, with its remedy; empty when all is well."""
+    found = (_of_scale(report), _of_auc(report), _of_moments(report), _of_nll(report), _of_rows(report))
+    return [text for text in found if text]
+
+
+def _rows(report: Report) -> dict[str, str]:
+    rows = report.get("rows")
+    if rows is None:
+        return {}
+    part = "" if rows["all_counted"] else f", counted over {rows['counted']:,} pairs"
+    known = f"{rows['chi2_expected']:.4f} if drawn at random" if rows["chi2_expected"] else "0 of a whole store"
+    lacking = f", {report['excluded']:,} pairs excluded" if report.get("excluded") else ""
+    return {
+        "image rows": f"paired {rows['fewest']} to {rows['most']} times, {rows['never']:.2%} never; chi^2 "
+        f"{rows['chi2']:.4f} ({known}){part}{lacking}"
+    }
+
+
+def _nll(report: Report) -> dict[str, str]:
+    if report.get("nll_train") is None:
+        return {}
+    heldout = report.get("nll_heldout")
+    other = f", {heldout:.4f} +- {report['nll_heldout_error']:.4f} on held-out ones" if heldout is not None else ""
+    return {"nll": f"{report['nll_train']:.4f} nats a dimension on training rows{other}"}
+
+
+def _wrong_scale(report: Report) -> bool:
+    """Whether the images are floats far from the scale of the noise; pixels never are. Older reports do not say."""
+    image = report.get("image", {"dtype": "uint8"})
+    return image["dtype"] != "uint8" and not SCALES[0] <= image["size"] <= SCALES[1]
+
+
+def _of_scale(report: Report) -> str | None:
+    if not _wrong_scale(report):
+        return None
+    image = report["image"]
+    return (
+        f"the images are {image['dtype']} from {image['low']:.4g} to {image['high']:.4g}, root mean square "
+        f"{image['size']:.4g}, where teacher and student want about 1: if they are pixels, save them as uint8; of "
+        "latents, divide by their standard deviation (and set data.image_scale to 1 over it); then make the data anew"
+    )
+
+
+def better_teacher(report: Report) -> str:
+    """What to do about noise of a teacher that is not N(0, I)."""
+    return "mend the images' scale first" if _wrong_scale(report) else "train the teacher longer"
+
+
+def _of_auc(report: Report) -> str | None:
+    auc, error = report.get("auc"), report.get("auc_error")
+    if auc is None or error is None or auc - 0.5 < ERRORS * error:
+        return None
+    told = f"a classifier tells this noise from N(0, I), which students sample from: AUC {auc:.2f}, 0.5 is perfect"
+    coupling = report.get("coupling")
+    if facts_of(str(coupling)).gaussian:
+        return f"{told}; noise of coupling {coupling} is N(0, I) as it is made: `nfm audit --deep` the store"
+    if auc < AUC:
+        return None
+    if coupling == "custom":
+        return f"{told}: mend the custom function, or soften the student (student.soften = 0.5)"
+    return f"{told}: {better_teacher(report)}, or soften the student (student.soften = 0.5)"
+
+
+def _of_moments(report: Report) -> str | None:
+    noise, expected = report["noise"], report["noise_expected"]
+    for name, what in (("mean", "mean differs from 0"), ("var", "variance differs from 1")):
+        if noise[name] > MOMENT + 2 * expected[name]:
+            return (
+                f"z's {what} by {noise[name]:.3f} (RMS over dimensions, {expected[name]:.3f} from sampling alone): "
+                + (better_teacher(report) if report.get("coupling") == "nfm" else "look at how the noise is made")
+            )
+    return None
+
+
+def _of_nll(report: Report) -> str | None:
+    train, heldout = report.get("nll_train"), report.get("nll_heldout")
+    if train is None or heldout is None:
+        return None
+    error = (report["nll_train_error"] ** 2 + report["nll_heldout_error"] ** 2) ** 0.5
+    if heldout - train < max(OVERFITTED, ERRORS * error):
+        return None
+    return (
+        f"the teacher is overfitted: {train:.3f} nats a dimension on its training rows, {heldout:.3f} on held-out "
+        "ones, so that its noise of a training image is no sample of N(0, I): train it on fewer images "
+        "(teacher.images), with teacher.flips or more teacher.eta, or on more data"
+    )
+
+
+def _of_rows(report: Report) -> str | None:
+    rows = report.get("rows")
+    if rows is None:
+        return None
+    excess = rows["chi2"] - rows["chi2_expected"]
+    spread = rows["chi2_expected"] * (2 / max(rows["chi2_expected"] * rows["counted"], 1)) ** 0.5
+    if excess < max(UNEVEN, ERRORS * spread):
+        return None
+    again = "run the pairs stage again to encode what is excluded"
+    remedy = "fit the potential longer ([potential])" if report.get("coupling") == "semidiscrete-ot" else again
+    return (
+        f"images are paired unevenly: chi^2 {rows['chi2']:.3f} where "
+        + (f"drawing at random gives {rows['chi2_expected']:.3f}" if rows["chi2_expected"] else "a whole store has 0")
+        + f", {rows['never']:.1%} of the rows never: {remedy}"
+    )

@@ -1,0 +1,166 @@
+"""What making a store of pairs takes, before anything is there: shards, bytes by codec, FLOPs, hours by workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nfm.stages.display.tables import aligned
+from nfm.stages.pairs.recipe import pair_flops
+from nfm.stages.pairs.stage import PairsConfig
+from nfm.stages.trained import costs
+from nfm.stages.trained.teacher import TeacherConfig
+from nfm.stages.trained.training import blaming, pick_device
+from nfm.storage import StoreSpec
+from nfm.storage.format.spec import Field, pair_fields
+from nfm.storage.layouts import blocks, samples, zarr_shard
+
+CODECS = ("float32", "float16", "int8")
+INDEX_BYTES = (2500, 13.5)  # of a shard's index part: fixed, and a record; measured at 64 to 65,536 records
+COMMIT_BYTES = 1200
+SECONDS = 2.0  # of timing
+_NO_FLOPS = "none: this coupling runs no teacher"
+
+
+def estimate(
+    config: PairsConfig,
+    teacher: TeacherConfig,
+    facts: Mapping[str, Any],
+    workers: Sequence[int],
+    rate: float | None,
+    committed: int = 0,
+) -> dict[str, Any]:
+    """The plan of a generation of which `committed` pairs are there, JSON's types; nothing is counted one by one.
+
+    `facts` are the data's: images, image_shape, and classes and image_dtype where they are told. `rate` is images a
+    second of one worker; None: a teacher of the config's sizes and random weights is timed here, for seconds.
+    Raises StageError for sizes that do not fit each other, StorageError for shards that cannot be named.
+    """
+    specs = {codec: _spec(config, facts, codec) for codec in {*CODECS, config.codec}}
+    spec = specs[config.codec]
+    pairs = spec.rows * config.draws
+    plan: dict[str, Any] = {
+        "pairs": pairs,
+        "committed": committed,
+        "images": spec.rows,
+        "draws": config.draws,
+        "shards": spec.shards_per_draw * config.draws,
+        "rows_per_shard": config.rows_per_shard,
+        "layout": config.layout,
+        "codec": config.codec,
+        "bytes": {codec: _bytes(specs[codec]) * config.draws for codec in sorted(specs, key=_order)},
+    }
+    left = pairs - committed
+    if config.coupling != "nfm":  # no teacher to time: there are products to tell of, or nothing
+        flops = pair_flops(config, facts)
+        return plan | ({"flops": left * flops, "flops_per_image": flops} if flops else {})
+    with blaming("config section [teacher]"):
+        costs.check_patch(facts["image_shape"], teacher.patch)
+        flops = pair_flops(config, {**facts, "teacher": teacher})
+        measured = _given(rate) if rate else _measured(config, teacher, facts)
+    seconds = left / measured["images_per_second"]
+    return {
+        **plan,
+        "flops": left * flops,
+        "flops_per_image": flops,
+        "worker": measured | {"flops_per_second": flops * measured["images_per_second"]},
+        "hours": {str(count): float(f"{seconds / count / 3600:.3g}") for count in workers},
+    }
+
+
+def as_text(plan: Mapping[str, Any]) -> str:
+    """The plan for people."""
+    sizes = (f"{codec} {_size(count)}" for codec, count in plan["bytes"].items())
+    there = f"; {plan['committed']:,} are committed, time is for the rest" if plan["committed"] else ""
+    lines = [
+        ["pairs", f"{plan['pairs']:,}: {plan['images']:,} images, draws {plan['draws']}{there}"],
+        ["shards", f"{plan['shards']:,} of {plan['rows_per_shard']:,} pairs, layout {plan['layout']}"],
+        ["on disk", f"{', '.join(sizes)}; the config's codec is {plan['codec']}"],
+    ]
+    if "hours" not in plan:
+        flops = f"{plan['flops']:.2g}, {plan['flops_per_image']:.2g} an image" if "flops" in plan else _NO_FLOPS
+        return aligned(["of the pairs", ""], [*lines, ["FLOPs", flops]])
+    worker = plan["worker"]
+    lines += [
+        ["FLOPs", f"{plan['flops']:.2g}, {plan['flops_per_image']:.2g} an image"],
+        ["a worker", f"{worker['images_per_second']:.3g} images/s, {worker['flops_per_second'] / 1e12:.3g} TFLOP/s: "
+         + worker["how"]],
+    ]  # fmt: skip
+    hours = [[f"{int(count):,}", costs.duration(3600 * taken)] for count, taken in plan["hours"].items()]
+    return "\n\n".join([aligned(["of the pairs", ""], lines), aligned(["workers", "time"], hours)])
+
+
+def _spec(config: PairsConfig, facts: Mapping[str, Any], codec: str) -> StoreSpec:
+    """The recipe, as far as sizes depend on it."""
+    shape, dtype = tuple(facts["image_shape"]), facts.get("image_dtype", "uint8")
+    return StoreSpec(
+        rows=facts["images"],
+        rows_per_shard=config.rows_per_shard,
+        rows_per_block=config.rows_per_block,
+        fields=pair_fields(shape, codec, dtype, label=bool(facts.get("classes", 1))),
+        coupling=config.coupling,
+        source="planned",
+        codec=codec,
+        layout=config.layout,
+    )
+
+
+def _bytes(spec: StoreSpec) -> int:
+    """Bytes on disk of one draw: payload, index and commits."""
+    whole, rest = divmod(spec.rows, spec.rows_per_shard)
+    payload = whole * _shard_bytes(spec, spec.rows_per_shard) + (_shard_bytes(spec, rest) if rest else 0)
+    a_shard, a_record = INDEX_BYTES
+    return round(payload + spec.shards_per_draw * (a_shard + COMMIT_BYTES) + spec.rows * a_record)
+
+
+def _shard_bytes(spec: StoreSpec, records: int) -> int:
+    def zarr_bytes(field: Field) -> int:
+        return zarr_shard.shard_bytes(field, records, spec.rows_per_shard, spec.rows_per_block)
+
+    if spec.layout == "zarr":
+        return sum(map(zarr_bytes, spec.fields))
+    if spec.layout == "samples":
+        return samples.shard_bytes(spec.fields, records)
+    return blocks.shard_bytes(spec.fields, records, spec.rows_per_block)
+
+
+def _given(rate: float) -> dict[str, Any]:
+    return {"images_per_second": rate, "how": "as given by --rate"}
+
+
+def _measured(config: PairsConfig, teacher: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Images a second of one worker here. One of the teacher's blocks is timed, for they are all alike."""
+    import torch
+
+    from nfm.stages.encoding import probe
+    from nfm.trainers.models.tarflow import TarFlow
+
+    shape, classes, device = facts["image_shape"], facts.get("classes", 0), pick_device(config.device)
+    torch.manual_seed(0)
+    model = TarFlow(shape, classes, teacher.patch, teacher.channels, 1, teacher.layers, teacher.head_size)
+    sizes = [size for size in probe.SIZES if config.batch_size == "auto" or size <= config.batch_size]
+    found = probe.for_teacher(
+        model.eval().to(device), shape, classes, teacher.eta, device, config.precision, config.threads,
+        seconds=SECONDS, sizes=sizes,
+    )  # fmt: skip
+    cores = f"{config.threads} of {os.cpu_count()} CPU cores"
+    on = torch.cuda.get_device_name(device) if device.startswith("cuda") else cores
+    return {
+        "images_per_second": found.rate / teacher.blocks,
+        "batch_size": found.batch_size,
+        "precision": config.precision,
+        "how": f"measured here, {on}, {config.precision}, batch {found.batch_size}",
+    }
+
+
+def _order(codec: str) -> int:
+    return CODECS.index(codec) if codec in CODECS else len(CODECS)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.4g} TB"

@@ -1,0 +1,120 @@
+"""From outcomes to a store that can be sealed: what is pending, progress, failures set aside, what may be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from nfm.stages.base import Reporter, StageError
+from nfm.stages.executors import Outcome, ShardJob, new_attempt
+from nfm.stages.executors.tally import Tally
+from nfm.storage.errors import StorageError
+from nfm.storage.errors.masked import masked
+from nfm.storage.files import atomic
+from nfm.storage.files.paths import inside
+from nfm.storage.files.small_files import read_tail
+from nfm.storage.format.spec import StoreSpec, parse_name
+from nfm.storage.ledger import seal
+
+_LISTED = 5
+_TAIL_BYTES = 1 << 16  # of a traceback, of which the last line is told
+
+
+def pending(out: Path, spec: StoreSpec, draws: int) -> list[str]:
+    """The names of the shards that have no commit yet, in order."""
+    return seal.pending(out, spec, draws)
+
+
+def jobs(names: Iterable[str]) -> Iterator[ShardJob]:
+    """A fresh attempt at each."""
+    return (ShardJob(*parse_name(name), new_attempt()) for name in names)
+
+
+def records_of(spec: StoreSpec, names: Iterable[str]) -> int:
+    """Pairs that these shards hold."""
+    return sum(len(spec.slots_of(parse_name(name)[1])) for name in names)
+
+
+def produce(
+    out: Path, outcomes: Iterable[Outcome | None], batch_size: int, report: Reporter, done: int, total: int
+) -> list[Outcome]:
+    """Takes an executor's outcomes as they come, `done` of `total` pairs being there; returns the failures.
+
+    A shard that failed is set aside: its traceback stands in `failed/NAME.txt` until a later run has made it.
+    """
+    failures: list[Outcome] = []
+    tally = Tally()
+    smallest = batch_size
+    report.progress(done, total, "pairs")
+    for outcome in outcomes:
+        if outcome is None:
+            pass
+        elif outcome.commit is None:
+            failures.append(outcome)
+            _set_aside(out, outcome, report)
+        else:
+            done += outcome.commit.records
+            tally.add(outcome)
+            failure_path(out, outcome.job.name).unlink(missing_ok=True)
+            report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds, worker=outcome.worker)
+            used = outcome.commit.batch_size
+            if used is not None and used < smallest:
+                smallest = used
+                report.log("OUT_OF_MEMORY", shard=outcome.commit.name, batch_size=used, worker=outcome.worker)
+                report.say(
+                    f"{outcome.commit.name}: out of memory in batches of {batch_size}, encoded in batches of {used}, "
+                    "which its commit says; last bits of its noise may differ"
+                )
+        report.progress(done, total, "pairs", tally.rows(), failed=len(failures))
+    return failures
+
+
+def failure_path(out: Path, name: str) -> Path:
+    """Where the traceback of a shard that was set aside stands."""
+    return out / "failed" / f"{name}.txt"
+
+
+def reasons(out: Path, names: Iterable[str]) -> dict[str, str]:
+    """Why each of these shards is missing: the last line of its traceback, if it was tried."""
+    found = {}
+    for name in names:
+        path = failure_path(out, name)
+        found[name] = _reason(path, out) if path.exists() else "not encoded yet"
+    return found
+
+
+def all_failed(out: Path, names: Iterable[str]) -> bool:
+    """Whether each of these was tried and set aside; what was only not reached yet may not be left out."""
+    return all(failure_path(out, name).exists() for name in names)
+
+
+def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, again: str) -> StageError:
+    """The error of a store that lacks more than it may; `again` is what retries them."""
+    why = [f"{name} ({reason})" for name, reason in reasons(out, names[:_LISTED]).items()]
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    limit = f", pairs.max_missing allows {allowed:,}" if allowed else ""
+    told = f"What failed has its traceback in {out / 'failed'}; the other" if (out / "failed").is_dir() else "The other"
+    leave_out = "; or let the generation lack them with --set pairs.max_missing=N" if all_failed(out, names) else ""
+    lacking = f"{len(names)} of {total} shards are missing, {pairs:,} pairs{limit}: {', '.join(why)}{more}"
+    return StageError(
+        f"{lacking}. {told} shards are committed. Mend the cause and {again}, which makes only these{leave_out}"
+    )
+
+
+def _set_aside(out: Path, outcome: Outcome, report: Reporter) -> None:
+    error = masked(outcome.error or "no message")
+    inside(out, "failed")  # raises where a link would take the traceback out of the store
+    atomic.write_bytes(failure_path(out, outcome.job.name), error.encode())
+    report.say(f"{outcome.job.name} failed and is set aside: {_last_line(error)}")
+    report.log("SHARD_FAILED", shard=outcome.job.name, error=error, worker=outcome.worker)
+
+
+def _reason(path: Path, out: Path) -> str:
+    try:
+        return _last_line(read_tail(path, _TAIL_BYTES, root=out).decode(errors="replace"))
+    except (StorageError, OSError) as error:
+        return f"its traceback cannot be read: {error}"
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no message"])[-1]

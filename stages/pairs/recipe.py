@@ -1,0 +1,160 @@
+"""What decides the pairs of each coupling: its options, its inputs, and what its store's recipe says of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nfm.stages.base import Inputs, StageError
+from nfm.stages.couplings import custom
+from nfm.stages.trained import costs
+from nfm.stages.trained.training import blaming
+from nfm.storage import ImageDataset
+from nfm.storage.files import atomic
+from nfm.storage.format.spec import StoreSpec, pair_fields
+from nfm.trainers.nfe import GRIDS, pick_solver
+
+if TYPE_CHECKING:
+    from nfm.stages.pairs.stage import PairsConfig
+
+# Beside the data: the artifact that a coupling is made with, whose content the recipe names under the same word.
+MAKERS = {"nfm": "teacher", "semidiscrete-ot": "potential", "reflow": "student"}
+# The fields of `[pairs]` that are of one coupling alone.
+OPTIONS = {
+    "minibatch-ot": ("group_size",),
+    "custom": ("custom",),
+    "reflow": ("reflow_of", "student", "reflow_solver", "reflow_nfe", "reflow_grid", "reflow_guidance"),
+}
+HELD_BYTES, HELD = 4 << 30, 16  # advised for a shard of such a coupling, and bytes a value: image, eps, noise, float32
+BALANCED = 0.75  # of the size asked for: what is divided into groups that are alike may be somewhat less
+
+
+def store_spec(config: PairsConfig, inputs: Inputs, custom_sha256: str | None = None) -> StoreSpec:
+    """The recipe that the config and its inputs give. Raises StageError for options that do not fit the data.
+
+    `custom_sha256` is the digest that a store of a custom coupling has recorded; by default that of the file here.
+    """
+    source = ImageDataset.open(inputs["data"], "train")
+    if config.flips and source.dtype != "uint8":
+        raise StageError(
+            "pairs.flips = true: these images are latents, and a flipped latent is not the latent of the flipped "
+            "image. Encode flipped images into the data set as rows of their own, and leave pairs.flips out"
+        )
+    facts: dict[str, Any] = {"eta": None, "sigma_f": None}
+    if "teacher" in inputs:
+        facts = atomic.read_json(inputs["teacher"] / "teacher.json")
+    made_with = {role: content(inputs[role]) for role in MAKERS.values() if role in inputs}
+    return StoreSpec(
+        rows=len(source),
+        rows_per_shard=config.rows_per_shard,
+        rows_per_block=config.rows_per_block,
+        fields=pair_fields(source.image_shape, config.codec, source.dtype, label=bool(source.classes)),
+        coupling=config.coupling,
+        source=content(inputs["data"]),
+        codec=config.codec,
+        layout=config.layout,
+        value_range=source.value_range,
+        image_scale=source.image_scale,
+        image_decoder=source.image_decoder,
+        flips=config.flips,
+        seed=config.seed,
+        eta=facts["eta"],
+        sigma_f=facts["sigma_f"],
+        coupling_options=options(config, custom_sha256),
+        teacher=made_with.get("teacher"),
+        potential=made_with.get("potential"),
+        student=made_with.get("student"),
+        classes=len(source.classes) or None,
+    )
+
+
+def options(config: PairsConfig, custom_sha256: str | None = None) -> dict[str, Any] | None:
+    """For the recipe: what else decides the pairs; of reflow the solver that "auto" stands for."""
+    if config.coupling == "minibatch-ot":
+        return {"group_size": config.group_size}
+    if config.coupling == "custom":
+        sha256 = custom_sha256 or custom.digest(custom.source_file(config.custom))
+        return {"function": config.custom, "sha256": sha256}
+    if config.coupling == "reflow":
+        return _reflow(config)
+    return None
+
+
+def _reflow(config: PairsConfig) -> dict[str, Any]:
+    """How the student samples. Raises StageError for a solver, an NFE and a grid that do not go together."""
+    with blaming("config section [pairs], reflow_solver and reflow_nfe"):
+        solver = pick_solver(config.reflow_solver, config.reflow_nfe)
+    if config.reflow_grid not in GRIDS:
+        raise StageError(f"pairs.reflow_grid = {config.reflow_grid!r} is unknown; there are {', '.join(GRIDS)}")
+    how = {"grid": config.reflow_grid, "guidance": config.reflow_guidance}
+    return {"solver": solver, "nfe": config.reflow_nfe, **how}
+
+
+def maker(config: PairsConfig, inputs: Inputs) -> str | None:
+    """The absolute path of what an encoder loads beside the data and the teacher, if anything."""
+    if config.coupling == "custom":
+        return str(custom.source_file(config.custom))
+    role = MAKERS.get(config.coupling)
+    return str(inputs[role].resolve()) if role not in (None, "teacher") else None
+
+
+def small_groups(spec: StoreSpec, inputs: Inputs) -> str | None:
+    """A line where the groups of minibatch-ot are smaller than asked for, since a shard has few images of a class.
+
+    Slots are in random order, so the first shard speaks for all.
+    """
+    if spec.coupling != "minibatch-ot":
+        return None
+    from nfm.trainers.couplings.minibatch_ot import groups
+
+    first = spec.slots_of(0)
+    labels = ImageDataset.open(inputs["data"], "train").labels(np.arange(first.start, first.stop))
+    wanted, classes = int((spec.coupling_options or {})["group_size"]), len(np.unique(labels))
+    sizes = [len(members) for members in groups(labels, wanted)]
+    enough = min(wanted * classes, spec.rows)
+    if max(sizes) >= BALANCED * wanted or enough <= spec.rows_per_shard:
+        return None
+    record = HELD * math.prod(spec.image_shape)
+    most = min(enough, HELD_BYTES // record)
+    remedy = (
+        f"set pairs.rows_per_shard to about {most:,}; a worker holds its shard in memory, {_size(most * record)} then"
+        if most > spec.rows_per_shard
+        else f"but larger shards, which a worker holds in memory, would take more than {_size(HELD_BYTES)}"
+    )
+    return (
+        f"groups of minibatch-ot have {min(sizes)} to {max(sizes)} noises, not pairs.group_size = {wanted}: they are "
+        f"of one class and one shard, and a shard has {len(labels):,} records. Larger groups pair better: {remedy}"
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.1f} MB"
+
+
+def pair_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
+    """FLOPs of one pair from the sizes in the data's `facts` and, where there, the sections `teacher` and `student`.
+
+    Of optimal transport these are the products <x, z>; the assignment, whose time grows as the cube of the group,
+    is not in them. 0 where nothing is computed, or where a size is not known.
+    """
+    shape, classes = facts["image_shape"], max(facts.get("classes", 1), 1)
+    values = math.prod(shape)
+    if config.coupling == "nfm":
+        return costs.teacher_flops(shape, facts["teacher"])
+    if config.coupling == "minibatch-ot":
+        return 2.0 * values * max(1, min(config.group_size, config.rows_per_shard // classes))
+    if config.coupling == "semidiscrete-ot":
+        return 2.0 * values * facts["images"] / classes
+    if config.coupling == "reflow" and "student" in facts:
+        passes = config.reflow_nfe * (2 if config.reflow_guidance else 1)
+        return passes * costs.student_flops(shape, facts["student"])
+    return 0.0
+
+
+def content(folder: Path) -> str:
+    """The content digest of a finished artifact."""
+    return atomic.read_json(folder / "manifest.json")["content_digest"]

@@ -1,0 +1,57 @@
+"""The coupling report in a sealing: a store is whole without one, so that nothing of it may keep the manifest away."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from nfm.stages.base import Inputs, Reporter, Stopped
+from nfm.storage import PairStore
+from nfm.storage.files import atomic
+from nfm.storage.format.spec import read_spec
+from nfm.storage.ledger import manifests, seal
+
+BEGUN = "coupling-report.begun.json"  # in the store while the report is made; afterwards, if that was killed
+OPTIONAL = ("torch", "scipy")
+LATER = "`nfm pairs report` measures the store at any time"
+
+
+def of_sealing(
+    out: Path, body: dict[str, Any], inputs: Inputs, report: Reporter | None, device: str = "auto"
+) -> dict[str, dict[str, Any]]:
+    """`{"coupling_report": ...}` for the manifest `body`, or nothing, and then a line says why.
+
+    Nothing where torch or scipy is not installed, where the report fails or is stopped, and where one of these same
+    pairs was begun before and never came to its end: killed for its memory or its time, it would be again.
+    """
+    if seal.manifest_path(out, body["generation"]).exists():  # sealed before, and it stays as it is
+        return {}
+    mark, begun = out / BEGUN, {"content_digest": body["content_digest"]}
+    if mark.exists() and atomic.read_json(mark).get("content_digest") == body["content_digest"]:
+        _say(report, "sealed without a coupling report: one was begun before and did not come to its end")
+        return {}
+    try:
+        atomic.write_json(mark, begun)
+        from nfm.stages.pairs import coupling_report
+
+        store = PairStore(out, read_spec(out), manifests.whole(out, body))
+        found = {"coupling_report": coupling_report.measure(store, inputs, report, device)}
+    except Stopped:
+        _say(report, "the coupling report was stopped")
+        return {}  # the mark stays: the next sealing of these pairs is for the manifest
+    except Exception as error:
+        found = {}
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in OPTIONAL:
+            _say(report, f"sealed without a coupling report: {error.name} is not installed here")
+        else:
+            _say(report, f"sealed without a coupling report, which failed: {type(error).__name__}: {error}")
+            if report is not None:
+                report.log("COUPLING_REPORT_FAILED", error=traceback.format_exc())
+    mark.unlink(missing_ok=True)
+    return found
+
+
+def _say(report: Reporter | None, text: str) -> None:
+    if report is not None:
+        report.say(f"{text}; {LATER}")

@@ -1,0 +1,279 @@
+"""Pairs: send every training image through the coupling, once a draw, into the store's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from nfm.stages.base import (
+    Finding,
+    Inputs,
+    LocalField,
+    Reporter,
+    Result,
+    Section,
+    StageError,
+    Stopped,
+    added,
+    operational,
+)
+from nfm.stages.couplings import custom
+from nfm.stages.encoding.setup import Setup
+from nfm.stages.executors import Outcome, ShardJob
+from nfm.stages.executors.ray_cluster import address_of
+from nfm.stages.pairs import production as making
+from nfm.stages.pairs import sealing
+from nfm.stages.pairs.recipe import MAKERS, OPTIONS, maker, pair_flops, small_groups, store_spec
+from nfm.stages.trained.training import WEIGHTS, Precision, pick_device
+from nfm.storage.export import converted
+from nfm.storage.files import atomic
+from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec
+from nfm.storage.ledger import manifests
+from nfm.storage.ledger import seal as generations
+
+NAME = "pairs"
+VERSION = 1
+PLAIN_BATCH = 256  # where there is no teacher to run
+
+
+class PairsConfig(Section):
+    """The `[pairs]` table; every draw pairs each training image with new noise, flips drawn anew.
+
+    `layout` and `codec` say how records lie on disk and how the noise is rounded, see docs/pairs-store.md; a finished
+    store is converted by `nfm pairs export`, the archive codec `pcodec` is made in no other way. `batch_size` "auto"
+    takes what a short probe proposes when the store begins; it stands in spec.json from then on, since last bits of the
+    noise depend on it. A generation may lack up to `max_missing` pairs, of shards that fail; its manifest lists them.
+    `report` = false seals without a coupling report, which `nfm pairs report` makes at any time.
+
+    Options of single couplings, see docs/couplings.md: `group_size` is minibatch-ot's; `custom` names a function;
+    the student of the coupling `reflow_of`, or the artifact `student`, generates the images of reflow.
+    """
+
+    coupling: Literal["nfm", "independent", "minibatch-ot", "semidiscrete-ot", "reflow", "custom"] = "nfm"
+    draws: int = operational(1, ge=1, le=1000)
+    codec: Literal["float16", "float32", "int8"] = "float16"
+    layout: Literal["blocks", "samples", "zarr"] = added("blocks")
+    rows_per_shard: int = Field(4096, ge=1)
+    rows_per_block: int = Field(256, ge=1)
+    flips: bool = False
+    seed: int = Field(0, ge=0)
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = 256
+    precision: Precision = "float32"
+    compile: bool = added(False)
+    group_size: int = added(512, ge=1)
+    custom: str | None = added(None)
+    reflow_of: str = added("independent")
+    student: LocalField | None = operational(None)
+    reflow_solver: str = added("auto")
+    reflow_nfe: int = added(31, ge=1)
+    reflow_grid: str = added("square")
+    reflow_guidance: float = added(0.0)
+    max_missing: int = operational(0, ge=0)
+    report: bool = operational(True)
+    executor: Literal["ray", "serial", "slurm"] = operational("ray")
+    ray_address: str | None = operational(None)
+    workers: int = operational(0, ge=0)
+    threads: int = operational(1, ge=1)
+    device: str = operational("auto")
+
+
+def input_roles(config: PairsConfig) -> tuple[str, ...]:
+    """What the coupling is made from."""
+    return ("data", MAKERS[config.coupling]) if config.coupling in MAKERS else ("data",)
+
+
+def for_coupling(config: PairsConfig, coupling: str) -> PairsConfig:
+    """The section for that coupling; options of other couplings are at their defaults, so that they move nothing."""
+    others = (name for owner, names in OPTIONS.items() if owner != coupling for name in names)
+    defaults = {name: PairsConfig.model_fields[name].default for name in others}
+    return PairsConfig.model_validate({**config.model_dump(), **defaults, "coupling": coupling})
+
+
+def external(config: PairsConfig) -> dict[str, str]:
+    """Digests of what decides the pairs and is in no artifact: the file of a custom coupling."""
+    return {"custom": custom.digest(custom.source_file(config.custom))} if config.coupling == "custom" else {}
+
+
+def manifest_name(config: PairsConfig, out: Path) -> str:
+    """The manifest of the newest generation that is what the config asks for, else the next one's name."""
+    for number in reversed(generations.numbers(out)):
+        manifest = manifests.raw(out, number)
+        lacking = sum(shard["records"] for shard in manifest.get("excluded", ()))
+        if manifest["draws"] == config.draws and lacking <= config.max_missing:
+            return generations.manifest_path(out, number).name
+    return generations.manifest_path(out, generations.next_number(out)).name
+
+
+def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
+    """For `spec.json`: the store's recipe, and the batch shape with the probe that proposed it."""
+    spec = store_spec(config, inputs)
+    if config.batch_size != "auto":
+        return {"store": spec.to_dict(), "encoding": {"batch_size": config.batch_size}}
+    if "teacher" not in inputs:
+        # Semidiscrete transport reads every image of a class for each batch: the larger, the fewer times.
+        size = spec.rows_per_shard if config.coupling == "semidiscrete-ot" else PLAIN_BATCH
+        return {"store": spec.to_dict(), "encoding": {"batch_size": size}}
+    from nfm.stages.encoding import probe
+
+    facts = (str(inputs["teacher"].resolve()), spec.image_shape, spec.classes or 0, spec.eta)
+    how: dict[str, Any] = {"precision": config.precision, "threads": config.threads, "compile": config.compile}
+    sizes = [size for size in probe.SIZES if size <= spec.rows_per_shard]
+    address = address_of(config.ray_address)
+    if config.executor == "ray" and address != "local":  # where the workers are, which may have other devices
+        from nfm.stages.executors import ray
+
+        found = ray.on_a_worker(probe.for_teacher, config.device, config.threads, address, *facts, sizes=sizes, **how)
+    else:
+        found = probe.for_teacher(*facts, device=pick_device(config.device), sizes=sizes, **how)
+    return {"store": spec.to_dict(), "encoding": {"batch_size": found.batch_size, "probe": found.rates}}
+
+
+def recipe(
+    manifest: Mapping[str, Any], inputs: Inputs, found: StoreSpec, recorded: Mapping[str, str] = {}
+) -> StoreSpec:
+    """The recipe that a store should have by its inputs; of an export, in the layout and codec it was exported to.
+
+    The file of a custom coupling is no input: its digest is the one of `recorded`, which is `external` as the
+    fingerprint has it, and holds when pairs are made anew; of a store without, that of the store. Raises StageError
+    where neither has one: what module is here now says nothing of the one that the pairs were made with.
+    """
+    sha256 = recorded.get("custom", (found.coupling_options or {}).get("sha256"))
+    config = PairsConfig(**manifest["config"])
+    if config.coupling == "custom" and not sha256:
+        raise StageError(
+            f"its custom function {config.custom!r} has no digest recorded, so nobody can say which code made its "
+            "pairs; make the store again from code that you know"
+        )
+    spec = store_spec(config, inputs, sha256)
+    return converted(spec, found.layout, found.codec) if "exported" in manifest else spec
+
+
+def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Encode the shards that have no commit yet, then seal the generation."""
+    spec = read_spec(out)
+    total, shards = spec.rows * config.draws, spec.shards_per_draw * config.draws
+    lacking = making.pending(out, spec, config.draws)
+    if lacking and (told := small_groups(spec, inputs)):
+        report.say(told)
+    if len(lacking) < shards:
+        report.say(f"{shards - len(lacking)} of {shards} shards are committed already")
+    if lacking and config.executor != "slurm":
+        setting = setup(config, inputs, out)
+        announce(spec, setting, report)
+        done = total - making.records_of(spec, lacking)
+        outcomes = _encode(config, setting, making.jobs(lacking), report)
+        failed = making.produce(out, outcomes, setting.batch_size, report, done, total)
+        lacking = making.pending(out, spec, config.draws)
+        if report.stopping or (report.ending and len(lacking) > len(failed)):
+            raise Stopped
+    pairs = making.records_of(spec, lacking)
+    if pairs > config.max_missing or not making.all_failed(out, lacking):
+        again = "run `nfm submit pairs --slurm` again" if config.executor == "slurm" else "run the same command again"
+        raise making.missing(out, lacking, shards, pairs, config.max_missing, again)
+    return seal(
+        out, config.draws, making.reasons(out, lacking), inputs if config.report else None, report, config.device
+    )
+
+
+def announce(spec: StoreSpec, setting: Setup, report: Reporter | custom.Allowed) -> None:
+    """Says whose code is about to run, where encoding runs somebody's."""
+    if spec.coupling == "custom":
+        options = spec.coupling_options or {}
+        report.say(custom.announced(setting.maker, str(options.get("function")), str(options.get("sha256"))))
+
+
+def seal(
+    out: Path,
+    draws: int,
+    excluded: Mapping[str, str] = {},
+    inputs: Inputs | None = None,
+    report: Reporter | None = None,
+    device: str = "auto",
+) -> Result:
+    """The generation that holds these draws, from its commits; raises where commits or their files are missing.
+
+    `excluded` names shards that may be missing, with the reasons that the manifest is to give. With `inputs`, the
+    manifest has a coupling report of these pairs, made on `device`, unless what keeps it away is told.
+    """
+    body = generations.build(out, read_spec(out), draws, excluded)
+    if inputs is not None:
+        body = body | sealing.of_sealing(out, body, inputs, report, device)
+    moments = body["moments"]
+    metrics = {
+        "pairs": body["records"],
+        "draws": draws,
+        "noise_mean": moments["mean"],
+        "noise_var": moments["var"],
+        "bytes": body["bytes"],
+        "shards": body["shard_count"],
+    }
+    return Result(
+        payload=[],
+        metrics=metrics,
+        extra=body,
+        content_digest=body["content_digest"],
+        manifest=generations.manifest_path(out, body["generation"]).name,
+    )
+
+
+def cost(config: PairsConfig, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Pairs, bytes on disk and the arithmetic of finding them."""
+    pairs = facts["images"] * config.draws
+    fields = pair_fields(facts["image_shape"], config.codec, facts.get("image_dtype", "uint8"))
+    stored = pairs * sum(field.bytes_per_record for field in fields)
+    flops = pairs * pair_flops(config, facts)
+    arithmetic = {"FLOPs": f"{flops:.2g}"} if flops else {}  # the time that it takes is measured by `pairs_plan`
+    return {"pairs": f"{pairs:,}", "draws": str(config.draws), "MB": f"{stored / 1e6:,.0f}", **arithmetic}
+
+
+def audit(
+    inputs: Inputs,
+    store: Path,
+    level: Literal["quick", "default", "deep"],
+    sample: int,
+    allowed: custom.Allowed = custom.NOBODYS,
+) -> tuple[list[Finding], list[str]]:
+    """What is wrong with a store, see `pairs_audit.audit`."""
+    from nfm.stages.stores import audit as pairs_audit
+
+    return pairs_audit.audit(inputs, store, level, sample, allowed)
+
+
+def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
+    """The encoder's setup; paths are absolute, since workers run elsewhere, and so is the device theirs to choose."""
+    teacher = inputs.get("teacher")
+    weights = None
+    if teacher is not None:
+        listed = {file["path"]: file["sha256"] for file in atomic.read_json(teacher / "manifest.json")["files"]}
+        weights = listed[WEIGHTS]
+    return Setup(
+        store=str(out.resolve()),
+        data=str(inputs["data"].resolve()),
+        teacher=str(teacher.resolve()) if teacher is not None else None,
+        teacher_sha256=weights,
+        batch_size=_batch_size(config, out),
+        precision=config.precision,
+        device=config.device,
+        threads=config.threads,
+        compile=config.compile,
+        maker=maker(config, inputs),
+    )
+
+
+def _batch_size(config: PairsConfig, out: Path) -> int:
+    """The store's batch shape, which its spec fixed; of a store from before that, or an export, the config's."""
+    stated = atomic.read_json(out / "spec.json").get("encoding", {}).get("batch_size", config.batch_size)
+    return PLAIN_BATCH if stated == "auto" else int(stated)
+
+
+def _encode(
+    config: PairsConfig, encoder: Setup, jobs: Iterable[ShardJob], report: Reporter
+) -> Iterator[Outcome | None]:
+    from nfm.stages.executors import ray, serial
+
+    if config.executor == "serial":
+        return serial.run(encoder, jobs, 1, report)
+    return ray.run(encoder, jobs, config.workers, report, config.ray_address, report.say)

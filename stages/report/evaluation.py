@@ -1,0 +1,127 @@
+"""The evaluation as the report shows it: table, plot and grids from `evaluation.json` and its samples."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nfm.stages.base import StageError
+from nfm.stages.display import plots as plots
+from nfm.stages.evaluation.table import DISTANCE, Line, columns_of, distance_key
+from nfm.stages.report.html import figure, heading, image_grid, number, paragraph, row, table
+from nfm.storage.files.atomic import read_json
+from nfm.storage.files.small_files import opened
+
+MEANT = {
+    "fd_cnn": " in the features of our own CNN: FD-CNN compares within this report only and is not FID",
+    "fid": " in the features of Inception-v3",
+    "w2": ": the exact Wasserstein-2 distance of as many points on either side, in the data's own units",
+}
+
+
+class Evaluation:
+    """`evaluation.json` and the samples beside it, as table, plot and grids."""
+
+    def __init__(self, root: Path, samples: int):
+        self.root, self.samples = root, samples
+        self.body = read_json(root / "evaluation.json")
+        self.rows: list[dict[str, Any]] = list(self.body["rows"])
+        self.key = distance_key(self.rows[0])
+        self.title = DISTANCE[self.key]
+
+    def lead(self) -> list[str]:
+        """One sentence: the students at the fewest Heun steps, the teacher and the floor."""
+        heun = [line for line in self.rows if line["model"] == "student" and line["sampler"] == "heun"]
+        if not heun:
+            return []
+        fewest = min(line["nfe"] for line in heun)
+        shown = [line for line in heun if line["nfe"] == fewest]
+        shown += [line for line in self.rows if line["model"] in ("teacher", "floor")]
+        said = [f"{_row_title(line)}: {number(line[self.key], 3)}" for line in shown]
+        return [f"{self.title}, lower is better. {'; '.join(said)}."]
+
+    def section(self) -> str:
+        columns = columns_of(self.rows)
+        cells = [[column.value(line) for column in columns] for line in self.rows]
+        reference = self.body.get("reference") or {}
+        text = (
+            f"Distances to {reference.get('rows', 0):,} images of the {reference.get('split', 'train')} split"
+            f"{MEANT[self.key]}. The floor is the distance of real held-out images. "
+            f"Tinted: the best student at each NFE. Measured on: {self.body.get('machine', 'unknown machine')}."
+        )
+        measured = table([column.title for column in columns], cells, self._best())
+        return paragraph(text) + measured + self._plot() + self._curvature()
+
+    def grids(self, model: str) -> list[str]:
+        """A grid for every row of that model that has samples, by NFE, couplings beside each other."""
+        lines = [line for line in self.rows if line["model"] == model]
+        lines.sort(key=lambda line: -(line.get("nfe") or 0))
+        figures = []
+        for line in lines:
+            file = self.root / "samples" / f"{line['name']}.npz"
+            if file.is_file():
+                images = _samples(file, self.root)[: self.samples]
+                caption = f"{self.title} {number(line[self.key], 3)}"
+                grid = image_grid(images, f"samples of {line['name']}")
+                figures.append(figure(grid, _row_title(line), caption))
+        return figures
+
+    def _best(self) -> list[int]:
+        best: dict[tuple[str, int], int] = {}
+        for i, line in enumerate(self.rows):
+            if line["model"] == "student":
+                key = (line["sampler"], line["nfe"])
+                if key not in best or line[self.key] < self.rows[best[key]][self.key]:
+                    best[key] = i
+        return list(best.values())
+
+    def _plot(self) -> str:
+        lines: dict[str, tuple[list[float], list[float]]] = {}
+        for line in sorted((r for r in self.rows if r["model"] == "student"), key=lambda r: r["nfe"]):
+            nfe, distance = lines.setdefault(str(line["coupling"]), ([], []))
+            nfe.append(line["nfe"])
+            distance.append(line[self.key])
+        if not lines:
+            return ""
+        levels = {_row_title(line): (line["model"], line[self.key]) for line in self.rows if line["model"] != "student"}
+        plot = plots.distance_by_nfe(lines, levels, f"{self.title} against NFE by coupling")
+        return row([figure(plot, f"{self.title} against NFE", self._solvers())])
+
+    def _solvers(self) -> str:
+        """Which solver took which NFE, as the rows have it."""
+        taken: dict[str, list[int]] = {}
+        for line in self.rows:
+            if line["model"] == "student":
+                taken.setdefault(str(line["sampler"]).capitalize(), []).append(line["nfe"])
+        said = [f"{name} at {', '.join(map(str, sorted(set(nfe))))}" for name, nfe in sorted(taken.items())]
+        return f"{'; '.join(said)}; NFE logarithmic"
+
+    def _curvature(self) -> str:
+        lines = self.body.get("curvature") or []
+        if not lines:
+            return ""
+        columns = ["model", "coupling", "curvature", "Euler steps", "trajectories"]
+        rows = [[line[key] for key in ("model", "coupling", "value", "steps", "trajectories")] for line in lines]
+        text = "Mean squared deviation of velocity from the straight line along generated paths; 0 is straight."
+        return heading("Curvature") + paragraph(text) + table(columns, rows)
+
+
+def _samples(file: Path, root: Path) -> np.ndarray:
+    try:
+        with opened(file, root) as source, np.load(source, allow_pickle=False) as arrays:
+            return np.asarray(arrays["images"])
+    except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        remedy = "remove that evaluation's folder and run the same command again"
+        raise StageError(f"{file}: no samples of an evaluation ({error}); {remedy}") from error
+
+
+def _row_title(line: Line) -> str:
+    if line["model"] == "student":
+        return f"{line['coupling']} student, {str(line['sampler']).capitalize()}, NFE {line['nfe']}"
+    sampler = f", {line['sampler']}" if line.get("sampler") else ""
+    guidance = f", guidance {line['guidance']:g}" if line.get("guidance") else ""
+    return f"{line['model']}{sampler}{guidance}"

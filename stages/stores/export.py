@@ -1,0 +1,76 @@
+"""What users do to a finished store: export it to another layout or codec, add a field to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nfm.stages.base import StageError
+from nfm.storage import PairStore
+from nfm.storage.export import Progress, export
+from nfm.storage.ledger.row_fields import RowField, write_row_field
+
+CHUNK_BYTES = 16 << 20
+
+
+def run(
+    where: str | Path,
+    target: str | Path,
+    layout: str | None,
+    codec: str | None,
+    generation: int | None,
+    progress: Progress,
+) -> list[str]:
+    """Export a store, by default in its own layout and codec; returns what there is to say of it."""
+    store = PairStore.open(where, generation)
+    layout, codec = layout or store.spec.layout, codec or store.spec.codec
+    manifest = export(store, target, layout, codec, progress)
+    before, after = (sum(shard["bytes"] for shard in body["shards"]) for body in (store.manifest, manifest))
+    pairs, values = manifest["records"], manifest["records"] * int(np.prod(store.spec.image_shape))
+    said = [
+        f"{pairs:,} pairs, {layout} {codec}: {after / 1e6:,.1f} MB, {after / pairs:,.0f} bytes a pair "
+        f"({store.spec.layout} {store.spec.codec}: {before / pairs:,.0f})",
+        _loss(store.spec.codec, codec, manifest, values),
+    ]
+    return said
+
+
+def _loss(before: str, after: str, manifest: dict[str, Any], values: int) -> str:
+    exported = manifest["exported"]
+    if not exported.get("rms_error"):
+        return f"the noise is exactly that of the source ({before} to {after})"
+    clipped = manifest.get("clipped", 0)
+    return (
+        f"the noise is rounded from {before} to {after}: RMS error {exported['rms_error']:.3g}, largest "
+        f"{exported['max_error']:.3g} over {exported['measured']:,} pairs; {clipped:,} of {values:,} values clipped"
+    )
+
+
+def add_field(where: str | Path, name: str, file: Path) -> RowField:
+    """Add a row-scoped field from an .npy file with a value a source row; never unpickles."""
+    store = PairStore.open(where)
+    try:
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise StageError(f"{file}: not an .npy file of numbers ({error}); write it with numpy.save") from error
+    if not isinstance(values, np.ndarray) or not values.ndim:
+        raise StageError(f"{file}: one array [rows, ...] is needed; write it with numpy.save")
+    rows = store.spec.rows
+    if not store.spec.slot_is_row:
+        # The source may have more rows than a draw has slots; those that the pairs name must be there.
+        named = int(max(part.as_py() for part in store.index(["row"])["row"].combine_chunks().unique()))
+        rows = max(len(values), named + 1)
+    if len(values) != rows:
+        raise StageError(
+            f"{file}: {len(values):,} rows, the store's source has {rows:,}: one value a row, in its order"
+        )
+    return write_row_field(store.root, name, _chunks(values), values.shape[1:], values.dtype.name, rows)
+
+
+def _chunks(values: np.ndarray) -> Iterator[np.ndarray]:
+    step = max(1, CHUNK_BYTES // max(values[:1].nbytes, 1))
+    for start in range(0, len(values), step):
+        yield np.asarray(values[start : start + step])

@@ -1,0 +1,55 @@
+"""What a pair store says of itself: recipe, generation, sizes, moments; from a folder, a manifest or a URL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nfm.stages.pairs import coupling_advice
+from nfm.storage import PairStore
+from nfm.storage.ledger import seal
+from nfm.storage.ledger.row_fields import RowField, row_field_names
+
+RECIPE = ("coupling", "layout", "codec", "noise_step", "image_scale", "image_decoder", "rows", "rows_per_shard", "eta",
+          "sigma_f", "seed", "flips", "classes", "teacher", "source")  # fmt: skip
+ENCODED = ("precision", "batch_sizes", "noise_error")  # how its commits say that they were made
+ONLY_WHERE_SET = ("noise_step", "image_scale", "image_decoder")
+
+
+def info(where: str | Path) -> dict[str, Any]:
+    """The recipe of a store and the figures of its pinned generation, by the names that people see."""
+    store = PairStore.open(where)
+    spec, body = store.spec, store.manifest
+    size = body.get("bytes") or sum(shard["bytes"] for shard in body["shards"])
+    excluded = body.get("excluded", ())
+    recipe = {key: getattr(spec, key) for key in RECIPE}
+    shown = {key: value for key, value in recipe.items() if value is not None or key not in ONLY_WHERE_SET}
+    fields = ", ".join(f"{field.name} {field.dtype}{list(field.shape)}" for field in spec.fields)
+    row_fields = [RowField.open(store.root, name) for name in row_field_names(store.root)]
+    joined = ", ".join(f"{field.name} {field.dtype.name}{list(field.shape)}" for field in row_fields)
+    return {
+        "generations": ", ".join(seal.manifest_path(".", n).name for n in seal.numbers(store.root)),
+        **shown,
+        "fields": fields,
+        "row fields": joined or None,
+        "draws": store.draws,
+        "pairs": body["records"],
+        "bytes": size,
+        "bytes per pair": round(size / body["records"], 1),
+        **({"excluded pairs": sum(shard["records"] for shard in excluded)} if excluded else {}),
+        "clipped": body.get("clipped", 0),
+        "order key": store.order_key,
+        "content": store.content_digest,
+        **{f"exported {key}": value for key, value in (body.get("exported") or {}).items()},
+        **{f"noise {key}": value for key, value in body["moments"].items()},
+        **{key.replace("_", " "): body[key] for key in ENCODED if body.get(key) is not None},
+        **_reported(body.get("coupling_report"), where),
+    }
+
+
+def _reported(report: dict[str, Any] | None, where: str | Path) -> dict[str, Any]:
+    """The coupling report that a manifest carries, with advice; how to get one where it has none."""
+    if report is None:
+        return {"coupling report": f"none in this manifest; `nfm pairs report {where}` measures the pairs"}
+    said = {f"advice {number}": text for number, text in enumerate(coupling_advice.advice(report), 1)}
+    return coupling_advice.lines(report) | said

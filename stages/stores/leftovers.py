@@ -1,0 +1,113 @@
+"""What killed attempts and repairs leave in a pair store: of no harm, and of no use once somebody has looked at it."""
+
+from __future__ import annotations
+
+import calendar
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from nfm.stages.stores.repair import damaged_manifests
+from nfm.storage import verify as storage_verify
+from nfm.storage.errors import StorageError
+from nfm.storage.files import atomic
+from nfm.storage.ledger import commits, seal
+
+_OF_A_SHARD = re.compile(r"(?:shards|index)/((d\d+-s\d+)\.[^/.]+)")
+_MANIFEST = re.compile(r"manifest\.g(\d{4,})\.json")
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Files of a store that belong together and go together; `since` is when the last of them changed (Unix time)."""
+
+    kind: str  # attempt, temporary or quarantine
+    name: str  # relative to the store
+    files: tuple[Path, ...]
+    bytes: int
+    since: float
+
+
+def leftovers(store: Path) -> list[Leftover]:
+    """All that may go from a store, by attempt and by repair; nothing while it has a manifest that cannot be read.
+
+    Raises StorageError when its recipe is unreadable, and NewerSchema.
+    """
+    if damaged_manifests(store):
+        return []
+    return [*_orphans(store), *_quarantined(store)]
+
+
+def _orphans(store: Path) -> list[Leftover]:
+    """Temporaries, and the files of attempts without a commit.
+
+    An attempt's files have one age: its payload may lie still while its index part is being written.
+    """
+    groups: dict[str, list[Path]] = {}
+    doubtful: dict[str, bool] = {}
+    for file in storage_verify.orphans(store):
+        match = _OF_A_SHARD.match(file)
+        if match is not None:
+            shard = match[2]
+            if shard not in doubtful:
+                doubtful[shard] = _unreadable(store, shard)
+            if doubtful[shard]:
+                continue  # `nfm repair` decides: nobody can say which attempt was committed
+        name = match[1] if match is not None else file
+        groups.setdefault(name, []).append(store / file)
+    kinds = {name: "temporary" if atomic.is_temporary(name) else "attempt" for name in groups}
+    found = [_leftover(kinds[name], name, files) for name, files in groups.items()]
+    return [leftover for leftover in found if leftover is not None]
+
+
+def _unreadable(store: Path, shard: str) -> bool:
+    try:
+        commits.read(store, shard)
+    except StorageError:
+        return True
+    return False
+
+
+def _quarantined(store: Path) -> list[Leftover]:
+    """What each repair set aside.
+
+    A manifest stays until a later generation is sealed: its number must never come back with other content, and
+    the next number follows from what is there.
+    """
+    newest = max(seal.numbers(store), default=0)
+    found, quarantine = [], store / "quarantine"
+    # What a link leads to is not the store's.
+    folders = [] if quarantine.is_symlink() else sorted(quarantine.glob("*"))
+    for folder in folders:
+        if folder.is_symlink():
+            continue
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
+        numbered = ((path, _MANIFEST.fullmatch(path.name)) for path in files)
+        going = [path for path, match in numbered if match is None or int(match[1]) < newest]
+        leftover = _leftover("quarantine", f"quarantine/{folder.name}", going, _set_aside_at(folder))
+        found += [leftover] if leftover is not None else []
+    return found
+
+
+def _set_aside_at(folder: Path) -> float | None:
+    """When a repair filled its folder, by the folder's name; moved files keep their own times."""
+    try:
+        return float(calendar.timegm(time.strptime(folder.name, "%Y%m%dT%H%M%SZ")))
+    except ValueError:
+        return None
+
+
+def _leftover(kind: str, name: str, files: list[Path], since: float | None = None) -> Leftover | None:
+    """None when the files went away while they were listed."""
+    facts = {}
+    for path in files:
+        try:
+            facts[path] = path.lstat()
+        except FileNotFoundError:
+            continue
+    if not facts:
+        return None
+    if since is None:
+        since = max(fact.st_mtime for fact in facts.values())
+    return Leftover(kind, name, tuple(facts), sum(fact.st_size for fact in facts.values()), since)

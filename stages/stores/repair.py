@@ -1,0 +1,131 @@
+"""Looking after a pair store: what is complete, what is bad, and which files a shard has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from nfm.stages.base import Finding, StageError
+from nfm.storage import layouts
+from nfm.storage import verify as storage_verify
+from nfm.storage.errors import NewerSchema, StorageError
+from nfm.storage.files import atomic
+from nfm.storage.files.paths import as_path, inside, size_of
+from nfm.storage.format.spec import StoreSpec, read_spec, shard_name
+from nfm.storage.ledger import commits, manifests, seal
+
+
+def pinned(store: str | Path) -> tuple[Path, int]:
+    """(folder, generation) of a store given as its folder or URL (the newest generation) or as a manifest."""
+    root = as_path(store)
+    if root.suffix == ".json" and size_of(root) is not None:
+        return root.parent, int(atomic.read_json(root)["generation"])
+    return root, max(seal.numbers(root), default=1)
+
+
+def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> list[Finding]:
+    """What is wrong with a store by itself, or with the one generation whose manifest `store` is."""
+    root, generation = pinned(store)
+    whole = root == as_path(store)
+    found = storage_verify.verify(root, None if whole else generation, level)
+    return [Finding(finding.file, finding.problem, finding.remedy) for finding in found]
+
+
+def unfinished(store: str | Path) -> str:
+    """What killed attempts left in a store, in a sentence; empty when there is nothing."""
+    root, _ = pinned(store)
+    left = storage_verify.orphans(root)
+    size = sum(size_of(root / name) or 0 for name in left)
+    return f"{len(left)} files of unfinished attempts, {size / 1e6:.1f} MB: of no harm and of no use" if left else ""
+
+
+def sealable(out: Path) -> tuple[int, dict[str, str]]:
+    """(draws, shards that may be missing with reasons) of the next generation: never less than the newest one has."""
+    found = seal.numbers(out)
+    if not found:
+        return complete_draws(out), {}
+    newest, draws = manifests.raw(out, found[-1]), _complete_draws(out)
+    if draws > newest["draws"]:
+        return draws, {}
+    return newest["draws"], {shard["name"]: shard["reason"] for shard in newest.get("excluded", ())}
+
+
+def complete_draws(out: Path) -> int:
+    """The number of leading draws whose shards are all committed; StageError where there is none."""
+    draws = _complete_draws(out)
+    if not draws:
+        raise StageError(f"{out}: no draw is complete yet; run the pairs stage again")
+    return draws
+
+
+def _complete_draws(out: Path) -> int:
+    spec, done = read_spec(out), set(commits.names(out, 1000))
+    draws = 0
+    while all(shard_name(draws, shard) in done for shard in range(spec.shards_per_draw)):
+        draws += 1
+    return draws
+
+
+def damaged_manifests(out: Path) -> list[Path]:
+    """The manifests that cannot be read, with their lists of shards: the store can be sealed again from its commits."""
+    damaged = []
+    for number in seal.numbers(out):
+        try:
+            seal.load(out, number)
+        except NewerSchema:
+            raise
+        except StorageError:
+            damaged += seal.files_of(out, number)
+    return damaged
+
+
+def bad_shards(out: Path) -> list[str]:
+    """The shards that a commit or a manifest names and that are not, whole, what was committed and sealed."""
+    spec, sealed = read_spec(out), dict[str, set[str]]()
+    for number in seal.numbers(out):
+        for entry in seal.load(out, number)["shards"]:
+            sealed.setdefault(entry["name"], set()).add(entry["commit_sha256"])
+    committed = {path.stem for path in (out / "commits").glob("d*.json")}
+    return [name for name in sorted(committed | set(sealed)) if not _whole(out, spec, name, sealed.get(name, set()))]
+
+
+def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
+    try:
+        commit = commits.read(out, name)
+        if commit is None or sealed - {atomic.hash_file(commits.commit_path(out, name))[0]}:
+            return False
+        index = layouts.StoredFile(commit.index, commit.index_sha256, commit.index_bytes)
+        pairs = zip(layouts.files(spec, commit), layouts.files(spec, commit, sealed=False))
+        # Sealing moves the files of some layouts: they are in the first place, which no other file may take, or still
+        # in the second.
+        files = [final if size_of(out / final.path) is not None else staged for final, staged in pairs]
+        return all(_is(out, file) for file in [*files, index])
+    except StorageError:
+        return False
+
+
+def _is(out: Path, file: layouts.StoredFile) -> bool:
+    path = inside(out, file.path)  # what a link leads to elsewhere is no file of the store
+    return size_of(path) == file.bytes and atomic.hash_file(path) == (file.sha256, file.bytes)
+
+
+def files_of_shards(out: Path, names: list[str]) -> list[Path]:
+    """What must go for these shards to be made again, in the order in which it must go.
+
+    First the manifests that list them, so that a repair that is killed leaves no seal over a hole; then what sealing
+    placed elsewhere, which only the commits lead to; then these; then payloads and index parts of any attempt.
+    """
+    spec, bad = read_spec(out), set(names)
+    manifests = [
+        file
+        for number in seal.numbers(out)
+        if not bad.isdisjoint(entry["name"] for entry in seal.load(out, number)["shards"])
+        for file in seal.files_of(out, number)
+    ]
+    own = [path for folder in ("commits", "shards", "index") for name in names for path in _named(out / folder, name)]
+    placed = [out / path for name in names for path in layouts.placed(spec, name)]
+    return manifests + [path for path in placed if size_of(path) is not None] + own
+
+
+def _named(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f"{name}.*"))

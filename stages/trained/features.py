@@ -1,0 +1,135 @@
+"""Features: a small classifier of the data set's own labels, whose features the evaluation measures distances in.
+
+Data without labels is classified by how it was turned (Gidaris, Singh and Komodakis 2018, arXiv 1803.07728).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from nfm.stages.base import Inputs, Reporter, Result
+from nfm.stages.trained.training import (
+    CHECKPOINT,
+    METRICS,
+    WEIGHTS,
+    TrainingSection,
+    blaming,
+    fit,
+    parameter_count,
+    pick_device,
+    read_weights,
+    recipe,
+)
+from nfm.storage import ImageDataset
+from nfm.storage.files import atomic
+
+if TYPE_CHECKING:
+    import torch
+
+    from nfm.trainers.models.cnn import FeatureNet
+
+NAME = "features"
+VERSION = 1
+TURNS = 4  # classes of data without labels
+
+
+class FeaturesConfig(TrainingSection):
+    """The `[features]` table; `images` is the number of training images seen in all."""
+
+    images: int = Field(300_000, ge=1)
+    learning_rate: float = Field(4e-3, gt=0)
+    warmup: float = Field(0.1, ge=0, le=1)
+    ema: float = Field(0.995, ge=0, lt=1)
+
+
+def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train the classifier and state its accuracy on held-out images."""
+    import torch
+
+    from nfm.trainers.checkpoint import pack_weights
+    from nfm.trainers.models.cnn import FeatureNet, classification_loss
+
+    def loss(model: FeatureNet, batch: Any, generator: torch.Generator) -> Any:
+        if not train.classes:
+            turns = torch.randint(TURNS, (len(batch),), generator=generator, device=generator.device)
+            batch = replace(batch, image=_turned(batch.image, turns), label=turns)
+        return classification_loss(model, batch, generator)
+
+    train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    torch.manual_seed(config.seed)
+    channels, height, width = train.image_shape
+    with blaming("config section [features]"):
+        model = FeatureNet((channels, height, width), len(train.classes) or TURNS)
+        batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
+    trained = fit(model, loss, batches, config, recipe(config, config.images), out, report, "images")
+    atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, model.architecture))
+
+    network = load(out, pick_device(config.device))
+    rows = np.arange(len(heldout))
+    images, labels = heldout.images(rows), heldout.labels(rows)
+    if not train.classes:
+        labels = rows % TURNS
+        images = _turned(torch.from_numpy(images), torch.from_numpy(labels)).numpy()
+    accuracy = float((_forward(network, images, "logits").argmax(1) == labels).mean())
+    metrics = {
+        "heldout_accuracy": round(accuracy, 4),
+        "heldout_images": len(heldout),
+        "parameters": parameter_count(network),
+        **({} if train.classes else {"task": "which way is it turned"}),
+    }
+    return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
+
+
+def load(folder: Path, device: str = "cpu") -> FeatureNet:
+    """The trained network, in evaluation mode."""
+    from nfm.trainers.models.cnn import FeatureNet
+
+    state, architecture = read_weights(folder)
+    network = FeatureNet(**architecture)
+    network.load_state_dict(state)
+    return network.eval().to(device)
+
+
+def extract(network: FeatureNet, images: np.ndarray) -> np.ndarray:
+    """Features [N, F] float32 of images [N, C, H, W]: uint8 pixels, or latents as floats."""
+    return _forward(network, images, "features")
+
+
+def classify(network: FeatureNet, found: np.ndarray) -> np.ndarray:
+    """The labels int64 [N] that the network gives to images with the features [N, F] that `extract` found."""
+    import torch
+
+    with torch.inference_mode():
+        return network.head(torch.from_numpy(found).to(network.head.weight.device)).argmax(dim=1).cpu().numpy()
+
+
+def _forward(network: FeatureNet, images: np.ndarray, what: str, batch_size: int = 500) -> np.ndarray:
+    import torch
+
+    device = next(network.parameters()).device
+    call = network.features if what == "features" else network
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(images), batch_size):
+            values = torch.from_numpy(images[start : start + batch_size]).to(device).float()
+            parts.append(call(values / 127.5 - 1 if images.dtype == np.uint8 else values).float().cpu())
+    return torch.cat(parts).numpy()
+
+
+def _turned(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Each image [C, H, W] turned by its number of quarters; where the sides differ, flipped in one of four ways."""
+    import torch
+
+    out = torch.empty_like(images)
+    for turn in range(TURNS):
+        of = turns == turn
+        if images.shape[-1] == images.shape[-2]:
+            out[of] = torch.rot90(images[of], turn, (2, 3))
+        else:
+            out[of] = images[of].flip([axis for axis, bit in ((-1, 1), (-2, 2)) if turn & bit])
+    return out

@@ -1,0 +1,241 @@
+"""Images from noise: the student by its solvers, the teacher by its inverse, in batches and reproducibly."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from nfm.stages.base import StageError
+from nfm.stages.display.pictures import save_grid
+from nfm.stages.trained import student, teacher
+from nfm.stages.trained.training import blaming, parameter_count, pick_device, precision_context, read_weights
+from nfm.storage import ImageDataset
+from nfm.storage.files import atomic
+from nfm.storage.format import philox
+from nfm.trainers.nfe import pick_solver
+
+if TYPE_CHECKING:
+    import torch
+
+    from nfm.stages.trained.training import Precision
+    from nfm.trainers.models.sit import SiT
+    from nfm.trainers.models.unet import UNet
+
+SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4"]
+GridName = Literal["square", "uniform"]
+SOLVERS, GRIDS = get_args(SolverName), get_args(GridName)
+REFERENCE = "dopri5"  # whose own error control decides its evaluations
+TOLERANCE = 1e-5  # of the reference, relative and absolute
+
+# noise [B, C, H, W] and labels [B] -> images [B, C, H, W] in [-1, 1]
+Decode = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+
+
+class Sampler(NamedTuple):
+    """A way to make images, with what stands beside every figure of it; `name` serves as a file's too.
+
+    Of the reference solver `nfe` is 0 and `taken` is a list to which every batch adds the evaluations that it took.
+    """
+
+    name: str
+    model: str
+    coupling: str | None
+    sampler: str
+    nfe: int
+    guidance: float
+    parameters: int
+    decode: Decode
+    taken: list[int] | None = None
+
+
+def student_sampler(
+    folder: Path,
+    nfe: int,
+    device: str,
+    precision: Precision,
+    solver: str = "auto",
+    grid: str = "square",
+    guidance: float = 0.0,
+) -> Sampler:
+    """The student at `nfe` evaluations of its velocity, each with and without labels where there is guidance.
+
+    Its row is named after the variant of its manifest. Raises ValueError for an NFE that the solver cannot have,
+    StageError for guidance of a student that cannot be without labels.
+    """
+    from nfm.trainers import solvers
+
+    method = pick_solver(solver, nfe)
+    model, variant = _student(folder, device, guidance)
+
+    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with precision_context(noise.device.type, precision):
+            return solvers.sample(velocity(model, labels, guidance), noise, nfe, method, grid)
+
+    name = _as_file(f"student-{variant}-{method}-{nfe}")
+    return Sampler(name, "student", variant, method, nfe, guidance, parameter_count(model), decode)
+
+
+def reference_sampler(folder: Path, device: str, precision: Precision, guidance: float = 0.0) -> Sampler:
+    """The student's own limit: adaptive dopri5 to a tolerance of 1e-5, which takes the evaluations that it needs.
+
+    Raises StageError for guidance of a student that cannot be without labels, or where torchdiffeq is missing.
+    """
+    from nfm.trainers import solvers
+
+    find_reference_solver()
+    model, variant = _student(folder, device, guidance)
+    name = _as_file(f"student-{variant}-{REFERENCE}")
+    taken: list[int] = []
+
+    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        try:
+            with precision_context(noise.device.type, precision):
+                images, nfe = solvers.dopri5(velocity(model, labels, guidance), noise, TOLERANCE, TOLERANCE)
+        except AssertionError as error:  # torchdiffeq's own: no step is small enough
+            raise StageError(
+                f"row {name}: {REFERENCE} cannot reach its tolerance of {TOLERANCE} ({error}); "
+                'use evaluate.precision = "float32", or leave evaluate.reference out'
+            ) from error
+        taken.append(nfe)
+        return images
+
+    return Sampler(name, "student", variant, REFERENCE, 0, guidance, parameter_count(model), decode, taken)
+
+
+def find_reference_solver() -> None:
+    """Raise StageError with the remedy where torchdiffeq is missing."""
+    if importlib.util.find_spec("torchdiffeq") is None:
+        raise StageError("evaluate.reference = true needs torchdiffeq, which is not installed: pip install torchdiffeq")
+
+
+def teacher_sampler(folder: Path, guidance: float, score: bool, device: str, precision: Precision) -> Sampler:
+    """The teacher's inverse, with its score step (one evaluation more and a gradient) or without.
+
+    Its NFE counts passes through the whole flow: one for the inverse, whose tokens come one after another.
+    """
+    from nfm.trainers.models.tarflow import denoise
+
+    model, facts = teacher.load(folder, device)
+    model.requires_grad_(False)
+
+    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with precision_context(noise.device.type, precision):
+            images = model.decode(noise * facts["sigma_f"], labels, guidance)
+            return denoise(model, images, labels, facts["eta"]) if score else images
+
+    name = "-".join(["teacher", *(["guided"] if guidance else []), *(["score"] if score else [])])
+    method = "inverse+score" if score else "inverse"
+    return Sampler(name, "teacher", None, method, 1 + score, guidance, parameter_count(model), decode)
+
+
+def velocity(model: Any, labels: torch.Tensor, guidance: float = 0.0) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+    """The student as the solvers want it: velocity(x, t) for these labels, in float32.
+
+    With guidance g it is v + g (v - v without labels), the two taken in one pass (Ho & Salimans 2022,
+    arXiv 2207.12598, whose guided model is the same combination).
+    """
+    import torch
+
+    def call(x: torch.Tensor, t: Any) -> torch.Tensor:
+        times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+        if not guidance:
+            return model(x, times, labels).float()
+        both = torch.cat([labels, torch.full_like(labels, -1)])
+        with_labels, without = model(torch.cat([x, x]), torch.cat([times, times]), both).float().chunk(2)
+        return with_labels + guidance * (with_labels - without)
+
+    return call
+
+
+def _student(folder: Path, device: str, guidance: float) -> tuple[SiT | UNet, str]:
+    """A finished student that can be sampled with this guidance, and what its rows are named after."""
+    model = student.load(folder, device)
+    if guidance:
+        _can_be_guided(folder)
+    return model, variant_of(folder)
+
+
+def variant_of(folder: Path) -> str:
+    """What a finished student was trained on: its variant, or the coupling of one made before there were variants."""
+    metrics = atomic.read_json(folder / "manifest.json")["metrics"]
+    return metrics.get("variant") or metrics["coupling"]
+
+
+def _as_file(name: str) -> str:
+    return name.translate(str.maketrans(":=/", "---"))
+
+
+def _can_be_guided(folder: Path) -> None:
+    _, architecture = read_weights(folder)
+    label_drop = atomic.read_json(folder / "manifest.json")["config"].get("label_drop", 0)
+    if not architecture["classes"]:
+        raise StageError(f"{folder}: this student knows no classes, so nothing can guide it; use guidance 0")
+    if not label_drop:
+        raise StageError(
+            f"{folder}: this student was trained with label_drop = 0 and is undefined without labels; "
+            "use guidance 0, or train it with student.label_drop = 0.1"
+        )
+
+
+def draw(
+    decode: Decode, source: ImageDataset, count: int, seed: int, batch_size: int, device: str
+) -> Iterator[np.ndarray]:
+    """Batches of `count` images: the i-th has noise (seed, i) and the label of training row i, for every sampler."""
+    import torch
+
+    for start in range(0, count, batch_size):
+        slots = np.arange(start, min(start + batch_size, count))
+        noise, labels = initial(source, slots, seed, device)
+        with torch.no_grad():
+            yield decode(noise, labels).float().cpu().numpy()
+
+
+def initial(source: ImageDataset, slots: np.ndarray, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Initial noises [B, C, H, W] and labels [B] of samples number `slots`."""
+    import torch
+
+    shape = source.image_shape
+    eps = philox.normals(seed, 0, slots, int(np.prod(shape)), purpose="samples").reshape(len(slots), *shape)
+    labels = source.labels(slots % len(source))
+    return torch.from_numpy(eps).to(device), torch.from_numpy(labels).to(device)
+
+
+def sample_grid(
+    folder: Path,
+    stage: str,
+    count: int,
+    nfe: int,
+    seed: int,
+    path: Path,
+    solver: str = "auto",
+    grid: str = "square",
+    guidance: float = 0.0,
+) -> None:
+    """Draw `count` images of a finished student or teacher, classes in turn, as one PNG."""
+    import torch
+
+    device = pick_device("auto")
+    if stage == "student":
+        with blaming("--nfe"):
+            sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance)
+    elif stage == "teacher":
+        sampler = teacher_sampler(folder, guidance, True, device, "float32")
+    else:
+        raise StageError(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
+    _, architecture = read_weights(folder)
+    shape = architecture["image_shape"]
+    eps = philox.normals(seed, 0, np.arange(count), int(np.prod(shape)), purpose="samples")
+    labels = torch.arange(count) % max(architecture["classes"], 1)
+    with torch.no_grad(), blaming("--solver, --grid"):
+        noise = torch.from_numpy(eps).reshape(count, *shape)
+        images = sampler.decode(noise.to(device), labels.to(device)).float().cpu().numpy()
+    save_grid(path, images, image_dtype=image_dtype_of(folder))
+
+
+def image_dtype_of(folder: Path) -> str:
+    """The dtype of the images that a finished teacher or student learned from: floats are latents."""
+    return atomic.read_json(folder / "manifest.json")["metrics"].get("image_dtype", "uint8")

@@ -1,0 +1,183 @@
+"""The student: a network that learns the velocity between the images and the noises of a pair store.
+
+It reads pair stores and nothing else; that a teacher made the pairs is a line in a store's manifest. What the reader
+does to the pairs (softening, a mixture of stores, the permuted control) makes the variant that it is a student of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from nfm.stages.base import Inputs, Reporter, Result, StageError, added
+from nfm.stages.couplings.variant import Variant, check_knobs
+from nfm.stages.trained import costs
+from nfm.stages.trained.training import (
+    CHECKPOINT,
+    METRICS,
+    WEIGHTS,
+    TrainingSection,
+    blaming,
+    fit,
+    parameter_count,
+    pick_device,
+    read_weights,
+    recipe,
+)
+from nfm.storage import Mixture, PairStore
+from nfm.storage.files import atomic
+from nfm.storage.files.small_files import read_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from nfm.trainers.models.sit import SiT
+    from nfm.trainers.models.unet import UNet
+
+NAME = "student"
+VERSION = 1
+
+
+class StudentConfig(TrainingSection):
+    """The `[student]` table; `pairs` is the number of pairs seen in all.
+
+    Of arch "sit", `width` is the tokens' and `depth` the blocks; of "unet", the channels at full resolution (32 where
+    nothing is said) and the residual blocks a level (1), and `patch` and `head_size` are not used. `soften`, `mixture`
+    (coupling -> share of the pairs, read from `pairs:<coupling>`) and `permuted` (each image gets the noise of the next
+    pair of its batch: the control that keeps the noises and forgets the coupling) change what the reader yields.
+    """
+
+    pairs: int = Field(240_000, ge=1)
+    patch: int = Field(4, ge=1)
+    width: int = Field(128, ge=1)
+    depth: int = Field(6, ge=1)
+    head_size: int = Field(64, ge=1)
+    label_drop: float = Field(0.1, ge=0, le=1)
+    arch: Literal["sit", "unet"] = added("sit")
+    soften: float = added(0.0)
+    permuted: bool = added(False)
+    mixture: dict[str, float] = added({})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_of_the_arch(cls, values: Any) -> Any:
+        """A U-Net of a transformer's width would cost tens of times as much: its own defaults, where none is given."""
+        return (
+            {"width": 32, "depth": 1} | values if isinstance(values, dict) and values.get("arch") == "unet" else values
+        )
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        check_knobs(self.soften, self.mixture)
+        if self.permuted and self.batch_size < 2:
+            raise ValueError(f"permuted needs a batch_size of at least 2, not {self.batch_size}: noises change places")
+        return self
+
+
+def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train on the pairs of one generation of each store; the averaged weights are the student."""
+    import torch
+
+    from nfm.trainers import flow_matching
+    from nfm.trainers.checkpoint import pack_weights
+
+    store = PairStore.open(inputs["pairs"])
+    architecture = _architecture(config, store)
+    torch.manual_seed(config.seed)
+    with blaming("config section [student]"):
+        variant = _variant(store.spec.coupling, config)
+        model = _build(architecture)
+        source = _mixed(store, config, inputs)
+        batches = source.batches(
+            config.batch_size, config.seed, epochs=None, device=pick_device(config.device), soften=config.soften
+        )
+
+    def loss(model: Any, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        noise = batch.noise.roll(1, 0) if config.permuted else batch.noise
+        return flow_matching.loss(model, batch.image, noise, batch.label, generator, config.label_drop), {}
+
+    plan = recipe(config, config.pairs)
+    trained = fit(model, loss, batches, config, plan, out, report, "pairs")
+    atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, architecture))
+    final, image_dtype = _last_line(out / METRICS), store.spec.field("image").dtype
+    metrics = {
+        "loss": final["loss"],
+        "pairs_seen": plan.examples,
+        "parameters": parameter_count(model),
+        "pairs_per_second": final["pairs_per_second"],
+        "data_wait_share": final["data_wait_share"],
+        "coupling": store.spec.coupling,
+        "variant": str(variant),
+        "generation": store.generation,
+        "draws": store.draws,
+        **({} if image_dtype == "uint8" else {"image_dtype": image_dtype}),
+    }
+    return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
+
+
+def cost(config: StudentConfig, facts: Mapping[str, Any]) -> dict[str, str]:
+    """What training costs: a backward pass is two forward ones."""
+    flops = 3 * config.pairs * costs.student_flops(facts["image_shape"], config)
+    return {"pairs": f"{config.pairs:,}", **costs.describe(flops)}
+
+
+def load(folder: Path, device: str = "cpu") -> SiT | UNet:
+    """The trained student, of either architecture, in evaluation mode."""
+    state, architecture = read_weights(folder)
+    model = _build(architecture)
+    model.load_state_dict(state)
+    return model.eval().to(device)
+
+
+def _architecture(config: StudentConfig, store: PairStore) -> dict[str, Any]:
+    """What is stored beside the weights; those without `arch` are of the transformer."""
+    common = {
+        "image_shape": list(store.spec.image_shape), "classes": store.spec.classes or 0,
+        "width": config.width, "depth": config.depth,
+    }  # fmt: skip
+    if config.arch == "unet":
+        return {"arch": "unet", **common}
+    return {**common, "patch": config.patch, "head_size": config.head_size}
+
+
+def _build(architecture: Mapping[str, Any]) -> SiT | UNet:
+    from nfm.trainers.models.sit import SiT
+    from nfm.trainers.models.unet import UNet
+
+    sizes = dict(architecture)
+    return UNet(**sizes) if sizes.pop("arch", "sit") == "unet" else SiT(**sizes)
+
+
+def _mixed(store: PairStore, config: StudentConfig, inputs: Inputs) -> PairStore | Mixture:
+    """The store, or the mixture of it with those of `pairs:<coupling>`, which have their shares of the pairs."""
+    if not config.mixture:
+        return store
+    members = [(store, 1 - sum(config.mixture.values()))]
+    for coupling, share in sorted(config.mixture.items()):
+        other = PairStore.open(inputs[f"pairs:{coupling}"])
+        if other.spec.coupling != coupling:
+            raise StageError(
+                f"{other.root}: a store of coupling {other.spec.coupling}, and student.mixture wants {coupling} there; "
+                f"give the role pairs:{coupling} a store of that coupling"
+            )
+        if other.order_key != store.order_key:
+            raise StageError(
+                f"{other.root}: its order key {other.order_key[:12]} is not that of {store.root}, "
+                f"{store.order_key[:12]}: a mixture of them would not have every image once an epoch; make both of the "
+                "same data with the same pairs.draws and rows, without excluded shards"
+            )
+        members.append((other, share))
+    return Mixture(members)
+
+
+def _variant(coupling: str, config: StudentConfig) -> Variant:
+    return Variant(coupling, config.soften, config.permuted, config.mixture)
+
+
+def _last_line(path: Path) -> dict[str, float]:
+    import json
+
+    return json.loads(read_bytes(path).decode().splitlines()[-1])

@@ -1,0 +1,192 @@
+"""The teacher: a TarFlow trained by maximum likelihood on x + eta eps', its sigma_f, and what it samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from pydantic import Field
+
+from nfm.stages.base import Inputs, Reporter, Result, StageError
+from nfm.stages.trained import costs
+from nfm.stages.trained.training import (
+    CHECKPOINT,
+    METRICS,
+    WEIGHTS,
+    TrainingSection,
+    blaming,
+    fit,
+    parameter_count,
+    pick_device,
+    precision_context,
+    read_weights,
+    recipe,
+)
+from nfm.storage import ImageDataset
+from nfm.storage.files import atomic
+from nfm.storage.format import philox
+
+if TYPE_CHECKING:
+    import torch
+
+    from nfm.trainers.models.tarflow import TarFlow
+
+NAME = "teacher"
+VERSION = 1
+FACTS, SAMPLES = "teacher.json", "samples.png"
+
+
+class TeacherConfig(TrainingSection):
+    """The `[teacher]` table; `images` is the number of training images seen in all, flips and noise drawn anew."""
+
+    images: int = Field(360_000, ge=1)
+    patch: int = Field(4, ge=1)
+    channels: int = Field(128, ge=1)
+    blocks: int = Field(4, ge=1)
+    layers: int = Field(4, ge=1)
+    head_size: int = Field(64, ge=1)
+    eta: float = Field(0.1, gt=0)
+    label_drop: float = Field(0.1, ge=0, le=1)
+    flips: bool = False
+    learning_rate: float = Field(2e-3, gt=0)
+    sigma_rows: int = Field(4096, ge=1)
+    measure_rows: int = Field(512, ge=1)
+
+
+def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train, measure sigma_f and bits per dimension with the averaged weights, and draw a grid of samples."""
+    import torch
+
+    from nfm.trainers.checkpoint import pack_weights
+    from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
+
+    train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    if config.flips and train.dtype != "uint8":
+        raise StageError(
+            "teacher.flips = true: these images are latents, and a flipped latent is not the latent of the flipped "
+            "image; leave teacher.flips out"
+        )
+    device = pick_device(config.device)
+    architecture: dict[str, Any] = {
+        "image_shape": list(train.image_shape), "classes": len(train.classes), "patch": config.patch,
+        "channels": config.channels, "blocks": config.blocks, "layers": config.layers, "head_size": config.head_size,
+    }  # fmt: skip
+    torch.manual_seed(config.seed)
+    with blaming("config section [teacher]"):
+        model = TarFlow(**architecture)
+        batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
+
+    def loss(model: TarFlow, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        def uniform(*shape: int) -> torch.Tensor:
+            return torch.rand(shape, generator=generator, device=generator.device)
+
+        image = batch.image
+        if config.flips:
+            image = torch.where(uniform(len(image), 1, 1, 1) < 0.5, image.flip(-1), image)
+        eps = torch.randn(image.shape, generator=generator, device=image.device)
+        label = torch.where(uniform(len(image)) < config.label_drop, -1, batch.label)
+        return nll_per_dim(*model.encode(image + config.eta * eps, label)).mean(), {}
+
+    def measure() -> dict[str, float]:
+        rows = range(min(config.measure_rows, len(heldout), len(train)))
+        return {
+            f"{name}_bpd": float(likelihood(model, split, rows, config)[1])
+            for name, split in (("train", train), ("heldout", heldout))
+        }
+
+    plan = recipe(config, config.images)
+    trained = fit(model, loss, batches, config, plan, out, report, "images", measure)
+
+    averaged = cast("TarFlow", trained.ema)
+    rows = range(min(len(train), config.sigma_rows))
+    power, train_bpd = likelihood(averaged, train, rows, config)
+    _, heldout_bpd = likelihood(averaged, heldout, range(min(len(heldout), config.sigma_rows)), config)
+    facts = {"eta": config.eta, "sigma_f": power**0.5, "architecture": architecture}
+    atomic.write_bytes(out / WEIGHTS, pack_weights(averaged, architecture))
+    atomic.write_json(out / FACTS, facts)
+    _draw_samples(averaged, facts, config, out / SAMPLES, train.dtype)
+    metrics = {
+        "heldout_bpd": round(heldout_bpd, 4),
+        "train_bpd": round(train_bpd, 4),
+        "sigma_f": facts["sigma_f"],
+        "parameters": parameter_count(averaged),
+        "images_seen": plan.examples,
+        "measured_rows": len(rows),
+        **({} if train.dtype == "uint8" else {"image_dtype": train.dtype}),
+    }
+    if heldout_bpd - train_bpd > 0.1:
+        report.say(
+            f"overfitted: {train_bpd:.3f} bits per dimension on training images, {heldout_bpd:.3f} on held-out ones"
+        )
+    return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[CHECKPOINT, METRICS, SAMPLES])
+
+
+def cost(config: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, str]:
+    """What training costs: a backward pass is two forward ones."""
+    flops = 3 * config.images * costs.teacher_flops(facts["image_shape"], config)
+    return {"images": f"{config.images:,}", **costs.describe(flops)}
+
+
+def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:
+    """The trained flow in evaluation mode, and its facts: eta and sigma_f."""
+    from nfm.trainers.models.tarflow import TarFlow
+
+    state, architecture = read_weights(folder)
+    model = TarFlow(**architecture)
+    model.load_state_dict(state)
+    return model.eval().to(device), atomic.read_json(folder / FACTS)
+
+
+def likelihood(
+    model: TarFlow, split: ImageDataset, rows: range, config: TeacherConfig, batch_size: int = 256
+) -> tuple[float, float]:
+    """(E[f^2] per dimension, bits per dimension) on these rows with record-keyed noise, labels given.
+
+    Bits of latents are of their density, not of 8-bit steps: they may be negative.
+    """
+    import torch
+
+    from nfm.trainers.models.tarflow import bits_per_dim, nll_per_dim
+
+    device = next(model.parameters()).device
+    power = nats = 0.0
+    with torch.inference_mode(), precision_context(device.type, config.precision):
+        for start in range(0, len(rows), batch_size):
+            part = np.asarray(rows[start : start + batch_size])
+            z, logdet = encode_rows(model, split, part, config.eta, config.seed, "sigma")
+            power += z.double().square().flatten(1).mean(1).sum().item()
+            nats += nll_per_dim(z, logdet).double().sum().item()
+    bits = bits_per_dim(torch.tensor(nats / len(rows), dtype=torch.float64)).item()
+    return power / len(rows), bits if split.dtype == "uint8" else bits - math.log2(127.5)
+
+
+def encode_rows(
+    model: TarFlow, split: ImageDataset, rows: np.ndarray, eta: float, seed: int, purpose: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """f(x + eta eps) of these rows with their labels, and the log-determinants; eps is a function of (seed, row)."""
+    import torch
+
+    device = next(model.parameters()).device
+    image = torch.from_numpy(split.to_float(split.images(rows)))
+    eps = philox.normals(seed, 0, rows, image[0].numel(), purpose=purpose).reshape(image.shape)
+    noised = (image + eta * torch.from_numpy(eps)).to(device)
+    return model.encode(noised, torch.from_numpy(split.labels(rows)).to(device))
+
+
+def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, path: Path, image_dtype: str) -> None:
+    """A grid of 64 samples, a class after another."""
+    import torch
+
+    from nfm.stages.display.pictures import save_grid
+
+    device = next(model.parameters()).device
+    slots = np.arange(64)
+    shape = facts["architecture"]["image_shape"]
+    eps = philox.normals(config.seed, 0, slots, shape[0] * shape[1] * shape[2], purpose="samples")
+    labels = torch.arange(64, device=device) % max(facts["architecture"]["classes"], 1)
+    with torch.inference_mode(), precision_context(device.type, config.precision):
+        images = model.decode(facts["sigma_f"] * torch.from_numpy(eps).reshape(64, *shape).to(device), labels)
+    save_grid(path, images.float().cpu().numpy(), image_dtype=image_dtype)

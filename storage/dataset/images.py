@@ -1,0 +1,269 @@
+"""The data stage's artifact: images (uint8, or floats such as latents) and labels in shards, split in `train` and
+`heldout`, with a key a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nfm.storage.dataset.record import DATASET, check_record, read_record
+from nfm.storage.errors import StorageError
+from nfm.storage.files.atomic import HashingFile, hash_file, write_json
+from nfm.storage.files.paths import inside, local_path
+from nfm.storage.format.convert import to_float32
+from nfm.storage.format.index import read_index
+from nfm.storage.format.order import Rows, Shuffle, order_key
+from nfm.storage.format.spec import FORMAT, Field
+from nfm.storage.layouts import Shard
+from nfm.storage.layouts.blocks import MappedShard, ShardWriter
+from nfm.storage.reading.reader import BatchReader, ReadOptions
+from nfm.storage.reading.shards import ShardSequence
+from nfm.storage.reading.stream import Arrays, StoreStream
+
+VALUE_RANGE = (-1.0, 1.0)
+DTYPES = ("uint8", "float16", "float32")
+_ROWS_PER_BLOCK = 256
+_TABLE = pa.schema([("row", pa.int64()), ("key", pa.string()), ("label", pa.int64())])
+_REJECTED = pa.schema([("key", pa.string()), ("reason", pa.string())])
+
+Chunk = tuple[npt.NDArray[Any], npt.NDArray[np.int64], Sequence[str]]
+
+
+def _fields(image_shape: tuple[int, ...], dtype: str) -> tuple[Field, ...]:
+    return Field("image", dtype, image_shape, "image"), Field("label", "int64", (), "label")
+
+
+class DatasetWriter:
+    """Writes a dataset: each split once, then `close`, which publishes dataset.json last.
+
+    `classes` are the names of labels 0, 1, ...; without classes every label is -1. `dtype` is that of the images;
+    of floats, `image_scale` says what to divide by before `image_decoder` makes pictures of them. A folder in
+    which an earlier writer was killed is written again.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        name: str,
+        image_shape: tuple[int, ...],
+        classes: Sequence[str],
+        rows_per_shard: int = 4096,
+        dtype: str = "uint8",
+        image_scale: float | None = None,
+        image_decoder: str | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise StorageError(f"{root}: images of dtype {dtype!r}; convert them to one of {', '.join(DTYPES)}")
+        self.root = local_path(root)
+        self.files: dict[str, tuple[str, int]] = {}  # the tables: (sha256, bytes) by relative path
+        self._name = name
+        self._image_shape = tuple(image_shape)
+        self._classes = list(classes)
+        self._dtype = dtype
+        self._about = {"image_scale": image_scale, "image_decoder": image_decoder}
+        self._rows_per_shard = rows_per_shard
+        self._splits: dict[str, Any] = {}
+        empty = {"rows": 0, "rows_per_shard": rows_per_shard, "shards": [], "table": "train.parquet"}
+        check_record(self.root / DATASET, self._record({"train": empty}))  # before hours of writing, not after
+
+    def write_split(self, split: str, rows: int, chunks: Iterable[Chunk]) -> None:
+        """Writes exactly `rows` records from chunks of (images [n, C, H, W], labels [n], keys [n]).
+
+        Raises StorageError for another number of records, another shape or dtype, labels without a class, and
+        values that are not finite.
+        """
+        pieces = self._pieces(split, chunks)
+        piece, at, written, shards, tables = next(pieces, None), 0, 0, [], []
+        for number in range(-(-rows // self._rows_per_shard)):
+            file = f"{split}/s{number:05d}.tar"
+            records = min(self._rows_per_shard, rows - written)
+            with ShardWriter(
+                self.root / file,
+                _fields(self._image_shape, self._dtype),
+                records,
+                f"{split}-s{number:05d}",
+                _ROWS_PER_BLOCK,
+            ) as shard:
+                while shard.written < records and piece is not None:
+                    images, labels, keys = piece
+                    end = min(len(keys), at + records - shard.written)
+                    shard.append({"image": images[at:end], "label": labels[at:end]})
+                    row = np.arange(written, written + end - at)
+                    tables.append(pa.table([row, list(keys[at:end]), labels[at:end]], schema=_TABLE))
+                    written += end - at
+                    piece, at = (piece, end) if end < len(keys) else (next(pieces, None), 0)
+                if shard.written < records:
+                    raise StorageError(f"{self.root}: {split} ended after {written} records, {rows} were announced")
+                payload = shard.close()
+            shards.append({"file": file, "records": records, "sha256": payload.sha256, "bytes": payload.bytes})
+        if piece is not None:
+            raise StorageError(f"{self.root}: {split} has more records than the {rows} announced")
+        self._write_table(f"{split}.parquet", pa.concat_tables([_TABLE.empty_table(), *tables]))
+        self._splits[split] = {
+            "rows": rows,
+            "rows_per_shard": self._rows_per_shard,
+            "shards": shards,
+            "table": f"{split}.parquet",
+        }
+
+    def close(self, rejected: Sequence[tuple[str, str]] = ()) -> dict[str, tuple[str, int]]:
+        """Publishes rejected.parquet from pairs (key, reason), then dataset.json.
+
+        Returns (sha256, bytes) of the payload, by relative path, in order: the shards of every split and
+        dataset.json. The tables are in `files`.
+        """
+        columns = [[key for key, _ in rejected], [reason for _, reason in rejected]]
+        self._write_table("rejected.parquet", pa.table(columns, schema=_REJECTED))
+        write_json(self.root / DATASET, check_record(self.root / DATASET, self._record(self._splits)))
+        payload = {
+            shard["file"]: (shard["sha256"], shard["bytes"])
+            for split in self._splits.values()
+            for shard in split["shards"]
+        }
+        return payload | {DATASET: hash_file(self.root / DATASET)}
+
+    def _record(self, splits: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "name": self._name,
+            "image_shape": list(self._image_shape),
+            "dtype": self._dtype,
+            "value_range": list(VALUE_RANGE),
+            "classes": self._classes,
+            "rows_per_block": _ROWS_PER_BLOCK,
+            "splits": splits,
+            **{key: value for key, value in self._about.items() if value is not None},
+        }
+
+    def _pieces(self, split: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
+        for images, labels, keys in chunks:
+            labels = np.asarray(labels, np.int64)
+            if not len(images) == len(labels) == len(keys):
+                raise StorageError(
+                    f"{self.root}: {split} got {len(images)} images, {len(labels)} labels and {len(keys)} keys"
+                )
+            low, high = (0, len(self._classes) - 1) if self._classes else (-1, -1)
+            wrong = np.flatnonzero((labels < low) | (labels > high))
+            if len(wrong):
+                raise StorageError(
+                    f"{self.root}: {split} record {keys[wrong[0]]!r} has label {labels[wrong[0]]}, outside "
+                    f"{low}..{high} (there are {len(self._classes)} classes)"
+                )
+            if images.dtype.kind == "f" and len(
+                bad := np.flatnonzero(~np.isfinite(images).reshape(len(keys), -1).all(1))
+            ):
+                raise StorageError(
+                    f"{self.root}: {split} record {keys[bad[0]]!r} has values that are not finite; set it aside"
+                )
+            if len(keys):
+                yield images, labels, keys
+
+    def _write_table(self, file: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        with HashingFile(self.root / file) as out:
+            out.write(sink.getvalue())
+        self.files[file] = (out.sha256, out.bytes)
+
+
+class ImageDataset:
+    """One split of a dataset, mapped from its shards: rows 0..n-1 in the order of ingestion."""
+
+    generation = None
+    draws = 1
+    noise_step = None
+    remote = False
+
+    def __init__(self, root: Path, split: str, body: Mapping[str, Any]) -> None:
+        part = body["splits"][split]
+        self.root = root
+        self.name: str = body["name"]
+        self.split = split
+        self.image_shape: tuple[int, ...] = tuple(body["image_shape"])
+        self.dtype: str = body.get("dtype", "uint8")
+        self.image_scale: float | None = body.get("image_scale")
+        self.image_decoder: str | None = body.get("image_decoder")
+        self.classes: list[str] = list(body["classes"])
+        low, high = body["value_range"]
+        self.value_range: tuple[float, float] = (low, high)
+        self.content_digest: str = body["digest"]
+        self.order_key = order_key(f"{body['digest']}:{split}", part["rows"], 1)
+        self._table = inside(root, part["table"])
+        self._keys: pa.ChunkedArray | None = None
+        self.rows_per_shard: int = part["rows_per_shard"]
+        files = [inside(root, shard["file"]) for shard in part["shards"]]
+        records = [shard["records"] for shard in part["shards"]]
+        fields, rows_per_block = _fields(self.image_shape, self.dtype), body["rows_per_block"]
+        self._shards = ShardSequence(
+            lambda number: MappedShard(files[number], fields, records[number], rows_per_block),
+            fields,
+            part["rows"],
+            part["rows_per_shard"],
+            rows_per_block,
+        )
+
+    @classmethod
+    def open(cls, root: str | Path, split: str = "train") -> ImageDataset:
+        """Opens a split. Raises StorageError when there is no such dataset or split, NewerSchema."""
+        root = local_path(root)
+        body = read_record(root)
+        if split not in body["splits"]:
+            raise StorageError(f"{root / DATASET}: no split {split!r}, only {', '.join(body['splits'])}")
+        return cls(root, split, body)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def images(self, rows: Rows) -> npt.NDArray[Any]:
+        """[n, C, H, W] in `dtype` at these rows, in any order."""
+        return self._shards.gather(["image"], rows)["image"]
+
+    def labels(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """int64 [n] at these rows, -1 for data without classes."""
+        return self._shards.gather(["label"], rows)["label"]
+
+    def keys(self, rows: Rows) -> list[str]:
+        """The names that the source gave to these rows."""
+        if self._keys is None:
+            self._keys = read_index(self._table, ["key"], len(self))["key"]
+        return self._keys.take(pa.array(np.asarray(rows, np.int64))).to_pylist()
+
+    def to_float(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """float32 of the same shape: pixels in `value_range`, floats as they are."""
+        return to_float32(images, self.value_range)
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        epochs: int | None = None,
+        *,
+        shuffle: Shuffle = "full",
+        window: int = 16,
+        **options: Unpack[ReadOptions],
+    ) -> BatchReader:
+        """Batches without noise, endless by default; the options are those of `PairStore.batches`."""
+        return BatchReader(StoreStream(self, seed, shuffle, window), batch_size, epochs, **options)
+
+    def empty(self, records: int) -> Arrays:
+        """Buffers to gather into."""
+        return self._shards.empty(["image", "label"], records)
+
+    def gather(self, draw: int, rows: Rows, out: Arrays | None = None) -> Arrays:
+        """image and label at these rows, as stored, in `out` if given."""
+        return self._shards.gather(["image", "label"], rows, out)
+
+    def shard(self, draw: int, number: int) -> Shard:
+        """A shard, mapped and open."""
+        return self._shards.shard(number)
+
+    def row_field(self, name: str) -> Any:
+        """Raises StorageError: row-scoped fields belong to pair stores."""
+        raise StorageError(f"{self.root}: a dataset has no field {name!r}; add fields to a pair store")

@@ -1,0 +1,92 @@
+"""What can be wrong with a store, one class a cause; a message names the file, the fact and the remedy."""
+
+# ruff: noqa: N818  the names say what is wrong, and read as such in `except`
+
+from __future__ import annotations
+
+import errno
+import re
+from pathlib import Path
+
+from nfm.storage.errors.masked import masked
+
+# What Python makes of a byte of a name that is no UTF-8, as it is or as repr() writes it.
+_ODD_BYTE = re.compile(r"[\udc80-\udcff]|\\udc[89a-f][0-9a-f]")
+
+
+def legible(text: str) -> str:
+    r"""The text with \xe9 for every byte of a name that is no UTF-8; it can be printed and encoded."""
+    found = _ODD_BYTE.sub(lambda byte: rf"\x{ascii(byte[0])[-3:-1]}", text)
+    return found.encode("utf-8", "backslashreplace").decode()
+
+
+def is_utf8(name: str) -> bool:
+    """Whether every byte of a name was UTF-8, as keys and manifests are."""
+    try:
+        return name.isascii() or bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+class Told(Exception):
+    """An error whose message is for people: secrets in its URLs are hidden, and odd bytes of names can be read."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(masked(legible(one)) if isinstance(one, str) else one for one in arguments))
+
+
+class StorageError(Told):
+    """A store or one of its files cannot be used as asked."""
+
+
+class NoPlace(StorageError):
+    """What was given as a place is no path and no URL that can be used there; `reason` says why and what to write."""
+
+    def __init__(self, where: str, reason: str, named: str = "") -> None:
+        super().__init__(_printable(legible(where)), _printable(legible(reason)), named)
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[1])
+
+    def __str__(self) -> str:
+        where, reason, named = self.args
+        return f"{named}{where}: {reason}"
+
+
+def _printable(text: str) -> str:
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+class CorruptShard(StorageError):
+    """A shard's bytes are not what its commit says: truncated, altered, or of another layout."""
+
+
+class MissingShard(StorageError):
+    """A shard, or its commit, is not there."""
+
+
+class NewerSchema(StorageError):
+    """A file was written by a newer version of this package."""
+
+
+class StateMismatch(StorageError):
+    """A reader's state belongs to another store, generation or seed."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free space or choose another folder and run the same command again",
+    errno.EDQUOT: "the quota is used up: free space or choose another folder and run the same command again",
+    errno.EFBIG: "the file may not grow that large: raise the limit (ulimit -f) or write smaller shards",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EACCES: "permission denied: make the folder writable for this user or choose another one",
+    errno.EPERM: "not permitted there: the file system must allow hard links, choose another folder",
+    errno.EOPNOTSUPP: "not supported there: the file system must allow hard links, choose another folder",
+}
+
+
+def cannot_write(path: str | Path, error: OSError) -> StorageError:
+    """The error to raise when `path` could not be written; what was committed before is untouched."""
+    remedy = _REMEDIES.get(error.errno or 0, "check the file system, then run the same command again")
+    what = error.strerror or error
+    return StorageError(f"{path}: cannot write ({what}); {remedy}. Committed files are untouched.")

@@ -1,0 +1,206 @@
+"""Files that are either absent or whole, here and on object stores, and the JSON that vouches for itself.
+
+Every function takes a local path or a URL of `as_path`. What goes wrong is a StorageError that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
+from nfm.storage.files import remote
+from nfm.storage.files.durable import HashingFile, sync_folder
+from nfm.storage.files.paths import TEMPORARY, as_path, is_remote, remove, size_of
+from nfm.storage.files.signed_json import RESTORE, checked, signed_text
+from nfm.storage.files.signed_json import canonical_json as canonical_json
+from nfm.storage.files.signed_json import digest as digest
+from nfm.storage.files.small_files import MOST_BYTES, MOST_INDEX_BYTES, plain, read_bytes
+
+_CHUNK = 4 << 20
+_TRIES = 3  # readings of a remote JSON file before its contents are called damaged
+
+
+def content_digest(digests: Iterable[str]) -> str:
+    """The digest of an artifact's content: over its payload digests, one a line, in their order."""
+    return digest("\n".join(digests).encode())
+
+
+def hash_file(path: str | Path) -> tuple[str, int]:
+    """SHA-256 (hex) and size in bytes of a file. Raises StorageError when it cannot be read."""
+    sha, size = hashlib.sha256(), 0
+    try:
+        for chunk in _chunks(as_path(path)):
+            sha.update(chunk)
+            size += len(chunk)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot read ({error.strerror or error}); restore it or run `nfm audit`") from error
+    return sha.hexdigest(), size
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    if is_remote(path):
+        size = remote.attempt(path, "look at", lambda fs, name: fs.info(name))["size"]
+        yield from remote.read_pieces(path, size)
+        return
+    with plain(path) as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def read_checked(path: Path, sha256: str, most: int = MOST_INDEX_BYTES) -> bytes:
+    """The whole of a remote file of at most `most` bytes, read again when it has another SHA-256 than is given.
+
+    Raises FileNotFoundError and CorruptShard.
+    """
+    for _ in range(_TRIES):
+        data = read_bytes(path, most)
+        if digest(data) == sha256:
+            return data
+        time.sleep(0.1)
+    raise CorruptShard(f"{path}: SHA-256 {digest(data)[:12]}, {sha256[:12]} was committed; {RESTORE}")
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes `data` to `path`, replacing what is there; readers see the old file or the new, never a part."""
+    where = as_path(path)
+    if is_remote(where):
+        remote.attempt(where, "write", lambda fs, name: fs.pipe_file(name, bytes(data)))
+        return
+    with HashingFile(where) as file:
+        file.write(data)
+
+
+def create_bytes(path: str | Path, data: bytes) -> bool:
+    """Writes `data` to `path` only if nothing is there; True when what stands there is the caller's.
+
+    Of many local writers exactly one gets True. On an object store "exists" may be the echo of the caller's own put
+    whose answer was lost, so there every writer of these very bytes gets True: put something of your own in them.
+    """
+    where = as_path(path)
+    if is_remote(where):
+        return remote.create(
+            where,
+            lambda fs, name: fs.pipe_file(name, bytes(data), mode="create"),
+            lambda: read_bytes(where, max(MOST_BYTES, len(data))) == data,
+        )
+    if os.path.lexists(where):
+        return False
+    file = HashingFile(where, replace=False)
+    with file:
+        file.write(data)
+    return file.published
+
+
+def place(source: Path, target: Path, size: int | None = None) -> None:
+    """Gives a durable file of a store its final name, and takes the old one away.
+
+    A hard link here, a copy within the object store there. May be killed and called again at any point: when `source`
+    is gone, `target` must be there, with `size` bytes where given. Raises MissingShard, CorruptShard, or StorageError
+    when another file has that name.
+    """
+    source, target = as_path(source), as_path(target)
+    try:
+        _place(source, target, size)
+    except FileNotFoundError as error:
+        if size_of(source) is not None or size_of(target) is None or size not in (None, size_of(target)):
+            raise MissingShard(f"{source}: vanished while it was placed; who removes files of the store?") from error
+        # Another process sealed the same store and took the old name away first.
+
+
+def _place(source: Path, target: Path, size: int | None) -> None:
+    have, found = size_of(source), size_of(target)
+    if have is None and found is None:
+        raise MissingShard(f"{source}: the file is missing; restore it, or run `nfm repair` on its store")
+    if have is not None and found is None:
+        _second_name(source, target)
+        found = size_of(target)
+    elif have is not None and (found != have or not _same(source, target)):
+        raise StorageError(f"{target}: another file than {source} has that name; set it aside and seal again")
+    expected = size if size is not None else have
+    if expected is not None and found != expected:
+        raise CorruptShard(f"{target}: {found} bytes, {expected} were committed; run `nfm repair` on its store")
+    if have is not None and not is_remote(target):
+        sync_folder(target.parent)  # the new name is durable before the old one goes
+    remove(source)
+
+
+def _second_name(source: Path, target: Path) -> None:
+    if is_remote(target):
+        copied = getattr(target, "path")  # noqa: B009  no attribute of pathlib's
+        remote.attempt(source, "copy", lambda fs, name: fs.cp_file(name, copied))
+        return
+    try:
+        fresh = [folder for folder in target.parents if not folder.is_dir()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in fresh:
+            sync_folder(folder.parent)
+        os.link(source, target)
+    except FileExistsError:
+        if not _same(source, target):
+            raise
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise cannot_write(target, error) from error
+
+
+def _same(one: Path, other: Path) -> bool:
+    return (not is_remote(one) and os.path.samefile(one, other)) or hash_file(one) == hash_file(other)
+
+
+def write_json(path: str | Path, body: Mapping[str, Any]) -> None:
+    """Writes `body` with a `digest` of itself, replacing what is there."""
+    write_bytes(path, signed_text(path, body))
+
+
+def create_json(path: str | Path, body: Mapping[str, Any]) -> bool:
+    """Writes `body` with a `digest` of itself if nothing is there; False when something is."""
+    return create_bytes(path, signed_text(path, body))
+
+
+def read_json(path: str | Path, signed: bool = True, root: Path | None = None) -> dict[str, Any]:
+    """The JSON object in `path`; it must be, byte for byte, what `create_json` writes for these contents.
+
+    Its `digest` proves the contents, and the one rendering of them proves every byte of the text. With `signed=False`
+    a file without a digest is accepted too. No link may lead out of `root`, by default its folder. Raises StorageError.
+    """
+    where = as_path(path)
+    data = _read(where, root)
+    for _ in range(_TRIES - 1 if is_remote(where) else 0):  # what arrives damaged may be whole where it is
+        try:
+            return checked(where, data, signed)
+        except StorageError:
+            time.sleep(0.1)
+            data = _read(where, root)
+    return checked(where, data, signed)
+
+
+def _read(path: Path, root: Path | None) -> bytes:
+    try:
+        return read_bytes(path, root=root)
+    except FileNotFoundError as error:
+        raise StorageError(f"{path}: no such file; was the stage that writes it run to its end?") from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot read ({error.strerror}); check its permissions") from error
+
+
+def is_temporary(path: str | Path) -> bool:
+    """Whether a file is one of our unpublished temporary files, to be ignored by every reader."""
+    return Path(path).name.startswith(TEMPORARY)
+
+
+def clear_temporaries(folder: str | Path, idle_seconds: float = 3600.0) -> list[Path]:
+    """Removes the temporary files under `folder` not written to for `idle_seconds`; returns them."""
+    removed = []
+    for path in Path(folder).rglob(TEMPORARY + "*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and time.time() - path.stat().st_mtime >= idle_seconds:
+                path.unlink()
+                removed.append(path)
+    return removed

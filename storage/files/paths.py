@@ -1,0 +1,113 @@
+"""What is asked of a place: a folder of this machine, or a URL that fsspec knows (s3://, gs://, memory://).
+
+What is asked of a URL goes through here, so that it is tried again when the object store has a bad moment, fails with a
+message for people, and works in forked processes; pathlib's own methods of a URL do neither.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from nfm.storage.errors import StorageError
+from nfm.storage.files import remote
+from nfm.storage.files.places import as_path, is_remote, is_url, local_path, stated_path
+
+__all__ = [
+    "TEMPORARY", "as_path", "exists", "inside", "is_remote", "is_url", "local_path", "names_in", "remove",
+    "several", "size_of", "stated_path", "temporary_name",
+]  # fmt: skip
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+TEMPORARY = ".tmp-"
+_REQUESTS = 16  # small requests at a time
+
+
+def inside(root: Path, name: str) -> Path:
+    """The file or folder `name` of a store; raises StorageError when the name, or a link, leads out of the store.
+
+    Pipes and devices are refused too: to open one may wait for ever. What is missing is for its reader to say.
+    """
+    path = root / name
+    if name.startswith("/") or ".." in name.split("/"):
+        raise StorageError(f"{path}: the name leads out of the store; restore what names it from a copy")
+    if is_remote(path):
+        return path
+    real = os.path.realpath(path)
+    if not f"{real}/".startswith(f"{os.path.realpath(root).rstrip('/')}/"):
+        raise StorageError(f"{path}: a link out of the store, to {real}; put the file itself there")
+    try:
+        mode = os.stat(real).st_mode
+    except OSError:
+        return path
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise StorageError(f"{path}: neither a file nor a folder; move it away and restore the file from a copy")
+    return path
+
+
+def temporary_name(name: str) -> str:
+    """The name of an unpublished local file, unlike that of any other writer."""
+    return f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{name}"
+
+
+def several(where: Path, action: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`action` of each item, in their order: at the same time where `where` is remote, since requests mostly wait."""
+    if not is_remote(where):
+        return [action(item) for item in items]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(action, items))
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted; none when there is no such folder."""
+    try:
+        if not is_remote(folder):
+            return sorted(path.name for path in folder.iterdir())
+        found = remote.attempt(folder, "list", lambda fs, name: fs.ls(name, detail=False, refresh=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = {str(name).rstrip("/").rpartition("/")[2] for name in found if str(name).rstrip("/") != _plain(folder)}
+    return sorted(names)
+
+
+def size_of(path: Path) -> int | None:
+    """Size of a file in bytes, None when there is none."""
+    try:
+        if not is_remote(path):
+            return path.stat().st_size if path.is_file() else None
+        found = remote.attempt(path, "look at", lambda fs, name: fs.info(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return int(found["size"]) if found["type"] == "file" else None
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or a folder."""
+    if not is_remote(path):
+        return path.exists()
+    try:
+        remote.attempt(path, "look at", lambda fs, name: fs.info(name))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def remove(path: Path) -> None:
+    """Removes a file; nothing when there is none."""
+    if not is_remote(path):
+        path.unlink(missing_ok=True)
+        return
+    try:
+        remote.attempt(path, "remove", lambda fs, name: fs.rm_file(name))
+    except FileNotFoundError:
+        return
+
+
+def _plain(folder: Path) -> str:
+    return str(getattr(folder, "path", folder)).rstrip("/")

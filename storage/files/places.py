@@ -1,0 +1,149 @@
+"""What a user wrote as a place: in an argument, a config field, an environment variable, a call of the library."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import unquote_to_bytes
+
+from nfm.storage.errors import NoPlace, StorageError
+from nfm.storage.errors.masked import holds_secret
+
+_SCHEMED = re.compile(
+    r"(?P<space>\s*)(?P<chain>(?:[a-z][a-z0-9]*::)*)(?P<scheme>[a-z][a-z0-9+.-]+):(?P<slashes>/*)", re.IGNORECASE
+)
+_FILES, _BUCKETS = ("file", "local"), ("s3", "s3a", "gs", "gcs")
+_SCHEMES = ("file", *_BUCKETS, "memory", "az", "abfs", "http", "https")  # which no local name means by accident
+SECRETS = (
+    "a URL with a key, a password or a token, which would be written to manifests and logs; leave it out of the URL: "
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or GOOGLE_APPLICATION_CREDENTIALS"
+)
+
+
+def as_path(where: str | Path) -> Path:
+    """What a user wrote as a place: a local path as pathlib's, a URL as universal_pathlib's with pathlib's methods.
+
+    `~` is the home folder, `file://` a local path with %20 and the like decoded; any other text without a scheme is
+    the path that it says, and `./` before it insists on that. Raises NoPlace for what is neither, with the remedy. A
+    Path is taken as it is.
+
+    Options of a file system (an endpoint, a profile) come from its own environment variables and from fsspec's
+    configuration. Listings are never cached: other processes write beside this one. Tested against an S3 server and
+    memory://; gs:// takes the same calls of fsspec, and is untested.
+    """
+    if not isinstance(where, str):
+        return _of_a_program(where)
+    if not where.strip() or "\0" in where:
+        raise NoPlace(repr(where), "names no place; write a path or a URL, or leave it out (. is the current folder)")
+    if (found := _SCHEMED.match(where)) is None:
+        return _local(where)
+    scheme, slashes, rest = found["scheme"].lower(), len(found["slashes"]), where[found.end() :]
+    if holds_secret(where):
+        raise NoPlace(where, SECRETS)
+    if found["space"] and (slashes or scheme in _SCHEMES):
+        raise NoPlace(repr(where), "there is a space before the URL: take it away")
+    if scheme in _FILES and slashes:
+        return _of_file_url(where, slashes, rest)
+    if slashes >= 2:
+        return _remote(where, found["chain"].lower() + scheme, "/" * (slashes - 2) + rest)
+    if slashes or scheme in _SCHEMES:
+        right = "file:///path" if scheme in _FILES else f"{found['chain']}{scheme}://{rest}"
+        raise NoPlace(where, f"a URL has two slashes: write {right}, or ./{where} for a local path of that name")
+    return _local(where)
+
+
+def local_path(where: str | Path, remedy: str = "copy it to this machine, or mount it, and name that path") -> Path:
+    """What a user wrote as a place, where only paths of this machine work. Raises NoPlace, for a URL with `remedy`."""
+    path = as_path(where)
+    if is_remote(path):
+        raise NoPlace(str(where), f"a URL, and only a path of this machine works here; {remedy}")
+    return path
+
+
+def stated_path(variable: str, remedy: str = "name a folder of this machine") -> Path | None:
+    """The local path in an environment variable; None when it is not set, or set to nothing."""
+    stated = os.environ.get(variable, "")
+    if not stated.strip():
+        return None
+    try:
+        return local_path(stated, remedy)
+    except NoPlace as error:
+        raise NoPlace(stated, error.reason, f"{variable}=") from None
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is a URL of no local path, as a program wrote it."""
+    found = _SCHEMED.match(text)
+    return found is not None and len(found["slashes"]) >= 2 and found["scheme"].lower() not in _FILES
+
+
+def _of_a_program(where: Path) -> Path:
+    """A path as it is; pathlib drops a slash of a URL, which then names a folder `s3:`."""
+    if is_remote(where):
+        if holds_secret(str(where)):
+            raise NoPlace(str(where), SECRETS)
+    elif (found := _SCHEMED.match(str(where))) and found["slashes"] and found["scheme"] in _SCHEMES:
+        raise NoPlace(str(where), "a pathlib.Path holds no URL; give the URL as a str")
+    return where
+
+
+def _local(text: str) -> Path:
+    """A local path as it was written; `~` and `~user` are home folders."""
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise NoPlace(text, f"there is no such user; write ./{text} for a local path of that name")
+    path = Path(expanded)
+    # Without its `./` it would be read as something else the next time: a worker, a cache and a manifest keep text.
+    first = path.parts[0] if path.parts else ""
+    return path.absolute() if first[:1] == "~" or first[:1].isspace() or ":" in first else path
+
+
+def _of_file_url(where: str, slashes: int, rest: str) -> Path:
+    """The local path of a file: URL (RFC 8089: file:///path, file://localhost/path or file:/path), decoded."""
+    host, _, path = rest.partition("/") if slashes == 2 and rest[:1] != "~" else ("", "", rest)
+    decoded = os.fsdecode(unquote_to_bytes(path))
+    if host.lower() not in ("", "localhost") or not decoded or "\0" in decoded:
+        raise NoPlace(where, "names no path of this machine; write file:///path, or the path alone")
+    return _local(decoded if decoded.startswith("~") else f"/{decoded}")
+
+
+def _remote(where: str, scheme: str, rest: str) -> Path:
+    """A URL as universal_pathlib's path. Raises NoPlace for a scheme that fsspec does not know."""
+    import fsspec
+
+    known = set(fsspec.available_protocols())
+    if not known.issuperset(scheme.split("::")):
+        others = ", ".join(sorted(name for name in known.difference(_SCHEMES) if name.isalnum()))
+        raise NoPlace(
+            where,
+            f"{scheme}:// is no known scheme; use a folder, s3://bucket/..., gs://bucket/..., file:///path, "
+            f"memory://..., or another of fsspec's ({others})",
+        )
+    if scheme in _BUCKETS and not rest.partition("/")[0].strip():
+        raise NoPlace(where, f"names no bucket; write {scheme}://bucket/...")
+    try:
+        from upath import UPath
+
+        return cast(Path, UPath(f"{scheme}://{rest}", **_options(scheme)))
+    except ImportError as error:
+        raise StorageError(f"{where}: {error}; URLs need the packages universal_pathlib and s3fs (or gcsfs)") from error
+    except ValueError as error:
+        raise NoPlace(where, f"{error}; use a folder, s3://bucket/..., gs://bucket/... or file:///path") from error
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"use_listings_cache": False}
+    if protocol in ("s3", "s3a"):
+        from fsspec.config import conf
+
+        # botocore's own retries would multiply with those of `remote.attempt`: minutes before an endpoint that is down.
+        own = conf.get(protocol, {}).get("config_kwargs")
+        options["config_kwargs"] = own or {"retries": {"total_max_attempts": 1, "mode": "standard"}}
+    return options
+
+
+def is_remote(path: Any) -> bool:
+    """Whether a path of `as_path` is an object store's, where files are put whole and nothing is mapped."""
+    return not isinstance(path, Path)

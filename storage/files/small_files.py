@@ -1,0 +1,73 @@
+"""The one way in which small files are read: recipes, manifests, commits, locks, notes, logs, lists of shards, states.
+
+Where somebody else made the folder, anything may stand under their names: a pipe that nobody writes to, a device
+without an end, a link to a file elsewhere on this machine, more bytes than memory holds. Only a plain file inside its
+folder and of at most a stated size is read; of all else a message says what stands there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from nfm.storage.errors import StorageError
+from nfm.storage.files import remote
+from nfm.storage.files.paths import inside, is_remote
+
+MOST_BYTES = 64 << 20  # of metadata: a manifest that lists 100,000 shards itself has half of it
+MOST_INDEX_BYTES = 1 << 30  # of an index part, or of the list of two million shards
+MOST_STATE_BYTES = 64 << 30  # of a model's weights, or of all that its training goes on from
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES, root: Path | None = None) -> bytes:
+    """The whole of a file of at most `most` bytes, which no link takes out of `root`, by default its own folder.
+
+    Raises FileNotFoundError, OSError (local) or StorageError.
+    """
+    if is_remote(path):
+        # One request, where a plain read of s3fs would ask for the size first.
+        data = remote.read_range(path, 0, most + 1)
+        _check_size(path, len(data), most)
+        return data
+    with opened(path, root) as file:
+        size = os.fstat(file.fileno()).st_size
+        _check_size(path, size, most)
+        return file.read(size + 1)  # not to its end: somebody may be writing to it
+
+
+def read_tail(path: Path, most: int, root: Path | None = None) -> bytes:
+    """The last `most` bytes of a local file that grows, a log; all of it where it has fewer. As `read_bytes`."""
+    with opened(path, root) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        return file.read(most)
+
+
+def opened(path: Path, root: Path | None = None) -> BinaryIO:
+    """A plain local file, open to be read, which no link takes out of `root`, by default its own folder.
+
+    Raises FileNotFoundError, OSError or StorageError.
+    """
+    within = path.parent if root is None else root
+    return plain(inside(within, str(path.relative_to(within))))
+
+
+def plain(path: Path) -> BinaryIO:
+    """A plain local file, wherever links lead to it, open to be read.
+
+    Raises FileNotFoundError, OSError or StorageError: to open a pipe or to read a device may never end.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise StorageError(f"{path}: {what}, where a file was expected; move it away and restore the file from a copy")
+    return os.fdopen(handle, "rb")
+
+
+def _check_size(path: Path, size: int, most: int) -> None:
+    if size > most:
+        many = f"{size:,} bytes" if not is_remote(path) else "more bytes"
+        raise StorageError(f"{path}: {many}, where a file of its kind has at most {most:,}; restore it from a copy")

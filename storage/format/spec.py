@@ -1,0 +1,310 @@
+"""The recipe of a pair store (format 1): its fields, its sizes, and where its pairs came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nfm.storage.errors import NewerSchema, StorageError
+from nfm.storage.files.atomic import create_json, read_json
+from nfm.storage.files.paths import as_path
+from nfm.storage.format import untrusted
+from nfm.storage.format.codecs import CODECS
+
+FORMAT = 1
+ROLES = ("image", "noise", "label", "slot")
+LAYOUTS = ("blocks", "samples", "zarr")
+IMAGE_DTYPES = ("uint8", "float16", "float32")
+SPEC = "spec.json"
+
+_DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
+_DTYPES += ("float16", "float32", "float64")
+_MOST_FIELDS = 64
+_MOST_AXES = 16
+_MOST_ROWS = 10**9  # keys have nine digits
+_MOST_SHARDS = 100_000  # names end at shard 99999
+_MOST_VALUE = 1e6  # of a value range: far from where float32 ends
+_MOST_RECORD = 1 << 28  # bytes of one record
+_MOST_CHUNKS = 1 << 16  # of one Zarr shard; its index is read whole
+_MOST_OPTIONS = 64
+# Left out of the JSON where they are None.
+_LATER = ("noise_step", "image_scale", "image_decoder", "potential", "student", "coupling_options")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a record: `shape` and `dtype` (numpy's name) of a single record, and what it is for."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    role: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", self.name):
+            raise StorageError(
+                f"field {untrusted.shown(self.name)}: a name is up to 40 lower case letters, digits and underscores"
+            )
+        where = f"field {self.name!r}:"
+        untrusted.one_of(f"{where} role", self.role, ROLES)
+        dtype = self.dtype if isinstance(self.dtype, str) else getattr(self.dtype, "name", self.dtype)
+        if not isinstance(dtype, str) or dtype not in _DTYPES:
+            raise StorageError(
+                f"{where} dtype {untrusted.shown(dtype)} is no number's; use one of {', '.join(_DTYPES)}"
+            )
+        shape = untrusted.sequence(f"{where} shape", self.shape, _MOST_AXES)
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "shape", tuple(untrusted.integer(f"{where} shape", size, 1, 2**31) for size in shape))
+        if self.bytes_per_record > _MOST_RECORD:
+            raise StorageError(f"{where} {self.bytes_per_record} bytes a record, {_MOST_RECORD} at most")
+
+    @cached_property
+    def bytes_per_record(self) -> int:
+        """Bytes of one record of this field, headers left out."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def pair_fields(
+    image_shape: tuple[int, ...], codec: str = "float16", image_dtype: str = "uint8", label: bool = True
+) -> tuple[Field, ...]:
+    """The fields of a pair store, in their order: image, noise, label, slot."""
+    stored = CODECS[codec].dtype if codec in CODECS else codec
+    fields = [Field("image", image_dtype, image_shape, "image"), Field("noise", stored, image_shape, "noise")]
+    if label:
+        fields.append(Field("label", "int64", (), "label"))
+    return (*fields, Field("slot", "int64", (), "slot"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """What every shard of a store has in common. Lives in spec.json under the key `store`.
+
+    Raises StorageError for a value of another kind or out of range, NewerSchema for a format of the future.
+    """
+
+    rows: int  # records of one draw
+    rows_per_shard: int
+    fields: tuple[Field, ...]
+    coupling: str
+    source: str  # content digest of the data the images come from
+    rows_per_block: int = 256  # records of one tar sample of layout blocks, of one inner chunk of layout zarr
+    codec: str = "float16"  # of the noise
+    noise_step: float | None = None  # the noise is this times the stored integer; None: the codec's own, or floats
+    value_range: tuple[float, float] = (-1.0, 1.0)  # what the uint8 images 0 and 255 stand for
+    image_scale: float | None = None  # what float images (latents) are divided by before `image_decoder`
+    image_decoder: str | None = None  # who makes pictures of float images
+    flips: bool = False
+    seed: int = 0
+    eta: float | None = None
+    sigma_f: float | None = None
+    teacher: str | None = None  # content digest, as are these two
+    potential: str | None = None
+    student: str | None = None  # that made the images
+    coupling_options: Mapping[str, Any] | None = None  # what else decides the pairs: text, numbers, true and false
+    classes: int | None = None
+    layout: str = "blocks"
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if untrusted.integer("store spec: format", self.format, 1) > FORMAT:
+            raise _newer(self.format)
+        untrusted.one_of("store spec: layout", self.layout, LAYOUTS)
+        untrusted.one_of("store spec: codec", self.codec, CODECS)
+        if self.noise_step is None:
+            object.__setattr__(self, "noise_step", CODECS[self.codec].step)
+        object.__setattr__(self, "fields", tuple(untrusted.sequence("store spec: fields", self.fields, _MOST_FIELDS)))
+        self._check_values()
+        self._check_fields()
+        self._check_sizes()
+
+    def field(self, name: str) -> Field:
+        """The field called `name`. Raises StorageError when the store has none."""
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise StorageError(f"store spec: no field {name!r}, only {', '.join(f.name for f in self.fields)}")
+
+    def has(self, name: str) -> bool:
+        """Whether the store has a field called `name`."""
+        return any(field.name == name for field in self.fields)
+
+    @property
+    def slot_is_row(self) -> bool:
+        """Whether slot s holds what belongs to source row s; a reflowed image has the label of that row.
+
+        Stores of minibatch OT that another program made may choose rows; ours say how their groups were made.
+        """
+        ours = self.coupling == "minibatch-ot" and self.coupling_options is not None
+        return ours or self.coupling in ("nfm", "independent", "reflow", "custom")
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one image, usually (C, H, W)."""
+        return self.field("image").shape
+
+    @property
+    def shards_per_draw(self) -> int:
+        """Number of shards of one draw; the last may be short."""
+        return -(-self.rows // self.rows_per_shard)
+
+    def slots_of(self, shard: int) -> range:
+        """The slots that shard number `shard` of any draw holds, in the order of its records."""
+        if not 0 <= shard < self.shards_per_draw:
+            raise StorageError(f"shard {shard}: a draw here has shards 0 to {self.shards_per_draw - 1}")
+        start = shard * self.rows_per_shard
+        return range(start, min(start + self.rows_per_shard, self.rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe in JSON's types."""
+        recipe = dataclasses.asdict(self) | {
+            "fields": [dataclasses.asdict(field) | {"shape": list(field.shape)} for field in self.fields],
+            "value_range": list(self.value_range),
+        }
+        return {key: value for key, value in recipe.items() if key not in _LATER or value is not None}
+
+    @classmethod
+    def from_dict(cls, body: Mapping[str, Any]) -> StoreSpec:
+        """The recipe from `to_dict`'s result or from a whole spec.json; unknown keys are ignored."""
+        recipe = body["store"] if isinstance(body.get("store"), Mapping) else body
+        found = untrusted.integer("store spec: format", recipe.get("format", FORMAT), 1)
+        if found > FORMAT:
+            raise _newer(found)
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {key: value for key, value in recipe.items() if key in known}
+        try:
+            listed = untrusted.sequence("store spec: fields", recipe["fields"], _MOST_FIELDS)
+            entries = [untrusted.mapping("store spec: a field", entry) for entry in listed]
+            values["fields"] = tuple(Field(f["name"], f["dtype"], f["shape"], f["role"]) for f in entries)
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise StorageError(f"store spec: incomplete or of another kind ({error}); is it a pair store?") from error
+
+    def _check_values(self) -> None:
+        def keep(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("rows", "rows_per_shard", "rows_per_block"):
+            keep(name, untrusted.integer(f"store spec: {name}", getattr(self, name), 1, _MOST_ROWS))
+        keep("seed", untrusted.integer("store spec: seed", self.seed, 0, 2**64 - 1))
+        for name in ("coupling", "source"):
+            untrusted.text(f"store spec: {name}", getattr(self, name))
+        untrusted.truth("store spec: flips", self.flips)
+        for name in ("noise_step", "image_scale", "eta", "sigma_f"):
+            if getattr(self, name) is not None:
+                keep(name, untrusted.real(f"store spec: {name}", getattr(self, name)))
+        for name in ("teacher", "potential", "student", "image_decoder"):
+            if getattr(self, name) is not None:
+                untrusted.text(f"store spec: {name}", getattr(self, name))
+        if self.coupling_options is not None:
+            keep("coupling_options", _options(self.coupling_options))
+        if self.classes is not None:
+            keep("classes", untrusted.integer("store spec: classes", self.classes))
+        ends = untrusted.sequence("store spec: value_range", self.value_range, 2)
+        keep("value_range", tuple(untrusted.real("store spec: value_range", end) for end in ends))
+        if len(ends) != 2 or not -_MOST_VALUE <= self.value_range[0] < self.value_range[1] <= _MOST_VALUE:
+            raise StorageError(f"store spec: value_range {self.value_range}: give the lowest value, then the highest")
+
+    def _check_fields(self) -> None:
+        names = [field.name for field in self.fields]
+        if len(set(names)) < len(names):
+            raise StorageError(f"store spec: a field is listed twice in {names}")
+        for role in ("image", "noise", "slot"):
+            if self.field(role).role != role:
+                raise StorageError(f"store spec: the field {role!r} has the role {self.field(role).role!r}")
+        codec = CODECS[self.codec]
+        if self.field("noise").dtype != codec.dtype:
+            raise StorageError(
+                f"store spec: the noise field is {self.field('noise').dtype} but the codec is {self.codec}; "
+                "make the fields with pair_fields(shape, codec)"
+            )
+        if (self.noise_step is None) != (codec.step is None) or not 1e-6 < (self.noise_step or 1.0) < 1e3:
+            raise StorageError(f"store spec: noise_step {self.noise_step} with codec {self.codec}; leave it out")
+        untrusted.one_of("store spec: the image's dtype", self.field("image").dtype, IMAGE_DTYPES)
+        if self.image_scale is not None and (self.field("image").dtype == "uint8" or self.image_scale <= 0):
+            raise StorageError(f"store spec: image_scale {self.image_scale}: above 0, and for float images only")
+        for name in ("label", "slot"):
+            if self.has(name) and (self.field(name).dtype, self.field(name).shape) != ("int64", ()):
+                raise StorageError(f"store spec: the field {name!r} must be one int64 a record")
+
+    def _check_sizes(self) -> None:
+        if self.shards_per_draw > _MOST_SHARDS:
+            raise StorageError(
+                f"store spec: {self.shards_per_draw} shards a draw, {_MOST_SHARDS} at most; raise rows_per_shard"
+            )
+        record = sum(field.bytes_per_record for field in self.fields)
+        if record > _MOST_RECORD:
+            raise StorageError(f"store spec: {record} bytes a record, {_MOST_RECORD} at most")
+        if self.codec == "pcodec" and self.layout != "zarr":
+            raise StorageError("store spec: codec pcodec is for archives in layout zarr; use it there, or int8 here")
+        if self.layout == "zarr" and self.rows_per_shard % self.rows_per_block:
+            whole = -(-self.rows_per_shard // self.rows_per_block) * self.rows_per_block
+            raise StorageError(
+                f"store spec: a shard of layout zarr is whole chunks: rows_per_shard {self.rows_per_shard} is no "
+                f"multiple of rows_per_block {self.rows_per_block}; use {whole}, or other blocks"
+            )
+        if self.layout == "zarr" and self.rows_per_shard // self.rows_per_block > _MOST_CHUNKS:
+            raise StorageError(f"store spec: more than {_MOST_CHUNKS} chunks a shard; raise rows_per_block")
+
+
+def _options(given: Any) -> dict[str, Any]:
+    """The coupling's options, each one value of JSON."""
+    where = "store spec: coupling_options"
+    options = dict(untrusted.mapping(where, given))
+    if len(options) > _MOST_OPTIONS:
+        raise StorageError(f"{where}: {len(options)} of them, {_MOST_OPTIONS} at most")
+    for name, value in options.items():
+        untrusted.text(f"{where}: a name", name)
+        if isinstance(value, str):
+            untrusted.text(f"{where}: {name}", value)
+        elif not isinstance(value, bool):
+            untrusted.real(f"{where}: {name}", value)
+    return options
+
+
+def check_format(path: Path, body: Mapping[str, Any]) -> None:
+    """Refuses a file of a later format. Raises NewerSchema, or StorageError where the format is no number."""
+    if untrusted.integer(f"{path}: format", body.get("format", FORMAT)) > FORMAT:
+        raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
+
+
+def _newer(found: int) -> NewerSchema:
+    return NewerSchema(f"store spec: format {found}, this nfm-pairs reads up to {FORMAT}; install a newer nfm-pairs")
+
+
+def read_spec(root: str | Path) -> StoreSpec:
+    """The recipe of the store at `root`. Raises StorageError (no store there) or NewerSchema."""
+    path = as_path(root) / SPEC
+    try:
+        return StoreSpec.from_dict(read_json(path))
+    except StorageError as error:
+        raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from error
+
+
+def write_spec(root: str | Path, spec: StoreSpec) -> None:
+    """Makes `root` a store of `spec`, without the pipeline. Raises StorageError if it has another recipe."""
+    path = as_path(root) / SPEC
+    if not create_json(path, {"store": spec.to_dict()}) and read_spec(root) != spec:
+        raise StorageError(f"{path}: the store there has another recipe; choose another folder")
+
+
+def shard_name(draw: int, shard: int) -> str:
+    """The name of a shard, of fixed width: d000-s00012."""
+    if not (0 <= draw < 1000 and 0 <= shard < 100_000):
+        raise StorageError(f"draw {draw}, shard {shard}: names end at draw 999 and shard 99999; use larger shards")
+    return f"d{draw:03d}-s{shard:05d}"
+
+
+def parse_name(name: str) -> tuple[int, int]:
+    """(draw, shard) of a shard's name. Raises StorageError for anything else."""
+    match = re.fullmatch(r"d(\d{3})-s(\d{5})", name)
+    if match is None:
+        raise StorageError(f"{name!r} is no shard name; they look like d000-s00012")
+    return int(match[1]), int(match[2])

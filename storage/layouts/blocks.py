@@ -1,0 +1,174 @@
+"""Layout `blocks`: a tar sample holds a block of records, and the shard is still one strided array a field.
+
+A tar sample holds its records as KEY.FIELD.npy, one member a field, in a fixed order. Every member is a 512-byte
+tar header, a 128-byte npy header and the array, padded to 512 bytes, so that every offset is arithmetic. Only the
+last block may be short.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from nfm.storage.errors import StorageError
+from nfm.storage.format.spec import Field
+from nfm.storage.layouts.tar import (
+    NPY_HEADER,
+    TAR_END,
+    TAR_HEADER,
+    Array,
+    Mapped,
+    Payload,
+    TarWriter,
+    corrupt,
+    map_file,
+    member_bytes,
+    npy_header,
+    stored,
+    strides,
+    tar_header,
+)
+
+__all__ = ["MappedShard", "Payload", "ShardWriter", "record_offsets", "shard_bytes"]
+_LARGE_RECORD = 4096  # bytes; from here on, copying row by row beats numpy's gather, which copies twice
+
+
+def shard_bytes(fields: Sequence[Field], records: int, rows_per_block: int = 256) -> int:
+    """Size in bytes of a shard of `records` records."""
+    full, rest = divmod(records, rows_per_block)
+    return full * _block_bytes(fields, rows_per_block) + (_block_bytes(fields, rest) if rest else 0) + TAR_END
+
+
+def record_offsets(fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int = 256) -> dict[str, Array]:
+    """Byte offsets, int64 [n] by field: where row rows[i] of a shard of records[i] records begins."""
+    block, row = np.divmod(rows, rows_per_block)
+    in_block = np.minimum(records - block * rows_per_block, rows_per_block)
+    at = block * _block_bytes(fields, rows_per_block) + TAR_HEADER + NPY_HEADER
+    offsets = {}
+    for field in fields:
+        offsets[field.name] = at + row * field.bytes_per_record
+        size = NPY_HEADER + in_block * field.bytes_per_record
+        at = at + TAR_HEADER + size + -size % TAR_HEADER
+    return offsets
+
+
+class ShardWriter(TarWriter):
+    """Writes one shard; the file gets its name only when all `records` records are durable.
+
+    As a context manager it closes on a clean exit and leaves nothing behind on an error. `key` prefixes the
+    names of the members. Raises StorageError for a wrong field, shape or dtype, for too many or too few
+    records, and when the disk is full.
+    """
+
+    def __init__(
+        self, path: str | Path, fields: Sequence[Field], records: int, key: str, rows_per_block: int = 256
+    ) -> None:
+        super().__init__(path, fields, records, rows_per_block)
+        self.key = key
+        self._block = 0
+
+    def _write(self, block: Mapping[str, Array]) -> None:
+        for field in self.fields:
+            data = block[field.name]
+            size = NPY_HEADER + data.nbytes
+            head = tar_header(f"{self.key}-b{self._block:05d}.{field.name}.npy", size) + npy_header(field, data.shape)
+            self._file.write(head)
+            self._file.write(data.reshape(-1).view(np.uint8).data)
+            self._file.write(bytes(-size % TAR_HEADER))
+        self._block += 1
+
+
+class MappedShard:
+    """A shard as arrays, mapped into memory: nothing is read before it is asked for.
+
+    Opening checks the size and the headers of the first and the last block. Raises MissingShard or
+    CorruptShard.
+    """
+
+    def __init__(self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int = 256) -> None:
+        self.path = Path(path)
+        self.fields = tuple(fields)
+        self.records = records
+        # The last block is mapped on its own, full or not: one path for every shard.
+        self._rows_per_block = min(rows_per_block, records)
+        self._last = (records - 1) // self._rows_per_block
+        expected = shard_bytes(self.fields, records, self._rows_per_block)
+        buffer = map_file(self.path, expected, f"{records} records")
+        self.maps = [Mapped.of(self.path, buffer)]
+        self.addresses = dict.fromkeys((field.name for field in self.fields), self.maps[0].address)
+        self._full: dict[str, Array] = {}
+        self._tail: dict[str, Array] = {}
+        self._map(buffer)
+
+    def __len__(self) -> int:
+        return self.records
+
+    def read(self, name: str, start: int, stop: int) -> Array:
+        """Records start to stop of one field, as a new array [stop - start, *shape]."""
+        if not 0 <= start <= stop <= self.records:
+            raise StorageError(f"{self.path}: records {start} to {stop} asked for, it holds {self.records}")
+        out = np.empty((stop - start, *self._tail[name].shape[1:]), self._tail[name].dtype)
+        at = start
+        while at < stop:
+            block, row = divmod(at, self._rows_per_block)
+            source = self._tail[name] if block == self._last else self._full[name][block]
+            taken = min(stop - at, self._rows_per_block - row)
+            out[at - start : at - start + taken] = source[row : row + taken]
+            at += taken
+        return out
+
+    def gather(self, name: str, rows: Array, out: Array | None = None) -> Array:
+        """The records `rows` (any order) of one field, as [n, *shape]; into `out` where given."""
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and (rows.min() < 0 or rows.max() >= self.records):
+            raise StorageError(f"{self.path}: records {rows.min()} to {rows.max()} asked for, it holds {self.records}")
+        tail, full = self._tail[name], self._full[name]
+        block, row = np.divmod(rows, self._rows_per_block)
+        late = block == self._last
+        if out is None:
+            out = np.empty((len(rows), *tail.shape[1:]), tail.dtype)
+        if tail[0].nbytes >= _LARGE_RECORD:
+            for i, (b, r) in enumerate(zip(block.tolist(), row.tolist())):
+                out[i] = tail[r] if b == self._last else full[b, r]
+        elif not late.any():
+            out[...] = full[block, row]
+        elif late.all():
+            out[...] = tail[row]
+        else:
+            out[late] = tail[row[late]]
+            out[~late] = full[block[~late], row[~late]]
+        return out
+
+    def _map(self, buffer: mmap.mmap) -> None:
+        rows, last = self._rows_per_block, self.records - self._last * self._rows_per_block
+        stride = _block_bytes(self.fields, rows)
+        first_at, last_at = 0, self._last * stride
+        for field in self.fields:
+            if self._last:
+                self._check(buffer, first_at, field, rows)
+            self._check(buffer, last_at, field, last)
+            dtype, data = stored(field), TAR_HEADER + NPY_HEADER
+            inner = (field.bytes_per_record, *strides(field))
+            self._full[field.name] = np.ndarray(
+                (self._last, rows, *field.shape), dtype, buffer, first_at + data, (stride, *inner)
+            )
+            self._tail[field.name] = np.ndarray((last, *field.shape), dtype, buffer, last_at + data)
+            first_at += member_bytes(NPY_HEADER + rows * field.bytes_per_record)
+            last_at += member_bytes(NPY_HEADER + last * field.bytes_per_record)
+
+    def _check(self, buffer: mmap.mmap, at: int, field: Field, records: int) -> None:
+        try:
+            member = tarfile.TarInfo.frombuf(buffer[at : at + TAR_HEADER], "ascii", "strict")
+        except (tarfile.HeaderError, UnicodeError) as error:
+            raise corrupt(self.path, f"no tar header at byte {at} ({error})") from error
+        header = buffer[at + TAR_HEADER : at + TAR_HEADER + NPY_HEADER]
+        if not member.name.endswith(f".{field.name}.npy") or header != npy_header(field, (records, *field.shape)):
+            raise corrupt(self.path, f"the member {member.name!r} at byte {at} is not {records} records of {field}")
+
+
+def _block_bytes(fields: Sequence[Field], records: int) -> int:
+    return sum(member_bytes(NPY_HEADER + records * field.bytes_per_record) for field in fields)

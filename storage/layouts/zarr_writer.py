@@ -1,0 +1,117 @@
+"""Writes one shard of layout `zarr`: a Zarr v3 shard file a field, as a stream, hashed on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from nfm.storage.errors import StorageError
+from nfm.storage.files.atomic import HashingFile
+from nfm.storage.files.paths import as_path, is_remote, remove
+from nfm.storage.format.crc32c import crc32c
+from nfm.storage.format.spec import Field
+from nfm.storage.layouts.tar import Array, Blocker, Payload, stored
+from nfm.storage.layouts.zarr_shard import CRC, index_of, pcodec
+
+
+class ZarrWriter:
+    """Writes the files of one shard as `folder`/FIELD; they get their names when all records are durable.
+
+    As a context manager it closes on a clean exit and leaves nothing behind on an error. `compressed` names the
+    fields whose chunks pcodec compresses. Raises StorageError as `ShardWriter` does.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        fields: Sequence[Field],
+        records: int,
+        rows_per_shard: int,
+        rows_per_block: int,
+        compressed: Sequence[str] = (),
+    ) -> None:
+        self.path = as_path(folder)
+        self.fields = tuple(fields)
+        self.payloads: list[Payload] = []
+        self._rows = (rows_per_shard, rows_per_block)
+        self._blocker = Blocker(self.path, self.fields, records, rows_per_block)
+        self._pcodec = {name: pcodec() for name in compressed}
+        self._chunks: dict[str, list[int]] = {field.name: [] for field in self.fields}  # sizes in bytes
+        self._files: dict[str, HashingFile] = {}
+        try:
+            for field in self.fields:
+                self._files[field.name] = HashingFile(self.path / field.name)
+        except StorageError:
+            self.discard()
+            raise
+
+    @property
+    def written(self) -> int:
+        """Records so far."""
+        return self._blocker.taken
+
+    def append(self, arrays: Mapping[str, Array]) -> None:
+        """Adds n records: for every field an array [n, *shape] of the field's dtype, and no other names."""
+        for block in self._blocker.add(arrays):
+            self._write(block)
+
+    def close(self) -> list[Payload]:
+        """Publishes the files, in the order of the fields. Raises StorageError, leaving nothing, when records lack."""
+        if not self.payloads:
+            try:
+                for block in self._blocker.rest():
+                    self._write(block)
+                for name, file in self._files.items():
+                    file.write(index_of(self._chunks[name], self._rows[0] // self._rows[1]))
+                    file.publish()
+            except StorageError:
+                self.discard()
+                raise
+            self.payloads = [Payload(file.path, file.sha256, file.bytes) for file in self._files.values()]
+        return self.payloads
+
+    def discard(self) -> None:
+        """Gives up: removes what this attempt has written, published or not."""
+        for file in self._files.values():
+            file.discard()
+            if file.published:
+                remove(file.path)
+        remove_folder(self.path)
+
+    def __enter__(self) -> ZarrWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def _write(self, block: Mapping[str, Array]) -> None:
+        for field in self.fields:
+            data = block[field.name]
+            if len(data) < self._rows[1]:
+                padding = np.zeros((self._rows[1] - len(data), *field.shape), stored(field))
+                data = np.concatenate([data, padding])
+            chunk: Any = data.reshape(-1).view(np.uint8)
+            if field.name in self._pcodec:
+                chunk = self._pcodec[field.name].encode(data.reshape(-1))
+            self._chunks[field.name].append(len(chunk) + CRC)
+            file = self._files[field.name]
+            file.write(chunk)
+            file.write(struct.pack("<I", crc32c(chunk)))
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes the empty folder of a local attempt; object stores have none."""
+    if not is_remote(folder):
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,292 @@
+"""Row-scoped fields: one value a source row (a caption embedding), added to a finished store, joined by image row.
+
+fields/<name>/s00000.<attempt>.npy    plain npy 1.0 files of `rows_per_file` rows each
+fields/<name>/field.json              last, create-if-absent: dtype, shape, rows, the files with their SHA-256
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import secrets
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from nfm.storage.errors import CorruptShard, MissingShard, StorageError
+from nfm.storage.files.atomic import HashingFile, create_json, read_json
+from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove
+from nfm.storage.files.small_files import plain
+from nfm.storage.format import untrusted
+from nfm.storage.format.spec import FORMAT, check_format, read_spec
+
+if TYPE_CHECKING:
+    from nfm.storage.files.cache import ShardCache
+
+Array = npt.NDArray[Any]
+T = TypeVar("T")
+FIELDS, FIELD = "fields", "field.json"
+_NAME = r"[a-z][a-z0-9_]{0,62}"
+_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+_HEADER = 128
+_MOST_AXES, _MOST_FILES = 8, 100_000
+_FILE_BYTES = 256 << 20
+_MOST_OPEN = 64
+
+
+@dataclass(frozen=True)
+class FieldFile:
+    """One file of a field: its name in the field's folder, its rows, SHA-256 (hex) and size in bytes."""
+
+    file: str
+    rows: int
+    sha256: str
+    bytes: int
+
+
+class RowField:
+    """A field of a store, mapped: `gather` joins it to any source rows. Files of a URL come through `cache`."""
+
+    def __init__(self, folder: Path, body: Mapping[str, Any], cache: ShardCache | None = None) -> None:
+        self.folder = folder
+        self.name: str = body["name"]
+        self.dtype: np.dtype[Any] = np.dtype(body["dtype"])
+        self.shape: tuple[int, ...] = tuple(body["shape"])
+        self.rows: int = body["rows"]
+        self.rows_per_file: int = body["rows_per_file"]
+        self.files = tuple(FieldFile(f["file"], f["rows"], f["sha256"], f["bytes"]) for f in body["files"])
+        self.body = dict(body)
+        self._cache = cache
+        self._maps: OrderedDict[int, Array] = OrderedDict()
+
+    @classmethod
+    def open(cls, root: str | Path, name: str, cache: ShardCache | None = None) -> RowField:
+        """The field `name` of the store at `root`. Raises StorageError when there is none, NewerSchema."""
+        folder = _folder(root, name)
+        if FIELD not in names_in(inside(as_path(root), f"{FIELDS}/{name}")):
+            known = ", ".join(row_field_names(root)) or "none"
+            raise StorageError(f"{folder}: no field {name!r} (there are: {known}); `nfm pairs add-field` adds one")
+        return cls(folder, _checked(as_path(root), name), cache)
+
+    def gather(self, rows: npt.ArrayLike, out: Array | None = None) -> Array:
+        """The values at these source rows (any order, [n] integers) as [n, *shape], in `out` if given.
+
+        Raises IndexError for a row outside, MissingShard or CorruptShard (naming the file) for a bad file.
+        """
+        wanted = np.asarray(rows, np.int64)
+        if out is None:
+            out = np.empty((len(wanted), *self.shape), self.dtype)
+        if not len(wanted):
+            return out
+        if wanted.min() < 0 or wanted.max() >= self.rows:
+            raise IndexError(f"field {self.name!r}: rows {wanted.min()}..{wanted.max()} are outside 0..{self.rows - 1}")
+        number, row = np.divmod(wanted, self.rows_per_file)
+        touched = np.unique(number)
+        if len(touched) == 1:
+            np.take(self._file(int(touched[0])), row, axis=0, out=out, mode="clip")
+            return out
+        for file in touched.tolist():
+            here = number == file
+            out[here] = self._file(file)[row[here]]
+        return out
+
+    def chunks(self, rows: int = 4096) -> Iterator[Array]:
+        """All values in the order of rows, some at a time."""
+        for start in range(0, self.rows, rows):
+            yield self.gather(np.arange(start, min(start + rows, self.rows)))
+
+    def opened(self, part: FieldFile, opener: Callable[[Path], T]) -> T:
+        """`opener` of one of the field's files, fetched and hash-checked first where the store is a URL.
+
+        Raises MissingShard, naming the file.
+        """
+        path = inside(self.folder.parent.parent, f"{FIELDS}/{self.name}/{part.file}")
+        try:
+            if not is_remote(path):
+                return opener(path)
+            from nfm.storage.files.cache import Wanted, default_cache
+
+            wanted = Wanted(path, part.sha256, part.bytes)
+            return (self._cache or default_cache()).opened([wanted], lambda paths: opener(paths[0]))
+        except FileNotFoundError as error:
+            raise MissingShard(f"{path}: a file of field {self.name!r} is missing; restore it from a copy") from error
+
+    def _file(self, number: int) -> Array:
+        found = self._maps.pop(number, None)
+        if found is None:
+            found = self._open_file(self.files[number])
+            while len(self._maps) >= _MOST_OPEN:
+                self._maps.popitem(last=False)
+        self._maps[number] = found
+        return found
+
+    def _open_file(self, part: FieldFile) -> Array:
+        path = self.folder / part.file
+        try:
+            buffer = self.opened(part, _mapped)
+        except (OSError, ValueError) as error:
+            raise CorruptShard(f"{path}: cannot be mapped ({error}); restore it from a copy") from error
+        if len(buffer) != part.bytes or buffer[:_HEADER] != _npy_header(self.dtype, (part.rows, *self.shape)):
+            raise CorruptShard(f"{path}: not {part.rows} rows of {self.dtype} {self.shape}; restore it from a copy")
+        return np.ndarray((part.rows, *self.shape), self.dtype, buffer, _HEADER)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with plain(path) as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def row_field_names(root: str | Path) -> list[str]:
+    """The fields that the store at `root` has, sorted; folders without a field.json are unfinished and left out."""
+    folder = inside(as_path(root), FIELDS)
+    names = [name for name in names_in(folder) if re.fullmatch(_NAME, name)]
+    return [name for name in names if FIELD in names_in(inside(as_path(root), f"{FIELDS}/{name}"))]
+
+
+def write_row_field(
+    root: str | Path,
+    name: str,
+    chunks: Iterable[Array],
+    shape: tuple[int, ...],
+    dtype: str,
+    rows: int | None = None,
+    file_bytes: int = _FILE_BYTES,
+) -> RowField:
+    """Adds a field to a finished store from arrays [n, *shape] in the order of source rows; durable on return.
+
+    `rows` is their number in all (default: the records of a draw). Killed before its end, it leaves nothing that a
+    reader sees. Raises StorageError for another number of rows, shape or dtype, for a store of generated images, and
+    when the store has a field of this name with other values; a field never changes.
+    """
+    spec, folder = read_spec(root), _folder(root, name)
+    if spec.coupling == "reflow":
+        raise StorageError(
+            f"{folder}: the images of coupling 'reflow' are generated, so that values of source rows are not theirs; "
+            "add fields to a store of another coupling"
+        )
+    if spec.has(name):
+        raise StorageError(f"{folder}: {name!r} is a field of the records themselves; choose another name")
+    kind, shape, expected = _stored(name, dtype), tuple(int(size) for size in shape), rows or spec.rows
+    per_row = kind.itemsize * math.prod(shape)
+    rows_per_file = max(1, min(expected, file_bytes // max(per_row, 1)))
+    created, attempt = False, secrets.token_hex(4)
+    try:
+        files = list(_write_files(folder, name, chunks, shape, kind, expected, rows_per_file, attempt))
+        body = {
+            "format": FORMAT,
+            "name": name,
+            "dtype": kind.name,
+            "shape": list(shape),
+            "rows": expected,
+            "rows_per_file": rows_per_file,
+            "files": [vars(part) for part in files],
+        }
+        created = publish_row_field(folder, body)
+    finally:
+        if not created:  # an error, or the very same field was added before
+            for path in (folder / file for file in names_in(folder) if f".{attempt}." in file):
+                remove(path)
+    return RowField.open(root, name)
+
+
+def publish_row_field(folder: Path, body: Mapping[str, Any]) -> bool:
+    """Makes a field exist; False when the very same one does already. Raises StorageError for another one."""
+    if create_json(folder / FIELD, body):
+        return True
+    there = _checked(folder.parent.parent, body["name"])
+    if [part["sha256"] for part in there["files"]] != [part["sha256"] for part in body["files"]]:
+        raise StorageError(f"{folder}: the store has a field {body['name']!r} with other values; choose another name")
+    return False
+
+
+def _write_files(
+    folder: Path,
+    name: str,
+    chunks: Iterable[Array],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    rows: int,
+    rows_per_file: int,
+    attempt: str,
+) -> Iterator[FieldFile]:
+    pieces = _pieces(folder, name, chunks, shape, dtype)
+    piece = next(pieces, None)
+    for number, start in enumerate(range(0, rows, rows_per_file)):
+        records, written = min(rows_per_file, rows - start), 0
+        file = f"s{number:05d}.{attempt}.npy"
+        with HashingFile(folder / file, replace=False) as out:
+            out.write(_npy_header(dtype, (records, *shape)))
+            while written < records:
+                if piece is None:
+                    raise StorageError(f"field {name!r}: {start + written} rows were given, the source has {rows}")
+                taken = piece[: records - written]
+                out.write(taken.reshape(-1).view(np.uint8).data)
+                written += len(taken)
+                piece = piece[len(taken) :] if len(taken) < len(piece) else next(pieces, None)
+        yield FieldFile(file, records, out.sha256, out.bytes)
+    if piece is not None:
+        raise StorageError(f"field {name!r}: more than {rows} rows were given, the source has {rows}")
+
+
+def _pieces(
+    folder: Path, name: str, chunks: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> Iterator[Array]:
+    for chunk in chunks:
+        if chunk.shape[1:] != shape or chunk.dtype.newbyteorder("=") != dtype.newbyteorder("="):
+            raise StorageError(
+                f"{folder}: field {name!r} got {chunk.dtype} {chunk.shape[1:]} a row, "
+                f"{dtype.name} {shape} was announced"
+            )
+        if len(chunk):
+            yield np.ascontiguousarray(chunk, dtype)
+
+
+def _checked(root: Path, name: str) -> dict[str, Any]:
+    """A field.json whose every number and name can be trusted. Raises StorageError, NewerSchema."""
+    path = root / FIELDS / name / FIELD
+    body = read_json(path, root=root)
+    check_format(path, body)
+    try:
+        dtype = _stored(name, body["dtype"])
+        shape = [untrusted.integer(f"{path}: shape", size, 0, 2**30) for size in body["shape"][:_MOST_AXES]]
+        rows = untrusted.integer(f"{path}: rows", body["rows"], 1)
+        per_file = untrusted.integer(f"{path}: rows_per_file", body["rows_per_file"], 1)
+        files = untrusted.sequence(f"{path}: files", body["files"], _MOST_FILES)
+        fine = body["name"] == name and body["shape"] == shape and len(files) == -(-rows // per_file)
+        per_row, start = dtype.itemsize * math.prod(shape), 0
+        for part in files:
+            untrusted.text(f"{path}: a file", part["file"], r"s\d{5}\.[A-Za-z0-9]+\.npy")
+            untrusted.sha256(f"{path}: {part['file']}", part["sha256"])
+            held = min(per_file, rows - start)
+            fine = fine and (part["rows"], part["bytes"]) == (held, _HEADER + held * per_row)
+            start += held
+    except (KeyError, TypeError) as error:
+        raise StorageError(f"{path}: no description of a field ({error!r}); restore it from a copy") from error
+    if not fine:
+        raise StorageError(f"{path}: its names and sizes do not fit each other; restore it from a copy")
+    return body
+
+
+def _folder(root: str | Path, name: str) -> Path:
+    if not re.fullmatch(_NAME, name):
+        raise StorageError(f"field {name!r}: a name is lower case letters, digits and underscores")
+    return as_path(root) / FIELDS / name
+
+
+def _stored(name: str, dtype: Any) -> np.dtype[Any]:
+    return np.dtype(untrusted.one_of(f"field {name!r}: dtype", dtype, _DTYPES)).newbyteorder("<")
+
+
+def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """npy 1.0 (numpy.lib.format), padded to a fixed length so that offsets are arithmetic."""
+    text = f"{{'descr': '{dtype.newbyteorder('<').str}', 'fortran_order': False, 'shape': {shape!r}, }}"
+    room = _HEADER - 10
+    if len(text) >= room:
+        raise StorageError(f"a field of shape {shape} does not fit the header of its file; use fewer dimensions")
+    return b"\x93NUMPY\x01\x00" + room.to_bytes(2, "little") + text.ljust(room - 1).encode("ascii") + b"\n"

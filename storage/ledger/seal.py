@@ -1,0 +1,162 @@
+"""Generations: manifests that pin the draws and commits a reader sees; a store grows by new ones only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nfm.storage import layouts
+from nfm.storage.errors import MissingShard, StorageError
+from nfm.storage.files import folder
+from nfm.storage.files.atomic import create_json
+from nfm.storage.files.paths import as_path, exists, size_of
+from nfm.storage.format.order import order_key
+from nfm.storage.format.spec import FORMAT, StoreSpec, parse_name, read_spec, shard_name
+from nfm.storage.ledger import commits, manifests
+from nfm.storage.ledger.commits import Commit
+from nfm.storage.ledger.manifests import files_of, load, manifest_path, newest, next_number, numbers, raw
+from nfm.storage.ledger.shard_list import MOST
+from nfm.storage.ledger.sums import Totals
+
+__all__ = [
+    "build", "files_of", "load", "manifest_path", "names_of", "newest", "next_number", "numbers", "pending", "raw",
+    "seal",
+]  # fmt: skip
+_LISTED = 8  # pending shards named in a message
+_MOST_REASON = 1000  # characters
+
+
+def names_of(spec: StoreSpec, draws: int) -> list[str]:
+    """The names of all shards of `draws` draws, in their order. Raises StorageError beyond two million."""
+    if draws * spec.shards_per_draw > MOST:
+        raise StorageError(f"{draws} draws of {spec.shards_per_draw} shards are too many for one generation")
+    return [shard_name(draw, shard) for draw in range(draws) for shard in range(spec.shards_per_draw)]
+
+
+def pending(root: str | Path, spec: StoreSpec, draws: int) -> list[str]:
+    """The shards of draws 0 to `draws` - 1 that have no commit yet, in order, from the names of the commits."""
+    done = set(commits.names(root, draws))
+    return [name for name in names_of(spec, draws) if name not in done]
+
+
+def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The manifest of draws 0 to `draws` - 1, to be published; the newest itself if it holds exactly that.
+
+    Of `excluded` (name: reason) those that are not committed are left out, and the manifest says so. `content_digest`
+    is over the payload digests alone, in order; `records` counts all draws; `moments` are pooled. A long list of
+    shards is written beside the manifest, which refers to it. Files of layout zarr are placed, see `layout.seal`.
+
+    Raises MissingShard, listing what is pending, or naming a file that was committed and is not there; StorageError
+    where a draw would be empty, and for a hole in layout zarr.
+    """
+    if draws < 1:
+        raise StorageError(f"{root}: draws = {draws}; seal at least one")
+    where = as_path(root)
+    number = next_number(root)  # before the newest is looked at: of two who seal at once, one finds the other's
+    names, holes = _present(where, spec, draws, excluded or {})
+    held: list[Commit] = []
+    there = folder.shard_files(where)
+    with Totals(where, spec, len(names), _newest_like(where, draws, holes)) as totals:
+        for commit, sha256 in commits.read_many(where, names):
+            _check_commit(where, spec, commit, there)
+            totals.add(commit, sha256)
+            if spec.layout == "zarr":
+                held.append(commit)
+        if totals.sums.shards != len(names):
+            raise MissingShard(f"{root}: a commit went away while they were read; who removes commits?")
+        layouts.seal(root, spec, draws, held)
+        body = {
+            "format": FORMAT,
+            "generation": number,
+            "draws": draws,
+            "order_key": order_key(spec.source, spec.rows, draws, _slots(holes)),
+            **totals.body(),
+        } | ({"excluded": holes} if holes else {})
+        if (last := totals.same) is not None and _agrees(last, body):
+            return body | last
+        return body | {"shards": totals.listed(body["generation"])}
+
+
+def seal(root: str | Path, draws: int, excluded: Mapping[str, str] | None = None, **provenance: Any) -> dict[str, Any]:
+    """Publishes the generation of `draws` draws, unless the newest holds exactly that; returns its manifest.
+
+    `provenance` adds keys to the manifest. For tests and for stores made without the pipeline.
+    """
+    body = build(root, read_spec(root), draws, excluded)
+    number = int(body["generation"])
+    path = manifest_path(root, number)
+    created = not exists(path) and create_json(path, provenance | body)
+    stands = raw(root, number)
+    if not created and any(key in stands and stands[key] != body[key] for key in body):
+        raise StorageError(f"{path}: another process sealed it just now, with other shards; seal again")
+    return manifests.whole(root, stands)
+
+
+def _present(
+    root: Path, spec: StoreSpec, draws: int, excluded: Mapping[str, str]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """(the shards that a generation holds, what its manifest says of those that it lacks)."""
+    names, lacking = names_of(spec, draws), pending(root, spec, draws)
+    if missing := [name for name in lacking if name not in excluded]:
+        more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
+        raise MissingShard(
+            f"{root}: {len(missing)} of {len(names)} shards are not committed: "
+            f"{', '.join(missing[:_LISTED])}{more}; run the pairs stage again to encode them"
+        )
+    if not lacking:
+        return names, []
+    if spec.layout == "zarr":
+        raise StorageError(
+            f"{root}: {len(lacking)} shards are missing ({lacking[0]}, ...), and the arrays of layout zarr can have no "
+            "holes; run the pairs stage again to encode them, or make the store in layout blocks"
+        )
+    absent = set(lacking)
+    held = [name for name in names if name not in absent]
+    if empty := sorted(set(range(draws)) - {parse_name(name)[0] for name in held}):
+        raise StorageError(f"{root}: draw {empty[0]} would hold no shard at all; run the pairs stage again")
+    return held, [_hole(spec, name, excluded[name]) for name in lacking]
+
+
+def _hole(spec: StoreSpec, name: str, reason: str) -> dict[str, Any]:
+    slots = spec.slots_of(parse_name(name)[1])
+    said = " ".join(reason.split())[:_MOST_REASON]
+    return {"name": name, "slots": [slots.start, slots.stop], "records": len(slots), "reason": said}
+
+
+def _slots(holes: list[dict[str, Any]]) -> list[list[int]]:
+    """What the order key says of the shards that a generation lacks: draw, first slot, slot after the last."""
+    return [[parse_name(hole["name"])[0], *hole["slots"]] for hole in holes]
+
+
+def _check_commit(root: Path, spec: StoreSpec, commit: Commit, there: Mapping[str, int]) -> None:
+    """A commit whose files went away must stop the sealing before the store is sealed over the hole."""
+    if commit.records != len(spec.slots_of(commit.shard)):
+        raise StorageError(f"{root}: {commit.name} has {commit.records} records; set its commit aside")
+    if there.get(commit.payload) == commit.payload_bytes and there.get(commit.index) == commit.index_bytes:
+        layouts.files(spec, commit)
+        return
+    wrong, index = layouts.missing(root, spec, commit), size_of(root / commit.index)
+    if index != commit.index_bytes:
+        wrong.append((root / commit.index, commit.index_bytes, index))
+    for path, size, found in wrong:
+        raise MissingShard(
+            f"{path}: {'missing' if found is None else f'{found} bytes instead of {size}'}, though "
+            f"{commits.commit_path(root, commit.name)} says it was committed. Restore the file, or run "
+            f"`nfm repair {root}` and then this command again to encode the shard anew"
+        )
+
+
+def _newest_like(root: Path, draws: int, holes: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The newest generation, as it is written, where it could be the one that is being built."""
+    found = numbers(root)
+    last = raw(root, found[-1]) if found else None
+    if last is None or last["draws"] != draws:
+        return None
+    return last if [hole["name"] for hole in last.get("excluded", ())] == [hole["name"] for hole in holes] else None
+
+
+def _agrees(last: Mapping[str, Any], body: Mapping[str, Any]) -> bool:
+    """Whether a manifest, whose shards are these, says the same of them; those of old do not say all."""
+    apart = ("generation", "shards", "excluded")
+    return all(last.get(key, body[key]) == body[key] for key in body if key not in apart)

@@ -1,0 +1,74 @@
+"""Batches as torch tensors: shared with the host's arrays on the CPU, copied ahead of time elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nfm.storage.reading.pool import empty
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Upload:
+    """Copies arrays as they are stored to a device and converts them there, which moves the fewest bytes.
+
+    On CUDA the copy runs from page-locked memory on a stream of its own, beside the consumer's kernels. It is over
+    when a call returns, so that memory may be filled again at once; the tensors have their own on the device.
+    """
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self.device = torch.device(device)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether tensors of this device share memory with numpy arrays."""
+        return self.device.type == "cpu"
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """An array that the device copies fastest from: page-locked for CUDA."""
+        import torch
+
+        array = empty(shape, dtype)
+        return array if self._stream is None else torch.from_numpy(array).pin_memory().numpy()
+
+    def share(self, arrays: Arrays) -> dict[str, Any]:
+        """CPU tensors over the same memory."""
+        import torch
+
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def __call__(self, arrays: Arrays, scales: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+        """Tensors on the device, ready when this returns: those in `scales` as float32 a v + b, others unchanged."""
+        import torch
+
+        with torch.cuda.stream(self._stream):
+            tensors = {
+                name: tensor.to(self.device, non_blocking=self._stream is not None)
+                for name, tensor in self.share(arrays).items()
+            }
+            for name, scale in scales.items():
+                tensors[name] = tensors[name].float()
+                if scale != (1.0, 0.0):
+                    a, b = (float(np.float32(value)) for value in scale)
+                    tensors[name] = tensors[name].mul_(a).add_(b)
+        if self._stream is not None:
+            self._stream.synchronize()
+        return tensors
+
+    def hand_over(self, tensors: dict[str, Any]) -> None:
+        """Tells CUDA's allocator that the consumer's stream uses the tensors, so their memory is not reused
+        early.
+        """
+        import torch
+
+        if self._stream is not None:
+            stream = torch.cuda.current_stream(self.device)
+            for tensor in tensors.values():
+                tensor.record_stream(stream)

@@ -1,0 +1,272 @@
+"""Batches from mapped shards: gathered and converted by one thread, ahead of the consumer, into memory used again.
+
+A reader's state counts what was yielded, never what was prefetched; loaded on any number of ranks, it goes on
+with the record that comes next. A batch stays what it is for as long as anybody holds a part of it; in a loop that
+holds one, the arrays of three take turns.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, TypedDict
+
+from nfm.storage.errors import StateMismatch
+from nfm.storage.reading.batch import Assembly, Batch
+from nfm.storage.reading.device import Upload
+from nfm.storage.reading.ranks import find_rank
+from nfm.storage.reading.readahead import ReadAhead
+from nfm.storage.reading.soften import Softener
+from nfm.storage.reading.stream import Planned, Stream, plan
+
+
+class ReadOptions(TypedDict, total=False):
+    """How batches come, whatever they hold: the keyword arguments that every `batches` takes.
+
+    `last`: "drop" (default) or "keep" the batch at the end of an epoch that is not full. `rank` and `world_size`:
+    default torch.distributed's. `device`: torch tensors there instead of numpy arrays. `prefetch` (default): a thread
+    reads ahead. `fields`: names of row-scoped fields to join. `raw`: the stored dtypes as they are, converted by the
+    consumer. `soften`: rho in [0, 1), the noise becomes sqrt(1 - rho^2) z + rho eps with fresh eps ~ N(0, I) in every
+    epoch, the same for a record whoever reads it.
+    """
+
+    last: Literal["drop", "keep"]
+    rank: int | None
+    world_size: int | None
+    device: Any
+    prefetch: bool
+    fields: Sequence[str]
+    raw: bool
+    soften: float
+
+
+@dataclass(frozen=True)
+class _Filled:
+    arrays: dict[str, Any]
+    epoch: int
+    consumed: int  # records of the epoch, over all ranks, after this batch
+
+
+class BatchReader:
+    """An iterator of `Batch`; `state_dict` and `load_state_dict` resume it exactly, on any number of ranks.
+
+    `wait_seconds` is the total time the consumer waited. Reading begins at the first `next` and stops at the
+    end, on an error, at `close`, or when the reader is dropped; a `next` after that goes on from the state.
+    With `turns=(skip, step)` it reads every step-th batch after the first `skip`, as workers that share a stream do.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        batch_size: int,
+        epochs: int | None = 1,
+        *,
+        last: Literal["drop", "keep"] = "drop",
+        rank: int | None = None,
+        world_size: int | None = None,
+        device: Any = None,
+        prefetch: bool = True,
+        fields: Sequence[str] = (),
+        raw: bool = False,
+        soften: float = 0.0,
+        turns: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.rank, self.world_size = find_rank(rank, world_size)
+        _check_sizes(stream, batch_size, last, self.world_size)
+        self.epoch = 0
+        self.consumed = 0
+        self.wait_seconds = 0.0
+        self._stream = stream
+        self._batch_size = batch_size
+        self._epochs = epochs
+        self._drop_last = last == "drop"
+        self._turns = turns
+        self._upload = None if device is None else Upload(device)
+        self._soften = float(soften)
+        softener = Softener(self._soften, int(stream.identity["seed"])) if soften else None
+        share = -(-batch_size // self.world_size)
+        self._assembly = Assembly(stream.sources, share, fields, raw, self._upload, softener)
+        self._prefetch = prefetch
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: fill one more batch; False: stop
+        self._filled: Iterator[_Filled] | None = None
+        self._stop: weakref.finalize[Any, Any] | None = None
+        self._process = os.getpid()
+        self._lock = threading.RLock()  # threads that share a reader take a batch each
+
+    def __iter__(self) -> BatchReader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._process != os.getpid():
+            self._forked()
+        with self._lock:
+            return self._next()
+
+    def _next(self) -> Batch:
+        started = time.perf_counter()
+        try:
+            if self._filled is None:
+                self._filled = self._start()
+            self._asked.put(True)
+            filled = next(self._filled)
+        except BaseException:  # the end, an error of the thread, or an interrupt: all leave no thread behind
+            self.close()
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+        self.epoch, self.consumed = filled.epoch, filled.consumed
+        if self._upload is not None:
+            self._upload.hand_over(filled.arrays)
+        return self._assembly.batch(filled.arrays, filled.epoch)
+
+    def __repr__(self) -> str:
+        return f"BatchReader({self.summary}; after {self.consumed} of epoch {self.epoch})"
+
+    @property
+    def summary(self) -> str:
+        """What an epoch yields, and what it leaves out."""
+        rows = self._stream.rows(self.epoch)
+        left = rows % self._batch_size
+        kept = f"the last {left} dropped each epoch (last='keep' reads them)" if self._drop_last else "all of them read"
+        return f"{rows} records an epoch in batches of {self._batch_size}, {kept if left else 'none left over'}"
+
+    @property
+    def allocated(self) -> dict[str, int]:
+        """How many arrays were allocated so far, by field: a few, unless batches are kept."""
+        return self._assembly.allocated
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the reader stands: counts of what was yielded, and the identity of what is read; JSON's types."""
+        return {
+            **self._stream.identity,
+            **({"soften": self._soften} if self._soften else {}),
+            "batch_size": self._batch_size,
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the last batch that the reader with this state yielded. Raises StateMismatch.
+
+        The number of ranks may differ; so may the batch size, and then the epoch's next batch starts at the
+        next record all the same.
+        """
+        self.check(state)
+        self.close()
+        self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises StateMismatch unless the state is one of this order of records."""
+        softened = float(state.get("soften", 0.0))
+        if softened != self._soften:
+            raise StateMismatch(
+                f"reader state: soften is {softened} there and {self._soften} here; read with soften={softened}, or "
+                "start without a state"
+            )
+        for name, here in self._stream.identity.items():
+            if name not in state or state[name] != here:
+                raise StateMismatch(
+                    f"reader state: {name} is {state.get(name)!r} there and {here!r} here; open the store, the "
+                    "generation, the seed and the filter that the state was saved with, or start without a state"
+                )
+
+    def close(self) -> None:
+        """Stops reading ahead; a batch in hand stays valid."""
+        if self._stop is not None:
+            self._stop()
+        self._forget()
+
+    def _start(self) -> Iterator[_Filled]:
+        skip, step = self._turns
+        plans: Iterator[Planned] = plan(
+            self._stream,
+            self._batch_size,
+            self._drop_last,
+            self._epochs,
+            self.epoch,
+            self.consumed,
+            self.rank,
+            self.world_size,
+        )
+        plans = islice(plans, skip, None, step)
+        ahead = None
+        if self._stream.lookahead:
+            ahead = ReadAhead(self._stream.sources, -(-self._stream.lookahead // (self._batch_size * step)))
+            plans = ahead.over(plans)
+        batches = _fill_batches(plans, self._assembly, self._asked)
+        thread, ready = None, queue.SimpleQueue[_Filled | BaseException | None]()
+        if self._prefetch:
+            self._asked.put(True)
+            # The threads know the queues only, not the reader: a dropped reader is collected and stops them.
+            thread = threading.Thread(target=_read_ahead, args=(batches, ready), name="nfm-reader", daemon=True)
+        self._stop = weakref.finalize(self, _stop_threads, self._asked, thread, ahead)
+        if thread is None:
+            return batches
+        thread.start()
+        items: Iterator[_Filled | BaseException] = iter(ready.get, None)
+        return map(_received, items)  # which hold on to nothing that they passed on
+
+    def _forget(self) -> None:
+        self._asked = queue.SimpleQueue()
+        self._stop = self._filled = None
+        self._assembly.clear()
+
+    def _forked(self) -> None:
+        """Forgets the threads of the parent process, which a fork does not copy."""
+        if self._stop is not None:
+            self._stop.detach()
+        self._forget()
+        self._process = os.getpid()
+        self._lock = threading.RLock()
+
+
+def _check_sizes(stream: Stream, batch_size: int, last: str, world_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
+    if last not in ("drop", "keep"):
+        raise ValueError(f"last is {last!r}: it must be 'drop' or 'keep'")
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size {batch_size} counts the records of all ranks: make it divisible by the world size {world_size}"
+        )
+    if last == "drop" and batch_size > stream.least:
+        raise ValueError(
+            f"batch_size {batch_size} exceeds the {stream.least} records there are: lower it, or pass last='keep'"
+        )
+
+
+def _fill_batches(plans: Iterator[Planned], assembly: Assembly, asked: queue.SimpleQueue[bool]) -> Iterator[_Filled]:
+    for planned in plans:
+        if not asked.get():
+            return
+        yield _Filled(assembly.fill(planned.records), planned.epoch, planned.consumed)
+
+
+def _read_ahead(batches: Iterator[_Filled], ready: queue.SimpleQueue[_Filled | BaseException | None]) -> None:
+    try:
+        for filled in batches:
+            ready.put(filled)
+            del filled
+        ready.put(None)
+    except BaseException as error:  # raised again in the consumer's thread
+        ready.put(error)
+
+
+def _received(item: _Filled | BaseException) -> _Filled:
+    if isinstance(item, BaseException):
+        raise item
+    return item
+
+
+def _stop_threads(asked: queue.SimpleQueue[bool], thread: threading.Thread | None, ahead: ReadAhead | None) -> None:
+    asked.put(False)
+    if ahead is not None:
+        ahead.stop()
+    if thread is not None and thread is not threading.current_thread() and thread.ident is not None:
+        thread.join()

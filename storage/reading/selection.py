@@ -1,0 +1,125 @@
+"""Subsets of a store, chosen by a filter over its index: by label, draw, nll, or any column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.files.atomic import canonical_json, digest
+from nfm.storage.files.paths import inside, is_remote
+from nfm.storage.format.index import INDEX_SCHEMA, read_index
+from nfm.storage.format.order import Rows
+
+Filter: TypeAlias = pc.Expression | Sequence[Any]  # or conditions, as pyarrow.parquet takes them
+_LOCAL_THREADS, _REMOTE_THREADS = 4, 16
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The slots that are read: ascending, by draw; draws without any are left out."""
+
+    text: str
+    slots: Mapping[int, npt.NDArray[Any]]
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """The draws with any, ascending."""
+        return tuple(sorted(self.slots))
+
+    def order_key(self, key: str) -> str:
+        """The identity of the order of these records: the same for the same records of the same source."""
+        chosen = [[draw, digest(self.slots[draw].astype("<i8").tobytes())] for draw in self.draws]
+        return digest(canonical_json({"order_key": key, "selected": chosen}))
+
+    def counts(self, draw: int, rows_per_shard: int) -> Rows:
+        """Selected records of each shard that has any."""
+        counts = np.bincount(self.slots[draw] // rows_per_shard)
+        return counts[counts > 0]
+
+
+def select(root: Path, shards: Mapping[int, Sequence[Mapping[str, Any]]], filter: Filter, rows: int) -> Selection:
+    """The records of these shards (manifest entries, by draw) that match, from the columns that the filter names.
+
+    Raises ValueError for columns that no index has, StorageError when nothing matches.
+    """
+    expression = as_expression(filter)
+    text = " ".join(str(expression).split())
+    columns = ["slot", *_columns(expression, text)]
+    found: dict[int, npt.NDArray[Any]] = {}
+    for draw, entries in shards.items():
+        slots = read_parts(root, entries, columns, expression)["slot"].to_numpy()
+        if len(slots):
+            _check(root, draw, slots, rows)
+            found[draw] = slots.astype(np.int32 if rows < 2**31 else np.int64)
+    if not found:
+        raise StorageError(f"{root}: no record matches the filter {text}; `store.index()` shows what there is")
+    return Selection(text, found)
+
+
+def as_expression(filter: Filter) -> pc.Expression:
+    """The filter as one expression. Raises ValueError for anything else."""
+    if isinstance(filter, pc.Expression):
+        return filter
+    try:
+        return pq.filters_to_expression(filter)
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"filter {filter!r}: pass a pyarrow expression such as pc.field('label') == 3, or a list of conditions "
+            "such as [('label', 'in', [1, 2]), ('nll', '<', 2.5)]"
+        ) from error
+
+
+def read_parts(
+    root: Path,
+    entries: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | None,
+    expression: pc.Expression | None = None,
+) -> pa.Table:
+    """Columns of the index parts of some shards, one after another, or those rows that match; read in parallel."""
+
+    def read(part: Mapping[str, Any]) -> pa.Table:
+        table = read_index(inside(root, part["index"]), columns, part["records"], part.get("index_sha256"))
+        return table if expression is None else table.filter(expression)
+
+    with ThreadPoolExecutor(_REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS) as pool:
+        return pa.concat_tables(pool.map(read, entries))
+
+
+def _columns(expression: pc.Expression, text: str) -> list[str]:
+    """The columns that an expression needs: those without which it does not bind."""
+    whole = INDEX_SCHEMA.empty_table()
+    try:
+        whole.filter(expression)
+    except (pa.ArrowException, TypeError) as error:
+        raise ValueError(
+            f"filter {text}: {str(error).splitlines()[0]}; the index has the columns "
+            + ", ".join(f"{column.name} ({column.type})" for column in INDEX_SCHEMA)
+        ) from error
+    return [
+        name for name in INDEX_SCHEMA.names if name != "slot" and not _binds(whole.drop_columns([name]), expression)
+    ]
+
+
+def _binds(table: pa.Table, expression: pc.Expression) -> bool:
+    try:
+        table.filter(expression)
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def _check(root: Path, draw: int, slots: npt.NDArray[Any], rows: int) -> None:
+    if slots[0] < 0 or slots[-1] >= rows or not (np.diff(slots) > 0).all():
+        raise CorruptShard(
+            f"{root}: the index parts of draw {draw} do not list the slots 0 to {rows - 1} in order; run `nfm audit`"
+        )

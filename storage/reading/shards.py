@@ -1,0 +1,166 @@
+"""The shards of one split or one draw, read as one array by row."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
+
+from nfm.storage import layouts as layouts
+from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.format.spec import Field
+from nfm.storage.layouts import Shard
+from nfm.storage.layouts.samples import LABEL_BYTES, parse_labels
+
+Array = npt.NDArray[Any]
+_LARGE_RECORD = 4096  # bytes; from here on a copy a record beats numpy's gather, which copies twice
+
+
+class ShardSequence:
+    """Rows 0..n-1 over shards of `rows_per_shard` records each (the last may hold fewer).
+
+    `open_shard(number)` opens one; that happens when it is first read. A map holds a file descriptor, so the
+    ones unused for longest are closed beyond a quarter of the process's limit (`ulimit -n`).
+    """
+
+    def __init__(
+        self,
+        open_shard: Callable[[int], Shard],
+        fields: Sequence[Field],
+        rows: int,
+        rows_per_shard: int,
+        rows_per_block: int,
+        layout: str = "blocks",
+    ) -> None:
+        self.fields = {field.name: field for field in fields}
+        self.rows = rows
+        self.rows_per_shard = rows_per_shard
+        self.rows_per_block = rows_per_block
+        self.layout = layout
+        self._open_shard = open_shard
+        files = len(self.fields) if layout == "zarr" else 1
+        self._most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4 // files)
+        self._begin()
+        _sequences.add(self)
+
+    def _begin(self) -> None:
+        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def empty(self, names: Sequence[str], records: int) -> dict[str, Array]:
+        """Arrays [records, *shape] in the stored dtypes, to gather into."""
+        return {name: np.empty((records, *self.fields[name].shape), self.fields[name].dtype) for name in names}
+
+    def gather(self, names: Sequence[str], rows: Array, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """The records at `rows` (any order, [n] integers) as arrays [n, *shape], in `out` if given.
+
+        Raises IndexError for a row outside, MissingShard or CorruptShard (naming the file) for a bad file.
+        """
+        rows = np.asarray(rows, np.int64)
+        result = dict(out) if out is not None else self.empty(names, len(rows))
+        if not len(rows):
+            return result
+        if rows.min() < 0 or rows.max() >= self.rows:
+            raise IndexError(f"rows {rows.min()}..{rows.max()} are outside 0..{self.rows - 1}")
+        number = rows // self.rows_per_shard
+        touched, which = np.unique(number, return_inverse=True)
+        held = [self.shard(shard) for shard in touched.tolist()]
+        inside = rows - number * self.rows_per_shard
+        records = np.minimum(self.rows - number * self.rows_per_shard, self.rows_per_shard)
+        offsets = layouts.offsets(self.layout, list(self.fields.values()), records, inside, self.rows_per_block)
+        for name in names:
+            self._check(name, result[name], len(rows))
+            if name not in offsets:  # implied by the position
+                result[name][...] = rows
+                continue
+            begins = np.array([_address(shard, name) for shard in held], np.int64)
+            if self.layout == "samples" and name == "label":
+                text = np.empty((len(rows), LABEL_BYTES), np.uint8)
+                _gather(begins[which] + offsets[name], text)
+                result[name][...] = parse_labels(text)
+            else:
+                _gather(begins[which] + offsets[name], result[name])
+        del held  # until here: what is gathered from must stay mapped
+        return result
+
+    def _check(self, name: str, out: Array, records: int) -> None:
+        field = self.fields[name]
+        shape = (records, *field.shape)
+        if out.shape != shape or out.dtype != np.dtype(field.dtype) or not out.flags.c_contiguous:
+            raise ValueError(f"out[{name!r}] is {out.dtype} {out.shape}: pass a contiguous {field.dtype} {shape}")
+
+    def shard(self, number: int) -> Shard:
+        """Shard `number`, open."""
+        with self._lock:
+            found = self._open.pop(number, None)
+            if found is None:
+                found = self._opened(number)
+                while len(self._open) >= self._most:
+                    self._open.popitem(last=False)
+            self._open[number] = found
+            return found
+
+    def let_go(self, unwanted: Callable[[int], bool]) -> None:
+        """Closes the shards whose number is unwanted; a gather that goes on keeps its own."""
+        with self._lock:
+            for number in [number for number in self._open if unwanted(number)]:
+                del self._open[number]
+
+    def _opened(self, number: int) -> Shard:
+        found, records = self._open_shard(number), min(self.rows_per_shard, self.rows - number * self.rows_per_shard)
+        if found.records != records:  # or offsets would point outside its map
+            raise CorruptShard(f"shard {number} is listed with {found.records} records, its rows are {records}")
+        return found
+
+
+def _address(shard: Shard, name: str) -> int:
+    if name not in shard.addresses:
+        raise StorageError(
+            f"the {name} is compressed by pcodec, for archives: read it with stock zarr, or make a store of it that "
+            "batches can be read from, with `nfm pairs export` and codec int8 or float16"
+        )
+    return shard.addresses[name]
+
+
+def _gather(starts: Array, out: Array) -> None:
+    """Fills the rows of `out` with the bytes that begin at the addresses `starts`.
+
+    The shards are separate maps of one address space. Reading them through one window that slides by a byte,
+    from the lowest address up, makes a batch one gather, however many shards it touches (a call a shard costs
+    five times as much at 60 shards). Only addresses of records of shards that the caller holds are ever
+    touched.
+    """
+    size = out.nbytes // len(out)
+    target = out.reshape(len(out), -1).view(np.uint8)
+    lowest = int(starts.min())
+    memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(lowest))
+    window = as_strided(memory, (int(starts.max()) - lowest + 1, size), (1, 1), writeable=False)
+    if size < _LARGE_RECORD:
+        target[...] = window[starts - lowest]
+    else:
+        for row, start in enumerate((starts - lowest).tolist()):
+            target[row] = window[start]
+
+
+_sequences: weakref.WeakSet[ShardSequence] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A child has no threads: a lock that one of them held would never be free."""
+    for sequence in _sequences:
+        sequence._begin()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,167 @@
+"""A reader inside torch's DataLoader, for those who have one: workers take turns over the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from numbers import Integral
+from typing import Any, Unpack
+
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from nfm.storage.errors import StateMismatch
+from nfm.storage.reading.batch import Batch
+from nfm.storage.reading.ranks import find_rank
+from nfm.storage.reading.reader import BatchReader, ReadOptions
+from nfm.storage.reading.starts import Start, Starts
+from nfm.storage.reading.stream import Stream
+
+
+class TorchBatches(IterableDataset[dict[str, Tensor]]):
+    """Batches as dicts of CPU tensors: image, noise, label, slot, draw, store, and the fields asked for.
+
+    Batches are whole, so pass `batch_size=None` to the DataLoader. With any number of workers its order is that of
+    the reader; the rank is that of the process that makes the dataset. Every iteration reads the next `epochs` epochs,
+    from epoch 0 on, or from the one last given to `set_epoch`, whether the one before was read to its end or left;
+    after `load_state_dict` it goes on from there. One of `epochs=None` has no end, and the next one begins with the
+    epoch after those that it began. Iterations are counted for the dataset, over its loaders and their workers. Under
+    torchdata's StatefulDataLoader the state is exact.
+
+    Workers copy every batch through shared memory, which costs many times what reading it does: iterate over
+    `store.batches(device=...)` itself where you can. Of a store at a URL every worker has a cache of its own, unless
+    the store is opened with `cache=ShardCache(folder)`.
+    """
+
+    def __init__(self, stream: Stream, batch_size: int, epochs: int | None = 1, **options: Unpack[ReadOptions]) -> None:
+        super().__init__()
+        for name in ("device", "prefetch"):
+            if name in options:
+                raise ValueError(f"{name}: a DataLoader gets CPU tensors; use `batches` without a loader")
+        self._stream = stream
+        self._batch_size = batch_size
+        self._epochs = epochs
+        rank, world_size = find_rank(options.get("rank"), options.get("world_size"))
+        self._options: ReadOptions = {**options, "rank": rank, "world_size": world_size}
+        self._starts = Starts()
+        self._own: Start | None = None  # where this worker's own state says
+        self._iterations = 0  # that this worker began
+        self._turn: list[int] | None = None  # [worker, workers] once this process has yielded a batch
+        self._first = 0  # the epoch with which the present iteration began
+        self._running = self._finished = False  # an iteration in this process
+        self._reader = self._open()  # so that wrong options are errors here, not in a worker
+
+    def __len__(self) -> int:
+        """Batches of the next iteration from its beginning. Raises TypeError when it never ends."""
+        if self._epochs is None:
+            raise TypeError("batches without end have no length: pass epochs=")
+        first, each = self._starts.next_epoch, self._batch_size
+        rows = [self._stream.rows(epoch) for epoch in range(first, first + self._epochs)]
+        return sum(-(-n // each) if self._options.get("last") == "keep" else n // each for n in rows)
+
+    def __repr__(self) -> str:
+        return f"TorchBatches({self._reader.summary}; next: epoch {self._starts.next_epoch})"
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration begins with, unless a loaded state is in it; as of a DistributedSampler."""
+        if isinstance(epoch, bool) or not isinstance(epoch, Integral) or epoch < 0:
+            raise ValueError(f"epoch is {epoch!r}: it must be an integer from 0 on")
+        epoch = int(epoch)
+        asked = self._starts.asked
+        if asked is None or asked.first != epoch:
+            self._starts.ask(Start(epoch, epoch))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        info = get_worker_info()
+        if info is None:
+            return self._begun()
+        # Now, not at the first batch: every worker that is kept sees every iteration, in order.
+        name = info.seed - info.id, self._iterations
+        self._iterations += 1
+        own, self._own = self._own, None
+        start, number = self._starts.join(name, info.id, self._epochs, own)
+        return self._read(self._begin(start, info.id, info.num_workers), number, [info.id, info.num_workers])
+
+    def _begun(self) -> Iterator[dict[str, Tensor]]:
+        """Counts with the first batch: a StatefulDataLoader also makes iterators that it does not use."""
+        start, number = self._starts.begin(self._epochs)
+        yield from self._read(self._begin(start, 0, 1), number, [0, 1])
+
+    def _begin(self, start: Start, worker: int, workers: int) -> BatchReader:
+        """The reader of an iteration, which the state tells of from now on."""
+        several = start.workers > 1
+        if several and (start.worker, start.workers) != (worker, workers):
+            raise StateMismatch(
+                f"the state is of worker {start.worker} of {start.workers}, this is {worker} of {workers}: resume "
+                "with the same num_workers, or from the state of `store.batches`"
+            )
+        skip = workers - 1 if several else worker
+        self._turn = [worker, workers] if several else None
+        self._first, self._running, self._finished = start.first, True, False
+        self._reader = self._open(start.first, (skip, workers), prefetch=get_worker_info() is None)
+        self._reader.epoch, self._reader.consumed = start.epoch, start.consumed
+        return self._reader
+
+    def _read(self, reader: BatchReader, number: int, turn: list[int]) -> Iterator[dict[str, Tensor]]:
+        epoch = reader.epoch
+        try:
+            for batch in reader:
+                self._turn = turn
+                if self._epochs is None and batch.epoch > epoch:
+                    epoch = batch.epoch
+                    self._starts.reached(number, epoch)
+                yield _tensors(batch)
+            self._finished = True
+        finally:
+            self._running = False
+            reader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this process stands, a worker or the only one: the reader's state, and whose turns it counts."""
+        state = {**self._reader.state_dict(), "first_epoch": self._first, "turn": self._turn}
+        asked = self._own or (None if self._running else self._starts.asked)
+        if asked is not None:
+            turn = [asked.worker, asked.workers] if asked.workers > 1 else None
+            return state | {"epoch": asked.epoch, "consumed": asked.consumed, "first_epoch": asked.first, "turn": turn}
+        return state | ({"finished": True} if self._finished else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The next iteration goes on from this state, or from one of `store.batches`. Raises StateMismatch.
+
+        From the state of an iteration that was read to its end, it is the one after that.
+        """
+        self._reader.check(state)
+        first, epoch, consumed = self._starts.next_epoch, int(state["epoch"]), int(state["consumed"])
+        if epoch < first or (self._epochs is not None and epoch >= first + self._epochs):
+            first = epoch  # a state of `store.batches`, in an epoch that this iteration would not reach
+        first = int(state.get("first_epoch", first))
+        start = Start(first, epoch, consumed, *(state.get("turn") or (0, 1)))
+        if get_worker_info() is not None:
+            self._own = start
+        elif self._epochs is not None and self._is_finished(state, first):
+            self._starts.ask(Start(first + self._epochs, first + self._epochs))
+        else:
+            self._starts.ask(start)
+
+    def _is_finished(self, state: Mapping[str, Any], first: int) -> bool:
+        if "turn" in state:
+            return bool(state.get("finished"))
+        left = self._stream.rows(int(state["epoch"])) - int(state["consumed"])
+        none = left < (1 if self._options.get("last") == "keep" else self._batch_size)
+        return none and int(state["epoch"]) == first + (self._epochs or 0) - 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_reader": None, "_running": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reader = self._open()
+
+    def _open(self, first_epoch: int = 0, turns: tuple[int, int] = (0, 1), prefetch: bool = True) -> BatchReader:
+        epochs = None if self._epochs is None else first_epoch + self._epochs
+        options: ReadOptions = {**self._options, "device": "cpu", "prefetch": prefetch}
+        return BatchReader(self._stream, self._batch_size, epochs, turns=turns, **options)
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    names = ("image", "noise", "label", "slot", "draw", "store")
+    return {name: getattr(batch, name) for name in names if getattr(batch, name) is not None} | batch.fields

@@ -1,0 +1,130 @@
+"""Does a store hold what its manifests say? Reads only; names every file that is wrong, and the remedy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nfm.storage import layouts
+from nfm.storage.errors import StorageError
+from nfm.storage.files.atomic import content_digest
+from nfm.storage.files.paths import as_path, size_of
+from nfm.storage.files.small_files import read_bytes
+from nfm.storage.format.order import order_key
+from nfm.storage.format.spec import SPEC, parse_name
+from nfm.storage.ledger import seal
+from nfm.storage.ledger.generation import excluded_problems, expected_names
+from nfm.storage.ledger.shard_list import numbers, texts
+from nfm.storage.ledger.sums import Sums
+from nfm.storage.verify.content import close
+from nfm.storage.verify.files import LEVELS, Finding, Level, finding_of, leads_outside, surplus
+from nfm.storage.verify.row_fields import check_fields
+from nfm.storage.verify.shards import COPY, check_shards
+from nfm.storage.verify.stock import check_stock_reader
+from nfm.storage.verify.survey import Survey, load, survey
+
+__all__ = ["LEVELS", "Finding", "Level", "orphans", "verify"]
+_RESEAL = "restore it from a copy, or set it aside and run `nfm pairs seal` on the store"
+_UNSEALED = "restore it, or run the pairs stage to its end, which seals the store"
+
+
+def verify(store_root: str | Path, generation: int | None = None, level: Level = "quick") -> list[Finding]:
+    """All that is wrong with a store, or with one generation of it; an empty list says it is whole.
+
+    `quick`: files exist with their sizes, commits and manifests match their digests and each other, and there is
+    no file that belongs to nothing. `default` also hashes every file and reads the shards: every slot once, keys and
+    labels equal in shard and index, noise finite, moments as committed. `deep` reads every record through the stock
+    readers, too. Shards are checked in parallel; nothing is changed. Files of attempts that were killed are no
+    findings, see `orphans`. Raises StorageError when a stock reader is not installed, nothing else.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level {level!r}: use one of {', '.join(LEVELS)}")
+    root = as_path(store_root)
+    try:
+        found = survey(root)
+    except StorageError as error:
+        return [finding_of("quick", root / SPEC, error, f"{COPY}, it is the store's recipe")]
+    if level == "deep":
+        check_stock_reader(found.spec)
+    wanted = [generation] if generation is not None else list(found.manifests) or [1]
+    checked = check_shards(found, wanted, generation is None, level)
+    empty = Sums(found.spec)
+    findings = [
+        finding for number in wanted for finding in _manifest_findings(found, number, checked.sums.get(number, empty))
+    ]
+    findings += [*checked.findings, *_metadata_findings(found, found.draws(wanted))]
+    named, more = check_fields(root, level)
+    return findings + more + surplus(root, found.spec, named | found.named() | checked.files)[0]
+
+
+def orphans(store_root: str | Path) -> list[str]:
+    """Files that attempts left when they were killed, relative to the store: of no harm, and of no use."""
+    found = survey(as_path(store_root))
+    files = check_shards(found, (), False, "quick").files | found.named()
+    return surplus(found.root, found.spec, check_fields(found.root, "quick")[0] | files)[1]
+
+
+def _manifest_findings(found: Survey, number: int, sums: Sums) -> Iterator[Finding]:
+    path = seal.manifest_path(found.root, number)
+    manifest = found.manifests.get(number) or load(found.root, number)
+    if isinstance(manifest, StorageError):
+        yield finding_of("quick", path, manifest, _UNSEALED)
+        return
+    problems = [*_list_problems(found, manifest), *_sum_problems(found, manifest, sums)]
+    yield from (Finding("quick", str(path), problem, _RESEAL) for problem in problems)
+
+
+def _list_problems(found: Survey, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What a manifest lists, against what a generation of these draws must hold."""
+    spec, shards = found.spec, manifest["shards"]
+    if problems := excluded_problems(spec, manifest):
+        yield problems[0]
+        return
+    expected, listed = expected_names(spec, manifest), texts(shards, "name")
+    if listed != expected:
+        odd = sorted(set(listed) ^ set(expected)) or ["their order"]
+        yield f"does not list each shard once: {', '.join(odd[:8])}"
+    if len(set(listed)) < len(listed):
+        files = Counter(file.path for entry in shards for file in found.files(entry))
+        if twice := [file for file, times in files.items() if times > 1]:
+            yield f"lists a file twice: {', '.join(twice[:8])}"
+    if manifest["content_digest"] != content_digest(texts(shards, "sha256")):
+        yield "its content digest is not that of its shards"
+    holes = manifest.get("excluded", ())
+    records = spec.rows * manifest["draws"] - sum(hole["records"] for hole in holes)
+    if manifest["records"] != records:
+        left = f" less {len(holes)} excluded shards" if holes else ""
+        yield f"{manifest['records']} records, not {spec.rows} x {manifest['draws']}{left}"
+    slots = [[parse_name(hole["name"])[0], *hole["slots"]] for hole in holes]
+    if manifest["order_key"] != order_key(spec.source, spec.rows, manifest["draws"], slots):
+        yield "its order key is not that of the spec"
+    for key, value in (("bytes", numbers(shards, "bytes").sum()), ("shard_count", len(shards))):
+        if manifest.get(key, value) != value:
+            yield f"its {key} is {manifest[key]}, {value} by its shards"
+
+
+def _sum_problems(found: Survey, manifest: Mapping[str, Any], sums: Sums) -> Iterator[str]:
+    """What a manifest says of its commits together; nothing where some cannot be read, which is a finding already."""
+    if sums.shards != len(expected_names(found.spec, manifest)):
+        return
+    body = sums.body()
+    stated = manifest.get("moments")
+    if not (isinstance(stated, Mapping) and all(close(v, stated.get(name)) for name, v in body["moments"].items())):
+        yield "its moments are not those of its commits"
+    if manifest.get("clipped", 0) != body["clipped"]:
+        yield "its clipped values are not those of its commits"
+    for key in ("noise_error", "precision", "batch_sizes"):
+        if key in manifest and manifest[key] != body[key]:
+            yield f"its {key} is not that of its commits"
+
+
+def _metadata_findings(found: Survey, draws: int) -> Iterator[Finding]:
+    """What stock readers are told of a store is a function of its recipe, so every byte of it is known."""
+    for name, data in layouts.metadata(found.spec, draws).items():
+        path = found.root / name
+        if size_of(path) is None:
+            yield Finding("quick", str(path), "the file is missing", _RESEAL)
+        elif size_of(path) != len(data) or leads_outside(found.root, path) or read_bytes(path, root=found.root) != data:
+            yield Finding("quick", str(path), "is not what the store's recipe gives", _RESEAL)

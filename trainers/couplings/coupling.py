@@ -1,0 +1,144 @@
+"""Couplings: which noise is paired with which image. One interface for every source of pairs."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
+
+Scope = Literal["record", "shard"]
+
+
+class Pairs(NamedTuple):
+    """What a coupling decides about n records; what is None is as the source has it.
+
+    `nll` is the teacher's nats per dimension without the constant. Records of one `group` had their noises dealt out
+    among themselves; a group is named by the place of its first record in the call.
+    """
+
+    noise: Tensor  # float32 [n, C, H, W] of unit variance
+    nll: Tensor | None = None  # float32 [n]
+    group: Tensor | None = None  # int64 [n]
+    row: Tensor | None = None  # int64 [n]: the source row whose image takes the place of the slot's own
+    image: Tensor | None = None  # float32 [n, C, H, W] in the data's range: a generated image
+
+
+class Coupling(Protocol):
+    """Images, labels and fresh standard normal noise give the pairs.
+
+    Of scope "record" a pair is of its record alone, whatever else is in the batch; of scope "shard" it is of all
+    records of its shard, which come in one call, in the order of their slots.
+    """
+
+    name: str
+    scope: Scope
+
+    def __call__(self, images: Tensor, labels: Tensor, eps: Tensor) -> Pairs:
+        """images [B, C, H, W] in [-1, 1], labels int64 [B] (-1: none), eps [B, C, H, W] -> pairs.
+
+        Images come flipped already, since the noise of a flipped image is not the flipped noise. Tensors leave on
+        the coupling's own device.
+        """
+        ...
+
+
+class Independent:
+    """The noise knows nothing of the image: z = eps."""
+
+    name = "independent"
+    scope: Scope = "record"
+
+    def __call__(self, images: Tensor, labels: Tensor, eps: Tensor) -> Pairs:
+        return Pairs(eps)
+
+
+class NFM:
+    """The teacher's own noise of each image: z = f(x + eta eps, c) / sigma_f (arXiv 2603.09014)."""
+
+    name = "nfm"
+    scope: Scope = "record"
+
+    def __init__(
+        self,
+        model: TarFlow,
+        eta: float,
+        sigma_f: float,
+        device: str = "cpu",
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        """`model` is on `device` already; sigma_f is sqrt(E[f^2]), measured with the teacher."""
+        if not (math.isfinite(sigma_f) and sigma_f > 0):
+            raise ValueError(f"sigma_f = {sigma_f} is no scale of noise; train or measure this teacher again")
+        self.model = model.eval()
+        self.eta = eta
+        self.sigma_f = sigma_f
+        self.device = torch.device(device)
+        self.autocast = autocast
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, labels: Tensor, eps: Tensor) -> Pairs:
+        x = (images + self.eta * eps).to(self.device)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            z, logdet = self.model.encode(x, labels.to(self.device))
+        return Pairs((z / self.sigma_f).float(), nll_per_dim(z, logdet).float())
+
+
+class Generated:
+    """Reflow (Liu et al. 2022, arXiv 2209.03003): the image is what a trained student makes of the noise."""
+
+    name = "reflow"
+    scope: Scope = "record"
+
+    def __init__(self, sample: Callable[[Tensor, Tensor], Tensor], device: str = "cpu") -> None:
+        """`sample` takes noise [B, C, H, W] and labels [B], both on `device`, to images in the data's range."""
+        self.sample = sample
+        self.device = torch.device(device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, labels: Tensor, eps: Tensor) -> Pairs:
+        return Pairs(eps, image=self.sample(eps.to(self.device), labels.to(self.device)).float())
+
+
+class Custom:
+    """The noise that a user's function gives: `function(images, labels, rng)`, arrays of numpy, a shard a call."""
+
+    name = "custom"
+    scope: Scope = "shard"
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        called: str,
+        rngs: Callable[[int, int], np.random.Generator],
+        place: tuple[int, int] = (0, 0),
+    ) -> None:
+        """`called` is how messages name the function; `rngs` gives the generator of (draw, shard), `place` is these."""
+        self.function = function
+        self.called = called
+        self.rngs = rngs
+        self.place = place
+
+    def at(self, draw: int, shard: int) -> "Custom":
+        """The same for another shard."""
+        return Custom(self.function, self.called, self.rngs, (draw, shard))
+
+    def __call__(self, images: Tensor, labels: Tensor, eps: Tensor) -> Pairs:
+        """Raises ValueError for what is no noise: of another shape or dtype, or not finite."""
+        # Copies: what the function does to its arguments is its own affair.
+        found = self.function(images.numpy().copy(), labels.numpy().copy(), self.rngs(*self.place))
+        if not isinstance(found, np.ndarray):
+            raise ValueError(f"{self.called} returned a {type(found).__name__}; return a numpy array, the noise")
+        if found.shape != tuple(images.shape):
+            raise ValueError(
+                f"{self.called} returned noise of shape {found.shape} for images {tuple(images.shape)}; "
+                "return the noise of each image, in their shape"
+            )
+        if found.dtype not in (np.float32, np.float64):
+            raise ValueError(f"{self.called} returned noise of dtype {found.dtype}; return float32")
+        if bad := int((~np.isfinite(found)).sum()):
+            raise ValueError(f"{self.called} returned {bad} values that are not finite; noise is about N(0, 1)")
+        return Pairs(torch.from_numpy(np.array(found, np.float32)))

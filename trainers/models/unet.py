@@ -1,0 +1,167 @@
+"""A small convolutional U-Net that predicts a velocity, for small images and small budgets.
+
+Ho et al. 2020 (DDPM, arXiv 2006.11239): residual blocks on the way down and up, joined by skips. Dhariwal & Nichol 2021
+(arXiv 2105.05233): the condition scales and shifts each block's second norm, attention where the image is smallest.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nfm.trainers.models.sit import FREQUENCIES, sinusoids, zeroed
+
+_GROUP = 8  # channels that are normalised together
+_HEAD = 64  # channels of an attention head, where there are that many
+_SMALLEST = 4  # sides up to this are not halved
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a norm that the condition scales and shifts; starts as the identity or a projection."""
+
+    def __init__(self, inputs: int, outputs: int, condition: int) -> None:
+        super().__init__()
+        self.norm_in = nn.GroupNorm(inputs // _GROUP, inputs)
+        self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.modulation = zeroed(nn.Linear(condition, 2 * outputs))
+        self.norm_out = nn.GroupNorm(outputs // _GROUP, outputs, affine=False)
+        self.conv_out = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, h: Tensor, condition: Tensor) -> Tensor:
+        """h [B, inputs, H, W], condition [B, condition] -> [B, outputs, H, W]."""
+        shift, scale = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)
+        inner = self.norm_out(self.conv_in(F.silu(self.norm_in(h))))
+        return self.shortcut(h) + self.conv_out(F.silu(torch.addcmul(shift, inner, 1 + scale)))
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, beside the identity that it starts as."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = math.gcd(channels, max(1, channels // _HEAD))
+        self.norm = nn.GroupNorm(channels // _GROUP, channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.project = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[B, channels, H, W] -> the same."""
+        tokens = self.norm(h).flatten(2).transpose(1, 2)
+        parts = self.qkv(tokens).chunk(3, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return h + self.project(attended).transpose(1, 2).unflatten(2, h.shape[2:])
+
+
+class UNet(nn.Module):
+    """The student: velocity of x_t at time t (0 = data, 1 = noise), for a label or none."""
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        classes: int,
+        width: int = 32,
+        depth: int = 1,
+        multipliers: Sequence[int] = (1, 2, 2),
+    ) -> None:
+        """`width` channels at full resolution, times `multipliers` level by level; `depth` blocks a level, each way.
+
+        A level halves sides above 4, rounded up (28, 14, 7; 14, 7, 4), so small images have fewer levels. `classes` = 0
+        makes an unconditional student, which ignores labels.
+        """
+        super().__init__()
+        if width < 1 or width % _GROUP:
+            raise ValueError(
+                f"width = {width} of a U-Net is not a multiple of {_GROUP}, the channels of a norm's group"
+            )
+        channels, height, image_width = self.image_shape = tuple(image_shape)
+        self.widths = [width * multiple for multiple in multipliers[: _levels(max(height, image_width))]]
+        lowest, condition = self.widths[-1], 4 * width
+        self.time_in = nn.Linear(2 * FREQUENCIES, condition)
+        self.time_out = nn.Linear(condition, condition)
+        self.labels = nn.Embedding(classes + 1, condition)  # the last row is the null label
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.down = nn.ModuleList(
+            nn.ModuleList(ResidualBlock(here, here, condition) for _ in range(depth)) for here in self.widths
+        )
+        self.shrink = nn.ModuleList(
+            nn.Conv2d(here, below, 3, stride=2, padding=1) for here, below in pairwise(self.widths)
+        )
+        self.middle = nn.ModuleList(ResidualBlock(lowest, lowest, condition) for _ in range(2))
+        self.up = nn.ModuleList(
+            nn.ModuleList(ResidualBlock(2 * here, here, condition) for _ in range(depth)) for here in self.widths
+        )
+        self.enlarge = nn.ModuleList(nn.Conv2d(below, here, 3, padding=1) for here, below in pairwise(self.widths))
+        self.attention = nn.ModuleList(Attention(lowest) for _ in range(2 * depth + 1))  # down, middle, up
+        self.norm = nn.GroupNorm(width // _GROUP, width)
+        self.head = zeroed(nn.Conv2d(width, channels, 3, padding=1))
+        for embedding in (self.labels, self.time_in, self.time_out):
+            nn.init.normal_(embedding.weight, std=0.02)
+        # A tenth faster on CPUs, and what tensor cores want.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Velocity [B, C, H, W] of x [B, C, H, W] at t [B] in [0, 1]; y int64 [B], -1 or None = no label."""
+        condition = self._condition(t, y)
+        attention = iter(self.attention)
+        lowest = len(self.widths) - 1
+        h, skips = self.stem(x.contiguous(memory_format=torch.channels_last)), []
+        for level, blocks in enumerate(self.down):
+            if level:
+                h = self.shrink[level - 1](h)
+            for block in blocks.children():
+                h = block(h, condition)
+                h = next(attention)(h) if level == lowest else h
+                skips.append(h)
+        h = self.middle[1](next(attention)(self.middle[0](h, condition)), condition)
+        for level, blocks in reversed(list(enumerate(self.up))):
+            for block in blocks.children():
+                h = block(torch.cat([h, skips.pop()], dim=1), condition)
+                h = next(attention)(h) if level == lowest else h
+            if level:  # to the size of the skip that comes next, which is odd where the image's was
+                h = self.enlarge[level - 1](F.interpolate(h, skips[-1].shape[2:], mode="nearest"))
+        h = F.silu(self.norm(h))
+        # The velocity leaves in full precision whatever the caller's autocast type: solvers add it up.
+        with torch.autocast(h.device.type, enabled=False):
+            return self.head(h.to(self.head.weight.dtype))
+
+    def flops(self) -> float:
+        """FLOPs of the velocity of one image: two a weight and position, and attention's products."""
+        _, height, width = self.image_shape
+        positions = [-(-height >> level) * -(-width >> level) for level in range(len(self.widths))]  # rounded up
+        tokenwise = _weights(self.attention, nn.Linear)
+        total = _weights(self, nn.Linear) - tokenwise + positions[-1] * tokenwise
+        total += 2 * len(self.attention) * positions[-1] ** 2 * self.widths[-1]
+        for level, count in enumerate(positions):
+            parts = [
+                self.down[level],
+                self.up[level],
+                *self.shrink[level - 1 : level],
+                *self.enlarge[level : level + 1],
+            ]
+            parts += [self.stem, self.head] if level == 0 else []
+            parts += [self.middle] if level == len(positions) - 1 else []
+            total += count * sum(_weights(part, nn.Conv2d) for part in parts)
+        return 2.0 * total
+
+    def _condition(self, t: Tensor, y: Tensor | None) -> Tensor:
+        """What every block is modulated by: SiLU(time + label), [B, 4 width]."""
+        time = self.time_out(F.silu(self.time_in(sinusoids(t.to(self.time_in.weight.dtype)))))
+        null = self.labels.num_embeddings - 1
+        if y is None or null == 0:
+            y = torch.full_like(t, -1, dtype=torch.long)
+        return F.silu(time + self.labels(y.where(y >= 0, null)))
+
+
+def _weights(part: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d]) -> int:
+    """The number of weights in layers of a kind."""
+    return sum(module.weight.numel() for module in part.modules() if isinstance(module, kind))
+
+
+def _levels(side: int) -> int:
+    """One, and how often a side is halved until it is small."""
+    return 1 if side <= _SMALLEST else 1 + _levels(-(-side // 2))
