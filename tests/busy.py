@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     "tests/distributed",
     "tests/ray",
-    "tests/stages/test_ray.py",
+    "tests/stages/executors/test_ray.py",
     "tests/e2e/test_interrupted.py",
-    "tests/storage/test_cache.py",
+    "tests/storage/files/test_cache.py",
 )
 # A loop looks whether its parent is still there: nobody can tell it when that was killed.
 LOOP = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(1_000_000): pass"

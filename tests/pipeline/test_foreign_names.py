@@ -20,7 +20,7 @@ from nfm.pipeline.upkeep.repair import repair_store
 from nfm.stages.stores import leftovers
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
-from tests.storage.test_hostile import store
+from tests.storage.verify.test_hostile import store
 
 DIGEST = "ab" * 32
 

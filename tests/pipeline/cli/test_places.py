@@ -21,7 +21,7 @@ from nfm.storage.errors import NoPlace
 from tests.commands import commands
 from tests.storage.s3server import new_clients
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # Parameters of text that name no place; a new one is entered here, or has a type of nfm.pipeline.cli.options.
 NO_PLACES = {
     *("overrides", "ray_address", "address", "level", "couplings", "seeds", "name"),

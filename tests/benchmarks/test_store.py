@@ -16,7 +16,7 @@ from benchmarks.store.command import store
 from benchmarks.store.peers import PEERS
 from benchmarks.store.rows import COPY, INLINE, ROWS, Reading, Triple, Workload, checked_epoch, copied, tensors
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[dict, str]:

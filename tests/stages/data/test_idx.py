@@ -13,8 +13,8 @@ from nfm.stages.base import StageError
 from nfm.stages.data.source import Loaded
 from nfm.stages.data.sources import Idx
 from nfm.stages.data.stage import DataConfig, open_source, run
+from tests.stages.data.test_sources import write_idx
 from tests.stages.recorder import Recorder
-from tests.stages.test_sources import write_idx
 
 ROWS = 30
 

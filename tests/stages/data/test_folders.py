@@ -14,7 +14,7 @@ from nfm.stages.base import Result, StageError
 from nfm.stages.data import stage
 from nfm.stages.data.sources import ImageFolder
 from nfm.stages.data.stage import DataConfig
-from tests.stages.image_files import picture, save
+from tests.stages.data.image_files import picture, save
 from tests.stages.recorder import Recorder
 
 

@@ -16,7 +16,7 @@ from nfm.storage import DatasetWriter, ImageDataset, Mixture, PairStore, StateMi
 from nfm.storage.format.spec import pair_fields
 from nfm.storage.reading.soften import normals
 from nfm.storage.reading.stream import Records
-from tests.storage.test_batch import Elsewhere
+from tests.storage.reading.test_batch import Elsewhere
 
 GOLDEN = [  # what students that stopped are resumed with
     "0x1.0da1020000000p+1",

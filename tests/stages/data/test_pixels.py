@@ -17,7 +17,7 @@ from nfm.stages.data.reading import pixels
 from nfm.stages.data.reading.pixels import ALPHA, FULL_RANGE, PLAIN, MisfitError, converted
 from nfm.stages.data.source import Loaded
 from nfm.stages.data.sources import ImageFolder
-from tests.stages.image_files import COLOUR, COLOUR_ALPHA, GREY, GREY_ALPHA, PALETTE, picture, raw_png, save
+from tests.stages.data.image_files import COLOUR, COLOUR_ALPHA, GREY, GREY_ALPHA, PALETTE, picture, raw_png, save
 from tests.stages.recorder import Recorder
 
 RAMP = np.array([[0, 255, 30000, 65535]], np.uint16)
@@ -289,7 +289,7 @@ def test_images_of_many_pixels_are_taken_up_to_the_limit_without_a_warning(
 
 
 def test_the_limit_of_pixels_is_the_one_that_is_documented(tmp_path: Path) -> None:
-    documented = Path(__file__).parents[2].joinpath("docs", "data.md").read_text()
+    documented = Path(__file__).parents[3].joinpath("docs", "data.md").read_text()
     assert f"more than {pixels.MOST_PIXELS:,} pixels" in documented
     before = Image.MAX_IMAGE_PIXELS
     file = raw_png(tmp_path / "in" / "a" / "1.png", np.zeros((1, 1), np.uint8), 8, GREY)

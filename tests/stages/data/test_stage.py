@@ -18,10 +18,10 @@ from nfm.stages.data import stage
 from nfm.stages.data.sources import Idx, ImageFolder, Npz, Source
 from nfm.stages.data.stage import DataConfig, source_identity
 from nfm.storage import ImageDataset
-from tests.stages.image_files import picture
+from tests.stages.data.image_files import picture
+from tests.stages.data.test_idx import folder as idx_folder
+from tests.stages.data.test_sources import write_idx
 from tests.stages.recorder import Recorder
-from tests.stages.test_idx import folder as idx_folder
-from tests.stages.test_sources import write_idx
 
 
 def make(out: Path, report: Recorder | None = None, **config: object) -> Result:

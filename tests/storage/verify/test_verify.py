@@ -15,7 +15,7 @@ from nfm.storage.layouts.blocks import MappedShard, ShardWriter
 from nfm.storage.ledger import commits, seal
 from nfm.storage.verify import LEVELS, orphans, verify
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "store-format-1"
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "store-format-1"
 
 
 def _snapshot(root: Path) -> dict[str, tuple[str, int]]:

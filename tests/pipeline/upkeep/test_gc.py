@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 HOUR, DAY = 3600.0, 86400.0
 WEEK = 7 * DAY
-ELSEWHERE = Path(__file__).resolve().parents[2] / "configs/digits.toml"  # a config in use that reaches nothing here
+ELSEWHERE = Path(__file__).resolve().parents[3] / "configs/digits.toml"  # a config in use that reaches nothing here
 
 
 def age(folder: Path, seconds: float) -> None:

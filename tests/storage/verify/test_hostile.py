@@ -22,7 +22,7 @@ from tests.fuzz.signing import reseal
 from tests.patience import allowed
 from tests.sizes import sized
 
-FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "store-format-1"
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "store-format-1"
 SECONDS = sized(3.0, 10.0)
 
 

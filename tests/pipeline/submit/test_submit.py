@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.conftest import Lab
 
 ODD = '/data/a lab\'s 100% "odd" $HOME; place'
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "clusters"
+EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "clusters"
 
 
 def submission(root: str = ODD, **changes: object) -> Submission:
