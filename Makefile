@@ -95,7 +95,7 @@ $(PEERS)/.installed: pyproject.toml
 	touch $@
 
 kills: $(ENV)  ## kill a reader 100 times and compare the sequence
-	$(PY) benchmarks/kill_reader.py $(ARGS)
+	$(PY) -m benchmarks.kill_reader $(ARGS)
 
 fuzz: $(ENV)  ## feed broken files to the store's readers for MINUTES
 	PYTHONPATH=tests $(PY) -m fuzz.run --minutes $(MINUTES) $(ARGS)

@@ -1,6 +1,6 @@
 """How to store the noise: bytes, error and speed of the codecs, beside peers and Shannon's bound for a Gaussian.
 
-`python benchmarks/codecs.py [--store STORE]` takes values of N(0, 1), and of a store's own noise where one is given,
+`python -m benchmarks.codecs [--store STORE]` takes values of N(0, 1), and of a store's own noise where one is given,
 through every codec on one thread, prints a table each and writes `benchmarks/results/codecs.json`. What follows from
 it is in `docs/codecs.md`. Of a store, only its content digest is recorded.
 """
@@ -232,7 +232,7 @@ def main(store: Path | None, values: int, passes: int, output: Path) -> None:
         }  # fmt: skip
         found.append(source("a store's noise", noise_of(opened, values), passes, **about))
     body = {
-        "command": "python benchmarks/codecs.py" + (" --store STORE" if store is not None else ""),
+        "command": "python -m benchmarks.codecs" + (" --store STORE" if store is not None else ""),
         "machine": machine(),
         "versions": versions("numpy", "pcodec", "numcodecs"),
         "rates": "MB of float32 a second of one thread, median of the passes",

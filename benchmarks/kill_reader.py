@@ -1,6 +1,6 @@
 """Resume, shown: a reader that is killed at random batches yields the same sequence as one that never was.
 
-`python benchmarks/kill_reader.py [--kills 100] [--seed 0]` reads a small store for many epochs in a child process that
+`python -m benchmarks.kill_reader [--kills 100] [--seed 0]` reads a small store for many epochs in a child process that
 does what a trainer does: after every batch it writes down what it has seen together with the reader's state, in one
 step. The child is killed (SIGKILL) a moment after seeded random batches, wherever it then is; the next child goes
 on from what was written, on 1, 2 or 4 ranks by chance. The whole journal is then compared with an uninterrupted reader

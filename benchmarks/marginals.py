@@ -1,7 +1,7 @@
 """Is it the marginals of a teacher's noise that cost its student distance? A student on noise made normal, dimension by
 dimension.
 
-`python benchmarks/marginals.py -c configs/fashion14.toml --work SCRATCH -o FOLDER` maps each dimension of the nfm
+`python -m benchmarks.marginals -c configs/fashion14.toml --work SCRATCH -o FOLDER` maps each dimension of the nfm
 store's noise by its own quantiles to N(0, 1) (one layer of Gaussianization, Chen and Gopinath 2000), measures the
 two-sample AUC before and after, trains the config's student on the mapped noise and evaluates it beside the plain one.
 The map is fitted on other records than those that the AUC is measured on, but for those that two samples share.

@@ -1,6 +1,6 @@
 """A pair store of very many shards: how long it takes to list, plan, seal, open and audit it, and in how much memory.
 
-`python benchmarks/scale.py --shards 200000` makes a synthetic store (no images: payloads are sparse files of the size
+`python -m benchmarks.scale --shards 200000` makes a synthetic store (no images: payloads are sparse files of the size
 that their commits state; index parts, commits and manifest are real) and measures each step in a process of its own.
 The figures go to `results/scale/`, with the machine's description and the command.
 """
@@ -225,7 +225,7 @@ def main(shards: int, records: int, folder: Path | None, out: Path | None, step:
         steps[name] = measured(name, root, shards, records)
         click.echo(f"{name:8} {steps[name]['seconds']:9.2f} s  {steps[name]['peak_mib']:7.0f} MiB", err=True)
     body = {
-        "command": f"python benchmarks/scale.py --shards {shards} --records-per-shard {records}",
+        "command": f"python -m benchmarks.scale --shards {shards} --records-per-shard {records}",
         "machine": machine(),
         "versions": versions("nfm-pairs", "numpy", "pyarrow"),
         "shards": shards, "records": shards * records,

@@ -1,6 +1,6 @@
 """Is the teacher good enough? Distance of the student against the two-sample AUC of its store, teacher by teacher.
 
-`python benchmarks/teacher_curve.py -c configs/fashion14.toml --images 12000,24000,48000,120000,360000 -o FOLDER` trains
+`python -m benchmarks.teacher_curve -c configs/fashion14.toml --images 12000,24000,48000,120000,360000 -o FOLDER` trains
 a teacher on each number of images, and compares a student on its noise with one on independent noise. The AUC is in the
 coupling report of each store, so it is known before any student is trained. Everything is an artifact: stopped or
 killed, the same command goes on, and runs of `nfm compare` with the same config share what they have in common.

@@ -31,6 +31,7 @@ ALLOWED = {
     "stages/data/reading/tree.py: Image.open": "a user's own images",
     "stages/data/source.py: np.memmap": "scratch that was made a line above",
     "stages/data/source.py: open": "scratch that is made there",
+    "stages/trained/machine.py: .read_text": "the kernel's own, under /proc",
     "stages/trained/training.py: .open": "a training's log, to append to it; it was read by the reader, or removed",
     "storage/files/cache.py: open": "a download, to write it",
     "storage/files/cache_folder.py: os.open": "locks in a folder of this user's",

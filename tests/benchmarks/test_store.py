@@ -81,7 +81,7 @@ def test_a_reading_that_loses_repeats_or_alters_records_is_refused(tmp_path: Pat
 
 def test_the_codec_study_runs_and_obeys_shannon(tmp_path: Path) -> None:
     output = tmp_path / "codecs.json"
-    command = [sys.executable, "benchmarks/codecs.py", "--values", "40000", "--passes", "1", "-o", str(output)]
+    command = [sys.executable, "-m", "benchmarks.codecs", "--values", "40000", "--passes", "1", "-o", str(output)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     rows = {row["name"]: row for row in json.loads(output.read_text())["sources"][0]["rows"]}
     assert {"float32", "float16", "int8, step 1/20"} <= set(rows)

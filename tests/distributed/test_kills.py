@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
-import pytest
-
+from benchmarks import kill_reader
 from tests.distributed import processes
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 def kill(*arguments: str) -> None:
     """The benchmark's command, in a process of its own."""
-    sys.path.insert(0, str(BENCHMARKS))
-    importlib.import_module("kill_reader").main(arguments, standalone_mode=False)
+    kill_reader.main(arguments, standalone_mode=False)
 
 
 def test_five_kills_lose_no_record_and_yield_none_twice(tmp_path: Path) -> None:
@@ -29,9 +23,7 @@ def test_five_kills_lose_no_record_and_yield_none_twice(tmp_path: Path) -> None:
     assert (found["records_lost"], found["records_twice"], found["sequences_equal"]) == (0, 0, True)
 
 
-def test_the_comparison_finds_a_lost_and_a_repeated_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    kill_reader = importlib.import_module("kill_reader")
+def test_the_comparison_finds_a_lost_and_a_repeated_batch(tmp_path: Path) -> None:
     plan = kill_reader.Plan(kill_reader.make_store(tmp_path / "store"), 1, "full")
     whole = [{**line, "world_size": 1} for line in kill_reader.uninterrupted(plan)]
     assert kill_reader.compare(plan, whole)["sequences_equal"]

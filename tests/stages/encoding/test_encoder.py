@@ -28,7 +28,7 @@ LARGE = 8_192  # rows of a batch: some hundred MB in the tiny teacher
 
 UNDER_A_LIMIT = """
 import json, resource, sys
-from nfm.stages.encoder import Encoder, Setup
+from nfm.stages.encoding.encoder import Encoder, Setup
 from nfm.stages.executors import ShardJob
 encoder = Encoder(Setup(**json.loads(sys.argv[1])))
 encoder.batch_size = 32

@@ -109,7 +109,8 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_temporary(tmp_path: P
 
 WRITE = """
 import sys
-from nfm.storage import atomic, errors
+from nfm.storage import errors
+from nfm.storage.files import atomic
 try:
     with atomic.HashingFile(sys.argv[1] + "/big") as file:
         for _ in range(64):
@@ -159,7 +160,7 @@ def test_a_limit_on_file_sizes_names_path_and_remedy_and_leaves_no_temporary(tmp
 
 REWRITE = """
 import itertools, sys
-from nfm.storage import atomic
+from nfm.storage.files import atomic
 for n in itertools.count():
     atomic.write_json(sys.argv[1], {"n": n, "pad": "x" * 200_000})
     print(n, flush=True)

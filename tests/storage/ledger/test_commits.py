@@ -229,7 +229,7 @@ def test_temporary_files_among_the_commits_are_ignored(make_store) -> None:
 WORKER = """
 import sys, numpy as np
 from nfm.storage.ledger import commits
-from nfm.storage.schema import read_spec
+from nfm.storage.format.spec import read_spec
 root, attempt = sys.argv[1:]
 spec = read_spec(root)
 for draw in range(2):
