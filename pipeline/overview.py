@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, newest_manifest
+from nfm.pipeline import fitting
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, WrongArtifact, artifacts_root, newest_manifest
 from nfm.pipeline.artifacts.lineage import dependants
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.console import progress
@@ -28,6 +29,7 @@ DONE, LATER = "nothing, is done", "run after its inputs"
 
 def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
     """A row a stage that `target` needs: what would happen, and what it costs where that can be told yet."""
+    fitting.check(nodes, target)
     rows, facts = [], _facts(nodes)
     for node in upstream(nodes, target):
         artifact = node.artifact()
@@ -117,7 +119,7 @@ def _state(artifact: Artifact) -> str:
 def store_info(artifact: Artifact) -> Row:
     """A store's recipe and the figures of its pinned generation."""
     if "store" not in artifact.spec:
-        raise ArtifactError(f"{artifact.name} is no pair store; `nfm lineage {artifact.name}` shows what it is")
+        raise WrongArtifact(f"{artifact.name} is no pair store; `nfm lineage {artifact.name}` shows what it is")
     artifact.manifest()  # an unfinished or damaged artifact says so
     return {"store": artifact.name, **info.info(artifact.reference)}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nfm.stages.base import Result
-from nfm.storage.errors import Told
+from nfm.storage.errors import Told, WrongUse
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, size_of, stated_path
 
@@ -17,6 +17,10 @@ SCHEMA = 1
 
 class ArtifactError(Told):
     """An artifact is missing, unreadable or in the way; the message says which and what to do."""
+
+
+class WrongArtifact(ArtifactError, WrongUse):  # noqa: N818 - it reads as what it says
+    """What was named is no artifact, or one of another kind than the command takes."""
 
 
 def artifacts_root() -> Path:
@@ -87,14 +91,14 @@ def find(reference: str | Path) -> Artifact:
         if exists(path / "spec.json"):
             return Artifact(path, newest_manifest(path))
     if remote:
-        raise ArtifactError(f"{text}: no store there, it has no spec.json; check the URL")
+        raise WrongArtifact(f"{text}: no store there, it has no spec.json; check the URL")
     found = [path for path in root.glob(f"*/{text}*") if (path / "spec.json").exists()] if "/" not in text else []
     if len(found) == 1:
         return Artifact(found[0], newest_manifest(found[0]))
     if found:
         names = ", ".join(f"{path.parent.name}/{path.name}" for path in sorted(found))
-        raise ArtifactError(f"{text} names several artifacts: {names}; write more of the fingerprint")
-    raise ArtifactError(f"no artifact {text} under {root}; `nfm ls` lists what there is")
+        raise WrongArtifact(f"{text} names several artifacts: {names}; write more of the fingerprint")
+    raise WrongArtifact(f"no artifact {text} under {root}; `nfm ls` lists what there is")
 
 
 def newest_manifest(path: Path) -> str:

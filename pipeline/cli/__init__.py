@@ -15,7 +15,17 @@ from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
 from nfm.pipeline.cli.gc import gc
-from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, FiniteRange, config_option, json_option, set_option
+from nfm.pipeline.cli.options import (
+    LOCAL_PATH,
+    MANY,
+    PLACE,
+    SEED,
+    Number,
+    Whole,
+    config_option,
+    json_option,
+    set_option,
+)
 from nfm.pipeline.cli.pairs import pairs
 from nfm.pipeline.cli.plan import plan
 from nfm.pipeline.cli.submit import submit
@@ -74,7 +84,7 @@ def status(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None
 @click.option(
     "--sample",
     default=300,
-    type=click.IntRange(min=1),
+    type=Whole(1, MANY),
     show_default=True,
     help="Pairs of each store that --deep takes.",
 )
@@ -152,11 +162,11 @@ def list_artifacts(as_json: bool) -> None:
 
 @cli.command()
 @click.argument("artifact", type=PLACE)
-@click.option("-n", "count", default=64, type=click.IntRange(1, 65_536), show_default=True, help="Number of images.")
+@click.option("-n", "count", default=64, type=Whole(1, 65_536), show_default=True, help="Number of images.")
 @click.option(
     "--nfe",
     default=7,
-    type=click.IntRange(min=1),
+    type=Whole(1, 100_000),
     show_default=True,
     help="Evaluations of a student; a teacher is inverted.",
 )
@@ -165,11 +175,11 @@ def list_artifacts(as_json: bool) -> None:
 @click.option(
     "--guidance",
     default=0.0,
-    type=FiniteRange(-100, 100),
+    type=Number(-100, 100),
     show_default=True,
     help="v + g (v - v without labels); a teacher's own.",
 )
-@click.option("--seed", default=0, type=click.IntRange(0, 2**64 - 1), show_default=True)
+@click.option("--seed", default=0, type=SEED, show_default=True)
 @click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH)
 def sample(
     artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError
+from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact
 from nfm.pipeline.cli.options import LocalPath, config_option, json_option, set_option
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, legible
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import inside
@@ -75,7 +75,7 @@ def _check_folder(output: Path, node: Node, force: bool) -> None:
     held, artifact = _held(output), node.artifact()
     if held is not None and not force and (artifact is None or artifact.name != held):
         this = "is not made yet" if artifact is None else f"is {artifact.name}"
-        raise ArtifactError(
+        raise WrongArtifact(
             f"{output} holds {held}, and this comparison {this}; give another --output, or --force to replace that one"
         )
 
@@ -107,4 +107,5 @@ def _copy(made: Artifact, output: Path) -> None:
     atomic.write_json(output / ORIGIN, {"artifact": made.name, **told, "files": names})
     for name in names:
         shutil.copyfile(inside(made.path, name), output / name)
-    (output / COMMAND).write_text(masked(f"{shlex.join(['nfm', *sys.argv[1:]])}\n"))
+    command = masked(legible(shlex.join(["nfm", *sys.argv[1:]])))
+    atomic.write_bytes(output / COMMAND, f"{command}\n".encode())

@@ -11,7 +11,7 @@ from typing import Literal
 import click
 
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
-from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, json_option
+from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, Whole, json_option
 from nfm.pipeline.console import time_left
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
@@ -72,8 +72,8 @@ def report(store: Path, as_json: bool) -> None:
 
 @pairs.command()
 @click.argument("store", type=PLACE)
-@click.option("-n", "count", default=8, type=click.IntRange(1, 20), show_default=True, help="Pairs, and worst ones.")
-@click.option("--draw", default=0, type=click.IntRange(min=0), show_default=True)
+@click.option("-n", "count", default=8, type=Whole(1, 20), show_default=True, help="Pairs, and worst ones.")
+@click.option("--draw", default=0, type=Whole(0, 999), show_default=True)
 @click.option("-o", "--output", default="head.png", show_default=True, type=LOCAL_PATH)
 @click.option(
     "--teacher", default="auto", show_default=True, type=PLACE, metavar="ARTIFACT|auto|none",
@@ -126,7 +126,7 @@ def seal(store: Path) -> None:
 @click.argument("target", type=PLACE)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="Default: the store's own.")
 @click.option("--codec", type=click.Choice(CODECS), help="Of the noise. Default: the store's own.")
-@click.option("--generation", type=click.IntRange(min=1), help="Default: the newest.")
+@click.option("--generation", type=Whole(1, 9999), help="Default: the newest.")
 def export(store: Path, target: Path, layout: str | None, codec: str | None, generation: int | None) -> None:
     """Write a store to TARGET, a folder or URL, in another layout or codec.
 

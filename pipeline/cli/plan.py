@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from nfm.pipeline.cli.options import config_option, json_option, set_option
+from nfm.pipeline.cli.options import MANY, Number, Whole, config_option, json_option, set_option
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import STAGES
 from nfm.stages.base import StageError
@@ -22,7 +22,7 @@ class ImageShape(click.ParamType):
     name = "CxHxW"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", str(value)):
+        if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5}){2}", str(value)):
             self.fail(f"{value!r}: channels, height and width, for instance 3x64x64", param, ctx)
         return tuple(int(size) for size in str(value).split("x"))
 
@@ -31,11 +31,11 @@ class ImageShape(click.ParamType):
 @click.argument("stage", type=click.Choice(list(STAGES)))
 @config_option
 @set_option
-@click.option("--images", type=click.IntRange(min=1), help="Training images, to plan pairs before the data is there.")
+@click.option("--images", type=Whole(1, MANY), help="Training images, to plan pairs before the data is there.")
 @click.option("--image-shape", type=ImageShape(), help="Their shape, with --images: 3x64x64.")
-@click.option("--classes", type=click.IntRange(min=0), help="Their classes, with --images; 0 for none. [default: 1000]")
-@click.option("--workers", multiple=True, type=click.IntRange(min=1), help="Say the time for so many; may be repeated.")
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Images a second of a worker elsewhere.")
+@click.option("--classes", type=Whole(0, MANY), help="Their classes, with --images; 0 for none. [default: 1000]")
+@click.option("--workers", multiple=True, type=Whole(1, MANY), help="Say the time for so many; may be repeated.")
+@click.option("--rate", type=Number(0, 1e12, above=True), help="Images a second of a worker elsewhere.")
 @json_option
 def plan(
     stage: str, config_path: Path, overrides: tuple[str, ...], images: int | None, image_shape: tuple[int, ...] | None,
@@ -62,7 +62,7 @@ def plan(
             rows = overview.plan(nodes, stage)
         except StageError as error:
             hint = f"{error}. Without the data, plan pairs with --images N --image-shape CxHxW"
-            raise StageError(hint if stage == "pairs" else str(error)) from error
+            raise type(error)(hint if stage == "pairs" else str(error)) from error
         if stage == "pairs" and (rows[-1]["would"] != overview.DONE or workers or rate):
             rows[-1]["plan"] = overview.pairs_plan(nodes, counts, rate)
     click.echo(json.dumps(rows, indent=2) if as_json else overview.plan_text(rows))

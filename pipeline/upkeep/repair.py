@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError
+from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.stages.stores import repair
 from nfm.storage.files.paths import inside
@@ -20,7 +20,7 @@ def repair_store(artifact: Artifact) -> list[str]:
     that cannot be read is set aside as well: what it sealed is sealed again from the commits.
     """
     if "store" not in artifact.spec:
-        raise ArtifactError(f"{artifact.name} is no pair store; make other artifacts again: remove the folder, run it")
+        raise WrongArtifact(f"{artifact.name} is no pair store; make other artifacts again: remove the folder, run it")
     with Lock(artifact.path):
         aside = artifact.path / "quarantine" / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         damaged = repair.damaged_manifests(artifact.path)

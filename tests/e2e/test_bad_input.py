@@ -172,7 +172,7 @@ def test_a_commit_without_its_shard_stops_a_resumed_run_and_is_found_by_the_audi
 
 def rewrite(path: Path, **changes: Any) -> None:
     """A JSON file as another version would have written it: whole, with a right digest."""
-    body = json.loads(path.read_text())
+    body = json.loads(path.read_text(encoding="utf-8"))
     body.update(changes)
     path.unlink()
     assert atomic.create_json(path, body)
