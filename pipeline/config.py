@@ -141,25 +141,26 @@ def _explained(problems: Iterable[Any]) -> Iterator[str]:
         where, said = _field(problem["loc"]), str(problem["msg"]).removeprefix("Value error, ")
         if not where:  # of sections that do not fit each other, which the message names
             yield said
+        elif len(where) == 1 and isinstance(problem["input"], dict) and problem["type"] == "value_error":
+            yield f"{where[0]}: {said}"  # of fields that do not fit each other
         elif problem["type"] == "extra_forbidden":
             yield f"{'.'.join(where)}: unknown key; {_nearest(where)}"
         elif problem["type"] == "missing":
             yield f"{'.'.join(where)}: missing; add it to the config"
         else:
             of_fields.setdefault(f"{'.'.join(where)} = {problem['input']!r}", []).append(said)
-    for field, said in of_fields.items():
-        yield f"{field}: {', or: '.join(said)}"
+    for field, reasons in of_fields.items():
+        yield f"{field}: {', or: '.join(reasons)}"
 
 
 def _field(place: Iterable[Any]) -> list[str]:
     """The words of a place in the config, without the names that the checker has for kinds of values."""
-    words = list(place)
-    model = RunConfig.model_fields.get(str(words[0])) if words else None
-    names = model.annotation.model_fields if model is not None and isinstance(model.annotation, type) else {}
-    if len(words) > 2 and words[1] in names:
-        tags = [word for word in words[2:] if not (isinstance(word, str) and _is_tag(word))]
-        words = [*words[:2], *tags]
-    return [str(word) for word in words]
+    words: list[str] = [str(part) for part in place]
+    field = RunConfig.model_fields.get(words[0]) if words else None
+    names = getattr(field.annotation, "model_fields", {}) if field is not None else {}
+    if len(words) > 1 and words[1] in names:
+        words = [*words[:2], *(word for word in words[2:] if not _is_tag(word))]
+    return words
 
 
 def _is_tag(word: str) -> bool:

@@ -18,9 +18,8 @@ def check(nodes: Mapping[str, Node], target: str) -> None:
     """Raises Unfit where a stage that is still to be made could not be, as far as can be told yet."""
     known = facts(nodes)
     for node in upstream(nodes, target):
-        fits = optional(node.stage, "fits", None)
-        if fits is not None and not node.made():
-            fits(node.config, known)
+        if not node.made():
+            optional(node.stage, "fits", lambda *_: None)(node.config, known)
 
 
 def facts(nodes: Mapping[str, Node]) -> dict[str, Any]:

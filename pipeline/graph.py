@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from nfm.pipeline import comparing
-from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact, artifacts_root, find, fingerprint
+from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact, artifacts_root, check_store, find, fingerprint
 from nfm.pipeline.config import ConfigError, RunConfig
 from nfm.stages.base import Section, StageError
 from nfm.stages.couplings.variant import Variant
@@ -162,8 +162,7 @@ def build(config: RunConfig, store: Artifact | None = None, target: str = "") ->
     """
     graph = Builder(config)
     if store is not None:
-        if "store" not in store.spec:
-            raise WrongArtifact(f"{store.name} is no pair store; give the folder of one or a manifest in it")
+        check_store(store)
         if graph.main.mixture:
             raise ConfigError("student.mixture: a student alone reads one store; leave it out, or `nfm run student`")
         graph.add("student", config.student, {}, {"pairs": store})

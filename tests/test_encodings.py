@@ -62,11 +62,5 @@ def test_commands_work_in_a_locale_of_ascii(empty: Lab) -> None:
     text = text.replace('source = "digits"', 'source = "digits"\nname = "zifférn"')
     empty.config.write_text(text, encoding="utf-8")
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
-    for words, exits in (
-        (("run", "data"), 0),
-        (("status",), 0),
-        (("plan", "pairs", "--set", "pairs.coupling=é"), 2),
-    ):
-        process = empty.script(*words, "-c", "tiny.toml", **ascii_only)
-        empty.wait(process, exits=exits)
+    empty.wait(empty.script("run", "data", "-c", "tiny.toml", **ascii_only))
     assert empty.only("data").manifest()["dataset"]["name"] == "zifférn"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nfm.pipeline.artifacts.ours import is_foreign, specs
 from nfm.stages.base import Result
-from nfm.storage.errors import Told, WrongUse
+from nfm.storage.errors import StorageError, Told, WrongUse
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, size_of, stated_path
 
@@ -89,16 +91,28 @@ def find(reference: str | Path) -> Artifact:
         if path.name.startswith("manifest") and size_of(path) is not None:
             return Artifact(path.parent, path.name)
         if exists(path / "spec.json"):
+            if not remote and is_foreign(path / "spec.json"):
+                raise WrongArtifact(f"{path}: no artifact, its spec.json is none of ours; `nfm ls` lists what there is")
             return Artifact(path, newest_manifest(path))
     if remote:
         raise WrongArtifact(f"{text}: no store there, it has no spec.json; check the URL")
-    found = [path for path in root.glob(f"*/{text}*") if (path / "spec.json").exists()] if "/" not in text else []
+    known = specs(root)
+    found = [path for path in root.glob(f"*/{text}*") if path / "spec.json" in known] if "/" not in text else []
     if len(found) == 1:
         return Artifact(found[0], newest_manifest(found[0]))
     if found:
         names = ", ".join(f"{path.parent.name}/{path.name}" for path in sorted(found))
         raise WrongArtifact(f"{text} names several artifacts: {names}; write more of the fingerprint")
     raise WrongArtifact(f"no artifact {text} under {root}; `nfm ls` lists what there is")
+
+
+def check_store(artifact: Artifact) -> None:
+    """Raises WrongArtifact for what is no pair store; what is damaged is for its reader to say."""
+    with contextlib.suppress(StorageError):
+        if "store" not in artifact.spec:
+            raise WrongArtifact(
+                f"{artifact.name} is no pair store; give the folder of one or a manifest in it, see `nfm ls`"
+            )
 
 
 def newest_manifest(path: Path) -> str:

@@ -14,6 +14,7 @@ import click
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
+from nfm.pipeline.cli.compared import compared_options, overrides_of
 from nfm.pipeline.cli.gc import gc
 from nfm.pipeline.cli.options import (
     LOCAL_PATH,
@@ -49,11 +50,16 @@ def cli() -> None:
 @click.argument("stage", type=click.Choice(STAGE_NAMES))
 @config_option
 @set_option
+@compared_options
 @click.option("--ray-address", metavar="ADDRESS", help="The Ray cluster, as --set pairs.ray_address; or RAY_ADDRESS.")
-def run(stage: str, config_path: Path, overrides: tuple[str, ...], ray_address: str | None) -> None:
+def run(
+    stage: str, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None,
+    ray_address: str | None,
+) -> None:  # fmt: skip
     """Run a stage and whatever it needs that is missing."""
     from nfm.pipeline import graph, runner
 
+    overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
         overrides += (f"pairs.ray_address={ray_address}",)
     artifact = runner.run(graph.build(load(config_path, overrides), target=stage), stage)
@@ -63,12 +69,16 @@ def run(stage: str, config_path: Path, overrides: tuple[str, ...], ray_address: 
 @cli.command()
 @config_option
 @set_option
+@compared_options
 @json_option
-def status(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def status(
+    config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None, as_json: bool
+) -> None:
     """Show a line a stage: state, fingerprint, size, key figures."""
     from nfm.pipeline import graph, overview
 
-    rows = overview.status(graph.build(load(config_path, overrides)))
+    config = load(config_path, (*overrides, *overrides_of(couplings, seeds)))
+    rows = overview.status(graph.build(config))
     click.echo(json.dumps(rows, indent=2) if as_json else overview.as_text(rows))
 
 

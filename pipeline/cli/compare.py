@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact
+from nfm.pipeline.cli.compared import compared_options, overrides_of
 from nfm.pipeline.cli.options import LocalPath, config_option, json_option, set_option
 from nfm.storage.errors import StorageError, legible
 from nfm.storage.errors.masked import masked
@@ -28,15 +28,14 @@ COMMAND, ORIGIN = "command.txt", "origin.json"
 
 @click.command()
 @config_option
-@click.option("--couplings", metavar="A,B,...", help="Variants such as independent,nfm,nfm:soften=0.5,nfm@0+1+2.")
-@click.option("--seeds", metavar="0,1,...", help="Of those that name none of their own, each a student.")
+@compared_options
 @set_option
 @click.option("-o", "--output", type=LocalPath(file_okay=False), help="Also put table, JSON and plots there.")
 @click.option("--force", is_flag=True, help="Let --output replace another comparison.")
 @json_option
 def compare(
-    config_path: Path, couplings: str | None, seeds: str | None, overrides: tuple[str, ...], output: Path | None,
-    force: bool, as_json: bool,
+    config_path: Path, couplings: list[str] | None, seeds: list[int] | None, overrides: tuple[str, ...],
+    output: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train the same student on every coupling's pairs and tabulate distance, curvature and speed.
 
@@ -47,11 +46,7 @@ def compare(
     from nfm.pipeline.config import load
     from nfm.stages.evaluation import compare as stage
 
-    own = [
-        *([f"compare.couplings={json.dumps(_listed(couplings))}"] if couplings is not None else []),
-        *([f"compare.seeds=[{seeds}]"] if seeds is not None else []),
-    ]
-    config = load(config_path, (*overrides, *own))
+    config = load(config_path, (*overrides, *overrides_of(couplings, seeds)))
     nodes = graph.build(config, target=stage.NAME)
     if output is not None:
         _check_folder(output, nodes[stage.NAME], force)
@@ -61,10 +56,6 @@ def compare(
     click.echo(read_bytes(made.path / (stage.TABLE if as_json else stage.TEXT)).decode().rstrip())
     if not as_json:
         click.echo(f"\n{made.reference}" + (f", copied to {output}" if output is not None else ""))
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _check_folder(output: Path, node: Node, force: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import click
 
-from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
+from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, check_store, find
 from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, Whole, json_option
 from nfm.pipeline.console import time_left
 from nfm.storage.errors import StorageError
@@ -162,7 +162,11 @@ def add_field(store: Path, name: str, file: Path) -> None:
 
 def _where(store: Path) -> Path:
     """A URL as it is, anything else as the artifact that it names."""
-    return store if is_remote(store) else find(store).reference
+    if is_remote(store):
+        return store
+    artifact = find(store)
+    check_store(artifact)
+    return artifact.reference
 
 
 def _any_generation(store: Path) -> Path:

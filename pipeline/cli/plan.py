@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from nfm.pipeline.cli.compared import compared_options, overrides_of
 from nfm.pipeline.cli.options import MANY, Number, Whole, config_option, json_option, set_option
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import STAGES
@@ -31,6 +32,7 @@ class ImageShape(click.ParamType):
 @click.argument("stage", type=click.Choice(list(STAGES)))
 @config_option
 @set_option
+@compared_options
 @click.option("--images", type=Whole(1, MANY), help="Training images, to plan pairs before the data is there.")
 @click.option("--image-shape", type=ImageShape(), help="Their shape, with --images: 3x64x64.")
 @click.option("--classes", type=Whole(0, MANY), help="Their classes, with --images; 0 for none. [default: 1000]")
@@ -38,8 +40,9 @@ class ImageShape(click.ParamType):
 @click.option("--rate", type=Number(0, 1e12, above=True), help="Images a second of a worker elsewhere.")
 @json_option
 def plan(
-    stage: str, config_path: Path, overrides: tuple[str, ...], images: int | None, image_shape: tuple[int, ...] | None,
-    classes: int | None, workers: tuple[int, ...], rate: float | None, as_json: bool,
+    stage: str, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None,
+    images: int | None, image_shape: tuple[int, ...] | None, classes: int | None, workers: tuple[int, ...],
+    rate: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a run would do and what it costs, and do nothing.
 
@@ -52,7 +55,8 @@ def plan(
         raise click.UsageError(f"--images, --image-shape, --classes, --workers and --rate plan pairs, not {stage}")
     if (images is None) != (image_shape is None) or (classes is not None and images is None):
         raise click.UsageError("give --images and --image-shape together (and --classes only with them)")
-    config, counts = load(config_path, overrides), workers or WORKERS
+    config = load(config_path, (*overrides, *overrides_of(couplings, seeds, stage)))
+    counts = workers or WORKERS
     if images and image_shape:
         facts = {"images": images, "image_shape": list(image_shape), "classes": 1000 if classes is None else classes}
         rows = [overview.pairs_to_come(config, facts, counts, rate)]

@@ -40,7 +40,7 @@ def worklist(config_path: Path, overrides: tuple[str, ...], output: Path) -> Non
 
 
 @click.command()
-@click.argument("file", type=LocalPath(dir_okay=False))
+@click.argument("file", type=LocalPath(exists=True, dir_okay=False))
 @click.option("--task", required=True, type=Whole(0, MANY), help="Which task this is, from 0.")
 @click.option("--of", required=True, type=Whole(1, MANY), help="How many tasks share the list.")
 def encode(file: Path, task: int, of: int) -> None:
