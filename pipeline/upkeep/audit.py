@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from nfm.stages.couplings import custom
 from nfm.stages.pairs import stage
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
+from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, is_remote
 
 Level = Literal["quick", "default", "deep"]
@@ -196,8 +196,7 @@ def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> lis
             return Finding(str(path), "its SHA-256 is not the manifest's: the bytes changed", remedy)
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [finding for finding in pool.map(check, files) if finding]
+    return [finding for finding in parallel(check, files) if finding]
 
 
 def _under_root(folder: Path) -> bool:
