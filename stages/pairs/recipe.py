@@ -11,7 +11,7 @@ import numpy as np
 
 from nfm.stages.base import Inputs, StageError
 from nfm.stages.couplings import custom
-from nfm.stages.trained import costs
+from nfm.stages.trained import costs, student
 from nfm.stages.trained.training import blaming
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -151,7 +151,7 @@ def pair_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
         return 2.0 * values * facts["images"] / classes
     if config.coupling == "reflow" and "student" in facts:
         passes = config.reflow_nfe * (2 if config.reflow_guidance else 1)
-        return passes * costs.student_flops(shape, facts["student"])
+        return passes * student.flops(facts["student"], shape)
     return 0.0
 
 
