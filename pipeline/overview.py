@@ -34,7 +34,10 @@ def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
         row = {"stage": node.name, "artifact": _name(node, artifact), "would": _action(node, artifact)}
         done = artifact is not None and artifact.done
         estimate = optional(node.stage, "cost", lambda *_: {})
-        cost = estimate(node.config, facts) if facts and not done else {}
+        try:
+            cost = estimate(node.config, facts) if facts and not done else {}
+        except ModuleNotFoundError as error:  # of the base install; the rest of the plan is told all the same
+            cost = {"which is not installed here": f"told with {error.name},"}
         rows.append({**row, "cost": ", ".join(f"{value} {key}" for key, value in cost.items())})
     return rows
 
