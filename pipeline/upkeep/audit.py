@@ -21,6 +21,7 @@ from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import STAGES, Node, build, optional
 from nfm.stages.base import Finding, StageError
 from nfm.stages.couplings import custom
+from nfm.stages.display.units import megabytes
 from nfm.stages.pairs import stage
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
@@ -100,7 +101,7 @@ def as_text(results: Sequence[Audited]) -> str:
     lines = []
     for result in results:
         verdict = f"{len(result.findings)} FINDINGS" if result.findings else "clean"
-        looked = f"{result.files} files, {result.bytes / 1e6:.1f} MB"
+        looked = f"{result.files} files, {megabytes(result.bytes)}"
         lines.append(f"{result.artifact:24} {verdict:12} {looked:24} {result.seconds:6.1f} s  {result.manifest}")
         lines += [f"    {finding.file}: {finding.problem}. Remedy: {finding.remedy}" for finding in result.findings]
         lines += [f"    {statement}" for statement in result.statements]

@@ -11,6 +11,7 @@ import numpy as np
 
 from nfm.stages.base import Inputs, StageError
 from nfm.stages.couplings import custom
+from nfm.stages.display import units
 from nfm.stages.trained import costs, student
 from nfm.stages.trained.training import blaming
 from nfm.storage import ImageDataset
@@ -132,7 +133,7 @@ def small_groups(spec: StoreSpec, inputs: Inputs) -> str | None:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.1f} MB"
+    return units.size(count, digits=2) if count >= 1e9 else units.megabytes(max(count, 1e5))
 
 
 def pair_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from nfm.stages.display.units import about
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -42,15 +44,7 @@ def velocity_flops(build: Callable[[], nn.Module], image_shape: Sequence[int]) -
 
 def describe(flops: float) -> dict[str, str]:
     """FLOPs and the time that they take here, as a plan shows them."""
-    return {"FLOPs": f"{flops:.2g}", "here": f"about {duration(flops / (matrix_rate() * EFFICIENCY))}"}
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that suits, years at most."""
-    for size, unit in ((365 * 86400, "years"), (86400, "days"), (3600, "h"), (60, "min")):
-        if seconds > 1.5 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.0f} s"
+    return {"FLOPs": f"{flops:.2g}", "here": f"about {about(flops / (matrix_rate() * EFFICIENCY))}"}
 
 
 def check_patch(image_shape: Sequence[int], patch: int) -> None:

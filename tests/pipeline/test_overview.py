@@ -88,7 +88,7 @@ def test_the_age_and_size_of_an_artifact_are_those_of_its_files(lab: Lab, root: 
     row = next(row for row in overview.inventory() if row["artifact"] == lab.name("teacher"))
     assert row["age"] == "3 d"
     assert row["size"].endswith(" MB")
-    assert 3 <= int(row["size"].split()[0]) <= 5
+    assert 3 <= float(row["size"].split()[0]) <= 5
 
 
 def test_columns_stand_under_their_names() -> None:
