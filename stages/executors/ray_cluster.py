@@ -114,7 +114,7 @@ def _make(workers: int, threads: int, device: str) -> None:
 
 def _logs() -> str:
     """Where a Ray of this machine keeps what its processes say."""
-    return os.path.join(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "session_latest", "logs")
+    return os.path.join(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray", "session_latest", "logs")
 
 
 def start_local(cpus: int, gpus: int = 0) -> None:

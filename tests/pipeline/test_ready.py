@@ -48,9 +48,13 @@ def test_a_store_that_does_not_fit_on_the_disk_is_refused_before_its_teacher_is_
 
 
 def test_where_ray_keeps_its_logs_is_told_as_ray_decides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._common.utils import get_default_ray_temp_dir
+
     from nfm.stages.executors import ray_cluster
 
-    monkeypatch.setenv("RAY_TMPDIR", "/scratch/of-mine")
-    assert ray_cluster._logs() == "/scratch/of-mine/ray/session_latest/logs"
-    monkeypatch.delenv("RAY_TMPDIR")
-    assert ray_cluster._logs() == "/tmp/ray/session_latest/logs"
+    for variables in ({"RAY_TMPDIR": "/scratch/of-mine"}, {"TMPDIR": "/scratch/all"}, {}):
+        for name in ("RAY_TMPDIR", "TMPDIR"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert ray_cluster._logs() == f"{get_default_ray_temp_dir()}/session_latest/logs"
