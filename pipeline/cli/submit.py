@@ -38,9 +38,7 @@ def submit() -> None:
 @click.option("--go", is_flag=True, help="Submit; without it everything is printed and nothing is written.")
 @click.option("--tasks", default=8, type=Whole(1, 1_000_000), show_default=True, help="Tasks that share the shards.")
 @click.option("--max-array", type=Whole(1, 1_000_000), help="Tasks an array may have. Default: what Slurm says.")
-@click.option(
-    "--at-once", default=0, type=Whole(0, 1_000_000), help="Tasks of an array that run at a time. [default: 0, all]"
-)
+@click.option("--at-once", default=0, type=Whole(0, 1_000_000), help="Tasks that run at a time. [default: 0, all]")
 @click.option("--nodes", default=1, type=Whole(1, 1_000_000), show_default=True, help="Of --slurm --ray.")
 @click.option(
     "--sbatch", multiple=True, metavar="OPTION", help="Of jobs that compute: --sbatch=--gres=gpu:1. Repeatable."
