@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -31,7 +32,8 @@ def run(command: click.Command) -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     for stream in (sys.stdout, sys.stderr):  # what a locale, or UTF-8, has no letter for is escaped and no error
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # a pipe that was opened to be sought in
+                stream.reconfigure(errors="backslashreplace")
     try:
         command(standalone_mode=False)
     except click.ClickException as error:

@@ -88,7 +88,7 @@ def test_one_flipped_byte_of_a_shard_is_found_repaired_and_encoded_again_the_sam
 def test_any_artifact_can_be_named_by_the_start_of_its_fingerprint(made: Lab) -> None:
     teacher = made.only("teacher")
     assert made.name("teacher") in made.nfm("audit", teacher.path.name[:6]).stdout
-    told = made.nfm("audit", "no-such-artifact", exits=1).stderr
+    told = made.nfm("audit", "no-such-artifact", exits=2).stderr
     assert "no artifact no-such-artifact" in told
     assert "nfm ls" in told
     made.nfm("audit", exits=2)

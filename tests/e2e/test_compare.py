@@ -113,7 +113,7 @@ def test_a_folder_keeps_its_comparison_unless_it_is_forced(compared: Lab) -> Non
     origin = json.loads((compared.folder / "mine/origin.json").read_text())
     assert first.strip().endswith(f"{origin['artifact']}, copied to mine")
     before = {path: path.read_bytes() for path in (compared.folder / "mine").iterdir()}
-    told = compared.nfm(*arguments(few, *here), exits=1).stderr
+    told = compared.nfm(*arguments(few, *here), exits=2).stderr
     assert f"mine holds {origin['artifact']}, and this comparison is " in told
     assert "making compare/" not in told, "it is told before anything is made"
     assert {path: path.read_bytes() for path in before} == before
@@ -175,7 +175,7 @@ def test_a_student_is_sampled_by_the_solver_grid_and_guidance_that_are_asked_for
         compared.nfm("sample", student, "-n", 4, "--nfe", 4, *options, "-o", path)
         pictures.append(path.read_bytes())
     assert len(set(pictures)) == 4
-    assert "rk4 takes 4N" in compared.nfm("sample", student, "--nfe", 5, "--solver", "rk4", exits=1).stderr
+    assert "rk4 takes 4N" in compared.nfm("sample", student, "--nfe", 5, "--solver", "rk4", exits=2).stderr
 
 
 def test_a_config_with_a_compare_table_shows_and_makes_the_comparison(compared: Lab, tmp_path: Path) -> None:

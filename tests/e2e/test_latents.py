@@ -73,5 +73,5 @@ def test_data_without_labels_goes_all_the_way(empty: Lab, nfm_anew: Nfm, latents
     assert Image.open(empty.folder / "grid.png").text.get("Description") == (FALSE_COLOURS if latents else None)
     nfm_anew("pairs", "head", store.root, "-n", "4")
     if latents:
-        refused = nfm_anew(*empty.arguments("pairs", *sets, "pairs.flips=true"), exits=1)
+        refused = nfm_anew(*empty.arguments("pairs", *sets, "pairs.flips=true"), exits=2)
         assert "a flipped latent is not the latent of the flipped image" in refused

@@ -52,7 +52,7 @@ def test_an_export_is_of_the_generation_that_is_asked_for_and_is_not_sealed_agai
     assert "no such generation (sealed: 1, 2)" in nfm("pairs", "export", store, "of-9", "--generation", 9, exits=1)
     assert "not of 2" in nfm("pairs", "export", store / "manifest.g0001.json", "of-x", "--generation", 2, exits=1)
     assert not (lab.folder / "of-9").exists()
-    assert "an exported store, which its export seals" in nfm("pairs", "seal", "newest", exits=1)
+    assert "an exported store, which its export seals" in nfm("pairs", "seal", "newest", exits=2)
 
 
 def test_an_audit_knows_an_export_whose_images_are_not_the_sources(lab: Lab, nfm: Nfm) -> None:
