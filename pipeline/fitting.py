@@ -11,7 +11,7 @@ from typing import Any
 
 from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
-from nfm.stages.data.stage import DataConfig
+from nfm.stages.data.config import DataConfig
 
 
 def check(nodes: Mapping[str, Node], target: str) -> None:

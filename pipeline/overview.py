@@ -18,9 +18,9 @@ from nfm.pipeline.runner import headline
 from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs import progress as pairs_progress
+from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.pairs.estimate import as_text as described
 from nfm.stages.pairs.estimate import estimate
-from nfm.stages.pairs.stage import PairsConfig
 from nfm.stages.stores import info
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage.errors import StorageError

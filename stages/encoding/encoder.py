@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,11 @@ from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding import reference
 from nfm.stages.encoding import slots as of_slots
 from nfm.stages.encoding.coupling import load_coupling, of_shard
+from nfm.stages.encoding.jobs import ShardJob, Timing
 from nfm.stages.encoding.memory import free_memory, is_out_of_memory
 from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.encoding.slots import Found, Sources, mirrored
-from nfm.stages.executors import ShardJob, Timing
 from nfm.stages.trained.training import pick_device
 from nfm.storage import ImageDataset
 from nfm.storage.format.spec import read_spec
@@ -181,19 +180,6 @@ def _batches(records: Records, size: int) -> Iterator[Records]:
     """The records, at most `size` at a time."""
     for start in range(0, len(records["slot"]), size):
         yield {name: values[start : start + size] for name, values in records.items()}
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute with this many threads for a while: bits depend on the number, this process's own work included."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _pad(array: np.ndarray, count: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from typing import Any
 
 from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
+from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.pairs.recipe import pair_flops, planned_spec
-from nfm.stages.pairs.stage import PairsConfig
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.stages.trained.training import blaming, pick_device
 from nfm.storage import StoreSpec

@@ -9,8 +9,9 @@ import numpy as np
 
 from nfm.stages.base import Finding, Inputs, StageError
 from nfm.stages.couplings import custom
-from nfm.stages.encoding.encoder import Encoder, threads
+from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.encoding.setup import Setup
+from nfm.stages.encoding.threads import threads
 from nfm.stages.pairs import stage
 from nfm.stages.pairs.coupling_advice import better_teacher
 from nfm.stages.stores import against_source as pairs_source

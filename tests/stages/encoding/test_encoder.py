@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.executors import ShardJob
+from nfm.stages.encoding.jobs import ShardJob
 from nfm.stages.pairs import stage as pairs
 from nfm.storage import layouts
 from nfm.storage.format import codecs
@@ -29,7 +29,7 @@ LARGE = 8_192  # rows of a batch: some hundred MB in the tiny teacher
 UNDER_A_LIMIT = """
 import json, resource, sys
 from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.executors import ShardJob
+from nfm.stages.encoding.jobs import ShardJob
 encoder = Encoder(Setup(**json.loads(sys.argv[1])))
 encoder.batch_size = 32
 encoder.encode_shard(ShardJob(1, 0, "warm"))  # what is loaded and reserved by a first shard is not the batch's

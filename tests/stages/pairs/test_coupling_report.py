@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from nfm.pipeline.cli.pairs import pairs as command
 from nfm.stages.couplings.facts import FACTS
 from nfm.stages.pairs import coupling_report
+from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.pairs.coupling_sample import draw_sample, row_counts
-from nfm.stages.pairs.stage import PairsConfig
 from nfm.stages.stores import audit
 from nfm.stages.stores import info as pairs_info
 from nfm.stages.trained import teacher
