@@ -50,7 +50,7 @@ def estimate(
         "rows_per_shard": config.rows_per_shard,
         "layout": config.layout,
         "codec": config.codec,
-        "bytes": {codec: _bytes(specs[codec]) * config.draws for codec in sorted(specs, key=_order)},
+        "bytes": {codec: bytes_of_draw(specs[codec]) * config.draws for codec in sorted(specs, key=_order)},
     }
     left = pairs - committed
     if config.coupling != "nfm":  # no teacher to time: there are products to tell of, or nothing
@@ -92,7 +92,7 @@ def as_text(plan: Mapping[str, Any]) -> str:
     return "\n\n".join([aligned(["of the pairs", ""], lines), aligned(["workers", "time"], hours)])
 
 
-def _bytes(spec: StoreSpec) -> int:
+def bytes_of_draw(spec: StoreSpec) -> int:
     """Bytes on disk of one draw: payload, index and commits."""
     whole, rest = divmod(spec.rows, spec.rows_per_shard)
     payload = whole * _shard_bytes(spec, spec.rows_per_shard) + (_shard_bytes(spec, rest) if rest else 0)

@@ -16,6 +16,7 @@ from nfm.stages.base import (
 from nfm.stages.couplings import custom
 from nfm.stages.encoding.jobs import Outcome, ShardJob
 from nfm.stages.encoding.setup import Setup
+from nfm.stages.executors import ray_cluster
 from nfm.stages.executors.ray_cluster import address_of
 from nfm.stages.pairs import production as making
 from nfm.stages.pairs import sealing
@@ -58,8 +59,28 @@ def fits(config: PairsConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit where options do not fit each other or the data, as far as `facts` tell of it."""
     if config.coupling == "reflow":
         reflow_options(config)
+    if config.coupling == "custom":
+        custom.source_file(config.custom)
     if {"images", "image_shape"} <= facts.keys():
         planned_spec(config, facts, config.codec)
+
+
+def needs(config: PairsConfig) -> None:
+    """Raises StageError for what is not there that a run will ask for: the Ray cluster, the device."""
+    if config.executor == "ray":
+        ray_cluster.check_reachable(config.ray_address)
+    remote = config.executor == "slurm" or (config.executor == "ray" and address_of(config.ray_address) != "local")
+    if not remote:
+        pick_device(config.device)
+
+
+def room(config: PairsConfig, facts: Mapping[str, Any]) -> int:
+    """Bytes of the store on disk, 0 as long as nothing is known of the data."""
+    from nfm.stages.pairs.estimate import bytes_of_draw
+
+    if not {"images", "image_shape"} <= facts.keys():
+        return 0
+    return bytes_of_draw(planned_spec(config, facts, config.codec)) * config.draws
 
 
 def external(config: PairsConfig) -> dict[str, str]:
