@@ -103,7 +103,7 @@ def status(
     "digests",
     multiple=True,
     metavar="SHA256",
-    help="--deep may run the custom function whose file has this digest. With -c, those that the config names may.",
+    help="--deep may run the custom function whose file has this digest. Repeatable. With -c also those of the config.",
 )
 @json_option
 def audit(
@@ -189,8 +189,8 @@ def list_artifacts(as_json: bool) -> None:
     show_default=True,
     help="v + g (v - v without labels); a teacher's own.",
 )
-@click.option("--seed", default=0, type=SEED, show_default=True)
-@click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH)
+@click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
+@click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH, help="The picture.")
 def sample(
     artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
 ) -> None:

@@ -73,8 +73,8 @@ def report(store: Path, as_json: bool) -> None:
 @pairs.command()
 @click.argument("store", type=PLACE)
 @click.option("-n", "count", default=8, type=Whole(1, 20), show_default=True, help="Pairs, and worst ones.")
-@click.option("--draw", default=0, type=Whole(0, 999), show_default=True)
-@click.option("-o", "--output", default="head.png", show_default=True, type=LOCAL_PATH)
+@click.option("--draw", default=0, type=Whole(0, 999), show_default=True, help="Of which draw, from 0.")
+@click.option("-o", "--output", default="head.png", show_default=True, type=LOCAL_PATH, help="The picture.")
 @click.option(
     "--teacher", default="auto", show_default=True, type=PLACE, metavar="ARTIFACT|auto|none",
     help="Who decodes the noise; auto looks for the store's own among the artifacts.",

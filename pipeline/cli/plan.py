@@ -36,7 +36,7 @@ class ImageShape(click.ParamType):
 @click.option("--images", type=Whole(1, MANY), help="Training images, to plan pairs before the data is there.")
 @click.option("--image-shape", type=ImageShape(), help="Their shape, with --images: 3x64x64.")
 @click.option("--classes", type=Whole(0, MANY), help="Their classes, with --images; 0 for none. [default: 1000]")
-@click.option("--workers", multiple=True, type=Whole(1, MANY), help="Say the time for so many; may be repeated.")
+@click.option("--workers", multiple=True, type=Whole(1, MANY), help="Time for so many. Repeatable. [default: 1, 8, 64]")
 @click.option("--rate", type=Number(0, 1e12, above=True), help="Images a second of a worker elsewhere.")
 @json_option
 def plan(

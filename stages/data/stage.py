@@ -152,7 +152,8 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
         train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])
         if not len(train):
-            raise StageError(f"none of the {len(own)} training images can be used: see rejected.parquet in {out}")
+            why = f"see {out / 'rejected.parquet'}" if rejected else "data.limit and data.heldout leave none"
+            raise StageError(f"none of the {len(own)} training images can be used: {why}")
         tell_untrained(config, source, rows[train], rows[heldout], report)
         writer = DatasetWriter(
             out, about["name"], image_shape, classes, config.rows_per_shard, dtype, config.image_scale,

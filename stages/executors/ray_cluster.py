@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 
 ANSWER_SECONDS = 5.0
 STORE_BYTES = 80 * 2**20  # images never enter Ray's object store
@@ -153,7 +153,7 @@ REMEDY = "start one with `ray start --head`, or leave pairs.ray_address and RAY_
 def check_reachable(address: str | None) -> None:
     """Raises StageError where Ray is not installed, or nobody listens at the address; asks for seconds at most."""
     if importlib.util.find_spec("ray") is None:
-        raise StageError(
+        raise Unfit(
             "pairs.executor = \"ray\" needs Ray, which is not installed: pip install 'nfm-pairs[ray]', or do without "
             "it: --set pairs.executor=serial"
         )
