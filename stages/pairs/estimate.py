@@ -10,7 +10,6 @@ from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs.recipe import pair_flops
 from nfm.stages.pairs.stage import PairsConfig
-from nfm.stages.trained import costs
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.stages.trained.training import blaming, pick_device
 from nfm.storage import StoreSpec
@@ -57,7 +56,6 @@ def estimate(
         flops = pair_flops(config, facts)
         return plan | ({"flops": left * flops, "flops_per_image": flops} if flops else {})
     with blaming("config section [teacher]"):
-        costs.check_patch(facts["image_shape"], teacher.patch)
         flops = pair_flops(config, {**facts, "teacher": teacher})
         measured = _given(rate) if rate else _measured(config, teacher, facts)
     seconds = left / measured["images_per_second"]

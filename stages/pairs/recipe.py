@@ -145,7 +145,8 @@ def pair_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
     shape, classes = facts["image_shape"], max(facts.get("classes", 1), 1)
     values = math.prod(shape)
     if config.coupling == "nfm":
-        return costs.teacher_flops(shape, facts["teacher"])
+        with blaming("config section [teacher]"):
+            return costs.teacher_flops(shape, facts["teacher"])
     if config.coupling == "minibatch-ot":
         return 2.0 * values * max(1, min(config.group_size, config.rows_per_shard // classes))
     if config.coupling == "semidiscrete-ot":

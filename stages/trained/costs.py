@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nfm.stages.display.units import about
+from nfm.trainers.models.patches import patch_grid
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,9 +18,8 @@ EFFICIENCY = 0.25  # of the probe's rate; small models with attention and norms 
 
 
 def tokens_of(image_shape: Sequence[int], patch: int) -> tuple[int, int]:
-    """(tokens, features of a token) of images [C, H, W] in patches."""
-    channels, height, width = image_shape
-    return (height // patch) * (width // patch), channels * patch**2
+    """(tokens, features of a token) of images [C, H, W] in patches. Raises ValueError when they do not tile them."""
+    return math.prod(patch_grid(image_shape, patch)), image_shape[0] * patch**2
 
 
 def teacher_flops(image_shape: Sequence[int], config: Any) -> float:
@@ -45,13 +45,6 @@ def velocity_flops(build: Callable[[], nn.Module], image_shape: Sequence[int]) -
 def describe(flops: float) -> dict[str, str]:
     """FLOPs and the time that they take here, as a plan shows them."""
     return {"FLOPs": f"{flops:.2g}", "here": f"about {about(flops / (matrix_rate() * EFFICIENCY))}"}
-
-
-def check_patch(image_shape: Sequence[int], patch: int) -> None:
-    """Raises ValueError when patches do not tile the image, as the teacher itself does."""
-    _, height, width = image_shape
-    if height % patch or width % patch:
-        raise ValueError(f"patch = {patch} does not divide the image {height} x {width}; choose a divisor")
 
 
 @functools.cache

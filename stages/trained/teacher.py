@@ -126,7 +126,8 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
 
 def cost(config: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     """What training costs: a backward pass is two forward ones."""
-    flops = 3 * config.images * costs.teacher_flops(facts["image_shape"], config)
+    with blaming("config section [teacher]"):
+        flops = 3 * config.images * costs.teacher_flops(facts["image_shape"], config)
     return {"images": f"{config.images:,}", **costs.describe(flops)}
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfm.trainers.models.head import exact
+from nfm.trainers.models.patches import patch_grid
 
 FREQUENCIES = 128
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -58,14 +59,10 @@ class SiT(nn.Module):
     ) -> None:
         """`classes` = 0 makes an unconditional student, which ignores labels."""
         super().__init__()
-        channels, height, image_width = image_shape
-        if height % patch or image_width % patch:
-            raise ValueError(f"patch = {patch} does not divide the image {height} x {image_width}; choose a divisor")
+        self.patch, self.grid = patch, patch_grid(image_shape, patch)
         if width % head_size or width % 4:
             raise ValueError(f"width = {width} is not a multiple of head_size = {head_size} and of 4")
-        self.patch = patch
-        self.grid = (height // patch, image_width // patch)
-        features = channels * patch**2
+        features = image_shape[0] * patch**2
         self.embed = nn.Linear(features, width)
         self.register_buffer("positions", _grid_positions(self.grid, width), persistent=False)
         self.time_in = nn.Linear(2 * FREQUENCIES, width)
