@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nfm.stages.display.units import about
-from nfm.trainers.models.patches import patch_grid
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,8 +17,9 @@ EFFICIENCY = 0.25  # of the probe's rate; small models with attention and norms 
 
 
 def tokens_of(image_shape: Sequence[int], patch: int) -> tuple[int, int]:
-    """(tokens, features of a token) of images [C, H, W] in patches. Raises ValueError when they do not tile them."""
-    return math.prod(patch_grid(image_shape, patch)), image_shape[0] * patch**2
+    """(tokens, features of a token) of images [C, H, W] in patches that tile them."""
+    channels, height, width = image_shape
+    return (height // patch) * (width // patch), channels * patch**2
 
 
 def teacher_flops(image_shape: Sequence[int], config: Any) -> float:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfm.trainers.models.head import exact
-from nfm.trainers.models.patches import patch_grid
+from nfm.trainers.models.sizes import check_patch, check_width
 
 FREQUENCIES = 128
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -59,10 +59,12 @@ class SiT(nn.Module):
     ) -> None:
         """`classes` = 0 makes an unconditional student, which ignores labels."""
         super().__init__()
-        self.patch, self.grid = patch, patch_grid(image_shape, patch)
-        if width % head_size or width % 4:
-            raise ValueError(f"width = {width} is not a multiple of head_size = {head_size} and of 4")
-        features = image_shape[0] * patch**2
+        channels, height, image_width = image_shape
+        check_patch(image_shape, patch)
+        check_width(width, head_size)
+        self.patch = patch
+        self.grid = (height // patch, image_width // patch)
+        features = channels * patch**2
         self.embed = nn.Linear(features, width)
         self.register_buffer("positions", _grid_positions(self.grid, width), persistent=False)
         self.time_in = nn.Linear(2 * FREQUENCIES, width)

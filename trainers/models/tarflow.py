@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfm.trainers.models.head import exact
-from nfm.trainers.models.patches import patch_grid
+from nfm.trainers.models.sizes import check_channels, check_patch
 
 Cache = tuple[Tensor, Tensor]  # keys and values of one layer, [B, heads, T, head_size]
 
@@ -159,10 +159,12 @@ class TarFlow(nn.Module):
     ) -> None:
         """`classes` = 0 makes an unconditional flow, which ignores labels."""
         super().__init__()
-        self.patch, self.grid = patch, patch_grid(image_shape, patch)
-        if channels % head_size:
-            raise ValueError(f"channels = {channels} is not a multiple of head_size = {head_size}")
-        tokens, features = math.prod(self.grid), image_shape[0] * patch**2
+        image_channels, height, width = image_shape
+        check_patch(image_shape, patch)
+        check_channels(channels, head_size)
+        self.patch = patch
+        self.grid = (height // patch, width // patch)
+        tokens, features = math.prod(self.grid), image_channels * patch**2
         self.blocks = nn.ModuleList(
             MetaBlock(tokens, features, classes, channels, layers, head_size, reverse=index % 2 == 1)
             for index in range(blocks)

@@ -9,9 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nfm.stages.base import StageError
-from nfm.stages.trained import costs, student, teacher
+from nfm.stages.trained import costs, student
 from nfm.stages.trained.student import StudentConfig
-from nfm.stages.trained.teacher import TeacherConfig
 from nfm.trainers.models.tarflow import TarFlow
 from nfm.trainers.models.unet import UNet
 
@@ -47,9 +46,6 @@ def test_the_teachers_arithmetic_is_what_torch_counts_with_half_of_the_attention
     assert costs.teacher_flops(LARGE, SimpleNamespace(**sizes)) == sum(counts.values()) - attention / 2
 
 
-def test_patches_that_do_not_fit_are_told_with_their_section_before_anything_runs() -> None:
-    facts = {"image_shape": (1, 28, 28)}
-    for stage, config in ((student, StudentConfig(patch=5)), (teacher, TeacherConfig(patch=5))):
-        told = rf"config section \[{stage.NAME}\]: patch = 5 does not divide the image 28 x 28"
-        with pytest.raises(StageError, match=told):
-            stage.cost(config, facts)
+def test_sizes_that_make_no_student_are_told_with_the_section_before_anything_runs() -> None:
+    with pytest.raises(StageError, match=r"config section \[student\]: patch = 5 does not divide the image 28 x 28"):
+        student.flops(StudentConfig(patch=5), (1, 28, 28))
