@@ -85,14 +85,13 @@ def for_teacher(
     device: str,
     precision: Precision,
     threads: int,
-    compile: bool = False,
     seconds: float = SECONDS,
     sizes: Sequence[int] = SIZES,
 ) -> Proposal:
     """The batch size for a teacher, given as its stage's folder or as a model that is on `device`.
 
-    Timed as the encoder calls it, on `threads` CPU threads and not compiled even where `compile` is set: compiling for
-    every size would take minutes, and the sizes rank alike.
+    Timed as the encoder calls it, on `threads` CPU threads, but not compiled: compiling for every size would take
+    minutes, and the sizes rank alike.
     """
     from nfm.trainers.couplings.coupling import NFM
 

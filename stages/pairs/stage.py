@@ -110,7 +110,7 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     from nfm.stages.encoding import probe
 
     facts = (str(inputs["teacher"].resolve()), spec.image_shape, spec.classes or 0, spec.eta)
-    how: dict[str, Any] = {"precision": config.precision, "threads": config.threads, "compile": config.compile}
+    how: dict[str, Any] = {"precision": config.precision, "threads": config.threads}
     sizes = [size for size in probe.SIZES if size <= spec.rows_per_shard]
     address = address_of(config.ray_address)
     if config.executor == "ray" and address != "local":  # where the workers are, which may have other devices
