@@ -188,10 +188,6 @@ class PairStore:
 
     def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> StoreStream:
         """The order of the records that a reader, or a mixture, follows."""
-        if self.spec.codec == "pcodec":
-            raise StorageError(
-                f"{self.root}: an archive, its noise is stored in codec pcodec; `nfm pairs export` it to read batches"
-            )
         if self.remote:
             self._check_room(shuffle, window)
         selection = None

@@ -54,16 +54,14 @@ def measure(store: PairStore, inputs: Inputs, report: Reporter | None = None, de
     Of a bounded, seeded sample: `transport_cost`, mean |z - x|^2 / d, beside the mean over all ways to pair the same
     noises and images; moments of z and Kolmogorov-Smirnov on projections, whole and by class, beside those of as many
     fresh normal vectors; the two-sample `auc`. `rows` is of all pairs where the index can be read. `nll_heldout` needs
-    the teacher and the data among the inputs, and time for 32 rows. Raises StageError for noise that is not finite and
-    for archives; Stopped soon after `report` says that it is stopping.
+    the teacher and the data among the inputs, and time for 32 rows. Raises StageError for noise that is not finite;
+    Stopped soon after `report` says that it is stopping.
     """
     import torch
 
     from nfm.stages.trained.training import pick_device
     from nfm.trainers.metrics.two_sample import two_sample
 
-    if store.spec.codec == "pcodec":
-        raise StageError(f"{store.root}: an archive in codec pcodec; `nfm pairs export` it and measure that store")
     started, device = time.monotonic(), pick_device(device)
     stop = (lambda: False) if report is None else (lambda: report.stopping)
     sample = draw_sample(store, SEED)

@@ -69,7 +69,7 @@ def _of_shard(
     stored = store.gather(draw, at + store.spec.slots_of(shard).start)
     index = read_parts(store.root, [entry], ["label", "nll"])
     image = convert.to_float32(stored["image"], store.value_range).reshape(len(at), -1)
-    noise = codecs.decode(stored["noise"], store.noise_step).reshape(len(at), -1)
+    noise = codecs.unpack(stored["noise"], store.noise_step).reshape(len(at), -1)
     nll = index["nll"].to_numpy()[at].astype(np.float64)
     return image, noise, index["label"].to_numpy()[at].astype(np.int64), nll
 
