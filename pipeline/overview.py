@@ -13,6 +13,7 @@ from nfm.pipeline.config import RunConfig
 from nfm.pipeline.console import progress
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.runner import headline
+from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs import progress as pairs_progress
 from nfm.stages.pairs.estimate import as_text as described
@@ -34,7 +35,10 @@ def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
         row = {"stage": node.name, "artifact": _name(node, artifact), "would": _action(node, artifact)}
         done = artifact is not None and artifact.done
         estimate = optional(node.stage, "cost", lambda *_: {})
-        cost = estimate(node.config, facts) if facts and not done else {}
+        try:
+            cost = estimate(node.config, facts) if facts and not done else {}
+        except ModuleNotFoundError as error:  # of the base install; the rest of the plan is told all the same
+            cost = {"which is not installed here": f"told with {error.name},"}
         rows.append({**row, "cost": ", ".join(f"{value} {key}" for key, value in cost.items())})
     return rows
 
@@ -81,7 +85,7 @@ def status(nodes: Mapping[str, Node]) -> list[Row]:
                 "stage": node.name,
                 "state": state,
                 "artifact": _name(node, artifact),
-                "size": size_text(artifact.path) if artifact is not None and artifact.started else "",
+                "size": units.size(_bytes(artifact.path)) if artifact is not None and artifact.started else "",
                 "figures": _figures(artifact, getattr(node.config, "draws", None)),
             }
         )
@@ -97,8 +101,8 @@ def inventory() -> list[Row]:
             {
                 "artifact": artifact.name,
                 "state": _state(artifact),
-                "size": size_text(artifact.path),
-                "age": _age(time.time() - spec.stat().st_mtime),
+                "size": units.size(_bytes(artifact.path)),
+                "age": units.age(time.time() - spec.stat().st_mtime),
                 "needed by": _few([other.name for other in dependants(artifact)]),
             }
         )
@@ -127,14 +131,8 @@ def as_text(rows: Sequence[Row]) -> str:
     return aligned(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def size_text(folder: Path) -> str:
-    """Bytes on disk under a folder, in the unit that suits."""
-    size = float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _facts(nodes: Mapping[str, Node]) -> Row:
@@ -167,10 +165,3 @@ def _figures(artifact: Artifact | None, draws: int | None) -> str:
 def _few(names: list[str], shown: int = 3) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more or "-"
-
-
-def _age(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

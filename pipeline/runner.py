@@ -17,9 +17,10 @@ import click
 from nfm.pipeline.artifacts.artifact import SCHEMA, Artifact, ArtifactError, open_spec, publish
 from nfm.pipeline.artifacts.lineage import inputs_of
 from nfm.pipeline.artifacts.lock import Lock
-from nfm.pipeline.console import Console, StopRequest, time_left
+from nfm.pipeline.console import Console, StopRequest
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Stopped
+from nfm.stages.display.units import clock
 from nfm.storage.files import atomic
 
 
@@ -92,7 +93,7 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         else:
             console.log("COMPLETE", content_digest=body["content_digest"], metrics=result.metrics)
             console.finish()
-            console.say(f"done in {time_left(time.time() - started)}: {headline(artifact)}")
+            console.say(f"done in {clock(time.time() - started)}: {headline(artifact)}")
             return artifact
         finally:
             console.close()

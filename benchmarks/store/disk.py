@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -20,6 +19,7 @@ import numpy as np
 
 from benchmarks.store.rows import RECORDS_PER_SHARD, Array, Workload, in_turns, write_and_publish, write_store
 from nfm.storage import PairStore, StoreSpec
+from nfm.storage.files.parallel import parallel
 from nfm.storage.format.spec import pair_fields, write_spec
 
 GIB = 1 << 30
@@ -179,8 +179,7 @@ def _read_all(files: Sequence[Path], streams: int) -> None:
                 while opened.readinto(buffer):
                     pass
 
-    with ThreadPoolExecutor(streams) as pool:
-        list(pool.map(read, [files[stream::streams] for stream in range(streams)]))
+    list(parallel(read, [files[stream::streams] for stream in range(streams)], streams))
 
 
 def _read_windowed(root: Path, batch: int) -> None:

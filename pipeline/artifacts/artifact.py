@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from nfm.stages.base import Result
 from nfm.storage.errors import Told
 from nfm.storage.files import atomic
+from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, size_of, stated_path
 
 SCHEMA = 1
@@ -118,8 +118,7 @@ def publish(path: Path, result: Result, provenance: dict[str, Any]) -> dict[str,
     """Write the manifest: hashes what was not hashed while it was written, create-if-absent, last of all."""
     names = [*result.payload, *result.files]
     unknown = [name for name in names if name not in result.digests]
-    with ThreadPoolExecutor() as pool:
-        hashed = dict(zip(unknown, pool.map(lambda name: atomic.hash_file(path / name), unknown)))
+    hashed = dict(zip(unknown, parallel(lambda name: atomic.hash_file(path / name), unknown)))
     digests = {**hashed, **result.digests}
     content = result.content_digest or atomic.content_digest(digests[name][0] for name in result.payload)
     body = {

@@ -16,6 +16,15 @@ from nfm.stages.base import StageError, Stopped
 from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.errors.masked import masked
 
+# What the base install is without, by the extra that brings it.
+EXTRAS = {
+    **dict.fromkeys(("torch", "scipy", "sklearn", "PIL", "safetensors", "torchdiffeq", "tqdm", "webdataset"), "train"),
+    **dict.fromkeys(("zarr", "numcodecs"), "zarr"),
+    "ray": "ray",
+    "matplotlib": "report",
+    "torch_fidelity": "fid",
+}
+
 
 def run(command: click.Command) -> None:
     """Run a command: the errors that people can act on become one message and an exit code."""
@@ -39,7 +48,10 @@ def run(command: click.Command) -> None:
     except OSError as error:
         what = f"{error.filename or 'file'}: {error.strerror or error}"
         _fail(StageError(f"{what}; mend that and run the same command again, what is committed stays"), 1)
-    except Exception:  # a fault of ours, told as Python would, but for secrets
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
+            _fail(StageError(f"{error.name} is not installed here: pip install 'nfm-pairs[{extra}]' brings it"), 1)
+        # A fault of ours, told as Python would, but for secrets.
         click.echo(masked(traceback.format_exc()), err=True, nl=False)
         sys.exit(1)
 

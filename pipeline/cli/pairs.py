@@ -12,7 +12,7 @@ import click
 
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, json_option
-from nfm.pipeline.console import time_left
+from nfm.stages.display.units import clock, size
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import is_remote
@@ -197,8 +197,8 @@ class _Progress:
                 click.echo(f"export: {done:,} of {total:,} pairs are there already", err=True)
         seconds = max(now - self._started, 1e-9)
         rate = (done - self._first) / seconds
-        left = f", {time_left((total - done) / rate)} left" if rate else ""
-        line = f"export: {done:,} of {total:,} pairs, {read / seconds / 1e6:,.0f} MB/s{left}"
+        left = f", {clock((total - done) / rate)} left" if rate else ""
+        line = f"export: {done:,} of {total:,} pairs, {size(read / seconds)}/s{left}"
         if sys.stderr.isatty():
             click.echo(f"\r\033[K{line}" + ("\n" if done == total else ""), err=True, nl=False)
         elif now - self._told >= PLAIN_SECONDS:

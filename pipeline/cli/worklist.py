@@ -48,9 +48,10 @@ def encode(file: Path, task: int, of: int) -> None:
     Exit 0 when all of them are committed, 1 when some failed three times, 130 when stopped: SIGTERM and SIGINT drop
     the shard in hand, SIGUSR1 finishes it. The same command goes on with what is left.
     """
-    from nfm.pipeline.console import Console, StopRequest, time_left
+    from nfm.pipeline.console import Console, StopRequest
     from nfm.pipeline.runner import versions
     from nfm.stages.base import Stopped
+    from nfm.stages.display.units import clock
     from nfm.stages.pairs import worklist as pairs_worklist
     from nfm.storage.files.paths import as_path
 
@@ -74,7 +75,7 @@ def encode(file: Path, task: int, of: int) -> None:
         else:
             console.log("COMPLETE", task=task, metrics=metrics)
             console.finish()
-            console.say(f"task {task} of {of} done in {time_left(time.time() - started)}: {metrics['shards']} shards")
+            console.say(f"task {task} of {of} done in {clock(time.time() - started)}: {metrics['shards']} shards")
         finally:
             console.close()
 

@@ -127,7 +127,7 @@ def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
         try:
             with _importable(_root(file, module)):  # for what it imports when it is called
                 return found(*arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # which would end the command with its code and no word
             raise StageError(f"{FIELD} = {named!r}: the function raised {_told(error)}; mend it in {file}") from error
 
     return function_of_shard

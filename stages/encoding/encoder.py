@@ -92,6 +92,8 @@ class Encoder:
                 records = self._records(job.draw, source)
                 if (job.draw, job.shard, source.slots[0]) == (0, 0, 0):  # once a store: float64 is slow
                     self.noise_error = reference.against_reference(self.coupling, self.source, source, records["noise"])
+                    if self.spec.coupling == "custom":
+                        reference.check_repeatable(records["noise"], self._records(job.draw, source)["noise"])
                 if self.spec.codec == "float16":  # torch rounds to the same bits as numpy, several times as fast
                     records["noise"] = torch.from_numpy(records["noise"]).half().numpy()
             yield from _batches(records, self.setup.batch_size)

@@ -1,4 +1,4 @@
-"""How far a teacher's pairs are from what they should be: z against float64, and z decoded against its image."""
+"""How far pairs are from what they should be: z against float64, decoded against its image, and made twice."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def against_reference(coupling: Coupling, source: ImageDataset, slots: Sources, 
         if not is_out_of_memory(error):
             raise
         return None
+
+
+def check_repeatable(noise: np.ndarray, again: np.ndarray) -> None:
+    """Raises StageError unless a function of one's own, called twice with the same arguments, gave the same noise."""
+    if differ := int((noise != again).sum()):
+        raise StageError(
+            "pairs.custom: called twice with the same images, labels and random numbers, the function gave other "
+            f"noise: {differ:,} of {noise.size:,} values differ, so nobody could make its pairs again. Take all random "
+            "numbers from the generator that it is given, and keep nothing from one call to the next"
+        )
 
 
 def decode_error(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs.recipe import pair_flops
 from nfm.stages.pairs.stage import PairsConfig
@@ -70,7 +71,7 @@ def estimate(
 
 def as_text(plan: Mapping[str, Any]) -> str:
     """The plan for people."""
-    sizes = (f"{codec} {_size(count)}" for codec, count in plan["bytes"].items())
+    sizes = (f"{codec} {units.size(count)}" for codec, count in plan["bytes"].items())
     there = f"; {plan['committed']:,} are committed, time is for the rest" if plan["committed"] else ""
     lines = [
         ["pairs", f"{plan['pairs']:,}: {plan['images']:,} images, draws {plan['draws']}{there}"],
@@ -86,7 +87,7 @@ def as_text(plan: Mapping[str, Any]) -> str:
         ["a worker", f"{worker['images_per_second']:.3g} images/s, {worker['flops_per_second'] / 1e12:.3g} TFLOP/s: "
          + worker["how"]],
     ]  # fmt: skip
-    hours = [[f"{int(count):,}", costs.duration(3600 * taken)] for count, taken in plan["hours"].items()]
+    hours = [[f"{int(count):,}", units.about(3600 * taken)] for count, taken in plan["hours"].items()]
     return "\n\n".join([aligned(["of the pairs", ""], lines), aligned(["workers", "time"], hours)])
 
 
@@ -145,11 +146,3 @@ def _measured(config: PairsConfig, teacher: TeacherConfig, facts: Mapping[str, A
 
 def _order(codec: str) -> int:
     return CODECS.index(codec) if codec in CODECS else len(CODECS)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.4g} TB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from nfm.storage.format.spec import StoreSpec, parse_name
 from nfm.storage.ledger import seal
 
 _LISTED = 5
+_LOOKED_AT = 1000  # tracebacks of shards that failed, at most
+_OUR_CLASS = re.compile(r"^nfm\.[\w.]+: ")
 _TAIL_BYTES = 1 << 16  # of a traceback, of which the last line is told
 
 
@@ -43,6 +46,7 @@ def produce(
     A shard that failed is set aside: its traceback stands in `failed/NAME.txt` until a later run has made it.
     """
     failures: list[Outcome] = []
+    told: set[str] = set()
     tally = Tally()
     smallest = batch_size
     report.progress(done, total, "pairs")
@@ -51,7 +55,7 @@ def produce(
             pass
         elif outcome.commit is None:
             failures.append(outcome)
-            _set_aside(out, outcome, report)
+            _set_aside(out, outcome, report, told)
         else:
             done += outcome.commit.records
             tally.add(outcome)
@@ -90,8 +94,12 @@ def all_failed(out: Path, names: Iterable[str]) -> bool:
 
 def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, again: str) -> StageError:
     """The error of a store that lacks more than it may; `again` is what retries them."""
-    why = [f"{name} ({reason})" for name, reason in reasons(out, names[:_LISTED]).items()]
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    shards: dict[str, list[str]] = {}
+    for name, reason in reasons(out, names[:_LOOKED_AT]).items():
+        shards.setdefault(reason, []).append(name)
+    why = [f"{_some(shards[reason])} ({reason})" for reason in list(shards)[:_LISTED]]
+    left = len(names) - sum(len(shards[reason]) for reason in list(shards)[:_LISTED])
+    more = f" and {left:,} more" if left else ""
     limit = f", pairs.max_missing allows {allowed:,}" if allowed else ""
     told = f"What failed has its traceback in {out / 'failed'}; the other" if (out / "failed").is_dir() else "The other"
     leave_out = "; or let the generation lack them with --set pairs.max_missing=N" if all_failed(out, names) else ""
@@ -101,11 +109,19 @@ def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, a
     )
 
 
-def _set_aside(out: Path, outcome: Outcome, report: Reporter) -> None:
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")
+
+
+def _set_aside(out: Path, outcome: Outcome, report: Reporter, told: set[str]) -> None:
+    """Keeps the traceback; its last line is said once, however many shards fail by it."""
     error = masked(outcome.error or "no message")
     inside(out, "failed")  # raises where a link would take the traceback out of the store
     atomic.write_bytes(failure_path(out, outcome.job.name), error.encode())
-    report.say(f"{outcome.job.name} failed and is set aside: {_last_line(error)}")
+    reason = _last_line(error)
+    if reason not in told:
+        told.add(reason)
+        report.say(f"{outcome.job.name} failed and is set aside: {reason}")
     report.log("SHARD_FAILED", shard=outcome.job.name, error=error, worker=outcome.worker)
 
 
@@ -117,4 +133,5 @@ def _reason(path: Path, out: Path) -> str:
 
 
 def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no message"])[-1]
+    """What a traceback ends with; of our own errors, their sentence alone."""
+    return _OUR_CLASS.sub("", (text.strip().splitlines() or ["no message"])[-1])

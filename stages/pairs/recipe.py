@@ -11,7 +11,8 @@ import numpy as np
 
 from nfm.stages.base import Inputs, StageError
 from nfm.stages.couplings import custom
-from nfm.stages.trained import costs
+from nfm.stages.display import units
+from nfm.stages.trained import costs, student
 from nfm.stages.trained.training import blaming
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -132,7 +133,7 @@ def small_groups(spec: StoreSpec, inputs: Inputs) -> str | None:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(count / 1e6, 0.1):.1f} MB"
+    return units.size(count, digits=2) if count >= 1e9 else units.megabytes(max(count, 1e5))
 
 
 def pair_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
@@ -151,7 +152,7 @@ def pair_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
         return 2.0 * values * facts["images"] / classes
     if config.coupling == "reflow" and "student" in facts:
         passes = config.reflow_nfe * (2 if config.reflow_guidance else 1)
-        return passes * costs.student_flops(shape, facts["student"])
+        return passes * student.flops(facts["student"], shape)
     return 0.0
 
 

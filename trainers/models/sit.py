@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfm.trainers.models.head import exact
+
 FREQUENCIES = 128
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
@@ -83,10 +85,7 @@ class SiT(nn.Module):
             h = block(h, condition)
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         h = _modulate(self.norm(h), shift, scale)
-        # The velocity leaves in full precision whatever the caller's autocast type: solvers add it up.
-        with torch.autocast(h.device.type, enabled=False):
-            velocity = self.head(h.to(self.head.weight.dtype))
-        return F.pixel_shuffle(velocity.transpose(1, 2).unflatten(2, self.grid), self.patch)
+        return F.pixel_shuffle(exact(self.head, h).transpose(1, 2).unflatten(2, self.grid), self.patch)
 
     def _condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """What every block is modulated by: SiLU(time + label), [B, 1, width]."""
@@ -100,7 +99,7 @@ class SiT(nn.Module):
     def _initialise(self) -> None:
         """DiT's start: Xavier everywhere, small embeddings; modulations and head are already zero."""
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module.weight.any():
+            if isinstance(module, nn.Linear) and (module.weight.is_meta or module.weight.any()):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for weight in (self.labels.weight, self.time_in.weight, self.time_out.weight):

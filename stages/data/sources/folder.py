@@ -9,7 +9,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from nfm.stages.base import Reporter, StageError, Stopped
 from nfm.stages.data.reading.tree import Skipped, Tree
 from nfm.stages.data.source import Loaded, box_average, check_keys, digest_files, scratch_array
 from nfm.storage.errors import legible
+from nfm.storage.files.parallel import parallel
 
 # What a folder of this name, in any case, holds where it stands above class folders.
 SPLITS = {
@@ -122,14 +122,13 @@ class ImageFolder:
             return []
 
         counts: Counter[str] = Counter()
-        with ThreadPoolExecutor(self.threads) as pool:
-            for start in range(0, len(rows), DECODE_BATCH):
-                if report.stopping:
-                    raise Stopped
-                stop = min(start + DECODE_BATCH, len(rows))
-                for notes in pool.map(decode, range(start, stop)):
-                    counts.update(notes)
-                report.progress(stop, len(rows), "images read")
+        for start in range(0, len(rows), DECODE_BATCH):
+            if report.stopping:
+                raise Stopped
+            stop = min(start + DECODE_BATCH, len(rows))
+            for notes in parallel(decode, range(start, stop), self.threads):
+                counts.update(notes)
+            report.progress(stop, len(rows), "images read")
         for line in self.skipped.lines():
             report.say(f"not taken: {line}")
         for note, count in sorted(counts.items()):

@@ -54,11 +54,33 @@ def test_what_is_no_noise_is_refused_by_name(shop: Shop, function: str, said: st
         encoder.encode_shard(ShardJob(0, 0, "a1"))
 
 
-def test_a_function_that_fails_is_named(shop: Shop) -> None:
-    config = shop.config(coupling="custom", custom="own_couplings:broken")
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("broken", "own_couplings:broken.*raised AttributeError"),
+        ("leaves", "own_couplings:leaves.*raised SystemExit"),
+        ("forgetful", r"gave other noise: 2,304 of 2,304 values differ.*from the generator that it is given"),
+    ],
+)
+def test_a_function_that_fails_is_named_and_so_is_one_that_gives_other_noise_when_called_again(
+    shop: Shop, function: str, said: str
+) -> None:
+    config = shop.config(coupling="custom", custom=f"own_couplings:{function}")
     encoder = Encoder(stage.setup(config, shop.of(config), shop.begin(config)))
-    with pytest.raises(StageError, match=r"own_couplings:broken.*raised AttributeError"):
+    with pytest.raises(StageError, match=said):
         encoder.encode_shard(ShardJob(0, 0, "a1"))
+
+
+def test_why_all_shards_failed_is_said_once_and_once_at_the_end(shop: Shop) -> None:
+    config = shop.config(coupling="custom", custom="own_couplings:broken")
+    with pytest.raises(StageError) as failed:
+        stage.run(config, shop.of(config), shop.begin(config), shop.heard)
+    why = "pairs.custom = 'own_couplings:broken': the function raised AttributeError"
+    assert sum(why in said for said in shop.heard.said) == 1
+    assert str(failed.value).count(why) == 1
+    assert "d000-s00000, d000-s00001, d000-s00002, d000-s00003, d001-s00000 and 3 more (pairs.custom" in str(
+        failed.value
+    )
 
 
 def test_a_module_that_runs_no_longer_is_a_finding_of_a_deep_audit(shop: Shop) -> None:
