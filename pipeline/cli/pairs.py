@@ -13,10 +13,10 @@ import click
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, json_option
 from nfm.stages.display.units import clock, size
+from nfm.stages.stores.export import LAYOUTS
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import is_remote
-from nfm.storage.layouts import LAYOUTS
 
 CODECS = ("float32", "float16", "int8")
 PLAIN_SECONDS = 15.0

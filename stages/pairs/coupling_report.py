@@ -17,6 +17,7 @@ import numpy as np
 
 from nfm.stages.base import Inputs, Reporter, StageError, Stopped
 from nfm.stages.couplings.facts import facts_of
+from nfm.stages.couplings.rows import slot_is_row
 from nfm.stages.pairs.coupling_advice import advice, lines
 from nfm.stages.pairs.coupling_sample import Sample, draw_sample, row_counts
 from nfm.stages.pairs.recipe import content
@@ -161,7 +162,7 @@ def _rows(store: PairStore) -> dict[str, Any] | None:
         "most": int(counts.max()),
         "never": float((counts == 0).mean()),
         "chi2": float(np.square(shares - 1 / rows).sum() * rows),
-        "chi2_expected": 0.0 if store.spec.slot_is_row else (rows - 1) / max(total, 1),
+        "chi2_expected": 0.0 if slot_is_row(store.spec) else (rows - 1) / max(total, 1),
     }
 
 

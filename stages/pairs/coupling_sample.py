@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nfm.stages.couplings.rows import slot_is_row
 from nfm.storage import PairStore
 from nfm.storage.format import codecs, convert
 from nfm.storage.format.spec import parse_name
@@ -81,7 +82,7 @@ def row_counts(store: PairStore, seed: int) -> tuple[np.ndarray, bool]:
     index is read, of very large stores a seeded part of it.
     """
     rows, draws = store.spec.rows, store.draws
-    if store.spec.slot_is_row:
+    if slot_is_row(store.spec):
         counts = np.full(rows, draws, np.int64)
         for hole in store.excluded:
             counts[slice(*hole["slots"])] -= 1

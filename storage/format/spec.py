@@ -152,15 +152,6 @@ class StoreSpec:
         return any(field.name == name for field in self.fields)
 
     @property
-    def slot_is_row(self) -> bool:
-        """Whether slot s holds what belongs to source row s; a reflowed image has the label of that row.
-
-        Stores of minibatch OT that another program made may choose rows; ours say how their groups were made.
-        """
-        ours = self.coupling == "minibatch-ot" and self.coupling_options is not None
-        return ours or self.coupling in ("nfm", "independent", "reflow", "custom")
-
-    @property
     def image_shape(self) -> tuple[int, ...]:
         """Shape of one image, usually (C, H, W)."""
         return self.field("image").shape

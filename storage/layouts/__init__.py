@@ -67,7 +67,7 @@ class Layout(Protocol):
     """How the records of a shard lie in its files. A layout is one file with such an object, and a line of `LAYOUTS`.
 
     The payload of a shard is a tar, or `by_field` a folder with one file a field, which sealing places elsewhere.
-    Without `holes` a sealed store has every shard. The deep check reads with tarfile and numpy, or with `package`.
+    Without `holes` a sealed store has every shard.
     """
 
     @property
@@ -76,14 +76,11 @@ class Layout(Protocol):
     @property
     def holes(self) -> bool: ...
 
-    @property
-    def package(self) -> str | None: ...
-
     def writer(self, spec: StoreSpec, path: Path, name: str) -> Writer:
         """Begins to write the shard `name`."""
         ...
 
-    def open(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> Shard:
+    def mapped(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> Shard:
         """Maps a shard from its local files. Raises MissingShard or CorruptShard."""
         ...
 
@@ -123,6 +120,10 @@ class Layout(Protocol):
 
         No code of ours parses. Raises whatever they raise, and CorruptShard for what they would not notice.
         """
+        ...
+
+    def check_stock_reader(self) -> None:
+        """Raises StorageError when the package that reads stock arrays is not installed."""
         ...
 
 
@@ -225,4 +226,4 @@ def open_shard(spec: StoreSpec, paths: Sequence[Path], records: int) -> Shard:
     for path in paths:
         if is_remote(path):
             raise StorageError(f"{path}: a shard is mapped from a local file; fetch it first")
-    return of(spec).open(spec, paths, records)
+    return of(spec).mapped(spec, paths, records)

@@ -162,7 +162,7 @@ class Blocks(TarLayout):
         records = len(spec.slots_of(parse_name(name)[1]))
         return ShardWriter(path, spec.fields, records, name, spec.rows_per_block)
 
-    def open(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedShard:
+    def mapped(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedShard:
         """Maps a shard."""
         return MappedShard(paths[0], spec.fields, records, spec.rows_per_block)
 

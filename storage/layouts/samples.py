@@ -203,7 +203,7 @@ class Samples(TarLayout):
         slots = spec.slots_of(shard)
         return SampleWriter(path, spec.fields, len(slots), draw, slots.start)
 
-    def open(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedSamples:
+    def mapped(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedSamples:
         """Maps a shard."""
         return MappedSamples(paths[0], spec.fields, records)
 

@@ -188,7 +188,6 @@ class TarLayout:
 
     by_field = False
     holes = True
-    package: str | None = None
 
     def text(self, name: str) -> Text | None:
         """No field is stored as text."""
@@ -208,6 +207,9 @@ class TarLayout:
     def metadata(self, spec: StoreSpec, draws: int) -> dict[str, bytes]:
         """Stock readers need the tars alone."""
         return {}
+
+    def check_stock_reader(self) -> None:
+        """They are tarfile and numpy."""
 
 
 def stock_members(path: Path) -> Iterator[tuple[str, bytes]]:

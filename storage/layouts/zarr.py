@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,14 +24,13 @@ class Zarr:
 
     by_field = True
     holes = False
-    package: str | None = "zarr"
 
     def writer(self, spec: StoreSpec, path: Path, name: str) -> ZarrWriter:
         """Begins to write the shard `name`."""
         records = len(spec.slots_of(parse_name(name)[1]))
         return ZarrWriter(path, spec.fields, records, spec.rows_per_shard, spec.rows_per_block)
 
-    def open(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedZarr:
+    def mapped(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedZarr:
         """Maps a shard."""
         return MappedZarr(paths, spec.fields, records, spec.rows_per_shard, spec.rows_per_block)
 
@@ -87,3 +87,8 @@ class Zarr:
                 array = zarr.open_array(Path(scratch) / folder, mode="r")
                 for start in range(slots.start, slots.stop, spec.rows_per_block):
                     yield field.name, np.asarray(array[start : min(start + spec.rows_per_block, slots.stop)])
+
+    def check_stock_reader(self) -> None:
+        """It is zarr. Raises StorageError."""
+        if find_spec("zarr") is None:
+            raise StorageError("the deep level reads with the package zarr, which is not here; install nfm-pairs[zarr]")

@@ -99,7 +99,7 @@ class ZarrWriter:
             chunk = data.reshape(-1).view(np.uint8)
             self._chunks[field.name].append(len(chunk) + CRC)
             file = self._files[field.name]
-            file.write(chunk)
+            file.write(chunk.data)
             file.write(crc32c(chunk))
 
 

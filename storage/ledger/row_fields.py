@@ -167,10 +167,10 @@ def write_row_field(
     when the store has a field of this name with other values; a field never changes.
     """
     spec, folder = read_spec(root), _folder(root, name)
-    if spec.coupling == "reflow":
+    if spec.student is not None:
         raise StorageError(
-            f"{folder}: the images of coupling 'reflow' are generated, so that values of source rows are not theirs; "
-            "add fields to a store of another coupling"
+            f"{folder}: the images of coupling {spec.coupling!r} are generated, so that values of source rows "
+            "are not theirs; add fields to a store of another coupling"
         )
     if spec.has(name):
         raise StorageError(f"{folder}: {name!r} is a field of the records themselves; choose another name")

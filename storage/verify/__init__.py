@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from nfm.storage.files.atomic import content_digest
 from nfm.storage.files.paths import as_path, size_of
 from nfm.storage.files.small_files import read_bytes
 from nfm.storage.format.order import order_key
-from nfm.storage.format.spec import SPEC, StoreSpec, parse_name
+from nfm.storage.format.spec import SPEC, parse_name
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.generation import excluded_problems, expected_names
 from nfm.storage.ledger.shard_list import numbers, texts
@@ -47,7 +46,7 @@ def verify(store_root: str | Path, generation: int | None = None, level: Level =
     except StorageError as error:
         return [finding_of("quick", root / SPEC, error, f"{COPY}, it is the store's recipe")]
     if level == "deep":
-        _check_stock_reader(found.spec)
+        layouts.of(found.spec).check_stock_reader()
     wanted = [generation] if generation is not None else list(found.manifests) or [1]
     checked = check_shards(found, wanted, generation is None, level)
     empty = Sums(found.spec)
@@ -128,11 +127,3 @@ def _metadata_findings(found: Survey, draws: int) -> Iterator[Finding]:
             yield Finding("quick", str(path), "the file is missing", _RESEAL)
         elif size_of(path) != len(data) or leads_outside(found.root, path) or read_bytes(path, root=found.root) != data:
             yield Finding("quick", str(path), "is not what the store's recipe gives", _RESEAL)
-
-
-def _check_stock_reader(spec: StoreSpec) -> None:
-    package = layouts.of(spec).package
-    if package is not None and find_spec(package) is None:
-        raise StorageError(
-            f"the deep level reads with the package {package}, which is not here; install nfm-pairs[{package}]"
-        )
