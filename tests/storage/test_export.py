@@ -191,11 +191,10 @@ KILLED = """
 import os, signal, sys
 from nfm.storage import PairStore
 from nfm.storage.files import atomic
-from nfm.storage.ledger import commits
-from nfm.storage.ledger.shard_writer import write_shard
+from nfm.storage.ledger import commits, shard_writer
 from nfm.storage.export import export
 left, name = int(sys.argv[3]), sys.argv[4]
-owner = {"create_json": commits, "write_index": commits, "publish": commits}[name]
+owner = {"create_json": commits, "write_index": shard_writer, "publish": commits}[name]
 real = getattr(owner, name)
 def counted(*arguments, **options):
     global left
