@@ -24,6 +24,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.commits import Commit
+from nfm.storage.ledger.shard_writer import write_shard
 
 if TYPE_CHECKING:
     from nfm.trainers.couplings.coupling import Coupling
@@ -60,7 +61,7 @@ class Encoder:
         sources = Ahead(read.over(self._read(job.draw, job.shard)))
         records = Ahead(self._encode(job, sources, encode, stopping))
         with wall, running(records, sources):
-            written = commits.write_shard(self.store, self.spec, job.draw, job.shard, job.attempt, wait.over(records))
+            written = write_shard(self.store, self.spec, job.draw, job.shard, job.attempt, wait.over(records))
             commit = commits.publish(self.store, written.commit(
                 precision=self.setup.precision,
                 batch_size=self.batch_size,

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticKnownError
 
 from nfm.stages.base import Guidance, LocalField, Section, added, operational
 from nfm.stages.trained.training import Precision
+from nfm.storage.layouts import LAYOUTS
+
+
+def _known_layout(name: Any) -> str:
+    if isinstance(name, str) and name in LAYOUTS:
+        return name
+    *others, last = map(repr, LAYOUTS)
+    raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
 
 
 class PairsConfig(Section):
     """The `[pairs]` table; every draw pairs each training image with new noise, flips drawn anew.
 
     `layout` and `codec` say how records lie on disk and how the noise is rounded, see docs/pairs-store.md; a finished
-    store is converted by `nfm pairs export`, the archive codec `pcodec` is made in no other way. `batch_size` "auto"
+    store is converted by `nfm pairs export`. `batch_size` "auto"
     takes what a short probe proposes when the store begins; it stands in spec.json from then on, since last bits of the
     noise depend on it. A generation may lack up to `max_missing` pairs, of shards that fail; its manifest lists them.
     `report` = false seals without a coupling report, which `nfm pairs report` makes at any time.
@@ -26,7 +35,7 @@ class PairsConfig(Section):
     coupling: Literal["nfm", "independent", "minibatch-ot", "semidiscrete-ot", "reflow", "custom"] = "nfm"
     draws: int = operational(1, ge=1, le=1000)
     codec: Literal["float16", "float32", "int8"] = "float16"
-    layout: Literal["blocks", "samples", "zarr"] = added("blocks")
+    layout: Annotated[str, BeforeValidator(_known_layout)] = added("blocks")
     rows_per_shard: int = Field(4096, ge=1)
     rows_per_block: int = Field(256, ge=1)
     flips: bool = False

@@ -59,7 +59,7 @@ def noise_of(store: Path, name: str) -> np.ndarray:
     spec, commit = read_spec(store), commits.read(store, name)
     assert commit is not None
     shard = layouts.open_shard(spec, [store / commit.payload], commit.records)
-    return codecs.decode(shard.read("noise", 0, commit.records), spec.noise_step)
+    return codecs.unpack(shard.read("noise", 0, commit.records), spec.noise_step)
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved_remembered_and_recorded(prepared: Setup, made: Lab) -> None:
