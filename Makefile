@@ -1,5 +1,6 @@
-# Every target is a thin call of the `nfm` command, in an environment that `make` builds once in .venv (`make bench`
-# builds its own, .venv-bench, with the peers that it measures).
+# Every target is a thin call of the `nfm` command, in an environment that `make` builds once in .venv. What the tests and
+# the linters need besides is added to it by the first target that needs it. (`make bench` builds an environment of its
+# own, .venv-bench, with the peers that it measures.)
 #
 #   CONFIG=configs/fashion.toml   the run's config (default: configs/digits.toml, data included)
 #   ARGS="--set pairs.draws=8"    more arguments for nfm
@@ -23,15 +24,18 @@ PEERS := .venv-bench
 ifdef PYTHON
 PY := $(PYTHON)
 ENV :=
+DEV :=
 PEERS_PY := $(PYTHON)
 PEERS_ENV :=
 else
 PY := $(VENV)/bin/python
 ENV := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 PEERS_PY := $(PEERS)/bin/python
 PEERS_ENV := $(PEERS)/.installed
 endif
 NFM := $(PY) -m nfm.pipeline.cli
+INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench kills fuzz lint format clean-env
@@ -40,13 +44,17 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  settings: CONFIG=$(CONFIG)  ARGS  PYTHON  TORCH=$(TORCH)  PIP_ARGS"
 
-env: $(ENV)  ## make the environment in .venv
+env: $(DEV)  ## make the environment in .venv, development tools included
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	echo '$(TORCH)' >> $(VENV)/constraints.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt '$(TORCH)' -e '.[all,dev]'
+	$(INSTALL) '$(TORCH)' -e '.[all]'
+	touch $@
+
+$(VENV)/.installed-dev: $(ENV)
+	$(INSTALL) '$(TORCH)' -e '.[all,dev]'
 	touch $@
 
 data: $(ENV)  ## ingest the images
@@ -70,19 +78,19 @@ audit: $(ENV)  ## prove that everything is what its manifest says
 status: $(ENV)  ## a line a stage
 	$(NFM) status -c $(CONFIG) $(ARGS)
 
-test: $(ENV)  ## run the tests
+test: $(DEV)  ## run the tests
 	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
-test-all: $(ENV)  ## the same with the long ones, and what has a size at its full size
+test-all: $(DEV)  ## the same with the long ones, and what has a size at its full size
 	NFM_FULL=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup -m 'not faults and not slurm' $(ARGS)
 
-test-faults: $(ENV)  ## kill, lose and fill everything, for 20 minutes
+test-faults: $(DEV)  ## kill, lose and fill everything, for 20 minutes
 	NFM_FULL=1 $(PY) -m pytest -m 'faults or not faults' tests/faults tests/ray $(ARGS)
 
-test-busy: $(ENV)  ## the tests that start processes, TIMES times on a busy machine
+test-busy: $(DEV)  ## the tests that start processes, TIMES times on a busy machine
 	$(PY) tests/busy.py --times $(TIMES) --jobs $(JOBS) $(ARGS)
 
-test-slurm: $(ENV)  ## run arrays on a real Slurm of one node (needs root, slurm-wlm and munge)
+test-slurm: $(DEV)  ## run arrays on a real Slurm of one node (needs root, slurm-wlm and munge)
 	$(PY) -m pytest -m slurm -rs tests/slurm $(ARGS)
 
 bench: $(PEERS_ENV)  ## measure the reader beside its peers and a plain copy
@@ -97,15 +105,15 @@ $(PEERS)/.installed: pyproject.toml
 kills: $(ENV)  ## kill a reader 100 times and compare the sequence
 	$(PY) -m benchmarks.kill_reader $(ARGS)
 
-fuzz: $(ENV)  ## feed broken files to the store's readers for MINUTES
+fuzz: $(DEV)  ## feed broken files to the store's readers for MINUTES
 	PYTHONPATH=tests $(PY) -m fuzz.run --minutes $(MINUTES) $(ARGS)
 
-lint: $(ENV) .types/nfm  ## ruff and mypy
+lint: $(DEV) .types/nfm  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy -p nfm
 
-format: $(ENV)  ## format the code
+format: $(DEV)  ## format the code
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, newest_manifest
+from nfm.pipeline import fitting
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, check_store, newest_manifest
 from nfm.pipeline.artifacts.lineage import dependants
+from nfm.pipeline.artifacts.ours import specs
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.console import progress
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.pipeline.runner import headline
+from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs import progress as pairs_progress
 from nfm.stages.pairs.estimate import as_text as described
@@ -28,13 +31,17 @@ DONE, LATER = "nothing, is done", "run after its inputs"
 
 def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
     """A row a stage that `target` needs: what would happen, and what it costs where that can be told yet."""
+    fitting.check(nodes, target)
     rows, facts = [], _facts(nodes)
     for node in upstream(nodes, target):
         artifact = node.artifact()
         row = {"stage": node.name, "artifact": _name(node, artifact), "would": _action(node, artifact)}
         done = artifact is not None and artifact.done
         estimate = optional(node.stage, "cost", lambda *_: {})
-        cost = estimate(node.config, facts) if facts and not done else {}
+        try:
+            cost = estimate(node.config, facts) if facts and not done else {}
+        except ModuleNotFoundError as error:  # of the base install; the rest of the plan is told all the same
+            cost = {"which is not installed here": f"told with {error.name},"}
         rows.append({**row, "cost": ", ".join(f"{value} {key}" for key, value in cost.items())})
     return rows
 
@@ -81,7 +88,7 @@ def status(nodes: Mapping[str, Node]) -> list[Row]:
                 "stage": node.name,
                 "state": state,
                 "artifact": _name(node, artifact),
-                "size": size_text(artifact.path) if artifact is not None and artifact.started else "",
+                "size": units.size(_bytes(artifact.path)) if artifact is not None and artifact.started else "",
                 "figures": _figures(artifact, getattr(node.config, "draws", None)),
             }
         )
@@ -91,14 +98,14 @@ def status(nodes: Mapping[str, Node]) -> list[Row]:
 def inventory() -> list[Row]:
     """A row an artifact under the root."""
     rows = []
-    for spec in sorted(artifacts_root().glob("*/*/spec.json")):
+    for spec in specs(artifacts_root()):
         artifact = Artifact(spec.parent, newest_manifest(spec.parent))
         rows.append(
             {
                 "artifact": artifact.name,
                 "state": _state(artifact),
-                "size": size_text(artifact.path),
-                "age": _age(time.time() - spec.stat().st_mtime),
+                "size": units.size(_bytes(artifact.path)),
+                "age": units.age(time.time() - spec.stat().st_mtime),
                 "needed by": _few([other.name for other in dependants(artifact)]),
             }
         )
@@ -116,8 +123,7 @@ def _state(artifact: Artifact) -> str:
 
 def store_info(artifact: Artifact) -> Row:
     """A store's recipe and the figures of its pinned generation."""
-    if "store" not in artifact.spec:
-        raise ArtifactError(f"{artifact.name} is no pair store; `nfm lineage {artifact.name}` shows what it is")
+    check_store(artifact)
     artifact.manifest()  # an unfinished or damaged artifact says so
     return {"store": artifact.name, **info.info(artifact.reference)}
 
@@ -127,14 +133,8 @@ def as_text(rows: Sequence[Row]) -> str:
     return aligned(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def size_text(folder: Path) -> str:
-    """Bytes on disk under a folder, in the unit that suits."""
-    size = float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _facts(nodes: Mapping[str, Node]) -> Row:
@@ -167,10 +167,3 @@ def _figures(artifact: Artifact | None, draws: int | None) -> str:
 def _few(names: list[str], shown: int = 3) -> str:
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more or "-"
-
-
-def _age(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

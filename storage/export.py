@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from nfm.storage import layouts as layouts
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files.atomic import HashingFile, create_json, hash_file, read_json
 from nfm.storage.files.cache import Wanted
+from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, inside, is_remote, size_of
 from nfm.storage.files.small_files import plain
 from nfm.storage.format import codecs
@@ -144,27 +145,17 @@ class _Conversion:
         """Converts and commits the shards; after an error or an interrupt nothing half done is left running."""
         done, read = self._total - sum(entry["records"] for entry in pending), 0
         self._progress(done, self._total, read)
-        pool = ThreadPoolExecutor(min(threads, max(len(pending), 1)), thread_name_prefix="nfm-export")
-        waiting: dict[Future[None], Entry] = {pool.submit(self._convert, entry): entry for entry in pending}
-        try:
-            while waiting:
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    entry = waiting.pop(future)
-                    future.result()
-                    done, read = done + entry["records"], read + entry["bytes"]
-                    self._progress(done, self._total, read)
-        except BaseException:
-            self._stop.set()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+        with closing(parallel(self._convert, pending, threads, stop=self._stop)) as written:
+            for entry in written:
+                done, read = done + entry["records"], read + entry["bytes"]
+                self._progress(done, self._total, read)
 
     def measure(self, entry: Entry) -> None:
         """Takes the loss of one shard without writing it."""
         for _ in self._records(entry):
             pass
 
-    def _convert(self, entry: Entry) -> None:
+    def _convert(self, entry: Entry) -> Entry:
         source, name = self.source, entry["name"]
         commit = commits.read(source.root, name)
         if commit is None:
@@ -173,6 +164,7 @@ class _Conversion:
         written = commits.write_shard(self.root, self.spec, commit.draw, commit.shard, attempt, self._records(entry))
         how = {key: getattr(commit, key) for key in ("precision", "batch_size", "threads", "versions", "device")}
         commits.publish(self.root, written.commit(**how))
+        return entry
 
     def _records(self, entry: Entry) -> Iterator[dict[str, np.ndarray]]:
         source, spec = self.source, self.source.spec

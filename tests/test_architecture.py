@@ -14,6 +14,7 @@ MAY_KNOW = {
     "pipeline": (
         *("nfm.pipeline", "nfm.stages", "nfm.storage.errors"),
         *("nfm.storage.files.atomic", "nfm.storage.files.paths", "nfm.storage.files.small_files"),
+        "nfm.storage.files.parallel",
     ),
     "stages": ("nfm.stages", "nfm.storage", "nfm.trainers"),
     "storage": ("nfm.storage",),
@@ -24,7 +25,7 @@ MAY_KNOW = {
 def imported(path: Path) -> set[str]:
     """Every `nfm` module that a file imports, at its head or inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

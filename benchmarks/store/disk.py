@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -20,6 +19,7 @@ import numpy as np
 
 from benchmarks.store.rows import RECORDS_PER_SHARD, Array, Workload, in_turns, write_and_publish, write_store
 from nfm.storage import PairStore, StoreSpec
+from nfm.storage.files.parallel import parallel
 from nfm.storage.format.spec import pair_fields, write_spec
 
 GIB = 1 << 30
@@ -179,8 +179,7 @@ def _read_all(files: Sequence[Path], streams: int) -> None:
                 while opened.readinto(buffer):
                     pass
 
-    with ThreadPoolExecutor(streams) as pool:
-        list(pool.map(read, [files[stream::streams] for stream in range(streams)]))
+    list(parallel(read, [files[stream::streams] for stream in range(streams)], streams))
 
 
 def _read_windowed(root: Path, batch: int) -> None:
@@ -231,7 +230,7 @@ def _memory_held(left_gib: float) -> Iterator[float | str]:
         yield round(_meminfo("MemAvailable") / GIB, 1)
         return
     command = [sys.executable, "-c", _HOLD, str(size)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as holder:
         try:
             assert holder.stdout is not None
             said = holder.stdout.readline()
@@ -242,7 +241,7 @@ def _memory_held(left_gib: float) -> Iterator[float | str]:
 
 def _meminfo(name: str) -> int:
     """A line of /proc/meminfo in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return 0

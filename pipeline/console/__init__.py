@@ -22,12 +22,13 @@ import click
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.console.live import PARTS, Live, percent, worker_lines
 from nfm.pipeline.console.progress import last_progress
-from nfm.pipeline.console.rate import Rate, time_left
+from nfm.pipeline.console.rate import Rate
+from nfm.stages.display import units
 from nfm.storage.errors import legible
 from nfm.storage.errors.masked import masked, masked_in
 from nfm.storage.files.paths import inside
 
-__all__ = ["Console", "StopRequest", "last_progress", "time_left"]
+__all__ = ["Console", "StopRequest", "last_progress"]
 PLAIN_SECONDS = 30.0
 LOGGED_WORKERS = 64  # rows in an event; the shares are the medians of all
 EVENT_SECONDS = 30.0
@@ -102,7 +103,7 @@ class Console:
         self.stage = stage
         # Workers of one store on several hosts write beside each other, each to a file of its own.
         name = f"{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
-        self._events = (events / name).open("a", buffering=1)
+        self._events = (events / name).open("a", buffering=1, encoding="utf-8")
         self._stop = stop
         self._lock = lock
         self._clock = clock
@@ -173,7 +174,7 @@ class Console:
         workers: int, figures: Mapping[str, Any],
     ) -> None:  # fmt: skip
         words = [f"{done:,} of {total:,} {unit}", f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"]
-        words += [f"{time_left(left)} left"] if left is not None else []
+        words += [f"{units.clock(left)} left"] if left is not None else []
         words += [f"{key} {_figure(value)}" for key, value in figures.items()]
         if shares:
             parts = ", ".join(f"{part} {percent(share)}" for part, share in shares.items())

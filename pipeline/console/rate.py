@@ -35,12 +35,3 @@ class Rate:
         times = [at for at, _ in self._samples]
         longest = max(after - before for before, after in zip(times, [*times[1:], now]))
         return min(max(WINDOW_SECONDS, 4 * longest), WIDEST_SECONDS)
-
-
-def time_left(seconds: float | None) -> str:
-    """`75` -> `1m15s`."""
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +21,11 @@ from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import STAGES, Node, build, optional
 from nfm.stages.base import Finding, StageError
 from nfm.stages.couplings import custom
+from nfm.stages.display.units import megabytes
 from nfm.stages.pairs import stage
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
+from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, is_remote
 
 Level = Literal["quick", "default", "deep"]
@@ -100,7 +101,7 @@ def as_text(results: Sequence[Audited]) -> str:
     lines = []
     for result in results:
         verdict = f"{len(result.findings)} FINDINGS" if result.findings else "clean"
-        looked = f"{result.files} files, {result.bytes / 1e6:.1f} MB"
+        looked = f"{result.files} files, {megabytes(result.bytes)}"
         lines.append(f"{result.artifact:24} {verdict:12} {looked:24} {result.seconds:6.1f} s  {result.manifest}")
         lines += [f"    {finding.file}: {finding.problem}. Remedy: {finding.remedy}" for finding in result.findings]
         lines += [f"    {statement}" for statement in result.statements]
@@ -196,8 +197,7 @@ def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> lis
             return Finding(str(path), "its SHA-256 is not the manifest's: the bytes changed", remedy)
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [finding for finding in pool.map(check, files) if finding]
+    return [finding for finding in parallel(check, files) if finding]
 
 
 def _under_root(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.upkeep import needed as gc_needed
 from nfm.pipeline.upkeep.needed import IDLE_SECONDS, Standing
+from nfm.stages.display import units
 from nfm.stages.stores import leftovers
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
@@ -91,7 +92,7 @@ def remove(found: Iterable[Garbage], older_than: float, say: Say) -> list[Garbag
 
 def as_text(found: Listing) -> str:
     """The list for people, with sizes and reasons."""
-    lines = [f"{one.kind:10}  {size_text(one.bytes):>9}  {one.name}  ({one.reason})" for one in found.going]
+    lines = [f"{one.kind:10}  {units.size(one.bytes):>9}  {one.name}  ({one.reason})" for one in found.going]
     lines += [f"{'stays':10}  {'':9}  {name}  ({reason})" for name, reason in found.staying]
     return "\n".join(lines)
 
@@ -103,16 +104,7 @@ def total(found: Sequence[Garbage]) -> str:
     plural = {"temporary": "temporaries", "artifact": "artifacts", "attempt": "attempts"}
     words = [f"{count} {plural.get(kind, kind) if count > 1 else kind}" for kind, count in counts.items()]
     files, size = sum(one.files for one in found), sum(one.bytes for one in found)
-    return f"{', '.join(words)}: {files} files, {size_text(size)}"
-
-
-def size_text(size: float) -> str:
-    """Bytes in the unit that suits."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+    return f"{', '.join(words)}: {files} files, {units.size(size)}"
 
 
 def _leftovers(folder: Path, store: bool) -> list[Garbage]:

@@ -9,18 +9,18 @@ import os
 import threading
 import zlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
+from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.storage.errors import StorageError, is_utf8
 from nfm.storage.files import atomic
+from nfm.storage.files.parallel import parallel
 
-HASH_CHUNK, HASH_BATCH = 1 << 20, 4096
+HASH_CHUNK = 1 << 20
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 500  # nothing but one value repeated is packed so tightly
 
 
@@ -61,7 +61,7 @@ def box_average(images: np.ndarray, factor: int) -> np.ndarray:
         return images
     n, c, h, w = images.shape
     if h % factor or w % factor:
-        raise StageError(f"data.average = {factor} does not divide the images' {h}x{w} pixels: choose a divisor")
+        raise Unfit(f"data.average = {factor} does not divide the images' {h}x{w} pixels: choose a divisor")
     boxes = images.reshape(n, c, h // factor, factor, w // factor, factor)
     area = factor * factor
     return ((2 * boxes.sum(axis=(3, 5), dtype=np.uint32) + area) // (2 * area)).astype(np.uint8)
@@ -147,13 +147,8 @@ def _read_and_digest(ordered: Sequence[tuple[str, Path]], open_file: Any, thread
         return name, size, whole.hexdigest()
 
     together, count, total = hashlib.sha256(), 0, 0
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            # In batches: a future for each of a million files would fill the memory.
-            for start in range(0, len(ordered), HASH_BATCH):
-                for name, size, content in pool.map(hash_one, ordered[start : start + HASH_BATCH]):
-                    together.update(f"{name}\0{size}\0{content}\n".encode())
-                    count, total = count + 1, total + size
-        finally:
-            over.set()
+    with contextlib.closing(parallel(hash_one, ordered, threads, stop=over)) as hashed:
+        for name, size, content in hashed:
+            together.update(f"{name}\0{size}\0{content}\n".encode())
+            count, total = count + 1, total + size
     return {"digest": together.hexdigest(), "files": count, "bytes": total}

@@ -12,9 +12,10 @@ import numpy as np
 from nfm.stages.base import Inputs
 from nfm.stages.display import plots as plots
 from nfm.stages.display.pictures import FALSE_COLOURS, false_colours
+from nfm.stages.display.units import duration
 from nfm.stages.pairs import coupling_advice
 from nfm.stages.report.evaluation import Evaluation
-from nfm.stages.report.html import code, duration, figure, folded, heading, image_grid, number, paragraph, row, table
+from nfm.stages.report.html import code, figure, folded, heading, image_grid, number, paragraph, row, table
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.files.atomic import read_json
 from nfm.storage.files.small_files import read_bytes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +17,7 @@ from nfm.stages.stores import against_source as pairs_source
 from nfm.stages.stores.repair import pinned, verify
 from nfm.storage import ImageDataset, PairStore, layouts
 from nfm.storage.files import atomic
+from nfm.storage.files.parallel import parallel
 from nfm.storage.format import codecs
 from nfm.storage.format.spec import StoreSpec, parse_name, read_spec, shard_name
 from nfm.storage.ledger import seal
@@ -106,8 +105,7 @@ def against_source(root: Path, manifest: dict[str, Any], inputs: Inputs) -> list
         payload = str(root / layouts.files(spec, entry)[0].path)
         return [Finding(payload, problem, remedy) for problem in wrong]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        findings = [finding for found in pool.map(check, manifest["shards"]) for finding in found]
+    findings = [finding for found in parallel(check, manifest["shards"]) for finding in found]
     return findings + _marginals(root, manifest)
 
 

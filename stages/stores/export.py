@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nfm.stages.base import StageError
+from nfm.stages.display.units import megabytes
 from nfm.storage import PairStore
 from nfm.storage.export import Progress, export
 from nfm.storage.ledger.row_fields import RowField, write_row_field
@@ -31,7 +32,7 @@ def run(
     before, after = (sum(shard["bytes"] for shard in body["shards"]) for body in (store.manifest, manifest))
     pairs, values = manifest["records"], manifest["records"] * int(np.prod(store.spec.image_shape))
     said = [
-        f"{pairs:,} pairs, {layout} {codec}: {after / 1e6:,.1f} MB, {after / pairs:,.0f} bytes a pair "
+        f"{pairs:,} pairs, {layout} {codec}: {megabytes(after)}, {after / pairs:,.0f} bytes a pair "
         f"({store.spec.layout} {store.spec.codec}: {before / pairs:,.0f})",
         _loss(store.spec.codec, codec, manifest, values),
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from nfm.stages.base import Finding, StageError
+from nfm.stages.display.units import megabytes
 from nfm.storage import layouts
 from nfm.storage import verify as storage_verify
 from nfm.storage.errors import NewerSchema, StorageError
@@ -36,7 +37,7 @@ def unfinished(store: str | Path) -> str:
     root, _ = pinned(store)
     left = storage_verify.orphans(root)
     size = sum(size_of(root / name) or 0 for name in left)
-    return f"{len(left)} files of unfinished attempts, {size / 1e6:.1f} MB: of no harm and of no use" if left else ""
+    return f"{len(left)} files of unfinished attempts, {megabytes(size)}: of no harm and of no use" if left else ""
 
 
 def sealable(out: Path) -> tuple[int, dict[str, str]]:

@@ -1,23 +1,19 @@
-"""What stages cost before they run: arithmetic from the sizes, time from this machine's rate of matrix products."""
+"""What stages cost before they run: products from the sizes, time from this machine's rate of matrix products."""
 
 from __future__ import annotations
 
 import functools
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nfm.stages.display.units import about
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EFFICIENCY = 0.25  # of the probe's rate; small models with attention and norms reached 0.2 to 0.35 on CPUs
-
-
-def transformer_flops(tokens: int, width: int, layers: int, features: int, causal: bool = False) -> float:
-    """FLOPs of one forward pass of one example: 12 width^2 weights a layer, attention, embedding and head.
-
-    Causal attention counts half: fused kernels skip what is masked.
-    """
-    weights = 12 * layers * width**2 + 3 * features * width
-    return 2.0 * tokens * weights + (2.0 if causal else 4.0) * layers * tokens**2 * width
 
 
 def tokens_of(image_shape: Sequence[int], patch: int) -> tuple[int, int]:
@@ -27,42 +23,28 @@ def tokens_of(image_shape: Sequence[int], patch: int) -> tuple[int, int]:
 
 
 def teacher_flops(image_shape: Sequence[int], config: Any) -> float:
-    """FLOPs to encode one image."""
-    tokens, features = tokens_of(image_shape, config.patch)
-    return config.blocks * transformer_flops(tokens, config.channels, config.layers, features, causal=True)
+    """FLOPs to encode one image: 12 width^2 weights a layer, attention, embedding and head.
+
+    By arithmetic: causal attention is half of what torch counts, since fused kernels skip what is masked.
+    """
+    (tokens, features), width = tokens_of(image_shape, config.patch), config.channels
+    weights = 12 * config.layers * width**2 + 3 * features * width
+    return config.blocks * (2.0 * tokens * weights + 2.0 * config.layers * tokens**2 * width)
 
 
-def student_flops(image_shape: Sequence[int], config: Any) -> float:
-    """FLOPs of one evaluation of the velocity of one image."""
-    if config.arch == "unet":
-        import torch
+def velocity_flops(build: Callable[[], nn.Module], image_shape: Sequence[int]) -> float:
+    """FLOPs of the velocity of one image by any network g(x, t), as torch counts them from shapes alone."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
-        from nfm.trainers.models.unet import UNet
-
-        with torch.device("meta"):  # sizes without memory
-            return UNet(image_shape, 0, config.width, config.depth).flops()
-    tokens, features = tokens_of(image_shape, config.patch)
-    return transformer_flops(tokens, config.width, config.depth, features)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        build()(torch.empty(1, *image_shape), torch.empty(1))
+    return float(counter.get_total_flops())
 
 
 def describe(flops: float) -> dict[str, str]:
     """FLOPs and the time that they take here, as a plan shows them."""
-    return {"FLOPs": f"{flops:.2g}", "here": f"about {duration(flops / (matrix_rate() * EFFICIENCY))}"}
-
-
-def duration(seconds: float) -> str:
-    """A time in the unit that suits, years at most."""
-    for size, unit in ((365 * 86400, "years"), (86400, "days"), (3600, "h"), (60, "min")):
-        if seconds > 1.5 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def check_patch(image_shape: Sequence[int], patch: int) -> None:
-    """Raises ValueError when patches do not tile the image, as the teacher itself does."""
-    _, height, width = image_shape
-    if height % patch or width % patch:
-        raise ValueError(f"patch = {patch} does not divide the image {height} x {width}; choose a divisor")
+    return {"FLOPs": f"{flops:.2g}", "here": f"about {about(flops / (matrix_rate() * EFFICIENCY))}"}
 
 
 @functools.cache

@@ -6,7 +6,9 @@ does to the pairs (softening, a mixture of stores, the permuted control) makes t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -21,6 +23,7 @@ from nfm.stages.trained.training import (
     WEIGHTS,
     TrainingSection,
     blaming,
+    check_section,
     fit,
     parameter_count,
     pick_device,
@@ -30,6 +33,7 @@ from nfm.stages.trained.training import (
 from nfm.storage import Mixture, PairStore
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import read_bytes
+from nfm.trainers.models.sizes import check_patch, check_unet_width, check_width
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +81,22 @@ class StudentConfig(TrainingSection):
         return self
 
 
+def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
+    """Raises Unfit where sizes do not fit each other or the data, as far as `facts` tell of it."""
+
+    def sizes() -> None:
+        if config.arch == "unet":
+            check_unet_width(config.width)
+            return
+        check_width(config.width, config.head_size)
+        if "image_shape" in facts:
+            check_patch(facts["image_shape"], config.patch)
+
+    # What a mixture has an epoch is its reader's to say.
+    known = {key: value for key, value in facts.items() if key != "images"} if config.mixture else facts
+    check_section(NAME, config, known, sizes)
+
+
 def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
     """Train on the pairs of one generation of each store; the averaged weights are the student."""
     import torch
@@ -85,7 +105,7 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     from nfm.trainers.checkpoint import pack_weights
 
     store = PairStore.open(inputs["pairs"])
-    architecture = _architecture(config, store)
+    architecture = _architecture(config, store.spec.image_shape, store.spec.classes or 0)
     torch.manual_seed(config.seed)
     with blaming("config section [student]"):
         variant = _variant(store.spec.coupling, config)
@@ -120,8 +140,20 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
 
 def cost(config: StudentConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     """What training costs: a backward pass is two forward ones."""
-    flops = 3 * config.pairs * costs.student_flops(facts["image_shape"], config)
-    return {"pairs": f"{config.pairs:,}", **costs.describe(flops)}
+    products = 3 * config.pairs * flops(config, facts["image_shape"])
+    return {"pairs": f"{config.pairs:,}", **costs.describe(products)}
+
+
+def flops(config: StudentConfig, image_shape: Sequence[int]) -> float:
+    """FLOPs of one evaluation of the velocity of one image."""
+    with blaming("config section [student]"):
+        return _flops(json.dumps(_architecture(config, image_shape, classes=0)))
+
+
+@functools.cache
+def _flops(architecture: str) -> float:
+    sizes = json.loads(architecture)
+    return costs.velocity_flops(lambda: _build(sizes), sizes["image_shape"])
 
 
 def load(folder: Path, device: str = "cpu") -> SiT | UNet:
@@ -132,11 +164,10 @@ def load(folder: Path, device: str = "cpu") -> SiT | UNet:
     return model.eval().to(device)
 
 
-def _architecture(config: StudentConfig, store: PairStore) -> dict[str, Any]:
+def _architecture(config: StudentConfig, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
     """What is stored beside the weights; those without `arch` are of the transformer."""
     common = {
-        "image_shape": list(store.spec.image_shape), "classes": store.spec.classes or 0,
-        "width": config.width, "depth": config.depth,
+        "image_shape": list(image_shape), "classes": classes, "width": config.width, "depth": config.depth,
     }  # fmt: skip
     if config.arch == "unet":
         return {"arch": "unet", **common}
@@ -178,6 +209,4 @@ def _variant(coupling: str, config: StudentConfig) -> Variant:
 
 
 def _last_line(path: Path) -> dict[str, float]:
-    import json
-
     return json.loads(read_bytes(path).decode().splitlines()[-1])

@@ -10,12 +10,12 @@ import os
 import secrets
 import stat
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from nfm.storage.errors import StorageError
 from nfm.storage.files import remote
+from nfm.storage.files.parallel import parallel
 from nfm.storage.files.places import as_path, is_remote, is_url, local_path, stated_path
 
 __all__ = [
@@ -60,8 +60,7 @@ def several(where: Path, action: Callable[[Item], Result], items: Iterable[Item]
     """`action` of each item, in their order: at the same time where `where` is remote, since requests mostly wait."""
     if not is_remote(where):
         return [action(item) for item in items]
-    with ThreadPoolExecutor(_REQUESTS) as pool:
-        return list(pool.map(action, items))
+    return list(parallel(action, items, _REQUESTS))
 
 
 def names_in(folder: Path) -> list[str]:

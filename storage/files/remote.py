@@ -11,14 +11,13 @@ import logging
 import os
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nfm.storage.errors import CorruptShard, StorageError
 from nfm.storage.errors.masked import masked
+from nfm.storage.files.parallel import parallel
 
 T = TypeVar("T")
 _log = logging.getLogger("nfm.storage")
@@ -154,18 +153,14 @@ def read_pieces(path: Path, size: int) -> Iterator[bytes]:
 
     A piece may be short, as in `read_range`: compare the sum.
     """
-    ranges = deque((start, min(start + _PIECE, size)) for start in range(0, size, _PIECE))
-    if len(ranges) == 1:
-        yield read_range(path, *ranges[0])
+    if 0 < size <= _PIECE:
+        yield read_range(path, 0, size)
         return
-    pool, asked = ThreadPoolExecutor(_AHEAD), deque[Future[bytes]]()
-    try:
-        while ranges or asked:
-            while ranges and len(asked) < _AHEAD:
-                asked.append(pool.submit(read_range, path, *ranges.popleft()))
-            yield asked.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def read(start: int) -> bytes:
+        return read_range(path, start, min(start + _PIECE, size))
+
+    yield from parallel(read, range(0, size, _PIECE), _AHEAD, ahead=_AHEAD)
 
 
 def may_pass(error: BaseException) -> bool:

@@ -235,9 +235,15 @@ def _check_sizes(stream: Stream, batch_size: int, last: str, world_size: int) ->
         raise ValueError(
             f"batch_size {batch_size} counts the records of all ranks: make it divisible by the world size {world_size}"
         )
-    if last == "drop" and batch_size > stream.least:
+    if last == "drop":
+        check_enough(batch_size, stream.least)
+
+
+def check_enough(batch_size: int, records: int) -> None:
+    """Raises ValueError where not one batch could be filled; a config is asked this before its data is there."""
+    if batch_size > records:
         raise ValueError(
-            f"batch_size {batch_size} exceeds the {stream.least} records there are: lower it, or pass last='keep'"
+            f"batch_size {batch_size} exceeds the {records} records there are: lower it, or pass last='keep'"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 
 from nfm.storage.errors import CorruptShard, StorageError
 from nfm.storage.files.atomic import canonical_json, digest
+from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, is_remote
 from nfm.storage.format.index import INDEX_SCHEMA, read_index
 from nfm.storage.format.order import Rows
@@ -91,8 +91,7 @@ def read_parts(
         table = read_index(inside(root, part["index"]), columns, part["records"], part.get("index_sha256"))
         return table if expression is None else table.filter(expression)
 
-    with ThreadPoolExecutor(_REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS) as pool:
-        return pa.concat_tables(pool.map(read, entries))
+    return pa.concat_tables(parallel(read, entries, _REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS))
 
 
 def _columns(expression: pc.Expression, text: str) -> list[str]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -13,6 +10,7 @@ from typing import Any, TypeVar
 from nfm.storage.errors import StorageError
 from nfm.storage.files import folder as listing
 from nfm.storage.files.atomic import content_digest
+from nfm.storage.files.parallel import parallel
 from nfm.storage.layouts import Entry
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.commits import Commit
@@ -26,7 +24,6 @@ REMAKE = "its bytes are as committed: what encoded it was at fault, move the sto
 COPY = "restore it from a copy"
 _TOGETHER = 256  # shards that a thread takes at a time where each is quickly looked at
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -47,7 +44,7 @@ def check_shards(found: Survey, wanted: Collection[int], unlisted: bool, level: 
             return [_look(found, folder, shard, wanted, unlisted, level) for shard in shards]
 
         chunks = _chunks(found.shards(), _TOGETHER if level == "quick" else 1)
-        for chunk in _parallel(look, chunks, os.cpu_count() or 1):
+        for chunk in parallel(look, chunks):
             for shard, commit, known, findings in chunk:
                 checked.findings += findings
                 if commit is None:
@@ -139,15 +136,3 @@ def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     items = iter(items)
     while chunk := list(islice(items, size)):
         yield chunk
-
-
-def _parallel(action: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`action` of each item, in their order, on several threads; only a few items are taken ahead."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque[Future[Result]] = deque()
-        for item in items:
-            waiting.append(pool.submit(action, item))
-            if len(waiting) > 4 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

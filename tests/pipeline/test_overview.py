@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from nfm.pipeline import overview
 from nfm.pipeline.artifacts.artifact import ArtifactError
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import build
+from nfm.stages.trained import costs
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -74,7 +76,7 @@ def test_a_plan_of_pairs_without_data_says_what_to_give(empty: Lab) -> None:
     wrong = ("plan", "pairs", "-c", "tiny.toml", "--images", 100)
     assert "--image-shape together" in empty.nfm(*wrong, exits=2).stderr
     assert "3x64x64" in empty.nfm(*wrong, "--image-shape", "3,64,64", exits=2).stderr
-    refused = empty.nfm(*wrong, "--image-shape", "3x9x9", "--rate", 1, exits=1).stderr
+    refused = empty.nfm(*wrong, "--image-shape", "3x9x9", "--rate", 1, exits=2).stderr
     assert "patch = 2 does not divide the image 9 x 9" in refused
 
 
@@ -86,7 +88,7 @@ def test_the_age_and_size_of_an_artifact_are_those_of_its_files(lab: Lab, root: 
     row = next(row for row in overview.inventory() if row["artifact"] == lab.name("teacher"))
     assert row["age"] == "3 d"
     assert row["size"].endswith(" MB")
-    assert 3 <= int(row["size"].split()[0]) <= 5
+    assert 3 <= float(row["size"].split()[0]) <= 5
 
 
 def test_columns_stand_under_their_names() -> None:
@@ -114,3 +116,27 @@ def test_what_is_committed_is_not_planned_again(lab: Lab) -> None:
     assert rest["flops"] == pytest.approx(256 * rest["flops_per_image"])
     assert rest["hours"]["1"] == pytest.approx(256 / 100 / 3600, rel=0.01)
     assert whole["flops"] == pytest.approx(512 * whole["flops_per_image"])
+
+
+def test_a_plan_without_torch_tells_the_rest_and_what_is_not_installed(
+    lab: Lab, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.drop("teacher", "pairs", "student", "evaluate", "report")
+    monkeypatch.setitem(sys.modules, "torch", None)  # as in the base install
+    costs.matrix_rate.cache_clear()
+    told = lab.nfm("plan", "student", "-c", "tiny.toml").stdout.splitlines()
+    row = {line.split()[0]: line for line in told}
+    assert "nothing, is done" in row["data"]
+    for stage in ("teacher", "student"):
+        assert row[stage].endswith("told with torch, which is not installed here")
+
+
+def test_a_command_that_needs_what_is_not_installed_says_how_to_install_it(
+    empty: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    common = ("plan", "pairs", "-c", "tiny.toml", "--images", 1000, "--image-shape", "1x8x8")
+    assert empty.nfm(*common, exits=1).stderr == (
+        "nfm: torch is not installed here: pip install 'nfm-pairs[train]' brings it\n"
+    )
+    assert "as given by --rate" in empty.nfm(*common, "--rate", 1000).stdout

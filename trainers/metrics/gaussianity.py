@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 PROJECTIONS = 64
-TERMS = 100  # of Kolmogorov's series, which converges in a few unless the statistic is tiny, where it is 1
 
 
 class Deviation(NamedTuple):
@@ -44,26 +42,16 @@ def deviation(z: Tensor) -> Deviation:
 
 def projected(z: Tensor, seed: int, projections: int = PROJECTIONS) -> Projected:
     """Kolmogorov-Smirnov of z [N, D] along seeded random unit vectors, against N(0, 1)."""
+    from scipy.stats import kstwo
+
     random = torch.Generator().manual_seed(seed)
     directions = torch.randn(z.shape[1], projections, generator=random)
     along = (z @ (directions / directions.norm(dim=0))).double().sort(dim=0).values
     below = torch.special.ndtr(along)
     ranks = torch.arange(len(z) + 1, dtype=torch.float64)[:, None] / len(z)
     statistics = torch.maximum((ranks[1:] - below).amax(0), (below - ranks[:-1]).amax(0))
-    return Projected(float(statistics.mean()), min(1.0, projections * kolmogorov_p(float(statistics.max()), len(z))))
-
-
-def kolmogorov_p(statistic: float, count: int) -> float:
-    """The probability that `count` records give this statistic or a larger one, when the distribution is right.
-
-    Kolmogorov's series at (sqrt(n) + 0.12 + 0.11 / sqrt(n)) D (Stephens, J. R. Stat. Soc. B 32, 1970).
-    """
-    root = math.sqrt(count)
-    x = (root + 0.12 + 0.11 / root) * statistic
-    if x < 0.2:
-        return 1.0
-    total = 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * x) ** 2) for k in range(1, TERMS))
-    return min(max(total, 0.0), 1.0)
+    p = float(kstwo.sf(float(statistics.max()), len(z)))
+    return Projected(float(statistics.mean()), min(1.0, projections * p))
 
 
 def _by_parts(z: Tensor, centre: Tensor, power: int, rows: int = 1024) -> Tensor:

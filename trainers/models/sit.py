@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfm.trainers.models.head import exact
+from nfm.trainers.models.sizes import check_patch, check_width
+
 FREQUENCIES = 128
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
@@ -57,10 +60,8 @@ class SiT(nn.Module):
         """`classes` = 0 makes an unconditional student, which ignores labels."""
         super().__init__()
         channels, height, image_width = image_shape
-        if height % patch or image_width % patch:
-            raise ValueError(f"patch = {patch} does not divide the image {height} x {image_width}; choose a divisor")
-        if width % head_size or width % 4:
-            raise ValueError(f"width = {width} is not a multiple of head_size = {head_size} and of 4")
+        check_patch(image_shape, patch)
+        check_width(width, head_size)
         self.patch = patch
         self.grid = (height // patch, image_width // patch)
         features = channels * patch**2
@@ -83,10 +84,7 @@ class SiT(nn.Module):
             h = block(h, condition)
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         h = _modulate(self.norm(h), shift, scale)
-        # The velocity leaves in full precision whatever the caller's autocast type: solvers add it up.
-        with torch.autocast(h.device.type, enabled=False):
-            velocity = self.head(h.to(self.head.weight.dtype))
-        return F.pixel_shuffle(velocity.transpose(1, 2).unflatten(2, self.grid), self.patch)
+        return F.pixel_shuffle(exact(self.head, h).transpose(1, 2).unflatten(2, self.grid), self.patch)
 
     def _condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """What every block is modulated by: SiLU(time + label), [B, 1, width]."""
@@ -100,7 +98,7 @@ class SiT(nn.Module):
     def _initialise(self) -> None:
         """DiT's start: Xavier everywhere, small embeddings; modulations and head are already zero."""
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module.weight.any():
+            if isinstance(module, nn.Linear) and (module.weight.is_meta or module.weight.any()):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         for weight in (self.labels.weight, self.time_in.weight, self.time_out.weight):

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfm.trainers.models.head import exact
+from nfm.trainers.models.sizes import check_channels, check_patch
+
 Cache = tuple[Tensor, Tensor]  # keys and values of one layer, [B, heads, T, head_size]
 
 
@@ -92,7 +95,7 @@ class MetaBlock(nn.Module):
         for layer in self.layers:
             h = layer(h)
         # The outputs are shifted, not the inputs: token t gets what position t-1 produced, token 0 zeros.
-        a, m = F.pad(self._head(h)[:, :-1], (0, 0, 1, 0)).chunk(2, dim=-1)
+        a, m = F.pad(exact(self.head, h)[:, :-1], (0, 0, 1, 0)).chunk(2, dim=-1)
         return a, m
 
     def inverse(self, z: Tensor, y: Tensor | None, guidance: float = 0.0) -> Tensor:
@@ -113,7 +116,7 @@ class MetaBlock(nn.Module):
             h = self.embed(token) + positions[i] + context
             for layer, cache in zip(self.layers, caches):
                 h = layer.forward(h, cache, i)  # never compiled: it would be, again for every position
-            parameters = self._head(h)
+            parameters = exact(self.head, h)
             if guided:
                 conditional, dropped = parameters.chunk(2)
                 parameters = conditional + guidance * (i + 1) / (tokens - 1) * (conditional - dropped)
@@ -130,11 +133,6 @@ class MetaBlock(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
         keys, values = like.new_empty((2, count, *self.cache_shape), dtype=dtype)
         return keys, values
-
-    def _head(self, h: Tensor) -> Tensor:
-        # a, m, exp and the log-determinant stay in full precision whatever the caller's autocast type.
-        with torch.autocast(h.device.type, enabled=False):
-            return self.head(h.to(self.head.weight.dtype))
 
     def _class_embedding(self, y: Tensor | None) -> Tensor:
         if self.classes is None:
@@ -162,10 +160,8 @@ class TarFlow(nn.Module):
         """`classes` = 0 makes an unconditional flow, which ignores labels."""
         super().__init__()
         image_channels, height, width = image_shape
-        if height % patch or width % patch:
-            raise ValueError(f"patch = {patch} does not divide the image {height} x {width}; choose a divisor")
-        if channels % head_size:
-            raise ValueError(f"channels = {channels} is not a multiple of head_size = {head_size}")
+        check_patch(image_shape, patch)
+        check_channels(channels, head_size)
         self.patch = patch
         self.grid = (height // patch, width // patch)
         tokens, features = math.prod(self.grid), image_channels * patch**2

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfm.trainers.models.head import exact
 from nfm.trainers.models.sit import FREQUENCIES, sinusoids, zeroed
+from nfm.trainers.models.sizes import UNET_GROUP, check_unet_width
 
-_GROUP = 8  # channels that are normalised together
 _HEAD = 64  # channels of an attention head, where there are that many
 _SMALLEST = 4  # sides up to this are not halved
 
@@ -24,10 +25,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, condition: int) -> None:
         super().__init__()
-        self.norm_in = nn.GroupNorm(inputs // _GROUP, inputs)
+        self.norm_in = nn.GroupNorm(inputs // UNET_GROUP, inputs)
         self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulation = zeroed(nn.Linear(condition, 2 * outputs))
-        self.norm_out = nn.GroupNorm(outputs // _GROUP, outputs, affine=False)
+        self.norm_out = nn.GroupNorm(outputs // UNET_GROUP, outputs, affine=False)
         self.conv_out = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
@@ -44,7 +45,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.heads = math.gcd(channels, max(1, channels // _HEAD))
-        self.norm = nn.GroupNorm(channels // _GROUP, channels)
+        self.norm = nn.GroupNorm(channels // UNET_GROUP, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.project = zeroed(nn.Linear(channels, channels))
 
@@ -74,11 +75,8 @@ class UNet(nn.Module):
         makes an unconditional student, which ignores labels.
         """
         super().__init__()
-        if width < 1 or width % _GROUP:
-            raise ValueError(
-                f"width = {width} of a U-Net is not a multiple of {_GROUP}, the channels of a norm's group"
-            )
-        channels, height, image_width = self.image_shape = tuple(image_shape)
+        check_unet_width(width)
+        channels, height, image_width = image_shape
         self.widths = [width * multiple for multiple in multipliers[: _levels(max(height, image_width))]]
         lowest, condition = self.widths[-1], 4 * width
         self.time_in = nn.Linear(2 * FREQUENCIES, condition)
@@ -97,7 +95,7 @@ class UNet(nn.Module):
         )
         self.enlarge = nn.ModuleList(nn.Conv2d(below, here, 3, padding=1) for here, below in pairwise(self.widths))
         self.attention = nn.ModuleList(Attention(lowest) for _ in range(2 * depth + 1))  # down, middle, up
-        self.norm = nn.GroupNorm(width // _GROUP, width)
+        self.norm = nn.GroupNorm(width // UNET_GROUP, width)
         self.head = zeroed(nn.Conv2d(width, channels, 3, padding=1))
         for embedding in (self.labels, self.time_in, self.time_out):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -124,29 +122,7 @@ class UNet(nn.Module):
                 h = next(attention)(h) if level == lowest else h
             if level:  # to the size of the skip that comes next, which is odd where the image's was
                 h = self.enlarge[level - 1](F.interpolate(h, skips[-1].shape[2:], mode="nearest"))
-        h = F.silu(self.norm(h))
-        # The velocity leaves in full precision whatever the caller's autocast type: solvers add it up.
-        with torch.autocast(h.device.type, enabled=False):
-            return self.head(h.to(self.head.weight.dtype))
-
-    def flops(self) -> float:
-        """FLOPs of the velocity of one image: two a weight and position, and attention's products."""
-        _, height, width = self.image_shape
-        positions = [-(-height >> level) * -(-width >> level) for level in range(len(self.widths))]  # rounded up
-        tokenwise = _weights(self.attention, nn.Linear)
-        total = _weights(self, nn.Linear) - tokenwise + positions[-1] * tokenwise
-        total += 2 * len(self.attention) * positions[-1] ** 2 * self.widths[-1]
-        for level, count in enumerate(positions):
-            parts = [
-                self.down[level],
-                self.up[level],
-                *self.shrink[level - 1 : level],
-                *self.enlarge[level : level + 1],
-            ]
-            parts += [self.stem, self.head] if level == 0 else []
-            parts += [self.middle] if level == len(positions) - 1 else []
-            total += count * sum(_weights(part, nn.Conv2d) for part in parts)
-        return 2.0 * total
+        return exact(self.head, F.silu(self.norm(h)))
 
     def _condition(self, t: Tensor, y: Tensor | None) -> Tensor:
         """What every block is modulated by: SiLU(time + label), [B, 4 width]."""
@@ -155,11 +131,6 @@ class UNet(nn.Module):
         if y is None or null == 0:
             y = torch.full_like(t, -1, dtype=torch.long)
         return F.silu(time + self.labels(y.where(y >= 0, null)))
-
-
-def _weights(part: nn.Module, kind: type[nn.Linear] | type[nn.Conv2d]) -> int:
-    """The number of weights in layers of a kind."""
-    return sum(module.weight.numel() for module in part.modules() if isinstance(module, kind))
 
 
 def _levels(side: int) -> int:

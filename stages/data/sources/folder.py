@@ -9,17 +9,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BeforeValidator
 
-from nfm.stages.base import Reporter, StageError, Stopped
+from nfm.stages.base import Reporter, StageError, Stopped, Unfit
 from nfm.stages.data.reading.tree import Skipped, Tree
 from nfm.stages.data.source import Loaded, box_average, check_keys, digest_files, scratch_array
 from nfm.storage.errors import legible
+from nfm.storage.files.parallel import parallel
 
 # What a folder of this name, in any case, holds where it stands above class folders.
 SPLITS = {
@@ -122,14 +122,13 @@ class ImageFolder:
             return []
 
         counts: Counter[str] = Counter()
-        with ThreadPoolExecutor(self.threads) as pool:
-            for start in range(0, len(rows), DECODE_BATCH):
-                if report.stopping:
-                    raise Stopped
-                stop = min(start + DECODE_BATCH, len(rows))
-                for notes in pool.map(decode, range(start, stop)):
-                    counts.update(notes)
-                report.progress(stop, len(rows), "images read")
+        for start in range(0, len(rows), DECODE_BATCH):
+            if report.stopping:
+                raise Stopped
+            stop = min(start + DECODE_BATCH, len(rows))
+            for notes in parallel(decode, range(start, stop), self.threads):
+                counts.update(notes)
+            report.progress(stop, len(rows), "images read")
         for line in self.skipped.lines():
             report.say(f"not taken: {line}")
         for note, count in sorted(counts.items()):
@@ -161,9 +160,9 @@ class ImageFolder:
 
 def _root(path: str | None) -> Path:
     if path is None:
-        raise StageError('data.source = "images" needs data.path, a folder of class folders')
+        raise Unfit('data.source = "images" needs data.path, a folder of class folders')
     if not Path(path).is_dir():
-        raise StageError(f"data.path = {path!r} is no folder: name one that holds a folder for each class")
+        raise Unfit(f"data.path = {path!r} is no folder: name one that holds a folder for each class")
     return Path(path)
 
 

@@ -97,7 +97,7 @@ def test_the_arithmetic_of_pairs_is_told_of_each_coupling() -> None:
     assert flops("minibatch-ot", group_size=100) == 2 * 64 * 100
     assert flops("minibatch-ot", group_size=1000) == 2 * 64 * 409, "4,096 records a shard, of 10 classes"
     assert flops("semidiscrete-ot") == 2 * 64 * 600
-    assert flops("reflow", reflow_nfe=7) == 7 * costs.student_flops([1, 8, 8], FACTS["student"])
+    assert flops("reflow", reflow_nfe=7) == 7 * student.flops(FACTS["student"], [1, 8, 8])
     assert flops("reflow", reflow_nfe=7, reflow_guidance=1.0) == 2 * flops("reflow", reflow_nfe=7)
 
 

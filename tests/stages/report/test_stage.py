@@ -13,8 +13,9 @@ import pytest
 
 from nfm.stages.base import StageError
 from nfm.stages.data import stage as data
+from nfm.stages.display.units import duration
 from nfm.stages.report import stage as report
-from nfm.stages.report.html import column_texts, duration, number
+from nfm.stages.report.html import column_texts, number
 from nfm.stages.report.stage import ReportConfig
 from nfm.storage import ImageDataset, StorageError, StoreSpec
 from nfm.storage.files.atomic import write_json

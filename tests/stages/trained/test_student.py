@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from nfm.stages.base import StageError, Stopped
 from nfm.stages.couplings.variant import COUPLINGS, Variant
-from nfm.stages.trained import costs, student
+from nfm.stages.trained import student
 from nfm.stages.trained.student import StudentConfig
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
@@ -165,8 +165,8 @@ def test_a_u_net_has_its_own_default_size() -> None:
 
 def test_a_u_net_of_its_default_size_costs_about_what_the_default_transformer_does() -> None:
     for side, patch in ((14, 2), (28, 4)):
-        transformer = costs.student_flops((1, side, side), StudentConfig(patch=patch))
-        assert 0.4 < costs.student_flops((1, side, side), StudentConfig(arch="unet")) / transformer < 2.5
+        transformer = student.flops(StudentConfig(patch=patch), (1, side, side))
+        assert 0.4 < student.flops(StudentConfig(arch="unet"), (1, side, side)) / transformer < 2.5
     assert student.cost(StudentConfig(arch="unet"), {"image_shape": [1, 14, 14]})["pairs"] == "240,000"
 
 

@@ -1,0 +1,53 @@
+"""Bytes and seconds as people read them."""
+
+from __future__ import annotations
+
+
+def size(count: float, digits: int = 3) -> str:
+    """Bytes in the unit that suits, to so many significant figures: `15.9 MB`; of terabytes one figure more."""
+    for unit in ("B", "kB", "MB", "GB"):
+        rounded = float(f"{count:.{digits}g}")
+        if rounded < 1000:  # 999.9 kB are 1 MB
+            return f"{rounded:g} {unit}"
+        count /= 1000
+    return f"{float(f'{count:.{digits + 1}g}'):,.16g} TB"
+
+
+def megabytes(count: float) -> str:
+    """Bytes in one unit, for figures that are compared: `0.5 MB`."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def about(seconds: float) -> str:
+    """An estimated time in the unit that suits, years at most: `6.7 min`."""
+    for length, unit in ((365 * 86400, "years"), (86400, "days"), (3600, "h"), (60, "min")):
+        if seconds > 1.5 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def age(seconds: float) -> str:
+    """How long ago, in whole units: `3 d`."""
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def clock(seconds: float | None) -> str:
+    """A time to the second, as short as it goes on a line of progress: `75` -> `1m15s`."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def duration(seconds: float) -> str:
+    """A time to the second, written out: `1 min 15 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
