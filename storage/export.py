@@ -20,14 +20,14 @@ import numpy as np
 
 from nfm.storage import layouts as layouts
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.files.atomic import HashingFile, create_json, hash_file, is_temporary, read_json
+from nfm.storage.files.atomic import HashingFile, create_json, hash_file, read_json
 from nfm.storage.files.cache import Wanted
 from nfm.storage.files.parallel import parallel
-from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove, size_of
+from nfm.storage.files.paths import as_path, inside, is_remote, size_of
 from nfm.storage.files.small_files import plain
 from nfm.storage.format import codecs, untrusted
 from nfm.storage.format.index import read_index
-from nfm.storage.format.spec import SPEC, StoreSpec, pair_fields
+from nfm.storage.format.spec import SPEC, StoreSpec, check_folder, pair_fields
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.row_fields import FIELDS, RowField, publish_row_field, row_field_names
 from nfm.storage.ledger.shard_writer import write_shard
@@ -92,7 +92,7 @@ def export(
     carried = {key: source.manifest[key] for key in _CARRIED if key in source.manifest}
     holes = {shard["name"]: shard["reason"] for shard in source.excluded}
     manifest = seal.seal(root, source.draws, holes, **carried, inputs=_inputs(source), exported=exported)
-    _remove_lost_attempts(root, manifest["shards"])
+    seal.remove_lost_attempts(root, manifest["shards"])
     return manifest
 
 
@@ -106,9 +106,7 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
     if _within(root, source.root):
         raise StorageError(f"{root}: inside the store that is exported, {source.root}; export into a folder of its own")
     mine = {"store": spec.to_dict(), "inputs": _inputs(source), "exported": {"order_source": source.spec.source}}
-    names = [name for name in names_in(root) if not is_temporary(name)]
-    if names and SPEC not in names:
-        raise StorageError(f"{root}: there is something else already ({names[0]}); export into a new or empty folder")
+    check_folder(root, "export into")
     if (encoding := read_json(source.root / SPEC).get("encoding")) is not None:
         mine["encoding"] = encoding  # the batch shape, with which an audit encodes a sample again
     if not create_json(root / SPEC, mine):
@@ -254,23 +252,3 @@ def _copy_row_fields(source: PairStore, root: Path) -> None:
                 if out.sha256 != part.sha256:
                     raise CorruptShard(f"{field.folder / part.file}: not the bytes that were written; restore it")
         publish_row_field(folder, field.body)
-
-
-def _remove_lost_attempts(root: Path, entries: Sequence[Entry]) -> None:
-    """Removes what killed attempts left of these shards, now that each of them is sealed under one attempt."""
-    kept = {file for entry in entries for file in (entry["payload"], entry["index"])}
-    names = {entry["name"] for entry in entries}
-    for folder in ("shards", "index"):
-        for file in names_in(root / folder):
-            if file.partition(".")[0] in names and f"{folder}/{file}" not in kept:
-                _remove(root / folder / file)
-
-
-def _remove(path: Path) -> None:
-    if size_of(path) is not None:
-        remove(path)
-        return
-    for part in names_in(path):
-        remove(path / part)
-    if not is_remote(path):  # an object store has no folders
-        path.rmdir()

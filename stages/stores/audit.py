@@ -51,7 +51,7 @@ def audit(
     findings = verify(store, level)
     root, generation = pinned(store)
     if level == "quick" or findings or "data" not in inputs:
-        return findings, []
+        return findings, [] if findings else _made_elsewhere(read_spec(root))
     manifest, found = seal.load(root, generation), read_spec(root)
     config = stage.PairsConfig(**manifest["config"])
     if set(stage.input_roles(config)) - set(inputs):
@@ -118,6 +118,11 @@ def _marginals(root: Path, manifest: dict[str, Any]) -> list[Finding]:
     of_teacher = f"{teacher}; sigma_f should be measured on these images"
     remedy = of_teacher if read_spec(root).teacher else "let the coupling's noise be about N(0, 1)"
     return [Finding(str(root), problem, remedy)]
+
+
+def _made_elsewhere(spec: StoreSpec) -> list[str]:
+    origin = (spec.coupling_options or {}).get("origin")
+    return [] if origin is None else [f"made elsewhere ({origin}): its pairs are not compared with a source"]
 
 
 def encode_again(

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from nfm.storage.errors import NewerSchema, StorageError
-from nfm.storage.files.atomic import create_json, read_json
-from nfm.storage.files.paths import as_path
+from nfm.storage.files.atomic import create_json, is_temporary, read_json
+from nfm.storage.files.paths import as_path, exists, names_in
 from nfm.storage.format import untrusted
 from nfm.storage.format.codecs import CODECS
 
@@ -23,6 +23,7 @@ FORMAT = 1
 ROLES = ("image", "noise", "label", "slot")
 IMAGE_DTYPES = ("uint8", "float16", "float32")
 SPEC = "spec.json"
+DRAFT = "spec.draft.json"  # of a store whose writer does not know its source yet
 
 _DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
 _DTYPES += ("float16", "float32", "float64")
@@ -139,6 +140,53 @@ class StoreSpec:
         self._check_values()
         self._check_fields()
         self._check_sizes()
+
+    @classmethod
+    def external(
+        cls,
+        *,
+        rows: int,
+        image_shape: tuple[int, ...],
+        origin: str,
+        image_dtype: str = "uint8",
+        classes: int | None = None,
+        value_range: tuple[float, float] = (-1.0, 1.0),
+        codec: str = "float16",
+        layout: str = "blocks",
+        rows_per_shard: int = 4096,
+        rows_per_block: int = 256,
+        source: str = "",
+        **others: Any,
+    ) -> StoreSpec:
+        """The recipe of pairs that were made elsewhere, for `PairWriter`; `origin` says in words where.
+
+        `value_range` is what the uint8 images 0 and 255 stand for, and of float images what their values must lie in.
+        `classes` None: there are no labels. `source` is the content digest of the images; left out, the writer computes
+        it. Other arguments are the fields of `StoreSpec`. Raises StorageError.
+        """
+        if not isinstance(origin, str) or not origin.strip():
+            raise StorageError(
+                f"store spec: origin {untrusted.shown(origin)}; say in words who made the pairs, and how"
+            )
+        untrusted.one_of("store spec: codec", codec, CODECS)
+        return cls(
+            rows=rows,
+            rows_per_shard=rows_per_shard,
+            rows_per_block=rows_per_block,
+            fields=pair_fields(image_shape, codec, image_dtype, label=classes is not None),
+            coupling="external",
+            coupling_options={"origin": origin},
+            source=source,
+            codec=codec,
+            layout=layout,
+            value_range=value_range,
+            classes=classes,
+            **others,
+        )
+
+    def with_source(self, source: str) -> StoreSpec:
+        """The same recipe for the data with this content digest."""
+        return dataclasses.replace(self, source=source)
 
     def field(self, name: str) -> Field:
         """The field called `name`. Raises StorageError when the store has none."""
@@ -279,10 +327,22 @@ def _newer(found: int) -> NewerSchema:
 def read_spec(root: str | Path) -> StoreSpec:
     """The recipe of the store at `root`. Raises StorageError (no store there) or NewerSchema."""
     path = as_path(root) / SPEC
+    if not exists(path) and exists(as_path(root) / DRAFT):
+        raise StorageError(
+            f"{root}: a store that a PairWriter has begun and not sealed; run the code that writes it again, and it "
+            "goes on"
+        )
     try:
         return StoreSpec.from_dict(read_json(path))
     except StorageError as error:
         raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from error
+
+
+def check_folder(root: Path, order: str) -> None:
+    """Refuses a folder that has something else in it; `order` says what to do with a new one."""
+    names = [name for name in names_in(root) if not is_temporary(name)]
+    if names and SPEC not in names and DRAFT not in names:
+        raise StorageError(f"{root}: there is something else already ({names[0]}); {order} a new or empty folder")
 
 
 def write_spec(root: str | Path, spec: StoreSpec) -> None:

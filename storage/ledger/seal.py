@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from nfm.storage import layouts
 from nfm.storage.errors import MissingShard, StorageError
 from nfm.storage.files import folder
 from nfm.storage.files.atomic import create_json
-from nfm.storage.files.paths import as_path, exists, size_of
+from nfm.storage.files.paths import as_path, exists, is_remote, names_in, remove, size_of
 from nfm.storage.format.order import order_key
 from nfm.storage.format.spec import FORMAT, StoreSpec, parse_name, read_spec, shard_name
 from nfm.storage.ledger import commits, manifests
@@ -21,7 +21,7 @@ from nfm.storage.ledger.sums import Totals
 
 __all__ = [
     "build", "files_of", "load", "manifest_path", "names_of", "newest", "next_number", "numbers", "pending", "raw",
-    "seal",
+    "remove_lost_attempts", "seal",
 ]  # fmt: skip
 _LISTED = 8  # pending shards named in a message
 _MOST_REASON = 1000  # characters
@@ -92,6 +92,27 @@ def seal(root: str | Path, draws: int, excluded: Mapping[str, str] | None = None
     if not created and any(key in stands and stands[key] != body[key] for key in body):
         raise StorageError(f"{path}: another process sealed it just now, with other shards; seal again")
     return manifests.whole(root, stands)
+
+
+def remove_lost_attempts(root: str | Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Removes what killed attempts left of these shards, now that each of them is sealed under one attempt."""
+    where = as_path(root)
+    kept = {file for entry in entries for file in (entry["payload"], entry["index"])}
+    names = {entry["name"] for entry in entries}
+    for kind in ("shards", "index"):
+        for file in names_in(where / kind):
+            if file.partition(".")[0] in names and f"{kind}/{file}" not in kept:
+                _remove(where / kind / file)
+
+
+def _remove(path: Path) -> None:
+    if size_of(path) is not None:
+        remove(path)
+        return
+    for part in names_in(path):
+        remove(path / part)
+    if not is_remote(path):  # an object store has no folders
+        path.rmdir()
 
 
 def _present(
