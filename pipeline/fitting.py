@@ -14,7 +14,7 @@ from nfm.pipeline.artifacts.artifact import artifacts_root
 from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Section, StageError
-from nfm.stages.data.stage import DataConfig
+from nfm.stages.data.config import DataConfig
 from nfm.stages.trained.training import pick_device
 
 
