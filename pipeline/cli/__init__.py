@@ -15,13 +15,22 @@ from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
 from nfm.pipeline.cli.gc import gc
-from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, FiniteRange, config_option, json_option, set_option
+from nfm.pipeline.cli.options import (
+    LOCAL_PATH,
+    PLACE,
+    FiniteRange,
+    OutputFile,
+    config_option,
+    json_option,
+    set_option,
+)
 from nfm.pipeline.cli.pairs import pairs
 from nfm.pipeline.cli.plan import plan
 from nfm.pipeline.cli.submit import submit
 from nfm.pipeline.cli.worklist import encode, worklist
 from nfm.pipeline.config import load
 from nfm.stages.couplings.custom import Allowed
+from nfm.stages.display.endings import PICTURE
 from nfm.stages.trained.sampling import GRIDS, SOLVERS
 
 if TYPE_CHECKING:
@@ -170,7 +179,14 @@ def list_artifacts(as_json: bool) -> None:
     help="v + g (v - v without labels); a teacher's own.",
 )
 @click.option("--seed", default=0, type=click.IntRange(0, 2**64 - 1), show_default=True)
-@click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH)
+@click.option(
+    "-o",
+    "--output",
+    default="grid.png",
+    show_default=True,
+    type=OutputFile(PICTURE),
+    help="The picture: png, jpg, webp.",
+)
 def sample(
     artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
 ) -> None:

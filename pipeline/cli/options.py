@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
 
+from nfm.stages.display.endings import check_ending
 from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import as_path, local_path
 
@@ -39,6 +41,22 @@ class LocalPath(click.Path):
 
 PLACE = Place()
 LOCAL_PATH = LocalPath()
+
+
+class OutputFile(LocalPath):
+    """A file to write, whose ending says what is inside; another is refused before any work."""
+
+    def __init__(self, endings: Collection[str]) -> None:
+        super().__init__(dir_okay=False)
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        try:
+            check_ending(found, self.endings)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return found
 
 
 class FiniteRange(click.FloatRange):

@@ -11,7 +11,8 @@ from typing import Literal
 import click
 
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
-from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, json_option
+from nfm.pipeline.cli.options import PLACE, LocalPath, OutputFile, json_option
+from nfm.stages.display.endings import PICTURE
 from nfm.stages.display.units import clock, size
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
@@ -74,7 +75,14 @@ def report(store: Path, as_json: bool) -> None:
 @click.argument("store", type=PLACE)
 @click.option("-n", "count", default=8, type=click.IntRange(1, 20), show_default=True, help="Pairs, and worst ones.")
 @click.option("--draw", default=0, type=click.IntRange(min=0), show_default=True)
-@click.option("-o", "--output", default="head.png", show_default=True, type=LOCAL_PATH)
+@click.option(
+    "-o",
+    "--output",
+    default="head.png",
+    show_default=True,
+    type=OutputFile(PICTURE),
+    help="The picture: png, jpg, webp.",
+)
 @click.option(
     "--teacher", default="auto", show_default=True, type=PLACE, metavar="ARTIFACT|auto|none",
     help="Who decodes the noise; auto looks for the store's own among the artifacts.",
