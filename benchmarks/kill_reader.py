@@ -35,6 +35,7 @@ from nfm.stages.display.endings import JSON
 from nfm.storage import Batch, PairStore, StoreSpec
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 
 ROWS, BATCH, SHAPE, DRAWS = 4000, 128, (1, 8, 8), 2
 BATCHES_PER_KILL = 24
@@ -91,7 +92,7 @@ def make_store(root: Path) -> Path:
                 "label": slots % 10,
                 "slot": slots,
             }
-            commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", [record]).commit())
+            commits.publish(root, write_shard(root, spec, draw, shard, "a1", [record]).commit())
     seal.seal(root, DRAWS)
     return root
 
@@ -203,7 +204,7 @@ def main(kills: int, seed: int, output: Path) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(body, indent=2) + "\n")
+    output.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(body, indent=2))
     if not body["sequences_equal"] or body["records_lost"] or body["records_twice"]:
         sys.exit(1)

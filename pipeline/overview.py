@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, newest_manifest
+from nfm.pipeline import fitting
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, check_store, newest_manifest
 from nfm.pipeline.artifacts.lineage import dependants
+from nfm.pipeline.artifacts.ours import specs
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.console import progress
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
@@ -16,23 +18,25 @@ from nfm.pipeline.runner import headline
 from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs import progress as pairs_progress
+from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.pairs.estimate import as_text as described
 from nfm.stages.pairs.estimate import estimate
-from nfm.stages.pairs.stage import PairsConfig
 from nfm.stages.stores import info
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage.errors import StorageError
 
 Row = dict[str, Any]
 DONE, LATER = "nothing, is done", "run after its inputs"
+SHOWN = 3  # names of those that need an artifact
 
 
 def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
     """A row a stage that `target` needs: what would happen, and what it costs where that can be told yet."""
+    fitting.check(nodes, target)
     rows, facts = [], _facts(nodes)
     for node in upstream(nodes, target):
         artifact = node.artifact()
-        row = {"stage": node.name, "artifact": _name(node, artifact), "would": _action(node, artifact)}
+        row = {"stage": node.name, "artifact": _name(node, artifact), "would": _action(artifact)}
         done = artifact is not None and artifact.done
         estimate = optional(node.stage, "cost", lambda *_: {})
         try:
@@ -95,7 +99,7 @@ def status(nodes: Mapping[str, Node]) -> list[Row]:
 def inventory() -> list[Row]:
     """A row an artifact under the root."""
     rows = []
-    for spec in sorted(artifacts_root().glob("*/*/spec.json")):
+    for spec in specs(artifacts_root()):
         artifact = Artifact(spec.parent, newest_manifest(spec.parent))
         rows.append(
             {
@@ -120,8 +124,7 @@ def _state(artifact: Artifact) -> str:
 
 def store_info(artifact: Artifact) -> Row:
     """A store's recipe and the figures of its pinned generation."""
-    if "store" not in artifact.spec:
-        raise ArtifactError(f"{artifact.name} is no pair store; `nfm lineage {artifact.name}` shows what it is")
+    check_store(artifact)
     artifact.manifest()  # an unfinished or damaged artifact says so
     return {"store": artifact.name, **info.info(artifact.reference)}
 
@@ -148,7 +151,7 @@ def _name(node: Node, artifact: Artifact | None) -> str:
     return artifact.name if artifact is not None else f"{node.stage.NAME}/(after its inputs)"
 
 
-def _action(node: Node, artifact: Artifact | None) -> str:
+def _action(artifact: Artifact | None) -> str:
     if artifact is None:
         return LATER
     if (artifact.done or artifact.started) and _state(artifact) == "damaged":
@@ -162,6 +165,6 @@ def _figures(artifact: Artifact | None, draws: int | None) -> str:
     return headline(artifact) if artifact.done else progress.figures(artifact, draws)
 
 
-def _few(names: list[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more or "-"
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more or "-"

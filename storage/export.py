@@ -25,11 +25,12 @@ from nfm.storage.files.cache import Wanted
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove, size_of
 from nfm.storage.files.small_files import plain
-from nfm.storage.format import codecs
+from nfm.storage.format import codecs, untrusted
 from nfm.storage.format.index import read_index
 from nfm.storage.format.spec import SPEC, StoreSpec, pair_fields
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.row_fields import FIELDS, RowField, publish_row_field, row_field_names
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.store import PairStore
 
 Entry = Mapping[str, Any]
@@ -45,10 +46,8 @@ def converted(spec: StoreSpec, layout: str, codec: str) -> StoreSpec:
     """The recipe of the same pairs in another layout and codec. Raises StorageError where they do not go together."""
     noise = next(field for field in pair_fields(spec.image_shape, codec) if field.role == "noise")
     fields = tuple(noise if field.role == "noise" else field for field in spec.fields)
-    rows_per_block = spec.rows_per_block
-    if layout == "zarr":  # a shard is whole chunks there
-        sizes = range(1, min(rows_per_block, spec.rows_per_shard) + 1)
-        rows_per_block = max(rows for rows in sizes if spec.rows_per_shard % rows == 0)
+    untrusted.one_of("store spec: layout", layout, layouts.LAYOUTS)
+    rows_per_block = layouts.LAYOUTS[layout].rows_per_block(spec)
     step = spec.noise_step if codec == spec.codec else None
     return dataclasses.replace(
         spec, layout=layout, codec=codec, fields=fields, noise_step=step, rows_per_block=rows_per_block
@@ -99,10 +98,10 @@ def export(
 
 def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
     """Makes the target's spec.json, or finds that it is this export's. It has no `stage`: the pipeline made it not."""
-    if spec.layout == "zarr" and source.excluded:
+    if source.excluded and not layouts.of(spec).holes:
         raise StorageError(
-            f"{source.root}: {len(source.excluded)} shards are missing, and the arrays of layout zarr can have no "
-            "holes; complete the store first, or export it in layout blocks or samples"
+            f"{source.root}: {len(source.excluded)} shards are missing, and the arrays of layout {spec.layout} can "
+            "have no holes; complete the store first, or export it in layout blocks or samples"
         )
     if _within(root, source.root):
         raise StorageError(f"{root}: inside the store that is exported, {source.root}; export into a folder of its own")
@@ -163,7 +162,7 @@ class _Conversion:
         if commit is None:
             raise MissingShard(f"{commits.commit_path(source.root, name)}: the commit is missing; run `nfm audit`")
         attempt = _origin(entry) + secrets.token_hex(4)
-        written = commits.write_shard(self.root, self.spec, commit.draw, commit.shard, attempt, self._records(entry))
+        written = write_shard(self.root, self.spec, commit.draw, commit.shard, attempt, self._records(entry))
         how = {key: getattr(commit, key) for key in ("precision", "batch_size", "threads", "versions", "device")}
         commits.publish(self.root, written.commit(**how))
         return entry
@@ -190,7 +189,7 @@ class _Conversion:
             chunk = {name: values[start:stop] for name, values in columns.items()}
             chunk |= {field.name: shard.read(field.name, start, stop) for field in spec.fields}
             if spec.noise_step is not None:
-                chunk["noise"] = codecs.decode(chunk["noise"], spec.noise_step)
+                chunk["noise"] = codecs.unpack(chunk["noise"], spec.noise_step)
             self.loss.add(chunk["noise"])
             yield chunk
 
@@ -215,7 +214,7 @@ class _Loss:
     def add(self, noise: np.ndarray) -> None:
         if not self._possible:
             return
-        error = codecs.decode(codecs.encode(noise, self._codec, self._step)[0], self._step) - noise
+        error = codecs.unpack(codecs.pack(noise, self._codec, self._step)[0], self._step) - noise
         flat = error.reshape(-1)
         squares, most = float(np.dot(flat, flat)), float(np.abs(flat).max(initial=0.0))
         with self._lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import socket
 import sys
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nfm.storage.errors import StorageError, Told
+from nfm.storage.errors import StorageError, Told, legible
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 
@@ -38,9 +39,10 @@ class Lock:
         self.path = folder / "lock.json"
         self.stale_seconds = stale_seconds
         self.lost = False
+        command = masked(legible(shlex.join(sys.argv)))
         self._body: dict[str, Any] = {
             "id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "space": _process_space(),
-            "born": _born(os.getpid()), "command": masked(" ".join(sys.argv[:6])), "since": time.strftime("%F %T%z"),
+            "born": _born(os.getpid()), "command": command, "since": time.strftime("%F %T%z"),
             "beat": 0,
         }  # fmt: skip
         self._stop = threading.Event()
@@ -150,7 +152,9 @@ class Lock:
 def _process_space() -> str:
     """Names the machine's boot and process namespace: inside it, process numbers can be compared."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + os.readlink(
+            "/proc/self/ns/pid"
+        )
     except OSError:
         return f"{socket.gethostname()}-unknown-{os.getpid()}"
 
@@ -158,7 +162,7 @@ def _process_space() -> str:
 def _born(pid: int) -> str | None:
     """The start time of a process in clock ticks since boot; None when there is none, or a dead one not yet reaped."""
     try:
-        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if state in "ZX" else facts[18]
     except (OSError, ValueError, IndexError):
         return None

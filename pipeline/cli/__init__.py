@@ -14,14 +14,18 @@ import click
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
+from nfm.pipeline.cli.compared import compared_options, overrides_of
 from nfm.pipeline.cli.gc import gc
 from nfm.pipeline.cli.options import (
     LOCAL_PATH,
+    MANY,
     PLACE,
-    FiniteRange,
-    OutputFile,
+    SEED,
+    Number,
+    Whole,
     config_option,
     json_option,
+    picture_option,
     set_option,
 )
 from nfm.pipeline.cli.pairs import pairs
@@ -30,7 +34,6 @@ from nfm.pipeline.cli.submit import submit
 from nfm.pipeline.cli.worklist import encode, worklist
 from nfm.pipeline.config import load
 from nfm.stages.couplings.custom import Allowed
-from nfm.stages.display.endings import PICTURE
 from nfm.stages.trained.sampling import GRIDS, SOLVERS
 
 if TYPE_CHECKING:
@@ -48,26 +51,35 @@ def cli() -> None:
 @click.argument("stage", type=click.Choice(STAGE_NAMES))
 @config_option
 @set_option
+@compared_options
 @click.option("--ray-address", metavar="ADDRESS", help="The Ray cluster, as --set pairs.ray_address; or RAY_ADDRESS.")
-def run(stage: str, config_path: Path, overrides: tuple[str, ...], ray_address: str | None) -> None:
+def run(
+    stage: str, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None,
+    ray_address: str | None,
+) -> None:  # fmt: skip
     """Run a stage and whatever it needs that is missing."""
-    from nfm.pipeline import graph, runner
+    from nfm.pipeline import builder, runner
 
+    overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
         overrides += (f"pairs.ray_address={ray_address}",)
-    artifact = runner.run(graph.build(load(config_path, overrides), target=stage), stage)
+    artifact = runner.run(builder.build(load(config_path, overrides), target=stage), stage)
     click.echo(_main_output(artifact))
 
 
 @cli.command()
 @config_option
 @set_option
+@compared_options
 @json_option
-def status(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def status(
+    config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None, as_json: bool
+) -> None:
     """Show a line a stage: state, fingerprint, size, key figures."""
-    from nfm.pipeline import graph, overview
+    from nfm.pipeline import builder, overview
 
-    rows = overview.status(graph.build(load(config_path, overrides)))
+    config = load(config_path, (*overrides, *overrides_of(couplings, seeds)))
+    rows = overview.status(builder.build(config))
     click.echo(json.dumps(rows, indent=2) if as_json else overview.as_text(rows))
 
 
@@ -83,7 +95,7 @@ def status(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None
 @click.option(
     "--sample",
     default=300,
-    type=click.IntRange(min=1),
+    type=Whole(1, MANY),
     show_default=True,
     help="Pairs of each store that --deep takes.",
 )
@@ -92,7 +104,7 @@ def status(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None
     "digests",
     multiple=True,
     metavar="SHA256",
-    help="--deep may run the custom function whose file has this digest. With -c, those that the config names may.",
+    help="--deep may run the custom function whose file has this digest. Repeatable. With -c also those of the config.",
 )
 @json_option
 def audit(
@@ -142,9 +154,9 @@ def lineage(artifact: Path, as_json: bool) -> None:
 @set_option
 def student(store: Path, config_path: Path, overrides: tuple[str, ...]) -> None:
     """Train a student alone, from any store."""
-    from nfm.pipeline import graph, runner
+    from nfm.pipeline import builder, runner
 
-    artifact = runner.run(graph.build(load(config_path, overrides), store=find(store)), "student")
+    artifact = runner.run(builder.build(load(config_path, overrides), store=find(store)), "student")
     click.echo(_main_output(artifact))
 
 
@@ -161,11 +173,11 @@ def list_artifacts(as_json: bool) -> None:
 
 @cli.command()
 @click.argument("artifact", type=PLACE)
-@click.option("-n", "count", default=64, type=click.IntRange(1, 65_536), show_default=True, help="Number of images.")
+@click.option("-n", "count", default=64, type=Whole(1, 65_536), show_default=True, help="Number of images.")
 @click.option(
     "--nfe",
     default=7,
-    type=click.IntRange(min=1),
+    type=Whole(1, 100_000),
     show_default=True,
     help="Evaluations of a student; a teacher is inverted.",
 )
@@ -174,19 +186,12 @@ def list_artifacts(as_json: bool) -> None:
 @click.option(
     "--guidance",
     default=0.0,
-    type=FiniteRange(-100, 100),
+    type=Number(-100, 100),
     show_default=True,
     help="v + g (v - v without labels); a teacher's own.",
 )
-@click.option("--seed", default=0, type=click.IntRange(0, 2**64 - 1), show_default=True)
-@click.option(
-    "-o",
-    "--output",
-    default="grid.png",
-    show_default=True,
-    type=OutputFile(PICTURE),
-    help="The picture: png, jpg, webp.",
-)
+@click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
+@picture_option("grid.png")
 def sample(
     artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
 ) -> None:

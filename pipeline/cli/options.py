@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from nfm.stages.display.endings import check_ending
+from nfm.stages.display.endings import PICTURE, check_ending
 from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import as_path, local_path
 
@@ -59,8 +59,22 @@ class OutputFile(LocalPath):
         return found
 
 
-class FiniteRange(click.FloatRange):
-    """As click's, which takes nan for every range."""
+MANY = 10**12  # of things that are counted, where nothing smaller ends them
+
+
+class Whole(click.IntRange):
+    """A whole number; every option that takes one says from where to where."""
+
+    def __init__(self, least: int, most: int) -> None:
+        super().__init__(least, most)
+
+
+class Number(click.FloatRange):
+    """A number between two others, which nan and inf are not, though click's own range takes nan for every one."""
+
+    def __init__(self, least: float, most: float, above: bool = False) -> None:
+        """`above`: the least itself is no value."""
+        super().__init__(least, most, min_open=above)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         found = float(super().convert(value, param, ctx))
@@ -69,8 +83,20 @@ class FiniteRange(click.FloatRange):
         return found
 
 
+SEED = Whole(0, 2**64 - 1)
+
+
 config_option = click.option(
     "-c", "--config", "config_path", required=True, type=LOCAL_PATH, metavar="F", help="The run's TOML file."
 )
-set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field of the config. Repeatable."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")
+
+
+def picture_option(default: str) -> Any:
+    """Where a command's picture goes."""
+    written = OutputFile(PICTURE)
+    told = "The picture, in the format of its ending."
+    return click.option("-o", "--output", default=default, show_default=True, type=written, help=told)

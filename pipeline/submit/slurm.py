@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nfm.stages.base import StageError
+from nfm.stages.base import Unfit
 
 PLAIN = re.compile(r"[\w./:=%@+,-]*")  # what a `#SBATCH` line takes without quotes
 FIXED = {  # what the scripts decide, and what to use instead
@@ -81,7 +81,6 @@ def array_jobs(submission: Submission, tasks: int, limit: int, at_once: int = 0)
 def _prepare(submission: Submission) -> str:
     return script(
         submission,
-        "prepare",
         _options(submission, "prepare", "%j", submission.compute, f"--cpus-per-task={submission.threads}"),
         "# Makes data and teacher where they are missing, and freezes the list of shards to encode.",
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
@@ -93,7 +92,6 @@ def _array(submission: Submission, name: str, start: int, count: int, tasks: int
     throttle = f"%{at_once}" if at_once else ""
     return script(
         submission,
-        name,
         _options(
             submission,
             name,
@@ -115,14 +113,13 @@ def _array(submission: Submission, name: str, start: int, count: int, tasks: int
 def _seal(submission: Submission) -> str:
     return script(
         submission,
-        "seal",
         _options(submission, "seal", "%j", submission.sealing),
         "# Seals the store when nothing is missing; otherwise says what is, and ends with exit code 1.",
         f"exec {nfm(submission, 'run', 'pairs', config=True, sets=('pairs.executor=slurm',))}",
     )
 
 
-def script(submission: Submission, name: str, options: Sequence[str], *lines: str) -> str:
+def script(submission: Submission, options: Sequence[str], *lines: str) -> str:
     """A whole script: its options, the user's own lines, the folders, then `lines`."""
     return "\n".join(
         [
@@ -156,7 +153,7 @@ def directive(option: str) -> str:
     """An option of `sbatch` as a `#SBATCH` line takes it. Raises StageError for what the scripts decide themselves."""
     name, sign, value = option.partition("=")
     if "\n" in option or not option.startswith("-"):
-        raise StageError(f"--sbatch {option!r}: write one option of sbatch, for instance --sbatch=--time=04:00:00")
+        raise Unfit(f"--sbatch {option!r}: write one option of sbatch, for instance --sbatch=--time=04:00:00")
     if not sign or PLAIN.fullmatch(value):
         return option
     if value[:1] in "\"'" and value[-1:] == value[:1]:
@@ -170,7 +167,7 @@ def user_options(options: Sequence[str]) -> tuple[str, ...]:
     for option in options:
         directive(option)
         if fixed := _fixed(option):
-            raise StageError(f"--sbatch {option}: use {FIXED[fixed]}")
+            raise Unfit(f"--sbatch {option}: use {FIXED[fixed]}")
     return tuple(options)
 
 

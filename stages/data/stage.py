@@ -9,19 +9,24 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
-from nfm.stages.base import Inputs, LocalField, Reporter, Result, Section, StageError, Stopped, added, operational
-from nfm.stages.data.reading.axes import Axes
+from nfm.stages.base import (
+    Inputs,
+    Reporter,
+    Result,
+    StageError,
+    Stopped,
+    Unfit,
+)
+from nfm.stages.data.config import DataConfig
 from nfm.stages.data.reading.tree import Skipped
 from nfm.stages.data.settings import check_names, check_owners, check_settings, tell_untrained
 from nfm.stages.data.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
-from nfm.stages.data.sources.folder import Colour
 from nfm.storage.dataset.images import DatasetWriter
 from nfm.storage.format.order import permute
 
@@ -57,43 +62,6 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 
 
-class DataConfig(Section):
-    """[data]: which images, and how they are cut, split and ordered.
-
-    Of latents (float arrays of source `npz`, stored as they are), `image_scale` says what to divide by before
-    `image_decoder` makes pictures of them; both are passed on to the store's readers and change nothing here.
-    `images` and `labels` name the arrays of source `npz` ("data", "labels"; labels "" leaves them out), `axes` says
-    what their axes are, `first_label` which number the file gives to the first class.
-    `background` is what transparent pixels of source `images` lie over (docs/data.md).
-    `points` is how many the planar sources make from `seed`, held-out ones included.
-    """
-
-    source: Literal["digits", "idx", "npz", "images", "checkerboard", "gaussians"] = "digits"
-    path: LocalField | None = operational(None)
-    debian_package: str | None = operational(None)
-    image_size: int | None = Field(None, ge=1)
-    channels: Literal[1, 3] = 3
-    average: int = Field(1, ge=1)
-    classes: tuple[str, ...] | None = None
-    heldout: float = Field(0.05, ge=0.0, lt=1.0)
-    limit: int | None = Field(None, ge=1)
-    seed: int = 0
-    rows_per_shard: int = Field(4096, ge=1)
-    max_rejected: float = operational(0.0, ge=0.0, le=1.0)
-    threads: int = operational(0, ge=0)
-    points: int | None = added(None, ge=2)
-    image_scale: float | None = added(None, gt=0, allow_inf_nan=False)
-    image_decoder: str | None = added(None)
-    images: str | None = added(None)
-    labels: str | None = added(None)
-    axes: Axes | None = added(None)
-    first_label: int | None = added(None)
-    background: Colour = added("white")
-    name: str | None = None  # stands in dataset.json, which the content digest covers
-    licence: str | None = operational(None)
-    origin: str | None = operational(None)
-
-
 def open_source(config: DataConfig) -> Source:
     """The source that the config names, its records listed but not loaded."""
     source = _source(config)
@@ -103,7 +71,7 @@ def open_source(config: DataConfig) -> Source:
 
 def _source(config: DataConfig) -> Source:
     if config.source != "images" and config.background != "white":
-        raise StageError(
+        raise Unfit(
             f'data.background = {config.background!r}: source "{config.source}" has no transparent pixels; leave it out'
         )
     check_owners(config, OF_SOURCES)
@@ -113,7 +81,7 @@ def _source(config: DataConfig) -> Source:
             raise StageError(f"data.{name} is of images; points of the plane have none: leave it out")
         return (Checkerboard if config.source == "checkerboard" else Gaussians)(config.points, config.seed)
     if config.points is not None:
-        raise StageError(
+        raise Unfit(
             f'data.points = {config.points}: source "{config.source}" has the images that it has; data.limit cuts them'
         )
     if config.source == "digits":
@@ -179,12 +147,13 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         image_shape = loaded.images.shape[1:]
         dtype = loaded.images.dtype.name
         if dtype == "uint8" and (config.image_scale or config.image_decoder):
-            raise StageError("data.image_scale and data.image_decoder are of latents; these images are uint8 pixels")
+            raise Unfit("data.image_scale and data.image_decoder are of latents; these images are uint8 pixels")
         classes = list(about.pop("classes"))
         usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
         train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])
         if not len(train):
-            raise StageError(f"none of the {len(own)} training images can be used: see rejected.parquet in {out}")
+            why = f"see {out / 'rejected.parquet'}" if rejected else "data.limit and data.heldout leave none"
+            raise StageError(f"none of the {len(own)} training images can be used: {why}")
         tell_untrained(config, source, rows[train], rows[heldout], report)
         writer = DatasetWriter(
             out, about["name"], image_shape, classes, config.rows_per_shard, dtype, config.image_scale,

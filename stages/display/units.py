@@ -29,7 +29,7 @@ def about(seconds: float) -> str:
 
 
 def ratio(value: float, digits: int = 2) -> str:
-    """A ratio with at least so many significant figures and decimals, a tiny one with an exponent: `0.50`, `1.5e-04`."""
+    """A ratio with at least so many significant figures and decimals; a tiny one has an exponent: `1.5e-04`."""
     if 0 < abs(value) < 1e-3:
         return f"{value:.{digits - 1}e}"
     decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else digits

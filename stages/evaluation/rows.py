@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfm.stages.base import Inputs, Reporter, StageError, Stopped
+from nfm.stages.base import Inputs, Reporter, StageError, Stopped, Unfit
 from nfm.stages.display.pictures import as_pixels, to_uint8
 from nfm.stages.display.points import are_points
 from nfm.stages.evaluation.distances import EXACT_VALUES, Reference
@@ -24,7 +24,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
-    from nfm.stages.evaluation.stage import EvaluateConfig
+    from nfm.stages.evaluation.config import EvaluateConfig
 
 Row = dict[str, Any]
 SHOWN = 64
@@ -78,7 +78,7 @@ class Bench:
         if self.config.features != "none":
             _ = self.reference.network
         elif (values := int(np.prod(self.source.image_shape))) > EXACT_VALUES:
-            raise StageError(
+            raise Unfit(
                 f'evaluate.features = "none" compares values directly, which says something of up to {EXACT_VALUES} of '
                 f'them; these images have {values}: use evaluate.features = "cnn"'
             )

@@ -17,7 +17,7 @@ EFFICIENCY = 0.25  # of the probe's rate; small models with attention and norms 
 
 
 def tokens_of(image_shape: Sequence[int], patch: int) -> tuple[int, int]:
-    """(tokens, features of a token) of images [C, H, W] in patches."""
+    """(tokens, features of a token) of images [C, H, W] in patches that tile them."""
     channels, height, width = image_shape
     return (height // patch) * (width // patch), channels * patch**2
 
@@ -45,13 +45,6 @@ def velocity_flops(build: Callable[[], nn.Module], image_shape: Sequence[int]) -
 def describe(flops: float) -> dict[str, str]:
     """FLOPs and the time that they take here, as a plan shows them."""
     return {"FLOPs": f"{flops:.2g}", "here": f"about {about(flops / (matrix_rate() * EFFICIENCY))}"}
-
-
-def check_patch(image_shape: Sequence[int], patch: int) -> None:
-    """Raises ValueError when patches do not tile the image, as the teacher itself does."""
-    _, height, width = image_shape
-    if height % patch or width % patch:
-        raise ValueError(f"patch = {patch} does not divide the image {height} x {width}; choose a divisor")
 
 
 @functools.cache

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from nfm.stages.base import Reporter, Section, StageError, Stopped, operational
+from nfm.stages.base import Reporter, Section, StageError, Stopped, Unfit, operational
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
+from nfm.storage.reading.reader import check_enough
 
 if TYPE_CHECKING:
     import torch
@@ -50,18 +52,37 @@ def blaming(what: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise StageError(f"{what}: {error}") from error
+        raise Unfit(f"{what}: {_without_arguments(str(error))}") from error
+
+
+def _without_arguments(text: str) -> str:
+    """A message of the library without remedies that only its callers have: no config has "pass last='keep'"."""
+    return re.sub(r"[,;]? ?(or )?pass \w+=[^;.]*", "", text)
 
 
 def pick_device(name: str) -> str:
-    """`auto` is CUDA where there is one; a device that is not there is an error that says so."""
+    """`auto` is CUDA where there is one. Raises Unfit for a device that is none, or is not here."""
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise StageError(f"device = {name!r}: torch sees no CUDA device here; set device to 'auto' or 'cpu'")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise Unfit(f"device = {name!r}: is none of auto, cpu, cuda and cuda:0, which run here; name one of these")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise Unfit(f"device = {name!r}: torch sees no CUDA device here; set device to 'auto' or 'cpu'")
+        if int(name.partition(":")[2] or 0) >= count:
+            raise Unfit(f"device = {name!r}: torch sees {count} CUDA devices here, counted from 0; name one of them")
     return name
+
+
+def check_section(name: str, config: TrainingSection, facts: Mapping[str, Any], sizes: Callable[[], None]) -> None:
+    """A stage's `fits`: `sizes` raises ValueError where they do not fit; `facts` are of the data, as far as known."""
+    with blaming(f"config section [{name}]"):
+        sizes()
+        if "images" in facts:
+            check_enough(config.batch_size, facts["images"])
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
@@ -132,7 +153,7 @@ def fit(
 
     def log(figures: dict[str, float]) -> None:
         line = {**figures, **measure()}
-        with (out / METRICS).open("a") as lines:
+        with (out / METRICS).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({key: round(value, 6) for key, value in line.items()}) + "\n")
         shown: dict[str, float] = {key: line[key] for key in ("loss", "heldout_bpd", "accuracy") if key in line}
         shown["wait"] = line["data_wait_share"]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from nfm.storage.format.codecs import CODECS
 
 FORMAT = 1
 ROLES = ("image", "noise", "label", "slot")
-LAYOUTS = ("blocks", "samples", "zarr")
 IMAGE_DTYPES = ("uint8", "float16", "float32")
 SPEC = "spec.json"
 
@@ -33,7 +32,6 @@ _MOST_ROWS = 10**9  # keys have nine digits
 _MOST_SHARDS = 100_000  # names end at shard 99999
 _MOST_VALUE = 1e6  # of a value range: far from where float32 ends
 _MOST_RECORD = 1 << 28  # bytes of one record
-_MOST_CHUNKS = 1 << 16  # of one Zarr shard; its index is read whole
 _MOST_OPTIONS = 64
 # Left out of the JSON where they are None.
 _LATER = ("noise_step", "image_scale", "image_decoder", "potential", "student", "coupling_options")
@@ -83,6 +81,23 @@ def pair_fields(
     return (*fields, Field("slot", "int64", (), "slot"))
 
 
+class Sizes(Protocol):
+    """What a recipe asks of its layout."""
+
+    def check(self, spec: StoreSpec) -> None:
+        """Raises StorageError for sizes that the layout cannot have."""
+        ...
+
+
+_layouts: Mapping[str, Sizes] = {}
+
+
+def use_layouts(table: Mapping[str, Sizes]) -> None:
+    """Says which layouts there are: `layouts` does, which knows this file, when nfm.storage is imported."""
+    global _layouts
+    _layouts = table
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec:
     """What every shard of a store has in common. Lives in spec.json under the key `store`.
@@ -116,7 +131,7 @@ class StoreSpec:
     def __post_init__(self) -> None:
         if untrusted.integer("store spec: format", self.format, 1) > FORMAT:
             raise _newer(self.format)
-        untrusted.one_of("store spec: layout", self.layout, LAYOUTS)
+        untrusted.one_of("store spec: layout", self.layout, _layouts)
         untrusted.one_of("store spec: codec", self.codec, CODECS)
         if self.noise_step is None:
             object.__setattr__(self, "noise_step", CODECS[self.codec].step)
@@ -135,15 +150,6 @@ class StoreSpec:
     def has(self, name: str) -> bool:
         """Whether the store has a field called `name`."""
         return any(field.name == name for field in self.fields)
-
-    @property
-    def slot_is_row(self) -> bool:
-        """Whether slot s holds what belongs to source row s; a reflowed image has the label of that row.
-
-        Stores of minibatch OT that another program made may choose rows; ours say how their groups were made.
-        """
-        ours = self.coupling == "minibatch-ot" and self.coupling_options is not None
-        return ours or self.coupling in ("nfm", "independent", "reflow", "custom")
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -242,16 +248,7 @@ class StoreSpec:
         record = sum(field.bytes_per_record for field in self.fields)
         if record > _MOST_RECORD:
             raise StorageError(f"store spec: {record} bytes a record, {_MOST_RECORD} at most")
-        if self.codec == "pcodec" and self.layout != "zarr":
-            raise StorageError("store spec: codec pcodec is for archives in layout zarr; use it there, or int8 here")
-        if self.layout == "zarr" and self.rows_per_shard % self.rows_per_block:
-            whole = -(-self.rows_per_shard // self.rows_per_block) * self.rows_per_block
-            raise StorageError(
-                f"store spec: a shard of layout zarr is whole chunks: rows_per_shard {self.rows_per_shard} is no "
-                f"multiple of rows_per_block {self.rows_per_block}; use {whole}, or other blocks"
-            )
-        if self.layout == "zarr" and self.rows_per_shard // self.rows_per_block > _MOST_CHUNKS:
-            raise StorageError(f"store spec: more than {_MOST_CHUNKS} chunks a shard; raise rows_per_block")
+        _layouts[self.layout].check(self)
 
 
 def _options(given: Any) -> dict[str, Any]:

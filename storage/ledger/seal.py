@@ -45,7 +45,8 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
 
     Of `excluded` (name: reason) those that are not committed are left out, and the manifest says so. `content_digest`
     is over the payload digests alone, in order; `records` counts all draws; `moments` are pooled. A long list of
-    shards is written beside the manifest, which refers to it. Files of layout zarr are placed, see `layout.seal`.
+    shards is written beside the manifest, which refers to it. Files are placed where the layout has that, see
+    `layouts.seal`.
 
     Raises MissingShard, listing what is pending, or naming a file that was committed and is not there; StorageError
     where a draw would be empty, and for a hole in layout zarr.
@@ -61,7 +62,7 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
         for commit, sha256 in commits.read_many(where, names):
             _check_commit(where, spec, commit, there)
             totals.add(commit, sha256)
-            if spec.layout == "zarr":
+            if layouts.of(spec).by_field:
                 held.append(commit)
         if totals.sums.shards != len(names):
             raise MissingShard(f"{root}: a commit went away while they were read; who removes commits?")
@@ -106,10 +107,10 @@ def _present(
         )
     if not lacking:
         return names, []
-    if spec.layout == "zarr":
+    if not layouts.of(spec).holes:
         raise StorageError(
-            f"{root}: {len(lacking)} shards are missing ({lacking[0]}, ...), and the arrays of layout zarr can have no "
-            "holes; run the pairs stage again to encode them, or make the store in layout blocks"
+            f"{root}: {len(lacking)} shards are missing ({lacking[0]}, ...), and the arrays of layout {spec.layout} "
+            "can have no holes; run the pairs stage again to encode them, or make the store in layout blocks"
         )
     absent = set(lacking)
     held = [name for name in names if name not in absent]

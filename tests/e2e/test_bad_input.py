@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sysconfig
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,20 +88,20 @@ SIZES = {
 
 @pytest.mark.parametrize("override", SIZES)
 def test_sizes_that_only_the_data_can_refuse_are_refused_in_one_line(lab: Lab, override: str) -> None:
-    refused(lab, "run", "student", "-c", "tiny.toml", "--set", override, exits=1, says=SIZES[override])
+    refused(lab, "run", "student", "-c", "tiny.toml", "--set", override, exits=2, says=SIZES[override])
 
 
 def test_a_missing_data_set_says_where_it_was_looked_for(empty: Lab) -> None:
     text = empty.config.read_text().replace('source = "digits"', 'source = "idx"\npath = "no/such/folder"')
     empty.config.write_text(text)
-    refused(empty, *empty.arguments("pairs"), exits=1, says=("data.path = 'no/such/folder'", "is no folder"))
+    refused(empty, *empty.arguments("pairs"), exits=2, says=("data.path = 'no/such/folder'", "is no folder"))
 
 
 def test_a_missing_debian_package_says_how_to_install_it(empty: Lab) -> None:
     text = empty.config.read_text().replace('source = "digits"', 'source = "idx"\ndebian_package = "dataset-no-such"')
     empty.config.write_text(text)
     says = ("data.debian_package = 'dataset-no-such'", "apt-get install dataset-no-such", "data.path")
-    refused(empty, *empty.arguments("pairs"), exits=1, says=says)
+    refused(empty, *empty.arguments("pairs"), exits=2, says=says)
 
 
 def test_unreadable_images_are_named_and_set_aside_when_that_is_allowed(empty: Lab) -> None:
@@ -172,7 +174,7 @@ def test_a_commit_without_its_shard_stops_a_resumed_run_and_is_found_by_the_audi
 
 def rewrite(path: Path, **changes: Any) -> None:
     """A JSON file as another version would have written it: whole, with a right digest."""
-    body = json.loads(path.read_text())
+    body = json.loads(path.read_text(encoding="utf-8"))
     body.update(changes)
     path.unlink()
     assert atomic.create_json(path, body)
@@ -210,18 +212,36 @@ def test_a_second_writer_is_told_who_holds_the_artifact(lab: Lab) -> None:
 
 @pytest.fixture
 def small_disk(lab: Lab) -> Iterator[Path]:
-    """A file system with room for the artifacts and 150 kB more; skipped where none can be mounted."""
+    """A file system with the artifacts, which somebody else fills up as soon as pairs are committed there.
+
+    Skipped where none can be mounted.
+    """
     folder = lab.folder / "disk"
     folder.mkdir()
-    size = sum(path.stat().st_size + 4096 for path in lab.artifacts.rglob("*")) + 150_000
+    size = sum(path.stat().st_size + 4096 for path in lab.artifacts.rglob("*")) + 30_000_000
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here; the file size limit below is the same promise")
+    over = threading.Event()
     try:
         subprocess.run(["cp", "-a", f"{lab.artifacts}/.", str(folder)], check=True)
+        filler = threading.Thread(target=_fill, args=(folder, over))
+        filler.start()
         yield folder
     finally:
+        over.set()
+        filler.join()
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _fill(folder: Path, over: threading.Event) -> None:
+    """Take all room but 50 kB of a file system once there is a commit that was not there before."""
+    before = len(list(folder.glob("pairs/*/commits/*.json")))
+    while len(list(folder.glob("pairs/*/commits/*.json"))) == before:
+        if over.wait(0.001):
+            return
+    with (folder / "somebody-else").open("xb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(shutil.disk_usage(folder).free - 50_000, 1))
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(lab: Lab, small_disk: Path) -> None:
@@ -274,10 +294,10 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(lab: Lab) -> None:
 
 def test_what_wants_a_store_or_a_model_refuses_the_rest_and_leaves_nothing_behind(made: Lab) -> None:
     before, teacher = made.committed(), made.name("teacher")
-    refused(made, "repair", teacher, exits=1, says=(teacher, "no pair store"))
-    refused(made, "pairs", "seal", teacher, exits=1, says=(teacher, "no pair store"))
-    refused(made, "pairs", "info", teacher, exits=1, says=(teacher, "no pair store"))
-    refused(made, "student", "--pairs", teacher, "-c", "tiny.toml", exits=1, says=(teacher, "no pair store"))
-    refused(made, "sample", made.name("data"), exits=1, says=("name a student or a teacher",))
-    refused(made, "sample", made.name("student"), "--nfe", "8", exits=1, says=("odd",))
+    refused(made, "repair", teacher, exits=2, says=(teacher, "no pair store"))
+    refused(made, "pairs", "seal", teacher, exits=2, says=(teacher, "no pair store"))
+    refused(made, "pairs", "info", teacher, exits=2, says=(teacher, "no pair store"))
+    refused(made, "student", "--pairs", teacher, "-c", "tiny.toml", exits=2, says=(teacher, "no pair store"))
+    refused(made, "sample", made.name("data"), exits=2, says=("name a student or a teacher",))
+    refused(made, "sample", made.name("student"), "--nfe", "8", exits=2, says=("odd",))
     assert made.committed() == before

@@ -15,6 +15,7 @@ import pytest
 from nfm.storage import StoreSpec
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 from tests.storage.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -40,7 +41,7 @@ def make_store(root: Path, layout: str) -> Path:
             noise = np.random.default_rng((draw, shard)).standard_normal((len(slots), 1, 4, 4), np.float32)
             image = np.clip(np.rint(127.5 + 127.5 * 0.25 * noise), 0, 255).astype(np.uint8)
             record = {"image": image, "noise": noise, "label": slots % 10, "slot": slots}
-            commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", [record]).commit())
+            commits.publish(root, write_shard(root, spec, draw, shard, "a1", [record]).commit())
     seal.seal(root, 2)
     return root
 
