@@ -37,15 +37,18 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks[:: -(-len(ticks) // MOST)]
 
 
-def make_log(axis: Any, values: Iterable[float]) -> None:
-    """Make an axis logarithmic, wide enough for these values, with labels as plain numbers."""
+def make_log(axis: Any, values: Iterable[float], aside: float = 0.0) -> None:
+    """Make an axis logarithmic, wide enough for these values, with labels as plain numbers.
+
+    `aside` is the share of the axis that is kept free at its upper end, for text beside the points.
+    """
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
     axes, letter = axis.axes, axis.axis_name
     found = [value for value in values if math.isfinite(value) and value > 0]
     low, high = (min(found), max(found)) if found else (1.0, 10.0)
     room = max((high / low) ** 0.06, 1.02)
-    low, high = low / room, high * room
+    low, high = low / room, high * room * (high / low) ** aside
     getattr(axes, f"set_{letter}scale")("log")
     getattr(axes, f"set_{letter}lim")(low, high)
     axis.set_major_locator(FixedLocator(log_ticks(low, high)))
@@ -84,6 +87,12 @@ def noise_edges(*values: np.ndarray) -> np.ndarray:
 def density(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Of a histogram; divided by the number of all values, so that what lies outside is missing, not spread."""
     return np.histogram(values, edges)[0] / (max(values.size, 1) * np.diff(edges))
+
+
+def density_span(values: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
+    """What a logarithmic axis has to hold: from below the density of one value to the highest bar, or 1."""
+    lowest = 0.3 / (max(values.size, 1) * float(edges[1] - edges[0]))
+    return min(lowest, 0.1), max(float(density(values, edges).max()), 1.0)
 
 
 def normal(at: np.ndarray) -> np.ndarray:

@@ -12,6 +12,8 @@ import numpy as np
 from nfm.stages.display.axes import (
     compact,
     density,
+    density_span,
+    make_log,
     mark_solvers,
     marked,
     noise_edges,
@@ -81,11 +83,14 @@ def noise_histogram(samples: Mapping[str, np.ndarray], alt: str) -> str:
                 found = np.where(found > 0, found, np.nan) if scale == "log" else found
                 axes.stairs(found, edges, color=theme.colour(name, i), lw=1.5, label=name)
             axes.plot(at, normal(at), color=theme.ink, lw=1, ls="--", label="N(0, 1)")
-            axes.set(xlabel="value of z", ylabel=f"density ({scale})", yscale=scale)
+            axes.set(
+                xlabel="value of z",
+                ylabel=f"density ({scale})",
+            )
             if scale == "linear":
                 legend(axes, theme)
             else:
-                axes.set_ylim(0.3 / (max(found.size for found in samples.values()) * (edges[1] - edges[0])), 1.0)
+                make_log(axes.yaxis, [end for values in samples.values() for end in density_span(values, edges)])
 
         return draw
 
@@ -107,10 +112,10 @@ def distance_by_nfe(
     lines: Mapping[str, Curve],
     levels: Mapping[str, tuple[str, float]],
     alt: str,
-    distance: str,
+    measure: str,
     solvers: Mapping[str, Iterable[int]],
 ) -> str:
-    """A distance against NFE for students; `levels` are horizontal: {label: (series name, value)}.
+    """A distance, called `measure`, against NFE for students; `levels` are horizontal: {label: (series name, value)}.
 
     `solvers` are the NFE that each took: where one becomes another is marked.
     """
@@ -122,7 +127,7 @@ def distance_by_nfe(
             axes.axhline(value, color=theme.colour(name, i), lw=1.2, ls=("--", ":", "-.")[i % 3], label=label)
         ticks = sorted({step for nfe, _ in lines.values() for step in nfe})
         lowest = min([0.0, *(value for _, values in lines.values() for value in values)])
-        axes.set(xlabel="NFE", ylabel=f"{distance} (lower is better)", xscale="log", ylim=(lowest, None))
+        axes.set(xlabel="NFE", ylabel=f"{measure} (lower is better)", xscale="log", ylim=(lowest, None))
         mark_solvers(axes, solvers, theme.ink)
         axes.set_xticks(ticks, [str(step) for step in ticks])
         axes.minorticks_off()

@@ -28,9 +28,9 @@ def coordinates(images: np.ndarray) -> np.ndarray:
 
 
 def reach(*sets: np.ndarray) -> float:
-    """Half the side of a square around 0 that holds all these points, a multiple of a half."""
+    """Half the side of a square around 0 that holds all these points, a whole number."""
     furthest = max((float(np.abs(points).max()) for points in sets if len(points)), default=0.0)
-    return max(math.ceil(2.1 * furthest) / 2, 0.5)
+    return float(max(math.ceil(1.05 * furthest), 1))
 
 
 def scatter(images: np.ndarray) -> Image:
@@ -62,7 +62,7 @@ def scatter(images: np.ndarray) -> Image:
 def panel(axes: Any, sets: Mapping[str, np.ndarray], colours: Sequence[str]) -> None:
     """Points [n, 2] by name into matplotlib axes, the same scale both ways; the legend is the caller's."""
     for (name, points), colour in zip(sets.items(), colours):
-        axes.scatter(*points.T, s=7, color=colour, alpha=0.7, lw=0, label=name)
+        axes.scatter(*points.T, s=24 if len(points) <= 100 else 6, color=colour, alpha=0.7, lw=0, label=name)
     far = reach(*sets.values())
     axes.set(xlabel=FIRST, ylabel=SECOND, xlim=(-far, far), ylim=(-far, far), aspect="equal")
 

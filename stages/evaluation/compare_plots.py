@@ -157,7 +157,7 @@ def _speed(body: Row, styles: Mapping[str, Style]) -> Panel:
             along = [*along, floor]
             axes.axvline(floor, label="floor", **style)
         axes.set(xlabel=f"{DISTANCE[key]} (lower is better)", ylabel="images a second")
-        make_log(axes.xaxis, along)
+        make_log(axes.xaxis, along, aside=0.12)
         make_log(axes.yaxis, up)
         legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 

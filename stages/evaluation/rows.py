@@ -94,6 +94,7 @@ class Bench:
         config = self.config
         parts: list[np.ndarray] = []
         shown: list[np.ndarray] = []
+        self.report.progress(0, self.count, "images", row=sampler.name)
         for images in draw(sampler.decode, self.source, self.count, config.seed, config.batch_size, self.device):
             if self.report.stopping:
                 raise Stopped

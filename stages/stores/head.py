@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nfm.stages.base import StageError
-from nfm.stages.display.axes import density, noise_edges, normal
+from nfm.stages.display.axes import density, density_span, make_log, noise_edges, normal
 from nfm.stages.display.endings import write_picture
 from nfm.stages.display.pictures import FALSE_COLOURS, as_pixels, in_false_colours
 from nfm.stages.display.points import are_points, coordinates, panel
@@ -240,7 +240,6 @@ def _draw_histogram(sheet: Any, values: Array, moments: dict[str, Any]) -> None:
         shown = np.where(found > 0, found, np.nan) if scale == "log" else found
         axes.stairs(shown, edges, color=BLUE, lw=1.3, label="z", fill=scale == "linear", alpha=0.75)
         axes.plot(at, normal(at), color=ORANGE, lw=1.3, ls="--", label="N(0, 1)")
-        axes.set_yscale(scale)
         axes.set_xlabel("value of z", fontsize=8, color=SOFT)
         axes.set_ylabel(f"density ({scale})", fontsize=8, color=SOFT)
         axes.tick_params(labelsize=7, colors=SOFT)
@@ -248,7 +247,7 @@ def _draw_histogram(sheet: Any, values: Array, moments: dict[str, Any]) -> None:
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    logarithmic.set_ylim(max(0.3 / (values.size * (edges[1] - edges[0])), 1e-9), 1.0)
+    make_log(logarithmic.yaxis, density_span(values, edges))
     linear.legend(frameon=False, fontsize=8, labelcolor=INK)
     mean, var, kurtosis = (moments[key] for key in ("mean", "var", "kurtosis"))
     said = f"all draws: mean {mean:+.4f}, variance {var:.4f}, kurtosis {kurtosis or 0:.3f}\n(a Gaussian's: 0, 1, 3)"
