@@ -21,7 +21,8 @@ import click
 import numpy as np
 
 from benchmarks.told import machine, versions
-from nfm.pipeline.cli.options import LOCAL_PATH, PLACE
+from nfm.pipeline.cli.options import PLACE, OutputFile
+from nfm.stages.display.endings import JSON
 from nfm.stages.display.tables import aligned
 from nfm.storage import PairStore
 from nfm.storage.format import codecs
@@ -200,7 +201,7 @@ def as_text(found: dict[str, Any]) -> str:
 @click.option("--store", type=PLACE, help="A pair store (folder or URL), for its noise beside N(0, 1).")
 @click.option("--values", default=8_000_000, show_default=True, type=click.IntRange(min=1))
 @click.option("--passes", default=5, show_default=True, type=click.IntRange(min=1))
-@click.option("-o", "--output", default="benchmarks/results/codecs.json", show_default=True, type=LOCAL_PATH)
+@click.option("-o", "--output", default="benchmarks/results/codecs.json", show_default=True, type=OutputFile(JSON))
 def main(store: Path | None, values: int, passes: int, output: Path) -> None:
     """Study the codecs of the noise."""
     found = [source("N(0, 1)", np.random.default_rng(0).standard_normal(values, np.float32), passes)]

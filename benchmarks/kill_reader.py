@@ -30,7 +30,8 @@ from typing import Any, Literal
 import click
 import numpy as np
 
-from nfm.pipeline.cli.options import LOCAL_PATH
+from nfm.pipeline.cli.options import OutputFile
+from nfm.stages.display.endings import JSON
 from nfm.storage import Batch, PairStore, StoreSpec
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
@@ -180,7 +181,7 @@ def compare(plan: Plan, journal: list[dict[str, Any]]) -> dict[str, Any]:
 @click.command()
 @click.option("--kills", default=100, show_default=True, help="Of each order, full and windowed.")
 @click.option("--seed", default=0, show_default=True, help="Of the batches to kill at and of the numbers of ranks.")
-@click.option("-o", "--output", default="benchmarks/results/kill_reader.json", show_default=True, type=LOCAL_PATH)
+@click.option("-o", "--output", default="benchmarks/results/kill_reader.json", show_default=True, type=OutputFile(JSON))
 def main(kills: int, seed: int, output: Path) -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

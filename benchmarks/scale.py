@@ -25,7 +25,8 @@ import click
 import numpy as np
 
 from benchmarks.told import machine, versions
-from nfm.pipeline.cli.options import LOCAL_PATH
+from nfm.pipeline.cli.options import LOCAL_PATH, OutputFile
+from nfm.stages.display.endings import JSON
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs import production
 from nfm.storage import PairStore
@@ -212,7 +213,9 @@ def run_step(step: str, folder: Path, shards: int, records: int) -> None:
 @click.option("--shards", default=200_000, show_default=True, type=click.IntRange(min=2))
 @click.option("--records-per-shard", "records", default=1000, show_default=True, type=click.IntRange(min=1))
 @click.option("--folder", type=LOCAL_PATH, help="Where the store is made, and stays.")
-@click.option("--out", type=LOCAL_PATH, help="The JSON file; default: results/scale/SHARDS.json.")
+@click.option(
+    "-o", "--output", "--out", "out", type=OutputFile(JSON), help="The JSON file; default: results/scale/SHARDS.json."
+)
 @click.option("--step", type=click.Choice(list(STEPS)), hidden=True)
 def main(shards: int, records: int, folder: Path | None, out: Path | None, step: str | None) -> None:
     """Measure the life of a store of very many shards."""

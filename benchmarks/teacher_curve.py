@@ -23,6 +23,7 @@ from benchmarks.told import machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
+from nfm.stages.display.axes import compact
 from nfm.stages.display.tables import aligned
 from nfm.stages.evaluation import compare
 from nfm.stages.evaluation.table import DISTANCE
@@ -92,7 +93,7 @@ def break_even(points: list[dict[str, Any]], nfe: str) -> float | None:
 
 def draw(points: list[dict[str, Any]], title: str) -> bytes:
     """Distance against AUC: a line an NFE, the baseline dashed in its colour."""
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.8, 4.4), layout="constrained")
     axes = figure.subplots()
     aucs = [p["auc"] for p in points]
     for nfe in points[0]["student"]:
@@ -106,12 +107,16 @@ def draw(points: list[dict[str, Any]], title: str) -> bytes:
         label="teacher, and the images of its training",
     )
     for p in points:
-        axes.annotate(f"{p['images'] // 1000}k", (p["auc"], p["teacher"]["inverse"]), xytext=(-6, 6), ha="right",
+        axes.annotate(compact(p["images"]), (p["auc"], p["teacher"]["inverse"]), xytext=(-6, 6), ha="right",
                       textcoords="offset points", fontsize=8, color="0.4")  # fmt: skip
     axes.set_xlabel("two-sample AUC of the store's noise (0.5 is perfect)")
-    axes.set(ylabel=DISTANCE[points[0]["distance"]], title=title)
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set(ylabel=f"{DISTANCE[points[0]['distance']]} (lower is better)", title=title)
+    # 0.5 and a perfect distance are what the points are held against; the numbers of images stand left of and above.
+    axes.set_xlim(min(0.5, *aucs) - 0.06, max(1.0, *aucs) + 0.02)
+    drawn = [value for p in points for value in (*p["student"].values(), p["teacher"]["inverse"])]
+    axes.set_ylim(0, 1.12 * max(*drawn, *points[0][BASELINE].values()))
+    axes.axvline(0.5, color="0.75", lw=0.8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     png = io.BytesIO()
     figure.savefig(png, dpi=130)
     return png.getvalue()

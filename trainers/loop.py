@@ -76,6 +76,7 @@ def train(
     save_every: int | None = None,
     log: Callable[[dict[str, float]], None] | None = None,
     log_every: int | None = None,
+    tick: Callable[[int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
     """Trains `model` in place until `recipe.examples` were seen or `stop()` is true.
@@ -91,6 +92,7 @@ def train(
         save also when stopped. A log line has `{unit}_seen`, `{unit}_per_second`, learning_rate,
         data_wait_share (of the time since the line before), seconds (in this call), and means since the line
         before: loss, grad_norm (before clipping) and the loss's own figures.
+    tick: called with the examples seen after every step that has no log line.
     Raises FloatingPointError when the loss or gradient is not finite, before the weights are touched by it;
     CheckpointError for a checkpoint of another model or recipe; ValueError when the batches end too early.
     """
@@ -114,8 +116,8 @@ def train(
     generator = torch.Generator(device)
 
     # Train.
-    start = tick = time.perf_counter()
-    tick_seen, waited = examples_seen, 0.0
+    start = logged = time.perf_counter()
+    logged_seen, waited = examples_seen, 0.0
     finished = examples_seen >= recipe.examples
     while not finished and not stop():
         seen_before, examples_seen = examples_seen, examples_seen + recipe.batch_size
@@ -159,12 +161,14 @@ def train(
                     f"{unit}_seen": examples_seen,
                     **means.take(),
                     "learning_rate": rate,
-                    f"{unit}_per_second": (examples_seen - tick_seen) / (now - tick),
-                    "data_wait_share": waited / (now - tick),
+                    f"{unit}_per_second": (examples_seen - logged_seen) / (now - logged),
+                    "data_wait_share": waited / (now - logged),
                     "seconds": now - start,
                 }
             )
-            tick, tick_seen, waited = now, examples_seen, 0.0
+            logged, logged_seen, waited = now, examples_seen, 0.0
+        elif tick is not None:
+            tick(examples_seen)
 
         # Save.
         if save is not None and not finished and _passed(save_every, seen_before, examples_seen):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.told import command, machine, versions
-from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
+from nfm.pipeline.cli.options import LocalPath, OutputFile
+from nfm.stages.display.endings import JSON
 from nfm.stages.display.tables import aligned
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="Also compiled layers.")
 @click.option("--ray", is_flag=True, help="Also one Ray actor against the serial executor: a minute more.")
 @click.option("--quick", is_flag=True, help="A small run that shows that all works; its figures mean nothing.")
-@click.option("--out", "-o", "output", type=LOCAL_PATH, help="results/encode/NAME.json")
+@click.option("-o", "--output", "--out", "output", type=OutputFile(JSON), help="The JSON: results/encode/NAME.json")
 def encode(
     config: Path | None, image: str | None, classes: int, patch: int, channels: int, blocks: int, layers: int,
     head_size: int, batch: int | None, presets: tuple[str, ...], passes: int, threads: int | None, device: str,

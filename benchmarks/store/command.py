@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.told import command, machine, versions
-from nfm.pipeline.cli.options import LOCAL_PATH
+from nfm.pipeline.cli.options import LOCAL_PATH, OutputFile
+from nfm.stages.display.endings import JSON
 
 if TYPE_CHECKING:
     from benchmarks.store.rows import Reading, Row, Workload
@@ -44,7 +45,7 @@ SECONDS_PER_PASS = 5.0  # the slowest peers are stopped in the middle of an epoc
 @click.option("--open-records", default=2_000_000, show_default=True, help="Records of the store that is opened.")
 @click.option("--quick", is_flag=True, help="A small run that shows that all works; its figures mean nothing.")
 @click.option("--folder", type=LOCAL_PATH, help="Where to write the stores; on the disk to be measured.")
-@click.option("-o", "--output", type=LOCAL_PATH, help=f"The JSON; {OUTPUT} unless --quick or --only.")
+@click.option("-o", "--output", type=OutputFile(JSON), help=f"The JSON; {OUTPUT} unless --quick or --only.")
 def store(
     records: int, shape: str, passes: int, only: tuple[str, ...], cold_gib: float, memory_left_gib: float,
     open_records: int, quick: bool, folder: Path | None, output: Path | None,

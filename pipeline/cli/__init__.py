@@ -25,6 +25,7 @@ from nfm.pipeline.cli.options import (
     Whole,
     config_option,
     json_option,
+    picture_option,
     set_option,
 )
 from nfm.pipeline.cli.pairs import pairs
@@ -190,7 +191,7 @@ def list_artifacts(as_json: bool) -> None:
     help="v + g (v - v without labels); a teacher's own.",
 )
 @click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
-@click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH, help="The picture.")
+@picture_option("grid.png")
 def sample(
     artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
 ) -> None:

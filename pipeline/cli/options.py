@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
 
+from nfm.stages.display.endings import PICTURE, check_ending
 from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import as_path, local_path
 
@@ -39,6 +41,22 @@ class LocalPath(click.Path):
 
 PLACE = Place()
 LOCAL_PATH = LocalPath()
+
+
+class OutputFile(LocalPath):
+    """A file to write, whose ending says what is inside; another is refused before any work."""
+
+    def __init__(self, endings: Collection[str]) -> None:
+        super().__init__(dir_okay=False)
+        self.endings = endings
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        try:
+            check_ending(found, self.endings)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return found
 
 
 MANY = 10**12  # of things that are counted, where nothing smaller ends them
@@ -75,3 +93,10 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field of the config. Repeatable."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")
+
+
+def picture_option(default: str) -> Any:
+    """Where a command's picture goes."""
+    written = OutputFile(PICTURE)
+    told = "The picture, in the format of its ending."
+    return click.option("-o", "--output", default=default, show_default=True, type=written, help=told)

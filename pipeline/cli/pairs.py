@@ -11,7 +11,7 @@ from typing import Literal
 import click
 
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, check_store, find
-from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, Whole, json_option
+from nfm.pipeline.cli.options import PLACE, LocalPath, Whole, json_option, picture_option
 from nfm.stages.display.units import clock, size
 from nfm.stages.stores.export import LAYOUTS
 from nfm.storage.errors import StorageError
@@ -75,7 +75,7 @@ def report(store: Path, as_json: bool) -> None:
 @click.argument("store", type=PLACE)
 @click.option("-n", "count", default=8, type=Whole(1, 20), show_default=True, help="Pairs, and worst ones.")
 @click.option("--draw", default=0, type=Whole(0, 999), show_default=True, help="Of which draw, from 0.")
-@click.option("-o", "--output", default="head.png", show_default=True, type=LOCAL_PATH, help="The picture.")
+@picture_option("head.png")
 @click.option(
     "--teacher", default="auto", show_default=True, type=PLACE, metavar="ARTIFACT|auto|none",
     help="Who decodes the noise; auto looks for the store's own among the artifacts.",

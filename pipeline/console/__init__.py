@@ -29,6 +29,7 @@ from nfm.storage.errors.masked import masked, masked_in
 from nfm.storage.files.paths import inside
 
 __all__ = ["Console", "StopRequest", "last_progress"]
+FIRST_SECONDS = 5.0  # of a stage's first count: until then its rate says little
 PLAIN_SECONDS = 30.0
 LOGGED_WORKERS = 64  # rows in an event; the shares are the medians of all
 EVENT_SECONDS = 30.0
@@ -112,7 +113,7 @@ class Console:
         self._live = Live(sys.stderr) if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else None
         self._messages = stop.messages
         self._count: tuple[str, int] | None = None
-        self._done = 0
+        self._done = self._first = 0
         self._rate = Rate(0, self._began)
 
     @property
@@ -145,11 +146,16 @@ class Console:
         The rate is that of the last minutes; what a count's first call has is not counted, an earlier run did it.
         """
         now = self._clock()
+        if self._count is None:
+            self._told = self._logged = now - PLAIN_SECONDS + FIRST_SECONDS
         if (unit, total) != self._count or done < self._done:
-            self._count, self._began, self._rate = (unit, total), now, Rate(done, now)
+            self._count, self._began, self._first, self._rate = (unit, total), now, done, Rate(done, now)
         self._done = done
         self._rate.add(done, now)
-        logs, tells = now - self._logged >= EVENT_SECONDS or done == total, now - self._told >= PLAIN_SECONDS
+        # A count that has just begun has no rate: its line waits for one, though not for ever.
+        late = 0.0 if done > self._first else PLAIN_SECONDS
+        logs = now - self._logged >= EVENT_SECONDS + late or done == total
+        tells = now - self._told >= PLAIN_SECONDS + late
         draws = self._live is not None and (now - self._drawn >= DRAW_SECONDS or done == total)
         if not (logs or draws or tells):
             return
@@ -173,7 +179,8 @@ class Console:
         self, done: int, total: int, unit: str, rate: float, left: float | None, shares: Mapping[str, float],
         workers: int, figures: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        words = [f"{done:,} of {total:,} {unit}", f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"]
+        words = [f"{done:,} of {total:,} {unit}"]
+        words += [f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"] if rate > 0 else []
         words += [f"{units.clock(left)} left"] if left is not None else []
         words += [f"{key} {_figure(value)}" for key, value in figures.items()]
         if shares:

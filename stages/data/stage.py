@@ -192,6 +192,7 @@ def _chunks(source: Source, images: np.ndarray, rows: np.ndarray, positions: np.
 
 
 def _reported(chunks: Iterator[Chunk], done: int, total: int, report: Reporter) -> Iterator[Chunk]:
+    report.progress(done, total, "images")
     for chunk in chunks:
         if report.stopping:
             raise Stopped

@@ -1,14 +1,21 @@
-"""Pictures of images: uint8 from model space, latents as false colours, and grids as PNG files."""
+"""Pictures of images: uint8 from model space, latents as false colours, and grids as files."""
 
 from __future__ import annotations
 
-import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nfm.storage.files import atomic
+from nfm.stages.display.classes import GridRow, rows_of
+from nfm.stages.display.endings import write_picture
+from nfm.stages.display.points import INK, are_points, scatter
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FONT_PIXELS = 16  # a row of a grid is at least so high
 SHOWN_PERCENTILES = (1.0, 99.0)
 
 
@@ -40,30 +47,49 @@ def as_pixels(images: np.ndarray, image_dtype: str) -> np.ndarray:
     return false_colours(images) if in_false_colours(image_dtype, images.shape[1]) else to_uint8(images)
 
 
-def grid(images: np.ndarray, columns: int = 8, gap: int = 1) -> np.ndarray:
-    """uint8 images [N, C, H, W] as one picture [H', W', 3], row by row; one channel is shown grey."""
-    count, channels, height, width = images.shape
-    rows = -(-count // columns)
-    picture = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
-    for index, image in enumerate(images):
-        top, left = (gap + (height + gap) * (index // columns), gap + (width + gap) * (index % columns))
-        shown = image[:3] if channels >= 3 else image[:1].repeat(3, axis=0)
-        picture[top : top + height, left : left + width] = shown.transpose(1, 2, 0)
-    return picture
+def save_grid(
+    path: Path,
+    images: np.ndarray,
+    scale: int = 3,
+    image_dtype: str = "uint8",
+    labels: Sequence[int] | np.ndarray | None = None,
+) -> None:
+    """Write images [N, C, H, W], uint8 or floats in model space, as one picture in the format of the path's ending.
 
-
-def save_grid(path: Path, images: np.ndarray, scale: int = 3, image_dtype: str = "uint8") -> None:
-    """Write images [N, C, H, W], uint8 or floats in model space, as one PNG, each pixel `scale` wide.
-
-    `image_dtype` is that of the store: of latents the PNG holds false colours, and says so in its text chunk.
+    Each pixel is `scale` wide, more where a title would not fit beside a row. With `labels` the rows are by class and
+    say which. `image_dtype` is that of the store: of latents the file holds false colours, and says so in its
+    metadata. Images of two values are points, drawn as such.
     """
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
+    if are_points(images.shape[1:]) and images.dtype != np.uint8:
+        write_picture(path, scatter(images))
+        return
+    pixels = images if images.dtype == np.uint8 else as_pixels(images, image_dtype)
+    scale = max(scale, -(-FONT_PIXELS // images.shape[2]))
+    said = FALSE_COLOURS if in_false_colours(image_dtype, images.shape[1]) else ""
+    write_picture(path, _grid(pixels, rows_of(labels, len(images)), scale), said)
 
-    picture = grid(images if images.dtype == np.uint8 else as_pixels(images, image_dtype))
-    said = PngInfo()
-    if in_false_colours(image_dtype, images.shape[1]):
-        said.add_text("Description", FALSE_COLOURS)
-    data = io.BytesIO()
-    Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1)).save(data, "PNG", pnginfo=said)
-    atomic.write_bytes(path, data.getvalue())
+
+def _grid(images: np.ndarray, rows: Sequence[GridRow], scale: int, gap: int = 1) -> Image:
+    """uint8 images [N, C, H, W] in rows on white, their titles left of them; one channel is shown grey."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    _, channels, height, width = images.shape
+    columns = max(len(row.images) for row in rows)
+    sheet = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for down, row in enumerate(rows):
+        for along, number in enumerate(row.images):
+            top, left = gap + (height + gap) * down, gap + (width + gap) * along
+            image = images[number]
+            shown = image[:3] if channels >= 3 else image[:1].repeat(3, axis=0)
+            sheet[top : top + height, left : left + width] = shown.transpose(1, 2, 0)
+    tiles = Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
+    font = ImageFont.load_default(FONT_PIXELS - 3)
+    margin = max(int(font.getlength(row.title)) for row in rows)
+    margin += 2 * scale + 4 if margin else 0
+    picture = Image.new("RGB", (tiles.width + margin, tiles.height), "white")
+    picture.paste(tiles, (margin, 0))
+    pen = ImageDraw.Draw(picture)
+    for down, row in enumerate(rows):
+        middle = (gap + (height + gap) * down + height / 2) * scale
+        pen.text((margin - scale - 2, middle), row.title, INK, font, anchor="rm")
+    return picture

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
+from nfm.stages.display.axes import (
+    compact,
+    density,
+    density_span,
+    make_log,
+    mark_solvers,
+    marked,
+    noise_edges,
+    normal,
+    robust_limits,
+)
+from nfm.stages.display.points import panel
 from nfm.stages.report.html import themed_picture
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
@@ -49,11 +61,11 @@ def curves(lines: Mapping[str, Curve], x: str, y: str, alt: str) -> str:
         for i, (name, (seen, values)) in enumerate(lines.items()):
             base = name.removesuffix(" held-out").removesuffix(" training")
             heldout = name.endswith(" held-out")
-            style: dict[str, Any] = {"ls": "--", "marker": "o", "ms": 3} if heldout else {}
+            style: dict[str, Any] = {"ls": "--", "marker": "o", "ms": 3} if heldout else marked(len(seen))
             axes.plot(seen, values, color=theme.colour(base, i), lw=1.6, label=name, **style)
         axes.set(xlabel=x, ylabel=y)
         axes.xaxis.set_major_formatter(compact)
-        axes.set_ylim(*_robust_limits([values for _, values in lines.values()]))
+        axes.set_ylim(*robust_limits([values for _, values in lines.values()]))
         legend(axes, theme)
 
     return _picture([draw], alt)
@@ -61,29 +73,52 @@ def curves(lines: Mapping[str, Curve], x: str, y: str, alt: str) -> str:
 
 def noise_histogram(samples: Mapping[str, np.ndarray], alt: str) -> str:
     """Density of noise values by coupling against N(0, 1), linear and logarithmic side by side."""
-    edges = np.linspace(-5, 5, 101)
+    edges = noise_edges(*samples.values())
     at = (edges[1:] + edges[:-1]) / 2
-    normal = np.exp(-(at**2) / 2) / np.sqrt(2 * np.pi)
 
-    def panel(scale: str) -> Callable[[Any, Theme], None]:
+    def histogram(scale: str) -> Callable[[Any, Theme], None]:
         def draw(axes: Any, theme: Theme) -> None:
             for i, (name, values) in enumerate(samples.items()):
-                # Divided by all values: mass outside the axis is missing from the plot, not spread over it.
-                density = np.histogram(values, edges)[0] / (values.size * np.diff(edges))
-                density = np.where(density > 0, density, np.nan) if scale == "log" else density
-                axes.stairs(density, edges, color=theme.colour(name, i), lw=1.5, label=name)
-            axes.plot(at, normal, color=theme.ink, lw=1, ls="--", label="N(0, 1)")
-            axes.set(xlabel="value of z", ylabel="density" if scale == "linear" else "", yscale=scale)
+                found = density(values, edges)
+                found = np.where(found > 0, found, np.nan) if scale == "log" else found
+                axes.stairs(found, edges, color=theme.colour(name, i), lw=1.5, label=name)
+            axes.plot(at, normal(at), color=theme.ink, lw=1, ls="--", label="N(0, 1)")
+            axes.set(
+                xlabel="value of z",
+                ylabel=f"density ({scale})",
+            )
             if scale == "linear":
                 legend(axes, theme)
+            else:
+                make_log(axes.yaxis, [end for values in samples.values() for end in density_span(values, edges)])
 
         return draw
 
-    return _picture([panel("linear"), panel("log")], alt)
+    return _picture([histogram("linear"), histogram("log")], alt)
 
 
-def distance_by_nfe(lines: Mapping[str, Curve], levels: Mapping[str, tuple[str, float]], alt: str) -> str:
-    """FD-CNN against NFE for students; `levels` are horizontal: {label: (series name, value)}."""
+def points_of_the_plane(sets: Mapping[str, np.ndarray], alt: str) -> str:
+    """Points [n, 2] by name, the same scale both ways."""
+
+    def draw(axes: Any, theme: Theme) -> None:
+        panel(axes, sets, [theme.series["nfm"], theme.series["independent"], *theme.others])
+        if len(sets) > 1:
+            legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+    return _picture([draw], alt, inches=(5.4 if len(sets) > 1 else 4.2, 3.9))
+
+
+def distance_by_nfe(
+    lines: Mapping[str, Curve],
+    levels: Mapping[str, tuple[str, float]],
+    alt: str,
+    measure: str,
+    solvers: Mapping[str, Iterable[int]],
+) -> str:
+    """A distance, called `measure`, against NFE for students; `levels` are horizontal: {label: (series name, value)}.
+
+    `solvers` are the NFE that each took: where one becomes another is marked.
+    """
 
     def draw(axes: Any, theme: Theme) -> None:
         for i, (name, (nfe, distance)) in enumerate(lines.items()):
@@ -91,7 +126,9 @@ def distance_by_nfe(lines: Mapping[str, Curve], levels: Mapping[str, tuple[str, 
         for i, (label, (name, value)) in enumerate(levels.items()):
             axes.axhline(value, color=theme.colour(name, i), lw=1.2, ls=("--", ":", "-.")[i % 3], label=label)
         ticks = sorted({step for nfe, _ in lines.values() for step in nfe})
-        axes.set(xlabel="NFE", ylabel="FD-CNN (lower is better)", xscale="log", ylim=(0, None))
+        lowest = min([0.0, *(value for _, values in lines.values() for value in values)])
+        axes.set(xlabel="NFE", ylabel=f"{measure} (lower is better)", xscale="log", ylim=(lowest, None))
+        mark_solvers(axes, solvers, theme.ink)
         axes.set_xticks(ticks, [str(step) for step in ticks])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -140,21 +177,3 @@ def _drawn(panels: Sequence[Panel], theme: Theme, inches: tuple[float, float], f
 
 def legend(axes: Any, theme: Theme, **place: Any) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, **place)
-
-
-def _robust_limits(series: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Limits that leave out the first steps' peak, which would press the rest of the curve flat."""
-    tails = np.concatenate([np.asarray(values)[len(values) // 20 :] for values in series])
-    tails = tails[np.isfinite(tails)]
-    if not len(tails):
-        return 0.0, 1.0
-    low, high = float(tails.min()), float(tails.max())
-    margin = 0.06 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
-def compact(value: float, _: Any = None) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def size(count: float, digits: int = 3) -> str:
     """Bytes in the unit that suits, to so many significant figures: `15.9 MB`; of terabytes one figure more."""
@@ -24,6 +26,14 @@ def about(seconds: float) -> str:
         if seconds > 1.5 * length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def ratio(value: float, digits: int = 2) -> str:
+    """A ratio with at least so many significant figures and decimals; a tiny one has an exponent: `1.5e-04`."""
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.{digits - 1}e}"
+    decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else digits
+    return f"{value:,.{max(decimals, digits)}f}"
 
 
 def age(seconds: float) -> str:

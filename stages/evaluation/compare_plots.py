@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nfm.stages.couplings.variant import Variant
-from nfm.stages.display.plots import Panel, Theme, compact, legend, png
+from nfm.stages.display.axes import compact, make_log, mark_solvers, marked, robust_limits
+from nfm.stages.display.plots import Panel, Theme, legend, png
 from nfm.stages.evaluation.compare_rows import Row, mean
 from nfm.stages.evaluation.compare_table import label, shown
 from nfm.stages.evaluation.table import DISTANCE
@@ -64,10 +65,14 @@ def _distance(body: Row, styles: Mapping[str, Style]) -> Panel:
     key = body["distance"]
 
     def panel(axes: Any, theme: Theme) -> None:
+        inside: list[float] = []
         for name, rows in _by_variant(body).items():
             rows = sorted(rows, key=lambda row: row["nfe"])
             means = [mean(row, key) for row in rows]
-            axes.plot([row["nfe"] for row in rows], means, label=name, **styles[name].line())
+            none = [f"{shown(value)} at NFE {row['nfe']}" for row, value in zip(rows, means) if value <= 0]
+            told = f"{name} ({', '.join(none)}: not on this axis)" if none else name
+            axes.plot([row["nfe"] for row in rows], means, label=told, **styles[name].line())
+            inside += [one for row, value in zip(rows, means) for one in _ends(value, row["metrics"][key]["spread"])]
             for row in rows:
                 if row["metrics"][key]["spread"] is not None:
                     axes.errorbar(row["nfe"], mean(row, key), row["metrics"][key]["spread"], color=styles[name].colour,
@@ -78,10 +83,11 @@ def _distance(body: Row, styles: Mapping[str, Style]) -> Panel:
             if _beyond(body, row):
                 axes.plot([], [], label=f"{label(row)} {shown(mean(row, key))}, below", **style)
             else:
+                inside.append(mean(row, key))
                 axes.axhline(mean(row, key), label=label(row), **style)
-        _nfe_axis(axes, body)
-        axes.set(ylabel=f"{DISTANCE[key]} (lower is better)", yscale="log")
-        _plain_ticks(axes.yaxis)
+        _nfe_axis(axes, body, theme)
+        axes.set_ylabel(f"{DISTANCE[key]} (lower is better)")
+        make_log(axes.yaxis, inside)
         legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
     return panel
@@ -94,16 +100,13 @@ def _loss(body: Row, styles: Mapping[str, Style]) -> Panel:
         named: set[str] = set()
         for line in body["losses"]:
             name, (seen, losses) = line["variant"], np.array(line["curve"], float).T
-            style = {**styles[name].line(), "ms": 4, "markevery": 0.15, "lw": 1.3}
+            # A mark at every point of a short line, at some of a long one.
+            every = {} if marked(len(seen)) else {"markevery": 0.15}
+            style = {**styles[name].line(), "ms": 4, "lw": 1.3, **every}
             axes.plot(seen, losses, label=None if name in named else name, **style)
             named.add(name)
-        # The first points are far above all others and would press them flat.
-        later = np.concatenate(
-            [np.array(line["curve"], float)[len(line["curve"]) // 20 :, 1] for line in body["losses"]]
-        )
-        low, high = float(np.nanmin(later)), float(np.nanmax(later))
-        margin = 0.06 * (high - low) or 0.5
-        axes.set(xlabel="pairs seen", ylabel="flow-matching loss", ylim=(low - margin, high + margin))
+        limits = robust_limits([[loss for _, loss in line["curve"]] for line in body["losses"]])
+        axes.set(xlabel="pairs seen", ylabel="flow-matching loss", ylim=limits)
         axes.xaxis.set_major_formatter(compact)
         legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
@@ -126,23 +129,36 @@ def _curvature(body: Row, styles: Mapping[str, Style]) -> Panel:
 
 
 def _speed(body: Row, styles: Mapping[str, Style]) -> Panel:
-    """Images a second against distance, a point a sampler; up and to the left is better."""
+    """Images a second against distance, a point a sampler with its NFE; up and to the left is better."""
     key = body["distance"]
 
     def panel(axes: Any, theme: Theme) -> None:
+        along: list[float] = []
+        up: list[float] = []
         for name, rows in _by_variant(body).items():
             rows = [row for row in sorted(rows, key=lambda row: row["nfe"]) if "images_per_second" in row["speeds"]]
             speeds = [row["speeds"]["images_per_second"]["mean"] for row in rows]
-            axes.plot([mean(row, key) for row in rows], speeds, label=name, **styles[name].line())
+            means = [mean(row, key) for row in rows]
+            axes.plot(means, speeds, label=name, **styles[name].line())
+            along, up = [*along, *means], [*up, *speeds]
+            for row, x, y in zip(rows, means, speeds):
+                axes.annotate(f"NFE {row['nfe']}", (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8,
+                              color=styles[name].colour)  # fmt: skip
         for number, row in enumerate(row for row in body["teacher"] if "images_per_second" in row["speeds"]):
             speed = row["speeds"]["images_per_second"]["mean"]
             style = {"color": theme.series["teacher"], "ls": "", "marker": MARKERS[number % len(MARKERS)], "ms": 7}
             axes.plot([mean(row, key)], [speed], label=label(row), **style)
-        if not _beyond(body, body["floor"]):
-            axes.axvline(mean(body["floor"], key), color=theme.series["floor"], lw=1.2, ls=":", label="floor")
-        axes.set(xlabel=f"{DISTANCE[key]} (lower is better)", ylabel="images a second", xscale="log", yscale="log")
-        _plain_ticks(axes.xaxis)
-        _plain_ticks(axes.yaxis)
+            along, up = [*along, mean(row, key)], [*up, speed]
+        floor = mean(body["floor"], key)
+        style = {"color": theme.series["floor"], "lw": 1.2, "ls": ":"}
+        if _beyond(body, body["floor"]):
+            axes.plot([], [], label=f"floor {shown(floor)}, left of this", **style)
+        else:
+            along = [*along, floor]
+            axes.axvline(floor, label="floor", **style)
+        axes.set(xlabel=f"{DISTANCE[key]} (lower is better)", ylabel="images a second")
+        make_log(axes.xaxis, along, aside=0.12)
+        make_log(axes.yaxis, up)
         legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
     return panel
@@ -154,27 +170,23 @@ def _beyond(body: Row, row: Row) -> bool:
     return mean(row, body["distance"]) <= lowest / FAR
 
 
-def _nfe_axis(axes: Any, body: Row) -> None:
-    ticks = sorted({row["nfe"] for row in body["rows"] if row["sampler"] != REFERENCE})
-    axes.set(xlabel="NFE", xscale="log")
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.xaxis.set_minor_locator(_nowhere())
+def _ends(value: float, spread: float | None) -> tuple[float, float]:
+    """Of an error bar."""
+    return value - (spread or 0.0), value + (spread or 0.0)
 
 
-def _plain_ticks(axis: Any) -> None:
-    """1, 2, 5, 10 as such, not as powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    show: Callable[[float, Any], str] = compact
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(show)
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _nowhere() -> Any:
+def _nfe_axis(axes: Any, body: Row, theme: Theme) -> None:
     from matplotlib.ticker import NullLocator
 
-    return NullLocator()
+    rows = [row for row in body["rows"] if row["sampler"] != REFERENCE]
+    ticks = sorted({row["nfe"] for row in rows})
+    axes.set(xlabel="NFE", xscale="log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    solvers: dict[str, list[int]] = {}
+    for row in rows:
+        solvers.setdefault(row["sampler"], []).append(row["nfe"])
+    mark_solvers(axes, solvers, theme.ink)
 
 
 def _by_variant(body: Row) -> dict[str, list[Row]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.display.tables import aligned
+from nfm.stages.display.units import ratio as ratio_text
 from nfm.stages.evaluation.compare_rows import REPORTED, Row, mean
 from nfm.stages.evaluation.table import DISTANCE, Column, columns_of
 from nfm.stages.trained.sampling import REFERENCE
@@ -60,12 +61,12 @@ def conclusions(body: Row) -> list[str]:
     )
     curves = {row["variant"]: row["value"]["mean"] for row in body["curvature"]}
     ratio = curves[ours["variant"]] / max(curves["independent"], 1e-12)
-    return [*told, f"The curvature of {ours['variant']} is {ratio:.2f} of independent's."]
+    return [*told, f"The curvature of {ours['variant']} is {ratio_text(ratio)} of independent's."]
 
 
 def _against_half(share: float) -> str:
-    """The share with two decimals, or as many as it takes not to look like the other side of a half."""
-    told = (f"{share:.{digits}f}" for digits in range(2, MOST_DIGITS))
+    """The share as ratios are told, or with as many digits as it takes not to look like the other side of a half."""
+    told = (ratio_text(share, digits) for digits in range(2, MOST_DIGITS))
     return next((text for text in told if (float(text) <= 0.5) == (share <= 0.5)), repr(share))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from nfm.stages.base import Inputs, Reporter, StageError, Stopped, Unfit
 from nfm.stages.display.pictures import as_pixels, to_uint8
+from nfm.stages.display.points import are_points
 from nfm.stages.evaluation.distances import EXACT_VALUES, Reference
 from nfm.stages.trained import student
 from nfm.stages.trained.machine import machine
@@ -93,6 +94,7 @@ class Bench:
         config = self.config
         parts: list[np.ndarray] = []
         shown: list[np.ndarray] = []
+        self.report.progress(0, self.count, "images", row=sampler.name)
         for images in draw(sampler.decode, self.source, self.count, config.seed, config.batch_size, self.device):
             if self.report.stopping:
                 raise Stopped
@@ -103,7 +105,11 @@ class Bench:
                 shown.append(images)
             self.report.progress(sum(len(part) for part in parts), self.count, "images", row=sampler.name)
         data = io.BytesIO()
-        np.savez_compressed(data, images=as_pixels(np.concatenate(shown)[:SHOWN], self.source.dtype))
+        first = np.concatenate(shown)[:SHOWN]
+        # Points are kept as they are, to be drawn in the plane.
+        kept = first if are_points(self.source.image_shape) else as_pixels(first, self.source.dtype)
+        own = self.source.labels(np.arange(len(first)) % len(self.source))
+        np.savez_compressed(data, images=kept, labels=own)
         atomic.write_bytes(picture, data.getvalue())
         described = {key: value for key, value in sampler._asdict().items() if key not in ("decode", "taken")}
         if sampler.taken:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from nfm.stages.base import StageError
 from nfm.stages.display import plots as plots
+from nfm.stages.display.points import coordinates
 from nfm.stages.evaluation.table import DISTANCE, Line, columns_of, distance_key
 from nfm.stages.report.html import figure, heading, image_grid, number, paragraph, row, table
 from nfm.storage.files.atomic import read_json
@@ -64,10 +66,15 @@ class Evaluation:
         for line in lines:
             file = self.root / "samples" / f"{line['name']}.npz"
             if file.is_file():
-                images = _samples(file, self.root)[: self.samples]
+                images, labels = _samples(file, self.root)
+                images, alt = images[: self.samples], f"samples of {line['name']}"
                 caption = f"{self.title} {number(line[self.key], 3)}"
-                grid = image_grid(images, f"samples of {line['name']}")
-                figures.append(figure(grid, _row_title(line), caption))
+                if images.dtype != np.uint8:
+                    picture = plots.points_of_the_plane({"samples": coordinates(images)}, alt)
+                    caption = f"{len(images):,} points, {caption}"
+                else:
+                    picture = image_grid(images, alt, labels=labels)
+                figures.append(figure(picture, _row_title(line), caption))
         return figures
 
     def _best(self) -> list[int]:
@@ -88,17 +95,12 @@ class Evaluation:
         if not lines:
             return ""
         levels = {_row_title(line): (line["model"], line[self.key]) for line in self.rows if line["model"] != "student"}
-        plot = plots.distance_by_nfe(lines, levels, f"{self.title} against NFE by coupling")
-        return row([figure(plot, f"{self.title} against NFE", self._solvers())])
-
-    def _solvers(self) -> str:
-        """Which solver took which NFE, as the rows have it."""
-        taken: dict[str, list[int]] = {}
+        taken: dict[str, list[int]] = {}  # which solver took which NFE, as the rows have it
         for line in self.rows:
             if line["model"] == "student":
-                taken.setdefault(str(line["sampler"]).capitalize(), []).append(line["nfe"])
-        said = [f"{name} at {', '.join(map(str, sorted(set(nfe))))}" for name, nfe in sorted(taken.items())]
-        return f"{'; '.join(said)}; NFE logarithmic"
+                taken.setdefault(str(line["sampler"]), []).append(line["nfe"])
+        plot = plots.distance_by_nfe(lines, levels, f"{self.title} against NFE by coupling", self.title, taken)
+        return row([figure(plot, f"{self.title} against NFE", _solvers(taken))])
 
     def _curvature(self) -> str:
         lines = self.body.get("curvature") or []
@@ -110,10 +112,16 @@ class Evaluation:
         return heading("Curvature") + paragraph(text) + table(columns, rows)
 
 
-def _samples(file: Path, root: Path) -> np.ndarray:
+def _solvers(taken: Mapping[str, list[int]]) -> str:
+    said = [f"{name.capitalize()} at {', '.join(map(str, sorted(set(nfe))))}" for name, nfe in sorted(taken.items())]
+    return f"{'; '.join(said)}; NFE logarithmic"
+
+
+def _samples(file: Path, root: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images with their labels, which files from before they were kept lack."""
     try:
         with opened(file, root) as source, np.load(source, allow_pickle=False) as arrays:
-            return np.asarray(arrays["images"])
+            return np.asarray(arrays["images"]), np.asarray(arrays["labels"]) if "labels" in arrays else None
     except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         remedy = "remove that evaluation's folder and run the same command again"
         raise StageError(f"{file}: no samples of an evaluation ({error}); {remedy}") from error

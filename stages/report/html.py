@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from nfm.stages.display.classes import rows_of
+
 CELL_PIXELS = 56  # small images are enlarged by a whole factor to about this edge
 GAP = 2
 SIGNIFICANT, MOST_DECIMALS = 4, 6
@@ -41,6 +43,8 @@ details { margin: 8px 0; font-size: 14px; } summary { cursor: pointer; color: va
 figure { margin: 0; padding: 12px; background: var(--card); border: 1px solid var(--line);
   border-radius: 8px; max-width: 100%; }
 figcaption { font-size: 14px; margin: 0 0 8px; } figcaption b { color: var(--ink); }
+.classes { display: grid; grid-template-columns: max-content 1fr; gap: 2px 10px; align-items: center;
+  font-size: 13px; color: var(--soft); }
 img { display: block; max-width: 100%; height: auto; } img.pixels { image-rendering: pixelated; }
 """
 
@@ -141,8 +145,22 @@ def themed_picture(light_svg: bytes, dark_svg: bytes, alt: str) -> str:
     )
 
 
-def image_grid(images: np.ndarray, alt: str, columns: int = 8) -> str:
-    """Images [n, C, H, W] uint8 as one crisp PNG in raster order; the first channel alone unless C is 3."""
+def image_grid(images: np.ndarray, alt: str, columns: int = 8, labels: np.ndarray | None = None) -> str:
+    """Images [n, C, H, W] uint8 as a crisp PNG in raster order; the first channel alone unless C is 3.
+
+    With labels there is a PNG a row, and before it the class or classes that the row shows.
+    """
+    rows = rows_of(labels, len(images), columns)
+    if not any(title for title, _ in rows):
+        return _raster(images, alt, columns)
+    cells = (
+        f"<span>{escape(title)}</span>{_raster(images[numbers], f'{alt}, {title}', len(numbers))}"
+        for title, numbers in rows
+    )
+    return f'<div class="classes">{"".join(cells)}</div>'
+
+
+def _raster(images: np.ndarray, alt: str, columns: int) -> str:
     from PIL import Image
 
     n, c, h, w = images.shape

@@ -12,6 +12,7 @@ import numpy as np
 from nfm.stages.base import Inputs
 from nfm.stages.display import plots as plots
 from nfm.stages.display.pictures import FALSE_COLOURS, false_colours
+from nfm.stages.display.points import are_points, coordinates
 from nfm.stages.display.units import duration
 from nfm.stages.pairs import coupling_advice
 from nfm.stages.report.evaluation import Evaluation
@@ -24,6 +25,7 @@ from nfm.storage.format.order import permute
 
 SHORT_FINGERPRINT = 12
 PAIRS_SHOWN = 8
+POINTS_SHOWN = 2000
 NOISE_RECORDS = 4096
 NOISE_SHOWN = 3.0  # noise from -3 to 3 becomes black to white
 ORDER = ("data", "features", "teacher", "pairs", "student", "evaluate")
@@ -49,10 +51,17 @@ def data(root: Path, manifest: Mapping[str, Any], samples: int, seed: int) -> st
     train = ImageDataset.open(root, "train")
     about = manifest.get("dataset") or {}
     chosen = permute(np.arange(min(samples, len(train))), len(train), f"report/{seed}")
-    shape = " x ".join(map(str, train.image_shape))
-    text = f"{about.get('name', 'images')}: {len(train):,} training images of {shape} (channels, height, width)."
+    shape = "x".join(map(str, train.image_shape))
+    planar = are_points(train.image_shape)
+    what = "points of the plane" if planar else f"images of {shape} (channels, height, width)"
+    text = f"{about.get('name', 'images')}: {len(train):,} training {what}."
     if about:
         text += f" Licence: {about.get('licence')}. Origin: {about.get('origin')}."
+    if planar:
+        chosen = permute(np.arange(min(POINTS_SHOWN, len(train))), len(train), f"report/{seed}")
+        points = coordinates(train.to_float(train.images(chosen)))
+        plot = plots.points_of_the_plane({"data": points}, "training points")
+        return paragraph(text) + row([figure(plot, "Training points", f"a seeded sample of {len(points):,}")])
     images, caption = train.images(chosen), "a seeded sample"
     if train.dtype != "uint8":
         images, caption = false_colours(images), f"a seeded sample in {FALSE_COLOURS}"
@@ -83,7 +92,11 @@ def pairs(stores: Mapping[str, PairStore], seed: int) -> str:
         records = store.gather(0, slots)
         records["noise"] = unpack(records["noise"], store.spec.noise_step)
         samples[name] = records["noise"].ravel()
-        body.append(figure(_side_by_side(records), name, "image above, its noise below (black -3, white 3)"))
+        if are_points(store.spec.image_shape):
+            sets = {role: coordinates(records[role]) for role in ("image", "noise")}
+            body.append(figure(plots.points_of_the_plane(sets, f"pairs of {name}"), name, "images and their noise"))
+        else:
+            body.append(figure(_side_by_side(records), name, "image above, its noise below (black -3, white 3)"))
         moments = store.manifest.get("moments") or {}
         values = [moments.get(key) for key in ("mean", "var", "kurtosis", "min", "max", "nonfinite")]
         rows.append([name, store.draws, len(there), *values])

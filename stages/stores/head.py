@@ -5,21 +5,27 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nfm.stages.base import StageError
+from nfm.stages.display.axes import density, density_span, make_log, noise_edges, normal
+from nfm.stages.display.endings import write_picture
 from nfm.stages.display.pictures import FALSE_COLOURS, as_pixels, in_false_colours
+from nfm.stages.display.points import are_points, coordinates, panel
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs.recipe import content
 from nfm.storage import PairStore
-from nfm.storage.files import atomic
 from nfm.storage.format import codecs, convert
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 HISTOGRAM_VALUES = 4_000_000
 NOISE_SHOWN = 3.0  # noise from -3 to 3 becomes black to white
-INK, SOFT, LINE, BLUE, ORANGE = "#1c2430", "#5d6876", "#dde2e9", "#2566d8", "#d4711c"
+INK, SOFT, LINE = "#1c2430", "#5d6876", "#dde2e9"
+BLUE, ORANGE, GREEN, RED = "#2566d8", "#d4711c", "#1d8f61", "#c0396b"
 Array = np.ndarray
 
 
@@ -53,7 +59,9 @@ def draw(where: str | Path, count: int, draw: int, teacher: Path | None, output:
     order = np.argsort(np.where(np.isfinite(nll), -nll, np.inf), kind="stable")[:count]
     worst = _records(store, draw, slots, order[np.isfinite(nll[order])], columns, nll, decode)
     values = _noise(store, draw, slots[: max(1, HISTOGRAM_VALUES // first.noise[0].size)])
-    atomic.write_bytes(output, _picture(store, draw, first, worst, values.reshape(-1)))
+    points = are_points(store.spec.image_shape)
+    picture = _plane(store, draw, first, worst, values) if points else _picture(store, draw, first, worst, values)
+    write_picture(output, picture)
     return _table(store, draw, first, worst)
 
 
@@ -122,8 +130,8 @@ def _number(nll: float) -> str | None:
     return f"{nll:.4f}" if np.isfinite(nll) else None
 
 
-def _picture(store: PairStore, draw: int, first: Head, worst: Head, values: Array) -> bytes:
-    """The PNG: pairs in columns, below them the histogram and the worst records."""
+def _picture(store: PairStore, draw: int, first: Head, worst: Head, values: Array) -> Image:
+    """Pairs in columns, below them the histogram and the worst records."""
     from matplotlib.figure import Figure
 
     rows = 2 + (first.decoded is not None)
@@ -136,9 +144,7 @@ def _picture(store: PairStore, draw: int, first: Head, worst: Head, values: Arra
     parts: Any = sheet.subfigures(2, 1, height_ratios=[0.55 + rows * cell * 1.02, strip])
     top, bottom = parts
     spec = store.spec
-    size = " x ".join(map(str, spec.image_shape))
-    title = f"{spec.coupling} pairs, draw {draw} of {store.draws}, {len(store.slots(draw)):,} records of {size}"
-    title += f", noise in {spec.codec}, layout {spec.layout}"
+    title = _title(store, draw)
     image_dtype = spec.field("image").dtype
     if in_false_colours(image_dtype, spec.image_shape[0]):
         title += f"\n{FALSE_COLOURS}"
@@ -150,9 +156,48 @@ def _picture(store: PairStore, draw: int, first: Head, worst: Head, values: Arra
     else:
         left = bottom
     _draw_histogram(left, values, store.manifest["moments"])
+    return _drawn(sheet)
+
+
+def _plane(store: PairStore, draw: int, first: Head, worst: Head, values: Array) -> Image:
+    """Pairs of points: images and noises in one plane, a line from each to its own; beside it the histogram."""
+    from matplotlib.figure import Figure
+
+    sheet = Figure(figsize=(13.0, 5.0), facecolor="white", layout="constrained")
+    sheet.suptitle(_title(store, draw), fontsize=10, color=INK, x=0.01, ha="left")
+    left, right = sheet.subfigures(1, 2, width_ratios=[1.0, 1.2])
+    axes = left.subplots()
+    image, noise = coordinates(first.image), coordinates(first.noise)
+    sets = {"image": image, "noise z": noise}
+    if first.decoded is not None:
+        sets[f"z decoded = image + {store.spec.eta:g} eps'"] = coordinates(first.decoded)
+    if len(worst.image):
+        sets["image of worst nll"] = coordinates(worst.image)
+    panel(axes, sets, (BLUE, ORANGE, GREEN, RED))
+    if len(image) == len(noise):
+        for (x, y), (to_x, to_y) in zip(image, noise):
+            axes.plot([x, to_x], [y, to_y], color=SOFT, lw=0.6, alpha=0.7, zorder=0)
+    axes.grid(color=LINE, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    _draw_histogram(right, values, store.manifest["moments"])
+    return _drawn(sheet)
+
+
+def _title(store: PairStore, draw: int) -> str:
+    spec = store.spec
+    size = "x".join(map(str, spec.image_shape))
+    what = "points of the plane" if are_points(spec.image_shape) else f"records of {size}"
+    title = f"{spec.coupling} pairs, draw {draw} of {store.draws}, {len(store.slots(draw)):,} {what}"
+    return f"{title}, noise in {spec.codec}, layout {spec.layout}"
+
+
+def _drawn(sheet: Any) -> Image:
+    from PIL import Image
+
     data = io.BytesIO()
     sheet.savefig(data, format="png", dpi=110)
-    return data.getvalue()
+    return Image.open(data)
 
 
 def _draw_pairs(sheet: Any, head: Head, columns: int, image_dtype: str, eta: float | None) -> None:
@@ -187,23 +232,22 @@ def _draw_worst(sheet: Any, worst: Head, columns: int, image_dtype: str) -> None
 
 def _draw_histogram(sheet: Any, values: Array, moments: dict[str, Any]) -> None:
     linear, logarithmic = sheet.subplots(1, 2)
-    edges = np.linspace(-6, 6, 121)
+    extremes = [np.array([moments[key]]) for key in ("min", "max") if moments.get(key) is not None]
+    edges = noise_edges(values, *extremes)
     at = (edges[1:] + edges[:-1]) / 2
-    # Divided by all values: mass outside the axis is missing from the plot, not spread over it.
-    density = np.histogram(values, edges)[0] / (values.size * np.diff(edges))
-    normal = np.exp(-(at**2) / 2) / np.sqrt(2 * np.pi)
+    found = density(values, edges)
     for axes, scale in ((linear, "linear"), (logarithmic, "log")):
-        shown = np.where(density > 0, density, np.nan) if scale == "log" else density
+        shown = np.where(found > 0, found, np.nan) if scale == "log" else found
         axes.stairs(shown, edges, color=BLUE, lw=1.3, label="z", fill=scale == "linear", alpha=0.75)
-        axes.plot(at, normal, color=ORANGE, lw=1.3, ls="--", label="N(0, 1)")
-        axes.set_yscale(scale)
-        axes.set_xlabel(f"value of z ({scale})", fontsize=8, color=SOFT)
+        axes.plot(at, normal(at), color=ORANGE, lw=1.3, ls="--", label="N(0, 1)")
+        axes.set_xlabel("value of z", fontsize=8, color=SOFT)
+        axes.set_ylabel(f"density ({scale})", fontsize=8, color=SOFT)
         axes.tick_params(labelsize=7, colors=SOFT)
         axes.grid(color=LINE, lw=0.6)
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    logarithmic.set_ylim(max(0.3 / (values.size * (edges[1] - edges[0])), 1e-9), 1.0)
+    make_log(logarithmic.yaxis, density_span(values, edges))
     linear.legend(frameon=False, fontsize=8, labelcolor=INK)
     mean, var, kurtosis = (moments[key] for key in ("mean", "var", "kurtosis"))
     said = f"all draws: mean {mean:+.4f}, variance {var:.4f}, kurtosis {kurtosis or 0:.3f}\n(a Gaussian's: 0, 1, 3)"

@@ -127,6 +127,9 @@ def _fit(
     from nfm.trainers.couplings.semidiscrete import fit
 
     place = list(rows).index(label)
+    total = len(rows) * config.samples
+    begun = work.begun(label)
+    report.progress(place * config.samples + (begun.step * ascent.batch_size if begun else 0), total, "samples")
 
     def save(state: State) -> None:
         work.save((label, state))
@@ -135,14 +138,14 @@ def _fit(
         report.log("chi2", label=label, samples=seen, chi2=chi2.value, error=chi2.error, chi2_samples=chi2.samples)
         done = place * config.samples + min(seen, config.samples)
         figures: dict[str, Any] = {"chi2": round(chi2.value, 5), "class": _called(train, label)}
-        report.progress(done, len(rows) * config.samples, "samples", workers=(), **figures)
+        report.progress(done, total, "samples", workers=(), **figures)
 
     targets = class_targets(train, rows[label], device)
     fitted = fit(
         targets,
         ascent,
         label,
-        state=work.begun(label),
+        state=begun,
         save=save,
         save_every=config.save_every,
         log=log,

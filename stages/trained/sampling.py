@@ -215,7 +215,10 @@ def sample_grid(
     grid: str = "square",
     guidance: float = 0.0,
 ) -> None:
-    """Draw `count` images of a finished student or teacher, classes in turn, as one PNG."""
+    """Draw `count` images of a finished student or teacher, classes in turn, as one picture that says which is which.
+
+    Its format is that of the path's ending.
+    """
     import torch
 
     device = pick_device("auto")
@@ -229,11 +232,12 @@ def sample_grid(
     _, architecture = read_weights(folder)
     shape = architecture["image_shape"]
     eps = philox.normals(seed, 0, np.arange(count), int(np.prod(shape)), purpose="samples")
-    labels = torch.arange(count) % max(architecture["classes"], 1)
+    classes = architecture["classes"]
+    labels = torch.arange(count) % max(classes, 1)
     with torch.no_grad(), blaming("--solver, --grid"):
         noise = torch.from_numpy(eps).reshape(count, *shape)
         images = sampler.decode(noise.to(device), labels.to(device)).float().cpu().numpy()
-    save_grid(path, images, image_dtype=image_dtype_of(folder))
+    save_grid(path, images, image_dtype=image_dtype_of(folder), labels=labels.numpy() if classes else None)
 
 
 def image_dtype_of(folder: Path) -> str:

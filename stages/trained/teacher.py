@@ -207,4 +207,5 @@ def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, 
     labels = torch.arange(64, device=device) % max(facts["architecture"]["classes"], 1)
     with torch.inference_mode(), precision_context(device.type, config.precision):
         images = model.decode(facts["sigma_f"] * torch.from_numpy(eps).reshape(64, *shape).to(device), labels)
-    save_grid(path, images.float().cpu().numpy(), image_dtype=image_dtype)
+    told = labels.cpu().numpy() if facts["architecture"]["classes"] else None
+    save_grid(path, images.float().cpu().numpy(), image_dtype=image_dtype, labels=told)

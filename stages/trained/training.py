@@ -136,6 +136,7 @@ def fit(
     from nfm.trainers import loop
     from nfm.trainers.checkpoint import CheckpointError, unpack
 
+    seen = 0
     saved = read_bytes(out / CHECKPOINT, MOST_STATE_BYTES) if (out / CHECKPOINT).exists() else None
     if saved is not None:
         try:
@@ -155,10 +156,16 @@ def fit(
         line = {**figures, **measure()}
         with (out / METRICS).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({key: round(value, 6) for key, value in line.items()}) + "\n")
-        shown: dict[str, float] = {key: line[key] for key in ("loss", "heldout_bpd", "accuracy") if key in line}
+        shown.update({key: line[key] for key in ("loss", "heldout_bpd", "accuracy") if key in line})
         shown["wait"] = line["data_wait_share"]
-        report.progress(int(line[f"{unit}_seen"]), plan.examples, unit, workers=(), **shown)
+        tick(int(line[f"{unit}_seen"]))
 
+    shown: dict[str, float] = {}  # the figures of the last line
+
+    def tick(done: int) -> None:
+        report.progress(done, plan.examples, unit, workers=(), **shown)
+
+    tick(seen)  # from here on a rate is known
     try:
         trained = loop.train(
             model,
@@ -173,6 +180,7 @@ def fit(
             save_every=config.save_every,
             log=log,
             log_every=config.log_every,
+            tick=tick,
             stop=lambda: report.stopping,
         )
     except CheckpointError as error:

@@ -122,6 +122,7 @@ class ImageFolder:
             return []
 
         counts: Counter[str] = Counter()
+        report.progress(0, len(rows), "images read")
         for start in range(0, len(rows), DECODE_BATCH):
             if report.stopping:
                 raise Stopped

@@ -76,6 +76,7 @@ class Npz:
         images = scratch_array(scratch, (len(rows), c, h // self.average, w // self.average), self.dtype)
         rejected: dict[int, str] = {}
         values, done = Values(), 0
+        report.progress(done, len(rows), "images read")
         for file, head, start in zip(self.files, self.heads, self.starts.tolist()):
             # The places in `images` of this file's rows, and those rows, from the first to the last.
             places = np.flatnonzero((rows >= start) & (rows < start + head.rows))

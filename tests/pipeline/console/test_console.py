@@ -215,7 +215,9 @@ def test_ending_follows_every_signal_and_stopping_only_those_that_stop(tmp_path:
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-def test_elsewhere_there_is_a_line_every_thirty_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_elsewhere_there_is_a_line_after_five_seconds_and_every_thirty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     clock = Clock()
     console = Console("pairs", tmp_path / "events", StopRequest(), clock=clock)
     rows = [worker("a", 10), worker("b", 20, encode=0.6), worker("c", 30, encode=0.7)]
@@ -223,9 +225,9 @@ def test_elsewhere_there_is_a_line_every_thirty_seconds(tmp_path: Path, capsys: 
         clock.now = 1000.0 + second
         console.progress(500 + 50 * second, 10_000, "pairs", rows, failed=2)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
+    assert [line.split()[1] for line in lines] == ["750", "2,250", "3,750"]
     assert lines[0] == (
-        "pairs: 2,000 of 10,000 pairs, 50 pairs/s, 2m40s left, failed 2, "
+        "pairs: 750 of 10,000 pairs, 50 pairs/s, 3m05s left, failed 2, "
         "3 workers, in the median read 10 %, encode 70 %, write 5 %, wait 5 %"
     )
     console.close()
@@ -242,8 +244,8 @@ def test_events_carry_the_same_figures_and_the_rows_of_the_workers(tmp_path: Pat
     found = events_of(tmp_path / "events")
     assert len(found) == 2
     assert found[0]["kind"] == "PROGRESS"
-    assert (found[0]["done"], found[0]["total"], found[0]["per_second"]) == (2000, 10_000, 50.0)
-    assert found[0]["seconds_left"] == 160.0
+    assert (found[0]["done"], found[0]["total"], found[0]["per_second"]) == (1000, 10_000, 50.0)
+    assert found[0]["seconds_left"] == 180.0
     assert found[0]["failed"] == 2
     assert found[0]["workers"] == rows
     assert found[0]["shares"] == {"read": 0.1, "encode": 0.8, "write": 0.05, "wait": 0.05}
@@ -257,6 +259,22 @@ def test_stages_without_workers_tell_as_they_did(tmp_path: Path, capsys: pytest.
     console.progress(20, 100, "images", loss=0.25)
     assert capsys.readouterr().err == "teacher: 20 of 100 images, 0.5 images/s, 2m40s left, loss 0.25\n"
     assert "workers" not in events_of(tmp_path / "events")[-1]
+
+
+def test_a_line_without_a_rate_waits_for_one_but_not_for_ever(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    console = Console("pairs", tmp_path / "events", StopRequest(), clock=clock)
+    for second in range(0, 61, 2):
+        clock.now = 1000.0 + second
+        console.progress(0 if second < 50 else 20, 100, "pairs")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["pairs: 0 of 100 pairs"]  # half a minute late, and no "0 pairs/s"
+    for second in range(62, 80, 2):
+        clock.now = 1000.0 + second
+        console.progress(40, 100, "pairs")
+    assert re.fullmatch(r"pairs: 40 of 100 pairs, 0\.\d+ pairs/s, \S+ left", capsys.readouterr().err.strip())
 
 
 def test_the_rate_is_that_of_the_last_minutes() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nfm.stages.display.units import about, age, clock, duration, megabytes, size
+from nfm.stages.display.units import about, age, clock, duration, megabytes, ratio, size
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,10 @@ from nfm.stages.display.units import about, age, clock, duration, megabytes, siz
 )
 def test_a_value_has_the_unit_that_suits(show: Callable[[float | None], str], value: float | None, text: str) -> None:
     assert show(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.0, "0.00"), (1.5e-4, "1.5e-04"), (0.0042, "0.0042"), (0.447, "0.45"), (1.03, "1.03")]
+)
+def test_a_ratio_has_two_significant_digits(value: float, shown: str) -> None:
+    assert ratio(value) == shown

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Stopped
 from nfm.stages.trained import features, student, teacher, training
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage import ImageDataset
+from tests.stages.recorder import Recorder
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -95,3 +96,13 @@ def test_a_device_that_is_not_there_is_refused_and_auto_takes_what_there_is() ->
     if not torch.cuda.is_available():
         with pytest.raises(StageError, match="set device to 'auto' or 'cpu'"):
             training.pick_device("cuda:3")
+
+
+def test_training_tells_how_far_it_is_from_its_first_step_on(made: Lab, tmp_path: Path) -> None:
+    """Long before the first `log_every`: the reporter decides what of it is shown."""
+    recorder = Recorder(patience=6)
+    config = TeacherConfig(**made.only("teacher").manifest()["config"] | {"log_every": 1_000_000})
+    with pytest.raises(Stopped):
+        teacher.run(config, {"data": made.only("data").path}, tmp_path, recorder)
+    done = [count for count, _, unit in recorder.seen if unit == "images"]
+    assert done[:4] == [0, 64, 128, 192]

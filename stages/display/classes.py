@@ -1,0 +1,42 @@
+"""Which class an image of a grid is of: rows of one class each, or of classes in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+COLUMNS, WIDEST = 8, 16  # images a row; of one class
+
+
+class GridRow(NamedTuple):
+    title: str
+    images: list[int]  # their numbers, from 0
+
+
+def rows_of(labels: Sequence[int] | np.ndarray | None, count: int, columns: int = COLUMNS) -> list[GridRow]:
+    """The rows of a grid of `count` images: a class a row where most classes have several, else classes in order.
+
+    Without labels, or with -1 for all, the images stay in their order and the rows have no titles.
+    """
+    classes = np.full(count, -1) if labels is None else np.asarray(labels)[:count]
+    order = np.argsort(classes, kind="stable")
+    found = np.unique(classes)
+    if len(found) == 1 and found[0] < 0:
+        return [GridRow("", part) for part in _parts(list(range(count)), columns)]
+    if count >= 2 * len(found):
+        groups = [(_title(label, label), order[classes[order] == label].tolist()) for label in found.tolist()]
+        return [GridRow(title, part) for title, group in groups for part in _parts(group, WIDEST)]
+    parts = _parts(order.tolist(), columns)
+    return [GridRow(_title(int(classes[part[0]]), int(classes[part[-1]])), part) for part in parts]
+
+
+def _title(first: int, last: int) -> str:
+    if first == last:
+        return "no class" if first < 0 else f"class {first}"
+    return f"class {first} to {last}" if first >= 0 else f"to class {last}"
+
+
+def _parts(numbers: list[int], size: int) -> list[list[int]]:
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]

@@ -1,0 +1,74 @@
+"""What stands in the plots of a comparison: labels, marks and limits, read from the axes that were drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from nfm.stages.display.plots import LIGHT, Panel
+from nfm.stages.evaluation import compare_plots
+from tests.stages.evaluation.test_compare import made
+
+
+def drawn(panel: Panel) -> Any:
+    axes = Figure(layout="constrained").subplots()
+    panel(axes, LIGHT)
+    return axes
+
+
+@pytest.fixture(scope="module")
+def body(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of variants at NFE 7 by Heun and 3 by Euler."""
+    folder: Path = tmp_path_factory.mktemp("compared")
+    return made(folder)[1]
+
+
+def styles(body: dict[str, Any]) -> Any:
+    return compare_plots._styles(list(body["seeds"]))
+
+
+def test_distance_marks_where_euler_becomes_heun_and_tells_what_lies_outside(body: dict[str, Any]) -> None:
+    axes = drawn(compare_plots._distance(body, styles(body)))
+    assert [text.get_text() for text in axes.texts] == ["Euler", "Heun"]
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "floor 2.000, below" in told
+    low, high = axes.get_ylim()
+    assert low < 19 < 70 < high
+    assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
+
+
+def test_a_distance_that_a_logarithm_has_not_is_told_by_name(body: dict[str, Any]) -> None:
+    rows = [
+        {**row, "metrics": {**row["metrics"], "fd_cnn": {"mean": -0.5, "spread": None}}}
+        if (row["variant"], row["nfe"]) == ("independent", 7) else row
+        for row in body["rows"]
+    ]  # fmt: skip
+    axes = drawn(compare_plots._distance({**body, "rows": rows}, styles(body)))
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "independent (-0.5000 at NFE 7: not on this axis)" in told
+
+
+def test_every_point_of_speed_names_its_nfe(body: dict[str, Any]) -> None:
+    axes = drawn(compare_plots._speed(body, styles(body)))
+    points = sorted((text.xy, text.get_text()) for text in axes.texts)
+    students = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_label() in body["seeds"]]
+    places = sorted((x, y) for line in students for x, y in zip(*line.get_data()))
+    assert [place for place, _ in points] == places
+    assert [text for _, text in points].count("NFE 7") == len(body["seeds"]) == 3
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    assert all(left < x < right and low < y < high for x, y in places)
+    for ticks, (start, end) in ((axes.get_xticks(), (left, right)), (axes.get_yticks(), (low, high))):
+        assert sum(start <= tick <= end for tick in ticks) >= 3
+
+
+def test_a_loss_of_one_point_is_marked_and_inside(body: dict[str, Any]) -> None:
+    losses = [{**line, "curve": [[100, 0.3]]} for line in body["losses"]]
+    axes = drawn(compare_plots._loss({**body, "losses": losses}, styles(body)))
+    for line in axes.lines:
+        assert line.get_marker() in compare_plots.MARKERS
+        assert line.get_markevery() is None
+    low, high = axes.get_ylim()
+    assert low < 0.3 < high
