@@ -20,14 +20,16 @@ import numpy as np
 
 from nfm.storage import layouts as layouts
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
+from nfm.storage.errors.arguments import checked, instance, one_of
 from nfm.storage.files.atomic import HashingFile, create_json, hash_file, is_temporary, read_json
 from nfm.storage.files.cache import Wanted
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove, size_of
 from nfm.storage.files.small_files import plain
 from nfm.storage.format import codecs
+from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.index import read_index
-from nfm.storage.format.spec import SPEC, StoreSpec, pair_fields
+from nfm.storage.format.spec import LAYOUTS, SPEC, StoreSpec, pair_fields
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.row_fields import FIELDS, RowField, publish_row_field, row_field_names
 from nfm.storage.store import PairStore
@@ -55,6 +57,7 @@ def converted(spec: StoreSpec, layout: str, codec: str) -> StoreSpec:
     )
 
 
+@checked(source=instance(PairStore), layout=one_of(LAYOUTS), codec=one_of(CODECS))
 def export(
     source: PairStore,
     target: str | Path,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from nfm.stages.base import Reporter, Section, StageError, Stopped, operational
+from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
 
@@ -49,6 +50,8 @@ def blaming(what: str) -> Iterator[None]:
     """Sizes that do not fit each other, told as an error of what holds them: a config section, an option."""
     try:
         yield
+    except WrongArgument as error:  # what else may be passed in Python is no remedy here
+        raise StageError(f"{what}: {error.name} {error.said}") from error
     except ValueError as error:
         raise StageError(f"{what}: {error}") from error
 

@@ -6,6 +6,7 @@ import os
 import sys
 
 from nfm.storage.errors import StorageError
+from nfm.storage.errors.arguments import WrongArgument
 
 
 def find_rank(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
@@ -15,9 +16,9 @@ def find_rank(rank: int | None = None, world_size: int | None = None) -> tuple[i
     which rank this is: every process would read the same records.
     """
     if (rank is None) != (world_size is None):
-        raise ValueError(f"rank is {rank} and world_size is {world_size}: pass both or neither")
+        raise WrongArgument("rank", f"is {rank} and world_size is {world_size}: pass both or neither")
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is outside 0..{world_size - 1}")
+        raise WrongArgument("rank", f"is {rank}, which is outside 0..{world_size - 1}")
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         found = int(distributed.get_rank()), int(distributed.get_world_size())
