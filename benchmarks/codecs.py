@@ -240,7 +240,7 @@ def main(store: Path | None, values: int, passes: int, output: Path) -> None:
     }
     click.echo("\n\n".join(as_text(part) for part in found))
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(body, indent=2) + "\n")
+    output.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

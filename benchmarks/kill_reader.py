@@ -202,7 +202,7 @@ def main(kills: int, seed: int, output: Path) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(body, indent=2) + "\n")
+    output.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
     click.echo(json.dumps(body, indent=2))
     if not body["sequences_equal"] or body["records_lost"] or body["records_twice"]:
         sys.exit(1)

@@ -171,7 +171,7 @@ def order(folder: Path, shards: int, records: int) -> dict[str, Any]:
 def audit(folder: Path, shards: int, records: int) -> dict[str, Any]:
     """Runs `nfm audit FOLDER --quick`, start-up included; it must find nothing."""
     command = [sys.executable, "-m", "nfm.pipeline.cli", "audit", str(folder), "--quick"]
-    seconds, done = timed(lambda: subprocess.run(command, capture_output=True, text=True, check=False))
+    seconds, done = timed(lambda: subprocess.run(command, capture_output=True, encoding="utf-8", check=False))
     if done.returncode:
         raise click.ClickException(f"nfm audit --quick: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     return {"seconds": seconds, "verdict": "clean"}
@@ -193,7 +193,7 @@ def measured(step: str, folder: Path, shards: int, records: int) -> dict[str, An
     """Runs a step in a process of its own; adds its peak memory, that of its largest child included."""
     command = [sys.executable, __file__, "--step", step, "--folder", str(folder)]
     command += ["--shards", str(shards), "--records-per-shard", str(records)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
     if done.returncode:
         raise click.ClickException(f"the step {step} failed; the store stays in {folder}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -236,7 +236,7 @@ def main(shards: int, records: int, folder: Path | None, out: Path | None, step:
     }  # fmt: skip
     target = out or Path(__file__).resolve().parents[1] / "results" / "scale" / f"{shards}-shards.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(body, indent=2) + "\n")
+    target.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
     rows = [
         [name, f"{found['seconds']:.2f}", f"{found['peak_mib']:.0f}", TARGETS.get(name)]
         for name, found in steps.items()

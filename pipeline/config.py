@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,13 +21,13 @@ from nfm.stages.trained.features import FeaturesConfig
 from nfm.stages.trained.potential import PotentialConfig
 from nfm.stages.trained.student import StudentConfig
 from nfm.stages.trained.teacher import TeacherConfig
-from nfm.storage.errors import Told
+from nfm.storage.errors import WrongUse
 from nfm.storage.files.paths import local_path
 
 PLANAR = ("checkerboard", "gaussians")  # sources of points [1, 1, 2] without classes
 
 
-class ConfigError(Told):
+class ConfigError(WrongUse):
     """The config or its overrides are wrong; exit code 2."""
 
 
@@ -48,9 +49,9 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _can_be_evaluated(self) -> Self:
         """What no evaluation of this run could do, told before anything is trained."""
-        measured, values = self.evaluate, values_an_image(self.data)
+        measured, values = self.evaluate, math.prod(image_shape(self.data) or (0,))
         planar = self.data.source in PLANAR
-        if measured.features == "none" and (values or 0) > EXACT_VALUES:
+        if measured.features == "none" and values > EXACT_VALUES:
             raise ValueError(
                 f'evaluate.features = "none" compares values directly, which says something of up to {EXACT_VALUES} of '
                 f'them; images of data.source = "{self.data.source}" have {values}: use evaluate.features = "cnn"'
@@ -73,33 +74,43 @@ class RunConfig(BaseModel):
         return self
 
 
-def values_an_image(data: DataConfig) -> int | None:
-    """How many values an image has, where the config alone tells; None where the input decides."""
+def image_shape(data: DataConfig) -> tuple[int, int, int] | None:
+    """[C, H, W], where the config alone tells; None where the input decides."""
     if data.source in PLANAR:
-        return 2
-    if data.source == "digits":
-        return (8 // data.average) ** 2
-    if data.source == "images" and data.image_size is not None:
-        return data.channels * (data.image_size // data.average) ** 2
+        return 1, 1, 2
+    if data.source == "digits" and 8 % data.average == 0:
+        return 1, 8 // data.average, 8 // data.average
+    if data.source == "images" and data.image_size is not None and data.image_size % data.average == 0:
+        return data.channels, data.image_size // data.average, data.image_size // data.average
     return None
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read and validate a config file; `overrides` are `section.key=value` with a TOML value or a bare word."""
     path = local_path(path)
-    try:
-        raw = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"config {path}: no such file{_config_hint(path)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path}: not valid TOML: {error}") from None
+    raw = _read(path)
     for override in overrides:
         _apply(raw, override)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"config {path}: " + "\n  ".join(lines)) from None
+        raise ConfigError(f"config {path}: " + "\n  ".join(_explained(error.errors()))) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's tables. TOML is UTF-8 whatever the locale; some editors begin it with a byte-order mark."""
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"config {path}: no such file{_config_hint(path)}") from None
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read ({error.strerror}); name the run's TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"config {path}: not valid TOML: byte {error.start} is no UTF-8; save the file as UTF-8"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config {path}: not valid TOML: {error}") from None
 
 
 def _config_hint(path: Path) -> str:
@@ -123,20 +134,43 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     section[parts[1]] = value
 
 
-def _explain(problem: Any) -> str:
-    """One line a problem, with the nearest known key where one was misspelt."""
-    where = [str(part) for part in problem["loc"]]
-    if not where:  # of sections that do not fit each other, which the message names
-        return str(problem["ctx"]["error"]) if "ctx" in problem else str(problem["msg"])
-    field = ".".join(where)
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(where[:-1])
-        close = difflib.get_close_matches(where[-1], known, 1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"known are {', '.join(known)}"
-        return f"{field}: unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"{field}: missing; add it to the config"
-    return f"{field} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+def _explained(problems: Iterable[Any]) -> Iterator[str]:
+    """A line a field, with all that is said of it, and the nearest known key where one was misspelt."""
+    of_fields: dict[str, list[str]] = {}
+    for problem in problems:
+        where, said = _field(problem["loc"]), str(problem["msg"]).removeprefix("Value error, ")
+        if not where:  # of sections that do not fit each other, which the message names
+            yield said
+        elif len(where) == 1 and isinstance(problem["input"], dict) and problem["type"] == "value_error":
+            yield f"{where[0]}: {said}"  # of fields that do not fit each other
+        elif problem["type"] == "extra_forbidden":
+            yield f"{'.'.join(where)}: unknown key; {_nearest(where)}"
+        elif problem["type"] == "missing":
+            yield f"{'.'.join(where)}: missing; add it to the config"
+        else:
+            of_fields.setdefault(f"{'.'.join(where)} = {problem['input']!r}", []).append(said)
+    for field, reasons in of_fields.items():
+        yield f"{field}: {', or: '.join(reasons)}"
+
+
+def _field(place: Iterable[Any]) -> list[str]:
+    """The words of a place in the config, without the names that the checker has for kinds of values."""
+    words: list[str] = [str(part) for part in place]
+    field = RunConfig.model_fields.get(words[0]) if words else None
+    names = getattr(field.annotation, "model_fields", {}) if field is not None else {}
+    if len(words) > 1 and words[1] in names:
+        words = [*words[:2], *(word for word in words[2:] if not _is_tag(word))]
+    return words
+
+
+def _is_tag(word: str) -> bool:
+    return "[" in word or word.startswith(("constrained-", "function-")) or word in ("str", "int", "float", "bool")
+
+
+def _nearest(where: list[str]) -> str:
+    known = _known_keys(where[:-1])
+    close = difflib.get_close_matches(where[-1], known, 1, cutoff=0.5)
+    return f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"known are {', '.join(known)}"
 
 
 def _known_keys(section: list[str]) -> list[str]:

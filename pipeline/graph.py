@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from nfm.pipeline import comparing
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, find, fingerprint
+from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact, artifacts_root, check_store, find, fingerprint
 from nfm.pipeline.config import ConfigError, RunConfig
 from nfm.stages.base import Section, StageError
 from nfm.stages.couplings.variant import Variant
@@ -48,6 +48,11 @@ class Node:
         if folder is None:
             return None
         return Artifact(folder, optional(self.stage, "manifest_name", lambda *_: "manifest.json")(self.config, folder))
+
+    def made(self) -> bool:
+        """Whether the artifact is there and finished."""
+        artifact = self.artifact()
+        return artifact is not None and artifact.done
 
     def folder(self) -> Path | None:
         """The folder of the artifact, which may hold several manifests."""
@@ -157,8 +162,7 @@ def build(config: RunConfig, store: Artifact | None = None, target: str = "") ->
     """
     graph = Builder(config)
     if store is not None:
-        if "store" not in store.spec:
-            raise ArtifactError(f"{store.name} is no pair store; give the folder of one or a manifest in it")
+        check_store(store)
         if graph.main.mixture:
             raise ConfigError("student.mixture: a student alone reads one store; leave it out, or `nfm run student`")
         graph.add("student", config.student, {}, {"pairs": store})
@@ -222,7 +226,7 @@ def optional(stage: ModuleType, name: str, default: Callable[..., Any]) -> Calla
 def _trained(reference: str) -> Artifact:
     found = find(reference)
     if found.spec.get("stage") != student.NAME or not found.done:
-        raise ArtifactError(f"pairs.student = {reference}: no finished student; `nfm ls` lists what there is")
+        raise WrongArtifact(f"pairs.student = {reference}: no finished student; `nfm ls` lists what there is")
     return found
 
 

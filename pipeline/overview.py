@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, newest_manifest
+from nfm.pipeline import fitting
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, check_store, newest_manifest
 from nfm.pipeline.artifacts.lineage import dependants
+from nfm.pipeline.artifacts.ours import specs
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.console import progress
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
@@ -29,6 +31,7 @@ DONE, LATER = "nothing, is done", "run after its inputs"
 
 def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
     """A row a stage that `target` needs: what would happen, and what it costs where that can be told yet."""
+    fitting.check(nodes, target)
     rows, facts = [], _facts(nodes)
     for node in upstream(nodes, target):
         artifact = node.artifact()
@@ -95,7 +98,7 @@ def status(nodes: Mapping[str, Node]) -> list[Row]:
 def inventory() -> list[Row]:
     """A row an artifact under the root."""
     rows = []
-    for spec in sorted(artifacts_root().glob("*/*/spec.json")):
+    for spec in specs(artifacts_root()):
         artifact = Artifact(spec.parent, newest_manifest(spec.parent))
         rows.append(
             {
@@ -120,8 +123,7 @@ def _state(artifact: Artifact) -> str:
 
 def store_info(artifact: Artifact) -> Row:
     """A store's recipe and the figures of its pinned generation."""
-    if "store" not in artifact.spec:
-        raise ArtifactError(f"{artifact.name} is no pair store; `nfm lineage {artifact.name}` shows what it is")
+    check_store(artifact)
     artifact.manifest()  # an unfinished or damaged artifact says so
     return {"store": artifact.name, **info.info(artifact.reference)}
 

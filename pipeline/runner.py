@@ -6,21 +6,24 @@ import contextlib
 import functools
 import importlib.metadata
 import platform
+import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from nfm.pipeline.artifacts.artifact import SCHEMA, Artifact, ArtifactError, open_spec, publish
+from nfm.pipeline import fitting
+from nfm.pipeline.artifacts.artifact import SCHEMA, Artifact, ArtifactError, WrongArtifact, open_spec, publish
 from nfm.pipeline.artifacts.lineage import inputs_of
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.console import Console, StopRequest
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Stopped
 from nfm.stages.display.units import clock
+from nfm.storage.errors import WrongUse
 from nfm.storage.files import atomic
 
 
@@ -29,8 +32,12 @@ def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None)
     stop = stop or StopRequest()
     with stop.listening():
         arrived: dict[str, Artifact] = {}
+        with stop.at_once():  # the name of a data set is made from its files, which may take minutes to read
+            fitting.check(nodes, target)
         for node in upstream(nodes, target):
             arrived[node.name] = _bring(node, stop)
+            if node.name == "data":
+                fitting.check(nodes, target)
             _check_arrived(nodes[target], node, arrived)
     return arrived[target]
 
@@ -61,7 +68,7 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
     """One stage, from its spec to its manifest."""
     inputs = node.input_artifacts() or {}
     artifact.path.mkdir(parents=True, exist_ok=True)
-    with Lock(artifact.path) as lock:
+    with Lock(artifact.path) as lock, never_begun(artifact):
         # Asked again now that nobody else writes here: a store's next generation may have got another number.
         artifact = node.artifact() or artifact
         if artifact.done:
@@ -97,6 +104,18 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
             return artifact
         finally:
             console.close()
+
+
+@contextlib.contextmanager
+def never_begun(artifact: Artifact) -> Iterator[None]:
+    """Work that turns out to be wrong use leaves no artifact behind; what was begun before stays. Under its lock."""
+    begun = artifact.started
+    try:
+        yield
+    except WrongUse:
+        if not begun:
+            shutil.rmtree(artifact.path, ignore_errors=True)
+        raise
 
 
 def prepare(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -137,7 +156,7 @@ def seal_store(artifact: Artifact) -> Artifact:
     spec = artifact.spec
     if spec.get("stage") != stage.NAME:
         what = "an exported store, which its export seals" if "exported" in spec else "no pair store"
-        raise ArtifactError(f"{artifact.name} is {what}; only stores are sealed")
+        raise WrongArtifact(f"{artifact.name} is {what}; only stores are sealed")
     stop = StopRequest()
     with Lock(artifact.path) as lock, stop.listening():
         inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}
@@ -194,7 +213,10 @@ def git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
     try:
-        head, changes = (subprocess.run(c, cwd=here, capture_output=True, text=True, check=True) for c in commands)
+        head, changes = (
+            subprocess.run(c, cwd=here, capture_output=True, encoding="utf-8", errors="backslashreplace", check=True)
+            for c in commands
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")

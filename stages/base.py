@@ -8,14 +8,15 @@ manifest after it returned. `run` resumes from whatever an earlier, killed run l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
-from nfm.storage.errors import NoPlace, Told, is_utf8
+from nfm.storage.errors import NoPlace, Told, WrongUse, is_utf8
 from nfm.storage.errors.masked import holds_secret
 from nfm.storage.files.paths import local_path
 
@@ -24,6 +25,10 @@ Inputs = Mapping[str, Path]
 
 class StageError(Told):
     """A stage cannot be done; the message names the file or field, the value and the remedy."""
+
+
+class Unfit(StageError, WrongUse):  # noqa: N818 - it reads as what it says
+    """What a config or an option says does not fit its data, its stage or the rest of it."""
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error: the work is kept and the next run goes on from it
@@ -45,15 +50,29 @@ def _local(text: str) -> str:
 LocalField = Annotated[str, AfterValidator(_local)]  # a config field that names a path of this machine
 
 
+Guidance = Annotated[float, Field(ge=-100, le=100)]  # beyond, images are noise or overflow
+
+
 def added(default: Any, **constraints: Any) -> Any:
     """A config field newer than its section: left out of the fingerprint at its default, so old ones stand."""
     return Field(default, json_schema_extra={"added": True}, **constraints)
 
 
 class Section(BaseModel):
-    """One table of the config file; unknown keys are errors."""
+    """One table of the config file; unknown keys are errors, and so are numbers that no field could mean."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Where numbers are meant, true and false are not 1 and 0; a whole number has TOML's 64 bits."""
+        parts = list(_parts(value))
+        if any(type(part) is bool for part in parts) and bool not in _types(cls.model_fields[str(info.field_name)]):
+            raise ValueError("true and false are no value of this field")
+        if any(type(part) is int and not -(2**63) <= part < 2**63 for part in parts):
+            raise ValueError("a whole number has at most 64 bits; use a smaller one")
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -82,6 +101,25 @@ class Section(BaseModel):
             if marks.get("operational") or (marks.get("added") and getattr(self, name) == info.default):
                 del values[name]
         return values
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The value, and whatever it holds."""
+    yield value
+    if isinstance(value, dict):
+        value = list(value.values())
+    for part in value if isinstance(value, list | tuple) else ():
+        yield from _parts(part)
+
+
+def _types(field: FieldInfo) -> set[Any]:
+    """The types that a field may hold somewhere."""
+    found, left = set(), [field.annotation]
+    while left:
+        kind = left.pop()
+        found.add(kind)
+        left += get_args(kind)
+    return found
 
 
 class Reporter(Protocol):

@@ -52,7 +52,7 @@ def run_once(command: list[str], minutes: float) -> dict[str, Any]:
     """One round: its tests, its seconds, and of what failed the names and the last lines of what pytest said."""
     with tempfile.TemporaryDirectory() as folder:
         report, begun = Path(folder) / "report.xml", time.monotonic()
-        with open(Path(folder) / "said", "w+") as said:
+        with open(Path(folder) / "said", "w+", encoding="utf-8") as said:
             process = subprocess.Popen(
                 [*command, f"--junitxml={report}"], cwd=ROOT, stdout=said, stderr=said, start_new_session=True
             )

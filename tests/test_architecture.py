@@ -25,7 +25,7 @@ MAY_KNOW = {
 def imported(path: Path) -> set[str]:
     """Every `nfm` module that a file imports, at its head or inside functions."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -20,7 +20,7 @@ PLAIN = ("-p", "no:cacheprovider", "-c", os.devnull, "--noconftest")
 def state(pid: int) -> str:
     """What the kernel says of a process; "" when there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return ""
 

@@ -70,7 +70,7 @@ OURS = {"PairStore", "ImageDataset", "RowField", "cls"}  # whose `open` opens by
 
 def raw_reads(file: Path) -> Iterator[str]:
     """The calls in a file that open or read a file of this machine."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
         called = node.func

@@ -82,7 +82,7 @@ def encode(
     click.echo(as_text(body))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(body, indent=2) + "\n")
+        output.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(cases: Sequence[Case], passes: int, compiled: bool, ray: bool, quick: bool = False) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _teacher(config: Path) -> dict[str, int]:
     from nfm.stages.trained.teacher import TeacherConfig
 
     try:
-        section = TeacherConfig.model_validate(tomllib.loads(config.read_text()).get("teacher", {}))
+        section = TeacherConfig.model_validate(tomllib.loads(config.read_text(encoding="utf-8")).get("teacher", {}))
     except ValueError as error:
         raise click.BadParameter(f"{config}: {error}", param_hint="-c") from error
     return {name: getattr(section, name) for name in ("patch", "channels", "blocks", "layers", "head_size")}

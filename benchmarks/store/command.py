@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import statistics
@@ -69,7 +68,7 @@ def store(
         output = Path(OUTPUT)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(body, indent=2) + "\n")
+        output.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(

@@ -230,7 +230,7 @@ def _memory_held(left_gib: float) -> Iterator[float | str]:
         yield round(_meminfo("MemAvailable") / GIB, 1)
         return
     command = [sys.executable, "-c", _HOLD, str(size)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as holder:
         try:
             assert holder.stdout is not None
             said = holder.stdout.readline()
@@ -241,7 +241,7 @@ def _memory_held(left_gib: float) -> Iterator[float | str]:
 
 def _meminfo(name: str) -> int:
     """A line of /proc/meminfo in bytes."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nfm.pipeline.artifacts.ours import is_foreign, specs
 from nfm.stages.base import Result
-from nfm.storage.errors import Told
+from nfm.storage.errors import StorageError, Told, WrongUse
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, size_of, stated_path
@@ -17,6 +19,10 @@ SCHEMA = 1
 
 class ArtifactError(Told):
     """An artifact is missing, unreadable or in the way; the message says which and what to do."""
+
+
+class WrongArtifact(ArtifactError, WrongUse):  # noqa: N818 - it reads as what it says
+    """What was named is no artifact, or one of another kind than the command takes."""
 
 
 def artifacts_root() -> Path:
@@ -85,16 +91,28 @@ def find(reference: str | Path) -> Artifact:
         if path.name.startswith("manifest") and size_of(path) is not None:
             return Artifact(path.parent, path.name)
         if exists(path / "spec.json"):
+            if not remote and is_foreign(path / "spec.json"):
+                raise WrongArtifact(f"{path}: no artifact, its spec.json is none of ours; `nfm ls` lists what there is")
             return Artifact(path, newest_manifest(path))
     if remote:
-        raise ArtifactError(f"{text}: no store there, it has no spec.json; check the URL")
-    found = [path for path in root.glob(f"*/{text}*") if (path / "spec.json").exists()] if "/" not in text else []
+        raise WrongArtifact(f"{text}: no store there, it has no spec.json; check the URL")
+    known = specs(root)
+    found = [path for path in root.glob(f"*/{text}*") if path / "spec.json" in known] if "/" not in text else []
     if len(found) == 1:
         return Artifact(found[0], newest_manifest(found[0]))
     if found:
         names = ", ".join(f"{path.parent.name}/{path.name}" for path in sorted(found))
-        raise ArtifactError(f"{text} names several artifacts: {names}; write more of the fingerprint")
-    raise ArtifactError(f"no artifact {text} under {root}; `nfm ls` lists what there is")
+        raise WrongArtifact(f"{text} names several artifacts: {names}; write more of the fingerprint")
+    raise WrongArtifact(f"no artifact {text} under {root}; `nfm ls` lists what there is")
+
+
+def check_store(artifact: Artifact) -> None:
+    """Raises WrongArtifact for what is no pair store; what is damaged is for its reader to say."""
+    with contextlib.suppress(StorageError):
+        if "store" not in artifact.spec:
+            raise WrongArtifact(
+                f"{artifact.name} is no pair store; give the folder of one or a manifest in it, see `nfm ls`"
+            )
 
 
 def newest_manifest(path: Path) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root
+from nfm.pipeline.artifacts.ours import specs
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path, is_url, names_in
@@ -80,7 +81,7 @@ def ancestors(artifact: Artifact) -> list[Artifact]:
 
 def dependants(artifact: Artifact) -> Iterator[Artifact]:
     """The artifacts under the root that were made from this one."""
-    for path in sorted(artifacts_root().glob("*/*/spec.json")):
+    for path in specs(artifacts_root()):
         other = Artifact(path.parent)
         with contextlib.suppress(StorageError):  # a damaged spec: nobody can say what it was made from
             if any(reference.artifact == artifact.name for reference in references(other).values()):

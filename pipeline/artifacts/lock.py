@@ -150,7 +150,9 @@ class Lock:
 def _process_space() -> str:
     """Names the machine's boot and process namespace: inside it, process numbers can be compared."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + os.readlink(
+            "/proc/self/ns/pid"
+        )
     except OSError:
         return f"{socket.gethostname()}-unknown-{os.getpid()}"
 
@@ -158,7 +160,7 @@ def _process_space() -> str:
 def _born(pid: int) -> str | None:
     """The start time of a process in clock ticks since boot; None when there is none, or a dead one not yet reaped."""
     try:
-        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if state in "ZX" else facts[18]
     except (OSError, ValueError, IndexError):
         return None

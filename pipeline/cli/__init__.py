@@ -14,8 +14,19 @@ import click
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
+from nfm.pipeline.cli.compared import compared_options, overrides_of
 from nfm.pipeline.cli.gc import gc
-from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, FiniteRange, config_option, json_option, set_option
+from nfm.pipeline.cli.options import (
+    LOCAL_PATH,
+    MANY,
+    PLACE,
+    SEED,
+    Number,
+    Whole,
+    config_option,
+    json_option,
+    set_option,
+)
 from nfm.pipeline.cli.pairs import pairs
 from nfm.pipeline.cli.plan import plan
 from nfm.pipeline.cli.submit import submit
@@ -39,11 +50,16 @@ def cli() -> None:
 @click.argument("stage", type=click.Choice(STAGE_NAMES))
 @config_option
 @set_option
+@compared_options
 @click.option("--ray-address", metavar="ADDRESS", help="The Ray cluster, as --set pairs.ray_address; or RAY_ADDRESS.")
-def run(stage: str, config_path: Path, overrides: tuple[str, ...], ray_address: str | None) -> None:
+def run(
+    stage: str, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None,
+    ray_address: str | None,
+) -> None:  # fmt: skip
     """Run a stage and whatever it needs that is missing."""
     from nfm.pipeline import graph, runner
 
+    overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
         overrides += (f"pairs.ray_address={ray_address}",)
     artifact = runner.run(graph.build(load(config_path, overrides), target=stage), stage)
@@ -53,12 +69,16 @@ def run(stage: str, config_path: Path, overrides: tuple[str, ...], ray_address: 
 @cli.command()
 @config_option
 @set_option
+@compared_options
 @json_option
-def status(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
+def status(
+    config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None, as_json: bool
+) -> None:
     """Show a line a stage: state, fingerprint, size, key figures."""
     from nfm.pipeline import graph, overview
 
-    rows = overview.status(graph.build(load(config_path, overrides)))
+    config = load(config_path, (*overrides, *overrides_of(couplings, seeds)))
+    rows = overview.status(graph.build(config))
     click.echo(json.dumps(rows, indent=2) if as_json else overview.as_text(rows))
 
 
@@ -74,7 +94,7 @@ def status(config_path: Path, overrides: tuple[str, ...], as_json: bool) -> None
 @click.option(
     "--sample",
     default=300,
-    type=click.IntRange(min=1),
+    type=Whole(1, MANY),
     show_default=True,
     help="Pairs of each store that --deep takes.",
 )
@@ -152,11 +172,11 @@ def list_artifacts(as_json: bool) -> None:
 
 @cli.command()
 @click.argument("artifact", type=PLACE)
-@click.option("-n", "count", default=64, type=click.IntRange(1, 65_536), show_default=True, help="Number of images.")
+@click.option("-n", "count", default=64, type=Whole(1, 65_536), show_default=True, help="Number of images.")
 @click.option(
     "--nfe",
     default=7,
-    type=click.IntRange(min=1),
+    type=Whole(1, 100_000),
     show_default=True,
     help="Evaluations of a student; a teacher is inverted.",
 )
@@ -165,11 +185,11 @@ def list_artifacts(as_json: bool) -> None:
 @click.option(
     "--guidance",
     default=0.0,
-    type=FiniteRange(-100, 100),
+    type=Number(-100, 100),
     show_default=True,
     help="v + g (v - v without labels); a teacher's own.",
 )
-@click.option("--seed", default=0, type=click.IntRange(0, 2**64 - 1), show_default=True)
+@click.option("--seed", default=0, type=SEED, show_default=True)
 @click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH)
 def sample(
     artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path

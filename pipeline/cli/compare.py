@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError
+from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact
+from nfm.pipeline.cli.compared import compared_options, overrides_of
 from nfm.pipeline.cli.options import LocalPath, config_option, json_option, set_option
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, legible
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import inside
@@ -28,15 +28,14 @@ COMMAND, ORIGIN = "command.txt", "origin.json"
 
 @click.command()
 @config_option
-@click.option("--couplings", metavar="A,B,...", help="Variants such as independent,nfm,nfm:soften=0.5,nfm@0+1+2.")
-@click.option("--seeds", metavar="0,1,...", help="Of those that name none of their own, each a student.")
+@compared_options
 @set_option
 @click.option("-o", "--output", type=LocalPath(file_okay=False), help="Also put table, JSON and plots there.")
 @click.option("--force", is_flag=True, help="Let --output replace another comparison.")
 @json_option
 def compare(
-    config_path: Path, couplings: str | None, seeds: str | None, overrides: tuple[str, ...], output: Path | None,
-    force: bool, as_json: bool,
+    config_path: Path, couplings: list[str] | None, seeds: list[int] | None, overrides: tuple[str, ...],
+    output: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train the same student on every coupling's pairs and tabulate distance, curvature and speed.
 
@@ -47,11 +46,7 @@ def compare(
     from nfm.pipeline.config import load
     from nfm.stages.evaluation import compare as stage
 
-    own = [
-        *([f"compare.couplings={json.dumps(_listed(couplings))}"] if couplings is not None else []),
-        *([f"compare.seeds=[{seeds}]"] if seeds is not None else []),
-    ]
-    config = load(config_path, (*overrides, *own))
+    config = load(config_path, (*overrides, *overrides_of(couplings, seeds)))
     nodes = graph.build(config, target=stage.NAME)
     if output is not None:
         _check_folder(output, nodes[stage.NAME], force)
@@ -63,10 +58,6 @@ def compare(
         click.echo(f"\n{made.reference}" + (f", copied to {output}" if output is not None else ""))
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _check_folder(output: Path, node: Node, force: bool) -> None:
     """Raise at once, not after hours, where the comparison could not be put: unwritable, or another one's place."""
     output.mkdir(parents=True, exist_ok=True)
@@ -75,7 +66,7 @@ def _check_folder(output: Path, node: Node, force: bool) -> None:
     held, artifact = _held(output), node.artifact()
     if held is not None and not force and (artifact is None or artifact.name != held):
         this = "is not made yet" if artifact is None else f"is {artifact.name}"
-        raise ArtifactError(
+        raise WrongArtifact(
             f"{output} holds {held}, and this comparison {this}; give another --output, or --force to replace that one"
         )
 
@@ -107,4 +98,5 @@ def _copy(made: Artifact, output: Path) -> None:
     atomic.write_json(output / ORIGIN, {"artifact": made.name, **told, "files": names})
     for name in names:
         shutil.copyfile(inside(made.path, name), output / name)
-    (output / COMMAND).write_text(masked(f"{shlex.join(['nfm', *sys.argv[1:]])}\n"))
+    command = masked(legible(shlex.join(["nfm", *sys.argv[1:]])))
+    atomic.write_bytes(output / COMMAND, f"{command}\n".encode())

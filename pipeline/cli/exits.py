@@ -9,11 +9,8 @@ import traceback
 
 import click
 
-from nfm.pipeline.artifacts.artifact import ArtifactError
-from nfm.pipeline.artifacts.lock import Held
-from nfm.pipeline.config import ConfigError
 from nfm.stages.base import StageError, Stopped
-from nfm.storage.errors import NoPlace, StorageError
+from nfm.storage.errors import Told, WrongUse
 from nfm.storage.errors.masked import masked
 
 # What the base install is without, by the extra that brings it.
@@ -32,6 +29,9 @@ def run(command: click.Command) -> None:
     # speed (a factor of 5 to 15 measured on 2 cores); spinning briefly keeps the speed of one alone.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for stream in (sys.stdout, sys.stderr):  # what a locale, or UTF-8, has no letter for is escaped and no error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command(standalone_mode=False)
     except click.ClickException as error:
@@ -41,9 +41,9 @@ def run(command: click.Command) -> None:
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt, Stopped):
         sys.exit(130)
-    except (ConfigError, NoPlace) as error:
+    except WrongUse as error:
         _fail(error, 2)
-    except (StageError, StorageError, ArtifactError, Held) as error:
+    except Told as error:
         _fail(error, 1)
     except OSError as error:
         what = f"{error.filename or 'file'}: {error.strerror or error}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nfm.pipeline.cli.options import LOCAL_PATH, json_option
+from nfm.pipeline.cli.options import LOCAL_PATH, Number, json_option
 
 if TYPE_CHECKING:
     from nfm.pipeline.upkeep import gc as collecting
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     help="A config in use: what it reaches stays. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "--older-than", "days", default=7.0, type=click.FloatRange(min=0), show_default=True, metavar="DAYS",
+    "--older-than", "days", default=7.0, type=Number(0, 36_500), show_default=True, metavar="DAYS",
     help="Artifacts that changed later than this stay.",
 )  # fmt: skip
 @click.option("--yes", is_flag=True, help="Do not ask.")

@@ -41,14 +41,31 @@ PLACE = Place()
 LOCAL_PATH = LocalPath()
 
 
-class FiniteRange(click.FloatRange):
-    """As click's, which takes nan for every range."""
+MANY = 10**12  # of things that are counted, where nothing smaller ends them
+
+
+class Whole(click.IntRange):
+    """A whole number; every option that takes one says from where to where."""
+
+    def __init__(self, least: int, most: int) -> None:
+        super().__init__(least, most)
+
+
+class Number(click.FloatRange):
+    """A number between two others, which nan and inf are not, though click's own range takes nan for every one."""
+
+    def __init__(self, least: float, most: float, above: bool = False) -> None:
+        """`above`: the least itself is no value."""
+        super().__init__(least, most, min_open=above)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         found = float(super().convert(value, param, ctx))
         if not math.isfinite(found):
             self.fail(f"{value} is no finite number", param, ctx)
         return found
+
+
+SEED = Whole(0, 2**64 - 1)
 
 
 config_option = click.option(

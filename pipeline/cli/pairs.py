@@ -10,8 +10,8 @@ from typing import Literal
 
 import click
 
-from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
-from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, json_option
+from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, check_store, find
+from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, Whole, json_option
 from nfm.stages.display.units import clock, size
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
@@ -72,8 +72,8 @@ def report(store: Path, as_json: bool) -> None:
 
 @pairs.command()
 @click.argument("store", type=PLACE)
-@click.option("-n", "count", default=8, type=click.IntRange(1, 20), show_default=True, help="Pairs, and worst ones.")
-@click.option("--draw", default=0, type=click.IntRange(min=0), show_default=True)
+@click.option("-n", "count", default=8, type=Whole(1, 20), show_default=True, help="Pairs, and worst ones.")
+@click.option("--draw", default=0, type=Whole(0, 999), show_default=True)
 @click.option("-o", "--output", default="head.png", show_default=True, type=LOCAL_PATH)
 @click.option(
     "--teacher", default="auto", show_default=True, type=PLACE, metavar="ARTIFACT|auto|none",
@@ -126,7 +126,7 @@ def seal(store: Path) -> None:
 @click.argument("target", type=PLACE)
 @click.option("--layout", type=click.Choice(LAYOUTS), help="Default: the store's own.")
 @click.option("--codec", type=click.Choice(CODECS), help="Of the noise. Default: the store's own.")
-@click.option("--generation", type=click.IntRange(min=1), help="Default: the newest.")
+@click.option("--generation", type=Whole(1, 9999), help="Default: the newest.")
 def export(store: Path, target: Path, layout: str | None, codec: str | None, generation: int | None) -> None:
     """Write a store to TARGET, a folder or URL, in another layout or codec.
 
@@ -162,7 +162,11 @@ def add_field(store: Path, name: str, file: Path) -> None:
 
 def _where(store: Path) -> Path:
     """A URL as it is, anything else as the artifact that it names."""
-    return store if is_remote(store) else find(store).reference
+    if is_remote(store):
+        return store
+    artifact = find(store)
+    check_store(artifact)
+    return artifact.reference
 
 
 def _any_generation(store: Path) -> Path:

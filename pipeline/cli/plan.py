@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from nfm.pipeline.cli.options import config_option, json_option, set_option
+from nfm.pipeline.cli.compared import compared_options, overrides_of
+from nfm.pipeline.cli.options import MANY, Number, Whole, config_option, json_option, set_option
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import STAGES
 from nfm.stages.base import StageError
@@ -22,7 +23,7 @@ class ImageShape(click.ParamType):
     name = "CxHxW"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", str(value)):
+        if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5}){2}", str(value)):
             self.fail(f"{value!r}: channels, height and width, for instance 3x64x64", param, ctx)
         return tuple(int(size) for size in str(value).split("x"))
 
@@ -31,15 +32,17 @@ class ImageShape(click.ParamType):
 @click.argument("stage", type=click.Choice(list(STAGES)))
 @config_option
 @set_option
-@click.option("--images", type=click.IntRange(min=1), help="Training images, to plan pairs before the data is there.")
+@compared_options
+@click.option("--images", type=Whole(1, MANY), help="Training images, to plan pairs before the data is there.")
 @click.option("--image-shape", type=ImageShape(), help="Their shape, with --images: 3x64x64.")
-@click.option("--classes", type=click.IntRange(min=0), help="Their classes, with --images; 0 for none. [default: 1000]")
-@click.option("--workers", multiple=True, type=click.IntRange(min=1), help="Say the time for so many; may be repeated.")
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="Images a second of a worker elsewhere.")
+@click.option("--classes", type=Whole(0, MANY), help="Their classes, with --images; 0 for none. [default: 1000]")
+@click.option("--workers", multiple=True, type=Whole(1, MANY), help="Say the time for so many; may be repeated.")
+@click.option("--rate", type=Number(0, 1e12, above=True), help="Images a second of a worker elsewhere.")
 @json_option
 def plan(
-    stage: str, config_path: Path, overrides: tuple[str, ...], images: int | None, image_shape: tuple[int, ...] | None,
-    classes: int | None, workers: tuple[int, ...], rate: float | None, as_json: bool,
+    stage: str, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None,
+    images: int | None, image_shape: tuple[int, ...] | None, classes: int | None, workers: tuple[int, ...],
+    rate: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a run would do and what it costs, and do nothing.
 
@@ -52,7 +55,8 @@ def plan(
         raise click.UsageError(f"--images, --image-shape, --classes, --workers and --rate plan pairs, not {stage}")
     if (images is None) != (image_shape is None) or (classes is not None and images is None):
         raise click.UsageError("give --images and --image-shape together (and --classes only with them)")
-    config, counts = load(config_path, overrides), workers or WORKERS
+    config = load(config_path, (*overrides, *overrides_of(couplings, seeds, stage)))
+    counts = workers or WORKERS
     if images and image_shape:
         facts = {"images": images, "image_shape": list(image_shape), "classes": 1000 if classes is None else classes}
         rows = [overview.pairs_to_come(config, facts, counts, rate)]
@@ -62,7 +66,7 @@ def plan(
             rows = overview.plan(nodes, stage)
         except StageError as error:
             hint = f"{error}. Without the data, plan pairs with --images N --image-shape CxHxW"
-            raise StageError(hint if stage == "pairs" else str(error)) from error
+            raise type(error)(hint if stage == "pairs" else str(error)) from error
         if stage == "pairs" and (rows[-1]["would"] != overview.DONE or workers or rate):
             rows[-1]["plan"] = overview.pairs_plan(nodes, counts, rate)
     click.echo(json.dumps(rows, indent=2) if as_json else overview.plan_text(rows))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nfm.pipeline.artifacts.artifact import artifacts_root
-from nfm.pipeline.cli.options import config_option, set_option
+from nfm.pipeline.cli.options import Whole, config_option, set_option
 from nfm.stages.base import StageError
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
@@ -36,10 +36,10 @@ def submit() -> None:
 @click.option("--slurm", is_flag=True, help="As an array of Slurm tasks; with --ray as a Ray cluster in one job.")
 @click.option("--ray", is_flag=True, help="As a job of a Ray cluster that is running.")
 @click.option("--go", is_flag=True, help="Submit; without it everything is printed and nothing is written.")
-@click.option("--tasks", default=8, type=click.IntRange(min=1), show_default=True, help="Tasks that share the shards.")
-@click.option("--max-array", type=click.IntRange(min=1), help="Tasks an array may have. Default: what Slurm says.")
-@click.option("--at-once", default=0, type=click.IntRange(min=0), help="Tasks of an array that run at a time; 0: all.")
-@click.option("--nodes", default=1, type=click.IntRange(min=1), show_default=True, help="Of --slurm --ray.")
+@click.option("--tasks", default=8, type=Whole(1, 1_000_000), show_default=True, help="Tasks that share the shards.")
+@click.option("--max-array", type=Whole(1, 1_000_000), help="Tasks an array may have. Default: what Slurm says.")
+@click.option("--at-once", default=0, type=Whole(0, 1_000_000), help="Tasks of an array that run at a time; 0: all.")
+@click.option("--nodes", default=1, type=Whole(1, 1_000_000), show_default=True, help="Of --slurm --ray.")
 @click.option("--sbatch", multiple=True, metavar="OPTION", help="For the jobs that compute: --sbatch=--gres=gpu:1.")
 @click.option("--sbatch-seal", multiple=True, metavar="OPTION", help="For the job that seals: --sbatch-seal=--mem=8G.")
 @click.option("--before", multiple=True, metavar="LINE", help="Shell line at a script's start: 'module load cuda'.")
@@ -106,7 +106,9 @@ def _array_limit() -> int:
     """How many tasks one array may have here: indices below MaxArraySize."""
     if not shutil.which("scontrol"):
         return ARRAY_LIMIT
-    told = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
+    told = subprocess.run(
+        ["scontrol", "show", "config"], capture_output=True, encoding="utf-8", errors="backslashreplace"
+    )
     match = re.search(r"^MaxArraySize\s*=\s*(\d+)", told.stdout, re.MULTILINE)
     if match and int(match[1]) == 0:
         raise StageError(
@@ -133,7 +135,9 @@ def _submit(submission: Submission, scripts: Sequence[Script]) -> None:
     ids: dict[str, str] = {}
     for script in scripts:
         command = script.sbatch(submission.folder, ids)
-        told = subprocess.run(command, capture_output=True, text=True, cwd=submission.work)
+        told = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="backslashreplace", cwd=submission.work
+        )
         if told.returncode:
             if ids:
                 subprocess.run(["scancel", *ids.values()], capture_output=True)
@@ -166,7 +170,7 @@ def _ray_job(submission: Submission, config_path: Path, address: str | None, go:
     if not shutil.which(command[0]):
         raise StageError("ray: not found; install the extra `ray`, or leave --go out to see the command")
     _create(submission, config_path, ())
-    told = subprocess.run(command, text=True, capture_output=True)
+    told = subprocess.run(command, encoding="utf-8", errors="backslashreplace", capture_output=True)
     if told.returncode:
         lines = (told.stderr.strip() or told.stdout.strip()).splitlines()
         raise StageError(f"ray job submit: refused: {lines[-1] if lines else 'no message'}; is --address right?")

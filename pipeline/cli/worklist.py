@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nfm.pipeline.cli.options import LocalPath, config_option, set_option
+from nfm.pipeline.cli.options import MANY, LocalPath, Whole, config_option, set_option
 
 if TYPE_CHECKING:
     from nfm.pipeline.graph import Node
@@ -24,13 +24,14 @@ def worklist(config_path: Path, overrides: tuple[str, ...], output: Path) -> Non
     Makes what the pairs are made from (data, teacher) where it is missing. A list is never changed: a file that is
     there already is kept where it still holds all that is pending, and refused where it does not.
     """
-    from nfm.pipeline import graph, runner
+    from nfm.pipeline import fitting, graph, runner
     from nfm.pipeline.config import load
     from nfm.stages.pairs import worklist as pairs_worklist
 
     config = load(config_path, overrides)
     nodes = graph.build(config)
     node = nodes["pairs"]
+    fitting.check(nodes, node.name)
     for needed in node.inputs.values():
         runner.run(nodes, needed.name)
     store, inputs = _prepared(node)
@@ -39,9 +40,9 @@ def worklist(config_path: Path, overrides: tuple[str, ...], output: Path) -> Non
 
 
 @click.command()
-@click.argument("file", type=LocalPath(dir_okay=False))
-@click.option("--task", required=True, type=click.IntRange(min=0), help="Which task this is, from 0.")
-@click.option("--of", required=True, type=click.IntRange(min=1), help="How many tasks share the list.")
+@click.argument("file", type=LocalPath(exists=True, dir_okay=False))
+@click.option("--task", required=True, type=Whole(0, MANY), help="Which task this is, from 0.")
+@click.option("--of", required=True, type=Whole(1, MANY), help="How many tasks share the list.")
 def encode(file: Path, task: int, of: int) -> None:
     """Encode the shards of a worklist that fall to one task: those whose number mod --of is --task.
 
@@ -91,6 +92,6 @@ def _prepared(node: Node) -> tuple[Path, dict[str, Path]]:
         raise ArtifactError(f"{node.name}: an input vanished while the list was made; run it again")
     if not artifact.started:
         artifact.path.mkdir(parents=True, exist_ok=True)
-        with Lock(artifact.path):
+        with Lock(artifact.path), runner.never_begun(artifact):
             runner.prepare(node, artifact, inputs)
     return artifact.path, {role: found.reference for role, found in inputs.items()}

@@ -103,7 +103,7 @@ class Console:
         self.stage = stage
         # Workers of one store on several hosts write beside each other, each to a file of its own.
         name = f"{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
-        self._events = (events / name).open("a", buffering=1)
+        self._events = (events / name).open("a", buffering=1, encoding="utf-8")
         self._stop = stop
         self._lock = lock
         self._clock = clock

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nfm.stages.base import StageError
+from nfm.stages.base import Unfit
 
 PLAIN = re.compile(r"[\w./:=%@+,-]*")  # what a `#SBATCH` line takes without quotes
 FIXED = {  # what the scripts decide, and what to use instead
@@ -156,7 +156,7 @@ def directive(option: str) -> str:
     """An option of `sbatch` as a `#SBATCH` line takes it. Raises StageError for what the scripts decide themselves."""
     name, sign, value = option.partition("=")
     if "\n" in option or not option.startswith("-"):
-        raise StageError(f"--sbatch {option!r}: write one option of sbatch, for instance --sbatch=--time=04:00:00")
+        raise Unfit(f"--sbatch {option!r}: write one option of sbatch, for instance --sbatch=--time=04:00:00")
     if not sign or PLAIN.fullmatch(value):
         return option
     if value[:1] in "\"'" and value[-1:] == value[:1]:
@@ -170,7 +170,7 @@ def user_options(options: Sequence[str]) -> tuple[str, ...]:
     for option in options:
         directive(option)
         if fixed := _fixed(option):
-            raise StageError(f"--sbatch {option}: use {FIXED[fixed]}")
+            raise Unfit(f"--sbatch {option}: use {FIXED[fixed]}")
     return tuple(options)
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nfm.pipeline.artifacts import ours
 from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.config import RunConfig
-from nfm.pipeline.graph import Node, build
+from nfm.pipeline.graph import STAGES, Node, build
 from nfm.stages.base import StageError
 from nfm.stages.pairs import stage as pairs
 from nfm.storage.errors import StorageError
@@ -97,8 +98,8 @@ def lives(folder: Path) -> bool:
         seen = lock._read()
         if not seen or lock._dead(seen):
             return False
-        ours = seen["space"] == lock._body["space"]
-        return bool(ours) or time.time() - lock.path.stat().st_mtime < BEATING_SECONDS
+        here = seen["space"] == lock._body["space"]
+        return bool(here) or time.time() - lock.path.stat().st_mtime < BEATING_SECONDS
     except FileNotFoundError:
         return False
     except (StorageError, KeyError):
@@ -106,10 +107,16 @@ def lives(folder: Path) -> bool:
 
 
 def _folders() -> list[Path]:
-    """The folders of artifacts, whole or not; hidden ones are the pipeline's own, submissions are no artifacts."""
+    """The folders of artifacts, whole or not; hidden ones are the pipeline's own, others are their user's."""
     root = artifacts_root().resolve()
-    found = (path for path in sorted(root.glob("[!.]*/[!.]*")) if path.is_dir())
-    return [path for path in found if path.parent.name != SUBMISSIONS]
+    return [path for path in sorted(root.glob("[!.]*/[!.]*")) if path.is_dir() and _is_ours(path)]
+
+
+def _is_ours(path: Path) -> bool:
+    """By its `spec.json`; what lacks one, of a run or a gc that was killed, by its name."""
+    if (path / "spec.json").exists():
+        return path.parent.name != SUBMISSIONS and not ours.is_foreign(path / "spec.json")
+    return path.parent.name in STAGES and ours.FINGERPRINT.fullmatch(path.name) is not None
 
 
 def _queued() -> dict[str, str]:

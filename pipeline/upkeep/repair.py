@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError
+from nfm.pipeline.artifacts.artifact import Artifact, check_store
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.stages.stores import repair
 from nfm.storage.files.paths import inside
@@ -19,8 +19,7 @@ def repair_store(artifact: Artifact) -> list[str]:
     come out the same, and so does the content digest, by which what was made from the store finds it again. A manifest
     that cannot be read is set aside as well: what it sealed is sealed again from the commits.
     """
-    if "store" not in artifact.spec:
-        raise ArtifactError(f"{artifact.name} is no pair store; make other artifacts again: remove the folder, run it")
+    check_store(artifact)
     with Lock(artifact.path):
         aside = artifact.path / "quarantine" / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         damaged = repair.damaged_manifests(artifact.path)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import read_bytes
@@ -46,12 +46,12 @@ def source_file(named: str | None) -> Path:
     """
     module, _, function = (named or "").partition(":")
     if not module or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise StageError(f"{FIELD} = {named!r}: coupling 'custom' takes the noise of `module:function`; name one")
+        raise Unfit(f"{FIELD} = {named!r}: coupling 'custom' takes the noise of `module:function`; name one")
     with _importable(Path.cwd()):
         importlib.invalidate_caches()
         found = _find(module)
     if found is None or found.origin is None or not found.origin.endswith(".py"):
-        raise StageError(
+        raise Unfit(
             f"{FIELD} = {named!r}: there is no module {module} on Python's path or in {Path.cwd()}; run nfm where "
             f"{module.split('.')[0]} is, or set PYTHONPATH"
         )
@@ -121,7 +121,7 @@ def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
             sys.modules[module] = before
     found = getattr(loaded, function, None)
     if not callable(found):
-        raise StageError(f"{FIELD} = {named!r}: {file} has no function {function!r}; define it or name another")
+        raise Unfit(f"{FIELD} = {named!r}: {file} has no function {function!r}; define it or name another")
 
     def function_of_shard(*arguments: Any) -> Any:
         try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
+from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.stages.data.sources import Source
 from nfm.storage.errors import StorageError
 from nfm.storage.format import untrusted
@@ -42,7 +42,7 @@ def check_settings(config: DataConfig, source: Source, report: Reporter) -> None
     """Refuses settings that would do nothing, or name no class; tells of those that another one outdoes."""
     check_owners(config, WHEN_MADE)
     if config.images == "":
-        raise StageError('data.images = "" names no array: leave it out for the array "data"')
+        raise Unfit('data.images = "" names no array: leave it out for the array "data"')
     if config.classes is not None:
         _check_classes(config.classes, source)
     if config.path is not None and config.debian_package is not None:
@@ -79,15 +79,13 @@ def _listed(source: Source, chosen: np.ndarray) -> str:
 
 def _check_classes(classes: Sequence[str], source: Source) -> None:
     if not classes and source.classes:
-        raise StageError(
-            "data.classes = [] names no class, but the images have labels: name every class, or leave it out"
-        )
+        raise Unfit("data.classes = [] names no class, but the images have labels: name every class, or leave it out")
     if empty := [place for place, name in enumerate(classes) if not name.strip()]:
-        raise StageError(f"data.classes: the name at place {empty[0]}, counted from 0, is empty: write one")
+        raise Unfit(f"data.classes: the name at place {empty[0]}, counted from 0, is empty: write one")
     places: dict[str, int] = {}
     for place, name in enumerate(classes):
         if (first := places.setdefault(name, place)) != place:
-            raise StageError(
+            raise Unfit(
                 f"data.classes: {name!r} stands at places {first} and {place}, counted from 0: one name a class"
             )
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
+from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.storage.errors import StorageError, is_utf8
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
@@ -61,7 +61,7 @@ def box_average(images: np.ndarray, factor: int) -> np.ndarray:
         return images
     n, c, h, w = images.shape
     if h % factor or w % factor:
-        raise StageError(f"data.average = {factor} does not divide the images' {h}x{w} pixels: choose a divisor")
+        raise Unfit(f"data.average = {factor} does not divide the images' {h}x{w} pixels: choose a divisor")
     boxes = images.reshape(n, c, h // factor, factor, w // factor, factor)
     area = factor * factor
     return ((2 * boxes.sum(axis=(3, 5), dtype=np.uint32) + area) // (2 * area)).astype(np.uint8)

@@ -16,7 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from nfm.stages.base import Inputs, LocalField, Reporter, Result, Section, StageError, Stopped, added, operational
+from nfm.stages.base import (
+    Inputs,
+    LocalField,
+    Reporter,
+    Result,
+    Section,
+    StageError,
+    Stopped,
+    Unfit,
+    added,
+    operational,
+)
 from nfm.stages.data.reading.axes import Axes
 from nfm.stages.data.reading.tree import Skipped
 from nfm.stages.data.settings import check_names, check_owners, check_settings, tell_untrained
@@ -103,7 +114,7 @@ def open_source(config: DataConfig) -> Source:
 
 def _source(config: DataConfig) -> Source:
     if config.source != "images" and config.background != "white":
-        raise StageError(
+        raise Unfit(
             f'data.background = {config.background!r}: source "{config.source}" has no transparent pixels; leave it out'
         )
     check_owners(config, OF_SOURCES)
@@ -113,7 +124,7 @@ def _source(config: DataConfig) -> Source:
             raise StageError(f"data.{name} is of images; points of the plane have none: leave it out")
         return (Checkerboard if config.source == "checkerboard" else Gaussians)(config.points, config.seed)
     if config.points is not None:
-        raise StageError(
+        raise Unfit(
             f'data.points = {config.points}: source "{config.source}" has the images that it has; data.limit cuts them'
         )
     if config.source == "digits":
@@ -179,7 +190,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         image_shape = loaded.images.shape[1:]
         dtype = loaded.images.dtype.name
         if dtype == "uint8" and (config.image_scale or config.image_decoder):
-            raise StageError("data.image_scale and data.image_decoder are of latents; these images are uint8 pixels")
+            raise Unfit("data.image_scale and data.image_decoder are of latents; these images are uint8 pixels")
         classes = list(about.pop("classes"))
         usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
         train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])

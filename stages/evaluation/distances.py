@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfm.stages.base import Inputs, Reporter, StageError
+from nfm.stages.base import Inputs, Reporter, Unfit
 from nfm.stages.evaluation import inception
 from nfm.stages.evaluation.table import distance_key
 from nfm.stages.trained import features
@@ -52,7 +52,7 @@ class Reference:
         if self.config.features == "inception":
             return inception.load(self.config.inception_weights, self.source, self.device)
         if "features" not in self.inputs:
-            raise StageError("evaluate.features is 'cnn' and no features artifact is among the inputs; give one")
+            raise Unfit("evaluate.features is 'cnn' and no features artifact is among the inputs; give one")
         return features.load(self.inputs["features"], self.device)
 
     @functools.cached_property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nfm.stages.base import StageError
+from nfm.stages.base import Unfit
 from nfm.storage import ImageDataset
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 def find_weights(path: str | None) -> Path:
     """The weights file that the config names. Raises StageError when it names none, or one that is not there."""
     if path is None:
-        raise StageError(
+        raise Unfit(
             f'evaluate.features = "inception" needs evaluate.inception_weights: the path of {WEIGHTS}, '
             "which torch-fidelity and torchmetrics take from the releases of toshas/torch-fidelity"
         )
     if not Path(path).is_file():
-        raise StageError(f"evaluate.inception_weights = {path!r}: there is no such file; give the path of {WEIGHTS}")
+        raise Unfit(f"evaluate.inception_weights = {path!r}: there is no such file; give the path of {WEIGHTS}")
     return Path(path)
 
 
@@ -48,7 +48,7 @@ def load(weights: str | None, source: ImageDataset, device: str) -> nn.Module:
     file = find_weights(weights)
     channels = source.image_shape[0]
     if source.dtype != "uint8" or channels not in (1, 3):
-        raise StageError(
+        raise Unfit(
             f'evaluate.features = "inception" takes uint8 images of 1 or 3 channels, the data has {source.dtype} '
             f'images of {channels}; use evaluate.features = "cnn"'
         )
@@ -57,9 +57,9 @@ def load(weights: str | None, source: ImageDataset, device: str) -> nn.Module:
     try:
         return inception.load(file).to(device)
     except ImportError as error:
-        raise StageError(f'evaluate.features = "inception": {error}') from error
+        raise Unfit(f'evaluate.features = "inception": {error}') from error
     except ValueError as error:
-        raise StageError(f"evaluate.inception_weights: {error}") from error
+        raise Unfit(f"evaluate.inception_weights: {error}") from error
 
 
 def extract(network: nn.Module, images: np.ndarray, batch_size: int = 50) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfm.stages.base import Inputs, Reporter, StageError, Stopped
+from nfm.stages.base import Inputs, Reporter, StageError, Stopped, Unfit
 from nfm.stages.display.pictures import as_pixels, to_uint8
 from nfm.stages.evaluation.distances import EXACT_VALUES, Reference
 from nfm.stages.trained import student
@@ -77,7 +77,7 @@ class Bench:
         if self.config.features != "none":
             _ = self.reference.network
         elif (values := int(np.prod(self.source.image_shape))) > EXACT_VALUES:
-            raise StageError(
+            raise Unfit(
                 f'evaluate.features = "none" compares values directly, which says something of up to {EXACT_VALUES} of '
                 f'them; these images have {values}: use evaluate.features = "cnn"'
             )

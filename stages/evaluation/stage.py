@@ -10,11 +10,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from nfm.stages.base import Inputs, LocalField, Reporter, Result, Section, StageError, Stopped, added, operational
+from nfm.stages.base import (
+    Guidance,
+    Inputs,
+    LocalField,
+    Reporter,
+    Result,
+    Section,
+    StageError,
+    Stopped,
+    added,
+    operational,
+)
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.evaluation.inception import find_weights, weights_sha256
 from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key
@@ -57,15 +68,15 @@ class EvaluateConfig(Section):
     samples: int = Field(5_000, ge=2)
     features: Literal["cnn", "inception", "none"] = added("cnn")
     inception_weights: LocalField | None = operational(None)
-    guidance: float = 0.0
-    student_guidance: float = added(0.0)
+    guidance: Guidance = 0.0
+    student_guidance: Guidance = added(0.0)
     kid_subsets: int = Field(100, ge=2)
     kid_size: int = Field(1000, ge=2)
     curvature_trajectories: int = Field(256, ge=1)
     seed: int = Field(1, ge=0)
     precision: Precision = "float32"
     batch_size: int = Field(250, ge=1)
-    speed_batches: tuple[int, ...] = operational((32, 128, 512))
+    speed_batches: tuple[Annotated[int, Field(ge=1)], ...] = operational((32, 128, 512))
     device: str = operational("auto")
 
     @field_validator("baselines")

@@ -8,14 +8,14 @@ from typing import Any
 
 from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
-from nfm.stages.pairs.recipe import pair_flops
+from nfm.stages.pairs.recipe import pair_flops, planned_spec
 from nfm.stages.pairs.stage import PairsConfig
-from nfm.stages.trained import costs
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.stages.trained.training import blaming, pick_device
 from nfm.storage import StoreSpec
-from nfm.storage.format.spec import Field, pair_fields
+from nfm.storage.format.spec import Field
 from nfm.storage.layouts import blocks, samples, zarr_shard
+from nfm.trainers.models.sizes import check_patch
 
 CODECS = ("float32", "float16", "int8")
 INDEX_BYTES = (2500, 13.5)  # of a shard's index part: fixed, and a record; measured at 64 to 65,536 records
@@ -36,9 +36,9 @@ def estimate(
 
     `facts` are the data's: images, image_shape, and classes and image_dtype where they are told. `rate` is images a
     second of one worker; None: a teacher of the config's sizes and random weights is timed here, for seconds.
-    Raises StageError for sizes that do not fit each other, StorageError for shards that cannot be named.
+    Raises Unfit for sizes that do not fit each other.
     """
-    specs = {codec: _spec(config, facts, codec) for codec in {*CODECS, config.codec}}
+    specs = {codec: planned_spec(config, facts, codec) for codec in {*CODECS, config.codec}}
     spec = specs[config.codec]
     pairs = spec.rows * config.draws
     plan: dict[str, Any] = {
@@ -57,7 +57,7 @@ def estimate(
         flops = pair_flops(config, facts)
         return plan | ({"flops": left * flops, "flops_per_image": flops} if flops else {})
     with blaming("config section [teacher]"):
-        costs.check_patch(facts["image_shape"], teacher.patch)
+        check_patch(facts["image_shape"], teacher.patch)
         flops = pair_flops(config, {**facts, "teacher": teacher})
         measured = _given(rate) if rate else _measured(config, teacher, facts)
     seconds = left / measured["images_per_second"]
@@ -90,21 +90,6 @@ def as_text(plan: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     hours = [[f"{int(count):,}", units.about(3600 * taken)] for count, taken in plan["hours"].items()]
     return "\n\n".join([aligned(["of the pairs", ""], lines), aligned(["workers", "time"], hours)])
-
-
-def _spec(config: PairsConfig, facts: Mapping[str, Any], codec: str) -> StoreSpec:
-    """The recipe, as far as sizes depend on it."""
-    shape, dtype = tuple(facts["image_shape"]), facts.get("image_dtype", "uint8")
-    return StoreSpec(
-        rows=facts["images"],
-        rows_per_shard=config.rows_per_shard,
-        rows_per_block=config.rows_per_block,
-        fields=pair_fields(shape, codec, dtype, label=bool(facts.get("classes", 1))),
-        coupling=config.coupling,
-        source="planned",
-        codec=codec,
-        layout=config.layout,
-    )
 
 
 def _bytes(spec: StoreSpec) -> int:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfm.stages.base import Inputs, StageError
+from nfm.stages.base import Inputs, Unfit
 from nfm.stages.couplings import custom
 from nfm.stages.display import units
 from nfm.stages.trained import costs, student
 from nfm.stages.trained.training import blaming
 from nfm.storage import ImageDataset
+from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, pair_fields
 from nfm.trainers.nfe import GRIDS, pick_solver
@@ -35,29 +36,22 @@ BALANCED = 0.75  # of the size asked for: what is divided into groups that are a
 
 
 def store_spec(config: PairsConfig, inputs: Inputs, custom_sha256: str | None = None) -> StoreSpec:
-    """The recipe that the config and its inputs give. Raises StageError for options that do not fit the data.
+    """The recipe that the config and its inputs give. Raises Unfit for options that do not fit the data.
 
     `custom_sha256` is the digest that a store of a custom coupling has recorded; by default that of the file here.
     """
     source = ImageDataset.open(inputs["data"], "train")
-    if config.flips and source.dtype != "uint8":
-        raise StageError(
-            "pairs.flips = true: these images are latents, and a flipped latent is not the latent of the flipped "
-            "image. Encode flipped images into the data set as rows of their own, and leave pairs.flips out"
-        )
+    check_flips(config, source.dtype)
     facts: dict[str, Any] = {"eta": None, "sigma_f": None}
     if "teacher" in inputs:
         facts = atomic.read_json(inputs["teacher"] / "teacher.json")
     made_with = {role: content(inputs[role]) for role in MAKERS.values() if role in inputs}
-    return StoreSpec(
-        rows=len(source),
-        rows_per_shard=config.rows_per_shard,
-        rows_per_block=config.rows_per_block,
-        fields=pair_fields(source.image_shape, config.codec, source.dtype, label=bool(source.classes)),
-        coupling=config.coupling,
+    return _spec(
+        config,
+        len(source),
+        pair_fields(source.image_shape, config.codec, source.dtype, label=bool(source.classes)),
         source=content(inputs["data"]),
         codec=config.codec,
-        layout=config.layout,
         value_range=source.value_range,
         image_scale=source.image_scale,
         image_decoder=source.image_decoder,
@@ -73,6 +67,38 @@ def store_spec(config: PairsConfig, inputs: Inputs, custom_sha256: str | None = 
     )
 
 
+def planned_spec(config: PairsConfig, facts: Mapping[str, Any], codec: str) -> StoreSpec:
+    """The same as far as sizes depend on it, before the inputs are there. Raises Unfit as `store_spec` does."""
+    dtype = facts.get("image_dtype", "uint8")
+    check_flips(config, dtype)
+    fields = pair_fields(tuple(facts["image_shape"]), codec, dtype, label=bool(facts.get("classes", 1)))
+    return _spec(config, facts["images"], fields, source="planned", codec=codec)
+
+
+def check_flips(config: PairsConfig, image_dtype: str) -> None:
+    """Raises Unfit for flips of latents."""
+    if config.flips and image_dtype != "uint8":
+        raise Unfit(
+            "pairs.flips = true: these images are latents, and a flipped latent is not the latent of the flipped "
+            "image. Encode flipped images into the data set as rows of their own, and leave pairs.flips out"
+        )
+
+
+def _spec(config: PairsConfig, rows: int, fields: Any, **facts: Any) -> StoreSpec:
+    try:
+        return StoreSpec(
+            rows=rows,
+            rows_per_shard=config.rows_per_shard,
+            rows_per_block=config.rows_per_block,
+            fields=fields,
+            coupling=config.coupling,
+            layout=config.layout,
+            **facts,
+        )
+    except StorageError as error:
+        raise Unfit(f"config section [pairs]: {error}") from error
+
+
 def options(config: PairsConfig, custom_sha256: str | None = None) -> dict[str, Any] | None:
     """For the recipe: what else decides the pairs; of reflow the solver that "auto" stands for."""
     if config.coupling == "minibatch-ot":
@@ -81,16 +107,16 @@ def options(config: PairsConfig, custom_sha256: str | None = None) -> dict[str, 
         sha256 = custom_sha256 or custom.digest(custom.source_file(config.custom))
         return {"function": config.custom, "sha256": sha256}
     if config.coupling == "reflow":
-        return _reflow(config)
+        return reflow_options(config)
     return None
 
 
-def _reflow(config: PairsConfig) -> dict[str, Any]:
+def reflow_options(config: PairsConfig) -> dict[str, Any]:
     """How the student samples. Raises StageError for a solver, an NFE and a grid that do not go together."""
     with blaming("config section [pairs], reflow_solver and reflow_nfe"):
         solver = pick_solver(config.reflow_solver, config.reflow_nfe)
     if config.reflow_grid not in GRIDS:
-        raise StageError(f"pairs.reflow_grid = {config.reflow_grid!r} is unknown; there are {', '.join(GRIDS)}")
+        raise Unfit(f"pairs.reflow_grid = {config.reflow_grid!r} is unknown; there are {', '.join(GRIDS)}")
     how = {"grid": config.reflow_grid, "guidance": config.reflow_guidance}
     return {"solver": solver, "nfe": config.reflow_nfe, **how}
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from nfm.stages.base import (
     Finding,
+    Guidance,
     Inputs,
     LocalField,
     Reporter,
@@ -26,7 +27,16 @@ from nfm.stages.executors import Outcome, ShardJob
 from nfm.stages.executors.ray_cluster import address_of
 from nfm.stages.pairs import production as making
 from nfm.stages.pairs import sealing
-from nfm.stages.pairs.recipe import MAKERS, OPTIONS, maker, pair_flops, small_groups, store_spec
+from nfm.stages.pairs.recipe import (
+    MAKERS,
+    OPTIONS,
+    maker,
+    pair_flops,
+    planned_spec,
+    reflow_options,
+    small_groups,
+    store_spec,
+)
 from nfm.stages.trained.training import WEIGHTS, Precision, pick_device
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
@@ -70,7 +80,7 @@ class PairsConfig(Section):
     reflow_solver: str = added("auto")
     reflow_nfe: int = added(31, ge=1)
     reflow_grid: str = added("square")
-    reflow_guidance: float = added(0.0)
+    reflow_guidance: Guidance = added(0.0)
     max_missing: int = operational(0, ge=0)
     report: bool = operational(True)
     executor: Literal["ray", "serial", "slurm"] = operational("ray")
@@ -90,6 +100,14 @@ def for_coupling(config: PairsConfig, coupling: str) -> PairsConfig:
     others = (name for owner, names in OPTIONS.items() if owner != coupling for name in names)
     defaults = {name: PairsConfig.model_fields[name].default for name in others}
     return PairsConfig.model_validate({**config.model_dump(), **defaults, "coupling": coupling})
+
+
+def fits(config: PairsConfig, facts: Mapping[str, Any]) -> None:
+    """Raises Unfit where options do not fit each other or the data, as far as `facts` tell of it."""
+    if config.coupling == "reflow":
+        reflow_options(config)
+    if {"images", "image_shape"} <= facts.keys():
+        planned_spec(config, facts, config.codec)
 
 
 def external(config: PairsConfig) -> dict[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nfm.stages.base import Inputs, Reporter, StageError, Stopped
+from nfm.stages.base import Inputs, Reporter, StageError, Stopped, Unfit
 from nfm.stages.executors import slurm
 from nfm.stages.pairs import production as making
 from nfm.stages.pairs import stage
@@ -88,7 +88,7 @@ def encode(worklist: Worklist, task: int, of: int, report: Reporter) -> dict[str
     (set aside in `failed/`, the others are committed).
     """
     if not 0 <= task < of:
-        raise StageError(f"--task {task} --of {of}: tasks count from 0 to {of - 1}")
+        raise Unfit(f"--task {task} --of {of}: tasks count from 0 to {of - 1}")
     out, config = as_path(worklist.store), PairsConfig(**worklist.config)
     spec, mine = read_spec(out), slurm.share(worklist.shards, task, of)
     left = slurm.open_names(out, mine)

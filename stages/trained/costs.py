@@ -47,13 +47,6 @@ def describe(flops: float) -> dict[str, str]:
     return {"FLOPs": f"{flops:.2g}", "here": f"about {about(flops / (matrix_rate() * EFFICIENCY))}"}
 
 
-def check_patch(image_shape: Sequence[int], patch: int) -> None:
-    """Raises ValueError when patches do not tile the image, as the teacher itself does."""
-    _, height, width = image_shape
-    if height % patch or width % patch:
-        raise ValueError(f"patch = {patch} does not divide the image {height} x {width}; choose a divisor")
-
-
 @functools.cache
 def matrix_rate() -> float:
     """FLOP/s of a bf16 matrix product of moderate size on the device that training would use (best of five)."""

@@ -5,6 +5,7 @@ Data without labels is classified by how it was turned (Gidaris, Singh and Komod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from nfm.stages.trained.training import (
     WEIGHTS,
     TrainingSection,
     blaming,
+    check_section,
     fit,
     parameter_count,
     pick_device,
@@ -27,6 +29,7 @@ from nfm.stages.trained.training import (
 )
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
+from nfm.trainers.models.sizes import check_sides
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +48,16 @@ class FeaturesConfig(TrainingSection):
     learning_rate: float = Field(4e-3, gt=0)
     warmup: float = Field(0.1, ge=0, le=1)
     ema: float = Field(0.995, ge=0, lt=1)
+
+
+def fits(config: FeaturesConfig, facts: Mapping[str, Any]) -> None:
+    """Raises Unfit where the data, as far as `facts` tell of it, is not what the classifier takes."""
+
+    def sizes() -> None:
+        if "image_shape" in facts:
+            check_sides(facts["image_shape"])
+
+    check_section(NAME, config, facts, sizes)
 
 
 def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 from nfm.stages.display.pictures import save_grid
 from nfm.stages.trained import student, teacher
 from nfm.stages.trained.training import blaming, parameter_count, pick_device, precision_context, read_weights
@@ -109,7 +109,7 @@ def reference_sampler(folder: Path, device: str, precision: Precision, guidance:
 def find_reference_solver() -> None:
     """Raise StageError with the remedy where torchdiffeq is missing."""
     if importlib.util.find_spec("torchdiffeq") is None:
-        raise StageError("evaluate.reference = true needs torchdiffeq, which is not installed: pip install torchdiffeq")
+        raise Unfit("evaluate.reference = true needs torchdiffeq, which is not installed: pip install torchdiffeq")
 
 
 def teacher_sampler(folder: Path, guidance: float, score: bool, device: str, precision: Precision) -> Sampler:
@@ -173,9 +173,9 @@ def _can_be_guided(folder: Path) -> None:
     _, architecture = read_weights(folder)
     label_drop = atomic.read_json(folder / "manifest.json")["config"].get("label_drop", 0)
     if not architecture["classes"]:
-        raise StageError(f"{folder}: this student knows no classes, so nothing can guide it; use guidance 0")
+        raise Unfit(f"{folder}: this student knows no classes, so nothing can guide it; use guidance 0")
     if not label_drop:
-        raise StageError(
+        raise Unfit(
             f"{folder}: this student was trained with label_drop = 0 and is undefined without labels; "
             "use guidance 0, or train it with student.label_drop = 0.1"
         )
@@ -225,7 +225,7 @@ def sample_grid(
     elif stage == "teacher":
         sampler = teacher_sampler(folder, guidance, True, device, "float32")
     else:
-        raise StageError(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
+        raise Unfit(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
     _, architecture = read_weights(folder)
     shape = architecture["image_shape"]
     eps = philox.normals(seed, 0, np.arange(count), int(np.prod(shape)), purpose="samples")

@@ -23,6 +23,7 @@ from nfm.stages.trained.training import (
     WEIGHTS,
     TrainingSection,
     blaming,
+    check_section,
     fit,
     parameter_count,
     pick_device,
@@ -32,6 +33,7 @@ from nfm.stages.trained.training import (
 from nfm.storage import Mixture, PairStore
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import read_bytes
+from nfm.trainers.models.sizes import check_patch, check_unet_width, check_width
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +79,22 @@ class StudentConfig(TrainingSection):
         if self.permuted and self.batch_size < 2:
             raise ValueError(f"permuted needs a batch_size of at least 2, not {self.batch_size}: noises change places")
         return self
+
+
+def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
+    """Raises Unfit where sizes do not fit each other or the data, as far as `facts` tell of it."""
+
+    def sizes() -> None:
+        if config.arch == "unet":
+            check_unet_width(config.width)
+            return
+        check_width(config.width, config.head_size)
+        if "image_shape" in facts:
+            check_patch(facts["image_shape"], config.patch)
+
+    # What a mixture has an epoch is its reader's to say.
+    known = {key: value for key, value in facts.items() if key != "images"} if config.mixture else facts
+    check_section(NAME, config, known, sizes)
 
 
 def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:

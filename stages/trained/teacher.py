@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from pydantic import Field
 
-from nfm.stages.base import Inputs, Reporter, Result, StageError
+from nfm.stages.base import Inputs, Reporter, Result, Unfit
 from nfm.stages.trained import costs
 from nfm.stages.trained.training import (
     CHECKPOINT,
@@ -18,6 +18,7 @@ from nfm.stages.trained.training import (
     WEIGHTS,
     TrainingSection,
     blaming,
+    check_section,
     fit,
     parameter_count,
     pick_device,
@@ -28,6 +29,7 @@ from nfm.stages.trained.training import (
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
+from nfm.trainers.models.sizes import check_channels, check_patch
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,26 @@ class TeacherConfig(TrainingSection):
     measure_rows: int = Field(512, ge=1)
 
 
+def fits(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
+    """Raises Unfit where sizes do not fit each other or the data, as far as `facts` tell of it."""
+
+    def sizes() -> None:
+        check_channels(config.channels, config.head_size)
+        if "image_shape" in facts:
+            check_patch(facts["image_shape"], config.patch)
+
+    check_section(NAME, config, facts, sizes)
+    _check_flips(config, facts.get("image_dtype", "uint8"))
+
+
+def _check_flips(config: TeacherConfig, image_dtype: str) -> None:
+    if config.flips and image_dtype != "uint8":
+        raise Unfit(
+            "teacher.flips = true: these images are latents, and a flipped latent is not the latent of the flipped "
+            "image; leave teacher.flips out"
+        )
+
+
 def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
     """Train, measure sigma_f and bits per dimension with the averaged weights, and draw a grid of samples."""
     import torch
@@ -64,11 +86,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
-    if config.flips and train.dtype != "uint8":
-        raise StageError(
-            "teacher.flips = true: these images are latents, and a flipped latent is not the latent of the flipped "
-            "image; leave teacher.flips out"
-        )
+    _check_flips(config, train.dtype)
     device = pick_device(config.device)
     architecture: dict[str, Any] = {
         "image_shape": list(train.image_shape), "classes": len(train.classes), "patch": config.patch,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from nfm.stages.base import Reporter, Section, StageError, Stopped, operational
+from nfm.stages.base import Reporter, Section, StageError, Stopped, Unfit, operational
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
+from nfm.storage.reading.reader import check_enough
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +52,9 @@ def blaming(what: str) -> Iterator[None]:
     try:
         yield
     except WrongArgument as error:  # what else may be passed in Python is no remedy here
-        raise StageError(f"{what}: {error.name} {error.said}") from error
+        raise Unfit(f"{what}: {error.name} {error.said}") from error
     except ValueError as error:
-        raise StageError(f"{what}: {error}") from error
+        raise Unfit(f"{what}: {error}") from error
 
 
 def pick_device(name: str) -> str:
@@ -63,8 +64,16 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise StageError(f"device = {name!r}: torch sees no CUDA device here; set device to 'auto' or 'cpu'")
+        raise Unfit(f"device = {name!r}: torch sees no CUDA device here; set device to 'auto' or 'cpu'")
     return name
+
+
+def check_section(name: str, config: TrainingSection, facts: Mapping[str, Any], sizes: Callable[[], None]) -> None:
+    """A stage's `fits`: `sizes` raises ValueError where they do not fit; `facts` are of the data, as far as known."""
+    with blaming(f"config section [{name}]"):
+        sizes()
+        if "images" in facts:
+            check_enough(config.batch_size, facts["images"])
 
 
 def autocast_dtype(precision: Precision) -> torch.dtype | None:
@@ -135,7 +144,7 @@ def fit(
 
     def log(figures: dict[str, float]) -> None:
         line = {**figures, **measure()}
-        with (out / METRICS).open("a") as lines:
+        with (out / METRICS).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({key: round(value, 6) for key, value in line.items()}) + "\n")
         shown: dict[str, float] = {key: line[key] for key in ("loss", "heldout_bpd", "accuracy") if key in line}
         shown["wait"] = line["data_wait_share"]

@@ -35,11 +35,18 @@ class Told(Exception):
         super().__init__(*(masked(legible(one)) if isinstance(one, str) else one for one in arguments))
 
 
+class WrongUse(Told):
+    """An option, a config or a name asks for what cannot be, whatever is done on this machine: exit code 2.
+
+    A base beside the room's own error, so that what the command ends with is decided where the fact is known.
+    """
+
+
 class StorageError(Told):
     """A store or one of its files cannot be used as asked."""
 
 
-class NoPlace(StorageError):
+class NoPlace(StorageError, WrongUse):
     """What was given as a place is no path and no URL that can be used there; `reason` says why and what to write."""
 
     def __init__(self, where: str, reason: str, named: str = "") -> None:

@@ -17,7 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, WrongUse
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -26,7 +26,7 @@ _SHOWN = 80  # characters of a value in a message
 _MOST = 2**63 - 1
 
 
-class WrongArgument(StorageError, ValueError):  # noqa: N818 - as the other errors, it says what is wrong
+class WrongArgument(StorageError, WrongUse, ValueError):  # noqa: N818 - as the other errors, it says what is wrong
     """An argument that cannot be what it is: `name`, what is said of it, and what else a caller in Python may pass."""
 
     def __init__(self, name: str, said: str, otherwise: str = "") -> None:

@@ -262,11 +262,15 @@ def _check_sizes(stream: Stream, batch_size: int, last: str, world_size: int) ->
             "batch_size",
             f"is {batch_size}, the records of all ranks: make it divisible by the world size {world_size}",
         )
-    if last == "drop" and batch_size > stream.least:
+    if last == "drop":
+        check_enough(batch_size, stream.least)
+
+
+def check_enough(batch_size: int, records: int) -> None:
+    """Raises WrongArgument where not one batch could be filled; a config is asked this before its data is there."""
+    if batch_size > records:
         raise WrongArgument(
-            "batch_size",
-            f"is {batch_size}, it exceeds the {stream.least} records there are: lower it",
-            "pass last='keep'",
+            "batch_size", f"{batch_size} exceeds the {records} records there are: lower it", "pass last='keep'"
         )
 
 

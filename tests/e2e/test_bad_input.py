@@ -86,20 +86,20 @@ SIZES = {
 
 @pytest.mark.parametrize("override", SIZES)
 def test_sizes_that_only_the_data_can_refuse_are_refused_in_one_line(lab: Lab, override: str) -> None:
-    refused(lab, "run", "student", "-c", "tiny.toml", "--set", override, exits=1, says=SIZES[override])
+    refused(lab, "run", "student", "-c", "tiny.toml", "--set", override, exits=2, says=SIZES[override])
 
 
 def test_a_missing_data_set_says_where_it_was_looked_for(empty: Lab) -> None:
     text = empty.config.read_text().replace('source = "digits"', 'source = "idx"\npath = "no/such/folder"')
     empty.config.write_text(text)
-    refused(empty, *empty.arguments("pairs"), exits=1, says=("data.path = 'no/such/folder'", "is no folder"))
+    refused(empty, *empty.arguments("pairs"), exits=2, says=("data.path = 'no/such/folder'", "is no folder"))
 
 
 def test_a_missing_debian_package_says_how_to_install_it(empty: Lab) -> None:
     text = empty.config.read_text().replace('source = "digits"', 'source = "idx"\ndebian_package = "dataset-no-such"')
     empty.config.write_text(text)
     says = ("data.debian_package = 'dataset-no-such'", "apt-get install dataset-no-such", "data.path")
-    refused(empty, *empty.arguments("pairs"), exits=1, says=says)
+    refused(empty, *empty.arguments("pairs"), exits=2, says=says)
 
 
 def test_unreadable_images_are_named_and_set_aside_when_that_is_allowed(empty: Lab) -> None:
@@ -172,7 +172,7 @@ def test_a_commit_without_its_shard_stops_a_resumed_run_and_is_found_by_the_audi
 
 def rewrite(path: Path, **changes: Any) -> None:
     """A JSON file as another version would have written it: whole, with a right digest."""
-    body = json.loads(path.read_text())
+    body = json.loads(path.read_text(encoding="utf-8"))
     body.update(changes)
     path.unlink()
     assert atomic.create_json(path, body)
@@ -274,10 +274,10 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(lab: Lab) -> None:
 
 def test_what_wants_a_store_or_a_model_refuses_the_rest_and_leaves_nothing_behind(made: Lab) -> None:
     before, teacher = made.committed(), made.name("teacher")
-    refused(made, "repair", teacher, exits=1, says=(teacher, "no pair store"))
-    refused(made, "pairs", "seal", teacher, exits=1, says=(teacher, "no pair store"))
-    refused(made, "pairs", "info", teacher, exits=1, says=(teacher, "no pair store"))
-    refused(made, "student", "--pairs", teacher, "-c", "tiny.toml", exits=1, says=(teacher, "no pair store"))
-    refused(made, "sample", made.name("data"), exits=1, says=("name a student or a teacher",))
-    refused(made, "sample", made.name("student"), "--nfe", "8", exits=1, says=("odd",))
+    refused(made, "repair", teacher, exits=2, says=(teacher, "no pair store"))
+    refused(made, "pairs", "seal", teacher, exits=2, says=(teacher, "no pair store"))
+    refused(made, "pairs", "info", teacher, exits=2, says=(teacher, "no pair store"))
+    refused(made, "student", "--pairs", teacher, "-c", "tiny.toml", exits=2, says=(teacher, "no pair store"))
+    refused(made, "sample", made.name("data"), exits=2, says=("name a student or a teacher",))
+    refused(made, "sample", made.name("student"), "--nfe", "8", exits=2, says=("odd",))
     assert made.committed() == before

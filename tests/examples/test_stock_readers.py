@@ -43,7 +43,7 @@ def test_a_stock_reader_runs_as_a_script(name: str, script: Callable[..., str], 
 
 
 def test_a_stock_reader_has_no_code_of_ours(name: str, example: Callable[[str], ModuleType]) -> None:
-    source = Path(str(example(name).__file__)).read_text()
+    source = Path(str(example(name).__file__)).read_text(encoding="utf-8")
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imports
     assert not any("nfm" in ast.unparse(node) for node in imports)

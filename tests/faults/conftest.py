@@ -30,7 +30,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for line in COUNTS.lines():
         terminalreporter.write_line(line)
     if path := os.environ.get("NFM_FAULTS_REPORT"):
-        Path(path).write_text(COUNTS.as_json())
+        Path(path).write_text(COUNTS.as_json(), encoding="utf-8")
 
 
 @pytest.fixture(params=EXECUTORS)

@@ -67,7 +67,7 @@ def peak(process: subprocess.Popen[str]) -> int:
     """The largest address space that a process had, in bytes."""
     most = 0
     while process.poll() is None:
-        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmPeak"):
                 most = max(most, int(line.split()[1]) * 1024)
         time.sleep(0.002)

@@ -60,7 +60,7 @@ def run(targets: Mapping[str, Target], readable: Sequence[Path], log: Path, seco
         try:
             _in_child(targets, readable, log, seconds, send)
         except BaseException:
-            log.write_text(traceback.format_exc())
+            log.write_text(traceback.format_exc(), encoding="utf-8")
             os._exit(3)
         os._exit(0)
     os.close(send)
@@ -69,7 +69,7 @@ def run(targets: Mapping[str, Target], readable: Sequence[Path], log: Path, seco
     outcomes = [Outcome(**json.loads(line)) for line in lines]
     if len(outcomes) < len(targets):
         target = list(targets)[len(outcomes)]
-        trace = log.read_text(errors="replace")[:8000] if log.exists() else ""
+        trace = log.read_text(encoding="utf-8", errors="replace")[:8000] if log.exists() else ""
         if "Timeout (" in trace:
             outcomes.append(Outcome(target, "hang", trace))
         else:
@@ -92,7 +92,7 @@ def _read_all(receive: int, deadline: float, child: int) -> list[bytes]:
 
 
 def _in_child(targets: Mapping[str, Target], readable: Sequence[Path], log: Path, seconds: float, send: int) -> None:
-    trace = open(log, "w")  # noqa: SIM115  open until the child ends
+    trace = open(log, "w", encoding="utf-8")  # noqa: SIM115  open until the child ends
     faulthandler.enable(trace)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))

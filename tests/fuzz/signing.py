@@ -15,7 +15,7 @@ from nfm.storage.files import atomic
 def write_signed(path: Path, body: Any) -> None:
     """A JSON file as ours are written, whatever it holds; with a digest of itself if it had one."""
     if not isinstance(body, dict) or "digest" not in body:
-        path.write_text(json.dumps(body, indent=2), errors="surrogatepass")
+        path.write_text(json.dumps(body, indent=2), encoding="utf-8", errors="surrogatepass")
         return
     try:
         atomic.write_json(path, body)

@@ -76,7 +76,7 @@ def test_a_plan_of_pairs_without_data_says_what_to_give(empty: Lab) -> None:
     wrong = ("plan", "pairs", "-c", "tiny.toml", "--images", 100)
     assert "--image-shape together" in empty.nfm(*wrong, exits=2).stderr
     assert "3x64x64" in empty.nfm(*wrong, "--image-shape", "3,64,64", exits=2).stderr
-    refused = empty.nfm(*wrong, "--image-shape", "3x9x9", "--rate", 1, exits=1).stderr
+    refused = empty.nfm(*wrong, "--image-shape", "3x9x9", "--rate", 1, exits=2).stderr
     assert "patch = 2 does not divide the image 9 x 9" in refused
 
 

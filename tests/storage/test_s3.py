@@ -171,7 +171,7 @@ def disk_use(folder: Path, sizes: dict[str, int]) -> int:
     """
     files = sum(size_of(path) or 0 for path in folder.iterdir() if not path.name.startswith(".tmp-"))
     gone = {}
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         if str(folder) in line and line.endswith("(deleted)"):
             _, _, _, _, inode, path, _ = line.split()
             gone[inode] = sizes[Path(path).name]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfm.trainers.models.sizes import check_sides
+
 
 class FeatureNet(nn.Module):
     """Logits, and penultimate `features`, of images [B, C, H, W] in [-1, 1] with H, W >= 8.
@@ -21,9 +23,8 @@ class FeatureNet(nn.Module):
         self, image_shape: tuple[int, int, int], classes: int, width: int = 16, feature_size: int = 128
     ) -> None:
         super().__init__()
-        channels, height, side = image_shape
-        if min(height, side) < 8:
-            raise ValueError(f"image_shape is {tuple(image_shape)}; FeatureNet needs sides of 8 pixels or more")
+        channels = image_shape[0]
+        check_sides(image_shape)
         self.architecture: dict[str, Any] = {
             "image_shape": list(image_shape),
             "classes": classes,

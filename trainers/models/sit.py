@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfm.trainers.models.head import exact
+from nfm.trainers.models.sizes import check_patch, check_width
 
 FREQUENCIES = 128
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -59,10 +60,8 @@ class SiT(nn.Module):
         """`classes` = 0 makes an unconditional student, which ignores labels."""
         super().__init__()
         channels, height, image_width = image_shape
-        if height % patch or image_width % patch:
-            raise ValueError(f"patch = {patch} does not divide the image {height} x {image_width}; choose a divisor")
-        if width % head_size or width % 4:
-            raise ValueError(f"width = {width} is not a multiple of head_size = {head_size} and of 4")
+        check_patch(image_shape, patch)
+        check_width(width, head_size)
         self.patch = patch
         self.grid = (height // patch, image_width // patch)
         features = channels * patch**2

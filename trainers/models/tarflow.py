@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfm.trainers.models.head import exact
+from nfm.trainers.models.sizes import check_channels, check_patch
 
 Cache = tuple[Tensor, Tensor]  # keys and values of one layer, [B, heads, T, head_size]
 
@@ -159,10 +160,8 @@ class TarFlow(nn.Module):
         """`classes` = 0 makes an unconditional flow, which ignores labels."""
         super().__init__()
         image_channels, height, width = image_shape
-        if height % patch or width % patch:
-            raise ValueError(f"patch = {patch} does not divide the image {height} x {width}; choose a divisor")
-        if channels % head_size:
-            raise ValueError(f"channels = {channels} is not a multiple of head_size = {head_size}")
+        check_patch(image_shape, patch)
+        check_channels(channels, head_size)
         self.patch = patch
         self.grid = (height // patch, width // patch)
         tokens, features = math.prod(self.grid), image_channels * patch**2

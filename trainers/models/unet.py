@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from nfm.trainers.models.head import exact
 from nfm.trainers.models.sit import FREQUENCIES, sinusoids, zeroed
+from nfm.trainers.models.sizes import UNET_GROUP, check_unet_width
 
-_GROUP = 8  # channels that are normalised together
 _HEAD = 64  # channels of an attention head, where there are that many
 _SMALLEST = 4  # sides up to this are not halved
 
@@ -25,10 +25,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, condition: int) -> None:
         super().__init__()
-        self.norm_in = nn.GroupNorm(inputs // _GROUP, inputs)
+        self.norm_in = nn.GroupNorm(inputs // UNET_GROUP, inputs)
         self.conv_in = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.modulation = zeroed(nn.Linear(condition, 2 * outputs))
-        self.norm_out = nn.GroupNorm(outputs // _GROUP, outputs, affine=False)
+        self.norm_out = nn.GroupNorm(outputs // UNET_GROUP, outputs, affine=False)
         self.conv_out = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.heads = math.gcd(channels, max(1, channels // _HEAD))
-        self.norm = nn.GroupNorm(channels // _GROUP, channels)
+        self.norm = nn.GroupNorm(channels // UNET_GROUP, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.project = zeroed(nn.Linear(channels, channels))
 
@@ -75,10 +75,7 @@ class UNet(nn.Module):
         makes an unconditional student, which ignores labels.
         """
         super().__init__()
-        if width < 1 or width % _GROUP:
-            raise ValueError(
-                f"width = {width} of a U-Net is not a multiple of {_GROUP}, the channels of a norm's group"
-            )
+        check_unet_width(width)
         channels, height, image_width = image_shape
         self.widths = [width * multiple for multiple in multipliers[: _levels(max(height, image_width))]]
         lowest, condition = self.widths[-1], 4 * width
@@ -98,7 +95,7 @@ class UNet(nn.Module):
         )
         self.enlarge = nn.ModuleList(nn.Conv2d(below, here, 3, padding=1) for here, below in pairwise(self.widths))
         self.attention = nn.ModuleList(Attention(lowest) for _ in range(2 * depth + 1))  # down, middle, up
-        self.norm = nn.GroupNorm(width // _GROUP, width)
+        self.norm = nn.GroupNorm(width // UNET_GROUP, width)
         self.head = zeroed(nn.Conv2d(width, channels, 3, padding=1))
         for embedding in (self.labels, self.time_in, self.time_out):
             nn.init.normal_(embedding.weight, std=0.02)

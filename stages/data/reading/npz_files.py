@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nfm.stages.base import Reporter, StageError
+from nfm.stages.base import Reporter, StageError, Unfit
 
 TRAIN, TEST = "train_data_batch_", "val_data.npz"
 
@@ -14,7 +14,7 @@ TRAIN, TEST = "train_data_batch_", "val_data.npz"
 def files_of(path: str | None) -> list[Path]:
     """The file that `path` is, or those of the folder that it is, the test set last."""
     if path is None:
-        raise StageError('data.source = "npz" needs data.path: an .npz file, or a folder of train_data_batch_*.npz')
+        raise Unfit('data.source = "npz" needs data.path: an .npz file, or a folder of train_data_batch_*.npz')
     root = Path(path)
     if root.is_file():
         return [root]
@@ -22,7 +22,7 @@ def files_of(path: str | None) -> list[Path]:
     if not batches:
         others = sorted(file.name for file in root.glob("*.npz"))[:5]
         instead = f"; it holds {', '.join(others)}: name one of them, or rename them so" if others else ""
-        raise StageError(f"data.path = {path!r} is no .npz file and no folder that holds {TRAIN}*.npz{instead}")
+        raise Unfit(f"data.path = {path!r} is no .npz file and no folder that holds {TRAIN}*.npz{instead}")
     return batches + [file for file in (root / TEST,) if file.is_file()]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
+from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.stages.data.reading.labels import Labels
 from nfm.stages.data.source import Loaded, box_average, digest_files
 
@@ -42,7 +42,7 @@ def _table() -> Path:
     # The file is read without importing scikit-learn, which takes longer than everything else here.
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
-        raise StageError('data.source = "digits" reads the table inside scikit-learn: pip install scikit-learn')
+        raise Unfit('data.source = "digits" reads the table inside scikit-learn: pip install scikit-learn')
     path = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if not path.is_file():
         raise StageError(

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator
 
-from nfm.stages.base import Reporter, StageError, Stopped
+from nfm.stages.base import Reporter, StageError, Stopped, Unfit
 from nfm.stages.data.reading.tree import Skipped, Tree
 from nfm.stages.data.source import Loaded, box_average, check_keys, digest_files, scratch_array
 from nfm.storage.errors import legible
@@ -160,9 +160,9 @@ class ImageFolder:
 
 def _root(path: str | None) -> Path:
     if path is None:
-        raise StageError('data.source = "images" needs data.path, a folder of class folders')
+        raise Unfit('data.source = "images" needs data.path, a folder of class folders')
     if not Path(path).is_dir():
-        raise StageError(f"data.path = {path!r} is no folder: name one that holds a folder for each class")
+        raise Unfit(f"data.path = {path!r} is no folder: name one that holds a folder for each class")
     return Path(path)
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
+from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.stages.data.reading.labels import Labels
 from nfm.stages.data.reading.values import Values
 from nfm.stages.data.source import Loaded, box_average, check_unpacked, digest_files
@@ -153,21 +153,23 @@ def _open(path: Path, mode: str = "rb") -> IO[bytes]:
 def _folder(path: str | None, package: str | None) -> Path:
     if path is not None:
         if not Path(path).is_dir():
-            raise StageError(f"data.path = {path!r} is no folder: name the one that holds train-images-idx3-ubyte[.gz]")
+            raise Unfit(f"data.path = {path!r} is no folder: name the one that holds train-images-idx3-ubyte[.gz]")
         return Path(path)
     if package is None:
-        raise StageError('data.source = "idx" needs data.path, the folder that holds train-images-idx3-ubyte[.gz]')
+        raise Unfit('data.source = "idx" needs data.path, the folder that holds train-images-idx3-ubyte[.gz]')
     remedy = f"run `apt-get install {package}`, or set data.path to a folder with train-images-idx3-ubyte[.gz]"
     try:
-        listing = subprocess.run(["dpkg", "-L", package], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            ["dpkg", "-L", package], capture_output=True, encoding="utf-8", errors="surrogateescape", check=True
+        ).stdout
     except FileNotFoundError as error:
-        raise StageError(f"data.debian_package = {package!r}: this system has no dpkg: {remedy}") from error
+        raise Unfit(f"data.debian_package = {package!r}: this system has no dpkg: {remedy}") from error
     except subprocess.CalledProcessError as error:
-        raise StageError(f"data.debian_package = {package!r} is not installed: {remedy}") from error
+        raise Unfit(f"data.debian_package = {package!r} is not installed: {remedy}") from error
     for line in listing.splitlines():
         if Path(line).name.startswith(f"{TRAIN}-images-idx3-ubyte") and Path(line).is_file():
             return Path(line).parent
-    raise StageError(f"data.debian_package = {package!r} holds no train-images-idx3-ubyte[.gz]: {remedy}")
+    raise Unfit(f"data.debian_package = {package!r} holds no train-images-idx3-ubyte[.gz]: {remedy}")
 
 
 def _twins(folder: Path) -> dict[str, list[Path]]:

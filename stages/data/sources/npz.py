@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError, Stopped
+from nfm.stages.base import Reporter, StageError, Stopped, Unfit
 from nfm.stages.data.reading.arrays import Array, arrays_of, pieces, read_whole
 from nfm.stages.data.reading.axes import Axes, channels_first, check_axes, image_shape
 from nfm.stages.data.reading.labels import Labels, whole_numbers
@@ -58,7 +58,7 @@ class Npz:
             test.append(np.full(head.rows, file.name == "val_data.npz" and len(self.files) > 1))
         self.image_shape, self.dtype = first.shape, first.dtype
         if self.dtype != "uint8" and average != 1:
-            raise StageError(f"data.average = {average}: {self.files[0]} holds {self.dtype}, only pixels are averaged")
+            raise Unfit(f"data.average = {average}: {self.files[0]} holds {self.dtype}, only pixels are averaged")
         for field, value in (("classes", classes or None), ("first_label", first_label)):
             if value is not None and first.labels is None:
                 raise StageError(f"data.{field} is of labels, but {self.files[0]} has no labels: leave it out")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
+from nfm.stages.base import Reporter, Unfit
 from nfm.stages.data.source import Loaded
 from nfm.storage.files.atomic import canonical_json
 from nfm.storage.format import philox
@@ -36,7 +36,7 @@ class Planar:
 
     def __init__(self, points: int | None, seed: int):
         if points is None:
-            raise StageError(
+            raise Unfit(
                 f'data.source = "{self.name}" needs data.points: how many points to make, held-out ones '
                 "included; 20_000 is enough to see the shape"
             )

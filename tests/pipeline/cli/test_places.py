@@ -252,7 +252,7 @@ def test_the_artifacts_root_is_a_local_place(nfm: Nfm, tmp_path: Path, monkeypat
 def test_an_artifact_is_found_by_any_way_to_write_its_place(nfm: Nfm, tmp_path: Path) -> None:
     folder = tmp_path / "home" / "a b"
     folder.mkdir(parents=True)
-    (folder / "spec.json").write_text("{}")
+    (folder / "spec.json").write_text('{"store": {}}')
     for text in ("~/a b", str(folder), f"file://{tmp_path}/home/a%20b", "home/a b", "./home/a b"):
         assert find(text).path.resolve() == folder
     with pytest.raises(NoPlace):

@@ -26,7 +26,7 @@ def problems(*targets: Artifact) -> list[str]:
 
 def rewrite(path: Path, **changes: Any) -> None:
     """Change a JSON file and sign it anew, as one who wants to deceive would."""
-    body = {**json.loads(path.read_text()), **changes}
+    body = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     path.unlink()
     assert atomic.create_json(path, body)
 

@@ -1,0 +1,60 @@
+"""`--couplings` and `--seeds`: what `compare` takes, so do those who plan it, run it or show how far it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Seeds(click.ParamType):
+    """Whole numbers with commas between them."""
+
+    name = "SEEDS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isascii() and part.isdecimal() and len(part) < 19 for part in parts):
+            self.fail(f"{value!r}: write whole numbers from 0 with commas between, for instance 0,1,2", param, ctx)
+        return [int(part) for part in parts]
+
+
+class Couplings(click.ParamType):
+    """Variants with commas between them; which there are is the config's to say."""
+
+    name = "COUPLINGS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
+        parts = [part.strip() for part in str(value).split(",") if part.strip()]
+        if not parts:
+            self.fail(f"{value!r}: names none; write for instance independent,nfm,nfm:soften=0.5", param, ctx)
+        return parts
+
+
+def compared_options(command: Command) -> Command:
+    """Adds both options."""
+    for option in (
+        click.option(
+            "--seeds", type=Seeds(), metavar="0,1,...",
+            help="Of those couplings that name none of their own: each a student. Default: compare.seeds.",
+        ),
+        click.option(
+            "--couplings", type=Couplings(), metavar="A,B,...",
+            help="To be compared, such as independent,nfm,nfm:soften=0.5,nfm@0+1+2. Default: compare.couplings.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def overrides_of(couplings: list[str] | None, seeds: list[int] | None, stage: str = "compare") -> tuple[str, ...]:
+    """The same as overrides of the config. Raises UsageError where a stage that compares nothing is asked for."""
+    given = {"couplings": couplings, "seeds": seeds}
+    named = {key: value for key, value in given.items() if value is not None}
+    if named and stage != "compare":
+        raise click.UsageError(f"--{' and --'.join(named)}: of the stage compare, not of {stage}; leave it out")
+    return tuple(f"compare.{key}={json.dumps(value)}" for key, value in named.items())
