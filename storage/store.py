@@ -20,7 +20,8 @@ from nfm.storage.errors import StorageError
 from nfm.storage.errors.arguments import checked, whole
 from nfm.storage.files.atomic import read_json
 from nfm.storage.files.cache import ShardCache, Wanted, default_cache
-from nfm.storage.files.paths import as_path, inside, is_remote, size_of
+from nfm.storage.files.paths import as_path, inside, is_remote, size_of, store_named
+from nfm.storage.format import untrusted
 from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import seal, shard_list
@@ -76,13 +77,15 @@ class PairStore:
     def open(cls, path: str | Path, generation: int | None = None, cache: ShardCache | None = None) -> PairStore:
         """Opens a store at its newest generation, at the one given, or at the manifest that `path` names.
 
-        `path` is a folder or a URL that fsspec knows; of a URL, shards are fetched into `cache` (default: one of this
-        process) when they are read. Raises StorageError when there is no store or no sealed generation, NewerSchema.
+        `path` is a folder, a URL that fsspec knows, or the beginning of a fingerprint that `nfm ls` lists, as
+        `3fa9c1` (under `NFM_ARTIFACTS`, else `artifacts/` in the current folder). Of a URL, shards are fetched into
+        `cache` (default: one of this process) when they are read. Raises StorageError when there is no store or no
+        sealed generation, NewerSchema.
         Shards are opened when they are read; a bad one raises MissingShard or CorruptShard then.
         """
-        root = as_path(path)
+        root = store_named(path)
         if root.suffix == ".json" and size_of(root) is not None:
-            named = int(read_json(root).get("generation", 0))
+            named = untrusted.integer(f"{root}: generation", read_json(root).get("generation", 0))
             if generation not in (None, named):
                 raise StorageError(f"{root}: the manifest of generation {named}, not of {generation}; name the folder")
             generation, root = named, root.parent
