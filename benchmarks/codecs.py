@@ -48,31 +48,13 @@ def ours(name: str, codec: str, step: float | None = None) -> Codec:
     """A codec of the store, as `write_shard` and the reader use it."""
 
     def encode(z: Array) -> tuple[Array, int]:
-        stored, _ = codecs.encode(z, codec, step)
+        stored, _ = codecs.pack(z, codec, step)
         return stored, stored.nbytes
 
     def decode(stored: Array, out: Array) -> None:
         to_float32(stored, (-1, 1), out, step)
 
     return Codec(name, encode, decode, None if step is None else codecs.CODECS[codec].limit * step)
-
-
-def pcodec(name: str, step: float) -> Codec:
-    """Whole steps, entropy-coded by PCodec at its default level."""
-
-    def encode(z: Array) -> tuple[bytes, int]:
-        from pcodec import ChunkConfig, standalone
-
-        stored, _ = codecs.encode(z, "pcodec", step)
-        data = standalone.simple_compress(stored, ChunkConfig())
-        return data, len(data)
-
-    def decode(data: bytes, out: Array) -> None:
-        from pcodec import standalone
-
-        to_float32(standalone.simple_decompress(data), (-1, 1), out, step)
-
-    return Codec(name, encode, decode, needs="pcodec")
 
 
 def zstd(name: str, before: Callable[[Array], Array]) -> Codec:
@@ -127,8 +109,6 @@ CODECS = (
     ours("float32", "float32"),
     ours("float16", "float16"),
     ours("int8, step 1/20", "int8", 1 / 20),
-    pcodec("PCodec, step 1/64", 1 / 64),
-    pcodec("PCodec, step 1/20", 1 / 20),
     zstd("float16 + shuffle + zstd", lambda z: z.astype(np.float16)),
     zstd("BitRound 6 + shuffle + zstd", bit_rounded(6)),
     zstd("BitRound 4 + shuffle + zstd", bit_rounded(4)),
@@ -184,7 +164,7 @@ def noise_of(store: PairStore, values: int) -> Array:
     count = min(len(store), -(-values // each))
     slots = np.sort(np.random.default_rng(0).choice(len(store), count, replace=False))
     stored = store.gather(0, slots)["noise"].reshape(-1)
-    return codecs.decode(stored, store.spec.noise_step)[:values]
+    return codecs.unpack(stored, store.spec.noise_step)[:values]
 
 
 def source(name: str, z: Array, passes: int, **about: Any) -> dict[str, Any]:
@@ -234,7 +214,7 @@ def main(store: Path | None, values: int, passes: int, output: Path) -> None:
     body = {
         "command": "python -m benchmarks.codecs" + (" --store STORE" if store is not None else ""),
         "machine": machine(),
-        "versions": versions("numpy", "pcodec", "numcodecs"),
+        "versions": versions("numpy", "numcodecs"),
         "rates": "MB of float32 a second of one thread, median of the passes",
         "sources": found,
     }

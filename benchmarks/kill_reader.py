@@ -34,6 +34,7 @@ from nfm.pipeline.cli.options import LOCAL_PATH
 from nfm.storage import Batch, PairStore, StoreSpec
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 
 ROWS, BATCH, SHAPE, DRAWS = 4000, 128, (1, 8, 8), 2
 BATCHES_PER_KILL = 24
@@ -90,7 +91,7 @@ def make_store(root: Path) -> Path:
                 "label": slots % 10,
                 "slot": slots,
             }
-            commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", [record]).commit())
+            commits.publish(root, write_shard(root, spec, draw, shard, "a1", [record]).commit())
     seal.seal(root, DRAWS)
     return root
 

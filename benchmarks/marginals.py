@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.told import machine, versions
-from nfm.pipeline import graph, runner
+from nfm.pipeline import builder, runner
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import Node
 from nfm.stages.display.tables import aligned
 from nfm.stages.evaluation import compare, stage
-from nfm.stages.evaluation.stage import EvaluateConfig
+from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.evaluation.table import distance_key
 from nfm.stages.pairs.coupling_sample import Sample, draw_sample
 from nfm.stages.trained import student
@@ -140,7 +140,7 @@ def references(node: Node) -> dict[str, Path]:
 def main(config_path: Path, overrides: tuple[str, ...], work: Path, output: Path) -> None:
     """A student on noise whose marginals were made normal, beside the plain one."""
     config = load(config_path, (*overrides, 'compare.couplings=["nfm"]', "compare.seeds=[0]"))
-    nodes = graph.build(config, target=compare.NAME)
+    nodes = builder.build(config, target=compare.NAME)
     runner.run(nodes, compare.NAME)
     key = distance_key(config.evaluate)
     plain, measure = nodes["student:nfm@0"], nodes["evaluate:nfm@0"]

@@ -20,7 +20,7 @@ import click
 from matplotlib.figure import Figure
 
 from benchmarks.told import machine, versions
-from nfm.pipeline import graph, runner
+from nfm.pipeline import builder, runner
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
 from nfm.stages.display.tables import aligned
@@ -37,7 +37,7 @@ def point(config_path: Path, overrides: tuple[str, ...], images: int, variant: s
     """One teacher: its likelihood, its store's AUC, the distances of itself, of its student and of the baseline's."""
     couplings = f'compare.couplings=["{BASELINE}", "{variant}"]'
     config = load(config_path, (*overrides, f"teacher.images={images}", couplings))
-    nodes = graph.build(config, target=compare.NAME)
+    nodes = builder.build(config, target=compare.NAME)
     body = atomic.read_json(runner.run(nodes, compare.NAME).path / compare.TABLE)
     teacher = nodes["teacher"].artifact()
     assert teacher is not None

@@ -11,11 +11,11 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nfm.stages.data.stage import DataConfig
+from nfm.stages.data.config import DataConfig
 from nfm.stages.evaluation.compare import CompareConfig
+from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.evaluation.distances import EXACT_VALUES
-from nfm.stages.evaluation.stage import EvaluateConfig
-from nfm.stages.pairs.stage import PairsConfig
+from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.report.stage import ReportConfig
 from nfm.stages.trained.features import FeaturesConfig
 from nfm.stages.trained.potential import PotentialConfig

@@ -6,12 +6,16 @@ shape of some sources' images, the finished data stage all of it.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from nfm.pipeline.artifacts.artifact import artifacts_root
 from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
-from nfm.stages.data.stage import DataConfig
+from nfm.stages.base import Section, StageError
+from nfm.stages.data.config import DataConfig
+from nfm.stages.trained.training import pick_device
 
 
 def check(nodes: Mapping[str, Node], target: str) -> None:
@@ -20,6 +24,39 @@ def check(nodes: Mapping[str, Node], target: str) -> None:
     for node in upstream(nodes, target):
         if not node.made():
             optional(node.stage, "fits", lambda *_: None)(node.config, known)
+
+
+def ready(nodes: Mapping[str, Node], target: str) -> None:
+    """The same before a run; also raises StageError for what the stages will ask for and is not here.
+
+    A stage says so in `needs(config)`, and in `room(config, facts)` how many bytes it writes.
+    """
+    check(nodes, target)
+    known = facts(nodes)
+    left = [node for node in upstream(nodes, target) if not node.made()]
+    for node in left:
+        optional(node.stage, "needs", _device)(node.config)
+    for node in left:
+        _check_room(node, optional(node.stage, "room", lambda *_: 0)(node.config, known))
+
+
+def _device(config: Section) -> None:
+    """Of most stages all that they need is where they compute."""
+    if (device := getattr(config, "device", None)) is not None:
+        pick_device(device)
+
+
+def _check_room(node: Node, size: int) -> None:
+    """Raises StageError where the disk has less room than the artifact still needs."""
+    root, folder = artifacts_root(), node.folder()
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder is not None else 0
+    where = next(path for path in (root, *root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(where).free
+    if size - there > free:
+        raise StageError(
+            f"{node.name}: writes about {size - there:,} bytes more, and {where} has {free:,} free: free space, let "
+            "NFM_ARTIFACTS name a folder of another disk, or make fewer (pairs.draws); nothing was begun"
+        )
 
 
 def facts(nodes: Mapping[str, Node]) -> dict[str, Any]:

@@ -18,15 +18,16 @@ from nfm.pipeline.runner import headline
 from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs import progress as pairs_progress
+from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.pairs.estimate import as_text as described
 from nfm.stages.pairs.estimate import estimate
-from nfm.stages.pairs.stage import PairsConfig
 from nfm.stages.stores import info
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage.errors import StorageError
 
 Row = dict[str, Any]
 DONE, LATER = "nothing, is done", "run after its inputs"
+SHOWN = 3  # names of those that need an artifact
 
 
 def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
@@ -35,7 +36,7 @@ def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
     rows, facts = [], _facts(nodes)
     for node in upstream(nodes, target):
         artifact = node.artifact()
-        row = {"stage": node.name, "artifact": _name(node, artifact), "would": _action(node, artifact)}
+        row = {"stage": node.name, "artifact": _name(node, artifact), "would": _action(artifact)}
         done = artifact is not None and artifact.done
         estimate = optional(node.stage, "cost", lambda *_: {})
         try:
@@ -150,7 +151,7 @@ def _name(node: Node, artifact: Artifact | None) -> str:
     return artifact.name if artifact is not None else f"{node.stage.NAME}/(after its inputs)"
 
 
-def _action(node: Node, artifact: Artifact | None) -> str:
+def _action(artifact: Artifact | None) -> str:
     if artifact is None:
         return LATER
     if (artifact.done or artifact.started) and _state(artifact) == "damaged":
@@ -164,6 +165,6 @@ def _figures(artifact: Artifact | None, draws: int | None) -> str:
     return headline(artifact) if artifact.done else progress.figures(artifact, draws)
 
 
-def _few(names: list[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more or "-"
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more or "-"

@@ -33,11 +33,11 @@ def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None)
     with stop.listening():
         arrived: dict[str, Artifact] = {}
         with stop.at_once():  # the name of a data set is made from its files, which may take minutes to read
-            fitting.check(nodes, target)
+            fitting.ready(nodes, target)
         for node in upstream(nodes, target):
             arrived[node.name] = _bring(node, stop)
             if node.name == "data":
-                fitting.check(nodes, target)
+                fitting.ready(nodes, target)
             _check_arrived(nodes[target], node, arrived)
     return arrived[target]
 

@@ -6,6 +6,7 @@ from nfm.storage.dataset.images import DatasetWriter, ImageDataset
 from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StateMismatch, StorageError
 from nfm.storage.files.cache import ShardCache
 from nfm.storage.format.spec import Field, StoreSpec
+from nfm.storage.ledger.pair_writer import PairWriter
 from nfm.storage.mixture import Mixture
 from nfm.storage.reading.batch import Batch
 from nfm.storage.reading.reader import BatchReader
@@ -22,6 +23,7 @@ __all__ = [
     "Mixture",
     "NewerSchema",
     "PairStore",
+    "PairWriter",
     "ShardCache",
     "StateMismatch",
     "StorageError",

@@ -21,17 +21,18 @@ import numpy as np
 from nfm.storage import layouts as layouts
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.errors.arguments import checked, instance, one_of
-from nfm.storage.files.atomic import HashingFile, create_json, hash_file, is_temporary, read_json
+from nfm.storage.files.atomic import HashingFile, create_json, hash_file, read_json
 from nfm.storage.files.cache import Wanted
 from nfm.storage.files.parallel import parallel
-from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove, size_of
+from nfm.storage.files.paths import as_path, inside, is_remote, size_of
 from nfm.storage.files.small_files import plain
 from nfm.storage.format import codecs
 from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.index import read_index
-from nfm.storage.format.spec import LAYOUTS, SPEC, StoreSpec, pair_fields
+from nfm.storage.format.spec import SPEC, StoreSpec, check_folder, pair_fields
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.row_fields import FIELDS, RowField, publish_row_field, row_field_names
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.store import PairStore
 
 Entry = Mapping[str, Any]
@@ -43,21 +44,19 @@ _INDEX_COLUMNS = ("row", "flip", "group", "nll", "label")
 _CARRIED = ("config", "versions", "git_commit")  # what the source's manifest says of its making
 
 
+@checked(spec=instance(StoreSpec), layout=one_of(layouts.LAYOUTS), codec=one_of(CODECS))
 def converted(spec: StoreSpec, layout: str, codec: str) -> StoreSpec:
     """The recipe of the same pairs in another layout and codec. Raises StorageError where they do not go together."""
     noise = next(field for field in pair_fields(spec.image_shape, codec) if field.role == "noise")
     fields = tuple(noise if field.role == "noise" else field for field in spec.fields)
-    rows_per_block = spec.rows_per_block
-    if layout == "zarr":  # a shard is whole chunks there
-        sizes = range(1, min(rows_per_block, spec.rows_per_shard) + 1)
-        rows_per_block = max(rows for rows in sizes if spec.rows_per_shard % rows == 0)
+    rows_per_block = layouts.LAYOUTS[layout].rows_per_block(spec)
     step = spec.noise_step if codec == spec.codec else None
     return dataclasses.replace(
         spec, layout=layout, codec=codec, fields=fields, noise_step=step, rows_per_block=rows_per_block
     )
 
 
-@checked(source=instance(PairStore), layout=one_of(LAYOUTS), codec=one_of(CODECS))
+@checked(source=instance(PairStore))
 def export(
     source: PairStore,
     target: str | Path,
@@ -96,23 +95,21 @@ def export(
     carried = {key: source.manifest[key] for key in _CARRIED if key in source.manifest}
     holes = {shard["name"]: shard["reason"] for shard in source.excluded}
     manifest = seal.seal(root, source.draws, holes, **carried, inputs=_inputs(source), exported=exported)
-    _remove_lost_attempts(root, manifest["shards"])
+    seal.remove_lost_attempts(root, manifest["shards"])
     return manifest
 
 
 def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
     """Makes the target's spec.json, or finds that it is this export's. It has no `stage`: the pipeline made it not."""
-    if spec.layout == "zarr" and source.excluded:
+    if source.excluded and not layouts.of(spec).holes:
         raise StorageError(
-            f"{source.root}: {len(source.excluded)} shards are missing, and the arrays of layout zarr can have no "
-            "holes; complete the store first, or export it in layout blocks or samples"
+            f"{source.root}: {len(source.excluded)} shards are missing, and the arrays of layout {spec.layout} can "
+            "have no holes; complete the store first, or export it in layout blocks or samples"
         )
     if _within(root, source.root):
         raise StorageError(f"{root}: inside the store that is exported, {source.root}; export into a folder of its own")
     mine = {"store": spec.to_dict(), "inputs": _inputs(source), "exported": {"order_source": source.spec.source}}
-    names = [name for name in names_in(root) if not is_temporary(name)]
-    if names and SPEC not in names:
-        raise StorageError(f"{root}: there is something else already ({names[0]}); export into a new or empty folder")
+    check_folder(root, "export into")
     if (encoding := read_json(source.root / SPEC).get("encoding")) is not None:
         mine["encoding"] = encoding  # the batch shape, with which an audit encodes a sample again
     if not create_json(root / SPEC, mine):
@@ -166,7 +163,7 @@ class _Conversion:
         if commit is None:
             raise MissingShard(f"{commits.commit_path(source.root, name)}: the commit is missing; run `nfm audit`")
         attempt = _origin(entry) + secrets.token_hex(4)
-        written = commits.write_shard(self.root, self.spec, commit.draw, commit.shard, attempt, self._records(entry))
+        written = write_shard(self.root, self.spec, commit.draw, commit.shard, attempt, self._records(entry))
         how = {key: getattr(commit, key) for key in ("precision", "batch_size", "threads", "versions", "device")}
         commits.publish(self.root, written.commit(**how))
         return entry
@@ -193,7 +190,7 @@ class _Conversion:
             chunk = {name: values[start:stop] for name, values in columns.items()}
             chunk |= {field.name: shard.read(field.name, start, stop) for field in spec.fields}
             if spec.noise_step is not None:
-                chunk["noise"] = codecs.decode(chunk["noise"], spec.noise_step)
+                chunk["noise"] = codecs.unpack(chunk["noise"], spec.noise_step)
             self.loss.add(chunk["noise"])
             yield chunk
 
@@ -218,7 +215,7 @@ class _Loss:
     def add(self, noise: np.ndarray) -> None:
         if not self._possible:
             return
-        error = codecs.decode(codecs.encode(noise, self._codec, self._step)[0], self._step) - noise
+        error = codecs.unpack(codecs.pack(noise, self._codec, self._step)[0], self._step) - noise
         flat = error.reshape(-1)
         squares, most = float(np.dot(flat, flat)), float(np.abs(flat).max(initial=0.0))
         with self._lock:
@@ -258,23 +255,3 @@ def _copy_row_fields(source: PairStore, root: Path) -> None:
                 if out.sha256 != part.sha256:
                     raise CorruptShard(f"{field.folder / part.file}: not the bytes that were written; restore it")
         publish_row_field(folder, field.body)
-
-
-def _remove_lost_attempts(root: Path, entries: Sequence[Entry]) -> None:
-    """Removes what killed attempts left of these shards, now that each of them is sealed under one attempt."""
-    kept = {file for entry in entries for file in (entry["payload"], entry["index"])}
-    names = {entry["name"] for entry in entries}
-    for folder in ("shards", "index"):
-        for file in names_in(root / folder):
-            if file.partition(".")[0] in names and f"{folder}/{file}" not in kept:
-                _remove(root / folder / file)
-
-
-def _remove(path: Path) -> None:
-    if size_of(path) is not None:
-        remove(path)
-        return
-    for part in names_in(path):
-        remove(path / part)
-    if not is_remote(path):  # an object store has no folders
-        path.rmdir()

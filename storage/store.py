@@ -70,7 +70,7 @@ class PairStore:
         self._lock = threading.Lock()
         self._evictions = 0  # of the cache, when what it evicted was last let go of
         self._open: OrderedDict[int, ShardSequence] = OrderedDict()
-        self._rows: OrderedDict[int, Rows] = OrderedDict()
+        self._rows: OrderedDict[int, Rows | None] = OrderedDict()
 
     @classmethod
     @checked()
@@ -147,24 +147,28 @@ class PairStore:
 
     @checked()
     def image_rows(self, draw: int, slots: Rows) -> Rows:
-        """The source rows of the images at these slots of a draw."""
-        if self.spec.slot_is_row:
-            return slots
+        """The source rows of the images at these slots of a draw, from its index."""
         with self._lock:
             if draw not in self._rows:
                 self._rows[draw] = self._rows_of(draw)
                 while len(self._rows) > _DRAWS_OPEN:
                     self._rows.popitem(last=False)
-            found = self._rows[draw][slots]
+            rows = self._rows[draw]
+        if rows is None:
+            return slots
+        found = rows[slots]
         if len(found) and found.min() < 0:
             raise StorageError(f"{self.root}: some of these slots of draw {draw} are excluded; `slots` has the others")
         return found
 
-    def _rows_of(self, draw: int) -> Rows:
+    def _rows_of(self, draw: int) -> Rows | None:
+        """The rows of all slots; None where each slot holds its own row, as most couplings have it."""
         there = self.slots(draw)
         listed = read_parts(self.root, self._shards_of(draw), ["row"])["row"].to_numpy()
         if len(listed) != len(there):
             raise StorageError(f"{self.root}: the index of draw {draw} has {len(listed)} rows; run `nfm audit`")
+        if np.array_equal(listed, there):
+            return None
         rows = np.full(len(self), -1, np.int64)
         rows[there] = listed
         return rows
@@ -212,10 +216,6 @@ class PairStore:
     @checked()
     def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> StoreStream:
         """The order of the records that a reader, or a mixture, follows."""
-        if self.spec.codec == "pcodec":
-            raise StorageError(
-                f"{self.root}: an archive, its noise is stored in codec pcodec; `nfm pairs export` it to read batches"
-            )
         if self.remote:
             self._check_room(shuffle, window)
         selection = None

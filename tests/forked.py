@@ -90,6 +90,8 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], out: Co
     for end, number in ((out, 1), (err, 2)):
         os.dup2(end.fileno(), number)
         end.close()
+    # The forkserver's own streams may be of a file, and what is asked of a file is an "Illegal seek" for a pipe.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

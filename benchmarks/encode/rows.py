@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.encode.parts import Products, profile
 from benchmarks.store.rows import in_turns
-from nfm.stages.encoding import probe
+from nfm.stages.encoding import probe, reference
 from nfm.stages.encoding.memory import free_memory
 from nfm.stages.trained import costs
 from nfm.stages.trained.training import Precision, autocast_dtype
@@ -182,7 +182,7 @@ def _row(case: Case, way: Way, rates: list[float], products: list[float], plain:
         "of_best_matrix_rate": round(rate * case.flops / max(products), 3),
         "of_median_matrix_rate": round(rate * case.flops / median(products), 3),
         "over_plain": round(rate / plain, 2),
-        "noise_rms_error": _short(probe.noise_error(way.coupling.model, ETA, 1.0, *few)),
+        "noise_rms_error": _short(reference.noise_error(way.coupling.model, ETA, 1.0, *few)),
         **({} if way.compile_seconds is None else {"compile_seconds": way.compile_seconds}),
     }
 

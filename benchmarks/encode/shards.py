@@ -15,8 +15,9 @@ import numpy as np
 from benchmarks.encode.rows import ETA, Case
 from benchmarks.store.rows import in_turns
 from nfm.stages.encoding import probe
-from nfm.stages.encoding.encoder import Setup, threads
-from nfm.stages.executors import Outcome, ShardJob, new_attempt
+from nfm.stages.encoding.encoder import Setup
+from nfm.stages.encoding.jobs import Outcome, ShardJob, new_attempt
+from nfm.stages.encoding.threads import threads
 from nfm.stages.trained.training import WEIGHTS, Precision, autocast_dtype
 from nfm.storage import DatasetWriter, StoreSpec
 from nfm.storage.files import atomic

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from nfm.storage import PairStore, StoreSpec
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +115,7 @@ def write_and_publish(root: Path, spec: StoreSpec, part: Part, shard: int) -> No
     slots = spec.slots_of(shard)
     ranges = [(start, min(start + HANDED_OVER, slots.stop)) for start in range(slots.start, slots.stop, HANDED_OVER)]
     records = ({**part(start, stop), "slot": np.arange(start, stop)} for start, stop in ranges)
-    commits.publish(root, commits.write_shard(root, spec, 0, shard, "bench", records).commit())
+    commits.publish(root, write_shard(root, spec, 0, shard, "bench", records).commit())
 
 
 def tensors(arrays: Sequence[Array]) -> Triple:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import socket
 import sys
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nfm.storage.errors import StorageError, Told
+from nfm.storage.errors import StorageError, Told, legible
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 
@@ -38,9 +39,10 @@ class Lock:
         self.path = folder / "lock.json"
         self.stale_seconds = stale_seconds
         self.lost = False
+        command = masked(legible(shlex.join(sys.argv)))
         self._body: dict[str, Any] = {
             "id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "space": _process_space(),
-            "born": _born(os.getpid()), "command": masked(" ".join(sys.argv[:6])), "since": time.strftime("%F %T%z"),
+            "born": _born(os.getpid()), "command": command, "since": time.strftime("%F %T%z"),
             "beat": 0,
         }  # fmt: skip
         self._stop = threading.Event()

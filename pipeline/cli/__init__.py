@@ -57,12 +57,12 @@ def run(
     ray_address: str | None,
 ) -> None:  # fmt: skip
     """Run a stage and whatever it needs that is missing."""
-    from nfm.pipeline import graph, runner
+    from nfm.pipeline import builder, runner
 
     overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
         overrides += (f"pairs.ray_address={ray_address}",)
-    artifact = runner.run(graph.build(load(config_path, overrides), target=stage), stage)
+    artifact = runner.run(builder.build(load(config_path, overrides), target=stage), stage)
     click.echo(_main_output(artifact))
 
 
@@ -75,10 +75,10 @@ def status(
     config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None, as_json: bool
 ) -> None:
     """Show a line a stage: state, fingerprint, size, key figures."""
-    from nfm.pipeline import graph, overview
+    from nfm.pipeline import builder, overview
 
     config = load(config_path, (*overrides, *overrides_of(couplings, seeds)))
-    rows = overview.status(graph.build(config))
+    rows = overview.status(builder.build(config))
     click.echo(json.dumps(rows, indent=2) if as_json else overview.as_text(rows))
 
 
@@ -103,7 +103,7 @@ def status(
     "digests",
     multiple=True,
     metavar="SHA256",
-    help="--deep may run the custom function whose file has this digest. With -c, those that the config names may.",
+    help="--deep may run the custom function whose file has this digest. Repeatable. With -c also those of the config.",
 )
 @json_option
 def audit(
@@ -153,9 +153,9 @@ def lineage(artifact: Path, as_json: bool) -> None:
 @set_option
 def student(store: Path, config_path: Path, overrides: tuple[str, ...]) -> None:
     """Train a student alone, from any store."""
-    from nfm.pipeline import graph, runner
+    from nfm.pipeline import builder, runner
 
-    artifact = runner.run(graph.build(load(config_path, overrides), store=find(store)), "student")
+    artifact = runner.run(builder.build(load(config_path, overrides), store=find(store)), "student")
     click.echo(_main_output(artifact))
 
 
@@ -189,8 +189,8 @@ def list_artifacts(as_json: bool) -> None:
     show_default=True,
     help="v + g (v - v without labels); a teacher's own.",
 )
-@click.option("--seed", default=0, type=SEED, show_default=True)
-@click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH)
+@click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
+@click.option("-o", "--output", default="grid.png", show_default=True, type=LOCAL_PATH, help="The picture.")
 def sample(
     artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
 ) -> None:

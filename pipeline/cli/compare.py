@@ -42,12 +42,12 @@ def compare(
     Makes what is missing: stores, students, evaluations. Stopped or killed, the same command goes on; with a coupling
     or a seed more, only the new ones are made. Without --couplings and --seeds the config's [compare] table holds.
     """
-    from nfm.pipeline import graph, runner
+    from nfm.pipeline import builder, runner
     from nfm.pipeline.config import load
     from nfm.stages.evaluation import compare as stage
 
     config = load(config_path, (*overrides, *overrides_of(couplings, seeds)))
-    nodes = graph.build(config, target=stage.NAME)
+    nodes = builder.build(config, target=stage.NAME)
     if output is not None:
         _check_folder(output, nodes[stage.NAME], force)
     made = runner.run(nodes, stage.NAME)

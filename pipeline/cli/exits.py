@@ -46,6 +46,8 @@ def run(command: click.Command) -> None:
     except Told as error:
         _fail(error, 1)
     except OSError as error:
+        if error.filename is None and _output_fails():
+            _fail(StageError(f"standard output: {error.strerror}; what was made stays, send the text elsewhere"), 1)
         what = f"{error.filename or 'file'}: {error.strerror or error}"
         _fail(StageError(f"{what}; mend that and run the same command again, what is committed stays"), 1)
     except Exception as error:
@@ -54,6 +56,16 @@ def run(command: click.Command) -> None:
         # A fault of ours, told as Python would, but for secrets.
         click.echo(masked(traceback.format_exc()), err=True, nl=False)
         sys.exit(1)
+
+
+def _output_fails() -> bool:
+    """Whether it is standard output that cannot be written; it is then let go, or Python would say so once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -71,5 +71,7 @@ SEED = Whole(0, 2**64 - 1)
 config_option = click.option(
     "-c", "--config", "config_path", required=True, type=LOCAL_PATH, metavar="F", help="The run's TOML file."
 )
-set_option = click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field.")
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override a field of the config. Repeatable."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="For machines.")

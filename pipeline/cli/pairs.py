@@ -13,11 +13,12 @@ import click
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, check_store, find
 from nfm.pipeline.cli.options import LOCAL_PATH, PLACE, LocalPath, Whole, json_option
 from nfm.stages.display.units import clock, size
+from nfm.stages.stores.export import LAYOUTS
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import is_remote
 
-LAYOUTS, CODECS = ("blocks", "samples", "zarr"), ("float32", "float16", "int8", "pcodec")
+CODECS = ("float32", "float16", "int8")
 PLAIN_SECONDS = 15.0
 
 
@@ -73,8 +74,8 @@ def report(store: Path, as_json: bool) -> None:
 @pairs.command()
 @click.argument("store", type=PLACE)
 @click.option("-n", "count", default=8, type=Whole(1, 20), show_default=True, help="Pairs, and worst ones.")
-@click.option("--draw", default=0, type=Whole(0, 999), show_default=True)
-@click.option("-o", "--output", default="head.png", show_default=True, type=LOCAL_PATH)
+@click.option("--draw", default=0, type=Whole(0, 999), show_default=True, help="Of which draw, from 0.")
+@click.option("-o", "--output", default="head.png", show_default=True, type=LOCAL_PATH, help="The picture.")
 @click.option(
     "--teacher", default="auto", show_default=True, type=PLACE, metavar="ARTIFACT|auto|none",
     help="Who decodes the noise; auto looks for the store's own among the artifacts.",
@@ -124,7 +125,7 @@ def seal(store: Path) -> None:
 @pairs.command()
 @click.argument("store", type=PLACE)
 @click.argument("target", type=PLACE)
-@click.option("--layout", type=click.Choice(LAYOUTS), help="Default: the store's own.")
+@click.option("--layout", type=click.Choice([*LAYOUTS]), help="Default: the store's own.")
 @click.option("--codec", type=click.Choice(CODECS), help="Of the noise. Default: the store's own.")
 @click.option("--generation", type=Whole(1, 9999), help="Default: the newest.")
 def export(store: Path, target: Path, layout: str | None, codec: str | None, generation: int | None) -> None:

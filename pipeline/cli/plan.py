@@ -36,7 +36,7 @@ class ImageShape(click.ParamType):
 @click.option("--images", type=Whole(1, MANY), help="Training images, to plan pairs before the data is there.")
 @click.option("--image-shape", type=ImageShape(), help="Their shape, with --images: 3x64x64.")
 @click.option("--classes", type=Whole(0, MANY), help="Their classes, with --images; 0 for none. [default: 1000]")
-@click.option("--workers", multiple=True, type=Whole(1, MANY), help="Say the time for so many; may be repeated.")
+@click.option("--workers", multiple=True, type=Whole(1, MANY), help="Time for so many. Repeatable. [default: 1, 8, 64]")
 @click.option("--rate", type=Number(0, 1e12, above=True), help="Images a second of a worker elsewhere.")
 @json_option
 def plan(
@@ -49,7 +49,7 @@ def plan(
     For pairs that are still to be made also shards, bytes by codec, and time by workers: from this machine's rate,
     which takes seconds to measure, or from --rate. With --images and --image-shape no data is looked at.
     """
-    from nfm.pipeline import graph, overview
+    from nfm.pipeline import builder, overview
 
     if stage != "pairs" and (images or image_shape or classes is not None or workers or rate):
         raise click.UsageError(f"--images, --image-shape, --classes, --workers and --rate plan pairs, not {stage}")
@@ -61,7 +61,7 @@ def plan(
         facts = {"images": images, "image_shape": list(image_shape), "classes": 1000 if classes is None else classes}
         rows = [overview.pairs_to_come(config, facts, counts, rate)]
     else:
-        nodes = graph.build(config, target=stage)
+        nodes = builder.build(config, target=stage)
         try:
             rows = overview.plan(nodes, stage)
         except StageError as error:

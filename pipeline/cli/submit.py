@@ -38,11 +38,15 @@ def submit() -> None:
 @click.option("--go", is_flag=True, help="Submit; without it everything is printed and nothing is written.")
 @click.option("--tasks", default=8, type=Whole(1, 1_000_000), show_default=True, help="Tasks that share the shards.")
 @click.option("--max-array", type=Whole(1, 1_000_000), help="Tasks an array may have. Default: what Slurm says.")
-@click.option("--at-once", default=0, type=Whole(0, 1_000_000), help="Tasks of an array that run at a time; 0: all.")
+@click.option("--at-once", default=0, type=Whole(0, 1_000_000), help="Tasks that run at a time. [default: 0, all]")
 @click.option("--nodes", default=1, type=Whole(1, 1_000_000), show_default=True, help="Of --slurm --ray.")
-@click.option("--sbatch", multiple=True, metavar="OPTION", help="For the jobs that compute: --sbatch=--gres=gpu:1.")
-@click.option("--sbatch-seal", multiple=True, metavar="OPTION", help="For the job that seals: --sbatch-seal=--mem=8G.")
-@click.option("--before", multiple=True, metavar="LINE", help="Shell line at a script's start: 'module load cuda'.")
+@click.option(
+    "--sbatch", multiple=True, metavar="OPTION", help="Of jobs that compute: --sbatch=--gres=gpu:1. Repeatable."
+)
+@click.option(
+    "--sbatch-seal", multiple=True, metavar="OPTION", help="Of the sealing job: --sbatch-seal=--mem=8G. Repeatable."
+)
+@click.option("--before", multiple=True, metavar="LINE", help="First in a script: 'module load cuda'. Repeatable.")
 @click.option("--address", metavar="URL", help="Of --ray: http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS.")
 def pairs(
     config_path: Path, overrides: tuple[str, ...], slurm: bool, ray: bool, go: bool, tasks: int, max_array: int | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from nfm.stages.display.tables import aligned
@@ -15,15 +15,14 @@ _ERASE_LINE, _ERASE_BELOW = "\x1b[K", "\x1b[J"
 class Live:
     """Lines on a terminal. Between calls the cursor stands at the start of the line below them."""
 
-    def __init__(self, stream: TextIO, size: Callable[[], os.terminal_size] | None = None):
+    def __init__(self, stream: TextIO):
         self._stream = stream
-        self._size = size or (lambda: os.get_terminal_size(stream.fileno()))
         self._drawn: list[str] = []
 
     def size(self) -> tuple[int, int]:
         """(columns, lines) of the terminal now; of a usual one where it cannot be asked."""
         try:
-            found = self._size()
+            found = os.get_terminal_size(self._stream.fileno())
         except (OSError, ValueError):
             return 80, 24
         return (found.columns, found.lines) if found.columns > 0 and found.lines > 0 else (80, 24)

@@ -50,7 +50,7 @@ def allocation(submission: Submission, nodes: int) -> Script:
     text = _CLUSTER.replace("@RAY@", shlex.join(_ray(submission))).replace(
         "@RUN@", _run(submission, "pairs.ray_address=", '"$address"')
     )
-    return Script("ray", script(submission, "ray", [directive(option) for option in options], text.rstrip("\n")))
+    return Script("ray", script(submission, [directive(option) for option in options], text.rstrip("\n")))
 
 
 def _run(submission: Submission, key: str = "", value: str = "") -> str:

@@ -81,7 +81,6 @@ def array_jobs(submission: Submission, tasks: int, limit: int, at_once: int = 0)
 def _prepare(submission: Submission) -> str:
     return script(
         submission,
-        "prepare",
         _options(submission, "prepare", "%j", submission.compute, f"--cpus-per-task={submission.threads}"),
         "# Makes data and teacher where they are missing, and freezes the list of shards to encode.",
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
@@ -93,7 +92,6 @@ def _array(submission: Submission, name: str, start: int, count: int, tasks: int
     throttle = f"%{at_once}" if at_once else ""
     return script(
         submission,
-        name,
         _options(
             submission,
             name,
@@ -115,14 +113,13 @@ def _array(submission: Submission, name: str, start: int, count: int, tasks: int
 def _seal(submission: Submission) -> str:
     return script(
         submission,
-        "seal",
         _options(submission, "seal", "%j", submission.sealing),
         "# Seals the store when nothing is missing; otherwise says what is, and ends with exit code 1.",
         f"exec {nfm(submission, 'run', 'pairs', config=True, sets=('pairs.executor=slurm',))}",
     )
 
 
-def script(submission: Submission, name: str, options: Sequence[str], *lines: str) -> str:
+def script(submission: Submission, options: Sequence[str], *lines: str) -> str:
     """A whole script: its options, the user's own lines, the folders, then `lines`."""
     return "\n".join(
         [

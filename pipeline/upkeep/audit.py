@@ -17,12 +17,14 @@ from typing import Any, Literal
 
 from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, fingerprint
 from nfm.pipeline.artifacts.lineage import ancestors, inputs_of, references
+from nfm.pipeline.builder import build
 from nfm.pipeline.config import RunConfig
-from nfm.pipeline.graph import STAGES, Node, build, optional
+from nfm.pipeline.graph import STAGES, Node
 from nfm.stages.base import Finding, StageError
 from nfm.stages.couplings import custom
 from nfm.stages.display.units import megabytes
-from nfm.stages.pairs import stage
+from nfm.stages.pairs import stage as pairs
+from nfm.stages.stores import audit as store_audit
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
@@ -69,8 +71,8 @@ def own_code(config: RunConfig) -> frozenset[str]:
     return frozenset(
         digest
         for section in sections
-        if isinstance(section, stage.PairsConfig)
-        for digest in stage.external(section).values()
+        if isinstance(section, pairs.PairsConfig)
+        for digest in pairs.external(section).values()
     )
 
 
@@ -119,10 +121,10 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
         if "stage" in spec:  # else a store that was made without the pipeline: it has files, but no identity
             findings += _check_identity(artifact, spec, body)
         findings += _check_files(artifact.path, body.get("files", []), hashed=level != "quick")
-        check = optional(STAGES[spec.get("stage", "pairs")], "audit", lambda *_: ([], []))
-        inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}
-        more, statements = check(inputs, artifact.reference, level, deep_sample, allowed)
-        findings += more
+        if STAGES[spec.get("stage", pairs.NAME)] is pairs:
+            inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}
+            more, statements = store_audit.audit(inputs, artifact.reference, level, deep_sample, allowed)
+            findings += more
     except (StorageError, ArtifactError, StageError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         findings.append(
             Finding(str(artifact.path), f"{error}" or type(error).__name__, "restore it, or make it again: remove the "

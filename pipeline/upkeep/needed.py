@@ -12,8 +12,9 @@ from typing import Any
 from nfm.pipeline.artifacts import ours
 from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root
 from nfm.pipeline.artifacts.lock import Lock
+from nfm.pipeline.builder import build
 from nfm.pipeline.config import RunConfig
-from nfm.pipeline.graph import STAGES, Node, build
+from nfm.pipeline.graph import STAGES, Node
 from nfm.stages.base import StageError
 from nfm.stages.pairs import stage as pairs
 from nfm.storage.errors import StorageError

@@ -25,7 +25,6 @@ class Variant:
     mixture: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _known([self.coupling])
         try:
             check_knobs(self.soften, self.mixture)
         except ValueError as error:
@@ -51,6 +50,7 @@ class Variant:
             if not sign or math.isnan(number):
                 raise ValueError(f"{text!r}: {option!r} is no option; write soften=0.5, permuted or COUPLING=0.2")
             knobs[name] = number
+        _known([coupling])  # not of a store at hand: anybody may write one, of a coupling of her own
         soften = knobs.pop("soften", 0.0)
         return cls(coupling, soften, "permuted" in options, knobs)
 

@@ -7,17 +7,14 @@ made before keep their names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nfm.stages.base import Reporter, StageError, Unfit
+from nfm.stages.data.config import DataConfig
 from nfm.stages.data.sources import Source
 from nfm.storage.errors import StorageError
 from nfm.storage.format import untrusted
-
-if TYPE_CHECKING:
-    from nfm.stages.data.stage import DataConfig
 
 SHOWN = 8
 WHEN_MADE = {

@@ -9,30 +9,24 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from nfm.stages.base import (
     Inputs,
-    LocalField,
     Reporter,
     Result,
-    Section,
     StageError,
     Stopped,
     Unfit,
-    added,
-    operational,
 )
-from nfm.stages.data.reading.axes import Axes
+from nfm.stages.data.config import DataConfig
 from nfm.stages.data.reading.tree import Skipped
 from nfm.stages.data.settings import check_names, check_owners, check_settings, tell_untrained
 from nfm.stages.data.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
-from nfm.stages.data.sources.folder import Colour
 from nfm.storage.dataset.images import DatasetWriter
 from nfm.storage.format.order import permute
 
@@ -66,43 +60,6 @@ KNOWN: dict[str, dict[str, Any]] = {
         ),
     },
 }
-
-
-class DataConfig(Section):
-    """[data]: which images, and how they are cut, split and ordered.
-
-    Of latents (float arrays of source `npz`, stored as they are), `image_scale` says what to divide by before
-    `image_decoder` makes pictures of them; both are passed on to the store's readers and change nothing here.
-    `images` and `labels` name the arrays of source `npz` ("data", "labels"; labels "" leaves them out), `axes` says
-    what their axes are, `first_label` which number the file gives to the first class.
-    `background` is what transparent pixels of source `images` lie over (docs/data.md).
-    `points` is how many the planar sources make from `seed`, held-out ones included.
-    """
-
-    source: Literal["digits", "idx", "npz", "images", "checkerboard", "gaussians"] = "digits"
-    path: LocalField | None = operational(None)
-    debian_package: str | None = operational(None)
-    image_size: int | None = Field(None, ge=1)
-    channels: Literal[1, 3] = 3
-    average: int = Field(1, ge=1)
-    classes: tuple[str, ...] | None = None
-    heldout: float = Field(0.05, ge=0.0, lt=1.0)
-    limit: int | None = Field(None, ge=1)
-    seed: int = 0
-    rows_per_shard: int = Field(4096, ge=1)
-    max_rejected: float = operational(0.0, ge=0.0, le=1.0)
-    threads: int = operational(0, ge=0)
-    points: int | None = added(None, ge=2)
-    image_scale: float | None = added(None, gt=0, allow_inf_nan=False)
-    image_decoder: str | None = added(None)
-    images: str | None = added(None)
-    labels: str | None = added(None)
-    axes: Axes | None = added(None)
-    first_label: int | None = added(None)
-    background: Colour = added("white")
-    name: str | None = None  # stands in dataset.json, which the content digest covers
-    licence: str | None = operational(None)
-    origin: str | None = operational(None)
 
 
 def open_source(config: DataConfig) -> Source:
@@ -195,7 +152,8 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
         train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])
         if not len(train):
-            raise StageError(f"none of the {len(own)} training images can be used: see rejected.parquet in {out}")
+            why = f"see {out / 'rejected.parquet'}" if rejected else "data.limit and data.heldout leave none"
+            raise StageError(f"none of the {len(own)} training images can be used: {why}")
         tell_untrained(config, source, rows[train], rows[heldout], report)
         writer = DatasetWriter(
             out, about["name"], image_shape, classes, config.rows_per_shard, dtype, config.image_scale,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,17 @@ from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding import reference
 from nfm.stages.encoding import slots as of_slots
 from nfm.stages.encoding.coupling import load_coupling, of_shard
+from nfm.stages.encoding.jobs import ShardJob, Timing
 from nfm.stages.encoding.memory import free_memory, is_out_of_memory
 from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.encoding.slots import Found, Sources, mirrored
-from nfm.stages.executors import ShardJob, Timing
 from nfm.stages.trained.training import pick_device
 from nfm.storage import ImageDataset
 from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.commits import Commit
+from nfm.storage.ledger.shard_writer import write_shard
 
 if TYPE_CHECKING:
     from nfm.trainers.couplings.coupling import Coupling
@@ -61,7 +61,7 @@ class Encoder:
         sources = Ahead(read.over(self._read(job.draw, job.shard)))
         records = Ahead(self._encode(job, sources, encode, stopping))
         with wall, running(records, sources):
-            written = commits.write_shard(self.store, self.spec, job.draw, job.shard, job.attempt, wait.over(records))
+            written = write_shard(self.store, self.spec, job.draw, job.shard, job.attempt, wait.over(records))
             commit = commits.publish(self.store, written.commit(
                 precision=self.setup.precision,
                 batch_size=self.batch_size,
@@ -181,19 +181,6 @@ def _batches(records: Records, size: int) -> Iterator[Records]:
     """The records, at most `size` at a time."""
     for start in range(0, len(records["slot"]), size):
         yield {name: values[start : start + size] for name, values in records.items()}
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute with this many threads for a while: bits depend on the number, this process's own work included."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _pad(array: np.ndarray, count: int) -> np.ndarray:

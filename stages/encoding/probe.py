@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nfm.stages.base import StageError
 from nfm.stages.encoding.memory import free_memory, is_out_of_memory
+from nfm.stages.encoding.threads import threads as on_threads
 from nfm.stages.trained.training import Precision, autocast_dtype
 
 if TYPE_CHECKING:
@@ -85,16 +85,14 @@ def for_teacher(
     device: str,
     precision: Precision,
     threads: int,
-    compile: bool = False,
     seconds: float = SECONDS,
     sizes: Sequence[int] = SIZES,
 ) -> Proposal:
     """The batch size for a teacher, given as its stage's folder or as a model that is on `device`.
 
-    Timed as the encoder calls it, on `threads` CPU threads and not compiled even where `compile` is set: compiling for
-    every size would take minutes, and the sizes rank alike.
+    Timed as the encoder calls it, on `threads` CPU threads, but not compiled: compiling for every size would take
+    minutes, and the sizes rank alike.
     """
-    from nfm.stages.encoding.encoder import threads as on_threads
     from nfm.trainers.couplings.coupling import NFM
 
     if isinstance(teacher, str | Path):
@@ -132,23 +130,6 @@ def inputs_like(image_shape: Sequence[int], classes: int, count: int) -> tuple[T
     images = torch.rand((count, *image_shape), generator=generator) * 2 - 1
     labels = torch.randint(max(classes, 1), (count,), generator=generator) - (0 if classes else 1)
     return images, labels, torch.randn((count, *image_shape), generator=generator)
-
-
-def noise_error(
-    model: TarFlow, eta: float, sigma_f: float, images: Tensor, labels: Tensor, eps: Tensor, noise: Tensor
-) -> float:
-    """RMS of `noise` (z as it was encoded) minus the same computed by a float64 copy of the model, on its device.
-
-    All of a few images: images, eps and noise [n, C, H, W], labels int64 [n].
-    """
-    import torch
-
-    device = next(model.parameters()).device
-    reference = copy.deepcopy(model).double()
-    x = images.to(device).double() + eta * eps.to(device).double()
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        z, _ = reference.encode(x, labels.to(device))
-        return float((noise.to(device).double() - z / sigma_f).square().mean().sqrt())
 
 
 def _warm(encode: Callable[[int], object], size: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,10 @@ from nfm.stages.encoding.slots import Sources
 from nfm.storage import ImageDataset
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nfm.trainers.couplings.coupling import Coupling
+    from nfm.trainers.models.tarflow import TarFlow
 
 REFERENCE_IMAGES = 4
 
@@ -22,8 +26,6 @@ REFERENCE_IMAGES = 4
 def against_reference(coupling: Coupling, source: ImageDataset, slots: Sources, noise: np.ndarray) -> float | None:
     """RMS of z of the first images minus the same computed in float64; None where that does not fit into memory."""
     import torch
-
-    from nfm.stages.encoding.probe import noise_error
 
     teacher = as_teacher(coupling)
     if teacher is None:
@@ -36,6 +38,23 @@ def against_reference(coupling: Coupling, source: ImageDataset, slots: Sources, 
         if not is_out_of_memory(error):
             raise
         return None
+
+
+def noise_error(
+    model: TarFlow, eta: float, sigma_f: float, images: Tensor, labels: Tensor, eps: Tensor, noise: Tensor
+) -> float:
+    """RMS of `noise` (z as it was encoded) minus the same computed by a float64 copy of the model, on its device.
+
+    All of a few images: images, eps and noise [n, C, H, W], labels int64 [n].
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    reference = copy.deepcopy(model).double()
+    x = images.to(device).double() + eta * eps.to(device).double()
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        z, _ = reference.encode(x, labels.to(device))
+        return float((noise.to(device).double() - z / sigma_f).square().mean().sqrt())
 
 
 def check_repeatable(noise: np.ndarray, again: np.ndarray) -> None:

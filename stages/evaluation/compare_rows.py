@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nfm.stages.couplings.variant import Variant
-from nfm.stages.evaluation.stage import SPEEDS
+from nfm.stages.evaluation.config import SPEEDS
 from nfm.stages.evaluation.table import distance_key
 from nfm.stages.report.sections import read_lines
 from nfm.stages.trained.sampling import REFERENCE

@@ -18,7 +18,7 @@ from nfm.storage import ImageDataset
 if TYPE_CHECKING:
     import torch
 
-    from nfm.stages.evaluation.stage import EvaluateConfig
+    from nfm.stages.evaluation.config import EvaluateConfig
     from nfm.trainers.metrics.frechet import Gaussian
     from nfm.trainers.metrics.prdc import Manifold
 

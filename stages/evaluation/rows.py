@@ -23,7 +23,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
-    from nfm.stages.evaluation.stage import EvaluateConfig
+    from nfm.stages.evaluation.config import EvaluateConfig
 
 Row = dict[str, Any]
 SHOWN = 64

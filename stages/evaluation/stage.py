@@ -7,40 +7,29 @@ that a stopped evaluation goes on with the next one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import Field, ValidationInfo, field_validator
+from typing import TYPE_CHECKING, Any
 
 from nfm.stages.base import (
-    Guidance,
     Inputs,
-    LocalField,
     Reporter,
     Result,
-    Section,
     StageError,
     Stopped,
-    added,
-    operational,
 )
-from nfm.stages.couplings.variant import Variant
+from nfm.stages.evaluation.config import SPEEDS, EvaluateConfig
 from nfm.stages.evaluation.inception import find_weights, weights_sha256
 from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key
 from nfm.stages.trained.sampling import (
-    GridName,
     Sampler,
-    SolverName,
     find_reference_solver,
     reference_sampler,
     student_sampler,
     teacher_sampler,
 )
-from nfm.stages.trained.training import Precision, pick_device
+from nfm.stages.trained.training import pick_device
 from nfm.storage.files import atomic
-from nfm.trainers.nfe import pick_solver
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,52 +37,7 @@ if TYPE_CHECKING:
 NAME = "evaluate"
 VERSION = 2
 TABLE, TEXT, DISTANCES, ROWS, SAMPLES = "evaluation.json", "evaluation.txt", "distances.json", "rows", "samples"
-SPEEDS = ("images_per_second", "batch", "latency_seconds")
 OF_THE_MOMENT = (*SPEEDS, "machine")  # columns that are of a machine and a moment: never in the content digest
-
-
-class EvaluateConfig(Section):
-    """The `[evaluate]` table; `baselines` are variants whose students are trained and measured beside.
-
-    With `guidance` the teacher has guided rows beside its plain ones; with `student_guidance` the students' rows are
-    guided, and with `reference` they have a row more, of adaptive dopri5. `features` is where distances are taken: this
-    run's classifier, Inception-v3 from `inception_weights`, or none, for points of the plane.
-    """
-
-    baselines: tuple[str, ...] = ()
-    solver: SolverName = added("auto")
-    grid: GridName = added("square")
-    nfe: tuple[int, ...] = Field((31, 15, 7, 5), validate_default=True)
-    reference: bool = added(False)
-    samples: int = Field(5_000, ge=2)
-    features: Literal["cnn", "inception", "none"] = added("cnn")
-    inception_weights: LocalField | None = operational(None)
-    guidance: Guidance = 0.0
-    student_guidance: Guidance = added(0.0)
-    kid_subsets: int = Field(100, ge=2)
-    kid_size: int = Field(1000, ge=2)
-    curvature_trajectories: int = Field(256, ge=1)
-    seed: int = Field(1, ge=0)
-    precision: Precision = "float32"
-    batch_size: int = Field(250, ge=1)
-    speed_batches: tuple[Annotated[int, Field(ge=1)], ...] = operational((32, 128, 512))
-    device: str = operational("auto")
-
-    @field_validator("baselines")
-    @classmethod
-    def _are_variants(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(Variant.parse(text)) for text in baselines)
-
-    @field_validator("nfe")
-    @classmethod
-    def _solvers_can(cls, nfe: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        twice = [str(count) for count, times in Counter(nfe).items() if times > 1]
-        if twice:
-            raise ValueError(f"{', '.join(twice)} is named more than once; every number of evaluations is one row")
-        for count in nfe:
-            if "solver" in info.data:
-                pick_solver(info.data["solver"], count)
-        return nfe
 
 
 def external(config: EvaluateConfig) -> dict[str, str]:

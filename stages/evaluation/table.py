@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nfm.stages.display.tables import aligned
 
 if TYPE_CHECKING:
-    from nfm.stages.evaluation.stage import EvaluateConfig
+    from nfm.stages.evaluation.config import EvaluateConfig
 
 Line = Mapping[str, Any]  # one row of evaluation.json; figures that a row cannot have are null or absent
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from nfm.stages.base import StageError
 from nfm.stages.encoding.encoder import Setup
-from nfm.stages.executors import TRIES, Halt, Outcome, ShardJob
+from nfm.stages.encoding.jobs import TRIES, Halt, Outcome, ShardJob
 from nfm.stages.executors.ray_cluster import cluster
 from nfm.stages.executors.ray_crew import IN_FLIGHT, Crew, Landing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 
 ANSWER_SECONDS = 5.0
 STORE_BYTES = 80 * 2**20  # images never enter Ray's object store
@@ -106,9 +107,14 @@ def _make(workers: int, threads: int, device: str) -> None:
         start_local(workers * threads, gpus)
     except (OSError, RuntimeError, ValueError) as error:
         raise StageError(
-            f"a local Ray cannot start: {_first_line(error)}; see the logs in /tmp/ray/session_latest/logs, or do "
+            f"a local Ray cannot start: {_first_line(error)}; see the logs in {_logs()}, or do "
             "without it: --set pairs.executor=serial"
         ) from error
+
+
+def _logs() -> str:
+    """Where a Ray of this machine keeps what its processes say."""
+    return os.path.join(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray", "session_latest", "logs")
 
 
 def start_local(cpus: int, gpus: int = 0) -> None:
@@ -141,16 +147,29 @@ def _loopback_allowed() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _connect(address: str) -> None:
-    import ray
+REMEDY = "start one with `ray start --head`, or leave pairs.ray_address and RAY_ADDRESS out for a local one"
 
-    remedy = "start one with `ray start --head`, or leave pairs.ray_address and RAY_ADDRESS out for a local one"
+
+def check_reachable(address: str | None) -> None:
+    """Raises StageError where Ray is not installed, or nobody listens at the address; asks for seconds at most."""
+    if importlib.util.find_spec("ray") is None:
+        raise Unfit(
+            "pairs.executor = \"ray\" needs Ray, which is not installed: pip install 'nfm-pairs[ray]', or do without "
+            "it: --set pairs.executor=serial"
+        )
+    address = address_of(address)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():  # Ray itself would try for minutes, deaf to signals
         try:
             socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
-        except OSError as error:
-            raise StageError(f"no Ray cluster answers at {address!r} ({error}); {remedy}") from error
+        except (OSError, OverflowError) as error:
+            raise StageError(f"no Ray cluster answers at {address!r} ({error}); {REMEDY}") from error
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    check_reachable(address)
     try:
         ray.init(address=address, **_quiet())
     except (
@@ -158,7 +177,7 @@ def _connect(address: str) -> None:
         RuntimeError,
         ValueError,
     ) as error:  # OSError: a ConnectionError, or no token where one is asked for
-        raise StageError(f"cannot connect to the Ray cluster at {address!r}: {_first_line(error)}; {remedy}") from error
+        raise StageError(f"cannot connect to the Ray cluster at {address!r}: {_first_line(error)}; {REMEDY}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from nfm.stages.base import StageError
 from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.executors import ShardJob, Timing
+from nfm.stages.encoding.jobs import ShardJob, Timing
 from nfm.stages.executors.ray_cluster import Share, carried
 from nfm.storage.ledger.commits import Commit
 

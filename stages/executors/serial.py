@@ -7,9 +7,10 @@ import socket
 import traceback
 from collections.abc import Iterable, Iterator
 
-from nfm.stages.encoding.encoder import Encoder, Setup, threads
+from nfm.stages.encoding.encoder import Encoder, Setup
+from nfm.stages.encoding.jobs import TRIES, Halt, Outcome, ShardJob
 from nfm.stages.encoding.overlap import Ahead, running
-from nfm.stages.executors import TRIES, Halt, Outcome, ShardJob
+from nfm.stages.encoding.threads import threads
 
 TICK_SECONDS = 1.0
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nfm.stages.encoding.encoder import Setup
-from nfm.stages.executors import Halt, Outcome, ShardJob, serial
+from nfm.stages.encoding.jobs import Halt, Outcome, ShardJob
+from nfm.stages.executors import serial
 from nfm.storage.files.paths import as_path, exists
 from nfm.storage.ledger import commits
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nfm.stages.executors import Outcome, Timing
+from nfm.stages.encoding.jobs import Outcome, Timing
 
 GONE_SECONDS, GONE_SHARDS = 120.0, 4  # the longer of both: a time, and that of so many shards
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from nfm.stages.base import Inputs, Reporter, StageError, Stopped
 from nfm.stages.couplings.facts import facts_of
+from nfm.stages.couplings.rows import slot_is_row
 from nfm.stages.pairs.coupling_advice import advice, lines
 from nfm.stages.pairs.coupling_sample import Sample, draw_sample, row_counts
 from nfm.stages.pairs.recipe import content
@@ -54,16 +55,14 @@ def measure(store: PairStore, inputs: Inputs, report: Reporter | None = None, de
     Of a bounded, seeded sample: `transport_cost`, mean |z - x|^2 / d, beside the mean over all ways to pair the same
     noises and images; moments of z and Kolmogorov-Smirnov on projections, whole and by class, beside those of as many
     fresh normal vectors; the two-sample `auc`. `rows` is of all pairs where the index can be read. `nll_heldout` needs
-    the teacher and the data among the inputs, and time for 32 rows. Raises StageError for noise that is not finite and
-    for archives; Stopped soon after `report` says that it is stopping.
+    the teacher and the data among the inputs, and time for 32 rows. Raises StageError for noise that is not finite;
+    Stopped soon after `report` says that it is stopping.
     """
     import torch
 
     from nfm.stages.trained.training import pick_device
     from nfm.trainers.metrics.two_sample import two_sample
 
-    if store.spec.codec == "pcodec":
-        raise StageError(f"{store.root}: an archive in codec pcodec; `nfm pairs export` it and measure that store")
     started, device = time.monotonic(), pick_device(device)
     stop = (lambda: False) if report is None else (lambda: report.stopping)
     sample = draw_sample(store, SEED)
@@ -163,7 +162,7 @@ def _rows(store: PairStore) -> dict[str, Any] | None:
         "most": int(counts.max()),
         "never": float((counts == 0).mean()),
         "chi2": float(np.square(shares - 1 / rows).sum() * rows),
-        "chi2_expected": 0.0 if store.spec.slot_is_row else (rows - 1) / max(total, 1),
+        "chi2_expected": 0.0 if slot_is_row(store.spec) else (rows - 1) / max(total, 1),
     }
 
 

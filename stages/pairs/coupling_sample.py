@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from nfm.stages.couplings.rows import slot_is_row
 from nfm.storage import PairStore
 from nfm.storage.format import codecs, convert
 from nfm.storage.format.spec import parse_name
@@ -69,7 +70,7 @@ def _of_shard(
     stored = store.gather(draw, at + store.spec.slots_of(shard).start)
     index = read_parts(store.root, [entry], ["label", "nll"])
     image = convert.to_float32(stored["image"], store.value_range).reshape(len(at), -1)
-    noise = codecs.decode(stored["noise"], store.noise_step).reshape(len(at), -1)
+    noise = codecs.unpack(stored["noise"], store.noise_step).reshape(len(at), -1)
     nll = index["nll"].to_numpy()[at].astype(np.float64)
     return image, noise, index["label"].to_numpy()[at].astype(np.int64), nll
 
@@ -81,7 +82,7 @@ def row_counts(store: PairStore, seed: int) -> tuple[np.ndarray, bool]:
     index is read, of very large stores a seeded part of it.
     """
     rows, draws = store.spec.rows, store.draws
-    if store.spec.slot_is_row:
+    if slot_is_row(store.spec):
         counts = np.full(rows, draws, np.int64)
         for hole in store.excluded:
             counts[slice(*hole["slots"])] -= 1

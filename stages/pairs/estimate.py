@@ -8,13 +8,11 @@ from typing import Any
 
 from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
+from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.pairs.recipe import pair_flops, planned_spec
-from nfm.stages.pairs.stage import PairsConfig
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.stages.trained.training import blaming, pick_device
-from nfm.storage import StoreSpec
-from nfm.storage.format.spec import Field
-from nfm.storage.layouts import blocks, samples, zarr_shard
+from nfm.storage import StoreSpec, layouts
 from nfm.trainers.models.sizes import check_patch
 
 CODECS = ("float32", "float16", "int8")
@@ -50,7 +48,7 @@ def estimate(
         "rows_per_shard": config.rows_per_shard,
         "layout": config.layout,
         "codec": config.codec,
-        "bytes": {codec: _bytes(specs[codec]) * config.draws for codec in sorted(specs, key=_order)},
+        "bytes": {codec: bytes_of_draw(specs[codec]) * config.draws for codec in sorted(specs, key=_order)},
     }
     left = pairs - committed
     if config.coupling != "nfm":  # no teacher to time: there are products to tell of, or nothing
@@ -92,23 +90,13 @@ def as_text(plan: Mapping[str, Any]) -> str:
     return "\n\n".join([aligned(["of the pairs", ""], lines), aligned(["workers", "time"], hours)])
 
 
-def _bytes(spec: StoreSpec) -> int:
+def bytes_of_draw(spec: StoreSpec) -> int:
     """Bytes on disk of one draw: payload, index and commits."""
     whole, rest = divmod(spec.rows, spec.rows_per_shard)
-    payload = whole * _shard_bytes(spec, spec.rows_per_shard) + (_shard_bytes(spec, rest) if rest else 0)
+    layout = layouts.of(spec)
+    payload = whole * layout.shard_bytes(spec, spec.rows_per_shard) + (layout.shard_bytes(spec, rest) if rest else 0)
     a_shard, a_record = INDEX_BYTES
     return round(payload + spec.shards_per_draw * (a_shard + COMMIT_BYTES) + spec.rows * a_record)
-
-
-def _shard_bytes(spec: StoreSpec, records: int) -> int:
-    def zarr_bytes(field: Field) -> int:
-        return zarr_shard.shard_bytes(field, records, spec.rows_per_shard, spec.rows_per_block)
-
-    if spec.layout == "zarr":
-        return sum(map(zarr_bytes, spec.fields))
-    if spec.layout == "samples":
-        return samples.shard_bytes(spec.fields, records)
-    return blocks.shard_bytes(spec.fields, records, spec.rows_per_block)
 
 
 def _given(rate: float) -> dict[str, Any]:

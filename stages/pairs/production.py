@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nfm.stages.base import Reporter, StageError
-from nfm.stages.executors import Outcome, ShardJob, new_attempt
+from nfm.stages.encoding.jobs import Outcome, ShardJob, new_attempt
 from nfm.stages.executors.tally import Tally
 from nfm.storage.errors import StorageError
 from nfm.storage.errors.masked import masked

@@ -21,7 +21,7 @@ from nfm.storage.format.spec import StoreSpec, pair_fields
 from nfm.trainers.nfe import GRIDS, pick_solver
 
 if TYPE_CHECKING:
-    from nfm.stages.pairs.stage import PairsConfig
+    from nfm.stages.pairs.config import PairsConfig
 
 # Beside the data: the artifact that a coupling is made with, whose content the recipe names under the same word.
 MAKERS = {"nfm": "teacher", "semidiscrete-ot": "potential", "reflow": "student"}

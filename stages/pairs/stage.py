@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from nfm.stages.base import (
-    Finding,
-    Guidance,
     Inputs,
-    LocalField,
     Reporter,
     Result,
-    Section,
     StageError,
     Stopped,
-    added,
-    operational,
 )
 from nfm.stages.couplings import custom
+from nfm.stages.encoding.jobs import Outcome, ShardJob
 from nfm.stages.encoding.setup import Setup
-from nfm.stages.executors import Outcome, ShardJob
+from nfm.stages.executors import ray_cluster
 from nfm.stages.executors.ray_cluster import address_of
 from nfm.stages.pairs import production as making
 from nfm.stages.pairs import sealing
+from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.pairs.recipe import (
     MAKERS,
     OPTIONS,
@@ -37,7 +31,7 @@ from nfm.stages.pairs.recipe import (
     small_groups,
     store_spec,
 )
-from nfm.stages.trained.training import WEIGHTS, Precision, pick_device
+from nfm.stages.trained.training import WEIGHTS, pick_device
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec
@@ -47,47 +41,6 @@ from nfm.storage.ledger import seal as generations
 NAME = "pairs"
 VERSION = 1
 PLAIN_BATCH = 256  # where there is no teacher to run
-
-
-class PairsConfig(Section):
-    """The `[pairs]` table; every draw pairs each training image with new noise, flips drawn anew.
-
-    `layout` and `codec` say how records lie on disk and how the noise is rounded, see docs/pairs-store.md; a finished
-    store is converted by `nfm pairs export`, the archive codec `pcodec` is made in no other way. `batch_size` "auto"
-    takes what a short probe proposes when the store begins; it stands in spec.json from then on, since last bits of the
-    noise depend on it. A generation may lack up to `max_missing` pairs, of shards that fail; its manifest lists them.
-    `report` = false seals without a coupling report, which `nfm pairs report` makes at any time.
-
-    Options of single couplings, see docs/couplings.md: `group_size` is minibatch-ot's; `custom` names a function;
-    the student of the coupling `reflow_of`, or the artifact `student`, generates the images of reflow.
-    """
-
-    coupling: Literal["nfm", "independent", "minibatch-ot", "semidiscrete-ot", "reflow", "custom"] = "nfm"
-    draws: int = operational(1, ge=1, le=1000)
-    codec: Literal["float16", "float32", "int8"] = "float16"
-    layout: Literal["blocks", "samples", "zarr"] = added("blocks")
-    rows_per_shard: int = Field(4096, ge=1)
-    rows_per_block: int = Field(256, ge=1)
-    flips: bool = False
-    seed: int = Field(0, ge=0)
-    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = 256
-    precision: Precision = "float32"
-    compile: bool = added(False)
-    group_size: int = added(512, ge=1)
-    custom: str | None = added(None)
-    reflow_of: str = added("independent")
-    student: LocalField | None = operational(None)
-    reflow_solver: str = added("auto")
-    reflow_nfe: int = added(31, ge=1)
-    reflow_grid: str = added("square")
-    reflow_guidance: Guidance = added(0.0)
-    max_missing: int = operational(0, ge=0)
-    report: bool = operational(True)
-    executor: Literal["ray", "serial", "slurm"] = operational("ray")
-    ray_address: str | None = operational(None)
-    workers: int = operational(0, ge=0)
-    threads: int = operational(1, ge=1)
-    device: str = operational("auto")
 
 
 def input_roles(config: PairsConfig) -> tuple[str, ...]:
@@ -106,8 +59,28 @@ def fits(config: PairsConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit where options do not fit each other or the data, as far as `facts` tell of it."""
     if config.coupling == "reflow":
         reflow_options(config)
+    if config.coupling == "custom":
+        custom.source_file(config.custom)
     if {"images", "image_shape"} <= facts.keys():
         planned_spec(config, facts, config.codec)
+
+
+def needs(config: PairsConfig) -> None:
+    """Raises StageError for what is not there that a run will ask for: the Ray cluster, the device."""
+    if config.executor == "ray":
+        ray_cluster.check_reachable(config.ray_address)
+    remote = config.executor == "slurm" or (config.executor == "ray" and address_of(config.ray_address) != "local")
+    if not remote:
+        pick_device(config.device)
+
+
+def room(config: PairsConfig, facts: Mapping[str, Any]) -> int:
+    """Bytes of the store on disk, 0 as long as nothing is known of the data."""
+    from nfm.stages.pairs.estimate import bytes_of_draw
+
+    if not {"images", "image_shape"} <= facts.keys():
+        return 0
+    return bytes_of_draw(planned_spec(config, facts, config.codec)) * config.draws
 
 
 def external(config: PairsConfig) -> dict[str, str]:
@@ -137,7 +110,7 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     from nfm.stages.encoding import probe
 
     facts = (str(inputs["teacher"].resolve()), spec.image_shape, spec.classes or 0, spec.eta)
-    how: dict[str, Any] = {"precision": config.precision, "threads": config.threads, "compile": config.compile}
+    how: dict[str, Any] = {"precision": config.precision, "threads": config.threads}
     sizes = [size for size in probe.SIZES if size <= spec.rows_per_shard]
     address = address_of(config.ray_address)
     if config.executor == "ray" and address != "local":  # where the workers are, which may have other devices
@@ -245,19 +218,6 @@ def cost(config: PairsConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     flops = pairs * pair_flops(config, facts)
     arithmetic = {"FLOPs": f"{flops:.2g}"} if flops else {}  # the time that it takes is measured by `pairs_plan`
     return {"pairs": f"{pairs:,}", "draws": str(config.draws), "MB": f"{stored / 1e6:,.0f}", **arithmetic}
-
-
-def audit(
-    inputs: Inputs,
-    store: Path,
-    level: Literal["quick", "default", "deep"],
-    sample: int,
-    allowed: custom.Allowed = custom.NOBODYS,
-) -> tuple[list[Finding], list[str]]:
-    """What is wrong with a store, see `pairs_audit.audit`."""
-    from nfm.stages.stores import audit as pairs_audit
-
-    return pairs_audit.audit(inputs, store, level, sample, allowed)
 
 
 def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:

@@ -10,7 +10,7 @@ from nfm.stages.base import Inputs, Reporter, StageError, Stopped, Unfit
 from nfm.stages.executors import slurm
 from nfm.stages.pairs import production as making
 from nfm.stages.pairs import stage
-from nfm.stages.pairs.stage import PairsConfig
+from nfm.stages.pairs.config import PairsConfig
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path, exists

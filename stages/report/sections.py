@@ -19,7 +19,7 @@ from nfm.stages.report.html import code, figure, folded, heading, image_grid, nu
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.files.atomic import read_json
 from nfm.storage.files.small_files import read_bytes
-from nfm.storage.format.codecs import decode
+from nfm.storage.format.codecs import unpack
 from nfm.storage.format.order import permute
 
 SHORT_FINGERPRINT = 12
@@ -81,7 +81,7 @@ def pairs(stores: Mapping[str, PairStore], seed: int) -> str:
         there = store.slots(0)
         slots = there[permute(np.arange(min(NOISE_RECORDS, len(there))), len(there), f"report/{seed}")]
         records = store.gather(0, slots)
-        records["noise"] = decode(records["noise"], store.spec.noise_step)
+        records["noise"] = unpack(records["noise"], store.spec.noise_step)
         samples[name] = records["noise"].ravel()
         body.append(figure(_side_by_side(records), name, "image above, its noise below (black -3, white 3)"))
         moments = store.manifest.get("moments") or {}

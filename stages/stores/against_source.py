@@ -91,7 +91,7 @@ def _groups(
         np.add.at(drawn, of[part], _digests(eps))
         if (here := of[part] == looked).any():
             image = shard.read("image", part.start, part.stop)[here]
-            kept.append((source.to_float(image), *(codecs.decode(z[here], spec.noise_step) for z in (noise, eps))))
+            kept.append((source.to_float(image), *(codecs.unpack(z[here], spec.noise_step) for z in (noise, eps))))
     if bad := int((stored != drawn).sum()):
         found.append(f"the noises of {bad} of {len(members)} groups are not those that were drawn for them, permuted")
     elif kept and not _assigned(spec, place[0], slots[members[looked]], *map(np.concatenate, zip(*kept))):
@@ -119,7 +119,7 @@ def _assigned(spec: StoreSpec, draw: int, slots: Array, images: Array, noise: Ar
 
 def _eps(spec: StoreSpec, draw: int, slots: Array) -> Array:
     """What was drawn for these slots, as the codec stores it."""
-    return codecs.encode(drawn_eps(spec, draw, slots), spec.codec, spec.noise_step)[0]
+    return codecs.pack(drawn_eps(spec, draw, slots), spec.codec, spec.noise_step)[0]
 
 
 def _digests(noise: Array) -> Array:

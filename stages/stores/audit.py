@@ -9,8 +9,9 @@ import numpy as np
 
 from nfm.stages.base import Finding, Inputs, StageError
 from nfm.stages.couplings import custom
-from nfm.stages.encoding.encoder import Encoder, threads
+from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.encoding.setup import Setup
+from nfm.stages.encoding.threads import threads
 from nfm.stages.pairs import stage
 from nfm.stages.pairs.coupling_advice import better_teacher
 from nfm.stages.stores import against_source as pairs_source
@@ -50,7 +51,7 @@ def audit(
     findings = verify(store, level)
     root, generation = pinned(store)
     if level == "quick" or findings or "data" not in inputs:
-        return findings, []
+        return findings, [] if findings else _made_elsewhere(read_spec(root))
     manifest, found = seal.load(root, generation), read_spec(root)
     config = stage.PairsConfig(**manifest["config"])
     if set(stage.input_roles(config)) - set(inputs):
@@ -62,8 +63,6 @@ def audit(
     findings += against_source(root, manifest, inputs)
     if level == "default" or findings:
         return findings, []
-    if found.codec == "pcodec":
-        return findings, ["an archive: its noise is not encoded again; `nfm pairs export` it and audit that store"]
     if found.coupling == "custom" and (found.coupling_options or {}).get("sha256") not in allowed.digests:
         return findings, [_not_run(found, allowed)]
     # Wherever the pairs were encoded, the device that is here encodes them again.
@@ -121,6 +120,11 @@ def _marginals(root: Path, manifest: dict[str, Any]) -> list[Finding]:
     return [Finding(str(root), problem, remedy)]
 
 
+def _made_elsewhere(spec: StoreSpec) -> list[str]:
+    origin = (spec.coupling_options or {}).get("origin")
+    return [] if origin is None else [f"made elsewhere ({origin}): its pairs are not compared with a source"]
+
+
 def encode_again(
     root: Path, manifest: dict[str, Any], setup: Setup, count: int, seed: int = 0
 ) -> tuple[list[Finding], list[str]]:
@@ -146,9 +150,9 @@ def encode_again(
         order = np.argsort(listed["slot"])
         for part in np.split(slots, range(setup.batch_size, len(slots), setup.batch_size)):
             stored, again = store.gather(draw, part), encoder.encode_slots(draw, part)
-            noise = codecs.decode(stored["noise"], spec.noise_step)
-            anew, _ = codecs.encode(again["noise"], spec.codec, spec.noise_step)
-            encoded.append(_rms(codecs.decode(anew, spec.noise_step) - noise))
+            noise = codecs.unpack(stored["noise"], spec.noise_step)
+            anew, _ = codecs.pack(again["noise"], spec.codec, spec.noise_step)
+            encoded.append(_rms(codecs.unpack(anew, spec.noise_step) - noise))
             decoded.append(encoder.decode_error(draw, part, noise) if spec.teacher else np.zeros(len(part)))
             right = _same_columns(listed, order[np.searchsorted(listed["slot"], part, sorter=order)], again, setup)
             if not spec.teacher:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from nfm.stages.base import StageError
+from nfm.stages.couplings.rows import slot_is_row
 from nfm.stages.display.units import megabytes
 from nfm.storage import PairStore
 from nfm.storage.export import Progress, export
+from nfm.storage.layouts import LAYOUTS as LAYOUTS
 from nfm.storage.ledger.row_fields import RowField, write_row_field
 
 CHUNK_BYTES = 16 << 20
@@ -60,7 +62,7 @@ def add_field(where: str | Path, name: str, file: Path) -> RowField:
     if not isinstance(values, np.ndarray) or not values.ndim:
         raise StageError(f"{file}: one array [rows, ...] is needed; write it with numpy.save")
     rows = store.spec.rows
-    if not store.spec.slot_is_row:
+    if not slot_is_row(store.spec):
         # The source may have more rows than a draw has slots; those that the pairs name must be there.
         named = int(max(part.as_py() for part in store.index(["row"])["row"].combine_chunks().unique()))
         rows = max(len(values), named + 1)

@@ -63,7 +63,7 @@ def _records(
     """The records at some rows of a draw's index, of which these are the slots."""
     stored = store.gather(draw, slots[rows])
     image = convert.to_float32(stored["image"], store.value_range)
-    noise = codecs.decode(stored["noise"], store.spec.noise_step)
+    noise = codecs.unpack(stored["noise"], store.spec.noise_step)
     own = {name: [values[row] for row in rows.tolist()] for name, values in columns.items()}
     decoded = decode(noise, np.array(own["label"], np.int64)) if decode is not None and len(rows) else None
     return Head(image, noise, decoded, own | {"nll": nll[rows].tolist()})
@@ -71,7 +71,7 @@ def _records(
 
 def _noise(store: PairStore, draw: int, slots: Array) -> Array:
     out = {"noise": np.empty((len(slots), *store.spec.image_shape), store.spec.field("noise").dtype)}
-    return codecs.decode(store.gather(draw, slots, out)["noise"], store.spec.noise_step)
+    return codecs.unpack(store.gather(draw, slots, out)["noise"], store.spec.noise_step)
 
 
 def _decoder(store: PairStore, folder: Path) -> Any:

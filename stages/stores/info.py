@@ -27,9 +27,11 @@ def info(where: str | Path) -> dict[str, Any]:
     fields = ", ".join(f"{field.name} {field.dtype}{list(field.shape)}" for field in spec.fields)
     row_fields = [RowField.open(store.root, name) for name in row_field_names(store.root)]
     joined = ", ".join(f"{field.name} {field.dtype.name}{list(field.shape)}" for field in row_fields)
+    origin = (spec.coupling_options or {}).get("origin")
     return {
         "generations": ", ".join(seal.manifest_path(".", n).name for n in seal.numbers(store.root)),
         **shown,
+        **({} if origin is None else {"origin": origin}),
         "fields": fields,
         "row fields": joined or None,
         "draws": store.draws,

@@ -11,6 +11,7 @@ from nfm.storage import layouts
 from nfm.storage import verify as storage_verify
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.files import atomic
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, inside, size_of
 from nfm.storage.format.spec import StoreSpec, read_spec, shard_name
 from nfm.storage.ledger import commits, manifests, seal
@@ -95,7 +96,7 @@ def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
         commit = commits.read(out, name)
         if commit is None or sealed - {atomic.hash_file(commits.commit_path(out, name))[0]}:
             return False
-        index = layouts.StoredFile(commit.index, commit.index_sha256, commit.index_bytes)
+        index = StoredFile(commit.index, commit.index_sha256, commit.index_bytes)
         pairs = zip(layouts.files(spec, commit), layouts.files(spec, commit, sealed=False))
         # Sealing moves the files of some layouts: they are in the first place, which no other file may take, or still
         # in the second.
@@ -105,7 +106,7 @@ def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
         return False
 
 
-def _is(out: Path, file: layouts.StoredFile) -> bool:
+def _is(out: Path, file: StoredFile) -> bool:
     path = inside(out, file.path)  # what a link leads to elsewhere is no file of the store
     return size_of(path) == file.bytes and atomic.hash_file(path) == (file.sha256, file.bytes)
 
@@ -124,7 +125,7 @@ def files_of_shards(out: Path, names: list[str]) -> list[Path]:
         for file in seal.files_of(out, number)
     ]
     own = [path for folder in ("commits", "shards", "index") for name in names for path in _named(out / folder, name)]
-    placed = [out / path for name in names for path in layouts.placed(spec, name)]
+    placed = [out / path for name in names for path in layouts.of(spec).placed(spec, name)]
     return manifests + [path for path in placed if size_of(path) is not None] + own
 
 

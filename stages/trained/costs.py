@@ -17,7 +17,7 @@ EFFICIENCY = 0.25  # of the probe's rate; small models with attention and norms 
 
 
 def tokens_of(image_shape: Sequence[int], patch: int) -> tuple[int, int]:
-    """(tokens, features of a token) of images [C, H, W] in patches."""
+    """(tokens, features of a token) of images [C, H, W] in patches that tile them."""
     channels, height, width = image_shape
     return (height // patch) * (width // patch), channels * patch**2
 

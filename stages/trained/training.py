@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,13 +59,19 @@ def blaming(what: str) -> Iterator[None]:
 
 
 def pick_device(name: str) -> str:
-    """`auto` is CUDA where there is one; a device that is not there is an error that says so."""
+    """`auto` is CUDA where there is one. Raises Unfit for a device that is none, or is not here."""
     import torch
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise Unfit(f"device = {name!r}: torch sees no CUDA device here; set device to 'auto' or 'cpu'")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise Unfit(f"device = {name!r}: is none of auto, cpu, cuda and cuda:0, which run here; name one of these")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise Unfit(f"device = {name!r}: torch sees no CUDA device here; set device to 'auto' or 'cpu'")
+        if int(name.partition(":")[2] or 0) >= count:
+            raise Unfit(f"device = {name!r}: torch sees {count} CUDA devices here, counted from 0; name one of them")
     return name
 
 

@@ -86,14 +86,13 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def one_of(choices: Iterable[Any]) -> Rule:
+def one_of(choices: Collection[Any]) -> Rule:
     """One of a few names, or None where that is among them; the nearest is named."""
-    allowed = tuple(choices)
 
     def rule(name: str, value: Any) -> Any:
-        if (value is None or isinstance(value, str)) and value in allowed:
+        if (value is None or isinstance(value, str)) and value in choices:
             return value
-        raise wrong(name, value, " or ".join(map(repr, allowed)) + _nearest(value, allowed))
+        raise wrong(name, value, " or ".join(map(repr, choices)) + _nearest(value, choices))
 
     return rule
 

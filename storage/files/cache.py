@@ -25,6 +25,7 @@ from nfm.storage.errors.arguments import checked, checked_later, function, text,
 from nfm.storage.files import remote
 from nfm.storage.files.cache_folder import base_folder, own_folder, shared_folder
 from nfm.storage.files.paths import TEMPORARY, is_remote, local_path, temporary_name
+from nfm.storage.files.places import stated_number
 
 T = TypeVar("T")
 _TRIES = 3
@@ -286,10 +287,5 @@ def _write_all(write: Callable[[memoryview], int | None], data: bytes) -> None:
 
 
 def _stated_bound() -> int | None:
-    stated = os.environ.get("NFM_CACHE_BYTES", "").strip()
-    if not stated:
-        return None
-    try:
-        return int(_BOUND("NFM_CACHE_BYTES", float(stated) if "e" in stated.lower() else int(stated)))
-    except ValueError as error:
-        raise StorageError(f"NFM_CACHE_BYTES={stated}: write a number of bytes, at least 1, like 200e9") from error
+    stated = stated_number("NFM_CACHE_BYTES", "bytes", 1e18)
+    return None if stated is None else int(_BOUND("NFM_CACHE_BYTES", int(stated)))

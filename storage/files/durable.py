@@ -14,6 +14,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,18 @@ from nfm.storage.files.paths import as_path, is_remote, temporary_name
 
 _LARGE = 1 << 20  # bytes; from here on a second thread hashes a piece while this one writes it
 _WRITEBACK = 32 << 20  # bytes between two hints to the kernel
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file that is durable: its path, SHA-256 (hex) and size in bytes.
+
+    The path is relative to the store where a commit or a manifest names the file, else as its writer was given it.
+    """
+
+    path: str
+    sha256: str
+    bytes: int
 
 
 class HashingFile:
@@ -58,6 +71,11 @@ class HashingFile:
     def sha256(self) -> str:
         """Hex digest of what was written so far."""
         return self._sha.hexdigest()
+
+    @property
+    def stored(self) -> StoredFile:
+        """What was written, as a reference to it."""
+        return StoredFile(str(self.path), self.sha256, self.bytes)
 
     def write(self, data: bytes | memoryview) -> int:
         """Appends all of `data` (any contiguous buffer); returns its size in bytes. The buffer is free again then."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -96,6 +97,34 @@ def store_named(where: str | Path) -> Path:
     return found[0].parent if found else path
 
 
+def stated_number(variable: str, unit: str, most: float) -> float | None:
+    """The number from 0 to `most` in an environment variable; None when it is not set, or set to nothing."""
+    stated = os.environ.get(variable, "").strip()
+    if not stated:
+        return None
+    try:
+        number = float(stated)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= most:
+        raise NoPlace(stated, f"write a number of {unit} from 0 to {most:g}", f"{variable}=")
+    return number
+
+
+def patience() -> float:
+    """Seconds for which a failing request is tried again: `NFM_PATIENCE`, else 60."""
+    stated = stated_number("NFM_PATIENCE", "seconds", 86_400)
+    return 60.0 if stated is None else stated
+
+
+def answer_seconds() -> float:
+    """How long one request may hang: so that it and a second one are over when the patience is.
+
+    At least 5 s, which a busy server that is well may take.
+    """
+    return max(5.0, min(60.0, patience() / 2))
+
+
 def is_url(text: str) -> bool:
     """Whether a text is a URL of no local path, as a program wrote it."""
     found = _SCHEMED.match(text)
@@ -163,7 +192,12 @@ def _options(protocol: str) -> dict[str, Any]:
 
         # botocore's own retries would multiply with those of `remote.attempt`: minutes before an endpoint that is down.
         own = conf.get(protocol, {}).get("config_kwargs")
-        options["config_kwargs"] = own or {"retries": {"total_max_attempts": 1, "mode": "standard"}}
+        # Its timeouts of 60 s would outlast a shorter patience.
+        options["config_kwargs"] = own or {
+            "retries": {"total_max_attempts": 1, "mode": "standard"},
+            "connect_timeout": answer_seconds(),
+            "read_timeout": answer_seconds(),
+        }
     return options
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from nfm.storage.errors import CorruptShard, StorageError
 from nfm.storage.errors.masked import masked
 from nfm.storage.files.parallel import parallel
+from nfm.storage.files.places import patience
 
 T = TypeVar("T")
 _log = logging.getLogger("nfm.storage")
@@ -48,15 +49,6 @@ _NO_CREDENTIALS = {
     "DefaultCredentialsError",
 }
 _NO_BUCKET = {"NoSuchBucket", "InvalidBucketName"}
-
-
-def patience() -> float:
-    """Seconds for which a failing request is tried again: `NFM_PATIENCE`, else 60."""
-    stated = os.environ.get("NFM_PATIENCE", "").strip() or "60"
-    try:
-        return float(stated)
-    except ValueError as error:
-        raise StorageError(f"NFM_PATIENCE={stated}: write a number of seconds") from error
 
 
 def file_system(path: Path) -> Any:

@@ -28,11 +28,10 @@ CODECS = {
     "float16": Codec("float16"),  # error 10 times below the 8-bit image's own rounding
     "float32": Codec("float32"),
     "int8": Codec("int8", 1 / 20),  # +-6.35
-    "pcodec": Codec("int16", 1 / 64),  # +-512; entropy-coded, for archives
 }
 
 
-def encode(noise: npt.NDArray[Any], codec: str, step: float | None = None) -> tuple[npt.NDArray[Any], int]:
+def pack(noise: npt.NDArray[Any], codec: str, step: float | None = None) -> tuple[npt.NDArray[Any], int]:
     """(the noise as stored, same shape; how many values were clipped to the codec's range).
 
     `step` defaults to the codec's. What a float codec cannot hold becomes infinite; a codec of steps raises
@@ -54,7 +53,7 @@ def encode(noise: npt.NDArray[Any], codec: str, step: float | None = None) -> tu
     return steps.astype(kind.dtype), clipped
 
 
-def decode(stored: npt.NDArray[Any], step: float | None) -> npt.NDArray[np.float32]:
+def unpack(stored: npt.NDArray[Any], step: float | None) -> npt.NDArray[np.float32]:
     """float32 of the same shape: floats keep their values, steps become `step` times their number."""
     values = np.asarray(stored).astype(np.float32)
     if step is not None:

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.files.atomic import HashingFile, digest, read_checked
+from nfm.storage.files.atomic import digest, read_checked
+from nfm.storage.files.durable import HashingFile, StoredFile
 from nfm.storage.files.paths import as_path, is_remote
 from nfm.storage.files.small_files import MOST_INDEX_BYTES, plain, read_bytes
-from nfm.storage.layouts.tar import Array, Payload
+
+Array = npt.NDArray[Any]
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -64,13 +67,13 @@ def index_rows(draw: int, arrays: Mapping[str, Array]) -> pa.Table:
     )
 
 
-def write_index(path: Path, parts: Sequence[pa.Table]) -> Payload:
+def write_index(path: Path, parts: Sequence[pa.Table]) -> StoredFile:
     """Publishes the rows of `parts`, durable on return. Raises StorageError when the disk is full."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.concat_tables(parts), sink, compression="zstd")
     with HashingFile(path) as file:
         file.write(sink.getvalue())
-    return Payload(path, file.sha256, file.bytes)
+    return file.stored
 
 
 def _opened(path: Path, sha256: str | None) -> Any:

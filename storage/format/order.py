@@ -143,20 +143,3 @@ class Order:
         if self.shuffle == "windowed":
             return Windows(counts, self.window, key)
         return np.asarray
-
-
-def shuffling(rows: Rows) -> dict[str, float]:
-    """How well an epoch is mixed, from the order of its rows (a permutation of 0..n-1).
-
-    `correlation`: Spearman's rank correlation of position and row, 0 when mixed. `displacement`: how far a row is
-    from its own place on average, as a share of n; 1/3 when mixed. `separation`: how far apart rows that are
-    stored next to each other come, as a share of n; 1/3 when mixed, a third of a window's share when windowed.
-    """
-    n = len(rows)
-    position = np.empty(n, np.int64)
-    position[rows] = np.arange(n)
-    return {
-        "correlation": float(np.corrcoef(np.arange(n), rows)[0, 1]),
-        "displacement": float(np.abs(position - np.arange(n)).mean() / n),
-        "separation": float(np.abs(np.diff(position)).mean() / n),
-    }

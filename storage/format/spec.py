@@ -9,21 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from nfm.storage.errors import NewerSchema, StorageError
-from nfm.storage.files.atomic import create_json, read_json
-from nfm.storage.files.paths import as_path
+from nfm.storage.files.atomic import create_json, is_temporary, read_json
+from nfm.storage.files.paths import as_path, exists, names_in
 from nfm.storage.format import untrusted
 from nfm.storage.format.codecs import CODECS
 
 FORMAT = 1
 ROLES = ("image", "noise", "label", "slot")
-LAYOUTS = ("blocks", "samples", "zarr")
 IMAGE_DTYPES = ("uint8", "float16", "float32")
 SPEC = "spec.json"
+DRAFT = "spec.draft.json"  # of a store whose writer does not know its source yet
 
 _DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
 _DTYPES += ("float16", "float32", "float64")
@@ -33,7 +33,6 @@ _MOST_ROWS = 10**9  # keys have nine digits
 _MOST_SHARDS = 100_000  # names end at shard 99999
 _MOST_VALUE = 1e6  # of a value range: far from where float32 ends
 _MOST_RECORD = 1 << 28  # bytes of one record
-_MOST_CHUNKS = 1 << 16  # of one Zarr shard; its index is read whole
 _MOST_OPTIONS = 64
 # Left out of the JSON where they are None.
 _LATER = ("noise_step", "image_scale", "image_decoder", "potential", "student", "coupling_options")
@@ -83,6 +82,23 @@ def pair_fields(
     return (*fields, Field("slot", "int64", (), "slot"))
 
 
+class Sizes(Protocol):
+    """What a recipe asks of its layout."""
+
+    def check(self, spec: StoreSpec) -> None:
+        """Raises StorageError for sizes that the layout cannot have."""
+        ...
+
+
+_layouts: Mapping[str, Sizes] = {}
+
+
+def use_layouts(table: Mapping[str, Sizes]) -> None:
+    """Says which layouts there are: `layouts` does, which knows this file, when nfm.storage is imported."""
+    global _layouts
+    _layouts = table
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec:
     """What every shard of a store has in common. Lives in spec.json under the key `store`.
@@ -116,7 +132,7 @@ class StoreSpec:
     def __post_init__(self) -> None:
         if untrusted.integer("store spec: format", self.format, 1) > FORMAT:
             raise _newer(self.format)
-        untrusted.one_of("store spec: layout", self.layout, LAYOUTS)
+        untrusted.one_of("store spec: layout", self.layout, _layouts)
         untrusted.one_of("store spec: codec", self.codec, CODECS)
         if self.noise_step is None:
             object.__setattr__(self, "noise_step", CODECS[self.codec].step)
@@ -124,6 +140,53 @@ class StoreSpec:
         self._check_values()
         self._check_fields()
         self._check_sizes()
+
+    @classmethod
+    def external(
+        cls,
+        *,
+        rows: int,
+        image_shape: tuple[int, ...],
+        origin: str,
+        image_dtype: str = "uint8",
+        classes: int | None = None,
+        value_range: tuple[float, float] = (-1.0, 1.0),
+        codec: str = "float16",
+        layout: str = "blocks",
+        rows_per_shard: int = 4096,
+        rows_per_block: int = 256,
+        source: str = "",
+        **others: Any,
+    ) -> StoreSpec:
+        """The recipe of pairs that were made elsewhere, for `PairWriter`; `origin` says in words where.
+
+        `value_range` is what the uint8 images 0 and 255 stand for, and of float images what their values must lie in.
+        `classes` None: there are no labels. `source` is the content digest of the images; left out, the writer computes
+        it. Other arguments are the fields of `StoreSpec`. Raises StorageError.
+        """
+        if not isinstance(origin, str) or not origin.strip():
+            raise StorageError(
+                f"store spec: origin {untrusted.shown(origin)}; say in words who made the pairs, and how"
+            )
+        untrusted.one_of("store spec: codec", codec, CODECS)
+        return cls(
+            rows=rows,
+            rows_per_shard=rows_per_shard,
+            rows_per_block=rows_per_block,
+            fields=pair_fields(image_shape, codec, image_dtype, label=classes is not None),
+            coupling="external",
+            coupling_options={"origin": origin},
+            source=source,
+            codec=codec,
+            layout=layout,
+            value_range=value_range,
+            classes=classes,
+            **others,
+        )
+
+    def with_source(self, source: str) -> StoreSpec:
+        """The same recipe for the data with this content digest."""
+        return dataclasses.replace(self, source=source)
 
     def field(self, name: str) -> Field:
         """The field called `name`. Raises StorageError when the store has none."""
@@ -135,15 +198,6 @@ class StoreSpec:
     def has(self, name: str) -> bool:
         """Whether the store has a field called `name`."""
         return any(field.name == name for field in self.fields)
-
-    @property
-    def slot_is_row(self) -> bool:
-        """Whether slot s holds what belongs to source row s; a reflowed image has the label of that row.
-
-        Stores of minibatch OT that another program made may choose rows; ours say how their groups were made.
-        """
-        ours = self.coupling == "minibatch-ot" and self.coupling_options is not None
-        return ours or self.coupling in ("nfm", "independent", "reflow", "custom")
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -242,16 +296,7 @@ class StoreSpec:
         record = sum(field.bytes_per_record for field in self.fields)
         if record > _MOST_RECORD:
             raise StorageError(f"store spec: {record} bytes a record, {_MOST_RECORD} at most")
-        if self.codec == "pcodec" and self.layout != "zarr":
-            raise StorageError("store spec: codec pcodec is for archives in layout zarr; use it there, or int8 here")
-        if self.layout == "zarr" and self.rows_per_shard % self.rows_per_block:
-            whole = -(-self.rows_per_shard // self.rows_per_block) * self.rows_per_block
-            raise StorageError(
-                f"store spec: a shard of layout zarr is whole chunks: rows_per_shard {self.rows_per_shard} is no "
-                f"multiple of rows_per_block {self.rows_per_block}; use {whole}, or other blocks"
-            )
-        if self.layout == "zarr" and self.rows_per_shard // self.rows_per_block > _MOST_CHUNKS:
-            raise StorageError(f"store spec: more than {_MOST_CHUNKS} chunks a shard; raise rows_per_block")
+        _layouts[self.layout].check(self)
 
 
 def _options(given: Any) -> dict[str, Any]:
@@ -282,10 +327,22 @@ def _newer(found: int) -> NewerSchema:
 def read_spec(root: str | Path) -> StoreSpec:
     """The recipe of the store at `root`. Raises StorageError (no store there) or NewerSchema."""
     path = as_path(root) / SPEC
+    if not exists(path) and exists(as_path(root) / DRAFT):
+        raise StorageError(
+            f"{root}: a store that a PairWriter has begun and not sealed; run the code that writes it again, and it "
+            "goes on"
+        )
     try:
         return StoreSpec.from_dict(read_json(path))
     except StorageError as error:
         raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from error
+
+
+def check_folder(root: Path, order: str) -> None:
+    """Refuses a folder that has something else in it; `order` says what to do with a new one."""
+    names = [name for name in names_in(root) if not is_temporary(name)]
+    if names and SPEC not in names and DRAFT not in names:
+        raise StorageError(f"{root}: there is something else already ({names[0]}); {order} a new or empty folder")
 
 
 def write_spec(root: str | Path, spec: StoreSpec) -> None:

@@ -8,33 +8,31 @@ last block may be short.
 from __future__ import annotations
 
 import mmap
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from nfm.storage.errors import StorageError
-from nfm.storage.format.spec import Field
+from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.format.npy import NPY_HEADER, npy_header
+from nfm.storage.format.spec import Field, StoreSpec, parse_name, shard_name
+from nfm.storage.layouts.mapped import Mapped, corrupt, map_file
 from nfm.storage.layouts.tar import (
-    NPY_HEADER,
     TAR_END,
     TAR_HEADER,
     Array,
-    Mapped,
-    Payload,
+    Stock,
+    TarLayout,
     TarWriter,
-    corrupt,
-    map_file,
     member_bytes,
-    npy_header,
+    stock_array,
+    stock_members,
     stored,
     strides,
     tar_header,
 )
-
-__all__ = ["MappedShard", "Payload", "ShardWriter", "record_offsets", "shard_bytes"]
-_LARGE_RECORD = 4096  # bytes; from here on, copying row by row beats numpy's gather, which copies twice
 
 
 def shard_bytes(fields: Sequence[Field], records: int, rows_per_block: int = 256) -> int:
@@ -75,7 +73,9 @@ class ShardWriter(TarWriter):
         for field in self.fields:
             data = block[field.name]
             size = NPY_HEADER + data.nbytes
-            head = tar_header(f"{self.key}-b{self._block:05d}.{field.name}.npy", size) + npy_header(field, data.shape)
+            head = tar_header(f"{self.key}-b{self._block:05d}.{field.name}.npy", size) + npy_header(
+                field.name, stored(field), data.shape
+            )
             self._file.write(head)
             self._file.write(data.reshape(-1).view(np.uint8).data)
             self._file.write(bytes(-size % TAR_HEADER))
@@ -121,28 +121,6 @@ class MappedShard:
             at += taken
         return out
 
-    def gather(self, name: str, rows: Array, out: Array | None = None) -> Array:
-        """The records `rows` (any order) of one field, as [n, *shape]; into `out` where given."""
-        rows = np.asarray(rows, np.int64)
-        if len(rows) and (rows.min() < 0 or rows.max() >= self.records):
-            raise StorageError(f"{self.path}: records {rows.min()} to {rows.max()} asked for, it holds {self.records}")
-        tail, full = self._tail[name], self._full[name]
-        block, row = np.divmod(rows, self._rows_per_block)
-        late = block == self._last
-        if out is None:
-            out = np.empty((len(rows), *tail.shape[1:]), tail.dtype)
-        if tail[0].nbytes >= _LARGE_RECORD:
-            for i, (b, r) in enumerate(zip(block.tolist(), row.tolist())):
-                out[i] = tail[r] if b == self._last else full[b, r]
-        elif not late.any():
-            out[...] = full[block, row]
-        elif late.all():
-            out[...] = tail[row]
-        else:
-            out[late] = tail[row[late]]
-            out[~late] = full[block[~late], row[~late]]
-        return out
-
     def _map(self, buffer: mmap.mmap) -> None:
         rows, last = self._rows_per_block, self.records - self._last * self._rows_per_block
         stride = _block_bytes(self.fields, rows)
@@ -166,9 +144,41 @@ class MappedShard:
         except (tarfile.HeaderError, UnicodeError) as error:
             raise corrupt(self.path, f"no tar header at byte {at} ({error})") from error
         header = buffer[at + TAR_HEADER : at + TAR_HEADER + NPY_HEADER]
-        if not member.name.endswith(f".{field.name}.npy") or header != npy_header(field, (records, *field.shape)):
+        if not member.name.endswith(f".{field.name}.npy") or header != npy_header(
+            field.name, stored(field), (records, *field.shape)
+        ):
             raise corrupt(self.path, f"the member {member.name!r} at byte {at} is not {records} records of {field}")
 
 
 def _block_bytes(fields: Sequence[Field], records: int) -> int:
     return sum(member_bytes(NPY_HEADER + records * field.bytes_per_record) for field in fields)
+
+
+class Blocks(TarLayout):
+    """The layout as an object of the table, see `Layout`."""
+
+    def writer(self, spec: StoreSpec, path: Path, name: str) -> ShardWriter:
+        """Begins to write the shard `name`."""
+        records = len(spec.slots_of(parse_name(name)[1]))
+        return ShardWriter(path, spec.fields, records, name, spec.rows_per_block)
+
+    def mapped(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedShard:
+        """Maps a shard."""
+        return MappedShard(paths[0], spec.fields, records, spec.rows_per_block)
+
+    def offsets(self, fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int) -> dict[str, Array]:
+        """Where rows begin, see `record_offsets`."""
+        return record_offsets(fields, records, rows, rows_per_block)
+
+    def shard_bytes(self, spec: StoreSpec, records: int) -> int:
+        """Size in bytes of a shard's files."""
+        return shard_bytes(spec.fields, records, spec.rows_per_block)
+
+    def stock_arrays(self, spec: StoreSpec, files: Sequence[Path], draw: int, shard: int) -> Stock:
+        """(field, records) by tarfile and numpy."""
+        key = shard_name(draw, shard)
+        for name, data in stock_members(files[0]):
+            match = re.fullmatch(rf"{key}-b\d{{5}}\.(\w+)\.npy", name)
+            if match is None or not spec.has(match[1]):
+                raise CorruptShard(f"the member {name!r} is no block of {key}")
+            yield match[1], stock_array(data)

@@ -15,18 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage.errors import CorruptShard, StorageError
-from nfm.storage.format.spec import Field
+from nfm.storage.format.npy import NPY_HEADER, npy_header
+from nfm.storage.format.spec import Field, StoreSpec, parse_name, shard_name
+from nfm.storage.layouts.mapped import Mapped, corrupt, map_file
 from nfm.storage.layouts.tar import (
-    NPY_HEADER,
     TAR_END,
     TAR_HEADER,
     Array,
-    Mapped,
+    Stock,
+    TarLayout,
     TarWriter,
-    corrupt,
-    map_file,
+    Text,
     member_bytes,
-    npy_header,
+    stock_array,
+    stock_members,
     stored,
     strides,
     tar_header,
@@ -79,7 +81,7 @@ def _template(fields: Sequence[Field], draw: int) -> npt.NDArray[np.uint8]:
     sample = bytearray(size)
     for member in members:
         name = f"d{draw:03d}-{0:0{_DIGITS}d}.{'cls' if member.text else f'{member.field.name}.npy'}"
-        head = b"" if member.text else npy_header(member.field, member.field.shape)
+        head = b"" if member.text else npy_header(member.field.name, stored(member.field), member.field.shape)
         head = tar_header(name, len(head) + member.bytes) + head
         sample[member.header : member.header + len(head)] = head
     return np.frombuffer(bytes(sample), np.uint8)
@@ -190,3 +192,41 @@ class MappedSamples:
                     at = row * samples.shape[1] + member.header
                     raise corrupt(self.path, f"the member at byte {at} is not {member.field} of slot {slot}")
         return first
+
+
+class Samples(TarLayout):
+    """The layout as an object of the table, see `Layout`."""
+
+    def writer(self, spec: StoreSpec, path: Path, name: str) -> SampleWriter:
+        """Begins to write the shard `name`."""
+        draw, shard = parse_name(name)
+        slots = spec.slots_of(shard)
+        return SampleWriter(path, spec.fields, len(slots), draw, slots.start)
+
+    def mapped(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedSamples:
+        """Maps a shard."""
+        return MappedSamples(paths[0], spec.fields, records)
+
+    def offsets(self, fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int) -> dict[str, Array]:
+        """Where rows begin, see `record_offsets`."""
+        return record_offsets(fields, rows)
+
+    def text(self, name: str) -> Text | None:
+        """Labels are decimal numbers."""
+        return Text(LABEL_BYTES, parse_labels) if name == "label" else None
+
+    def shard_bytes(self, spec: StoreSpec, records: int) -> int:
+        """Size in bytes of a shard's files."""
+        return shard_bytes(spec.fields, records)
+
+    def stock_arrays(self, spec: StoreSpec, files: Sequence[Path], draw: int, shard: int) -> Stock:
+        """(field, records) by tarfile and numpy."""
+        slot = -1
+        for name, data in stock_members(files[0]):
+            match = re.fullmatch(rf"d{draw:03d}-(\d{{9}})\.(?:(\w+)\.npy|cls)", name)
+            if match is None or not spec.has(match[2] or "label"):
+                raise CorruptShard(f"the member {name!r} is no record of {shard_name(draw, shard)}")
+            if int(match[1]) != slot:
+                slot = int(match[1])
+                yield "slot", np.array([slot])
+            yield (match[2], stock_array(data)[None]) if match[2] else ("label", np.array([int(data)]))

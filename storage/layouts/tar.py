@@ -1,37 +1,26 @@
-"""The members of a shard's tar: ustar headers and npy headers of a fixed length, so that offsets are arithmetic."""
+"""A shard's tar being written, from portions of any size; ustar headers, so that offsets are arithmetic."""
 
 from __future__ import annotations
 
+import io
 import math
-import mmap
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self, cast
 
 import numpy as np
 
-from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.files.atomic import HashingFile
+from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.files.durable import HashingFile, StoredFile
 from nfm.storage.files.paths import as_path
-from nfm.storage.files.small_files import plain
-from nfm.storage.format.spec import Field
+from nfm.storage.format.spec import Field, StoreSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TAR_HEADER = 512
-NPY_HEADER = 128
+Stock = Iterator[tuple[str, Array]]  # what stock readers find in a shard: field, records [n, *shape]
 TAR_END = 1024  # two empty headers end an archive
-
-
-@dataclass(frozen=True)
-class Payload:
-    """A published file: where it is, its SHA-256 (hex) and its size in bytes."""
-
-    path: Path
-    sha256: str
-    bytes: int
 
 
 def stored(field: Field) -> np.dtype[Any]:
@@ -58,50 +47,6 @@ def tar_header(name: str, size: int) -> bytes:
         return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
     except (ValueError, UnicodeError) as error:
         raise StorageError(f"{name}: no ustar member ({error}); use a shorter key or smaller blocks") from error
-
-
-def npy_header(field: Field, shape: tuple[int, ...]) -> bytes:
-    """npy 1.0 (numpy.lib.format), padded to a fixed length so that offsets do not depend on the shape."""
-    text = f"{{'descr': '{stored(field).str}', 'fortran_order': False, 'shape': {shape!r}, }}"
-    room = NPY_HEADER - 10
-    if len(text) >= room:
-        raise StorageError(f"field {field.name!r}: the shape {field.shape} is too long for a shard's header")
-    return b"\x93NUMPY\x01\x00" + room.to_bytes(2, "little") + text.ljust(room - 1).encode("ascii") + b"\n"
-
-
-class Mapped(NamedTuple):
-    """A file mapped into this process's memory."""
-
-    path: Path
-    address: int
-    bytes: int
-
-    @classmethod
-    def of(cls, path: Path, buffer: mmap.mmap) -> Mapped:
-        """Where the map of a file lies."""
-        return cls(path, np.frombuffer(buffer, np.uint8).ctypes.data, len(buffer))
-
-
-def map_file(path: Path, expected: int | None, what: str) -> mmap.mmap:
-    """A file of `expected` bytes, mapped to be read; None: of any size but 0.
-
-    Raises MissingShard, CorruptShard or StorageError.
-    """
-    try:
-        with plain(path) as file:
-            size = file.seek(0, 2)
-            if size != (expected or size) or not size:
-                raise corrupt(path, f"{size} bytes, {what} take {expected if expected is not None else 'more'}")
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError as error:
-        raise MissingShard(f"{path}: the shard is missing; run `nfm audit` on its store") from error
-    except OSError as error:
-        raise StorageError(f"{path}: cannot read ({error.strerror}); check its permissions") from error
-
-
-def corrupt(path: Path, what: str) -> CorruptShard:
-    """The error for a shard whose bytes are not those of its layout."""
-    return CorruptShard(f"{path}: {what}; truncated or altered, run `nfm audit` on its store")
 
 
 class Blocker:
@@ -183,7 +128,7 @@ class TarWriter:
     def __init__(self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int) -> None:
         self.path = as_path(path)
         self.fields = tuple(fields)
-        self.payload: Payload | None = None
+        self.payload: StoredFile | None = None
         self._blocker = Blocker(self.path, self.fields, records, rows_per_block)
         self._file = HashingFile(self.path)
 
@@ -201,7 +146,7 @@ class TarWriter:
         for block in self._blocker.add(arrays):
             self._write(block)
 
-    def close(self) -> Payload:
+    def close(self) -> StoredFile:
         """Publishes the shard. Raises StorageError, leaving nothing, when records are missing."""
         if self.payload is None:
             try:
@@ -212,7 +157,7 @@ class TarWriter:
                 self.discard()
                 raise
             self._file.publish()
-            self.payload = Payload(self.path, self._file.sha256, self._file.bytes)
+            self.payload = self._file.stored
         return self.payload
 
     def discard(self) -> None:
@@ -229,3 +174,57 @@ class TarWriter:
             self.close()
         else:
             self.discard()
+
+
+class Text(NamedTuple):
+    """A field that is stored as text: its bytes a record, and what makes values [n] of uint8 [n, bytes]."""
+
+    bytes: int
+    parse: Callable[[Array], Array]
+
+
+class TarLayout:
+    """What the layouts have in common whose shard is one tar, which stays where it was written."""
+
+    by_field = False
+    holes = True
+
+    def text(self, name: str) -> Text | None:
+        """No field is stored as text."""
+        return None
+
+    def check(self, spec: StoreSpec) -> None:
+        """Any sizes will do."""
+
+    def rows_per_block(self, spec: StoreSpec) -> int:
+        """Blocks may be of any size."""
+        return spec.rows_per_block
+
+    def placed(self, spec: StoreSpec, name: str) -> list[str]:
+        """Sealing moves nothing."""
+        return []
+
+    def metadata(self, spec: StoreSpec, draws: int) -> dict[str, bytes]:
+        """Stock readers need the tars alone."""
+        return {}
+
+    def check_stock_reader(self) -> None:
+        """They are tarfile and numpy."""
+
+
+def stock_members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, data) of every member of a tar, by tarfile. Raises CorruptShard for what is no plain file."""
+    size = path.stat().st_size
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or not 0 <= member.size <= size:
+                raise CorruptShard(f"the member {member.name!r} is no plain file of this archive")
+            yield member.name, cast("IO[bytes]", archive.extractfile(member)).read()
+
+
+def stock_array(data: bytes) -> Array:
+    """The array of an npy file, by numpy. Raises whatever numpy raises, or CorruptShard."""
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise CorruptShard("a member is no npy file")
+    return array

@@ -6,14 +6,9 @@ import json
 from typing import Any
 
 from nfm.storage.format.spec import Field, StoreSpec
-from nfm.storage.layouts.zarr_shard import PCODEC_LEVEL
 
 _CRC = {"name": "crc32c"}
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
-_PCODEC = {
-    "name": "numcodecs.pcodec",
-    "configuration": {"level": PCODEC_LEVEL},
-}
 
 
 def documents(spec: StoreSpec, draws: int) -> dict[str, bytes]:
@@ -40,10 +35,9 @@ def _group(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _array(spec: StoreSpec, field: Field) -> dict[str, Any]:
-    inner = [_PCODEC, _CRC] if spec.codec == "pcodec" and field.name == "noise" else [_bytes(field), _CRC]
     sharding = {
         "chunk_shape": [spec.rows_per_block, *field.shape],
-        "codecs": inner,
+        "codecs": [_bytes(field), _CRC],
         "index_codecs": [_BYTES, _CRC],
         "index_location": "end",
     }

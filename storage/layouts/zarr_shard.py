@@ -2,34 +2,32 @@
 
 A file is inner chunks of `rows_per_block` records, each followed by its crc32c, then the index: offset and size of
 every chunk (uint64, little-endian) and the index's own crc32c. The last chunk of a draw is padded with zeros, as Zarr
-has it; chunks beyond it are marked missing. Uncompressed chunks lie where arithmetic says, so that a batch is one
-gather; the index must say the same.
+has it; chunks beyond it are marked missing. Chunks lie where arithmetic says, so that a batch is one gather; the index
+must say the same.
 """
 
 from __future__ import annotations
 
-import mmap
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 
 from nfm.storage.errors import StorageError
-from nfm.storage.files.small_files import plain
-from nfm.storage.format.crc32c import crc32c
 from nfm.storage.format.spec import Field
-from nfm.storage.layouts.tar import Array, Mapped, corrupt, map_file, stored
+from nfm.storage.layouts.mapped import Mapped, corrupt, map_file
+from nfm.storage.layouts.tar import Array, stored
 
 CRC = 4  # bytes
 _ENTRY = 16  # bytes of the index a chunk
 _MISSING = 2**64 - 1
-PCODEC_LEVEL = 8
 
 
 def shard_bytes(field: Field, records: int, rows_per_shard: int, rows_per_block: int) -> int:
-    """Size in bytes of the file of a field whose chunks are not compressed."""
+    """Size in bytes of the file of a field."""
     chunks = -(-records // rows_per_block)
     return chunks * chunk_bytes(field, rows_per_block) + index_bytes(rows_per_shard, rows_per_block)
 
@@ -44,7 +42,7 @@ class MappedZarr:
     """The files of a shard as arrays, mapped into memory.
 
     Opening checks their sizes, the check sums of their indexes and that every chunk is where it belongs. Raises
-    MissingShard or CorruptShard. A field in `compressed` has no address: it is only read, chunk by chunk.
+    MissingShard or CorruptShard.
     """
 
     def __init__(
@@ -54,7 +52,6 @@ class MappedZarr:
         records: int,
         rows_per_shard: int,
         rows_per_block: int,
-        compressed: Sequence[str] = (),
     ) -> None:
         self.fields = tuple(fields)
         self.records = records
@@ -63,12 +60,8 @@ class MappedZarr:
         self._rows = rows_per_block
         self._paths = {field.name: Path(path) for field, path in zip(fields, paths, strict=True)}
         self._chunks: dict[str, Array] = {}  # [chunks, rows, *shape], strided over the check sums
-        self._compressed: dict[str, tuple[mmap.mmap, Array]] = {}
         for field in self.fields:
-            if field.name in compressed:
-                self._open_compressed(field, rows_per_shard)
-            else:
-                self._map(field, rows_per_shard)
+            self._map(field, rows_per_shard)
 
     def __len__(self) -> int:
         return self.records
@@ -83,27 +76,9 @@ class MappedZarr:
         while at < stop:
             chunk, row = divmod(at, self._rows)
             taken = min(stop - at, self._rows - row)
-            source = self._decompress(field, chunk) if name in self._compressed else self._chunks[name][chunk]
-            out[at - start : at - start + taken] = source[row : row + taken]
+            out[at - start : at - start + taken] = self._chunks[name][chunk, row : row + taken]
             at += taken
         return out
-
-    def bad_chunks(self, name: str) -> list[int]:
-        """The chunks of a field whose check sum is not that of their bytes."""
-        path, bad = self._paths[name], []
-        with plain(path) as file:
-            for chunk, (offset, size) in enumerate(self._places(name)):
-                file.seek(offset)
-                data = file.read(size)
-                if data[-CRC:] != struct.pack("<I", crc32c(data[:-CRC])):
-                    bad.append(chunk)
-        return bad
-
-    def _places(self, name: str) -> list[tuple[int, int]]:
-        if name in self._compressed:
-            return [(int(offset), int(size)) for offset, size in self._compressed[name][1]]
-        stride = self._chunks[name].strides[0]
-        return [(chunk * stride, stride) for chunk in range(len(self._chunks[name]))]
 
     def _map(self, field: Field, rows_per_shard: int) -> None:
         path, rows = self._paths[field.name], self._rows
@@ -119,37 +94,14 @@ class MappedZarr:
             (chunks, *one.shape), one.dtype, buffer, 0, (stride, field.bytes_per_record, *one.strides[1:])
         )
 
-    def _open_compressed(self, field: Field, rows_per_shard: int) -> None:
-        path, rows = self._paths[field.name], self._rows
-        chunks, index = -(-self.records // rows), index_bytes(rows_per_shard, rows)
-        buffer = map_file(path, None, f"{self.records} records")
-        if len(buffer) < index:
-            raise corrupt(path, f"{len(buffer)} bytes, its index alone takes {index}")
-        tail = buffer[-index:]
-        places = np.frombuffer(tail[: chunks * _ENTRY], "<u8").reshape(-1, 2)
-        sizes = [min(int(size), len(buffer)) for size in places[:, 1]]
-        if tail != index_of(sizes, rows_per_shard // rows) or sum(sizes) + index != len(buffer):
-            raise corrupt(path, f"its index does not place {chunks} chunks one behind the other")
-        self._compressed[field.name] = (buffer, places)
 
-    def _decompress(self, field: Field, chunk: int) -> Array:
-        buffer, places = self._compressed[field.name]
-        offset, size = (int(value) for value in places[chunk])
-        data = buffer[offset : offset + size]
-        out = np.zeros((self._rows, *field.shape), field.dtype)
-        if data[-CRC:] != struct.pack("<I", crc32c(data[:-CRC])):
-            raise corrupt(self._paths[field.name], f"chunk {chunk} does not match its check sum")
-        try:
-            pcodec().decode(data[:-CRC], out.reshape(-1))
-        except BaseException as error:  # a panic of pcodec's Rust is no Exception
-            if isinstance(error, StorageError | KeyboardInterrupt | SystemExit | MemoryError):
-                raise
-            raise corrupt(self._paths[field.name], f"chunk {chunk} is no pcodec chunk ({error})") from error
-        return out
+def crc32c(data: Any) -> bytes:
+    """The check sum (Castagnoli's) of bytes or of a contiguous array, as it is stored."""
+    return struct.pack("<I", google_crc32c.value(data))
 
 
 def chunk_bytes(field: Field, rows: int) -> int:
-    """Size of a chunk that is not compressed, its check sum included."""
+    """Size of a chunk, its check sum included."""
     return rows * field.bytes_per_record + CRC
 
 
@@ -164,13 +116,4 @@ def index_of(sizes: Sequence[int], chunks: int) -> bytes:
     index[: len(sizes), 1] = np.array(sizes, "<u8")
     index[: len(sizes), 0] = np.cumsum([0, *sizes[:-1]]) if sizes else 0
     data = index.tobytes()
-    return data + struct.pack("<I", crc32c(data))
-
-
-def pcodec() -> Any:
-    """numcodecs' codec of compressed chunks. Raises StorageError when its packages are missing."""
-    try:
-        from numcodecs.pcodec import PCodec
-    except ImportError as error:
-        raise StorageError(f"codec pcodec needs pcodec and numcodecs ({error}); install nfm-pairs[zarr]") from error
-    return PCodec(level=PCODEC_LEVEL)
+    return data + crc32c(data)

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from nfm.storage.errors import StorageError
-from nfm.storage.files.atomic import HashingFile
+from nfm.storage.files.durable import HashingFile, StoredFile
 from nfm.storage.files.paths import as_path, is_remote, remove
-from nfm.storage.format.crc32c import crc32c
 from nfm.storage.format.spec import Field
-from nfm.storage.layouts.tar import Array, Blocker, Payload, stored
-from nfm.storage.layouts.zarr_shard import CRC, index_of, pcodec
+from nfm.storage.layouts.tar import Array, Blocker, stored
+from nfm.storage.layouts.zarr_shard import CRC, crc32c, index_of
 
 
 class ZarrWriter:
     """Writes the files of one shard as `folder`/FIELD; they get their names when all records are durable.
 
-    As a context manager it closes on a clean exit and leaves nothing behind on an error. `compressed` names the
-    fields whose chunks pcodec compresses. Raises StorageError as `ShardWriter` does.
+    As a context manager it closes on a clean exit and leaves nothing behind on an error. Raises StorageError as
+    `ShardWriter` does.
     """
 
     def __init__(
@@ -34,14 +31,12 @@ class ZarrWriter:
         records: int,
         rows_per_shard: int,
         rows_per_block: int,
-        compressed: Sequence[str] = (),
     ) -> None:
         self.path = as_path(folder)
         self.fields = tuple(fields)
-        self.payloads: list[Payload] = []
+        self.payloads: list[StoredFile] = []
         self._rows = (rows_per_shard, rows_per_block)
         self._blocker = Blocker(self.path, self.fields, records, rows_per_block)
-        self._pcodec = {name: pcodec() for name in compressed}
         self._chunks: dict[str, list[int]] = {field.name: [] for field in self.fields}  # sizes in bytes
         self._files: dict[str, HashingFile] = {}
         try:
@@ -61,7 +56,7 @@ class ZarrWriter:
         for block in self._blocker.add(arrays):
             self._write(block)
 
-    def close(self) -> list[Payload]:
+    def close(self) -> list[StoredFile]:
         """Publishes the files, in the order of the fields. Raises StorageError, leaving nothing, when records lack."""
         if not self.payloads:
             try:
@@ -73,7 +68,7 @@ class ZarrWriter:
             except StorageError:
                 self.discard()
                 raise
-            self.payloads = [Payload(file.path, file.sha256, file.bytes) for file in self._files.values()]
+            self.payloads = [file.stored for file in self._files.values()]
         return self.payloads
 
     def discard(self) -> None:
@@ -101,13 +96,11 @@ class ZarrWriter:
             if len(data) < self._rows[1]:
                 padding = np.zeros((self._rows[1] - len(data), *field.shape), stored(field))
                 data = np.concatenate([data, padding])
-            chunk: Any = data.reshape(-1).view(np.uint8)
-            if field.name in self._pcodec:
-                chunk = self._pcodec[field.name].encode(data.reshape(-1))
+            chunk = data.reshape(-1).view(np.uint8)
             self._chunks[field.name].append(len(chunk) + CRC)
             file = self._files[field.name]
-            file.write(chunk)
-            file.write(struct.pack("<I", crc32c(chunk)))
+            file.write(chunk.data)
+            file.write(crc32c(chunk))
 
 
 def remove_folder(folder: Path) -> None:

@@ -9,13 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from nfm.storage import layouts
 from nfm.storage.errors import MissingShard, StorageError
@@ -23,112 +18,11 @@ from nfm.storage.files import folder as listing
 from nfm.storage.files import signed_json
 from nfm.storage.files.atomic import create_json, digest, hash_file, read_json
 from nfm.storage.files.paths import as_path, exists, remove, several, size_of
-from nfm.storage.format import codecs
-from nfm.storage.format.commit import ATTEMPT, Commit, parse
-from nfm.storage.format.index import index_rows, keys_digest, write_index
-from nfm.storage.format.moments import Moments, MomentSums
-from nfm.storage.format.spec import FORMAT, StoreSpec, parse_name, shard_name
-from nfm.storage.layouts.tar import Array, Payload
+from nfm.storage.format.commit import Commit, parse
+from nfm.storage.format.spec import FORMAT, parse_name
 
-__all__ = ["Commit", "Written", "commit_path", "committed", "names", "publish", "read", "read_many", "write_shard"]
+__all__ = ["Commit", "commit_path", "committed", "names", "publish", "read", "read_many"]
 _CHUNK = 1024  # commits in memory at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """A shard that is durable but not committed; paths are absolute or relative as the store's root was."""
-
-    name: str
-    draw: int
-    shard: int
-    attempt: str
-    payload: Payload
-    index: Payload
-    records: int
-    keys_digest: str
-    moments: Moments
-    clipped: int
-    parts: tuple[Mapping[str, Any], ...]
-    seconds: float
-
-    def commit(self, **how: Any) -> Commit:
-        """The commit to publish; `how` gives precision, batch_size, threads, seconds, versions and device."""
-        return Commit(
-            name=self.name,
-            draw=self.draw,
-            shard=self.shard,
-            attempt=self.attempt,
-            payload=f"{self.payload.path.parent.name}/{self.payload.path.name}",
-            payload_sha256=self.payload.sha256,
-            payload_bytes=self.payload.bytes,
-            index=f"{self.index.path.parent.name}/{self.index.path.name}",
-            index_sha256=self.index.sha256,
-            index_bytes=self.index.bytes,
-            records=self.records,
-            keys_digest=self.keys_digest,
-            moments=self.moments,
-            clipped=self.clipped,
-            parts=self.parts,
-            **({"seconds": self.seconds} | how),
-        )
-
-
-def write_shard(
-    root: str | Path,
-    spec: StoreSpec,
-    draw: int,
-    shard: int,
-    attempt: str,
-    records: Iterable[Mapping[str, Array]],
-) -> Written:
-    """Writes the payload and the index part of one shard, both durable on return; publishes no commit.
-
-    Each item of `records` has arrays over n records: every field of the spec (the noise in float32, stored in
-    the spec's codec), `slot` counting through `spec.slots_of(shard)`, and optionally `row` (default: the
-    slot), `flip`, `group` and `nll`. Raises StorageError for wrong slots, shapes and types, for noise that is
-    not finite, and when the disk is full; nothing is left behind then. Moments are of the noise as stored.
-    """
-    if not re.fullmatch(ATTEMPT, attempt):
-        raise StorageError(f"attempt {attempt!r}: use letters, digits, - and _ only, it becomes part of file names")
-    begin = time.monotonic()
-    root, name, slots = as_path(root), shard_name(draw, shard), spec.slots_of(shard)
-    earlier = read(root, name)
-    if earlier is not None and earlier.attempt == attempt:
-        raise StorageError(f"{root}: {name} is committed under attempt {attempt!r}; use a new attempt's name")
-    sums, rows, clipped = MomentSums(), [], 0
-    with layouts.writer(spec, root, name, attempt) as writer:
-        for chunk in records:
-            start = slots.start + writer.written
-            arrays, beyond = _fields_of(writer.path, spec, chunk, start)
-            sums.add(arrays["noise"], spec.noise_step)
-            if sums.nonfinite:
-                raise StorageError(
-                    f"{writer.path}: {sums.nonfinite} values of the noise are not finite from slot {start} on; "
-                    f"check the teacher, or use codec float32 if they overflow"
-                )
-            writer.append(arrays)
-            rows.append(index_rows(draw, {**chunk, **arrays}))
-            clipped += beyond
-        payload, parts = layouts.closed(writer)
-    try:
-        index = write_index(root / "index" / f"{name}.{attempt}.parquet", rows)
-    except StorageError:
-        layouts.remove(payload.path, parts)
-        raise
-    return Written(
-        name=name,
-        draw=draw,
-        shard=shard,
-        attempt=attempt,
-        payload=payload,
-        index=index,
-        records=len(slots),
-        keys_digest=keys_digest(draw, slots),
-        moments=sums.result(),
-        clipped=clipped,
-        parts=parts,
-        seconds=time.monotonic() - begin,
-    )
 
 
 def publish(root: str | Path, commit: Commit) -> Commit:
@@ -207,19 +101,3 @@ def read_many(root: str | Path, names: Sequence[str]) -> Iterator[tuple[Commit, 
 
         for start in range(0, len(names), _CHUNK):
             yield from filter(None, several(where, one, names[start : start + _CHUNK]))
-
-
-def _fields_of(path: Path, spec: StoreSpec, chunk: Mapping[str, Array], start: int) -> tuple[dict[str, Array], int]:
-    """(the records as stored, how many values of the noise were clipped)."""
-    missing = [field.name for field in spec.fields if field.name not in chunk]
-    if missing:
-        raise StorageError(f"{path}: the records lack {', '.join(missing)}; the spec lists them as fields")
-    arrays = {field.name: np.asarray(chunk[field.name]) for field in spec.fields}
-    try:
-        arrays["noise"], clipped = codecs.encode(arrays["noise"], spec.codec, spec.noise_step)
-    except StorageError as error:
-        raise StorageError(f"{path}: {error} from slot {start} on; check the teacher") from error
-    slot = arrays["slot"]
-    if not np.array_equal(slot, np.arange(start, start + len(slot))):
-        raise StorageError(f"{path}: slots {slot[:3]}... where {start} was next; write them in the order of the slots")
-    return arrays, clipped

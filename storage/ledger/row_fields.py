@@ -25,6 +25,7 @@ from nfm.storage.files.atomic import HashingFile, create_json, read_json
 from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove
 from nfm.storage.files.small_files import plain
 from nfm.storage.format import untrusted
+from nfm.storage.format.npy import NPY_HEADER, npy_header
 from nfm.storage.format.spec import FORMAT, check_format, read_spec
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ T = TypeVar("T")
 FIELDS, FIELD = "fields", "field.json"
 _NAME = r"[a-z][a-z0-9_]{0,62}"
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
-_HEADER = 128
 _MOST_AXES, _MOST_FILES = 8, 100_000
 _FILE_BYTES = 256 << 20
 _MOST_OPEN = 64
@@ -136,9 +136,11 @@ class RowField:
             buffer = self.opened(part, _mapped)
         except (OSError, ValueError) as error:
             raise CorruptShard(f"{path}: cannot be mapped ({error}); restore it from a copy") from error
-        if len(buffer) != part.bytes or buffer[:_HEADER] != _npy_header(self.dtype, (part.rows, *self.shape)):
+        if len(buffer) != part.bytes or buffer[:NPY_HEADER] != npy_header(
+            self.name, self.dtype, (part.rows, *self.shape)
+        ):
             raise CorruptShard(f"{path}: not {part.rows} rows of {self.dtype} {self.shape}; restore it from a copy")
-        return np.ndarray((part.rows, *self.shape), self.dtype, buffer, _HEADER)
+        return np.ndarray((part.rows, *self.shape), self.dtype, buffer, NPY_HEADER)
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -171,10 +173,10 @@ def write_row_field(
     when the store has a field of this name with other values; a field never changes.
     """
     spec, folder = read_spec(root), _folder(root, name)
-    if spec.coupling == "reflow":
+    if spec.student is not None:
         raise StorageError(
-            f"{folder}: the images of coupling 'reflow' are generated, so that values of source rows are not theirs; "
-            "add fields to a store of another coupling"
+            f"{folder}: the images of coupling {spec.coupling!r} are generated, so that values of source rows "
+            "are not theirs; add fields to a store of another coupling"
         )
     if spec.has(name):
         raise StorageError(f"{folder}: {name!r} is a field of the records themselves; choose another name")
@@ -227,7 +229,7 @@ def _write_files(
         records, written = min(rows_per_file, rows - start), 0
         file = f"s{number:05d}.{attempt}.npy"
         with HashingFile(folder / file, replace=False) as out:
-            out.write(_npy_header(dtype, (records, *shape)))
+            out.write(npy_header(name, dtype, (records, *shape)))
             while written < records:
                 if piece is None:
                     raise StorageError(f"field {name!r}: {start + written} rows were given, the source has {rows}")
@@ -270,7 +272,7 @@ def _checked(root: Path, name: str) -> dict[str, Any]:
             untrusted.text(f"{path}: a file", part["file"], r"s\d{5}\.[A-Za-z0-9]+\.npy")
             untrusted.sha256(f"{path}: {part['file']}", part["sha256"])
             held = min(per_file, rows - start)
-            fine = fine and (part["rows"], part["bytes"]) == (held, _HEADER + held * per_row)
+            fine = fine and (part["rows"], part["bytes"]) == (held, NPY_HEADER + held * per_row)
             start += held
     except (KeyError, TypeError) as error:
         raise StorageError(f"{path}: no description of a field ({error!r}); restore it from a copy") from error
@@ -287,12 +289,3 @@ def _folder(root: str | Path, name: str) -> Path:
 
 def _stored(name: str, dtype: Any) -> np.dtype[Any]:
     return np.dtype(untrusted.one_of(f"field {name!r}: dtype", dtype, _DTYPES)).newbyteorder("<")
-
-
-def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """npy 1.0 (numpy.lib.format), padded to a fixed length so that offsets are arithmetic."""
-    text = f"{{'descr': '{dtype.newbyteorder('<').str}', 'fortran_order': False, 'shape': {shape!r}, }}"
-    room = _HEADER - 10
-    if len(text) >= room:
-        raise StorageError(f"a field of shape {shape} does not fit the header of its file; use fewer dimensions")
-    return b"\x93NUMPY\x01\x00" + room.to_bytes(2, "little") + text.ljust(room - 1).encode("ascii") + b"\n"

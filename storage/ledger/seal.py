@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from nfm.storage import layouts
 from nfm.storage.errors import MissingShard, StorageError
 from nfm.storage.files import folder
 from nfm.storage.files.atomic import create_json
-from nfm.storage.files.paths import as_path, exists, size_of
+from nfm.storage.files.paths import as_path, exists, is_remote, names_in, remove, size_of
 from nfm.storage.format.order import order_key
 from nfm.storage.format.spec import FORMAT, StoreSpec, parse_name, read_spec, shard_name
 from nfm.storage.ledger import commits, manifests
@@ -21,7 +21,7 @@ from nfm.storage.ledger.sums import Totals
 
 __all__ = [
     "build", "files_of", "load", "manifest_path", "names_of", "newest", "next_number", "numbers", "pending", "raw",
-    "seal",
+    "remove_lost_attempts", "seal",
 ]  # fmt: skip
 _LISTED = 8  # pending shards named in a message
 _MOST_REASON = 1000  # characters
@@ -45,7 +45,8 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
 
     Of `excluded` (name: reason) those that are not committed are left out, and the manifest says so. `content_digest`
     is over the payload digests alone, in order; `records` counts all draws; `moments` are pooled. A long list of
-    shards is written beside the manifest, which refers to it. Files of layout zarr are placed, see `layout.seal`.
+    shards is written beside the manifest, which refers to it. Files are placed where the layout has that, see
+    `layouts.seal`.
 
     Raises MissingShard, listing what is pending, or naming a file that was committed and is not there; StorageError
     where a draw would be empty, and for a hole in layout zarr.
@@ -61,7 +62,7 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
         for commit, sha256 in commits.read_many(where, names):
             _check_commit(where, spec, commit, there)
             totals.add(commit, sha256)
-            if spec.layout == "zarr":
+            if layouts.of(spec).by_field:
                 held.append(commit)
         if totals.sums.shards != len(names):
             raise MissingShard(f"{root}: a commit went away while they were read; who removes commits?")
@@ -93,6 +94,27 @@ def seal(root: str | Path, draws: int, excluded: Mapping[str, str] | None = None
     return manifests.whole(root, stands)
 
 
+def remove_lost_attempts(root: str | Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Removes what killed attempts left of these shards, now that each of them is sealed under one attempt."""
+    where = as_path(root)
+    kept = {file for entry in entries for file in (entry["payload"], entry["index"])}
+    names = {entry["name"] for entry in entries}
+    for kind in ("shards", "index"):
+        for file in names_in(where / kind):
+            if file.partition(".")[0] in names and f"{kind}/{file}" not in kept:
+                _remove(where / kind / file)
+
+
+def _remove(path: Path) -> None:
+    if size_of(path) is not None:
+        remove(path)
+        return
+    for part in names_in(path):
+        remove(path / part)
+    if not is_remote(path):  # an object store has no folders
+        path.rmdir()
+
+
 def _present(
     root: Path, spec: StoreSpec, draws: int, excluded: Mapping[str, str]
 ) -> tuple[list[str], list[dict[str, Any]]]:
@@ -106,10 +128,10 @@ def _present(
         )
     if not lacking:
         return names, []
-    if spec.layout == "zarr":
+    if not layouts.of(spec).holes:
         raise StorageError(
-            f"{root}: {len(lacking)} shards are missing ({lacking[0]}, ...), and the arrays of layout zarr can have no "
-            "holes; run the pairs stage again to encode them, or make the store in layout blocks"
+            f"{root}: {len(lacking)} shards are missing ({lacking[0]}, ...), and the arrays of layout {spec.layout} "
+            "can have no holes; run the pairs stage again to encode them, or make the store in layout blocks"
         )
     absent = set(lacking)
     held = [name for name in names if name not in absent]

@@ -27,7 +27,7 @@ import numpy as np
 
 from nfm.storage.errors import CorruptShard
 from nfm.storage.layouts import Shard
-from nfm.storage.layouts.tar import Mapped
+from nfm.storage.layouts.mapped import Mapped
 from nfm.storage.reading.stream import Planned, Records, Source
 
 _PIECE = 4 << 20  # bytes read at a time

@@ -15,11 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from nfm.storage import layouts as layouts
-from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.errors import CorruptShard
 from nfm.storage.format.spec import Field
-from nfm.storage.layouts import Shard
-from nfm.storage.layouts.samples import LABEL_BYTES, parse_labels
+from nfm.storage.layouts import LAYOUTS, Shard
 
 Array = npt.NDArray[Any]
 _LARGE_RECORD = 4096  # bytes; from here on a copy a record beats numpy's gather, which copies twice
@@ -47,7 +45,7 @@ class ShardSequence:
         self.rows_per_block = rows_per_block
         self.layout = layout
         self._open_shard = open_shard
-        files = len(self.fields) if layout == "zarr" else 1
+        files = len(self.fields) if LAYOUTS[layout].by_field else 1
         self._most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4 // files)
         self._begin()
         _sequences.add(self)
@@ -78,18 +76,19 @@ class ShardSequence:
         touched, which = np.unique(number, return_inverse=True)
         held = [self.shard(shard) for shard in touched.tolist()]
         inside = rows - number * self.rows_per_shard
+        layout = LAYOUTS[self.layout]
         records = np.minimum(self.rows - number * self.rows_per_shard, self.rows_per_shard)
-        offsets = layouts.offsets(self.layout, list(self.fields.values()), records, inside, self.rows_per_block)
+        offsets = layout.offsets(list(self.fields.values()), records, inside, self.rows_per_block)
         for name in names:
             self._check(name, result[name], len(rows))
             if name not in offsets:  # implied by the position
                 result[name][...] = rows
                 continue
-            begins = np.array([_address(shard, name) for shard in held], np.int64)
-            if self.layout == "samples" and name == "label":
-                text = np.empty((len(rows), LABEL_BYTES), np.uint8)
-                _gather(begins[which] + offsets[name], text)
-                result[name][...] = parse_labels(text)
+            begins = np.array([shard.addresses[name] for shard in held], np.int64)
+            if (text := layout.text(name)) is not None:
+                written = np.empty((len(rows), text.bytes), np.uint8)
+                _gather(begins[which] + offsets[name], written)
+                result[name][...] = text.parse(written)
             else:
                 _gather(begins[which] + offsets[name], result[name])
         del held  # until here: what is gathered from must stay mapped
@@ -123,15 +122,6 @@ class ShardSequence:
         if found.records != records:  # or offsets would point outside its map
             raise CorruptShard(f"shard {number} is listed with {found.records} records, its rows are {records}")
         return found
-
-
-def _address(shard: Shard, name: str) -> int:
-    if name not in shard.addresses:
-        raise StorageError(
-            f"the {name} is compressed by pcodec, for archives: read it with stock zarr, or make a store of it that "
-            "batches can be read from, with `nfm pairs export` and codec int8 or float16"
-        )
-    return shard.addresses[name]
 
 
 def _gather(starts: Array, out: Array) -> None:

@@ -11,8 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from nfm.storage.errors import StateMismatch
 from nfm.storage.errors.arguments import WrongArgument, checked, checked_later
 from nfm.storage.reading.batch import Batch
-from nfm.storage.reading.ranks import find_rank
-from nfm.storage.reading.reader import BatchReader, ReadOptions
+from nfm.storage.reading.reader import BatchReader, ReadOptions, find_rank
 from nfm.storage.reading.starts import Start, Starts
 from nfm.storage.reading.stream import Stream
 

@@ -22,7 +22,6 @@ from nfm.storage.verify.content import close
 from nfm.storage.verify.files import LEVELS, Finding, Level, finding_of, leads_outside, surplus
 from nfm.storage.verify.row_fields import check_fields
 from nfm.storage.verify.shards import COPY, check_shards
-from nfm.storage.verify.stock import check_stock_reader
 from nfm.storage.verify.survey import Survey, load, survey
 
 __all__ = ["LEVELS", "Finding", "Level", "orphans", "verify"]
@@ -47,7 +46,7 @@ def verify(store_root: str | Path, generation: int | None = None, level: Level =
     except StorageError as error:
         return [finding_of("quick", root / SPEC, error, f"{COPY}, it is the store's recipe")]
     if level == "deep":
-        check_stock_reader(found.spec)
+        layouts.of(found.spec).check_stock_reader()
     wanted = [generation] if generation is not None else list(found.manifests) or [1]
     checked = check_shards(found, wanted, generation is None, level)
     empty = Sums(found.spec)
@@ -122,7 +121,7 @@ def _sum_problems(found: Survey, manifest: Mapping[str, Any], sums: Sums) -> Ite
 
 def _metadata_findings(found: Survey, draws: int) -> Iterator[Finding]:
     """What stock readers are told of a store is a function of its recipe, so every byte of it is known."""
-    for name, data in layouts.metadata(found.spec, draws).items():
+    for name, data in layouts.of(found.spec).metadata(found.spec, draws).items():
         path = found.root / name
         if size_of(path) is None:
             yield Finding("quick", str(path), "the file is missing", _RESEAL)

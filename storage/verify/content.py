@@ -15,7 +15,6 @@ from nfm.storage.format.moments import MomentSums
 from nfm.storage.format.spec import StoreSpec
 from nfm.storage.layouts import Shard
 from nfm.storage.ledger.commits import Commit
-from nfm.storage.verify.stock import stock_arrays
 
 _ROWS = 1024  # records in memory at a time
 
@@ -69,7 +68,7 @@ def close(value: float | None, stated: Any) -> bool:
 def _stock_problems(spec: StoreSpec, shard: Shard, commit: Commit, files: list[Path]) -> Iterator[str]:
     counts = dict.fromkeys((field.name for field in shard.fields), 0)
     try:
-        for name, array in stock_arrays(spec, files, commit):
+        for name, array in layouts.of(spec).stock_arrays(spec, files, commit.draw, commit.shard):
             start = counts[name]
             counts[name] += len(array)
             if counts[name] > shard.records:

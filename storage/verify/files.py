@@ -12,12 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
+from nfm.storage import layouts
 from nfm.storage.errors import StorageError
 from nfm.storage.files import remote
 from nfm.storage.files.atomic import hash_file, is_temporary
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import is_remote, size_of
 from nfm.storage.format.spec import SPEC, StoreSpec
-from nfm.storage.layouts import StoredFile
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.shard_list import is_list_name
 
@@ -148,7 +149,7 @@ def _is_orphan(spec: StoreSpec, file: str, known: set[str]) -> bool:
         return True
     match = re.fullmatch(rf"index/{_ATTEMPT}\.parquet", file) or re.fullmatch(rf"shards/{_ATTEMPT}(\.tar|/\w+)", file)
     if match is not None:
-        staged = file.endswith(".tar") != (spec.layout == "zarr") or file.startswith("index/")
+        staged = file.endswith(".tar") != layouts.of(spec).by_field or file.startswith("index/")
         return staged and int(match[2]) < spec.shards_per_draw
     # A field's files come before its field.json, by which it exists; another attempt's may stay beside.
     return re.fullmatch(r"fields/[a-z][a-z0-9_]*/s\d{5}\.[A-Za-z0-9]+\.npy", file) is not None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nfm.storage.errors import StorageError
-from nfm.storage.layouts import StoredFile
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.ledger.row_fields import FIELD, FIELDS, RowField, row_field_names
 from nfm.storage.verify.files import Finding, Level, check_file, finding_of, local_copies
 

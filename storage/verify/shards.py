@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
+from nfm.storage import layouts
 from nfm.storage.errors import StorageError
 from nfm.storage.files import folder as listing
 from nfm.storage.files.atomic import content_digest
@@ -79,7 +80,7 @@ def _look(
 def _is_clean(found: Survey, own: Entry, entries: Sequence[Entry]) -> bool:
     """Whether a shard is quickly seen to be as it was committed and sealed: plain files, of the sizes stated."""
     return (
-        found.spec.layout != "zarr"
+        not layouts.of(found.spec).by_field
         and "parts" not in own
         and found.sizes.get(own["payload"]) == own["bytes"]
         and found.sizes.get(own["index"]) == own["index_bytes"]

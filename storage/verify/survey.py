@@ -16,10 +16,11 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files import folder as listing
 from nfm.storage.files import signed_json
 from nfm.storage.files.atomic import digest, hash_file
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import is_remote, size_of
 from nfm.storage.format.commit import parse
 from nfm.storage.format.spec import StoreSpec, parse_name, read_spec
-from nfm.storage.layouts import Entry, StoredFile
+from nfm.storage.layouts import Entry
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.commits import Commit
 from nfm.storage.ledger.shard_list import ShardList, is_list_name, texts
@@ -68,12 +69,13 @@ class Survey:
         names: set[str] = set()
         for manifest in self.readable(self.manifests):
             shards = manifest["shards"]
-            if self.spec.layout != "zarr":
+            if not layouts.of(self.spec).by_field:
                 names.update(texts(shards, "payload"), texts(shards, "index"))
                 continue
             names |= {file for entry in shards for file in self.all_files(entry)}
         committed = 1 + max((parse_name(name)[0] for name in self.commits), default=-1)
-        return names | self._lists() | set(layouts.metadata(self.spec, max(committed, self.draws(self.manifests))))
+        draws = max(committed, self.draws(self.manifests))
+        return names | self._lists() | set(layouts.of(self.spec).metadata(self.spec, draws))
 
     def all_files(self, source: Entry | Commit) -> set[str]:
         """The files of a shard where they were written, and where sealing places them."""

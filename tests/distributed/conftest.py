@@ -8,6 +8,7 @@ import pytest
 from nfm.storage import PairStore, StoreSpec
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +35,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> PairStore:
                 "label": slots % 10,
                 "slot": slots,
             }
-            commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", [record]).commit())
+            commits.publish(root, write_shard(root, spec, draw, shard, "a1", [record]).commit())
     seal.seal(root, 2)
     return PairStore.open(root)

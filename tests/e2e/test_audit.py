@@ -14,6 +14,7 @@ from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.store import PairStore
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def swap_noise(store: Artifact, draw: int, shard: int) -> None:
     name = body["shards"][draw * spec.shards_per_draw + shard]["name"]
     for path in root.glob(f"*/{name}.*"):
         path.unlink()
-    commits.publish(root, commits.write_shard(root, spec, draw, shard, "forged", [records]).commit())
+    commits.publish(root, write_shard(root, spec, draw, shard, "forged", [records]).commit())
     store.path.joinpath(store.manifest_name).unlink()
     made = {*seal.build(root, spec, body["draws"]), "digest"}
     seal.seal(root, body["draws"], **{key: value for key, value in body.items() if key not in made})

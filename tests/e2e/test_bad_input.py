@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sysconfig
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,18 +212,36 @@ def test_a_second_writer_is_told_who_holds_the_artifact(lab: Lab) -> None:
 
 @pytest.fixture
 def small_disk(lab: Lab) -> Iterator[Path]:
-    """A file system with room for the artifacts and 150 kB more; skipped where none can be mounted."""
+    """A file system with the artifacts, which somebody else fills up as soon as pairs are committed there.
+
+    Skipped where none can be mounted.
+    """
     folder = lab.folder / "disk"
     folder.mkdir()
-    size = sum(path.stat().st_size + 4096 for path in lab.artifacts.rglob("*")) + 150_000
+    size = sum(path.stat().st_size + 4096 for path in lab.artifacts.rglob("*")) + 30_000_000
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here; the file size limit below is the same promise")
+    over = threading.Event()
     try:
         subprocess.run(["cp", "-a", f"{lab.artifacts}/.", str(folder)], check=True)
+        filler = threading.Thread(target=_fill, args=(folder, over))
+        filler.start()
         yield folder
     finally:
+        over.set()
+        filler.join()
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _fill(folder: Path, over: threading.Event) -> None:
+    """Take all room but 50 kB of a file system once there is a commit that was not there before."""
+    before = len(list(folder.glob("pairs/*/commits/*.json")))
+    while len(list(folder.glob("pairs/*/commits/*.json"))) == before:
+        if over.wait(0.001):
+            return
+    with (folder / "somebody-else").open("xb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(shutil.disk_usage(folder).free - 50_000, 1))
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(lab: Lab, small_disk: Path) -> None:

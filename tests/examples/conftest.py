@@ -12,9 +12,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from nfm.storage import StoreSpec
-from nfm.storage.format.spec import pair_fields, write_spec
-from nfm.storage.ledger import commits, seal
+from nfm.storage import PairWriter, StoreSpec
+from nfm.storage.format.spec import pair_fields
 from tests.storage.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -33,15 +32,11 @@ def make_store(root: Path, layout: str) -> Path:
         classes=10,
         layout=layout,
     )
-    write_spec(root, spec)
-    for draw in range(2):
-        for shard in range(spec.shards_per_draw):
-            slots = np.array(spec.slots_of(shard))
-            noise = np.random.default_rng((draw, shard)).standard_normal((len(slots), 1, 4, 4), np.float32)
+    with PairWriter(root, spec, draws=2) as writer:
+        for draw in range(2):
+            noise = np.random.default_rng(draw).standard_normal((ROWS, 1, 4, 4), np.float32)
             image = np.clip(np.rint(127.5 + 127.5 * 0.25 * noise), 0, 255).astype(np.uint8)
-            record = {"image": image, "noise": noise, "label": slots % 10, "slot": slots}
-            commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", [record]).commit())
-    seal.seal(root, 2)
+            writer.write(image=image, noise=noise, label=np.arange(ROWS) % 10, draw=draw)
     return root
 
 

@@ -26,6 +26,16 @@ def test_a_trainer_runs_as_a_script(name: str, script: Callable[..., str], store
     assert 0 < float(value) < 1
 
 
+def test_pairs_of_ones_own_become_a_store_and_a_student(script: Callable[..., str], tmp_path: Path) -> None:
+    """The example states a loss only after its store was sealed; run again, it writes nothing."""
+    said, value = script("external_pairs.py", tmp_path / "store").split()
+    assert said == "loss"
+    assert 0 < float(value) < 1
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
+    assert script("external_pairs.py", tmp_path / "store").startswith("loss")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == files
+
+
 def test_stock_zarr_reads_a_store_of_an_object_store(
     bucket: str, script: Callable[..., str], store: Callable[[str], Path]
 ) -> None:
@@ -35,7 +45,13 @@ def test_stock_zarr_reads_a_store_of_an_object_store(
 
 def test_every_example_is_run_by_a_test(store: Callable[[str], Path]) -> None:
     stock = {"stock_webdataset.py", "stock_webdataset_samples.py", "stock_zarr.py"}
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*TRAINERS, *LAUNCHED, *stock, "network.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        *TRAINERS,
+        *LAUNCHED,
+        *stock,
+        "external_pairs.py",
+        "network.py",
+    }
 
 
 @pytest.mark.seconds(40)

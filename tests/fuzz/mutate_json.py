@@ -16,7 +16,7 @@ FLOATS = (0.5, -0.0, 1.5, 1e308, -1e308, 1e-320, float("nan"), float("inf"), flo
 WORDS = (
     "", ".", "..", "/", "\0", "\n", "a" * 5000, "\ud800", "é", "spec.json", "d000-s00000", "d000-s00001", "d001-s00000",
     "d999-s99999", "float16", "float32", "float64", "int8", "uint8", "object", "|O", "O", "V8", "U4", "datetime64[s]",
-    "blocks", "samples", "zarr", "pcodec", "image", "noise", "label", "slot", "%s%n", "{0}", "0" * 64, "g" * 64, "NaN",
+    "blocks", "samples", "zarr", "int8", "image", "noise", "label", "slot", "%s%n", "{0}", "0" * 64, "g" * 64, "NaN",
     "s3://bucket/x", "http://127.0.0.1:9/x", "memory://x/y", "file:///etc/passwd", "shards", "commits/d000-s00000.json",
 )  # fmt: skip
 

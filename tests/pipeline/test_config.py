@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nfm.pipeline.builder import build
 from nfm.pipeline.config import ConfigError, RunConfig, load
-from nfm.pipeline.graph import build
-from nfm.stages.pairs.stage import PairsConfig
+from nfm.stages.pairs.config import PairsConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
 
@@ -121,8 +121,8 @@ def test_weights_that_are_missing_stop_an_evaluation_before_its_students_are_tra
 def test_a_config_is_checked_without_torch(tmp_path: Path) -> None:
     path = written(tmp_path, '[data]\n[evaluate]\nnfe = [8, 4]\nsolver = "rk4"\nbaselines = ["nfm:soften=0.5"]')
     code = (
-        "import sys; from nfm.pipeline import config, graph; "
-        f"graph.build(config.load({str(path)!r}), target='report'); "
+        "import sys; from nfm.pipeline import builder, config; "
+        f"builder.build(config.load({str(path)!r}), target='report'); "
         "print('torch' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

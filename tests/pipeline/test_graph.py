@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, find
+from nfm.pipeline.builder import build
 from nfm.pipeline.config import ConfigError, load
-from nfm.pipeline.graph import Node, build, upstream
+from nfm.pipeline.graph import Node, upstream
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -13,8 +13,8 @@ import pytest
 
 from nfm.pipeline import overview
 from nfm.pipeline.artifacts.artifact import ArtifactError
+from nfm.pipeline.builder import build
 from nfm.pipeline.config import load
-from nfm.pipeline.graph import build
 from nfm.stages.trained import costs
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from nfm.pipeline import graph, runner
+from nfm.pipeline import builder, runner
 from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError
 from nfm.pipeline.artifacts.lock import Held, Lock
 from nfm.pipeline.config import load
@@ -66,7 +66,7 @@ def test_events_begin_with_start_and_end_with_complete(made: Lab) -> None:
 def test_a_failure_is_told_in_events_and_releases_the_lock(lab: Lab, root: Path) -> None:
     shard = lab.only("data").path / "train/s00000.tar"
     shard.write_bytes(shard.read_bytes()[:-3000])
-    fresh = graph.build(load(lab.config, ["teacher.seed=11"]))
+    fresh = builder.build(load(lab.config, ["teacher.seed=11"]))
     with pytest.raises(Exception, match=r"s00000\.tar"):
         runner.run(fresh, "teacher")
     artifact = fresh["teacher"].artifact()
@@ -79,7 +79,7 @@ def test_a_failure_is_told_in_events_and_releases_the_lock(lab: Lab, root: Path)
 
 
 def test_a_stop_before_the_work_leaves_a_resumable_artifact(lab: Lab, root: Path) -> None:
-    nodes = graph.build(load(lab.config, ["student.seed=12"]))
+    nodes = builder.build(load(lab.config, ["student.seed=12"]))
     stop = StopRequest()
     stop.asked = True
     with pytest.raises(Stopped):
@@ -107,7 +107,7 @@ def test_a_signal_stops_the_data_stage_wherever_it_is(
     if begun:
         note.parent.mkdir(parents=True)
         atomic.write_json(note, {"identity": {"digest": "ab" * 32, "files": 1, "bytes": 1 << 40}})
-    nodes = graph.build(load(empty.config, ["data.source=images", f"data.path={image.parents[1]}"]))
+    nodes = builder.build(load(empty.config, ["data.source=images", f"data.path={image.parents[1]}"]))
     stop, over, before = StopRequest(), threading.Event(), set(threading.enumerate())
 
     def send() -> None:
@@ -145,13 +145,13 @@ def test_a_device_that_is_not_there_is_named(lab: Lab, root: Path) -> None:
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    nodes = graph.build(load(lab.config, ["student.device=cuda", "student.seed=13"]))
+    nodes = builder.build(load(lab.config, ["student.device=cuda", "student.seed=13"]))
     with pytest.raises(StageError, match="device = 'cuda': torch sees no CUDA device here"):
         runner.run(nodes, "student")
 
 
 def test_an_artifact_under_lock_is_not_touched(lab: Lab, root: Path) -> None:
-    nodes = graph.build(load(lab.config, ["student.seed=14"]))
+    nodes = builder.build(load(lab.config, ["student.seed=14"]))
     artifact = nodes["student"].artifact()
     assert artifact is not None
     artifact.path.mkdir()

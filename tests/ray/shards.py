@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfm.stages.encoding.encoder import Setup
-from nfm.stages.executors import Outcome, ShardJob, new_attempt, serial
+from nfm.stages.encoding.jobs import Outcome, ShardJob, new_attempt
+from nfm.stages.executors import serial
 from nfm.stages.pairs import stage as pairs
 from nfm.storage.ledger import commits
 

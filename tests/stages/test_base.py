@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from nfm.pipeline.config import RunConfig
 from nfm.stages.base import LocalField
-from nfm.stages.data.stage import DataConfig
-from nfm.stages.evaluation.stage import EvaluateConfig
-from nfm.stages.pairs.stage import PairsConfig
+from nfm.stages.data.config import DataConfig
+from nfm.stages.evaluation.config import EvaluateConfig
+from nfm.stages.pairs.config import PairsConfig
 
 # Fields of text that name no place; a new one is to be entered here, or to be a LocalField.
 NO_PLACES = {
@@ -49,7 +49,7 @@ def test_a_field_names_a_local_path_as_an_argument_does(tmp_path: Path, monkeypa
 
 
 def test_the_traceback_of_a_shard_that_is_set_aside_holds_no_secret(tmp_path: Path) -> None:
-    from nfm.stages.executors import Outcome, ShardJob
+    from nfm.stages.encoding.jobs import Outcome, ShardJob
     from nfm.stages.pairs.production import failure_path, produce
     from tests.stages.recorder import Recorder
 

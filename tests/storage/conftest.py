@@ -11,6 +11,7 @@ import pytest
 
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 from tests.storage.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 Records = Callable[[StoreSpec, int, int], Iterator[dict[str, np.ndarray]]]
@@ -85,7 +86,7 @@ def make_store(tmp_path: Path, small_spec: StoreSpec) -> Callable[..., Path]:
         write_spec(root, spec)
         for draw in range(draws):
             for shard in range(spec.shards_per_draw):
-                written = commits.write_shard(root, spec, draw, shard, "a1", _records(spec, draw, shard))
+                written = write_shard(root, spec, draw, shard, "a1", _records(spec, draw, shard))
                 commits.publish(root, written.commit())
         if sealed:
             seal.seal(root, draws)

@@ -65,7 +65,7 @@ def test_a_store_of_format_1_holds_the_values_of_its_formula(name: str) -> None:
     for draw in range(store.draws):
         got, rows = store.gather(draw, slots), make.image_rows(spec, draw, slots)
         assert np.array_equal(got["image"], make.image(rows, spec.field("image").dtype))
-        noise = codecs.decode(got["noise"], spec.noise_step)
+        noise = codecs.unpack(got["noise"], spec.noise_step)
         np.testing.assert_allclose(noise, make.noise(draw, slots), rtol=1e-6)
         if spec.has("label"):
             assert np.array_equal(got["label"], make.label(rows))

@@ -18,6 +18,7 @@ from nfm.storage.files.paths import as_path, names_in, remove, size_of
 from nfm.storage.format.spec import StoreSpec, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.commits import Commit
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import verify
 from tests.storage.s3server import S3, new_clients
 
@@ -34,7 +35,7 @@ def fill(root: str | Path, spec: StoreSpec, records: Any, draws: range) -> None:
     """Writes and commits all shards of these draws."""
     for draw in draws:
         for shard in range(spec.shards_per_draw):
-            written = commits.write_shard(root, spec, draw, shard, "a1", records(spec, draw, shard))
+            written = write_shard(root, spec, draw, shard, "a1", records(spec, draw, shard))
             commits.publish(root, written.commit())
 
 
@@ -101,7 +102,7 @@ def test_of_two_writers_of_a_shard_on_s3_one_is_committed(bucket: str, small_spe
     write_spec(root, small_spec)
 
     def write(attempt: str) -> None:
-        written = commits.write_shard(root, small_spec, 0, 0, attempt, records(small_spec, 0, 0))
+        written = write_shard(root, small_spec, 0, 0, attempt, records(small_spec, 0, 0))
         barrier.wait()
         stood[attempt] = commits.publish(root, written.commit())
 
@@ -312,7 +313,7 @@ def test_a_commit_on_s3_whose_answer_was_lost_is_our_own(
     write_spec(root, small_spec)
     found: list[Commit] = []
     for shard, kind in enumerate(("lose", "error", "reset")):
-        written = commits.write_shard(root, small_spec, 0, shard, "a1", records(small_spec, 0, shard))
+        written = write_shard(root, small_spec, 0, shard, "a1", records(small_spec, 0, shard))
         s3.fail(kind, f"commits/{written.name}", method="PUT", times=2)  # type: ignore[arg-type]
         found.append(commits.publish(root, written.commit()))
     assert [commit.attempt for commit in found] == ["a1"] * 3

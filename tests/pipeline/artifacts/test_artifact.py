@@ -65,7 +65,7 @@ def test_a_fingerprint_is_what_it_was() -> None:
 
 
 def test_the_fields_that_decide_how_work_is_done_stay_out() -> None:
-    from nfm.stages.pairs.stage import PairsConfig
+    from nfm.stages.pairs.config import PairsConfig
     from nfm.stages.trained.student import StudentConfig
 
     semantic = PairsConfig().semantic()

@@ -57,6 +57,24 @@ def _some(parameter: click.Parameter) -> str:
     return "1" if isinstance(parameter.type, click.types.IntParamType) else "tiny.toml"
 
 
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if isinstance(PARAMETERS[name][2], click.Option)])
+def test_every_option_says_what_it_is_and_what_repeats_and_what_it_is_without_it(name: str) -> None:
+    option = PARAMETERS[name][2]
+    assert isinstance(option, click.Option)
+    told = option.help or ""
+    assert told.endswith((".", "]")), "a sentence"
+    assert not option.multiple or "Repeatable." in told
+    given = option.get_default(click.Context(click.Command("nfm")))
+    assert (
+        option.is_flag
+        or option.multiple
+        or not isinstance(given, str | int | float)
+        or option.show_default
+        or "default" in told.lower()
+    )
+    assert option.name != "output" or {"-o", "--output"} == set(option.opts)
+
+
 WRONG = {
     "a folder for a config": ("plan", "pairs", "-c", "."),
     "a nameless data path": ("plan", "pairs", "-c", "tiny.toml", "--set", 'data.source="idx"'),

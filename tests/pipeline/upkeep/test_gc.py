@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from nfm.pipeline import graph, runner
+from nfm.pipeline import builder, runner
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.cli import cli
@@ -182,7 +182,7 @@ def test_what_a_repair_set_aside_goes_but_no_number_of_a_generation_comes_back(l
     aside.rename(aside.with_name("20200101T000000Z"))
     assert len(names(collect(), "quarantine")) == 1
     assert [path.name for path in (store.path / "quarantine").rglob("*.*")] == ["manifest.g0001.json"]
-    again = runner.run(graph.build(load(lab.config)), "pairs")
+    again = runner.run(builder.build(load(lab.config)), "pairs")
     assert again.manifest_name == "manifest.g0002.json"
     assert len(names(collect(), "quarantine")) == 1
     assert not (store.path / "quarantine").exists()

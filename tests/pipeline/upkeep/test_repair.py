@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.pipeline import graph, runner
+from nfm.pipeline import builder, runner
 from nfm.pipeline.artifacts.artifact import ArtifactError, find
 from nfm.pipeline.artifacts.lock import Held, Lock
 from nfm.pipeline.config import load
@@ -54,7 +54,7 @@ def test_a_bad_shard_goes_to_quarantine_and_is_encoded_again_the_same(lab: Lab, 
     assert [path for path in after if path.startswith(prefix) and name in path and "quarantine" not in path] == []
     assert list((store.path / "quarantine").glob(f"*/commits/{name}.json"))
     assert list((store.path / "quarantine").glob("*/manifest.g0001.json"))
-    runner.run(graph.build(load(lab.config)), "pairs")
+    runner.run(builder.build(load(lab.config)), "pairs")
     assert find(store.path).manifest()["content_digest"] == content
     assert repair_store(find(store.path)) == []
     assert not [finding for result in audit([lab.only("report")]) for finding in result.findings]
@@ -63,7 +63,7 @@ def test_a_bad_shard_goes_to_quarantine_and_is_encoded_again_the_same(lab: Lab, 
 @pytest.mark.parametrize("layout", ["samples", "zarr"])
 def test_a_bad_shard_of_every_layout_is_encoded_again_the_same(lab: Lab, root: Path, layout: str) -> None:
     sets = ["pairs.coupling=independent", f"pairs.layout={layout}", "pairs.codec=int8"]
-    store = runner.run(graph.build(load(lab.config, sets)), "pairs")
+    store = runner.run(builder.build(load(lab.config, sets)), "pairs")
     content = store.manifest()["content_digest"]
     assert not [finding for result in audit([store], "deep") for finding in result.findings]
     pattern = "d001/noise/c/2/0/0/0" if layout == "zarr" else "shards/d001-s00002.*"
@@ -75,7 +75,7 @@ def test_a_bad_shard_of_every_layout_is_encoded_again_the_same(lab: Lab, root: P
     assert found == [str(path)]
     assert repair_store(store) == ["d001-s00002"]
     assert list((store.path / "quarantine").rglob(path.name))
-    again = runner.run(graph.build(load(lab.config, sets)), "pairs")
+    again = runner.run(builder.build(load(lab.config, sets)), "pairs")
     assert again.path == store.path
     assert again.manifest()["content_digest"] == content
     assert not [finding for result in audit([again], "deep") for finding in result.findings]
@@ -87,7 +87,7 @@ def test_a_manifest_that_cannot_be_read_is_set_aside_and_the_store_sealed_again(
     content, path = store.manifest()["content_digest"], store.path / store.manifest_name
     path.write_bytes(path.read_bytes().replace(b"1", b"2", 1))
     assert repair_store(store) == [path.name]
-    runner.run(graph.build(load(lab.config)), "pairs")
+    runner.run(builder.build(load(lab.config)), "pairs")
     assert find(store.path).manifest()["content_digest"] == content
     assert not [finding for result in audit([lab.only("report")]) for finding in result.findings]
 
@@ -96,14 +96,14 @@ def test_the_list_of_shards_of_a_large_store_goes_where_its_manifest_goes(
     lab: Lab, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_list, "INLINE", 0)
-    runner.run(graph.build(load(lab.config, ["pairs.draws=3"])), "pairs")
+    runner.run(builder.build(load(lab.config, ["pairs.draws=3"])), "pairs")
     store = lab.only("pairs")
     (listed,) = store.path.glob("manifest.g0002.*.parquet")
     damage(store.path, "flipped")
     repair_store(store)
     assert not listed.exists()
     assert list((store.path / "quarantine").glob(f"*/{listed.name}"))
-    runner.run(graph.build(load(lab.config, ["pairs.draws=3"])), "pairs")
+    runner.run(builder.build(load(lab.config, ["pairs.draws=3"])), "pairs")
     again = find(store.path)
     assert len(list(store.path.glob("manifest.g0003.*.parquet"))) == 1
     assert not [finding for result in audit([again]) for finding in result.findings]
@@ -116,13 +116,13 @@ def test_a_whole_store_is_left_alone(lab: Lab, root: Path) -> None:
 
 
 def test_students_of_every_generation_are_whole_again_after_a_repair(lab: Lab, root: Path) -> None:
-    nodes = graph.build(load(lab.config, ["pairs.draws=3"]))
+    nodes = builder.build(load(lab.config, ["pairs.draws=3"]))
     runner.run(nodes, "student")
     store = lab.only("pairs")
     damage(store.path, "flipped")
     repair_store(store)
-    runner.run(graph.build(load(lab.config)), "pairs")
-    runner.run(graph.build(load(lab.config, ["pairs.draws=3"])), "pairs")
+    runner.run(builder.build(load(lab.config)), "pairs")
+    runner.run(builder.build(load(lab.config, ["pairs.draws=3"])), "pairs")
     found = [finding for result in audit(lab.all("student")) for finding in result.findings]
     assert found == []
 

@@ -11,7 +11,7 @@ import pytest
 from nfm.stages.base import StageError
 from nfm.stages.couplings import custom
 from nfm.stages.encoding.encoder import Encoder
-from nfm.stages.executors import ShardJob
+from nfm.stages.encoding.jobs import ShardJob
 from nfm.stages.pairs import stage
 from nfm.stages.stores import audit
 from nfm.storage.files import atomic

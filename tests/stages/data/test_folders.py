@@ -12,8 +12,8 @@ from PIL import Image
 
 from nfm.stages.base import Result, StageError
 from nfm.stages.data import stage
+from nfm.stages.data.config import DataConfig
 from nfm.stages.data.sources import ImageFolder
-from nfm.stages.data.stage import DataConfig
 from tests.stages.data.image_files import picture, save
 from tests.stages.recorder import Recorder
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from nfm.stages.base import StageError
+from nfm.stages.data.config import DataConfig
 from nfm.stages.data.source import Loaded
 from nfm.stages.data.sources import Idx
-from nfm.stages.data.stage import DataConfig, open_source, run
+from nfm.stages.data.stage import open_source, run
 from tests.stages.data.test_sources import write_idx
 from tests.stages.recorder import Recorder
 

@@ -13,9 +13,9 @@ import pytest
 
 from nfm.stages.base import StageError, Stopped
 from nfm.stages.data import stage
+from nfm.stages.data.config import DataConfig
 from nfm.stages.data.source import Loaded
 from nfm.stages.data.sources import Npz
-from nfm.stages.data.stage import DataConfig
 from nfm.storage import ImageDataset
 from tests.patience import allowed
 from tests.stages.recorder import Recorder

@@ -9,9 +9,10 @@ import pytest
 
 from nfm.stages.base import StageError
 from nfm.stages.data import stage
+from nfm.stages.data.config import DataConfig
 from nfm.stages.data.sources import Checkerboard, Gaussians
 from nfm.stages.data.sources.planar import BOARD, MODES, RADIUS, SPREAD
-from nfm.stages.data.stage import DataConfig, source_identity
+from nfm.stages.data.stage import source_identity
 from nfm.storage import ImageDataset
 from tests.stages.recorder import Recorder
 

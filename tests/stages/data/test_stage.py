@@ -15,8 +15,9 @@ from PIL import Image
 from nfm.pipeline.config import ConfigError, load
 from nfm.stages.base import Result, StageError, Stopped
 from nfm.stages.data import stage
+from nfm.stages.data.config import DataConfig
 from nfm.stages.data.sources import Idx, ImageFolder, Npz, Source
-from nfm.stages.data.stage import DataConfig, source_identity
+from nfm.stages.data.stage import source_identity
 from nfm.storage import ImageDataset
 from tests.stages.data.image_files import picture
 from tests.stages.data.test_idx import folder as idx_folder

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.executors import ShardJob
+from nfm.stages.encoding.jobs import ShardJob
 from nfm.stages.pairs import stage as pairs
 from nfm.storage import layouts
 from nfm.storage.format import codecs
@@ -29,7 +29,7 @@ LARGE = 8_192  # rows of a batch: some hundred MB in the tiny teacher
 UNDER_A_LIMIT = """
 import json, resource, sys
 from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.executors import ShardJob
+from nfm.stages.encoding.jobs import ShardJob
 encoder = Encoder(Setup(**json.loads(sys.argv[1])))
 encoder.batch_size = 32
 encoder.encode_shard(ShardJob(1, 0, "warm"))  # what is loaded and reserved by a first shard is not the batch's
@@ -59,7 +59,7 @@ def noise_of(store: Path, name: str) -> np.ndarray:
     spec, commit = read_spec(store), commits.read(store, name)
     assert commit is not None
     shard = layouts.open_shard(spec, [store / commit.payload], commit.records)
-    return codecs.decode(shard.read("noise", 0, commit.records), spec.noise_step)
+    return codecs.unpack(shard.read("noise", 0, commit.records), spec.noise_step)
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved_remembered_and_recorded(prepared: Setup, made: Lab) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nfm.stages.base import StageError
-from nfm.stages.encoding import probe
+from nfm.stages.encoding import probe, reference
 from nfm.trainers.couplings.coupling import NFM
 from nfm.trainers.models.tarflow import TarFlow
 
@@ -93,7 +93,7 @@ def test_the_loss_of_precision_is_nothing_in_float64_and_grows_as_bits_go() -> N
         model = flow(dtype)
         images, labels, eps = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs)
         noise = NFM(model, 0.1, 0.9, autocast=autocast)(images, labels, eps).noise
-        errors[name] = probe.noise_error(flow(), 0.1, 0.9, *inputs, noise)
+        errors[name] = reference.noise_error(flow(), 0.1, 0.9, *inputs, noise)
     assert errors["float64"] < 1e-7  # z is handed over in float32
     assert errors["float64"] < errors["float32"] < 1e-5
     assert 1e-4 < errors["bfloat16"] < 0.1

@@ -18,6 +18,7 @@ from nfm.storage import StoreSpec
 from nfm.storage.files.atomic import read_json, write_json
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 from tests.stages.recorder import Recorder
 
 # Distances by NFE of seed 0; the seeds after it add 1 each.
@@ -59,7 +60,7 @@ def store(root: Path, coupling: str, rows: int = 8, auc: float | None = None) ->
     slots = np.arange(rows)
     images, noise = np.zeros((rows, 1, 2, 2), np.uint8), np.ones((rows, 1, 2, 2), np.float32)
     record: dict[str, np.ndarray] = {"image": images, "noise": noise, "label": slots, "slot": slots}
-    commits.publish(root, commits.write_shard(root, spec, 0, 0, "a1", [record]).commit())
+    commits.publish(root, write_shard(root, spec, 0, 0, "a1", [record]).commit())
     report: dict[str, Any] = {} if auc is None else {"coupling_report": {"auc": auc, "transport_cost": 1.5}}
     seal.seal(root, 1, stage="pairs", fingerprint="f", metrics={}, seconds=1.0, **report)
     return root

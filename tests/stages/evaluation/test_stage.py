@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from nfm.stages.base import Result, StageError, Stopped
 from nfm.stages.evaluation import distances, inception, stage
-from nfm.stages.evaluation.stage import EvaluateConfig
+from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.evaluation.table import COLUMNS, as_text, columns_of, distance_key
 from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.trained import student

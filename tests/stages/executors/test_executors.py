@@ -12,8 +12,9 @@ import pytest
 
 from nfm.stages.base import StageError
 from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.executors import Outcome, ShardJob, new_attempt, serial, slurm
+from nfm.stages.encoding.jobs import Outcome, ShardJob, new_attempt
 from nfm.stages.executors import ray as on_ray
+from nfm.stages.executors import serial, slurm
 from nfm.stages.pairs import stage as pairs
 from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import commits

@@ -15,7 +15,7 @@ import pytest
 
 from nfm.stages.base import StageError
 from nfm.stages.encoding.encoder import Setup
-from nfm.stages.executors import ShardJob
+from nfm.stages.encoding.jobs import ShardJob
 from nfm.stages.executors import ray as on_ray
 from tests.patience import allowed
 from tests.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially

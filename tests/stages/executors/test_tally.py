@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from nfm.stages.executors import Outcome, ShardJob, Timing
+from nfm.stages.encoding.jobs import Outcome, ShardJob, Timing
 from nfm.stages.executors.tally import GONE_SECONDS, Tally
 
 JOB = ShardJob(0, 0, "a1")

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from nfm.pipeline.cli.pairs import pairs as command
 from nfm.stages.couplings.facts import FACTS
 from nfm.stages.pairs import coupling_report
+from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.pairs.coupling_sample import draw_sample, row_counts
-from nfm.stages.pairs.stage import PairsConfig
 from nfm.stages.stores import audit
 from nfm.stages.stores import info as pairs_info
 from nfm.stages.trained import teacher
@@ -25,6 +25,7 @@ from nfm.storage import DatasetWriter, PairStore
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.trainers.checkpoint import pack_weights
 from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
 
@@ -75,7 +76,7 @@ def make(tmp_path: Path) -> Make:
                     "image": image[own], "noise": noise[draw * rows + slots], "label": slots % 2, "slot": slots,
                     "row": own, "flip": slots < 0, "nll": np.full(len(slots), nll, np.float32),
                 }  # fmt: skip
-                commits.publish(root, commits.write_shard(root, spec, draw, shard, "a1", [record]).commit())
+                commits.publish(root, write_shard(root, spec, draw, shard, "a1", [record]).commit())
         seal.seal(root, draws, excluded)
         return root
 

@@ -24,7 +24,7 @@ PLAIN = StoreSpec(rows=10, rows_per_shard=5, fields=pair_fields(SHAPE), coupling
 
 
 def test_a_field_of_source_rows_is_refused_where_images_are_generated(tmp_path: Path) -> None:
-    spec = dataclasses.replace(PLAIN, coupling="reflow")
+    spec = dataclasses.replace(PLAIN, coupling="reflow", student="cd" * 32)
     write_spec(tmp_path, spec)
     with pytest.raises(StorageError, match="coupling 'reflow' are generated"):
         write_row_field(tmp_path, "caption", [np.zeros((10, 2))], (2,), "float64")

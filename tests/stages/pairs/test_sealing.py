@@ -70,7 +70,7 @@ def test_a_report_that_fails_is_told_with_the_reason_and_is_made_on_the_configs_
 ) -> None:
     reported, said = sealed(shop, encoded, Heard(), "cuda")
     assert not reported
-    assert "which failed: StageError: device = 'cuda': torch sees no CUDA device" in said
+    assert "which failed: Unfit: device = 'cuda': torch sees no CUDA device" in said
 
 
 def test_a_node_without_torch_seals_and_says_so(shop: Shop, encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from nfm.stages.base import StageError
 from nfm.stages.encoding.encoder import Encoder
-from nfm.stages.executors import ShardJob, new_attempt
+from nfm.stages.encoding.jobs import ShardJob, new_attempt
 from nfm.stages.pairs import recipe, stage
 from nfm.stages.trained import potential, student
 from nfm.storage import PairStore

@@ -21,6 +21,7 @@ from nfm.storage import ImageDataset, StorageError, StoreSpec
 from nfm.storage.files.atomic import write_json
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 from tests.stages.recorder import Recorder
 
 NFE = {31: "heun", 15: "heun", 7: "heun", 5: "euler"}
@@ -63,7 +64,7 @@ def make_pairs(root: Path, source: ImageDataset, coupling: str) -> Path:
             "label": source.labels(slots),
             "slot": slots,
         }
-        commits.publish(root, commits.write_shard(root, spec, 0, shard, "a1", [record]).commit())
+        commits.publish(root, write_shard(root, spec, 0, shard, "a1", [record]).commit())
     seal.seal(root, 1, stage="pairs", fingerprint="pairs-fingerprint", metrics={}, seconds=4.0)
     return root
 

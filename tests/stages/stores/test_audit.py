@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nfm.stages.encoding.encoder import Encoder
-from nfm.stages.executors import ShardJob, new_attempt
+from nfm.stages.encoding.jobs import ShardJob, new_attempt
 from nfm.stages.pairs import stage
 from nfm.storage import PairStore
 from nfm.storage.format.spec import read_spec

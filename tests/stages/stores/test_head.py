@@ -15,6 +15,7 @@ from nfm.stages.stores import head
 from nfm.storage import PairStore
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -66,7 +67,7 @@ def test_latents_are_shown_in_false_colours(tmp_path: Path, shape: tuple[int, in
     write_spec(tmp_path / "store", spec)
     noise = np.random.default_rng(0).normal(size=(12, *shape)).astype(np.float32)
     records = [{"image": noise.astype(np.float16), "noise": noise, "slot": np.arange(12)}]
-    commits.publish(tmp_path / "store", commits.write_shard(tmp_path / "store", spec, 0, 0, "a", records).commit())
+    commits.publish(tmp_path / "store", write_shard(tmp_path / "store", spec, 0, 0, "a", records).commit())
     seal.seal(tmp_path / "store", 1)
     text = head.draw(tmp_path / "store", count, 0, None, tmp_path / "head.png")
     assert len(lines_after(text, f"the first {min(count, 12)} pairs of draw 0")) == min(count, 12)
@@ -84,7 +85,7 @@ def test_pixels_of_any_number_of_channels_are_drawn(tmp_path: Path, channels: in
     random = np.random.default_rng(0)
     image, noise = random.integers(0, 256, (4, *shape), np.uint8), random.normal(size=(4, *shape)).astype(np.float32)
     records = [{"image": image, "noise": noise, "slot": np.arange(4)}]
-    commits.publish(tmp_path / "store", commits.write_shard(tmp_path / "store", spec, 0, 0, "a", records).commit())
+    commits.publish(tmp_path / "store", write_shard(tmp_path / "store", spec, 0, 0, "a", records).commit())
     seal.seal(tmp_path / "store", 1)
     head.draw(tmp_path / "store", 4, 0, None, tmp_path / "head.png")
     assert Image.open(tmp_path / "head.png").width > 800

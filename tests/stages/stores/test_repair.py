@@ -33,7 +33,7 @@ def test_a_repair_killed_between_any_two_moves_finds_the_shard_again(make_store,
         assert repair.bad_shards(root) == [name]
         for file in repair.files_of_shards(root, [name])[:moved]:
             file.unlink()
-        left = [root / path for path in layouts.placed(spec, name) if (root / path).exists()]
+        left = [root / path for path in layouts.of(spec).placed(spec, name) if (root / path).exists()]
         committed = (root / "commits" / f"{name}.json").exists()
         assert repair.bad_shards(root) == [name] if committed else not left
 

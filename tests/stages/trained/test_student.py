@@ -16,6 +16,7 @@ from nfm.stages.trained import student
 from nfm.stages.trained.student import StudentConfig
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.trainers.checkpoint import pack_weights, unpack, unpack_weights
 from nfm.trainers.models.sit import SiT
 from nfm.trainers.models.unet import UNet
@@ -53,7 +54,7 @@ def write_store(root: Path, coupling: str, seed: int, source: str = "ab" * 32) -
             "slot": slots, "row": slots, "flip": np.zeros(len(slots), bool), "label": slots % 3,
             "nll": np.full(len(slots), 0.5, np.float32),
         }  # fmt: skip
-        commits.publish(root, commits.write_shard(root, spec, 0, shard, "a1", iter([record])).commit())
+        commits.publish(root, write_shard(root, spec, 0, shard, "a1", iter([record])).commit())
     seal.seal(root, 1)
     return root
 

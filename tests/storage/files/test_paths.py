@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.files import atomic
+from nfm.storage.files.cache import ShardCache
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, remove, size_of
+from nfm.storage.files.remote import patience
 from nfm.storage.files.small_files import read_bytes
 from tests.patience import PATIENCE, allowed
 from tests.storage.s3server import S3, new_clients
@@ -139,6 +141,25 @@ def test_an_unknown_protocol_and_a_number_that_is_none_say_what_to_write(monkeyp
     monkeypatch.setenv("NFM_PATIENCE", "long")
     with pytest.raises(StorageError, match="NFM_PATIENCE=long: write a number of seconds"):
         names_in(as_path("memory://x"))
+
+
+@pytest.mark.parametrize("variable", ["NFM_PATIENCE", "NFM_CACHE_BYTES"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e30", "long", "1,5"])
+def test_a_number_of_the_environment_is_one_within_its_range(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(NoPlace, match=f"{variable}={value}: write a number of (seconds|bytes) from 0 to"):
+        patience() if variable == "NFM_PATIENCE" else ShardCache(Path("nowhere"))
+
+
+def test_a_server_that_hangs_is_left_when_the_patience_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("s3fs")
+    for stated in ("10", "30", "60"):
+        monkeypatch.setenv("NFM_PATIENCE", stated)
+        limits = getattr(as_path("s3://bucket/x"), "storage_options")["config_kwargs"]  # noqa: B009  a URL's alone
+        for limit in ("connect_timeout", "read_timeout"):
+            assert 2 * limits[limit] <= float(stated), "a request that hangs is tried once more"
 
 
 def test_a_missing_package_is_named() -> None:

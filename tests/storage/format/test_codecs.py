@@ -13,32 +13,33 @@ from hypothesis.extra import numpy as hnp
 
 from nfm.storage import layouts
 from nfm.storage.errors import StorageError
-from nfm.storage.format.codecs import CODECS, decode, encode
+from nfm.storage.format.codecs import CODECS, pack, unpack
 from nfm.storage.format.moments import MomentSums
 from nfm.storage.format.spec import write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 
 
 @given(hnp.arrays(np.float32, st.integers(0, 50), elements=st.floats(-1000, 1000, width=32)))
-@pytest.mark.parametrize("codec", ["int8", "pcodec"])
+@pytest.mark.parametrize("codec", ["int8"])
 def test_steps_are_within_half_a_step_and_clipped_symmetrically(codec: str, noise: np.ndarray) -> None:
-    stored, clipped = encode(noise, codec)
+    stored, clipped = pack(noise, codec)
     step, limit = CODECS[codec].step, CODECS[codec].limit
     assert stored.dtype == CODECS[codec].dtype
-    back = decode(stored, step)
+    back = unpack(stored, step)
     within = np.abs(noise) <= limit * step
     assert np.abs(back - noise)[within].max(initial=0) <= step / 2 * 1.001
     np.testing.assert_array_equal(stored[noise > (limit + 0.5) * step], limit)
     np.testing.assert_array_equal(stored[noise < -(limit + 0.5) * step], -limit)
     assert clipped == np.count_nonzero(np.abs(np.rint(noise * np.float32(1 / step))) > limit)
-    np.testing.assert_array_equal(encode(-noise, codec)[0], -stored)
+    np.testing.assert_array_equal(pack(-noise, codec)[0], -stored)
 
 
-@pytest.mark.parametrize("codec", ["int8", "pcodec"])
+@pytest.mark.parametrize("codec", ["int8"])
 def test_what_was_decoded_encodes_to_the_same_bytes(codec: str) -> None:
     info = np.iinfo(CODECS[codec].dtype)
     every = np.arange(-info.max, info.max + 1).astype(info.dtype)
-    again, clipped = encode(decode(every, CODECS[codec].step), codec)
+    again, clipped = pack(unpack(every, CODECS[codec].step), codec)
     np.testing.assert_array_equal(again, every)
     assert clipped == 0
 
@@ -46,15 +47,15 @@ def test_what_was_decoded_encodes_to_the_same_bytes(codec: str) -> None:
 def test_floats_keep_their_values() -> None:
     noise = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     for codec in ("float32", "float16"):
-        stored, clipped = encode(noise, codec)
-        np.testing.assert_array_equal(decode(stored, None), noise.astype(codec))
+        stored, clipped = pack(noise, codec)
+        np.testing.assert_array_equal(unpack(stored, None), noise.astype(codec))
         assert clipped == 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_noise_that_is_not_finite_has_no_number_of_steps(value: float) -> None:
     with pytest.raises(StorageError, match="1 values"):
-        encode(np.array([0.0, value], np.float32), "int8")
+        pack(np.array([0.0, value], np.float32), "int8")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.int8, np.int16])
@@ -92,7 +93,7 @@ def test_a_store_counts_the_clipped_and_its_moments_are_those_of_the_stored_nois
             yield chunk
 
     for shard in range(2):
-        commits.publish(tmp_path, commits.write_shard(tmp_path, spec, 0, shard, "a", loud(shard)).commit())
+        commits.publish(tmp_path, write_shard(tmp_path, spec, 0, shard, "a", loud(shard)).commit())
     body = seal.seal(tmp_path, 1)
     assert [commit.clipped for commit in commits.committed(tmp_path, 1).values()] == [20, 20]
     assert body["clipped"] == 40
@@ -101,7 +102,7 @@ def test_a_store_counts_the_clipped_and_its_moments_are_those_of_the_stored_nois
     noise = layouts.open_shard(spec, [file], 20).read("noise", 0, 20)
     assert noise.dtype == np.int8
     assert noise.min() == -127
-    decoded = decode(noise, spec.noise_step).astype(np.float64)
+    decoded = unpack(noise, spec.noise_step).astype(np.float64)
     moments = commits.read(tmp_path, entry["name"]).moments
     assert moments["var"] == pytest.approx(decoded.var(), rel=1e-6)
     assert moments["min"] == pytest.approx(-6.35)
@@ -112,5 +113,5 @@ def test_int8_noise_that_is_not_finite_is_refused_with_its_place(tmp_path: Path,
     chunks = list(records(spec, 0, 0))
     chunks[1]["noise"][0] = np.inf
     with pytest.raises(StorageError, match=r"16 values of the noise are not finite from slot 7 on; check the teacher"):
-        commits.write_shard(tmp_path, spec, 0, 0, "a", chunks)
+        write_shard(tmp_path, spec, 0, 0, "a", chunks)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

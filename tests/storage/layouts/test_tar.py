@@ -48,23 +48,10 @@ def test_what_is_written_is_read_at_any_size(
     assert path.stat().st_size == shard_bytes(FIELDS, records, block)
     shard = MappedShard(path, FIELDS, records, block)
     rng = np.random.default_rng(seed)
-    rows = rng.integers(0, records, 30)
     start, stop = sorted(rng.integers(0, records + 1, 2).tolist())
     for name, array in arrays.items():
-        np.testing.assert_array_equal(shard.gather(name, rows), array[rows])
         np.testing.assert_array_equal(shard.read(name, start, stop), array[start:stop])
         assert shard.read(name, 0, records).dtype == array.dtype
-
-
-def test_large_records_gather_into_a_given_buffer(tmp_path: Path) -> None:
-    fields = pair_fields((3, 32, 32), "float32")
-    rng = np.random.default_rng(0)
-    arrays = {f.name: rng.integers(0, 100, (20, *f.shape)).astype(f.dtype) for f in fields}
-    with ShardWriter(tmp_path / "x.tar", fields, 20, "k", 8) as writer:
-        writer.append(arrays)
-    out = np.empty((3, 3, 32, 32), np.float32)
-    assert MappedShard(tmp_path / "x.tar", fields, 20, 8).gather("noise", np.array([19, 0, 8]), out) is out
-    np.testing.assert_array_equal(out, arrays["noise"][[19, 0, 8]])
 
 
 def test_the_bytes_depend_on_the_records_alone(tmp_path: Path) -> None:
@@ -172,8 +159,6 @@ def test_a_missing_or_empty_shard_is_named(tmp_path: Path) -> None:
 def test_records_outside_the_shard_are_refused(tmp_path: Path) -> None:
     _write(tmp_path / "x.tar", _arrays(40))
     shard = MappedShard(tmp_path / "x.tar", FIELDS, 40, 16)
-    for rows in ([0, 40], [-1]):
+    for start, stop in ((0, 41), (-1, 3), (5, 4)):
         with pytest.raises(StorageError, match="holds 40"):
-            shard.gather("slot", np.array(rows))
-    with pytest.raises(StorageError, match="holds 40"):
-        shard.read("slot", 0, 41)
+            shard.read("slot", start, stop)

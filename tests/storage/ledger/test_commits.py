@@ -22,12 +22,13 @@ from nfm.storage.format.moments import MomentSums, pool
 from nfm.storage.format.spec import StoreSpec, write_spec
 from nfm.storage.layouts.blocks import MappedShard
 from nfm.storage.ledger import commits
+from nfm.storage.ledger.shard_writer import write_shard
 from tests.patience import PATIENCE
 
 
 def test_a_shard_without_a_commit_does_not_exist(tmp_path: Path, small_spec: StoreSpec, records) -> None:
-    written = commits.write_shard(tmp_path, small_spec, 0, 1, "a1", records(small_spec, 0, 1))
-    assert written.payload.path == tmp_path / "shards" / "d000-s00001.a1.tar"
+    written = write_shard(tmp_path, small_spec, 0, 1, "a1", records(small_spec, 0, 1))
+    assert written.payload == "shards/d000-s00001.a1.tar"
     assert commits.read(tmp_path, "d000-s00001") is None
     assert commits.committed(tmp_path, 1) == {}
     commits.publish(tmp_path, written.commit(device="cpu", batch_size=8))
@@ -36,7 +37,7 @@ def test_a_shard_without_a_commit_does_not_exist(tmp_path: Path, small_spec: Sto
 
 
 def test_a_commit_reads_back_and_describes_its_files(tmp_path: Path, small_spec: StoreSpec, records) -> None:
-    written = commits.write_shard(tmp_path, small_spec, 0, 2, "a1", records(small_spec, 0, 2))
+    written = write_shard(tmp_path, small_spec, 0, 2, "a1", records(small_spec, 0, 2))
     commit = commits.publish(
         tmp_path, written.commit(versions={"torch": "2"}, precision="bfloat16", threads=2, seconds=1.5)
     )
@@ -48,8 +49,8 @@ def test_a_commit_reads_back_and_describes_its_files(tmp_path: Path, small_spec:
 
 
 def test_the_index_part_has_a_row_a_record(tmp_path: Path, small_spec: StoreSpec, records) -> None:
-    written = commits.write_shard(tmp_path, small_spec, 3, 0, "a1", records(small_spec, 3, 0))
-    table = pq.read_table(written.index.path)
+    written = write_shard(tmp_path, small_spec, 3, 0, "a1", records(small_spec, 3, 0))
+    table = pq.read_table(tmp_path / written.index)
     assert table.schema.equals(INDEX_SCHEMA)
     assert table.num_rows == 20
     row = table.slice(11, 1).to_pylist()[0]
@@ -67,15 +68,15 @@ def test_the_index_part_has_a_row_a_record(tmp_path: Path, small_spec: StoreSpec
 
 def test_an_nll_that_no_coupling_gave_is_nan_not_null(tmp_path: Path, small_spec: StoreSpec, records) -> None:
     bare = ({k: v for k, v in r.items() if k not in ("nll", "flip", "row")} for r in records(small_spec, 0, 0))
-    table = pq.read_table(commits.write_shard(tmp_path, small_spec, 0, 0, "a1", bare).index.path)
+    table = pq.read_table(tmp_path / write_shard(tmp_path, small_spec, 0, 0, "a1", bare).index)
     assert table["nll"].null_count == 0
     assert np.isnan(table["nll"].to_numpy()).all()
     assert table["row"].to_pylist() == list(range(20))
 
 
 def test_moments_are_those_of_the_noise_as_stored(tmp_path: Path, small_spec: StoreSpec, records) -> None:
-    written = commits.write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
-    shard = MappedShard(written.payload.path, small_spec.fields, 20, small_spec.rows_per_block)
+    written = write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
+    shard = MappedShard(tmp_path / written.payload, small_spec.fields, 20, small_spec.rows_per_block)
     noise = shard.read("noise", 0, 20).astype(np.float64)
     centred = noise - noise.mean()
     expected = {
@@ -116,7 +117,7 @@ def test_two_writers_race_one_shard_and_one_commit_stands(tmp_path: Path, small_
     returned, barrier = {}, threading.Barrier(4)
 
     def work(attempt: str) -> None:
-        written = commits.write_shard(tmp_path, small_spec, 0, 0, attempt, records(small_spec, 0, 0))
+        written = write_shard(tmp_path, small_spec, 0, 0, attempt, records(small_spec, 0, 0))
         barrier.wait()
         returned[attempt] = commits.publish(tmp_path, written.commit())
 
@@ -134,10 +135,10 @@ def test_two_writers_race_one_shard_and_one_commit_stands(tmp_path: Path, small_
 
 
 def test_a_committed_attempt_is_never_written_again(tmp_path: Path, small_spec: StoreSpec, records) -> None:
-    written = commits.write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
+    written = write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
     commits.publish(tmp_path, written.commit())
     with pytest.raises(StorageError, match="new attempt"):
-        commits.write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
+        write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
 
 
 def _with_noise(records, value: float):
@@ -161,19 +162,19 @@ def test_wrong_records_make_no_shard_and_leave_nothing(
     tmp_path: Path, small_spec: StoreSpec, records, change, said: str
 ) -> None:
     with pytest.raises(StorageError, match=said):
-        commits.write_shard(tmp_path, small_spec, 0, 0, "a1", change(records(small_spec, 0, 0)))
+        write_shard(tmp_path, small_spec, 0, 0, "a1", change(records(small_spec, 0, 0)))
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
 
 def test_an_attempt_that_is_no_file_name_is_refused(tmp_path: Path, small_spec: StoreSpec) -> None:
     for attempt in ("", "a/b", "a.b"):
         with pytest.raises(StorageError, match="attempt"):
-            commits.write_shard(tmp_path, small_spec, 0, 0, attempt, [])
+            write_shard(tmp_path, small_spec, 0, 0, attempt, [])
 
 
 def test_a_commit_without_its_shard_is_not_published(tmp_path: Path, small_spec: StoreSpec, records) -> None:
-    written = commits.write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
-    written.payload.path.unlink()
+    written = write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
+    (tmp_path / written.payload).unlink()
     with pytest.raises(MissingShard, match=r"d000-s00000\.a1\.tar"):
         commits.publish(tmp_path, written.commit())
     assert commits.committed(tmp_path, 1) == {}
@@ -203,7 +204,7 @@ HOSTILE = [None, True, -1, 1.5, 2**70, "", "x", "/etc/passwd", "shards/../../x.t
 @pytest.mark.parametrize("layout", ["blocks", "zarr"])
 def test_a_hostile_commit_is_a_storage_error_and_leads_nowhere(tmp_path: Path, spec_of, records, layout) -> None:
     spec = spec_of(layout)
-    commits.publish(tmp_path, commits.write_shard(tmp_path, spec, 0, 0, "a1", records(spec, 0, 0)).commit())
+    commits.publish(tmp_path, write_shard(tmp_path, spec, 0, 0, "a1", records(spec, 0, 0)).commit())
     body = json.loads(commits.commit_path(tmp_path, "d000-s00000").read_text())
     del body["digest"]
     changes = [{key: value} for key in body for value in HOSTILE]
@@ -229,6 +230,7 @@ def test_temporary_files_among_the_commits_are_ignored(make_store) -> None:
 WORKER = """
 import sys, numpy as np
 from nfm.storage.ledger import commits
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.format.spec import read_spec
 root, attempt = sys.argv[1:]
 spec = read_spec(root)
@@ -240,7 +242,7 @@ for draw in range(2):
         noise = np.random.default_rng((draw, shard)).normal(size=(len(slots), *spec.image_shape))
         image = np.zeros(noise.shape, np.uint8)
         records = [{"image": image, "noise": noise.astype("f4"), "label": slots % 10, "slot": slots}]
-        written = commits.write_shard(root, spec, draw, shard, attempt, records)
+        written = write_shard(root, spec, draw, shard, attempt, records)
         commits.publish(root, written.commit())
         print(draw, shard, flush=True)
 """

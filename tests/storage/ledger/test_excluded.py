@@ -16,6 +16,7 @@ from nfm.storage.files import atomic
 from nfm.storage.format.order import order_key
 from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import commits, seal, shard_list
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import LEVELS, orphans, verify
 
 HOLES = {"d000-s00001": "out of\n  memory", "d001-s00002": "killed five times"}
@@ -41,7 +42,7 @@ def remove(root: Path, name: str) -> None:
 
 def mend(root: Path, spec: StoreSpec, records: Any, name: str) -> None:
     draw, shard = int(name[1:4]), int(name[6:])
-    commits.publish(root, commits.write_shard(root, spec, draw, shard, "again", records(spec, draw, shard)).commit())
+    commits.publish(root, write_shard(root, spec, draw, shard, "again", records(spec, draw, shard)).commit())
 
 
 def slots(store: PairStore | Mixture, epochs: int = 2, world_size: int = 1, state: Any = None, **how: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from nfm.storage.format.index import read_index
 from nfm.storage.format.order import order_key
 from nfm.storage.format.spec import StoreSpec, read_spec, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 
 
 def test_a_sealed_generation_lists_every_shard_in_order(make_store, small_spec: StoreSpec) -> None:
@@ -52,7 +53,7 @@ def test_more_draws_make_a_new_generation_and_leave_the_old(make_store, small_sp
     root = make_store(draws=1)
     before = seal.manifest_path(root, 1).read_bytes()
     for shard in range(small_spec.shards_per_draw):
-        written = commits.write_shard(root, small_spec, 1, shard, "b", records(small_spec, 1, shard))
+        written = write_shard(root, small_spec, 1, shard, "b", records(small_spec, 1, shard))
         commits.publish(root, written.commit())
     body = seal.seal(root, 2)
     assert body["generation"] == 2
@@ -64,7 +65,7 @@ def test_more_draws_make_a_new_generation_and_leave_the_old(make_store, small_sp
 def test_the_content_digest_ignores_attempts_and_hosts(tmp_path: Path, small_spec, make_store, records) -> None:
     one, other = make_store(draws=1), make_store(draws=0, name="other", sealed=False)
     for shard in reversed(range(small_spec.shards_per_draw)):
-        written = commits.write_shard(other, small_spec, 0, shard, "zz", records(small_spec, 0, shard))
+        written = write_shard(other, small_spec, 0, shard, "zz", records(small_spec, 0, shard))
         commits.publish(other, written.commit(device="cuda", seconds=9.0))
     digests = {seal.seal(root, 1)["content_digest"] for root in (one, other)}
     assert len(digests) == 1
@@ -140,8 +141,8 @@ def test_a_store_lives_at_a_url_as_in_a_folder(make_store, spec_of, records, lay
     write_spec(root, spec)
     for draw in (1, 0):
         for shard in range(spec.shards_per_draw):
-            written = commits.write_shard(root, spec, draw, shard, "u", records(spec, draw, shard))
-            loser = commits.write_shard(root, spec, draw, shard, "v", records(spec, draw, shard))
+            written = write_shard(root, spec, draw, shard, "u", records(spec, draw, shard))
+            loser = write_shard(root, spec, draw, shard, "v", records(spec, draw, shard))
             won = commits.publish(root, written.commit())
             assert commits.publish(root, loser.commit()) == won
     with pytest.raises(StorageError, match="no such generation"):
@@ -163,7 +164,7 @@ def test_a_sealed_zarr_store_at_a_url_is_opened_by_stock_zarr(make_store, spec_o
     spec, root = spec_of("zarr"), "memory://stock-zarr"
     write_spec(root, spec)
     for shard in range(spec.shards_per_draw):
-        commits.publish(root, commits.write_shard(root, spec, 0, shard, "u", records(spec, 0, shard)).commit())
+        commits.publish(root, write_shard(root, spec, 0, shard, "u", records(spec, 0, shard)).commit())
     seal.seal(root, 1)
     stock = zarr.open(root, mode="r")
     np.testing.assert_array_equal(stock["d000/slot"][...], np.arange(50))

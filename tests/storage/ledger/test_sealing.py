@@ -10,6 +10,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import commits, seal, shard_list
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import verify
 
 
@@ -47,7 +48,7 @@ def test_a_generation_says_how_its_pairs_were_encoded(make_store, small_spec: St
         {"precision": "float32", "batch_size": 256},
     ]
     for shard, facts in enumerate(how):
-        written = commits.write_shard(root, small_spec, 0, shard, "a1", records(small_spec, 0, shard))
+        written = write_shard(root, small_spec, 0, shard, "a1", records(small_spec, 0, shard))
         commits.publish(root, written.commit(**facts))
     body = seal.seal(root, 1)
     assert (body["noise_error"], body["precision"], body["batch_sizes"]) == (0.005, ["bfloat16", "float32"], [128, 256])

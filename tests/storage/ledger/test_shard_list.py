@@ -20,6 +20,7 @@ from nfm.storage.files.cache import ShardCache
 from nfm.storage.format.spec import StoreSpec, read_spec, write_spec
 from nfm.storage.ledger import commits, seal, shard_list
 from nfm.storage.ledger.shard_list import SCHEMA, ShardList, read_list, written
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import LEVELS, orphans, verify
 from tests.storage.s3server import S3
 
@@ -83,7 +84,7 @@ def test_a_store_with_a_list_on_an_object_store_is_read_through_the_cache(
     root = f"{bucket}/store"
     write_spec(root, small_spec)
     for shard in range(small_spec.shards_per_draw):
-        made = commits.write_shard(root, small_spec, 0, shard, "a", records(small_spec, 0, shard))
+        made = write_shard(root, small_spec, 0, shard, "a", records(small_spec, 0, shard))
         commits.publish(root, made.commit())
     seal.seal(root, 1)
     assert seal.seal(root, 1)["generation"] == 1

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nfm.storage import CorruptShard, Mixture, PairStore, StorageError
-from nfm.storage.layouts.tar import Mapped
+from nfm.storage.layouts.mapped import Mapped
 from nfm.storage.reading import readahead
 from nfm.storage.reading.readahead import ReadAhead
 from nfm.storage.reading.stream import StoreStream, plan

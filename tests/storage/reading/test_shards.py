@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from nfm.storage import layouts
 from nfm.storage.errors import CorruptShard, MissingShard
-from nfm.storage.format.codecs import encode
-from nfm.storage.format.spec import LAYOUTS, StoreSpec, pair_fields, shard_name
+from nfm.storage.format.codecs import pack
+from nfm.storage.format.spec import StoreSpec, pair_fields, shard_name
+from nfm.storage.layouts import LAYOUTS
 from nfm.storage.reading.shards import ShardSequence
 
 Arrays = dict[str, np.ndarray]
@@ -38,7 +39,7 @@ def _arrays(spec: StoreSpec, seed: int) -> Arrays:
 
 def _write(root: Path, spec: StoreSpec, arrays: Arrays, chunk: int) -> list[dict[str, Any]]:
     """The entries of the shards of draw 0, as a manifest has them."""
-    stored = arrays | {"noise": encode(arrays["noise"], spec.codec)[0]}
+    stored = arrays | {"noise": pack(arrays["noise"], spec.codec)[0]}
     found = []
     for shard in range(spec.shards_per_draw):
         slots, name = spec.slots_of(shard), shard_name(0, shard)
@@ -63,7 +64,7 @@ def _sequence(root: Path, spec: StoreSpec, held: list[dict[str, Any]]) -> ShardS
 
 @st.composite
 def _specs(draw: Callable[..., Any]) -> StoreSpec:
-    kind = draw(st.sampled_from(LAYOUTS))
+    kind = draw(st.sampled_from([*LAYOUTS]))
     rows = draw(st.integers(1, 40))
     block = draw(st.integers(1, 12))
     shard = block * draw(st.integers(-(-5 // block), 5)) if kind == "zarr" else draw(st.integers(5, 40))
@@ -89,7 +90,7 @@ def test_what_is_gathered_is_what_was_written(
 ) -> None:
     root, arrays = tmp_path_factory.mktemp("s"), _arrays(spec, seed)
     held = _write(root, spec, arrays, chunk)
-    arrays["noise"] = encode(arrays["noise"], spec.codec)[0]
+    arrays["noise"] = pack(arrays["noise"], spec.codec)[0]
     sequence = _sequence(root, spec, held)
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, spec.rows, 25)

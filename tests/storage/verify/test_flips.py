@@ -16,6 +16,7 @@ from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.row_fields import write_row_field
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import Finding, orphans, verify
 from tests.sizes import sized
 
@@ -50,7 +51,7 @@ def make(root: Path, layout: str, seed: int = 0) -> Path:
     )
     write_spec(root, spec)
     for shard in range(2):
-        commits.publish(root, commits.write_shard(root, spec, 0, shard, "a1", records(spec, shard, seed)).commit())
+        commits.publish(root, write_shard(root, spec, 0, shard, "a1", records(spec, shard, seed)).commit())
     seal.seal(root, 1)
     write_row_field(root, "caption", [np.arange(30, dtype=np.float16).reshape(10, 3)], (3,), "float16")
     return root
@@ -176,8 +177,8 @@ def test_a_file_that_belongs_to_nothing_is_found_by_the_quick_level(tmp_path: Pa
 def test_what_a_killed_worker_leaves_is_no_finding_but_is_listed(tmp_path: Path, layout: str) -> None:
     root = make(tmp_path / "store", layout)
     spec = read_spec(root)
-    killed = commits.write_shard(root, spec, 0, 1, "killed", records(spec, 1, 0))
-    next_draw = commits.write_shard(root, spec, 1, 0, "b7", records(spec, 0, 0))
+    killed = write_shard(root, spec, 0, 1, "killed", records(spec, 1, 0))
+    next_draw = write_shard(root, spec, 1, 0, "b7", records(spec, 0, 0))
     (root / "shards" / ".tmp-12-ab-d000-s00000.c.tar").write_bytes(b"half")
     (root / "fields" / "next").mkdir()
     (root / "fields" / "next" / "s00000.0a1b.npy").write_bytes(b"half")

@@ -13,6 +13,7 @@ from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec
 from nfm.storage.layouts.blocks import MappedShard, ShardWriter
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import LEVELS, orphans, verify
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "store-format-1"
@@ -88,7 +89,7 @@ def test_a_changed_index_part_is_found(make_store) -> None:
 
 def test_a_commit_swapped_after_sealing_is_found(make_store, small_spec: StoreSpec, records) -> None:
     root = make_store(draws=1)
-    written = commits.write_shard(root, small_spec, 0, 0, "b2", records(small_spec, 0, 0))
+    written = write_shard(root, small_spec, 0, 0, "b2", records(small_spec, 0, 0))
     commits.commit_path(root, "d000-s00000").unlink()
     commits.publish(root, written.commit())
     (finding,) = verify(root)
@@ -151,7 +152,7 @@ def test_contents_that_contradict_the_commit_are_found_though_digests_agree(
 def test_an_older_generation_is_verified_by_its_number(make_store, small_spec: StoreSpec, records) -> None:
     root = make_store(draws=1)
     for shard in range(small_spec.shards_per_draw):
-        written = commits.write_shard(root, small_spec, 1, shard, "b", records(small_spec, 1, shard))
+        written = write_shard(root, small_spec, 1, shard, "b", records(small_spec, 1, shard))
         commits.publish(root, written.commit())
     seal.seal(root, 2)
     (root / "shards" / "d001-s00000.b.tar").unlink()

@@ -1,0 +1,48 @@
+"""The config section [data]: which images, and how they are cut, split and ordered."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from nfm.stages.base import LocalField, Section, added, operational
+from nfm.stages.data.reading.axes import Axes
+from nfm.stages.data.sources.folder import Colour
+
+
+class DataConfig(Section):
+    """[data]: which images, and how they are cut, split and ordered.
+
+    Of latents (float arrays of source `npz`, stored as they are), `image_scale` says what to divide by before
+    `image_decoder` makes pictures of them; both are passed on to the store's readers and change nothing here.
+    `images` and `labels` name the arrays of source `npz` ("data", "labels"; labels "" leaves them out), `axes` says
+    what their axes are, `first_label` which number the file gives to the first class.
+    `background` is what transparent pixels of source `images` lie over (docs/data.md).
+    `points` is how many the planar sources make from `seed`, held-out ones included.
+    """
+
+    source: Literal["digits", "idx", "npz", "images", "checkerboard", "gaussians"] = "digits"
+    path: LocalField | None = operational(None)
+    debian_package: str | None = operational(None)
+    image_size: int | None = Field(None, ge=1)
+    channels: Literal[1, 3] = 3
+    average: int = Field(1, ge=1)
+    classes: tuple[str, ...] | None = None
+    heldout: float = Field(0.05, ge=0.0, lt=1.0)
+    limit: int | None = Field(None, ge=1)
+    seed: int = 0
+    rows_per_shard: int = Field(4096, ge=1)
+    max_rejected: float = operational(0.0, ge=0.0, le=1.0)
+    threads: int = operational(0, ge=0)
+    points: int | None = added(None, ge=2)
+    image_scale: float | None = added(None, gt=0, allow_inf_nan=False)
+    image_decoder: str | None = added(None)
+    images: str | None = added(None)
+    labels: str | None = added(None)
+    axes: Axes | None = added(None)
+    first_label: int | None = added(None)
+    background: Colour = added("white")
+    name: str | None = None  # stands in dataset.json, which the content digest covers
+    licence: str | None = operational(None)
+    origin: str | None = operational(None)

@@ -1,0 +1,60 @@
+"""The config section [evaluate], and which columns of an evaluation are speeds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from nfm.stages.base import Guidance, LocalField, Section, added, operational
+from nfm.stages.couplings.variant import Variant
+from nfm.stages.trained.sampling import GridName, SolverName
+from nfm.stages.trained.training import Precision
+from nfm.trainers.nfe import pick_solver
+
+SPEEDS = ("images_per_second", "batch", "latency_seconds")
+
+
+class EvaluateConfig(Section):
+    """The `[evaluate]` table; `baselines` are variants whose students are trained and measured beside.
+
+    With `guidance` the teacher has guided rows beside its plain ones; with `student_guidance` the students' rows are
+    guided, and with `reference` they have a row more, of adaptive dopri5. `features` is where distances are taken: this
+    run's classifier, Inception-v3 from `inception_weights`, or none, for points of the plane.
+    """
+
+    baselines: tuple[str, ...] = ()
+    solver: SolverName = added("auto")
+    grid: GridName = added("square")
+    nfe: tuple[int, ...] = Field((31, 15, 7, 5), validate_default=True)
+    reference: bool = added(False)
+    samples: int = Field(5_000, ge=2)
+    features: Literal["cnn", "inception", "none"] = added("cnn")
+    inception_weights: LocalField | None = operational(None)
+    guidance: Guidance = 0.0
+    student_guidance: Guidance = added(0.0)
+    kid_subsets: int = Field(100, ge=2)
+    kid_size: int = Field(1000, ge=2)
+    curvature_trajectories: int = Field(256, ge=1)
+    seed: int = Field(1, ge=0)
+    precision: Precision = "float32"
+    batch_size: int = Field(250, ge=1)
+    speed_batches: tuple[Annotated[int, Field(ge=1)], ...] = operational((32, 128, 512))
+    device: str = operational("auto")
+
+    @field_validator("baselines")
+    @classmethod
+    def _are_variants(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Variant.parse(text)) for text in baselines)
+
+    @field_validator("nfe")
+    @classmethod
+    def _solvers_can(cls, nfe: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        twice = [str(count) for count, times in Counter(nfe).items() if times > 1]
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is named more than once; every number of evaluations is one row")
+        for count in nfe:
+            if "solver" in info.data:
+                pick_solver(info.data["solver"], count)
+        return nfe

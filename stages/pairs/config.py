@@ -1,0 +1,60 @@
+"""The config section [pairs]: which coupling, how its store is cut, and where it is encoded."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticKnownError
+
+from nfm.stages.base import Guidance, LocalField, Section, added, operational
+from nfm.stages.trained.training import Precision
+from nfm.storage.layouts import LAYOUTS
+
+
+def _known_layout(name: Any) -> str:
+    if isinstance(name, str) and name in LAYOUTS:
+        return name
+    *others, last = map(repr, LAYOUTS)
+    raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+
+
+class PairsConfig(Section):
+    """The `[pairs]` table; every draw pairs each training image with new noise, flips drawn anew.
+
+    `layout` and `codec` say how records lie on disk and how the noise is rounded, see docs/pairs-store.md; a finished
+    store is converted by `nfm pairs export`. `batch_size` "auto"
+    takes what a short probe proposes when the store begins; it stands in spec.json from then on, since last bits of the
+    noise depend on it. A generation may lack up to `max_missing` pairs, of shards that fail; its manifest lists them.
+    `report` = false seals without a coupling report, which `nfm pairs report` makes at any time.
+
+    Options of single couplings, see docs/couplings.md: `group_size` is minibatch-ot's; `custom` names a function;
+    the student of the coupling `reflow_of`, or the artifact `student`, generates the images of reflow.
+    """
+
+    coupling: Literal["nfm", "independent", "minibatch-ot", "semidiscrete-ot", "reflow", "custom"] = "nfm"
+    draws: int = operational(1, ge=1, le=1000)
+    codec: Literal["float16", "float32", "int8"] = "float16"
+    layout: Annotated[str, BeforeValidator(_known_layout)] = added("blocks")
+    rows_per_shard: int = Field(4096, ge=1)
+    rows_per_block: int = Field(256, ge=1)
+    flips: bool = False
+    seed: int = Field(0, ge=0)
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = 256
+    precision: Precision = "float32"
+    compile: bool = added(False)
+    group_size: int = added(512, ge=1)
+    custom: str | None = added(None)
+    reflow_of: str = added("independent")
+    student: LocalField | None = operational(None)
+    reflow_solver: str = added("auto")
+    reflow_nfe: int = added(31, ge=1)
+    reflow_grid: str = added("square")
+    reflow_guidance: Guidance = added(0.0)
+    max_missing: int = operational(0, ge=0)
+    report: bool = operational(True)
+    executor: Literal["ray", "serial", "slurm"] = operational("ray")
+    ray_address: str | None = operational(None)
+    workers: int = operational(0, ge=0)
+    threads: int = operational(1, ge=1)
+    device: str = operational("auto")

@@ -1,0 +1,149 @@
+"""What somebody hands over as pairs, checked against the recipe of her store before any of it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nfm.storage.errors import StorageError
+from nfm.storage.format import codecs, untrusted
+from nfm.storage.format.codecs import CODECS
+from nfm.storage.format.spec import Field, StoreSpec
+
+Array = npt.NDArray[Any]
+OPTIONAL = ("row", "flip", "nll")  # columns of the index, beside the fields
+_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+def checked(spec: StoreSpec, given: Mapping[str, Any]) -> dict[str, Array]:
+    """The arrays of a batch, each of n records: those of the spec's fields but `slot`, and the columns in `OPTIONAL`.
+
+    Values may be numpy arrays, torch tensors and whatever else `np.asarray` takes; None stands for a column that is
+    not given. A single record has no axis of records. The noise comes back as float32. Raises StorageError, which
+    names the field, the record in the batch and the remedy.
+    """
+    there = {name: _array(name, value) for name, value in given.items() if value is not None}
+    fields = [field for field in spec.fields if field.role != "slot"]
+    if lacking := [field.name for field in fields if field.name not in there]:
+        raise StorageError(f"{', '.join(lacking)}: not given; the spec of the store lists it, so every record has one")
+    known = [field.name for field in fields]
+    for name in there:
+        if name not in known and name not in OPTIONAL:
+            remedy = "give classes to the spec" if name == "label" else f"there are {', '.join((*known, *OPTIONAL))}"
+            raise StorageError(f"{name}: the spec of the store has no such field; leave it out, or {remedy}")
+    single = there["image"].shape == spec.image_shape
+    columns = [Field(name, "int64", (), "label") for name in OPTIONAL if name in there]
+    arrays = {field.name: _shaped(field, there[field.name], single) for field in (*fields, *columns)}
+    counts = {name: len(array) for name, array in arrays.items()}
+    for name, count in counts.items():
+        if count != counts["image"]:
+            raise StorageError(f"{name}: {count} records, image has {counts['image']}; give one a record")
+    arrays["image"] = _image(spec, arrays["image"])
+    arrays["noise"] = _noise(spec, arrays["noise"])
+    if "label" in arrays:
+        arrays["label"] = _whole("label", arrays["label"], spec.classes, "classes of the spec")
+    if "row" in arrays:
+        arrays["row"] = _whole("row", arrays["row"], spec.rows, "rows of the spec")
+    if "flip" in arrays and arrays["flip"].dtype != np.bool_:
+        raise StorageError(f"flip: {arrays['flip'].dtype} values; give booleans, True where the image is mirrored")
+    if "nll" in arrays:
+        arrays["nll"] = _floats("nll", arrays["nll"]).astype(np.float32)
+        _no(np.isinf(arrays["nll"]), "nll", arrays["nll"], "is not finite; give NaN for a record without one")
+    for field in fields:
+        if field.name not in ("image", "noise", "label"):
+            arrays[field.name] = _exact(field, arrays[field.name])
+    return arrays
+
+
+def _array(name: str, value: Any) -> Array:
+    """A copy, so that the caller may use her array again; of a tensor on any device, without its gradient."""
+    detached = value.detach() if callable(getattr(value, "detach", None)) else value
+    on_host = detached.cpu() if callable(getattr(detached, "cpu", None)) else detached
+    try:
+        return np.array(np.asarray(on_host))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise StorageError(
+            f"{name}: no array can be made of this {type(value).__name__} ({error}); convert it"
+        ) from error
+
+
+def _shaped(field: Field, array: Array, single: bool) -> Array:
+    """[n, *shape] of an array that has no first axis where the batch is a single record."""
+    if single and array.shape == field.shape:
+        return array[None]
+    if array.ndim == len(field.shape) + 1 and array.shape[1:] == field.shape and not single:
+        return array
+    of_one = "of one number a record" if field.shape == () else f"of {list(field.shape)} a record"
+    raise StorageError(
+        f"{field.name}: shape {list(array.shape)}; give {'a single record' if single else 'a batch [n, ...]'} {of_one}"
+    )
+
+
+def _image(spec: StoreSpec, image: Array) -> Array:
+    dtype = spec.field("image").dtype
+    if dtype == "uint8":
+        if image.dtype != np.uint8:
+            raise StorageError(
+                f"image: {image.dtype} values, the spec says uint8; give whole pixels from 0 to 255 as uint8, or make "
+                "the spec with image_dtype='float32'"
+            )
+        return image
+    low, high = spec.value_range
+    image = _floats("image", image)
+    # Latents may lie anywhere; a spec says so with a wide range.
+    told = f"is outside value_range [{low:g}, {high:g}] of the spec; scale the images, or state their range in the spec"
+    _no(~np.isfinite(image), "image", image, "is not finite; leave the record out")
+    _no((image < low) | (image > high), "image", image, told)
+    stored = _cast(image, dtype)
+    _no(~np.isfinite(stored), "image", image, f"is too large for {dtype}; make the spec with image_dtype='float32'")
+    return stored
+
+
+def _noise(spec: StoreSpec, noise: Array) -> Array:
+    noise = _floats("noise", noise)
+    _no(~np.isfinite(noise), "noise", noise, "is not finite; check what made it")
+    noise, beyond = _cast(noise, "float32"), noise
+    _no(~np.isfinite(noise), "noise", beyond, "is too large for float32; noise has unit variance")
+    if CODECS[spec.codec].step is None:
+        stored = codecs.pack(noise, spec.codec)[0]
+        told = f"is too large for codec {spec.codec}; noise has unit variance, codec float32 takes more"
+        _no(~np.isfinite(stored), "noise", noise, told)
+    return noise
+
+
+def _floats(name: str, array: Array) -> Array:
+    if array.dtype.kind != "f":
+        raise StorageError(f"{name}: {array.dtype} values; give floats")
+    return array
+
+
+def _cast(array: Array, dtype: str) -> Array:
+    with np.errstate(over="ignore"):
+        return array.astype(dtype, copy=False)
+
+
+def _whole(name: str, array: Array, end: int | None, what: str) -> Array:
+    if array.dtype.kind not in "iu":
+        raise StorageError(f"{name}: {array.dtype} values; give whole numbers")
+    high = np.iinfo(np.int64).max if end is None else end - 1
+    _no((array < 0) | (array > high), name, array, f"is outside 0 to {high}, the {what}")
+    return array.astype(np.int64)
+
+
+def _exact(field: Field, array: Array) -> Array:
+    if not np.can_cast(array.dtype, field.dtype, "safe"):
+        raise StorageError(f"{field.name}: {array.dtype} values, the spec says {field.dtype}; convert them first")
+    if array.dtype.kind == "f":
+        _no(~np.isfinite(array), field.name, array, "is not finite; leave the record out")
+    return array.astype(field.dtype)
+
+
+def _no(wrong: Array, name: str, array: Array, told: str) -> None:
+    """Raises StorageError for the first value that is wrong, if any."""
+    if wrong.any():
+        at = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+        value = untrusted.shown(array[at].item())
+        raise StorageError(f"{name}: {value} in record {int(at[0])} of the batch {told}")

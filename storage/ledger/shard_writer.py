@@ -1,0 +1,100 @@
+"""Writes one shard: its payload, in the store's layout and codec, and its index part."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from nfm.storage import layouts
+from nfm.storage.errors import StorageError
+from nfm.storage.files.paths import as_path
+from nfm.storage.format import codecs
+from nfm.storage.format.commit import ATTEMPT, Commit
+from nfm.storage.format.index import index_rows, keys_digest, write_index
+from nfm.storage.format.moments import MomentSums
+from nfm.storage.format.spec import StoreSpec, shard_name
+from nfm.storage.layouts.tar import Array
+from nfm.storage.ledger import commits
+
+
+def write_shard(
+    root: str | Path,
+    spec: StoreSpec,
+    draw: int,
+    shard: int,
+    attempt: str,
+    records: Iterable[Mapping[str, Array]],
+) -> Commit:
+    """Writes the payload and the index part of one shard, both durable on return. The result is not published yet.
+
+    Each item of `records` has arrays over n records: every field of the spec (the noise in float32, stored in
+    the spec's codec), `slot` counting through `spec.slots_of(shard)`, and optionally `row` (default: the
+    slot), `flip`, `group` and `nll`. Raises StorageError for wrong slots, shapes and types, for noise that is
+    not finite, and when the disk is full; nothing is left behind then. Moments are of the noise as stored.
+    """
+    if not re.fullmatch(ATTEMPT, attempt):
+        raise StorageError(f"attempt {attempt!r}: use letters, digits, - and _ only, it becomes part of file names")
+    begin = time.monotonic()
+    root, name, slots = as_path(root), shard_name(draw, shard), spec.slots_of(shard)
+    earlier = commits.read(root, name)
+    if earlier is not None and earlier.attempt == attempt:
+        raise StorageError(f"{root}: {name} is committed under attempt {attempt!r}; use a new attempt's name")
+    index_name = f"index/{name}.{attempt}.parquet"
+    sums, rows, clipped = MomentSums(), [], 0
+    with layouts.writer(spec, root, name, attempt) as writer:
+        for chunk in records:
+            start = slots.start + writer.written
+            arrays, beyond = _fields_of(writer.path, spec, chunk, start)
+            sums.add(arrays["noise"], spec.noise_step)
+            if sums.nonfinite:
+                raise StorageError(
+                    f"{writer.path}: {sums.nonfinite} values of the noise are not finite from slot {start} on; "
+                    f"check the teacher, or use codec float32 if they overflow"
+                )
+            writer.append(arrays)
+            rows.append(index_rows(draw, {**chunk, **arrays}))
+            clipped += beyond
+        payload, parts = layouts.closed(writer)
+    try:
+        index = write_index(root / index_name, rows)
+    except StorageError:
+        layouts.remove(as_path(payload.path), parts)
+        raise
+    return Commit(
+        name=name,
+        draw=draw,
+        shard=shard,
+        attempt=attempt,
+        payload=layouts.payload_name(spec, name, attempt),
+        payload_sha256=payload.sha256,
+        payload_bytes=payload.bytes,
+        index=index_name,
+        index_sha256=index.sha256,
+        index_bytes=index.bytes,
+        records=len(slots),
+        keys_digest=keys_digest(draw, slots),
+        moments=sums.result(),
+        clipped=clipped,
+        parts=parts,
+        seconds=time.monotonic() - begin,
+    )
+
+
+def _fields_of(path: Path, spec: StoreSpec, chunk: Mapping[str, Array], start: int) -> tuple[dict[str, Array], int]:
+    """(the records as stored, how many values of the noise were clipped)."""
+    missing = [field.name for field in spec.fields if field.name not in chunk]
+    if missing:
+        raise StorageError(f"{path}: the records lack {', '.join(missing)}; the spec lists them as fields")
+    arrays = {field.name: np.asarray(chunk[field.name]) for field in spec.fields}
+    try:
+        arrays["noise"], clipped = codecs.pack(arrays["noise"], spec.codec, spec.noise_step)
+    except StorageError as error:
+        raise StorageError(f"{path}: {error} from slot {start} on; check the teacher") from error
+    slot = arrays["slot"]
+    if not np.array_equal(slot, np.arange(start, start + len(slot))):
+        raise StorageError(f"{path}: slots {slot[:3]}... where {start} was next; write them in the order of the slots")
+    return arrays, clipped
