@@ -20,12 +20,14 @@ import numpy as np
 
 from nfm.storage import layouts as layouts
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
+from nfm.storage.errors.arguments import checked, instance, one_of
 from nfm.storage.files.atomic import HashingFile, create_json, hash_file, read_json
 from nfm.storage.files.cache import Wanted
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, inside, is_remote, size_of
 from nfm.storage.files.small_files import plain
-from nfm.storage.format import codecs, untrusted
+from nfm.storage.format import codecs
+from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.index import read_index
 from nfm.storage.format.spec import SPEC, StoreSpec, check_folder, pair_fields
 from nfm.storage.ledger import commits, seal
@@ -42,11 +44,11 @@ _INDEX_COLUMNS = ("row", "flip", "group", "nll", "label")
 _CARRIED = ("config", "versions", "git_commit")  # what the source's manifest says of its making
 
 
+@checked(spec=instance(StoreSpec), layout=one_of(layouts.LAYOUTS), codec=one_of(CODECS))
 def converted(spec: StoreSpec, layout: str, codec: str) -> StoreSpec:
     """The recipe of the same pairs in another layout and codec. Raises StorageError where they do not go together."""
     noise = next(field for field in pair_fields(spec.image_shape, codec) if field.role == "noise")
     fields = tuple(noise if field.role == "noise" else field for field in spec.fields)
-    untrusted.one_of("store spec: layout", layout, layouts.LAYOUTS)
     rows_per_block = layouts.LAYOUTS[layout].rows_per_block(spec)
     step = spec.noise_step if codec == spec.codec else None
     return dataclasses.replace(
@@ -54,6 +56,7 @@ def converted(spec: StoreSpec, layout: str, codec: str) -> StoreSpec:
     )
 
 
+@checked(source=instance(PairStore))
 def export(
     source: PairStore,
     target: str | Path,

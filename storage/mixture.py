@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
+from nfm.storage.errors import StorageError
+from nfm.storage.errors.arguments import WrongArgument, checked, instance, real, wrong
 from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.reading.reader import BatchReader, ReadOptions
 from nfm.storage.reading.selection import Filter
@@ -19,24 +21,57 @@ if TYPE_CHECKING:
     from nfm.storage.reading.torch_dataset import TorchBatches
     from nfm.storage.store import PairStore
 
+_STORE = instance("PairStore")
+_WEIGHT = real("a number above 0", lambda weight: weight > 0)
 _FINEST = 10_000  # weights are fractions with at most this denominator, so that shares are exact
+_ROUNDING = 1e-6  # of shares such as three times 1/3
+
+
+def _members(name: str, value: Any) -> list[tuple[PairStore, float]]:
+    """Pairs of a store and its weight."""
+    must = "a list of pairs (store, weight) such as [(nfm, 0.8), (independent, 0.2)]"
+    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    members = list(value) if listed else []
+    if not members:
+        raise wrong(name, value, must)
+    for member in members:
+        if not isinstance(member, tuple | list) or len(member) != 2:
+            raise wrong(name, member, must)
+    return [(_STORE("a mixture's member", store), _WEIGHT("a weight", weight)) for store, weight in members]
+
+
+def _check_aligned(stores: Sequence[PairStore]) -> None:
+    """Stores of the same images in different orders would have an image twice an epoch, and another not at all."""
+    first: dict[str, PairStore] = {}
+    for store in stores:
+        other = first.setdefault(store.spec.source, store)
+        if other.order_key != store.order_key:
+            facts = [(each.draws, len(each), len(each.excluded)) for each in (other, store)]
+            told = [f"{draws} draws of {rows} rows, {out} shards excluded" for draws, rows, out in facts]
+            raise StorageError(
+                f"{store.root}: {told[1]}, and {other.root}: {told[0]}. Both are of the same images, and a mixture of "
+                "them would not have every image once an epoch: make them with the same draws and rows, complete them, "
+                "or open with generation= one that has as many draws"
+            )
 
 
 class Mixture:
     """Stores that are read as one: `Mixture([(nfm, 0.8), (independent, 0.2)]).batches(...)`.
 
-    Every batch holds the members' shares, to a record. Members of the same source data (equal order keys) are
-    aligned: an epoch has every slot once, in the order of any one of them, and only the store it is read from is
-    the mixture's choice. Other members go each through its own epochs, and an epoch of the mixture has as many
-    records as theirs together.
+    The weights are shares, which sum to 1, or whole numbers, which are ratios: 4 and 1 are 0.8 and 0.2. Every batch
+    holds the members' shares, to a record. Members of the same source data are aligned: an epoch has every slot once,
+    in the order of any one of them, and only the store it is read from is the mixture's choice; they have the same
+    rows and draws, or are refused. Members of other data, and those of which a filter keeps different records, go each
+    through its own epochs, and an epoch of the mixture has as many records as theirs together.
     """
 
+    @checked(members=_members)
     def __init__(self, members: Sequence[tuple[PairStore, float]]) -> None:
-        if not members:
-            raise ValueError("a mixture of no stores: pass [(store, weight), ...]")
         self.stores = [store for store, _ in members]
         self.weights = _shares([weight for _, weight in members])
+        _check_aligned(self.stores)
 
+    @checked(options=ReadOptions)
     def batches(
         self,
         batch_size: int,
@@ -51,6 +86,7 @@ class Mixture:
         """Batches of the mixture; the arguments are those of `PairStore.batches`, a filter holds for every member."""
         return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 
+    @checked(options=ReadOptions)
     def as_torch_dataset(
         self,
         batch_size: int,
@@ -67,6 +103,7 @@ class Mixture:
 
         return TorchBatches(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 
+    @checked()
     def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> MixtureStream:
         """The order of the records that a reader follows."""
         return MixtureStream([store.stream(seed, shuffle, window, filter) for store in self.stores], self.weights)
@@ -123,16 +160,20 @@ def deal(positions: Rows, weights: Sequence[Fraction]) -> tuple[Rows, Rows]:
 
 
 def _shares(weights: Sequence[float]) -> list[Fraction]:
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise ValueError(f"weights are {list(weights)}: each must be a number above 0")
     total = sum(map(Fraction, weights))
+    if abs(float(total) - 1) > _ROUNDING and not all(float(weight).is_integer() for weight in weights):
+        raise WrongArgument(
+            "weights",
+            f"are {list(weights)}, their sum is {float(total):.6g}: shares sum to 1, or give ratios as whole numbers "
+            "such as 4 and 1",
+        )
     shares = [(Fraction(weight) / total).limit_denominator(_FINEST) for weight in weights]
     # One denominator for all keeps the products of `deal` far inside 64 bits, whatever the weights.
     if sum(shares) != 1 or math.lcm(*(share.denominator for share in shares)) > _FINEST:
         ends = [round(_FINEST * sum(map(Fraction, weights[: n + 1])) / total) for n in range(len(weights))]
         shares = [Fraction(end - start, _FINEST) for start, end in pairwise([0, *ends])]
     if min(shares) <= 0:
-        raise ValueError(f"weights are {list(weights)}: the smallest is below 1/{_FINEST} of them all; leave it out")
+        raise WrongArgument("weights", f"are {list(weights)}: the smallest is below 1/{_FINEST} of all; leave it out")
     return shares
 
 

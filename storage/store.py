@@ -17,9 +17,11 @@ import pyarrow as pa
 
 from nfm.storage import layouts
 from nfm.storage.errors import StorageError
+from nfm.storage.errors.arguments import checked, whole
 from nfm.storage.files.atomic import read_json
 from nfm.storage.files.cache import ShardCache, Wanted, default_cache
-from nfm.storage.files.paths import as_path, inside, is_remote, size_of
+from nfm.storage.files.paths import as_path, inside, is_remote, size_of, store_named
+from nfm.storage.format import untrusted
 from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import seal, shard_list
@@ -71,16 +73,19 @@ class PairStore:
         self._rows: OrderedDict[int, Rows | None] = OrderedDict()
 
     @classmethod
+    @checked()
     def open(cls, path: str | Path, generation: int | None = None, cache: ShardCache | None = None) -> PairStore:
         """Opens a store at its newest generation, at the one given, or at the manifest that `path` names.
 
-        `path` is a folder or a URL that fsspec knows; of a URL, shards are fetched into `cache` (default: one of this
-        process) when they are read. Raises StorageError when there is no store or no sealed generation, NewerSchema.
+        `path` is a folder, a URL that fsspec knows, or the beginning of a fingerprint that `nfm ls` lists, as
+        `3fa9c1` (under `NFM_ARTIFACTS`, else `artifacts/` in the current folder). Of a URL, shards are fetched into
+        `cache` (default: one of this process) when they are read. Raises StorageError when there is no store or no
+        sealed generation, NewerSchema.
         Shards are opened when they are read; a bad one raises MissingShard or CorruptShard then.
         """
-        root = as_path(path)
+        root = store_named(path)
         if root.suffix == ".json" and size_of(root) is not None:
-            named = int(read_json(root).get("generation", 0))
+            named = untrusted.integer(f"{root}: generation", read_json(root).get("generation", 0))
             if generation not in (None, named):
                 raise StorageError(f"{root}: the manifest of generation {named}, not of {generation}; name the folder")
             generation, root = named, root.parent
@@ -95,6 +100,18 @@ class PairStore:
             )
         return cls(root, spec, newest[1], cache)
 
+    def __enter__(self) -> PairStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the shards that are mapped. What is read after that opens them again."""
+        with self._lock:
+            self._open.clear()
+            self._rows.clear()
+
     def __reduce__(self) -> tuple[Callable[..., PairStore], tuple[Any, ...]]:
         return PairStore.open, (str(self.root), self.generation, self._cache)
 
@@ -107,12 +124,14 @@ class PairStore:
         """The shards that this generation lacks: name, slots (first, after the last), records and reason of each."""
         return self.manifest.get("excluded", ())
 
+    @checked()
     def slots(self, draw: int) -> Rows:
         """The slots of a draw that are there, ascending: int64."""
         there = self._presence.of(draw).numbers
         every = np.arange(len(self), dtype=np.int64)
         return every if there is None else every[np.isin(every // self.rows_per_shard, there)]
 
+    @checked()
     def gather(self, draw: int, slots: Rows, out: Arrays | None = None) -> Arrays:
         """The pairs at these slots (any order, [n] integers) of a draw, as stored: arrays [n, *shape] by field.
 
@@ -121,10 +140,12 @@ class PairStore:
         names = [field.name for field in self.spec.fields] if out is None else list(out)
         return self._draw(draw).gather(names, slots, out)
 
+    @checked(draw=whole(0, or_none="all"))
     def index(self, columns: Sequence[str] | None = None, draw: int | None = None) -> pa.Table:
         """One row a record: key, slot, row, draw, flip, label, group, nll, or some of these; of one draw or all."""
         return read_parts(self.root, self.manifest["shards"] if draw is None else self._shards_of(draw), columns)
 
+    @checked()
     def image_rows(self, draw: int, slots: Rows) -> Rows:
         """The source rows of the images at these slots of a draw, from its index."""
         with self._lock:
@@ -152,6 +173,7 @@ class PairStore:
         rows[there] = listed
         return rows
 
+    @checked(options=ReadOptions)
     def batches(
         self,
         batch_size: int,
@@ -174,6 +196,7 @@ class PairStore:
         """
         return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 
+    @checked(options=ReadOptions)
     def as_torch_dataset(
         self,
         batch_size: int,
@@ -190,6 +213,7 @@ class PairStore:
 
         return TorchBatches(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 
+    @checked()
     def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> StoreStream:
         """The order of the records that a reader, or a mixture, follows."""
         if self.remote:
@@ -200,17 +224,20 @@ class PairStore:
             selection = select(self.root, shards, filter, len(self))
         return StoreStream(self, seed, shuffle, window, selection, self._presence.numbers())
 
+    @checked()
     def empty(self, records: int) -> Arrays:
         """Buffers for the fields of a batch, to gather into."""
         names = [field.name for field in self.spec.fields if field.role != "slot"]
         return self._draw(0).empty(names, records)
 
+    @checked()
     def shard(self, draw: int, number: int) -> layouts.Shard:
         """A shard of a draw, mapped and open, fetched into the cache first if the store is a URL."""
         if self.remote:  # before the draw's lock is taken, so that several are fetched at once
             self.cache.together(_wanted(self.root, self.spec, self._presence.of(draw)[number]))
         return self._draw(draw).shard(number)
 
+    @checked()
     def row_field(self, name: str) -> JoinedField:
         """A row-scoped field, joined by the image rows of slots. Raises StorageError when the store has none such."""
         return JoinedField(self, RowField.open(self.root, name, self._cache))

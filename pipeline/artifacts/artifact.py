@@ -12,9 +12,13 @@ from nfm.stages.base import Result
 from nfm.storage.errors import StorageError, Told, WrongUse
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
-from nfm.storage.files.paths import as_path, exists, is_remote, names_in, size_of, stated_path
+from nfm.storage.files.paths import artifacts_root, as_path, exists, is_remote, names_in, size_of
 
 SCHEMA = 1
+__all__ = [
+    "SCHEMA", "Artifact", "ArtifactError", "WrongArtifact", "artifacts_root", "check_store", "find", "fingerprint",
+    "newest_manifest", "open_spec", "publish",
+]  # fmt: skip
 
 
 class ArtifactError(Told):
@@ -23,12 +27,6 @@ class ArtifactError(Told):
 
 class WrongArtifact(ArtifactError, WrongUse):  # noqa: N818 - it reads as what it says
     """What was named is no artifact, or one of another kind than the command takes."""
-
-
-def artifacts_root() -> Path:
-    """The folder of all artifacts: `NFM_ARTIFACTS`, else `artifacts/` in the current folder."""
-    remedy = "name a folder; a finished store goes to an object store by `nfm pairs export STORE URL`"
-    return stated_path("NFM_ARTIFACTS", remedy) or Path("artifacts")
 
 
 def fingerprint(stage: str, version: int, config: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -97,12 +95,13 @@ def find(reference: str | Path) -> Artifact:
     if remote:
         raise WrongArtifact(f"{text}: no store there, it has no spec.json; check the URL")
     known = specs(root)
-    found = [path for path in root.glob(f"*/{text}*") if path / "spec.json" in known] if "/" not in text else []
+    names = {path: path.name if "/" not in text else f"{path.parent.name}/{path.name}" for path in root.glob("*/*")}
+    found = [path for path, name in names.items() if name.startswith(text) and path / "spec.json" in known]
     if len(found) == 1:
         return Artifact(found[0], newest_manifest(found[0]))
     if found:
-        names = ", ".join(f"{path.parent.name}/{path.name}" for path in sorted(found))
-        raise WrongArtifact(f"{text} names several artifacts: {names}; write more of the fingerprint")
+        several = ", ".join(f"{path.parent.name}/{path.name}" for path in sorted(found))
+        raise WrongArtifact(f"{text} names several artifacts: {several}; write more of the fingerprint")
     raise WrongArtifact(f"no artifact {text} under {root}; `nfm ls` lists what there is")
 
 

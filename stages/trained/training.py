@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from nfm.stages.base import Reporter, Section, StageError, Stopped, Unfit, operational
+from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
 from nfm.storage.reading.reader import check_enough
@@ -51,13 +52,10 @@ def blaming(what: str) -> Iterator[None]:
     """Sizes that do not fit each other, told as an error of what holds them: a config section, an option."""
     try:
         yield
+    except WrongArgument as error:  # what else may be passed in Python is no remedy here
+        raise Unfit(f"{what}: {error.name} {error.said}") from error
     except ValueError as error:
-        raise Unfit(f"{what}: {_without_arguments(str(error))}") from error
-
-
-def _without_arguments(text: str) -> str:
-    """A message of the library without remedies that only its callers have: no config has "pass last='keep'"."""
-    return re.sub(r"[,;]? ?(or )?pass \w+=[^;.]*", "", text)
+        raise Unfit(f"{what}: {error}") from error
 
 
 def pick_device(name: str) -> str:

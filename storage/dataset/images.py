@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from nfm.storage.dataset.record import DATASET, check_record, read_record
 from nfm.storage.errors import StorageError
+from nfm.storage.errors.arguments import checked, checked_later, whole
 from nfm.storage.files.atomic import HashingFile, hash_file, write_json
 from nfm.storage.files.paths import inside, local_path
 from nfm.storage.format.convert import to_float32
@@ -48,6 +49,7 @@ class DatasetWriter:
     which an earlier writer was killed is written again.
     """
 
+    @checked()
     def __init__(
         self,
         root: str | Path,
@@ -73,6 +75,7 @@ class DatasetWriter:
         empty = {"rows": 0, "rows_per_shard": rows_per_shard, "shards": [], "table": "train.parquet"}
         check_record(self.root / DATASET, self._record({"train": empty}))  # before hours of writing, not after
 
+    @checked(rows=whole(), chunks=checked_later)
     def write_split(self, split: str, rows: int, chunks: Iterable[Chunk]) -> None:
         """Writes exactly `rows` records from chunks of (images [n, C, H, W], labels [n], keys [n]).
 
@@ -113,6 +116,7 @@ class DatasetWriter:
             "table": f"{split}.parquet",
         }
 
+    @checked(rejected=checked_later)
     def close(self, rejected: Sequence[tuple[str, str]] = ()) -> dict[str, tuple[str, int]]:
         """Publishes rejected.parquet from pairs (key, reason), then dataset.json.
 
@@ -210,6 +214,7 @@ class ImageDataset:
         )
 
     @classmethod
+    @checked()
     def open(cls, root: str | Path, split: str = "train") -> ImageDataset:
         """Opens a split. Raises StorageError when there is no such dataset or split, NewerSchema."""
         root = local_path(root)
@@ -221,24 +226,29 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self._shards)
 
+    @checked()
     def images(self, rows: Rows) -> npt.NDArray[Any]:
         """[n, C, H, W] in `dtype` at these rows, in any order."""
         return self._shards.gather(["image"], rows)["image"]
 
+    @checked()
     def labels(self, rows: Rows) -> npt.NDArray[np.int64]:
         """int64 [n] at these rows, -1 for data without classes."""
         return self._shards.gather(["label"], rows)["label"]
 
+    @checked()
     def keys(self, rows: Rows) -> list[str]:
         """The names that the source gave to these rows."""
         if self._keys is None:
             self._keys = read_index(self._table, ["key"], len(self))["key"]
         return self._keys.take(pa.array(np.asarray(rows, np.int64))).to_pylist()
 
+    @checked(images=checked_later)
     def to_float(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """float32 of the same shape: pixels in `value_range`, floats as they are."""
         return to_float32(images, self.value_range)
 
+    @checked(options=ReadOptions)
     def batches(
         self,
         batch_size: int,
@@ -252,18 +262,22 @@ class ImageDataset:
         """Batches without noise, endless by default; the options are those of `PairStore.batches`."""
         return BatchReader(StoreStream(self, seed, shuffle, window), batch_size, epochs, **options)
 
+    @checked()
     def empty(self, records: int) -> Arrays:
         """Buffers to gather into."""
         return self._shards.empty(["image", "label"], records)
 
+    @checked()
     def gather(self, draw: int, rows: Rows, out: Arrays | None = None) -> Arrays:
         """image and label at these rows, as stored, in `out` if given."""
         return self._shards.gather(["image", "label"], rows, out)
 
+    @checked()
     def shard(self, draw: int, number: int) -> Shard:
         """A shard, mapped and open."""
         return self._shards.shard(number)
 
+    @checked()
     def row_field(self, name: str) -> Any:
         """Raises StorageError: row-scoped fields belong to pair stores."""
         raise StorageError(f"{self.root}: a dataset has no field {name!r}; add fields to a pair store")

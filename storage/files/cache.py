@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
+from nfm.storage.errors.arguments import checked, checked_later, function, text, whole
 from nfm.storage.files import remote
 from nfm.storage.files.cache_folder import base_folder, own_folder, shared_folder
 from nfm.storage.files.paths import TEMPORARY, is_remote, local_path, temporary_name
@@ -28,6 +29,7 @@ from nfm.storage.files.places import stated_number
 
 T = TypeVar("T")
 _TRIES = 3
+_BOUND = whole(1)  # bytes
 _EVICTED_MOST = 20  # times that other processes may evict a file between its arrival and its opening
 
 
@@ -48,11 +50,10 @@ class ShardCache:
     last map is gone. Safe in threads, which fetch a file once, and across forks, where the child begins anew.
     """
 
+    @checked()
     def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
         self._given = None if folder is None else local_path(folder)
         self._max_bytes = max_bytes if max_bytes is not None else _stated_bound()
-        if self._max_bytes is not None and self._max_bytes < 1:
-            raise StorageError(f"max_bytes {self._max_bytes}: a cache needs room for the shards of a batch")
         self._begin()
         _caches.add(self)
 
@@ -87,6 +88,7 @@ class ShardCache:
         # As others fill the disk this shrinks, so that n such caches end with n / (n + 1) of it.
         return (shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._files())) // 2
 
+    @checked(sha256=text, bytes=whole())
     def local(self, path: Path, sha256: str, bytes: int) -> Path:
         """The file as a local one: itself, or its copy here, fetched if need be. To read it, use `opened`.
 
@@ -95,15 +97,18 @@ class ShardCache:
         """
         return self.together([Wanted(path, sha256, bytes)])[0]
 
+    @checked(files=checked_later)
     def together(self, files: Sequence[Wanted]) -> list[Path]:
         """The same for files that are needed at once: none of them is evicted for another. As `local`."""
         with self._keeping(files):
             return [self._have(file) for file in files]
 
+    @checked(sha256=text)
     def holds(self, sha256: str) -> bool:
         """Whether a file is here now. Who keeps files mapped lets go of the others when `evictions` has grown."""
         return (self.folder / sha256).exists()
 
+    @checked(files=checked_later, opener=function)
     def opened(self, files: Sequence[Wanted], opener: Callable[[list[Path]], T]) -> T:
         """`opener` of the local files, which stay until it has opened or mapped them; it does nothing else.
 
@@ -283,4 +288,4 @@ def _write_all(write: Callable[[memoryview], int | None], data: bytes) -> None:
 
 def _stated_bound() -> int | None:
     stated = stated_number("NFM_CACHE_BYTES", "bytes", 1e18)
-    return None if stated is None else int(stated)
+    return None if stated is None else int(_BOUND("NFM_CACHE_BYTES", int(stated)))

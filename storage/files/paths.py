@@ -16,11 +16,19 @@ from typing import TypeVar
 from nfm.storage.errors import StorageError
 from nfm.storage.files import remote
 from nfm.storage.files.parallel import parallel
-from nfm.storage.files.places import as_path, is_remote, is_url, local_path, stated_path
+from nfm.storage.files.places import (
+    artifacts_root,
+    as_path,
+    is_remote,
+    is_url,
+    local_path,
+    stated_path,
+    store_named,
+)
 
 __all__ = [
-    "TEMPORARY", "as_path", "exists", "inside", "is_remote", "is_url", "local_path", "names_in", "remove",
-    "several", "size_of", "stated_path", "temporary_name",
+    "TEMPORARY", "artifacts_root", "as_path", "exists", "inside", "is_remote", "is_url", "local_path", "names_in",
+    "remove", "several", "size_of", "stated_path", "store_named", "temporary_name",
 ]  # fmt: skip
 
 Item = TypeVar("Item")

@@ -15,6 +15,7 @@ from nfm.storage.errors.masked import holds_secret
 _SCHEMED = re.compile(
     r"(?P<space>\s*)(?P<chain>(?:[a-z][a-z0-9]*::)*)(?P<scheme>[a-z][a-z0-9+.-]+):(?P<slashes>/*)", re.IGNORECASE
 )
+_FINGERPRINT = re.compile(r"(?:pairs/)?([0-9a-f]{4,64})")  # or its beginning
 _FILES, _BUCKETS = ("file", "local"), ("s3", "s3a", "gs", "gcs")
 _SCHEMES = ("file", *_BUCKETS, "memory", "az", "abfs", "http", "https")  # which no local name means by accident
 SECRETS = (
@@ -72,6 +73,28 @@ def stated_path(variable: str, remedy: str = "name a folder of this machine") ->
         return local_path(stated, remedy)
     except NoPlace as error:
         raise NoPlace(stated, error.reason, f"{variable}=") from None
+
+
+def artifacts_root() -> Path:
+    """The folder of what `nfm` makes: `NFM_ARTIFACTS`, else `artifacts/` in the current folder."""
+    remedy = "name a folder; a finished store goes to an object store by `nfm pairs export STORE URL`"
+    return stated_path("NFM_ARTIFACTS", remedy) or Path("artifacts")
+
+
+def store_named(where: str | Path) -> Path:
+    """A place, as of `as_path`; or the store of `artifacts_root()` whose name begins so: `pairs/3fa9c1`, `3fa9c1`.
+
+    What is there is itself, whatever its name. Raises StorageError for the beginning of several names.
+    """
+    path = as_path(where)
+    if not isinstance(where, str) or (start := _FINGERPRINT.fullmatch(where)) is None or os.path.lexists(where):
+        return path
+    stores = artifacts_root() / "pairs"
+    found = sorted(stores.glob(f"{start[1]}*/spec.json"))
+    if len(found) > 1:
+        names = ", ".join(one.parent.name for one in found)
+        raise StorageError(f"{where} names several stores in {stores}: {names}; write more of the fingerprint")
+    return found[0].parent if found else path
 
 
 def stated_number(variable: str, unit: str, most: float) -> float | None:

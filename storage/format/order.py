@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from nfm.storage.errors.arguments import RULES
 from nfm.storage.files.atomic import canonical_json, digest
 
 Rows = npt.NDArray[np.int64]
@@ -123,10 +124,8 @@ class Order:
     window: int = 16  # shards that windowed order mixes at a time
 
     def __post_init__(self) -> None:
-        if self.shuffle not in ("full", "windowed", None):
-            raise ValueError(f"shuffle is {self.shuffle!r}: it must be 'full', 'windowed' or None")
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}: it must be at least 1 shard")
+        for name in ("seed", "shuffle", "window"):
+            object.__setattr__(self, name, RULES[name](name, getattr(self, name)))
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from nfm.storage import layouts
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, arguments
 from nfm.storage.files.atomic import canonical_json, create_json, read_json
 from nfm.storage.files.atomic import digest as digest_of
 from nfm.storage.files.cache import Wanted, default_cache
@@ -41,9 +41,10 @@ class PairWriter:
     at `path`.
     """
 
+    @arguments.checked(spec=arguments.instance(StoreSpec), draws=arguments.whole(1, 1000))
     def __init__(self, path: str | Path, spec: StoreSpec, draws: int = 1) -> None:
         self.root, self.spec = as_path(path), spec
-        self.draws = untrusted.integer(f"{self.root}: draws", draws, 1, 1000)
+        self.draws = draws
         self._computed = not spec.source
         self._begin()
         held = seal.newest(self.root) if exists(self.root / SPEC) else None
@@ -91,10 +92,12 @@ class PairWriter:
                 self._commit(draw, slots.start // self.spec.rows_per_shard, chunks)
                 at.slot = slots.stop
 
+    @arguments.checked()
     def next_slot(self, draw: int = 0) -> int:
         """The slot of the next record that `write` takes for a draw; the number of rows when there is none."""
         return self._of(draw).slot
 
+    @arguments.checked()
     def written(self, draw: int = 0) -> int:
         """How many records of a draw are committed, and safe."""
         self._of(draw)

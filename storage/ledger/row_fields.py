@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
+from nfm.storage.errors.arguments import checked, checked_later, whole
 from nfm.storage.files.atomic import HashingFile, create_json, read_json
 from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove
 from nfm.storage.files.small_files import plain
@@ -66,6 +67,7 @@ class RowField:
         self._maps: OrderedDict[int, Array] = OrderedDict()
 
     @classmethod
+    @checked()
     def open(cls, root: str | Path, name: str, cache: ShardCache | None = None) -> RowField:
         """The field `name` of the store at `root`. Raises StorageError when there is none, NewerSchema."""
         folder = _folder(root, name)
@@ -74,6 +76,7 @@ class RowField:
             raise StorageError(f"{folder}: no field {name!r} (there are: {known}); `nfm pairs add-field` adds one")
         return cls(folder, _checked(as_path(root), name), cache)
 
+    @checked()
     def gather(self, rows: npt.ArrayLike, out: Array | None = None) -> Array:
         """The values at these source rows (any order, [n] integers) as [n, *shape], in `out` if given.
 
@@ -96,6 +99,7 @@ class RowField:
             out[here] = self._file(file)[row[here]]
         return out
 
+    @checked(rows=whole(1))
     def chunks(self, rows: int = 4096) -> Iterator[Array]:
         """All values in the order of rows, some at a time."""
         for start in range(0, self.rows, rows):
@@ -144,6 +148,7 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+@checked()
 def row_field_names(root: str | Path) -> list[str]:
     """The fields that the store at `root` has, sorted; folders without a field.json are unfinished and left out."""
     folder = inside(as_path(root), FIELDS)
@@ -151,6 +156,7 @@ def row_field_names(root: str | Path) -> list[str]:
     return [name for name in names if FIELD in names_in(inside(as_path(root), f"{FIELDS}/{name}"))]
 
 
+@checked(rows=whole(1, or_none="the records of a draw"), chunks=checked_later)
 def write_row_field(
     root: str | Path,
     name: str,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage.errors import StorageError
+from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.format.convert import scale_of, to_float32
 from nfm.storage.reading.device import Upload
 from nfm.storage.reading.pool import Pool, empty
@@ -68,9 +69,9 @@ class Assembly:
         self._common = _common(sources, self._own, raw)
         if soften is not None:
             if raw:
-                raise ValueError("soften needs float32 noise, and raw=True leaves it as stored: pass one of the two")
+                raise WrongArgument("soften", "needs float32 noise, raw=True leaves it as stored: pass one of the two")
             if "noise" not in self._common:
-                raise ValueError("soften mixes fresh noise into a store's, and a dataset has none: leave it out")
+                raise WrongArgument("soften", "mixes fresh noise into a store's, and a dataset has none: leave it out")
             self._common["noise"] = np.empty(self._common["noise"].shape, np.float32)
         for name in fields:
             if name in _CORE:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nfm.storage.errors.arguments import WrongArgument, wrong
 from nfm.storage.reading.pool import empty
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -23,7 +24,7 @@ class Upload:
     def __init__(self, device: Any) -> None:
         import torch
 
-        self.device = torch.device(device)
+        self.device = _there(device)
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
@@ -72,3 +73,25 @@ class Upload:
             stream = torch.cuda.current_stream(self.device)
             for tensor in tensors.values():
                 tensor.record_stream(stream)
+
+
+def _there(device: Any) -> Any:
+    """A device that this machine has and that holds values. Raises WrongArgument."""
+    import torch
+
+    try:
+        found = torch.device(device) if not isinstance(device, bool) else None
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type == "meta":
+        raise wrong("device", device, "'cpu', 'cuda', 'cuda:1' or another device of torch's, or None for numpy arrays")
+    try:
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
+        raise WrongArgument(
+            "device",
+            f"is {str(found)!r}, which torch cannot use here ({why})",
+            "pass device='cpu', or None for numpy arrays",
+        ) from error
+    return found

@@ -16,9 +16,10 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NoReturn, TypedDict
 
 from nfm.storage.errors import StateMismatch, StorageError
+from nfm.storage.errors.arguments import WrongArgument, checked, checked_later
 from nfm.storage.reading.batch import Assembly, Batch
 from nfm.storage.reading.device import Upload
 from nfm.storage.reading.readahead import ReadAhead
@@ -61,6 +62,7 @@ class BatchReader:
     With `turns=(skip, step)` it reads every step-th batch after the first `skip`, as workers that share a stream do.
     """
 
+    @checked(stream=checked_later, turns=checked_later)
     def __init__(
         self,
         stream: Stream,
@@ -88,7 +90,7 @@ class BatchReader:
         self._drop_last = last == "drop"
         self._turns = turns
         self._upload = None if device is None else Upload(device)
-        self._soften = float(soften)
+        self._soften = soften
         softener = Softener(self._soften, int(stream.identity["seed"])) if soften else None
         share = -(-batch_size // self.world_size)
         self._assembly = Assembly(stream.sources, share, fields, raw, self._upload, softener)
@@ -101,6 +103,32 @@ class BatchReader:
 
     def __iter__(self) -> BatchReader:
         return self
+
+    def __len__(self) -> int:
+        """Batches that are still to come, of all its epochs. Raises TypeError when it never ends."""
+        if self._epochs is None:
+            raise TypeError("batches without end have no length: pass epochs=")
+        skip, step = self._turns
+        left = 0
+        for epoch in range(self.epoch, self._epochs):
+            rows = max(0, self._stream.rows(epoch) - (self.consumed if epoch == self.epoch else 0))
+            left += rows // self._batch_size if self._drop_last else -(-rows // self._batch_size)
+        return max(0, -(-(left - skip) // step))
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __enter__(self) -> BatchReader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a BatchReader cannot be pickled, its thread reads ahead: send the store and `state_dict()` to the other "
+            "process and make the reader there; a DataLoader takes `as_torch_dataset`, and one with workers too"
+        )
 
     def __next__(self) -> Batch:
         if self._process != os.getpid():
@@ -151,6 +179,7 @@ class BatchReader:
             "consumed": self.consumed,
         }
 
+    @checked()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on after the last batch that the reader with this state yielded. Raises StateMismatch.
 
@@ -161,6 +190,7 @@ class BatchReader:
         self.close()
         self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
 
+    @checked()
     def check(self, state: Mapping[str, Any]) -> None:
         """Raises StateMismatch unless the state is one of this order of records."""
         softened = float(state.get("soften", 0.0))
@@ -227,23 +257,20 @@ class BatchReader:
 
 
 def _check_sizes(stream: Stream, batch_size: int, last: str, world_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
-    if last not in ("drop", "keep"):
-        raise ValueError(f"last is {last!r}: it must be 'drop' or 'keep'")
     if batch_size % world_size:
-        raise ValueError(
-            f"batch_size {batch_size} counts the records of all ranks: make it divisible by the world size {world_size}"
+        raise WrongArgument(
+            "batch_size",
+            f"is {batch_size}, the records of all ranks: make it divisible by the world size {world_size}",
         )
     if last == "drop":
         check_enough(batch_size, stream.least)
 
 
 def check_enough(batch_size: int, records: int) -> None:
-    """Raises ValueError where not one batch could be filled; a config is asked this before its data is there."""
+    """Raises WrongArgument where not one batch could be filled; a config is asked this before its data is there."""
     if batch_size > records:
-        raise ValueError(
-            f"batch_size {batch_size} exceeds the {records} records there are: lower it, or pass last='keep'"
+        raise WrongArgument(
+            "batch_size", f"{batch_size} exceeds the {records} records there are: lower it", "pass last='keep'"
         )
 
 
@@ -285,9 +312,9 @@ def find_rank(rank: int | None = None, world_size: int | None = None) -> tuple[i
     which rank this is: every process would read the same records.
     """
     if (rank is None) != (world_size is None):
-        raise ValueError(f"rank is {rank} and world_size is {world_size}: pass both or neither")
+        raise WrongArgument("rank", f"is {rank} and world_size is {world_size}: pass both or neither")
     if rank is not None and world_size is not None and not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is outside 0..{world_size - 1}")
+        raise WrongArgument("rank", f"is {rank}, which is outside 0..{world_size - 1}")
     distributed = getattr(sys.modules.get("torch"), "distributed", None)
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         found = int(distributed.get_rank()), int(distributed.get_world_size())

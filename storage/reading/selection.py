@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.errors.arguments import WrongArgument, wrong
 from nfm.storage.files.atomic import canonical_json, digest
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, is_remote
@@ -71,11 +72,15 @@ def as_expression(filter: Filter) -> pc.Expression:
     if isinstance(filter, pc.Expression):
         return filter
     try:
+        if not isinstance(filter, Sequence) or isinstance(filter, str | bytes):
+            raise TypeError(filter)
         return pq.filters_to_expression(filter)
-    except (ValueError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"filter {filter!r}: pass a pyarrow expression such as pc.field('label') == 3, or a list of conditions "
-            "such as [('label', 'in', [1, 2]), ('nll', '<', 2.5)]"
+    except (ValueError, TypeError, IndexError, AttributeError, pa.ArrowException) as error:
+        raise wrong(
+            "filter",
+            filter,
+            "a pyarrow expression such as pc.field('label') == 3, or a list of conditions such as "
+            "[('label', 'in', [1, 2]), ('nll', '<', 2.5)]",
         ) from error
 
 
@@ -100,10 +105,9 @@ def _columns(expression: pc.Expression, text: str) -> list[str]:
     try:
         whole.filter(expression)
     except (pa.ArrowException, TypeError) as error:
-        raise ValueError(
-            f"filter {text}: {str(error).splitlines()[0]}; the index has the columns "
-            + ", ".join(f"{column.name} ({column.type})" for column in INDEX_SCHEMA)
-        ) from error
+        columns = ", ".join(f"{column.name} ({column.type})" for column in INDEX_SCHEMA)
+        said = f"{text}: {str(error).splitlines()[0]}; the index has the columns {columns}"
+        raise WrongArgument("filter", said) from error
     return [
         name for name in INDEX_SCHEMA.names if name != "slot" and not _binds(whole.drop_columns([name]), expression)
     ]

@@ -36,8 +36,6 @@ class Softener:
     """Softens the noise of records in place; for one `seed` and rho in (0, 1)."""
 
     def __init__(self, rho: float, seed: int) -> None:
-        if not 0 < rho < 1:
-            raise ValueError(f"soften is {rho}: it lies in [0, 1); near 1 noise and image are independent")
         self._rho = np.float32(rho)
         self._keep = np.float32(math.sqrt(1 - rho**2))
         self._seed = seed

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from numbers import Integral
 from typing import Any, Unpack
 
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from nfm.storage.errors import StateMismatch
+from nfm.storage.errors.arguments import WrongArgument, checked, checked_later
 from nfm.storage.reading.batch import Batch
 from nfm.storage.reading.reader import BatchReader, ReadOptions, find_rank
 from nfm.storage.reading.starts import Start, Starts
@@ -31,11 +31,12 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
     the store is opened with `cache=ShardCache(folder)`.
     """
 
+    @checked(options=ReadOptions, stream=checked_later)
     def __init__(self, stream: Stream, batch_size: int, epochs: int | None = 1, **options: Unpack[ReadOptions]) -> None:
         super().__init__()
         for name in ("device", "prefetch"):
             if name in options:
-                raise ValueError(f"{name}: a DataLoader gets CPU tensors; use `batches` without a loader")
+                raise WrongArgument(name, "is not for a loader, which gets CPU tensors: use `batches` without one")
         self._stream = stream
         self._batch_size = batch_size
         self._epochs = epochs
@@ -60,11 +61,9 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
     def __repr__(self) -> str:
         return f"TorchBatches({self._reader.summary}; next: epoch {self._starts.next_epoch})"
 
+    @checked()
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration begins with, unless a loaded state is in it; as of a DistributedSampler."""
-        if isinstance(epoch, bool) or not isinstance(epoch, Integral) or epoch < 0:
-            raise ValueError(f"epoch is {epoch!r}: it must be an integer from 0 on")
-        epoch = int(epoch)
         asked = self._starts.asked
         if asked is None or asked.first != epoch:
             self._starts.ask(Start(epoch, epoch))
@@ -123,6 +122,7 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
             return state | {"epoch": asked.epoch, "consumed": asked.consumed, "first_epoch": asked.first, "turn": turn}
         return state | ({"finished": True} if self._finished else {})
 
+    @checked()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The next iteration goes on from this state, or from one of `store.batches`. Raises StateMismatch.
 

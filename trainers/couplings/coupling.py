@@ -137,8 +137,8 @@ class Custom:
                 f"{self.called} returned noise of shape {found.shape} for images {tuple(images.shape)}; "
                 "return the noise of each image, in their shape"
             )
-        if found.dtype not in (np.float32, np.float64):
-            raise ValueError(f"{self.called} returned noise of dtype {found.dtype}; return float32")
+        if found.dtype not in (np.float16, np.float32, np.float64):
+            raise ValueError(f"{self.called} returned noise of dtype {found.dtype}; return float32, float16 or float64")
         if bad := int((~np.isfinite(found)).sum()):
             raise ValueError(f"{self.called} returned {bad} values that are not finite; noise is about N(0, 1)")
         return Pairs(torch.from_numpy(np.array(found, np.float32)))

@@ -160,6 +160,9 @@ def test_a_prefix_of_several_artifacts_names_them(tmp_path: Path, monkeypatch: p
     with pytest.raises(ArtifactError, match="several artifacts: data/abc1, teacher/abc2; write more"):
         find("abc")
     assert find("abc2").name == "teacher/abc2"
+    assert find("data/ab").name == "data/abc1"
+    with pytest.raises(ArtifactError, match="no artifact"):
+        find("*")
 
 
 def test_the_newest_generation_of_a_store_is_found(made: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,3 +174,20 @@ def test_an_export_goes_to_the_place_that_was_written(
         export(source, text)
         assert len(PairStore.open(tmp_path / where)) == len(source)
         assert len(PairStore.open(text)) == len(source)
+
+
+def test_a_store_is_opened_by_the_beginning_of_its_fingerprint(make_store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("3fa9c1d0b2e4", "3fa9ffd0b2e4"):
+        make_store(1, name=f"art/pairs/{name}")
+    monkeypatch.setenv("NFM_ARTIFACTS", "art")
+    for text in ("3fa9c1", "pairs/3fa9c1d", "3fa9c1d0b2e4", "art/pairs/3fa9c1d0b2e4"):
+        assert PairStore.open(text).root.name == "3fa9c1d0b2e4"
+    with pytest.raises(StorageError, match=r"3fa9 names several stores.*3fa9c1d0b2e4, 3fa9ffd0b2e4; write more"):
+        PairStore.open("3fa9")
+    with pytest.raises(StorageError, match="abcd"):
+        PairStore.open("abcd")
+    make_store(2, name="3fa9")  # what is there is itself
+    assert PairStore.open("3fa9").draws == 2
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert PairStore.open("~/art/pairs/3fa9ffd0b2e4").draws == 1

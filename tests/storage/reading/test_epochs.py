@@ -215,5 +215,5 @@ class TestStarts:
 @pytest.mark.parametrize("epoch", [-1, 1.5, float("nan"), True, "1", None])
 def test_an_epoch_that_is_none_is_refused(make_store, epoch):
     dataset = PairStore.open(make_store()).as_torch_dataset(5)
-    with pytest.raises(ValueError, match=r"epoch is .*: it must be an integer from 0 on"):
+    with pytest.raises(ValueError, match=r"epoch is .*: it must be a whole number, at least 0"):
         dataset.set_epoch(epoch)

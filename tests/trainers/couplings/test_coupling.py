@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.trainers.couplings.coupling import NFM, Generated, Independent
+from nfm.trainers.couplings.coupling import NFM, Custom, Generated, Independent
 from nfm.trainers.couplings.minibatch_ot import MinibatchOT, assignment, groups
 from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
 
@@ -134,3 +134,21 @@ def test_a_reflowed_pair_is_the_noise_and_what_is_made_of_it() -> None:
     assert pairs.image is not None
     assert torch.equal(pairs.noise, EPS)
     torch.testing.assert_close(pairs.image, EPS * Y[:, None, None, None])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4"])
+def test_the_noise_of_a_function_may_be_of_any_float_of_these(dtype: str) -> None:
+    values = np.arange(8, dtype=dtype).reshape(2, 1, 2, 2) / np.array(4, dtype)
+    coupling = Custom(lambda images, labels, rng: values, "f:", lambda draw, shard: np.random.default_rng(0))
+    images = torch.zeros(2, 1, 2, 2)
+    noise = coupling(images, torch.zeros(2, dtype=torch.int64), images).noise
+    assert noise.dtype == torch.float32
+    assert (noise.numpy() == values).all()
+
+
+@pytest.mark.parametrize("dtype", ["int64", "bool", "complex64", "longdouble"])
+def test_the_noise_of_a_function_that_is_of_another_dtype_is_refused(dtype: str) -> None:
+    values = np.zeros((2, 1, 2, 2), dtype)
+    coupling = Custom(lambda images, labels, rng: values, "f:", lambda draw, shard: np.random.default_rng(0))
+    with pytest.raises(ValueError, match="return float32, float16 or float64"):
+        coupling(torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1, 2, 2))

@@ -1,0 +1,290 @@
+"""What the arguments of the public calls may be: one rule a name, and the decorator that holds a call to them.
+
+A rule takes (name, value) and returns the value as the code wants it, or raises WrongArgument. Numbers are taken by
+what they are: 64.0 and numpy's 64 are 64; True and "64" are not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+import operator
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from nfm.storage.errors import StorageError, WrongUse
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Rule = Callable[[str, Any], Any]
+_SHOWN = 80  # characters of a value in a message
+_MOST = 2**63 - 1
+
+
+class WrongArgument(StorageError, WrongUse, ValueError):  # noqa: N818 - as the other errors, it says what is wrong
+    """An argument that cannot be what it is: `name`, what is said of it, and what else a caller in Python may pass."""
+
+    def __init__(self, name: str, said: str, otherwise: str = "") -> None:
+        super().__init__(name, said, otherwise)
+        self.name, self.said, self.otherwise = map(str, self.args)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.said}{self.otherwise and ', or '}{self.otherwise}"
+
+
+def wrong(name: str, value: Any, must: str) -> WrongArgument:
+    """The error for a value that is not what it must be."""
+    return WrongArgument(name, f"is {shown(value)}: it must be {must}")
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short, whatever it is."""
+    try:
+        whole = " ".join(repr(value).split())
+    except Exception:  # an object's own
+        whole = f"a {type(value).__name__}"
+    return whole if len(whole) <= _SHOWN else f"{whole[:_SHOWN]}…"
+
+
+def whole(low: int = 0, high: int = _MOST, or_none: str = "") -> Rule:
+    """A whole number from `low` to `high`; with `or_none`, what None means, None too."""
+    ends = f"at least {low}" if high == _MOST else f"{low} to {high}"
+    must = f"a whole number, {ends}{or_none and ', or None ('}{or_none}{or_none and ')'}"
+
+    def rule(name: str, value: Any) -> Any:
+        if value is None and or_none:
+            return None
+        number = _whole(value)
+        if number is None or not low <= number <= high:
+            raise wrong(name, value, must)
+        return number
+
+    return rule
+
+
+def real(must: str, holds: Callable[[float], bool]) -> Rule:
+    """A finite number for which `holds`; `must` says that in words."""
+
+    def rule(name: str, value: Any) -> float:
+        number = _real(value)
+        if not (math.isfinite(number) and holds(number)):
+            raise wrong(name, value, must)
+        return number
+
+    return rule
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, also numpy's."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise wrong(name, value, "True or False")
+    return bool(value)
+
+
+def one_of(choices: Collection[Any]) -> Rule:
+    """One of a few names, or None where that is among them; the nearest is named."""
+
+    def rule(name: str, value: Any) -> Any:
+        if (value is None or isinstance(value, str)) and value in choices:
+            return value
+        raise wrong(name, value, " or ".join(map(repr, choices)) + _nearest(value, choices))
+
+    return rule
+
+
+def text(name: str, value: Any) -> str:
+    """A str."""
+    if not isinstance(value, str):
+        raise wrong(name, value, "a text (str)")
+    return value
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """Names, in a list; a single str is not taken for its letters."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        hint = f", as in {name}=[{value!r}]" if isinstance(value, str) else ""
+        raise wrong(name, value, f"a list of names{hint}")
+    found = tuple(value)
+    if bad := [one for one in found if not isinstance(one, str)]:
+        raise wrong(name, value, f"a list of names (str), and {shown(bad[0])} is none")
+    if twice := [one for at, one in enumerate(found) if one in found[:at]]:
+        raise wrong(name, value, f"a list of different names, and {twice[0]!r} is there twice")
+    return found
+
+
+def place(name: str, value: Any) -> Any:
+    """A path or a URL; which ones are good is for nfm.storage.files.places to say."""
+    if isinstance(value, str | Path) or hasattr(value, "protocol"):  # universal_pathlib's
+        return value
+    if not isinstance(value, os.PathLike) or not isinstance(os.fspath(value), str):
+        raise wrong(name, value, "a path or a URL (str or pathlib.Path)")
+    return Path(value)
+
+
+def numbers(name: str, value: Any) -> Any:
+    """Whole numbers in one dimension, as an array of int64: slots, rows."""
+    import numpy as np
+
+    try:
+        array = np.asarray(value)
+        with np.errstate(invalid="ignore"):
+            exact = array.astype(np.int64, copy=False) if array.dtype.kind in "iuf" else None
+    except (TypeError, ValueError, OverflowError):
+        array, exact = np.empty(0), None
+    if exact is None or array.ndim != 1 or (array.dtype.kind != "i" and not (exact == array).all()):
+        raise wrong(name, value, "whole numbers in one dimension, such as numpy.arange(10)")
+    return exact
+
+
+def function(name: str, value: Any) -> Any:
+    """Something to call."""
+    if not callable(value):
+        raise wrong(name, value, "a function")
+    return value
+
+
+def instance(*kinds: type | str, none: bool = False) -> Rule:
+    """An object of one of these classes, or of classes of these names; None where that is taken."""
+    words = [kind if isinstance(kind, str) else kind.__name__ for kind in kinds]
+
+    def rule(name: str, value: Any) -> Any:
+        if (value is None and none) or {base.__name__ for base in type(value).__mro__} & set(words):
+            return value
+        raise wrong(name, value, f"a {' or a '.join(words)}{' or None' if none else ''}")
+
+    return rule
+
+
+def checked_later(name: str, value: Any) -> Any:
+    """Anything: what it may be depends on other things; who knows them raises a WrongArgument himself."""
+    return value
+
+
+def or_none(rule: Rule) -> Rule:
+    """The rule, and None."""
+    return lambda name, value: None if value is None else rule(name, value)
+
+
+def shape(name: str, value: Any) -> tuple[int, ...]:
+    """The sizes of an array; () is one value."""
+    listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
+    sizes = [_whole(size) for size in value] if listed else [None]
+    whole_ones = tuple(size for size in sizes if size is not None and size >= 0)
+    if len(whole_ones) < len(sizes):
+        raise wrong(name, value, "a list of whole numbers, such as (3, 64, 64)")
+    return whole_ones
+
+
+# The rule of an argument, by its name: a name means the same in every public call. The few that do not are given
+# where the call is.
+RULES: Mapping[str, Rule] = {
+    "batch_size": whole(1),
+    "seed": whole(0, 2**64 - 1),
+    "epochs": whole(0, or_none="without end"),
+    "epoch": whole(),
+    "shuffle": one_of(("full", "windowed", None)),
+    "window": whole(1),
+    "last": one_of(("drop", "keep")),
+    "rank": whole(0, or_none="torch.distributed's"),
+    "world_size": whole(1, or_none="torch.distributed's"),
+    "prefetch": flag,
+    "raw": flag,
+    "fields": names,
+    "soften": real("a number, it lies in [0, 1); 0 leaves the noise as stored", lambda rho: 0 <= rho < 1),
+    "device": checked_later,  # by Upload, which knows torch's devices
+    "filter": checked_later,  # by `as_expression`, which knows pyarrow's expressions
+    "generation": whole(1, or_none="the newest"),
+    "draw": whole(),
+    "records": whole(),
+    "number": whole(),
+    "slots": numbers,
+    "rows": numbers,
+    "columns": or_none(names),
+    "name": text,
+    "path": place,
+    "root": place,
+    "target": place,
+    "folder": or_none(place),
+    "split": text,
+    "layout": text,  # `spec` knows the names
+    "codec": text,
+    "dtype": text,
+    "cache": instance("ShardCache", none=True),
+    "out": checked_later,  # by the layouts: arrays of the right shape and type
+    "progress": function,
+    "threads": whole(1, or_none="as many as there are cores"),
+    "state": instance("dict", "Mapping"),
+    "classes": names,
+    "image_shape": shape,
+    "shape": shape,
+    "rows_per_shard": whole(1),
+    "image_scale": or_none(real("a number above 0", lambda scale: scale > 0)),
+    "image_decoder": or_none(text),
+    "max_bytes": whole(1, or_none="what the disk can give"),
+    "file_bytes": whole(1),
+}
+
+
+def checked(*, options: type | None = None, **own: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Holds a call to the rules of its arguments, by name; `own` are those that mean something else in this call.
+
+    `options` is the TypedDict of its `**options`. An argument that it does not know is a TypeError with the nearest.
+    """
+    more: Collection[str] = () if options is None else options.__annotations__
+
+    def decorate(call: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(call)
+        parameters = signature.parameters
+        rest = next((name for name, one in parameters.items() if one.kind is one.VAR_KEYWORD), None)
+        known = [name for name in parameters if name not in ("self", "cls", rest)] + list(more)
+        rules = {name: own[name] if name in own else RULES[name] for name in known}
+
+        @functools.wraps(call)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in kwargs:
+                if name not in rules:
+                    said = f"{call.__qualname__} has no argument {name!r}{_nearest(name, known)}"
+                    raise TypeError(f"{said}; it takes {', '.join(known)}")
+            bound = signature.bind(*args, **kwargs)
+            given = bound.arguments
+            for name in given:
+                if name == rest:
+                    given[rest] = {each: rules[each](each, value) for each, value in given[rest].items()}
+                elif name in rules:
+                    given[name] = rules[name](name, given[name])
+            return call(*bound.args, **bound.kwargs)
+
+        wrapper.checked = rules  # type: ignore[attr-defined]  # for the test that no argument is without
+        return wrapper
+
+    return decorate
+
+
+def _nearest(value: Any, choices: Iterable[Any]) -> str:
+    words = [choice for choice in choices if isinstance(choice, str)]
+    near = difflib.get_close_matches(value, words, 1) if isinstance(value, str) else []
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, also one that a float holds; None for anything else."""
+    try:
+        return None if type(value).__name__ in ("bool", "bool_") else operator.index(value)
+    except TypeError:
+        number = _real(value)
+        return int(number) if number.is_integer() else None
+
+
+def _real(value: Any) -> float:
+    """A number as a float, nan for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
