@@ -32,10 +32,8 @@ import numpy as np
 
 from nfm.pipeline.cli.options import OutputFile
 from nfm.stages.display.endings import JSON
-from nfm.storage import Batch, PairStore, StoreSpec
-from nfm.storage.format.spec import pair_fields, write_spec
-from nfm.storage.ledger import commits, seal
-from nfm.storage.ledger.shard_writer import write_shard
+from nfm.storage import Batch, PairStore, PairWriter, StoreSpec
+from nfm.storage.format.spec import pair_fields
 
 ROWS, BATCH, SHAPE, DRAWS = 4000, 128, (1, 8, 8), 2
 BATCHES_PER_KILL = 24
@@ -81,19 +79,12 @@ def make_store(root: Path) -> Path:
         coupling="independent",
         source="random",
     )
-    write_spec(root, spec)
     rng = np.random.default_rng(0)
-    for draw in range(DRAWS):
-        for shard in range(spec.shards_per_draw):
-            slots = np.array(spec.slots_of(shard))
-            record = {
-                "image": rng.integers(0, 256, (len(slots), *SHAPE), np.uint8),
-                "noise": rng.standard_normal((len(slots), *SHAPE), np.float32),
-                "label": slots % 10,
-                "slot": slots,
-            }
-            commits.publish(root, write_shard(root, spec, draw, shard, "a1", [record]).commit())
-    seal.seal(root, DRAWS)
+    with PairWriter(root, spec, DRAWS) as writer:
+        for draw in range(DRAWS):
+            image = rng.integers(0, 256, (ROWS, *SHAPE), np.uint8)
+            noise = rng.standard_normal((ROWS, *SHAPE), np.float32)
+            writer.write(image=image, noise=noise, label=np.arange(ROWS) % 10, draw=draw)
     return root
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nfm.storage.files import atomic
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Pillow's name of the format by ending, and how it is saved: small images have edges that JPEG's usual settings blur.
-_FORMATS = {
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
@@ -40,13 +40,13 @@ def write_picture(path: Path, picture: Image, description: str = "") -> None:
 
     check_ending(path, PICTURE)
     form, options = _FORMATS[path.suffix.lower()]
-    said: dict[str, object] = {}
+    said: dict[str, Any] = {}
     if description and form == "PNG":
         said["pnginfo"] = PngInfo()
-        said["pnginfo"].add_text("Description", description)  # type: ignore[attr-defined]
+        said["pnginfo"].add_text("Description", description)
     elif description:
         said["exif"] = Exif()
-        said["exif"][_DESCRIPTION] = description  # type: ignore[index]
+        said["exif"][_DESCRIPTION] = description
     data = io.BytesIO()
     picture.convert("RGB").save(data, form, **options, **said)
     atomic.write_bytes(path, data.getvalue())

@@ -165,7 +165,8 @@ def _plane(store: PairStore, draw: int, first: Head, worst: Head, values: Array)
 
     sheet = Figure(figsize=(13.0, 5.0), facecolor="white", layout="constrained")
     sheet.suptitle(_title(store, draw), fontsize=10, color=INK, x=0.01, ha="left")
-    left, right = sheet.subfigures(1, 2, width_ratios=[1.0, 1.2])
+    parts: Any = sheet.subfigures(1, 2, width_ratios=[1.0, 1.2])
+    left, right = parts
     axes = left.subplots()
     image, noise = coordinates(first.image), coordinates(first.noise)
     sets = {"image": image, "noise z": noise}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nfm.storage import PairStore, StoreSpec
-from nfm.storage.format.spec import pair_fields, write_spec
-from nfm.storage.ledger import commits, seal
-from nfm.storage.ledger.shard_writer import write_shard
+from nfm.storage import PairStore, PairWriter, StoreSpec
+from nfm.storage.format.spec import pair_fields
 
 
 @pytest.fixture(scope="session")
@@ -24,17 +22,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> PairStore:
         source="ab" * 32,
         classes=10,
     )
-    write_spec(root, spec)
     rng = np.random.default_rng(0)
-    for draw in range(2):
-        for shard in range(spec.shards_per_draw):
-            slots = np.array(spec.slots_of(shard))
-            record = {
-                "image": rng.integers(0, 256, (len(slots), 1, 4, 4), np.uint8),
-                "noise": rng.standard_normal((len(slots), 1, 4, 4), np.float32),
-                "label": slots % 10,
-                "slot": slots,
-            }
-            commits.publish(root, write_shard(root, spec, draw, shard, "a1", [record]).commit())
-    seal.seal(root, 2)
+    with PairWriter(root, spec, draws=2) as writer:
+        for draw in range(2):
+            image = rng.integers(0, 256, (500, 1, 4, 4), np.uint8)
+            noise = rng.standard_normal((500, 1, 4, 4), np.float32)
+            writer.write(image=image, noise=noise, label=np.arange(500) % 10, draw=draw)
     return PairStore.open(root)

@@ -12,10 +12,8 @@ from PIL import Image
 from nfm.stages.base import StageError
 from nfm.stages.display.pictures import FALSE_COLOURS, as_pixels, false_colours, in_false_colours, save_grid
 from nfm.stages.stores import head
-from nfm.storage import PairStore
-from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
-from nfm.storage.ledger import commits, seal
-from nfm.storage.ledger.shard_writer import write_shard
+from nfm.storage import PairStore, PairWriter
+from nfm.storage.format.spec import StoreSpec, pair_fields
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -64,11 +62,9 @@ def test_without_a_teacher_nothing_is_decoded(made: Lab, tmp_path: Path) -> None
 def test_latents_are_shown_in_false_colours(tmp_path: Path, shape: tuple[int, int, int], count: int) -> None:
     fields = pair_fields(shape, "int8", "float16", label=False)
     spec = StoreSpec(rows=12, rows_per_shard=12, fields=fields, codec="int8", coupling="independent", source="ab" * 32)
-    write_spec(tmp_path / "store", spec)
     noise = np.random.default_rng(0).normal(size=(12, *shape)).astype(np.float32)
-    records = [{"image": noise.astype(np.float16), "noise": noise, "slot": np.arange(12)}]
-    commits.publish(tmp_path / "store", write_shard(tmp_path / "store", spec, 0, 0, "a", records).commit())
-    seal.seal(tmp_path / "store", 1)
+    with PairWriter(tmp_path / "store", spec) as writer:
+        writer.write(image=np.clip(noise / 4, -1, 1).astype(np.float16), noise=noise)
     text = head.draw(tmp_path / "store", count, 0, None, tmp_path / "head.png")
     assert len(lines_after(text, f"the first {min(count, 12)} pairs of draw 0")) == min(count, 12)
     assert Image.open(tmp_path / "head.png").width > 800
@@ -81,12 +77,10 @@ def test_pixels_of_any_number_of_channels_are_drawn(tmp_path: Path, channels: in
         rows=4, rows_per_shard=4, fields=pair_fields(shape, "float32", "uint8", label=False), codec="float32",
         coupling="independent", source="ab" * 32,
     )  # fmt: skip
-    write_spec(tmp_path / "store", spec)
     random = np.random.default_rng(0)
     image, noise = random.integers(0, 256, (4, *shape), np.uint8), random.normal(size=(4, *shape)).astype(np.float32)
-    records = [{"image": image, "noise": noise, "slot": np.arange(4)}]
-    commits.publish(tmp_path / "store", write_shard(tmp_path / "store", spec, 0, 0, "a", records).commit())
-    seal.seal(tmp_path / "store", 1)
+    with PairWriter(tmp_path / "store", spec) as writer:
+        writer.write(image=image, noise=noise)
     head.draw(tmp_path / "store", 4, 0, None, tmp_path / "head.png")
     assert Image.open(tmp_path / "head.png").width > 800
     shown = as_pixels(image.astype(np.float32) / 127.5 - 1, "uint8")

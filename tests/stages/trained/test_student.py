@@ -15,9 +15,8 @@ from nfm.stages.couplings.facts import FACTS
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.trained import student
 from nfm.stages.trained.student import StudentConfig
-from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
-from nfm.storage.ledger import commits, seal
-from nfm.storage.ledger.shard_writer import write_shard
+from nfm.storage import PairWriter
+from nfm.storage.format.spec import StoreSpec, pair_fields
 from nfm.trainers.checkpoint import pack_weights, unpack, unpack_weights
 from nfm.trainers.models.sit import SiT
 from nfm.trainers.models.unet import UNet
@@ -45,18 +44,10 @@ def write_store(root: Path, coupling: str, seed: int, source: str = "ab" * 32) -
         rows=40, rows_per_shard=20, rows_per_block=8, fields=pair_fields(SHAPE, "float16"), coupling=coupling,
         source=source, codec="float16", classes=3,
     )  # fmt: skip
-    write_spec(root, spec)
-    rng = np.random.default_rng(seed)
-    for shard in range(spec.shards_per_draw):
-        slots = np.array(spec.slots_of(shard))
-        record = {
-            "image": np.stack([np.full(SHAPE, 5 * slot, np.uint8) for slot in slots]),
-            "noise": rng.standard_normal((len(slots), *SHAPE), np.float32),
-            "slot": slots, "row": slots, "flip": np.zeros(len(slots), bool), "label": slots % 3,
-            "nll": np.full(len(slots), 0.5, np.float32),
-        }  # fmt: skip
-        commits.publish(root, write_shard(root, spec, 0, shard, "a1", iter([record])).commit())
-    seal.seal(root, 1)
+    noise = np.random.default_rng(seed).standard_normal((40, *SHAPE), np.float32)
+    image = np.stack([np.full(SHAPE, 5 * slot, np.uint8) for slot in range(40)])
+    with PairWriter(root, spec) as writer:
+        writer.write(image=image, noise=noise, label=np.arange(40) % 3, nll=np.full(40, 0.5, np.float32))
     return root
 
 
