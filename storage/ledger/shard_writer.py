@@ -53,7 +53,7 @@ def write_shard(
             if sums.nonfinite:
                 raise StorageError(
                     f"{writer.path}: {sums.nonfinite} values of the noise are not finite from slot {start} on; "
-                    "check what made them, a teacher or a function, or use codec float32 if they are too large for others"
+                    "check what made them, or use codec float32 if they are too large for another one"
                 )
             writer.append(arrays)
             rows.append(index_rows(draw, {**chunk, **arrays}))
