@@ -109,7 +109,7 @@ def test_a_mixture_of_stores_that_lack_the_same_is_aligned_and_of_others_is_refu
     alone = [(epoch, sorted(batch)) for epoch, batch in slots(lacking)]
     aligned = slots(Mixture([(lacking, 0.5), (lacking, 0.5)]))
     assert [(epoch, sorted(batch)) for epoch, batch in aligned] == alone
-    with pytest.raises(StorageError, match="2 shards excluded.*not have every image once an epoch"):
+    with pytest.raises(StorageError, match=r"2 shards excluded.*not have every image once an epoch"):
         Mixture([(lacking, 0.5), (complete, 0.5)])
 
 
