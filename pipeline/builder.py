@@ -13,6 +13,7 @@ from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact, check_store
 from nfm.pipeline.config import ConfigError, RunConfig
 from nfm.pipeline.graph import STAGES, Node, upstream
 from nfm.stages.base import Section, StageError
+from nfm.stages.couplings.facts import facts_of
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.evaluation import compare
 from nfm.stages.evaluation import stage as evaluate
@@ -88,7 +89,7 @@ class Builder:
     def _generator(self, coupling: str) -> str:
         with _blaming("pairs.reflow_of"):
             variant = Variant.parse(coupling)
-            if "reflow" in (variant.coupling, *variant.mixture):
+            if any(facts_of(name).made_with == "student" for name in (variant.coupling, *variant.mixture)):
                 raise ValueError(
                     "its student would need itself; name another coupling, or for a further round give "
                     "pairs.student, the artifact of a student of the round before"

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticKnownError
 
 from nfm.storage.errors import NoPlace, Told, WrongUse, is_utf8
 from nfm.storage.errors.masked import holds_secret
@@ -51,6 +52,18 @@ LocalField = Annotated[str, AfterValidator(_local)]  # a config field that names
 
 
 Guidance = Annotated[float, Field(ge=-100, le=100)]  # beyond, images are noise or overflow
+
+
+def one_of(table: Mapping[str, Any]) -> BeforeValidator:
+    """A config field that holds a name of `table`, whatever the table has when the config is read."""
+
+    def known(name: Any) -> str:
+        if isinstance(name, str) and name in table:
+            return name
+        *others, last = map(repr, table)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}" if others else last})
+
+    return BeforeValidator(known)
 
 
 def added(default: Any, **constraints: Any) -> Any:

@@ -1,26 +1,44 @@
-"""What holds of each coupling by construction: where its noise and its images come from, what is exact in it."""
+"""The table of couplings: all that the rest of the program asks about one stands in its record here.
+
+A new coupling is a record of this table and a file of its own, which `load` names.
+"""
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 _OWN = "each image is paired once a draw, with its own label"
 _NORMAL = "the noise is N(0, I)"
 _BY_CLASS = "each class has as many pairs as images"
+_LOADERS = "nfm.stages.encoding.coupling"
+_RECIPES = "nfm.stages.pairs.recipe"
 
 
 @dataclass(frozen=True)
 class CouplingFacts:
-    """`noise`: "eps" is drawn for each record, "dealt" is drawn for a group and given out in it, "made" from the image.
+    """What holds of a coupling by construction, and how its pairs are made.
 
-    `image`: the "row" of the slot, a row that is "chosen" for the noise, or "generated" from it.
+    `noise`: "eps" is drawn for each record, "dealt" is drawn for a group of minibatch OT and given out in it, "made"
+    from the image. `image`: the "row" of the slot, a row that is "chosen" for the noise, or "generated" from it.
+
+    Functions are named as `module:function` and imported when they are called, since they import torch:
+    `load(spec, source, setup)` gives the coupling (see `trainers.couplings.coupling.Coupling`), `recorded(config,
+    sha256)` what else decides the pairs, for the recipe, and `flops(config, facts)` the arithmetic of one pair.
     """
 
     noise: Literal["eps", "dealt", "made"]
     image: Literal["row", "chosen", "generated"]
     exact: tuple[str, ...]
     approximate: tuple[str, ...] = ()
+    load: str = ""
+    made_with: Literal["teacher", "potential", "student"] | None = None  # the artifact that it needs beside the data
+    code: bool = False  # whether a user's function, `pairs.custom`, makes the noise
+    options: tuple[str, ...] = ()  # the fields of [pairs] that are this coupling's alone
+    recorded: str | None = None
+    flops: str | None = None
+    colours: tuple[str, str] | None = None  # of its lines, on a light and on a dark page
 
     @property
     def gaussian(self) -> bool:
@@ -29,26 +47,57 @@ class CouplingFacts:
 
 
 FACTS = {
-    "independent": CouplingFacts("eps", "row", ("the noise is N(0, I), whatever the image", _OWN)),
+    "independent": CouplingFacts(
+        "eps", "row", ("the noise is N(0, I), whatever the image", _OWN),
+        load=f"{_LOADERS}:load_independent", colours=("#d4711c", "#f2a35c"),
+    ),
     "minibatch-ot": CouplingFacts(
         "dealt", "row", (_NORMAL, _OWN),
         ("the transport is optimal within groups of one class and shard, not over the data",),
+        load=f"{_LOADERS}:load_minibatch_ot", options=("group_size",),
+        recorded=f"{_RECIPES}:minibatch_ot_options", flops=f"{_RECIPES}:minibatch_ot_flops",
+        colours=("#8e44ad", "#c58be0"),
     ),
     "semidiscrete-ot": CouplingFacts(
         "eps", "chosen", (_NORMAL, _BY_CLASS),
         ("how often an image is paired, as far as the potential was fitted",),
+        load=f"{_LOADERS}:load_semidiscrete_ot", made_with="potential", flops=f"{_RECIPES}:semidiscrete_ot_flops",
+        colours=("#0f8a9d", "#58c7d8"),
     ),
-    "nfm": CouplingFacts("made", "row", (_OWN,), ("the noise is N(0, I) as far as the teacher fits the data",)),
+    "nfm": CouplingFacts(
+        "made", "row", (_OWN,), ("the noise is N(0, I) as far as the teacher fits the data",),
+        load=f"{_LOADERS}:load_nfm", made_with="teacher", flops=f"{_RECIPES}:nfm_flops", colours=("#2566d8", "#6aa3ff"),
+    ),
     "custom": CouplingFacts(
-        "made", "row", (_OWN,), ("whatever the function makes of the noise; the two-sample AUC tells",)
+        "made", "row", (_OWN,), ("whatever the function makes of the noise; the two-sample AUC tells",),
+        load=f"{_LOADERS}:load_custom", code=True, options=("custom",), recorded=f"{_RECIPES}:custom_options",
+        colours=("#8a6d1d", "#d6b65c"),
     ),
     "reflow": CouplingFacts(
-        "eps", "generated", (_NORMAL, _BY_CLASS), ("the images are a student's samples, not the data's",)
+        "eps", "generated", (_NORMAL, _BY_CLASS), ("the images are a student's samples, not the data's",),
+        load=f"{_LOADERS}:load_reflow", made_with="student",
+        options=("reflow_of", "student", "reflow_solver", "reflow_nfe", "reflow_grid", "reflow_guidance"),
+        recorded=f"{_RECIPES}:reflow_options", flops=f"{_RECIPES}:reflow_flops", colours=("#c0396b", "#f07aa6"),
     ),
 }  # fmt: skip
 UNKNOWN = CouplingFacts("made", "row", ())
+SPARE = (("#4d7c0f", "#a3d65c"), ("#7a4b3a", "#d9a28c"), ("#3b4a9e", "#9aa8f0"), ("#a3195b", "#ff8fc0"))
 
 
 def facts_of(coupling: str) -> CouplingFacts:
     """Of a coupling that is not known here, nothing is exact."""
     return FACTS.get(coupling, UNKNOWN)
+
+
+def colours_of(coupling: str) -> tuple[str, str]:
+    """Of its lines, on a light and on a dark page; couplings whose records name none share the spare ones out."""
+    if (own := facts_of(coupling).colours) is not None:
+        return own
+    without = [name for name, facts in FACTS.items() if facts.colours is None]
+    return SPARE[without.index(coupling) % len(SPARE) if coupling in without else 0]
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """What the function gives that is named as `module:function`."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(*arguments)

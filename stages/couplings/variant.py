@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from nfm.stages.couplings.facts import FACTS
 
-COUPLINGS = tuple(FACTS)
 LEAST, MOST = 0.0001, 0.9999  # a share that a mixture can deal out; beyond, a variant is another one in all but name
 
 
@@ -76,5 +75,5 @@ def check_knobs(soften: float, mixture: Mapping[str, float]) -> None:
 
 def _known(couplings: Iterable[str]) -> None:
     for name in couplings:
-        if name not in COUPLINGS:
-            raise ValueError(f"coupling {name!r} is unknown; there are {', '.join(COUPLINGS)}")
+        if name not in FACTS:
+            raise ValueError(f"coupling {name!r} is unknown; there are {', '.join(FACTS)}")

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from nfm.stages.couplings.facts import FACTS, colours_of
 from nfm.stages.display.axes import (
     compact,
     density,
@@ -29,27 +30,32 @@ PANEL_INCHES = (5.1, 3.2)
 
 @dataclass(frozen=True)
 class Theme:
+    page: int  # 0: light, 1: dark
     ink: str
     line: str
     series: Mapping[str, str]
     others: Sequence[str]
 
     def colour(self, name: str, number: int) -> str:
+        if name in FACTS:
+            return colours_of(name)[self.page]
         return self.series.get(name, self.others[number % len(self.others)])
 
 
 Panel = Callable[[Any, Theme], None]  # draws into matplotlib axes
 
 LIGHT = Theme(
+    page=0,
     ink="#414b58",
     line="#dde2e9",
-    series={"nfm": "#2566d8", "independent": "#d4711c", "teacher": "#1d8f61", "floor": "#7a8594"},
+    series={"teacher": "#1d8f61", "floor": "#7a8594"},
     others=("#8e44ad", "#c0396b", "#0f8a9d", "#8a6d1d"),
 )
 DARK = Theme(
+    page=1,
     ink="#b9c2cf",
     line="#303846",
-    series={"nfm": "#6aa3ff", "independent": "#f2a35c", "teacher": "#57cf9d", "floor": "#95a0b0"},
+    series={"teacher": "#57cf9d", "floor": "#95a0b0"},
     others=("#c58be0", "#f07aa6", "#58c7d8", "#d6b65c"),
 )
 
@@ -101,7 +107,7 @@ def points_of_the_plane(sets: Mapping[str, np.ndarray], alt: str) -> str:
     """Points [n, 2] by name, the same scale both ways."""
 
     def draw(axes: Any, theme: Theme) -> None:
-        panel(axes, sets, [theme.series["nfm"], theme.series["independent"], *theme.others])
+        panel(axes, sets, [theme.colour("nfm", 0), theme.colour("independent", 1), *theme.others])
         if len(sets) > 1:
             legend(axes, theme, loc="upper left", bbox_to_anchor=(1.01, 1.0))
 

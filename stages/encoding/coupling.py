@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nfm.stages.base import StageError
 from nfm.stages.couplings import custom
+from nfm.stages.couplings.facts import call, facts_of
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.trained.training import WEIGHTS, autocast_dtype
 from nfm.storage import ImageDataset
@@ -20,27 +21,10 @@ if TYPE_CHECKING:
 
 def load_coupling(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
     """The coupling of a store, on the setup's device. Raises StageError when what it is made with is another one."""
-    from nfm.trainers.couplings.coupling import Custom, Independent
-    from nfm.trainers.couplings.minibatch_ot import MinibatchOT
-
-    options: dict[str, Any] = dict(spec.coupling_options or {})
-    if spec.coupling == "independent":
-        return Independent()
-    if spec.coupling == "nfm":
-        return _teachers(setup)
-    if spec.coupling == "minibatch-ot":
-        return MinibatchOT(options["group_size"])
-    if spec.coupling == "custom":
-        named = options["function"]
-        function = custom.load(Path(setup.maker or ""), named, options["sha256"])
-        return Custom(function, f"pairs.custom = {named!r}:", lambda draw, shard: custom.rng(spec.seed, draw, shard))
-    if spec.coupling == "semidiscrete-ot":
-        from nfm.stages.trained import potential
-
-        return potential.load_coupling(_checked(setup, spec.potential, "potential"), source, setup.device)
-    if spec.coupling == "reflow":
-        return _students(spec, setup, options)
-    raise StageError(f"{setup.store}: coupling {spec.coupling!r} is not known here; install a newer nfm-pairs")
+    if not (load := facts_of(spec.coupling).load):
+        raise StageError(f"{setup.store}: coupling {spec.coupling!r} is not known here; install a newer nfm-pairs")
+    loaded: Coupling = call(load, spec, source, setup)
+    return loaded
 
 
 def of_shard(coupling: Coupling, draw: int, shard: int) -> Coupling:
@@ -57,7 +41,34 @@ def as_teacher(coupling: Coupling) -> NFM | None:
     return coupling if isinstance(coupling, NFM) else None
 
 
-def _teachers(setup: Setup) -> NFM:
+def load_independent(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
+    from nfm.trainers.couplings.coupling import Independent
+
+    return Independent()
+
+
+def load_minibatch_ot(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
+    from nfm.trainers.couplings.minibatch_ot import MinibatchOT
+
+    return MinibatchOT(_options(spec)["group_size"])
+
+
+def load_semidiscrete_ot(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
+    from nfm.stages.trained import potential
+
+    return potential.load_coupling(_checked(setup, spec.potential, "potential"), source, setup.device)
+
+
+def load_custom(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
+    from nfm.trainers.couplings.coupling import Custom
+
+    options = _options(spec)
+    named = options["function"]
+    function = custom.load(Path(setup.maker or ""), named, options["sha256"])
+    return Custom(function, f"pairs.custom = {named!r}:", lambda draw, shard: custom.rng(spec.seed, draw, shard))
+
+
+def load_nfm(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
     from nfm.stages.trained import teacher
     from nfm.trainers.couplings.coupling import NFM
 
@@ -73,15 +84,20 @@ def _teachers(setup: Setup) -> NFM:
     return NFM(model, facts["eta"], facts["sigma_f"], setup.device, autocast_dtype(setup.precision))
 
 
-def _students(spec: StoreSpec, setup: Setup, options: dict[str, Any]) -> Coupling:
+def load_reflow(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
     """A trained student's samples, by the solver that the recipe states."""
     from nfm.stages.trained.sampling import student_sampler
     from nfm.trainers.couplings.coupling import Generated
 
     folder = _checked(setup, spec.student, "student")
+    options = _options(spec)
     how = {name: options[name] for name in ("solver", "grid", "guidance")}
     sampler = student_sampler(folder, options["nfe"], setup.device, setup.precision, **how)
     return Generated(sampler.decode, setup.device)
+
+
+def _options(spec: StoreSpec) -> dict[str, Any]:
+    return dict(spec.coupling_options or {})
 
 
 def _checked(setup: Setup, content: str | None, kind: str) -> Path:

@@ -91,7 +91,7 @@ class Encoder:
                 records = self._records(job.draw, source)
                 if (job.draw, job.shard, source.slots[0]) == (0, 0, 0):  # once a store: float64 is slow
                     self.noise_error = reference.against_reference(self.coupling, self.source, source, records["noise"])
-                    if self.spec.coupling == "custom":
+                    if facts_of(self.spec.coupling).code:
                         reference.check_repeatable(records["noise"], self._records(job.draw, source)["noise"])
                 if self.spec.codec == "float16":  # torch rounds to the same bits as numpy, several times as fast
                     records["noise"] = torch.from_numpy(records["noise"]).half().numpy()
@@ -150,7 +150,7 @@ class Encoder:
         import torch
 
         count, flip = len(source.slots[part]), source.flip[part]
-        turned = facts_of(coupling.name).image != "row" and bool(flip.any())
+        turned = facts_of(self.spec.coupling).image != "row" and bool(flip.any())
         eps = mirrored(source.eps[part], flip) if turned else source.eps[part]
         arrays = (self.source.to_float(source.image[part]), source.label[part], eps)
         pairs = coupling(*(torch.from_numpy(_pad(array, size - count)) for array in arrays))

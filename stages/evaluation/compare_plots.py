@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nfm.stages.couplings.facts import colours_of
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.display.axes import compact, make_log, mark_solvers, marked, robust_limits
 from nfm.stages.display.plots import Panel, Theme, legend, png
@@ -15,10 +16,6 @@ from nfm.stages.evaluation.compare_table import label, shown
 from nfm.stages.evaluation.table import DISTANCE
 from nfm.stages.trained.sampling import REFERENCE
 
-COLOURS = {
-    "nfm": "#2566d8", "independent": "#d4711c", "minibatch-ot": "#8e44ad", "semidiscrete-ot": "#0f8a9d",
-    "reflow": "#c0396b", "custom": "#8a6d1d",
-}  # fmt: skip
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v")  # five against four dashes: twenty variants of a coupling look different
 FAR = 8  # times below all students: a level is then told in the legend alone
@@ -56,7 +53,7 @@ def _styles(variants: list[str]) -> dict[str, Style]:
     for name in variants:
         coupling = Variant.parse(name).coupling
         number = count[coupling] = count.get(coupling, -1) + 1
-        found[name] = Style(COLOURS[coupling], DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)])
+        found[name] = Style(colours_of(coupling)[0], DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)])
     return found
 
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticKnownError
+from pydantic import Field
 
-from nfm.stages.base import Guidance, LocalField, Section, added, operational
+from nfm.stages.base import Guidance, LocalField, Section, added, one_of, operational
+from nfm.stages.couplings.facts import FACTS
 from nfm.stages.trained.training import Precision
 from nfm.storage.layouts import LAYOUTS
-
-
-def _known_layout(name: Any) -> str:
-    if isinstance(name, str) and name in LAYOUTS:
-        return name
-    *others, last = map(repr, LAYOUTS)
-    raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
 
 
 class PairsConfig(Section):
@@ -32,10 +25,10 @@ class PairsConfig(Section):
     the student of the coupling `reflow_of`, or the artifact `student`, generates the images of reflow.
     """
 
-    coupling: Literal["nfm", "independent", "minibatch-ot", "semidiscrete-ot", "reflow", "custom"] = "nfm"
+    coupling: Annotated[str, one_of(FACTS)] = "nfm"
     draws: int = operational(1, ge=1, le=1000)
     codec: Literal["float16", "float32", "int8"] = "float16"
-    layout: Annotated[str, BeforeValidator(_known_layout)] = added("blocks")
+    layout: Annotated[str, one_of(LAYOUTS)] = added("blocks")
     rows_per_shard: int = Field(4096, ge=1)
     rows_per_block: int = Field(256, ge=1)
     flips: bool = False

@@ -80,6 +80,10 @@ def _wrong_scale(report: Report) -> bool:
     return image["dtype"] != "uint8" and not SCALES[0] <= image["size"] <= SCALES[1]
 
 
+def _made_with(report: Report) -> str | None:
+    return facts_of(str(report.get("coupling"))).made_with
+
+
 def _of_scale(report: Report) -> str | None:
     if not _wrong_scale(report):
         return None
@@ -101,12 +105,12 @@ def _of_auc(report: Report) -> str | None:
     if auc is None or error is None or auc - 0.5 < ERRORS * error:
         return None
     told = f"a classifier tells this noise from N(0, I), which students sample from: AUC {auc:.2f}, 0.5 is perfect"
-    coupling = report.get("coupling")
-    if facts_of(str(coupling)).gaussian:
+    coupling = str(report.get("coupling"))
+    if facts_of(coupling).gaussian:
         return f"{told}; noise of coupling {coupling} is N(0, I) as it is made: `nfm audit --deep` the store"
     if auc < AUC:
         return None
-    if coupling == "custom":
+    if facts_of(coupling).code:
         return f"{told}: mend the custom function, or soften the student (student.soften = 0.5)"
     return f"{told}: {better_teacher(report)}, or soften the student (student.soften = 0.5)"
 
@@ -117,7 +121,7 @@ def _of_moments(report: Report) -> str | None:
         if noise[name] > MOMENT + 2 * expected[name]:
             return (
                 f"z's {what} by {noise[name]:.3f} (RMS over dimensions, {expected[name]:.3f} from sampling alone): "
-                + (better_teacher(report) if report.get("coupling") == "nfm" else "look at how the noise is made")
+                + (better_teacher(report) if _made_with(report) == "teacher" else "look at how the noise is made")
             )
     return None
 
@@ -145,7 +149,7 @@ def _of_rows(report: Report) -> str | None:
     if excess < max(UNEVEN, ERRORS * spread):
         return None
     again = "run the pairs stage again to encode what is excluded"
-    remedy = "fit the potential longer ([potential])" if report.get("coupling") == "semidiscrete-ot" else again
+    remedy = "fit the potential longer ([potential])" if _made_with(report) == "potential" else again
     return (
         f"images are paired unevenly: chi^2 {rows['chi2']:.3f} where "
         + (f"drawing at random gives {rows['chi2_expected']:.3f}" if rows["chi2_expected"] else "a whole store has 0")

@@ -173,7 +173,7 @@ def _nll(store: PairStore, sample: Sample, inputs: Inputs, device: str, stop: St
     body: dict[str, float | None] = {"nll_train": mean, "nll_train_error": error}
     heldout = np.zeros(0)
     if (
-        store.spec.coupling == "nfm"
+        facts_of(store.spec.coupling).made_with == "teacher"
         and {"teacher", "data"} <= set(inputs)
         and content(inputs["teacher"]) == store.spec.teacher
     ):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nfm.stages.couplings.facts import facts_of
 from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs.config import PairsConfig
@@ -51,7 +52,7 @@ def estimate(
         "bytes": {codec: bytes_of_draw(specs[codec]) * config.draws for codec in sorted(specs, key=_order)},
     }
     left = pairs - committed
-    if config.coupling != "nfm":  # no teacher to time: there are products to tell of, or nothing
+    if facts_of(config.coupling).made_with != "teacher":  # nobody to time: there are products to tell of, or nothing
         flops = pair_flops(config, facts)
         return plan | ({"flops": left * flops, "flops_per_image": flops} if flops else {})
     with blaming("config section [teacher]"):

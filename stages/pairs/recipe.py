@@ -11,6 +11,7 @@ import numpy as np
 
 from nfm.stages.base import Inputs, Unfit
 from nfm.stages.couplings import custom
+from nfm.stages.couplings.facts import call, facts_of
 from nfm.stages.display import units
 from nfm.stages.trained import costs, student
 from nfm.stages.trained.training import blaming
@@ -23,14 +24,7 @@ from nfm.trainers.nfe import GRIDS, pick_solver
 if TYPE_CHECKING:
     from nfm.stages.pairs.config import PairsConfig
 
-# Beside the data: the artifact that a coupling is made with, whose content the recipe names under the same word.
-MAKERS = {"nfm": "teacher", "semidiscrete-ot": "potential", "reflow": "student"}
-# The fields of `[pairs]` that are of one coupling alone.
-OPTIONS = {
-    "minibatch-ot": ("group_size",),
-    "custom": ("custom",),
-    "reflow": ("reflow_of", "student", "reflow_solver", "reflow_nfe", "reflow_grid", "reflow_guidance"),
-}
+MAKERS = ("teacher", "potential", "student")  # what a coupling may be made with, by the word of the recipe
 HELD_BYTES, HELD = 4 << 30, 16  # advised for a shard of such a coupling, and bytes a value: image, eps, noise, float32
 BALANCED = 0.75  # of the size asked for: what is divided into groups that are alike may be somewhat less
 
@@ -45,7 +39,7 @@ def store_spec(config: PairsConfig, inputs: Inputs, custom_sha256: str | None = 
     facts: dict[str, Any] = {"eta": None, "sigma_f": None}
     if "teacher" in inputs:
         facts = atomic.read_json(inputs["teacher"] / "teacher.json")
-    made_with = {role: content(inputs[role]) for role in MAKERS.values() if role in inputs}
+    made_with = {role: content(inputs[role]) for role in MAKERS if role in inputs}
     return _spec(
         config,
         len(source),
@@ -60,10 +54,8 @@ def store_spec(config: PairsConfig, inputs: Inputs, custom_sha256: str | None = 
         eta=facts["eta"],
         sigma_f=facts["sigma_f"],
         coupling_options=options(config, custom_sha256),
-        teacher=made_with.get("teacher"),
-        potential=made_with.get("potential"),
-        student=made_with.get("student"),
         classes=len(source.classes) or None,
+        **made_with,
     )
 
 
@@ -101,17 +93,20 @@ def _spec(config: PairsConfig, rows: int, fields: Any, **facts: Any) -> StoreSpe
 
 def options(config: PairsConfig, custom_sha256: str | None = None) -> dict[str, Any] | None:
     """For the recipe: what else decides the pairs; of reflow the solver that "auto" stands for."""
-    if config.coupling == "minibatch-ot":
-        return {"group_size": config.group_size}
-    if config.coupling == "custom":
-        sha256 = custom_sha256 or custom.digest(custom.source_file(config.custom))
-        return {"function": config.custom, "sha256": sha256}
-    if config.coupling == "reflow":
-        return reflow_options(config)
-    return None
+    recorded = facts_of(config.coupling).recorded
+    return call(recorded, config, custom_sha256) if recorded else None
 
 
-def reflow_options(config: PairsConfig) -> dict[str, Any]:
+def minibatch_ot_options(config: PairsConfig, _: str | None) -> dict[str, Any]:
+    return {"group_size": config.group_size}
+
+
+def custom_options(config: PairsConfig, sha256: str | None) -> dict[str, Any]:
+    """The function and the digest of its file. Raises Unfit where there is none."""
+    return {"function": config.custom, "sha256": sha256 or custom.digest(custom.source_file(config.custom))}
+
+
+def reflow_options(config: PairsConfig, _: str | None) -> dict[str, Any]:
     """How the student samples. Raises StageError for a solver, an NFE and a grid that do not go together."""
     with blaming("config section [pairs], reflow_solver and reflow_nfe"):
         solver = pick_solver(config.reflow_solver, config.reflow_nfe)
@@ -123,18 +118,18 @@ def reflow_options(config: PairsConfig) -> dict[str, Any]:
 
 def maker(config: PairsConfig, inputs: Inputs) -> str | None:
     """The absolute path of what an encoder loads beside the data and the teacher, if anything."""
-    if config.coupling == "custom":
+    facts = facts_of(config.coupling)
+    if facts.code:
         return str(custom.source_file(config.custom))
-    role = MAKERS.get(config.coupling)
-    return str(inputs[role].resolve()) if role not in (None, "teacher") else None
+    return str(inputs[facts.made_with].resolve()) if facts.made_with not in (None, "teacher") else None
 
 
 def small_groups(spec: StoreSpec, inputs: Inputs) -> str | None:
-    """A line where the groups of minibatch-ot are smaller than asked for, since a shard has few images of a class.
+    """A line where the groups that noises are dealt out in are smaller than asked for: a shard has few of a class.
 
     Slots are in random order, so the first shard speaks for all.
     """
-    if spec.coupling != "minibatch-ot":
+    if facts_of(spec.coupling).noise != "dealt":
         return None
     from nfm.trainers.couplings.minibatch_ot import groups
 
@@ -153,8 +148,8 @@ def small_groups(spec: StoreSpec, inputs: Inputs) -> str | None:
         else f"but larger shards, which a worker holds in memory, would take more than {_size(HELD_BYTES)}"
     )
     return (
-        f"groups of minibatch-ot have {min(sizes)} to {max(sizes)} noises, not pairs.group_size = {wanted}: they are "
-        f"of one class and one shard, and a shard has {len(labels):,} records. Larger groups pair better: {remedy}"
+        f"groups of {spec.coupling} have {min(sizes)} to {max(sizes)} noises, not pairs.group_size = {wanted}: they "
+        f"are of one class and one shard, and a shard has {len(labels):,} records. Larger groups pair better: {remedy}"
     )
 
 
@@ -168,18 +163,32 @@ def pair_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
     Of optimal transport these are the products <x, z>; the assignment, whose time grows as the cube of the group,
     is not in them. 0 where nothing is computed, or where a size is not known.
     """
-    shape, classes = facts["image_shape"], max(facts.get("classes", 1), 1)
-    values = math.prod(shape)
-    if config.coupling == "nfm":
-        return costs.teacher_flops(shape, facts["teacher"])
-    if config.coupling == "minibatch-ot":
-        return 2.0 * values * max(1, min(config.group_size, config.rows_per_shard // classes))
-    if config.coupling == "semidiscrete-ot":
-        return 2.0 * values * facts["images"] / classes
-    if config.coupling == "reflow" and "student" in facts:
-        passes = config.reflow_nfe * (2 if config.reflow_guidance else 1)
-        return passes * student.flops(facts["student"], shape)
-    return 0.0
+    flops = facts_of(config.coupling).flops
+    return float(call(flops, config, facts)) if flops else 0.0
+
+
+def nfm_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
+    return costs.teacher_flops(facts["image_shape"], facts["teacher"])
+
+
+def minibatch_ot_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
+    group = min(config.group_size, config.rows_per_shard // _classes(facts))
+    return 2.0 * math.prod(facts["image_shape"]) * max(1, group)
+
+
+def semidiscrete_ot_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
+    return 2.0 * math.prod(facts["image_shape"]) * facts["images"] / _classes(facts)
+
+
+def reflow_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
+    if "student" not in facts:
+        return 0.0
+    passes = config.reflow_nfe * (2 if config.reflow_guidance else 1)
+    return passes * student.flops(facts["student"], facts["image_shape"])
+
+
+def _classes(facts: Mapping[str, Any]) -> int:
+    return max(int(facts.get("classes", 1)), 1)
 
 
 def content(folder: Path) -> str:

@@ -14,6 +14,7 @@ from nfm.stages.base import (
     Stopped,
 )
 from nfm.stages.couplings import custom
+from nfm.stages.couplings.facts import FACTS, facts_of
 from nfm.stages.encoding.jobs import Outcome, ShardJob
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.executors import ray_cluster
@@ -22,12 +23,10 @@ from nfm.stages.pairs import production as making
 from nfm.stages.pairs import sealing
 from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.pairs.recipe import (
-    MAKERS,
-    OPTIONS,
     maker,
+    options,
     pair_flops,
     planned_spec,
-    reflow_options,
     small_groups,
     store_spec,
 )
@@ -45,22 +44,20 @@ PLAIN_BATCH = 256  # where there is no teacher to run
 
 def input_roles(config: PairsConfig) -> tuple[str, ...]:
     """What the coupling is made from."""
-    return ("data", MAKERS[config.coupling]) if config.coupling in MAKERS else ("data",)
+    maker = facts_of(config.coupling).made_with
+    return ("data", maker) if maker else ("data",)
 
 
 def for_coupling(config: PairsConfig, coupling: str) -> PairsConfig:
     """The section for that coupling; options of other couplings are at their defaults, so that they move nothing."""
-    others = (name for owner, names in OPTIONS.items() if owner != coupling for name in names)
+    others = (name for owner, facts in FACTS.items() if owner != coupling for name in facts.options)
     defaults = {name: PairsConfig.model_fields[name].default for name in others}
     return PairsConfig.model_validate({**config.model_dump(), **defaults, "coupling": coupling})
 
 
 def fits(config: PairsConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit where options do not fit each other or the data, as far as `facts` tell of it."""
-    if config.coupling == "reflow":
-        reflow_options(config)
-    if config.coupling == "custom":
-        custom.source_file(config.custom)
+    options(config)
     if {"images", "image_shape"} <= facts.keys():
         planned_spec(config, facts, config.codec)
 
@@ -85,7 +82,7 @@ def room(config: PairsConfig, facts: Mapping[str, Any]) -> int:
 
 def external(config: PairsConfig) -> dict[str, str]:
     """Digests of what decides the pairs and is in no artifact: the file of a custom coupling."""
-    return {"custom": custom.digest(custom.source_file(config.custom))} if config.coupling == "custom" else {}
+    return {"custom": custom.digest(custom.source_file(config.custom))} if facts_of(config.coupling).code else {}
 
 
 def manifest_name(config: PairsConfig, out: Path) -> str:
@@ -104,8 +101,8 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     if config.batch_size != "auto":
         return {"store": spec.to_dict(), "encoding": {"batch_size": config.batch_size}}
     if "teacher" not in inputs:
-        # Semidiscrete transport reads every image of a class for each batch: the larger, the fewer times.
-        size = spec.rows_per_shard if config.coupling == "semidiscrete-ot" else PLAIN_BATCH
+        # A coupling that chooses reads every image of a class for each batch: the larger, the fewer times.
+        size = spec.rows_per_shard if facts_of(spec.coupling).image == "chosen" else PLAIN_BATCH
         return {"store": spec.to_dict(), "encoding": {"batch_size": size}}
     from nfm.stages.encoding import probe
 
@@ -133,7 +130,7 @@ def recipe(
     """
     sha256 = recorded.get("custom", (found.coupling_options or {}).get("sha256"))
     config = PairsConfig(**manifest["config"])
-    if config.coupling == "custom" and not sha256:
+    if facts_of(config.coupling).code and not sha256:
         raise StageError(
             f"its custom function {config.custom!r} has no digest recorded, so nobody can say which code made its "
             "pairs; make the store again from code that you know"
@@ -171,9 +168,9 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
 
 def announce(spec: StoreSpec, setting: Setup, report: Reporter | custom.Allowed) -> None:
     """Says whose code is about to run, where encoding runs somebody's."""
-    if spec.coupling == "custom":
-        options = spec.coupling_options or {}
-        report.say(custom.announced(setting.maker, str(options.get("function")), str(options.get("sha256"))))
+    if facts_of(spec.coupling).code:
+        told = spec.coupling_options or {}
+        report.say(custom.announced(setting.maker, str(told.get("function")), str(told.get("sha256"))))
 
 
 def seal(

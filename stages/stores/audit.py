@@ -9,6 +9,7 @@ import numpy as np
 
 from nfm.stages.base import Finding, Inputs, StageError
 from nfm.stages.couplings import custom
+from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.encoding.threads import threads
@@ -63,7 +64,7 @@ def audit(
     findings += against_source(root, manifest, inputs)
     if level == "default" or findings:
         return findings, []
-    if found.coupling == "custom" and (found.coupling_options or {}).get("sha256") not in allowed.digests:
+    if facts_of(found.coupling).code and (found.coupling_options or {}).get("sha256") not in allowed.digests:
         return findings, [_not_run(found, allowed)]
     # Wherever the pairs were encoded, the device that is here encodes them again.
     try:
@@ -72,7 +73,7 @@ def audit(
         with threads(encoder.threads):
             return encode_again(root, manifest, encoder, sample)
     except (StageError, ValueError) as error:
-        if found.coupling != "custom":
+        if not facts_of(found.coupling).code:
             raise
         remedy = "put the module that made the store on Python's path, its digest stands in spec.json"
         return [Finding(str(root / "spec.json"), f"its pairs cannot be made again: {error}", remedy)], []

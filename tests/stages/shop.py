@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nfm.stages.couplings.custom import Allowed
-from nfm.stages.pairs import recipe
+from nfm.stages.couplings.facts import facts_of
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.stores import audit as pairs_audit
 from nfm.stages.trained import potential, student
@@ -105,7 +105,7 @@ class Shop:
 
     def begin(self, config: pairs.PairsConfig, name: str = "store") -> Path:
         """A store whose recipe stands."""
-        if config.coupling in recipe.MAKERS and recipe.MAKERS[config.coupling] not in self.inputs:
+        if facts_of(config.coupling).made_with not in (None, *self.inputs):
             self.makers(config.coupling)
         out = self.root / name
         out.mkdir()
@@ -121,7 +121,7 @@ class Shop:
 
     def makers(self, coupling: str) -> None:
         """The potential or the student that a coupling is made with, trained once for all tests."""
-        role = recipe.MAKERS[coupling]
+        role = str(facts_of(coupling).made_with)
         name = f"{role}-{self.dtype}-{self.classes}"
         trained = once(
             self.factory, name, lambda folder: Shop(folder, self.factory, self.dtype, self.classes)._train(coupling)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nfm.stages.base import StageError
+from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.encoding.jobs import ShardJob, new_attempt
 from nfm.stages.pairs import recipe, stage
@@ -236,7 +237,7 @@ def test_a_solver_that_cannot_do_it_is_told_before_anything_begins(
 def test_another_maker_than_the_recipes_is_refused(shop: Shop, coupling: str) -> None:
     config = shop.config(coupling=coupling, **OPTIONS[coupling])
     out = shop.begin(config)
-    setup, folder = stage.setup(config, shop.of(config), out), shop.inputs[recipe.MAKERS[coupling]]
+    setup, folder = stage.setup(config, shop.of(config), out), shop.inputs[str(facts_of(coupling).made_with)]
     Encoder(setup)
     payload = folder / (potential.VECTORS if coupling == "semidiscrete-ot" else "weights.safetensors")
     whole = payload.read_bytes()

@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from nfm.stages.base import StageError, Stopped
-from nfm.stages.couplings.variant import COUPLINGS, Variant
+from nfm.stages.couplings.facts import FACTS
+from nfm.stages.couplings.variant import Variant
 from nfm.stages.trained import student
 from nfm.stages.trained.student import StudentConfig
 from nfm.storage import PairWriter
@@ -202,7 +203,7 @@ def test_an_error_about_knobs_names_no_coupling_that_nobody_wrote() -> None:
         with pytest.raises(ValidationError) as caught:
             StudentConfig(**options)
         told = caught.value.errors()[0]["msg"]
-        assert not [name for name in COUPLINGS if name in told and name != "independent"]
+        assert not [name for name in FACTS if name in told and name != "independent"]
 
 
 def test_a_variant_is_spelled_so_that_it_is_read_as_itself() -> None:
