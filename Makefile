@@ -25,12 +25,14 @@ ifdef PYTHON
 PY := $(PYTHON)
 ENV :=
 DEV :=
+DOCS :=
 PEERS_PY := $(PYTHON)
 PEERS_ENV :=
 else
 PY := $(VENV)/bin/python
 ENV := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+DOCS := $(VENV)/.installed-docs
 PEERS_PY := $(PEERS)/bin/python
 PEERS_ENV := $(PEERS)/.installed
 endif
@@ -38,7 +40,7 @@ NFM := $(PY) -m nfm.pipeline.cli
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench kills fuzz lint format clean-env
+.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench kills fuzz lint format docs clean-env
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -122,5 +124,12 @@ format: $(DEV)  ## format the code
 	mkdir -p $@
 	for folder in pipeline stages storage trainers; do ln -sfn ../../$$folder $@/$$folder; done
 
-clean-env:  ## remove the environments
-	rm -rf $(VENV) $(PEERS) .types
+docs: $(DOCS) .types/nfm  ## build the site of README and docs in build/site; a broken link fails
+	$(PY) -m mkdocs build --strict --quiet
+
+$(VENV)/.installed-docs: $(ENV)
+	$(INSTALL) '$(TORCH)' -e '.[all,docs]'
+	touch $@
+
+clean-env:  ## remove the environments and the site
+	rm -rf $(VENV) $(PEERS) .types build/site

@@ -58,11 +58,13 @@ def _check_aligned(stores: Sequence[PairStore]) -> None:
 class Mixture:
     """Stores that are read as one: `Mixture([(nfm, 0.8), (independent, 0.2)]).batches(...)`.
 
-    The weights are shares, which sum to 1, or whole numbers, which are ratios: 4 and 1 are 0.8 and 0.2. Every batch
-    holds the members' shares, to a record. Members of the same source data are aligned: an epoch has every slot once,
-    in the order of any one of them, and only the store it is read from is the mixture's choice; they have the same
-    rows and draws, or are refused. Members of other data, and those of which a filter keeps different records, go each
-    through its own epochs, and an epoch of the mixture has as many records as theirs together.
+    The weights are shares that sum to 1, or whole numbers: 4 and 1 mean 0.8 and 0.2. Every batch has these shares, up
+    to one record.
+
+    Members of the same source data are aligned. An epoch has every slot once, in the order that each of them has alone;
+    the mixture chooses only from which store a slot is read. Such members must have the same rows and draws, else
+    StorageError is raised. Members of different data go each through their own epochs, and so do members of which a
+    filter keeps different records. Then an epoch of the mixture has as many records as theirs together.
     """
 
     @checked(members=_members)
@@ -83,7 +85,7 @@ class Mixture:
         filter: Filter | None = None,
         **options: Unpack[ReadOptions],
     ) -> BatchReader:
-        """Batches of the mixture; the arguments are those of `PairStore.batches`, a filter holds for every member."""
+        """Batches of the mixture. The arguments are those of `PairStore.batches`; a filter applies to every member."""
         return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 
     @checked(options=ReadOptions)

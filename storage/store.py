@@ -39,9 +39,10 @@ _DRAWS_OPEN = 2  # a reader at the end of an epoch touches two draws
 
 
 class PairStore:
-    """(image, noise) pairs, `rows` of them a draw, mapped from shards; committed shards never change.
+    """A store of (image, noise) pairs, open for reading. Every draw has `rows` pairs, one at each slot.
 
-    Any number of readers and threads may share one, and a process that is forked goes on with it.
+    Shards are mapped into memory, and committed shards never change. Any number of readers and threads may share an
+    open store. A forked process may go on with it.
     """
 
     def __init__(
@@ -77,11 +78,12 @@ class PairStore:
     def open(cls, path: str | Path, generation: int | None = None, cache: ShardCache | None = None) -> PairStore:
         """Opens a store at its newest generation, at the one given, or at the manifest that `path` names.
 
-        `path` is a folder, a URL that fsspec knows, or the beginning of a fingerprint that `nfm ls` lists, as
-        `3fa9c1` (under `NFM_ARTIFACTS`, else `artifacts/` in the current folder). Of a URL, shards are fetched into
-        `cache` (default: one of this process) when they are read. Raises StorageError when there is no store or no
-        sealed generation, NewerSchema.
-        Shards are opened when they are read; a bad one raises MissingShard or CorruptShard then.
+        `path` is a folder, a URL that fsspec knows, or the beginning of a fingerprint that `nfm ls` shows, such as
+        `3fa9c1`. Fingerprints are looked up under `NFM_ARTIFACTS`, or `artifacts/` in the current folder. The shards of
+        a URL are fetched into `cache` when they are read (default: a cache of this process).
+
+        Raises StorageError when there is no store or no sealed generation, and NewerSchema when a newer version of
+        this package wrote it. Shards are opened when they are read: a bad one raises MissingShard or CorruptShard then.
         """
         root = store_named(path)
         if root.suffix == ".json" and size_of(root) is not None:
@@ -107,7 +109,7 @@ class PairStore:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the shards that are mapped. What is read after that opens them again."""
+        """Lets go of the mapped shards. A later read opens them again."""
         with self._lock:
             self._open.clear()
             self._rows.clear()
@@ -121,33 +123,37 @@ class PairStore:
 
     @property
     def excluded(self) -> Sequence[Mapping[str, Any]]:
-        """The shards that this generation lacks: name, slots (first, after the last), records and reason of each."""
+        """The shards that this generation lacks. Each says name, slots [first, after the last], records, reason."""
         return self.manifest.get("excluded", ())
 
     @checked()
     def slots(self, draw: int) -> Rows:
-        """The slots of a draw that are there, ascending: int64."""
+        """The slots that a draw has, ascending: int64 [n]. All of them, unless shards are excluded."""
         there = self._presence.of(draw).numbers
         every = np.arange(len(self), dtype=np.int64)
         return every if there is None else every[np.isin(every // self.rows_per_shard, there)]
 
     @checked()
     def gather(self, draw: int, slots: Rows, out: Arrays | None = None) -> Arrays:
-        """The pairs at these slots (any order, [n] integers) of a draw, as stored: arrays [n, *shape] by field.
+        """The pairs of a draw at these slots, in their order: arrays [n, *shape] by name of the field, as stored.
 
-        With `out`, only the fields in it, into its arrays.
+        `slots` are integers [n], in any order. With `out`, only its fields are read, into its arrays. Raises
+        MissingShard or CorruptShard when a shard is not what was committed.
         """
         names = [field.name for field in self.spec.fields] if out is None else list(out)
         return self._draw(draw).gather(names, slots, out)
 
     @checked(draw=whole(0, or_none="all"))
     def index(self, columns: Sequence[str] | None = None, draw: int | None = None) -> pa.Table:
-        """One row a record: key, slot, row, draw, flip, label, group, nll, or some of these; of one draw or all."""
+        """A table with one row a record: key, slot, row, draw, flip, label, group, nll.
+
+        `columns` chooses some of these, `draw` one draw; by default all.
+        """
         return read_parts(self.root, self.manifest["shards"] if draw is None else self._shards_of(draw), columns)
 
     @checked()
     def image_rows(self, draw: int, slots: Rows) -> Rows:
-        """The source rows of the images at these slots of a draw, from its index."""
+        """Which rows of the source the images at these slots of a draw are: integers [n], from the index."""
         with self._lock:
             if draw not in self._rows:
                 self._rows[draw] = self._rows_of(draw)
@@ -185,14 +191,15 @@ class PairStore:
         filter: Filter | None = None,
         **options: Unpack[ReadOptions],
     ) -> BatchReader:
-        """Batches of float32 images and noise, read ahead by one thread; epoch e reads draw e mod `draws`.
+        """Batches of float32 images and noise [B, *shape]. Epoch e reads draw e modulo `draws`.
 
-        `batch_size` counts the records of all ranks. `epochs=None` never ends. `shuffle="windowed"` mixes
-        `window` shards at a time and reads the next ones ahead, for stores larger than memory; None reads in the
-        order of slots. `filter` keeps the records that match: a pyarrow expression over the columns of `index`, or
-        conditions as [("label", "in", [1, 2])]. Further `options`: see `ReadOptions`.
+        `batch_size` counts the records of all ranks together. `epochs=None` never ends. `shuffle`: "full" mixes the
+        whole draw; "windowed" mixes `window` shards at a time and reads the next ones ahead, for stores larger than
+        memory; None keeps the order of the slots. `filter` keeps the records that match: a pyarrow expression over the
+        columns of `index`, or a list of conditions such as [("label", "in", [1, 2])]. `ReadOptions` has the others.
 
-        A batch is its holder's for as long as he keeps it. Every call begins at epoch 0: ask for all epochs in one.
+        You may keep a batch as long as you like. Every call begins at epoch 0, so ask for all epochs in one call.
+        Raises StorageError for a wrong argument, MissingShard or CorruptShard when a bad shard is reached.
         """
         return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 

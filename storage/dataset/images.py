@@ -42,11 +42,11 @@ def _fields(image_shape: tuple[int, ...], dtype: str) -> tuple[Field, ...]:
 
 
 class DatasetWriter:
-    """Writes a dataset: each split once, then `close`, which publishes dataset.json last.
+    """Writes a dataset of images: each split once, then `close`, which writes dataset.json last.
 
-    `classes` are the names of labels 0, 1, ...; without classes every label is -1. `dtype` is that of the images;
-    of floats, `image_scale` says what to divide by before `image_decoder` makes pictures of them. A folder in
-    which an earlier writer was killed is written again.
+    `classes` are the names of labels 0, 1, ...; without classes every label is -1. `dtype` is that of the images. When
+    they are floats (latents), `image_scale` is what they are divided by before `image_decoder` makes pictures of them.
+    A folder in which an earlier writer was killed is written from the start.
     """
 
     @checked()
@@ -178,7 +178,7 @@ class DatasetWriter:
 
 
 class ImageDataset:
-    """One split of a dataset, mapped from its shards: rows 0..n-1 in the order of ingestion."""
+    """One split of a dataset of images, open for reading: rows 0 to n - 1, in the order in which they were read in."""
 
     generation = None
     draws = 1
@@ -228,12 +228,12 @@ class ImageDataset:
 
     @checked()
     def images(self, rows: Rows) -> npt.NDArray[Any]:
-        """[n, C, H, W] in `dtype` at these rows, in any order."""
+        """The images at these rows, in their order: [n, C, H, W] in `dtype`. Rows may come in any order."""
         return self._shards.gather(["image"], rows)["image"]
 
     @checked()
     def labels(self, rows: Rows) -> npt.NDArray[np.int64]:
-        """int64 [n] at these rows, -1 for data without classes."""
+        """The labels at these rows: int64 [n], -1 for data without classes."""
         return self._shards.gather(["label"], rows)["label"]
 
     @checked()
@@ -245,7 +245,7 @@ class ImageDataset:
 
     @checked(images=checked_later)
     def to_float(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """float32 of the same shape: pixels in `value_range`, floats as they are."""
+        """The images as float32 of the same shape: pixels scaled to `value_range`, floats as they are."""
         return to_float32(images, self.value_range)
 
     @checked(options=ReadOptions)
@@ -259,7 +259,7 @@ class ImageDataset:
         window: int = 16,
         **options: Unpack[ReadOptions],
     ) -> BatchReader:
-        """Batches without noise, endless by default; the options are those of `PairStore.batches`."""
+        """Batches without noise, endless by default. The options are those of `PairStore.batches`."""
         return BatchReader(StoreStream(self, seed, shuffle, window), batch_size, epochs, **options)
 
     @checked()

@@ -44,10 +44,12 @@ class Wanted(NamedTuple):
 class ShardCache:
     """Fetches files to a folder and keeps the ones used last, up to `max_bytes`.
 
-    `folder` None: one of this process alone, under `$NFM_CACHE` or the user's cache folder, removed at its end (or,
-    after a kill, by the next process that makes one). `max_bytes` None: `$NFM_CACHE_BYTES`, else half of what the disk
-    could give it. What is evicted loses its name; who has it mapped goes on reading it, and its room is free when the
-    last map is gone. Safe in threads, which fetch a file once, and across forks, where the child begins anew.
+    `folder`: by default one for this process alone, under `$NFM_CACHE` or the user's cache folder. It is removed when
+    the process ends (after a kill, by the next process that makes one). `max_bytes`: by default `$NFM_CACHE_BYTES`, or
+    half of what the disk could give it.
+
+    A file that is evicted loses its name. Whoever has it mapped goes on reading it, and its room is free when the last
+    map is gone. Threads may share a cache, and then fetch a file once; after a fork the child begins with a new one.
     """
 
     @checked()

@@ -40,7 +40,7 @@ _LATER = ("noise_step", "image_scale", "image_decoder", "potential", "student", 
 
 @dataclass(frozen=True)
 class Field:
-    """One array of a record: `shape` and `dtype` (numpy's name) of a single record, and what it is for."""
+    """One array of a record. `shape` and `dtype` (numpy's name) are those of a single record; `role` is its use."""
 
     name: str
     dtype: str
@@ -158,11 +158,12 @@ class StoreSpec:
         source: str = "",
         **others: Any,
     ) -> StoreSpec:
-        """The recipe of pairs that were made elsewhere, for `PairWriter`; `origin` says in words where.
+        """The recipe of pairs that were made elsewhere, for `PairWriter`. `origin` says in words where they come from.
 
-        `value_range` is what the uint8 images 0 and 255 stand for, and of float images what their values must lie in.
-        `classes` None: there are no labels. `source` is the content digest of the images; left out, the writer computes
-        it. Other arguments are the fields of `StoreSpec`. Raises StorageError.
+        `image_shape` is usually (C, H, W). `value_range`: for uint8 images the values that 0 and 255 stand for, for
+        float images the range that their values must lie in. `classes=None` means that there are no labels. `source` is
+        a content digest of the images; without it the writer computes one. Other arguments are the fields of
+        `StoreSpec`. Raises StorageError, which names the argument, for a value that cannot be.
         """
         if not isinstance(origin, str) or not origin.strip():
             raise StorageError(

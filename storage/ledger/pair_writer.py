@@ -30,15 +30,16 @@ _STEP = 1 << 24  # bytes of images that are read back at a time
 class PairWriter:
     """Writes a pair store to `path`, a folder or a URL: `with PairWriter(path, spec) as writer: writer.write(...)`.
 
-    `spec` is best made by `StoreSpec.external`. A draw is written in the order of its slots, from `next_slot(draw)` on;
-    every `spec.rows_per_shard` records become a shard, which is committed at once and held in memory until then. The
-    end of the block seals the store when all `draws` are complete, and raises StorageError when rows are missing. After
-    an error, an interrupt or a kill what is committed stays: opened again with the same spec, the writer goes on.
-    Opened with more draws than the store has, it adds them.
+    Make `spec` with `StoreSpec.external`. Each draw is written in the order of its slots, from `next_slot(draw)` on.
+    Records stay in memory until there are `spec.rows_per_shard` of them; then they are committed as a shard. The end of
+    the block seals the store when all `draws` are complete, and raises StorageError when rows are missing.
 
-    Where the spec names no source, its digest is that of the images and labels in their order: stores of the same ones
-    have the same order key, and every draw must have the images of draw 0. Raises StorageError when another store is
-    at `path`.
+    After an error, an interrupt or a kill, what is committed stays. Open a writer with the same spec, and it goes on
+    from there. Open it with more draws than the store has, and it adds them.
+
+    When the spec names no source, the writer computes a digest of the images and labels in their order. Then every draw
+    must have the images of draw 0, and stores of the same images and labels can be mixed as aligned ones. Raises
+    StorageError when another store is at `path`.
     """
 
     @arguments.checked(spec=arguments.instance(StoreSpec), draws=arguments.whole(1, 1000))
@@ -59,12 +60,12 @@ class PairWriter:
         self, *, image: Any, noise: Any, label: Any = None, draw: int = 0,
         row: Any = None, flip: Any = None, nll: Any = None, **others: Any,
     ) -> None:  # fmt: skip
-        """Adds a record, or a batch with a first axis of records, to a draw, at its next slots.
+        """Adds one record, or a batch of them along a first axis, at the next slots of a draw.
 
-        `image` in the spec's dtype and shape, `noise` floats of that shape and of unit variance, `label` whole numbers
-        below `classes`; optionally `row` (the image's row in the source, by default the slot), `flip` and `nll`.
-        Arrays of numpy or tensors of torch. Raises StorageError, naming the field and the record, before any of the
-        batch is kept.
+        All are numpy arrays or torch tensors. `image` has the spec's dtype and shape. `noise` is of floats of the same
+        shape, with unit variance. `label` is a whole number below `classes`. `row` (the image's row in the source, by
+        default the slot), `flip` and `nll` may be left out. Raises StorageError, which names the field and the record,
+        before it keeps anything of the batch.
         """
         if self._closed:
             raise StorageError(f"{self.root}: this writer is closed; open another one to go on")

@@ -53,7 +53,7 @@ def write_shard(
             if sums.nonfinite:
                 raise StorageError(
                     f"{writer.path}: {sums.nonfinite} values of the noise are not finite from slot {start} on; "
-                    f"check the teacher, or use codec float32 if they overflow"
+                    "check what made them, or use codec float32 if they are too large for another one"
                 )
             writer.append(arrays)
             rows.append(index_rows(draw, {**chunk, **arrays}))
@@ -93,7 +93,7 @@ def _fields_of(path: Path, spec: StoreSpec, chunk: Mapping[str, Array], start: i
     try:
         arrays["noise"], clipped = codecs.pack(arrays["noise"], spec.codec, spec.noise_step)
     except StorageError as error:
-        raise StorageError(f"{path}: {error} from slot {start} on; check the teacher") from error
+        raise StorageError(f"{path}: {error} from slot {start} on; check what made them") from error
     slot = arrays["slot"]
     if not np.array_equal(slot, np.arange(start, start + len(slot))):
         raise StorageError(f"{path}: slots {slot[:3]}... where {start} was next; write them in the order of the slots")

@@ -22,12 +22,13 @@ _CORE = ("image", "noise", "label", "slot", "draw", "store")
 
 @dataclass(frozen=True)
 class Batch:
-    """The records of one rank: image and noise float32 [B, *shape]; label (-1: none), slot, draw and store int64 [B].
+    """The records of one rank: `image` and `noise` float32 [B, *shape], `label`, `slot`, `draw`, `store` int64 [B].
 
-    numpy arrays, or torch tensors where the reader was given a device; with `raw=True` in the dtypes they are stored
-    in. `noise` is None for a dataset. `store` is the number of the mixture's member, 0 for one store. `fields` are
-    the row-scoped fields that were asked for, [B, *shape]. All is its holder's, to keep or to write into: the memory is
-    used for another batch when nobody refers to it, or to a view or a tensor of it, any more.
+    They are numpy arrays, or torch tensors when the reader was given a device. With `raw=True` they have the dtypes in
+    which they are stored. `noise` is None for a dataset of images, `label` is -1 where there is none, and `store` is
+    the number of the mixture's member (0 for a single store). `fields` holds the row-scoped fields that were asked for,
+    [B, *shape] by name. You may keep a batch and write into it: its memory is used again only when nothing refers to
+    it, or to a view or tensor of it.
     """
 
     image: Any

@@ -28,13 +28,16 @@ from nfm.storage.reading.stream import Planned, Stream, plan
 
 
 class ReadOptions(TypedDict, total=False):
-    """How batches come, whatever they hold: the keyword arguments that every `batches` takes.
+    """The keyword arguments that every `batches` takes.
 
-    `last`: "drop" (default) or "keep" the batch at the end of an epoch that is not full. `rank` and `world_size`:
-    default torch.distributed's. `device`: torch tensors there instead of numpy arrays. `prefetch` (default): a thread
-    reads ahead. `fields`: names of row-scoped fields to join. `raw`: the stored dtypes as they are, converted by the
-    consumer. `soften`: rho in [0, 1), the noise becomes sqrt(1 - rho^2) z + rho eps with fresh eps ~ N(0, I) in every
-    epoch, the same for a record whoever reads it.
+    - `last`: "drop" (default) or "keep" the batch at the end of an epoch when it is not full.
+    - `rank` and `world_size`: which part of every batch is read; by default those of torch.distributed.
+    - `device`: a torch device; the batches are tensors there instead of numpy arrays.
+    - `prefetch`: whether a thread reads ahead; on by default.
+    - `fields`: names of row-scoped fields to join.
+    - `raw`: leave the dtypes as they are stored, and convert nothing.
+    - `soften`: rho in [0, 1). The noise z becomes sqrt(1 - rho^2) z + rho eps. eps ~ N(0, I) is fresh in every epoch,
+      and the same for a record whichever rank reads it.
     """
 
     last: Literal["drop", "keep"]
@@ -57,9 +60,9 @@ class _Filled:
 class BatchReader:
     """An iterator of `Batch`; `state_dict` and `load_state_dict` resume it exactly, on any number of ranks.
 
-    `wait_seconds` is the total time the consumer waited. Reading begins at the first `next` and stops at the
-    end, on an error, at `close`, or when the reader is dropped; a `next` after that goes on from the state.
-    With `turns=(skip, step)` it reads every step-th batch after the first `skip`, as workers that share a stream do.
+    `wait_seconds` is how long the caller has waited for batches, in total. Reading begins at the first `next`. It stops
+    at the end, on an error, at `close`, or when nothing refers to the reader any more; a later `next` goes on from the
+    state. With `turns=(skip, step)` it reads every step-th batch after the first `skip`: so workers share a stream.
     """
 
     @checked(stream=checked_later, turns=checked_later)
@@ -170,7 +173,7 @@ class BatchReader:
         return self._assembly.allocated
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the reader stands: counts of what was yielded, and the identity of what is read; JSON's types."""
+        """How far the reader is, and of what: a dict that can be written as JSON."""
         return {
             **self._stream.identity,
             **({"soften": self._soften} if self._soften else {}),
@@ -181,10 +184,10 @@ class BatchReader:
 
     @checked()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the last batch that the reader with this state yielded. Raises StateMismatch.
+        """Goes on after the last batch that the reader with this state yielded.
 
-        The number of ranks may differ; so may the batch size, and then the epoch's next batch starts at the
-        next record all the same.
+        The number of ranks may differ. So may the batch size: the next batch starts at the next record all the same.
+        Raises StateMismatch when the state is of another store, generation, seed or order.
         """
         self.check(state)
         self.close()

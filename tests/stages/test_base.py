@@ -18,7 +18,15 @@ from nfm.stages.pairs.config import PairsConfig
 NO_PLACES = {
     *("data.debian_package", "data.classes", "data.image_decoder", "data.name", "data.licence", "data.origin"),
     *("data.images", "data.labels", "data.background"),
-    *("pairs.custom", "pairs.reflow_of", "pairs.reflow_solver", "pairs.reflow_grid", "pairs.ray_address"),
+    *(
+        "pairs.coupling",
+        "pairs.layout",
+        "pairs.custom",
+        "pairs.reflow_of",
+        "pairs.reflow_solver",
+        "pairs.reflow_grid",
+        "pairs.ray_address",
+    ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
 }
 

@@ -24,7 +24,8 @@ MEET_SECONDS = 120.0  # only a process that died does not come
 # module -> its functions, by the point that they pass
 POINTS = {
     "nfm.storage.layouts": {"closed": "payload"},
-    "nfm.storage.ledger.commits": {"write_index": "index", "create_json": "commit"},
+    "nfm.storage.ledger.shard_writer": {"write_index": "index"},
+    "nfm.storage.ledger.commits": {"create_json": "commit"},
     "nfm.pipeline.artifacts.artifact": {"publish": "manifest"},
 }
 passages: dict[str, int] = {}

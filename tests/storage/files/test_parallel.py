@@ -71,12 +71,10 @@ def test_the_callers_interrupt_ends_what_runs() -> None:
     ended: list[int] = []
     main = threading.get_ident()
 
-    def items() -> Iterator[int]:
-        yield from range(5)
-        all_begun.set()  # the three threads were started before
-        yield from range(5, 100)
+    begun = threading.Barrier(3, all_begun.set)
 
     def action(item: int) -> None:
+        begun.wait(PATIENCE)
         assert stop.wait(PATIENCE)
         ended.append(item)
 
@@ -87,6 +85,6 @@ def test_the_callers_interrupt_ends_what_runs() -> None:
     threading.Thread(target=interrupt).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        list(parallel(action, items(), threads=3, ahead=6, stop=stop))
+        list(parallel(action, range(100), threads=3, ahead=6, stop=stop))
     assert time.monotonic() - began < PATIENCE
     assert sorted(ended) == [0, 1, 2]

@@ -112,6 +112,6 @@ def test_int8_noise_that_is_not_finite_is_refused_with_its_place(tmp_path: Path,
     spec = spec_of("blocks", "int8")
     chunks = list(records(spec, 0, 0))
     chunks[1]["noise"][0] = np.inf
-    with pytest.raises(StorageError, match=r"16 values of the noise are not finite from slot 7 on; check the teacher"):
+    with pytest.raises(StorageError, match=r"16 values of the noise are not finite from slot 7 on; check what"):
         write_shard(tmp_path, spec, 0, 0, "a", chunks)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
