@@ -46,6 +46,10 @@ class CouplingFacts:
 
 
 FACTS = {
+    "nfm": CouplingFacts(
+        "made", "row", (_OWN,), ("the noise is N(0, I) as far as the teacher fits the data",),
+        load=f"{_LOADERS}:load_nfm", made_with="teacher", flops=f"{_RECIPES}:nfm_flops", colours=("#2566d8", "#6aa3ff"),
+    ),
     "independent": CouplingFacts(
         "eps", "row", ("the noise is N(0, I), whatever the image", _OWN),
         load=f"{_LOADERS}:load_independent", colours=("#d4711c", "#f2a35c"),
@@ -63,20 +67,16 @@ FACTS = {
         load=f"{_LOADERS}:load_semidiscrete_ot", made_with="potential", flops=f"{_RECIPES}:semidiscrete_ot_flops",
         colours=("#0f8a9d", "#58c7d8"),
     ),
-    "nfm": CouplingFacts(
-        "made", "row", (_OWN,), ("the noise is N(0, I) as far as the teacher fits the data",),
-        load=f"{_LOADERS}:load_nfm", made_with="teacher", flops=f"{_RECIPES}:nfm_flops", colours=("#2566d8", "#6aa3ff"),
-    ),
-    "custom": CouplingFacts(
-        "made", "row", (_OWN,), ("whatever the function makes of the noise; the two-sample AUC tells",),
-        load=f"{_LOADERS}:load_custom", code=True, options=("custom",), recorded=f"{_RECIPES}:custom_options",
-        colours=("#8a6d1d", "#d6b65c"),
-    ),
     "reflow": CouplingFacts(
         "eps", "generated", (_NORMAL, _BY_CLASS), ("the images are a student's samples, not the data's",),
         load=f"{_LOADERS}:load_reflow", made_with="student",
         options=("reflow_of", "student", "reflow_solver", "reflow_nfe", "reflow_grid", "reflow_guidance"),
         recorded=f"{_RECIPES}:reflow_options", flops=f"{_RECIPES}:reflow_flops", colours=("#c0396b", "#f07aa6"),
+    ),
+    "custom": CouplingFacts(
+        "made", "row", (_OWN,), ("whatever the function makes of the noise; the two-sample AUC tells",),
+        load=f"{_LOADERS}:load_custom", code=True, options=("custom",), recorded=f"{_RECIPES}:custom_options",
+        colours=("#8a6d1d", "#d6b65c"),
     ),
 }  # fmt: skip
 UNKNOWN = CouplingFacts("made", "row", ())
