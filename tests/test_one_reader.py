@@ -44,8 +44,8 @@ ALLOWED = {
     "storage/ledger/shard_list.py: pq.ParquetFile": "of bytes that the reader read",
     "storage/verify/files.py: open": "a copy, to write it",
     "storage/verify/row_fields.py: np.load": "payload whose size and digest were checked; never unpickled",
-    "storage/layouts/tar.py: np.load": "payload, a member of a tar; never unpickled",
-    "storage/layouts/tar.py: tarfile.open": "payload whose size and digest were checked",
+    "storage/layouts/tar_base.py: np.load": "payload, a member of a tar; never unpickled",
+    "storage/layouts/tar_base.py: tarfile.open": "payload whose size and digest were checked",
     "storage/layouts/zarr.py: zarr.open_array": "links to payload whose size and digest were checked",
     "trainers/models/inception.py: torch.load": "weights, named by the user; weights only",
 }
