@@ -12,6 +12,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nfm.stages.data.config import DataConfig
+from nfm.stages.data.sources import SOURCES
+from nfm.stages.data.sources.planar import POINT
 from nfm.stages.evaluation.compare import CompareConfig
 from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.evaluation.distances import EXACT_VALUES
@@ -23,8 +25,6 @@ from nfm.stages.trained.student import StudentConfig
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage.errors import WrongUse
 from nfm.storage.files.paths import local_path
-
-PLANAR = ("checkerboard", "gaussians")  # sources of points [1, 1, 2] without classes
 
 
 class ConfigError(WrongUse):
@@ -50,7 +50,7 @@ class RunConfig(BaseModel):
     def _can_be_evaluated(self) -> Self:
         """What no evaluation of this run could do, told before anything is trained."""
         measured, values = self.evaluate, math.prod(image_shape(self.data) or (0,))
-        planar = self.data.source in PLANAR
+        planar = image_shape(self.data) == POINT
         if measured.features == "none" and values > EXACT_VALUES:
             raise ValueError(
                 f'evaluate.features = "none" compares values directly, which says something of up to {EXACT_VALUES} of '
@@ -76,13 +76,8 @@ class RunConfig(BaseModel):
 
 def image_shape(data: DataConfig) -> tuple[int, int, int] | None:
     """[C, H, W], where the config alone tells; None where the input decides."""
-    if data.source in PLANAR:
-        return 1, 1, 2
-    if data.source == "digits" and 8 % data.average == 0:
-        return 1, 8 // data.average, 8 // data.average
-    if data.source == "images" and data.image_size is not None and data.image_size % data.average == 0:
-        return data.channels, data.image_size // data.average, data.image_size // data.average
-    return None
+    shape_of = getattr(SOURCES[data.source], "shape_of", None)
+    return shape_of(data) if shape_of else None
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,114 @@ def test_the_command_starts_without_torch_and_ray() -> None:
 def test_the_reader_needs_numpy_and_pyarrow_alone() -> None:
     loaded = loaded_by("import nfm.storage")
     assert not {"torch", "ray", "zarr", "webdataset", "nfm.stages", "nfm.trainers", "nfm.pipeline"} & loaded
+
+
+# Inside the folders: what each package, or file at the top, may import of its own folder.
+ARROWS: dict[str, dict[str, str]] = {
+    "storage": {
+        "errors": "",
+        "files": "errors",
+        "format": "errors files",
+        "layouts": "errors files format",
+        "ledger": "errors files format layouts",
+        "reading": "errors files format layouts",
+        "dataset": "errors files format layouts reading",
+        "verify": "errors files format layouts ledger",
+        "store": "errors files format layouts ledger reading",
+        "mixture": "errors files format layouts reading store",
+        "export": "errors files format layouts ledger store",
+    },
+    "trainers": {
+        "models": "",
+        "metrics": "",
+        "nfe": "",
+        "ema": "",
+        "checkpoint": "",
+        "flow_matching": "",
+        "couplings": "models",
+        "solvers": "nfe",
+        "loop": "checkpoint ema",
+    },
+    "stages": {
+        "base": "",
+        "data": "base",
+        "couplings": "base",
+        "display": "base couplings",
+        "trained": "base couplings display",
+        "encoding": "base couplings display trained",
+        "executors": "base encoding",
+        "pairs": "base couplings display trained encoding executors",
+        "stores": "base couplings display trained encoding pairs",
+        "evaluation": "base couplings display trained",
+        "report": "base couplings display trained evaluation pairs",
+    },
+    "pipeline": {
+        "artifacts": "",
+        "submit": "",
+        "config": "",
+        "graph": "artifacts config",
+        "builder": "artifacts config graph",
+        "fitting": "artifacts config graph",
+        "console": "artifacts",
+        "runner": "artifacts console fitting graph",
+        "upkeep": "artifacts builder config graph",
+        "overview": "artifacts config console fitting graph runner",
+        "cli": "artifacts builder config console fitting graph overview runner submit upkeep",
+    },
+}
+LIBRARY = [path for folder in MAY_KNOW for path in sorted((ROOT / folder).rglob("*.py"))]
+MOST_ENTRIES = 12
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("nfm", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """Which modules of the library each module imports."""
+    modules = {module_of(path): path for path in LIBRARY}
+
+    def module(name: str) -> str:
+        return name if name in modules else name.rpartition(".")[0]
+
+    return {name: {module(one) for one in imported(path)} & modules.keys() - {name} for name, path in modules.items()}
+
+
+@pytest.mark.parametrize("folder", ARROWS)
+def test_a_package_imports_only_those_that_it_may_know(folder: str, graph: dict[str, set[str]]) -> None:
+    allowed = {name: {name, *others.split()} for name, others in ARROWS[folder].items()}
+    for module, others in graph.items():
+        here = module.split(".")[1:3]
+        if here[0] != folder or len(here) < 2:  # the folder's own __init__ is its public face
+            continue
+        known = {other.split(".")[2] for other in others if other.split(".")[1] == folder and other.count(".") > 1}
+        assert known <= allowed[here[1]], f"{module} imports {known - allowed[here[1]]} of {folder}"
+
+
+def test_no_files_import_each_other_in_a_circle(graph: dict[str, set[str]]) -> None:
+    left = dict(graph)
+    while ends := [name for name, others in left.items() if not others & left.keys()]:
+        for name in ends:
+            del left[name]
+    assert not left, f"circles among {sorted(left)}"
+
+
+@pytest.mark.parametrize("folder", MAY_KNOW)
+def test_a_folder_has_at_most_twelve_entries(folder: str) -> None:
+    folders = {path.parent for path in LIBRARY if path.is_relative_to(ROOT / folder)}
+    for one in folders:
+        entries = [entry.name for entry in one.iterdir() if entry.name != "__pycache__"]
+        assert len(entries) <= MOST_ENTRIES, f"{one.relative_to(ROOT)} has {len(entries)} entries"
+
+
+def test_nobody_imports_a_private_name_of_another_file() -> None:
+    for path in LIBRARY:
+        private = [name for name in imported(path) if any(part.startswith("_") for part in name.split("."))]
+        assert not [name for name in private if "__" not in name], f"{path.relative_to(ROOT)} imports {private}"
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(module_of(path) for path in LIBRARY if path.name == "__init__.py")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nfm.stages.base import LocalField, Section, added, operational
+from nfm.stages.base import LocalField, Section, added, one_of, operational
 from nfm.stages.data.reading.axes import Axes
+from nfm.stages.data.sources import SOURCES
 from nfm.stages.data.sources.folder import Colour
 
 
@@ -22,7 +23,7 @@ class DataConfig(Section):
     `points` is how many the planar sources make from `seed`, held-out ones included.
     """
 
-    source: Literal["digits", "idx", "npz", "images", "checkerboard", "gaussians"] = "digits"
+    source: Annotated[str, one_of(SOURCES)] = "digits"
     path: LocalField | None = operational(None)
     debian_package: str | None = operational(None)
     image_size: int | None = Field(None, ge=1)

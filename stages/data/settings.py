@@ -6,38 +6,47 @@ made before keep their names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.stages.data.config import DataConfig
-from nfm.stages.data.sources import Source
+from nfm.stages.data.sources import SOURCES, Source, settings_of
 from nfm.storage.errors import StorageError
 from nfm.storage.format import untrusted
 
 SHOWN = 8
-WHEN_MADE = {
-    "image_size": ("images",),
-    "channels": ("images",),
-    "path": ("npz", "idx", "images"),
-    "debian_package": ("idx",),
+WHEN_MADE = ("image_size", "channels", "path", "debian_package")
+ANYBODYS = ("seed", "threads")  # of sources and of what is done with any source's images
+REASONS = {
+    "background": "has no transparent pixels; leave it out",
+    "points": "has the images that it has; data.limit cuts them",
 }
 
 
-def check_owners(config: DataConfig, owners: Mapping[str, Sequence[str]]) -> None:
-    """Refuses a setting that only other sources read; at its default it says nothing. `owners`: sources by field."""
+def check_owners(config: DataConfig, when_made: bool = False) -> None:
+    """Refuses a setting that only other sources read; at its default it says nothing."""
+    owners: dict[str, list[str]] = {}
+    for source in SOURCES:
+        for field in settings_of(source):
+            owners.setdefault(field, []).append(source)
     for field, sources in owners.items():
+        if field in ANYBODYS or (field in WHEN_MADE) != when_made or config.source in sources:
+            continue
         value = getattr(config, field)
-        if value != type(config).model_fields[field].default and config.source not in sources:
-            raise StageError(
-                f'data.{field} = {value!r} is of source {" and ".join(sources)}, not of "{config.source}": leave it out'
-            )
+        if value == type(config).model_fields[field].default:
+            continue
+        if field in REASONS:
+            raise Unfit(f'data.{field} = {value!r}: source "{config.source}" {REASONS[field]}')
+        raise Unfit(
+            f'data.{field} = {value!r} is of source {" and ".join(sources)}, not of "{config.source}": leave it out'
+        )
 
 
 def check_settings(config: DataConfig, source: Source, report: Reporter) -> None:
     """Refuses settings that would do nothing, or name no class; tells of those that another one outdoes."""
-    check_owners(config, WHEN_MADE)
+    check_owners(config, when_made=True)
     if config.images == "":
         raise Unfit('data.images = "" names no array: leave it out for the array "data"')
     if config.classes is not None:

@@ -35,7 +35,10 @@ class Loaded:
 
 
 class Source(Protocol):
-    """Records in the source's own order; `load` brings the pixels of chosen rows."""
+    """Records in the source's own order; `load` brings the pixels of chosen rows.
+
+    A class may have a static `shape_of(config)`: [C, H, W] of its images where [data] alone tells, else None.
+    """
 
     name: str
     keys: list[str]

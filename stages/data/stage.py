@@ -26,7 +26,7 @@ from nfm.stages.base import (
 from nfm.stages.data.config import DataConfig
 from nfm.stages.data.reading.tree import Skipped
 from nfm.stages.data.settings import check_names, check_owners, check_settings, tell_untrained
-from nfm.stages.data.sources import Checkerboard, Digits, Gaussians, Idx, ImageFolder, Npz, Planar, Source
+from nfm.stages.data.sources import SOURCES, Source, settings_of
 from nfm.storage.dataset.images import DatasetWriter
 from nfm.storage.format.order import permute
 
@@ -37,7 +37,6 @@ STARTS_ANEW = True  # a run that was stopped leaves nothing to go on from, so a 
 WRITE_CHUNK = 1024
 NAMED_REJECTS = 3
 TOLD_REASONS = 8
-OF_SOURCES = {"images": ("npz",), "labels": ("npz",), "axes": ("npz",), "first_label": ("npz", "idx")}
 PRODUCTS = ("train", "heldout", "train.parquet", "heldout.parquet", "rejected.parquet", "dataset.json")
 
 Chunk = tuple[np.ndarray, np.ndarray, list[str]]  # images [n, C, H, W] as stored, labels [n], keys
@@ -70,31 +69,10 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _source(config: DataConfig) -> Source:
-    if config.source != "images" and config.background != "white":
-        raise Unfit(
-            f'data.background = {config.background!r}: source "{config.source}" has no transparent pixels; leave it out'
-        )
-    check_owners(config, OF_SOURCES)
-    if config.source == "checkerboard" or config.source == "gaussians":
-        if config.average != 1 or config.classes:
-            name = "average" if config.average != 1 else "classes"
-            raise StageError(f"data.{name} is of images; points of the plane have none: leave it out")
-        return (Checkerboard if config.source == "checkerboard" else Gaussians)(config.points, config.seed)
-    if config.points is not None:
-        raise Unfit(
-            f'data.points = {config.points}: source "{config.source}" has the images that it has; data.limit cuts them'
-        )
-    if config.source == "digits":
-        return Digits(config.average, config.classes)
-    if config.source == "idx":
-        return Idx(config.path, config.debian_package, config.average, config.classes, config.first_label)
-    if config.source == "npz":
-        own = (config.images, config.labels, config.axes, config.first_label)
-        return Npz(config.path, config.average, config.classes, *own)
-    return ImageFolder(
-        config.path, config.image_size, config.channels, config.average, config.classes, config.threads,
-        config.background,
-    )  # fmt: skip
+    check_owners(config)
+    own = {field: getattr(config, field) for field in settings_of(config.source)}
+    opened: Source = SOURCES[config.source](**own)
+    return opened
 
 
 def source_identity(config: DataConfig, known: Path | None = None) -> dict[str, Any]:
@@ -218,8 +196,7 @@ def _about(config: DataConfig, source: Source, identity: dict[str, Any]) -> dict
     """Name, licence, origin, class names: what the config says, else what is known of this very content."""
     said = {key: value for key in ("name", "licence", "origin", "classes") if (value := getattr(config, key))}
     unknown = {"name": source.name, "licence": "unknown", "origin": "unknown", "classes": source.classes}
-    if isinstance(source, Planar):
-        unknown |= {"licence": source.licence, "origin": source.origin}
+    unknown |= {key: getattr(source, key) for key in ("licence", "origin") if hasattr(source, key)}
     return unknown | KNOWN.get(identity["digest"], {}) | said
 
 

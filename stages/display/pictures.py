@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,3 +94,8 @@ def _grid(images: np.ndarray, rows: Sequence[GridRow], scale: int, gap: int = 1)
         middle = (gap + (height + gap) * down + height / 2) * scale
         pen.text((margin - scale - 2, middle), row.title, INK, font, anchor="rm")
     return picture
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """A picture of that media type inside a page."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, cast
 
 import numpy as np
@@ -21,8 +22,8 @@ from nfm.stages.display.axes import (
     normal,
     robust_limits,
 )
+from nfm.stages.display.pictures import data_uri
 from nfm.stages.display.points import panel
-from nfm.stages.report.html import themed_picture
 
 Curve = tuple[Sequence[float], Sequence[float]]  # x, y
 PANEL_INCHES = (5.1, 3.2)
@@ -144,7 +145,7 @@ def distance_by_nfe(
 
 
 def _picture(panels: Sequence[Panel], alt: str, inches: tuple[float, float] = PANEL_INCHES) -> str:
-    return themed_picture(_svg(panels, LIGHT, inches), _svg(panels, DARK, inches), alt)
+    return _themed(_svg(panels, LIGHT, inches), _svg(panels, DARK, inches), alt)
 
 
 def png(panels: Sequence[Panel], inches: tuple[float, float] = PANEL_INCHES) -> bytes:
@@ -183,3 +184,12 @@ def _drawn(panels: Sequence[Panel], theme: Theme, inches: tuple[float, float], f
 
 def legend(axes: Any, theme: Theme, **place: Any) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=theme.ink, **place)
+
+
+def _themed(light_svg: bytes, dark_svg: bytes, alt: str) -> str:
+    """A plot drawn twice; the browser shows the one that fits its colour scheme."""
+    dark, light = data_uri("image/svg+xml", dark_svg), data_uri("image/svg+xml", light_svg)
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{escape(alt)}"></picture>'
+    )

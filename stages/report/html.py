@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nfm.stages.display.classes import rows_of
+from nfm.stages.display.pictures import data_uri
 
 CELL_PIXELS = 56  # small images are enlarged by a whole factor to about this edge
 GAP = 2
@@ -136,15 +136,6 @@ def figure(picture: str, bold: str, caption: str = "") -> str:
     return f"<figure><figcaption><b>{escape(bold)}</b>{rest}</figcaption>{picture}</figure>"
 
 
-def themed_picture(light_svg: bytes, dark_svg: bytes, alt: str) -> str:
-    """A plot drawn twice; the browser shows the one that fits its colour scheme."""
-    dark, light = _uri("image/svg+xml", dark_svg), _uri("image/svg+xml", light_svg)
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(alt)}"></picture>'
-    )
-
-
 def image_grid(images: np.ndarray, alt: str, columns: int = 8, labels: np.ndarray | None = None) -> str:
     """Images [n, C, H, W] uint8 as a crisp PNG in raster order; the first channel alone unless C is 3.
 
@@ -178,7 +169,7 @@ def _raster(images: np.ndarray, alt: str, columns: int) -> str:
     file = io.BytesIO()
     Image.fromarray(sheet).save(file, "PNG", optimize=True)
     size = f'width="{sheet.shape[1]}" height="{sheet.shape[0]}"'
-    return f'<img class="pixels" {size} src="{_uri("image/png", file.getvalue())}" alt="{escape(alt)}">'
+    return f'<img class="pixels" {size} src="{data_uri("image/png", file.getvalue())}" alt="{escape(alt)}">'
 
 
 def number(value: float, digits: int = 4) -> str:
@@ -194,10 +185,6 @@ def number(value: float, digits: int = 4) -> str:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _anchor(heading: str) -> str:

@@ -17,9 +17,9 @@ from nfm.stages.display.units import duration
 from nfm.stages.pairs import coupling_advice
 from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.report.html import code, figure, folded, heading, image_grid, number, paragraph, row, table
+from nfm.stages.trained.training import read_lines
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.files.atomic import read_json
-from nfm.storage.files.small_files import read_bytes
 from nfm.storage.format.codecs import unpack
 from nfm.storage.format.order import permute
 
@@ -157,17 +157,6 @@ def read_manifests(inputs: Inputs) -> dict[str, dict[str, Any]]:
         else:
             found[role] = read_json(inputs[role] / "manifest.json")
     return found
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines of a training log; lines cut short by a kill are left out."""
-    lines = []
-    for text in read_bytes(path).decode(errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def _curve(lines: Iterable[Mapping[str, Any]], key: str) -> plots.Curve:

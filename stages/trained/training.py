@@ -216,3 +216,14 @@ def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         return unpack_weights(read_bytes(folder / WEIGHTS, MOST_STATE_BYTES))
     except CheckpointError as error:
         raise StageError(f"{folder / WEIGHTS}: {error}; `nfm audit {folder}` says what else is wrong") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines of a training log; lines cut short by a kill are left out."""
+    lines = []
+    for text in read_bytes(path).decode(errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines

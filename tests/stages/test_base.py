@@ -19,6 +19,7 @@ NO_PLACES = {
     *("data.debian_package", "data.classes", "data.image_decoder", "data.name", "data.licence", "data.origin"),
     *("data.images", "data.labels", "data.background"),
     *(
+        "pairs.coupling",
         "pairs.layout",
         "pairs.custom",
         "pairs.reflow_of",

@@ -1,4 +1,11 @@
-"""Where images come from: a source lists its records (keys, labels, test flags) and loads rows as uint8 or floats."""
+"""Where images come from: a source lists its records (keys, labels, test flags) and loads rows as uint8 or floats.
+
+The parameters of a source's class are the settings of [data] that it reads, by their names. A new source is a line of
+the table and a file of its own.
+"""
+
+import inspect
+from typing import Any
 
 from nfm.stages.data.source import Loaded, Source
 from nfm.stages.data.sources.digits import Digits
@@ -7,4 +14,20 @@ from nfm.stages.data.sources.idx import Idx
 from nfm.stages.data.sources.npz import Npz
 from nfm.stages.data.sources.planar import Checkerboard, Gaussians, Planar
 
-__all__ = ["Checkerboard", "Digits", "Gaussians", "Idx", "ImageFolder", "Loaded", "Npz", "Planar", "Source"]
+SOURCES: dict[str, type[Any]] = {
+    "digits": Digits,
+    "idx": Idx,
+    "npz": Npz,
+    "images": ImageFolder,
+    "checkerboard": Checkerboard,
+    "gaussians": Gaussians,
+}
+
+
+def settings_of(name: str) -> list[str]:
+    """The settings of [data] that this source reads."""
+    return list(inspect.signature(SOURCES[name]).parameters)
+
+
+__all__ = ["SOURCES", "Checkerboard", "Digits", "Gaussians", "Idx", "ImageFolder", "Loaded", "Npz", "Planar", "Source",
+           "settings_of"]  # fmt: skip

@@ -30,6 +30,11 @@ class Digits:
         self.labels, self.classes = self.given.counted, self.given.classes()
         self.test = np.zeros(len(table), bool)
 
+    @staticmethod
+    def shape_of(config: Any) -> tuple[int, int, int] | None:
+        side = 8 // config.average
+        return (1, side, side) if 8 % config.average == 0 else None
+
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
         return Loaded(box_average(self.pixels[rows], self.average), self.given.outside(rows, len(self.classes)))
 

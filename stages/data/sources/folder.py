@@ -86,6 +86,13 @@ class ImageFolder:
         self.paths = [self.root / key for key in self.keys]
         self.labels, self.test = np.array(labels, np.int64), np.array(tests, bool)
 
+    @staticmethod
+    def shape_of(config: Any) -> tuple[int, int, int] | None:
+        if config.image_size is None or config.image_size % config.average:
+            return None
+        side = config.image_size // config.average
+        return config.channels, side, side
+
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
         from nfm.stages.data.reading.pixels import own_limit
 

@@ -18,6 +18,7 @@ from nfm.stages.data.source import Loaded
 from nfm.storage.files.atomic import canonical_json
 from nfm.storage.format import philox
 
+POINT = (1, 1, 2)
 GENERATOR = 1  # raised when the same seed gives other points
 
 SQUARES = 4  # a side of the checkerboard; every other square is filled
@@ -45,6 +46,10 @@ class Planar:
         self.keys = [f"{self.name}/{row:07d}" for row in range(points)]
         self.test = np.zeros(points, bool)
         self.classes: list[str] = []
+
+    @staticmethod
+    def shape_of(config: Any) -> tuple[int, int, int]:
+        return POINT
 
     def place(self, rows: np.ndarray) -> np.ndarray:
         """The points of these rows, float64 [n, 2]."""

@@ -418,7 +418,7 @@ def test_the_settings_reach_the_source_and_stay_out_of_old_fingerprints(tmp_path
 
 @pytest.mark.parametrize("setting", [{"images": "x"}, {"labels": ""}, {"axes": "nchw"}, {"first_label": 0}])
 def test_settings_of_another_source_are_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(StageError, match=rf'data\.{next(iter(setting))} = .* is of source npz.*not of "digits"'):
+    with pytest.raises(StageError, match=rf'data\.{next(iter(setting))} = .* is of source .*npz.*not of "digits"'):
         stage.open_source(DataConfig.model_validate(setting))
 
 

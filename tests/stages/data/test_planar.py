@@ -121,8 +121,14 @@ def test_a_planar_source_without_a_number_of_points_says_what_to_set() -> None:
     ("options", "says"),
     [
         ({"points": 9, "source": "digits"}, r'data.points = 9: source "digits" .* data.limit'),
-        ({"points": 9, "source": "gaussians", "average": 2}, "data.average is of images"),
-        ({"points": 9, "source": "checkerboard", "classes": ("in", "out")}, "data.classes is of images"),
+        (
+            {"points": 9, "source": "gaussians", "average": 2},
+            r'data.average = 2 is of source digits .* of "gaussians"',
+        ),
+        (
+            {"points": 9, "source": "checkerboard", "classes": ("in", "out")},
+            r'data.classes = .* is of source digits .* of "checkerboard"',
+        ),
     ],
 )
 def test_options_that_a_source_cannot_use_are_refused(options: dict[str, Any], says: str) -> None:
