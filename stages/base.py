@@ -7,6 +7,7 @@ manifest after it returned. `run` resumes from whatever an earlier, killed run l
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,12 @@ def one_of(table: Mapping[str, Any]) -> BeforeValidator:
         raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}" if others else last})
 
     return BeforeValidator(known)
+
+
+def call(function: str, *arguments: Any, **options: Any) -> Any:
+    """What the function gives that is named as `module:function`, imported now: tables name what imports torch."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(*arguments, **options)
 
 
 def added(default: Any, **constraints: Any) -> Any:

@@ -5,9 +5,8 @@ A new coupling is a record of this table and a file of its own, which `load` nam
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 _OWN = "each image is paired once a draw, with its own label"
 _NORMAL = "the noise is N(0, I)"
@@ -95,9 +94,3 @@ def colours_of(coupling: str) -> tuple[str, str]:
         return own
     without = [name for name, facts in FACTS.items() if facts.colours is None]
     return SPARE[without.index(coupling) % len(SPARE) if coupling in without else 0]
-
-
-def call(function: str, *arguments: Any) -> Any:
-    """What the function gives that is named as `module:function`."""
-    module, _, name = function.partition(":")
-    return getattr(importlib.import_module(module), name)(*arguments)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, call
 from nfm.stages.couplings import custom
-from nfm.stages.couplings.facts import call, facts_of
+from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.trained.training import WEIGHTS, autocast_dtype
 from nfm.storage import ImageDataset

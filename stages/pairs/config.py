@@ -8,6 +8,7 @@ from pydantic import Field
 
 from nfm.stages.base import Guidance, LocalField, Section, added, one_of, operational
 from nfm.stages.couplings.facts import FACTS
+from nfm.stages.executors import EXECUTORS
 from nfm.stages.trained.training import Precision
 from nfm.storage.layouts import LAYOUTS
 
@@ -46,7 +47,7 @@ class PairsConfig(Section):
     reflow_guidance: Guidance = added(0.0)
     max_missing: int = operational(0, ge=0)
     report: bool = operational(True)
-    executor: Literal["ray", "serial", "slurm"] = operational("ray")
+    executor: Annotated[str, one_of(EXECUTORS)] = operational("ray")
     ray_address: str | None = operational(None)
     workers: int = operational(0, ge=0)
     threads: int = operational(1, ge=1)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfm.stages.base import Inputs, Unfit
+from nfm.stages.base import Inputs, Unfit, call
 from nfm.stages.couplings import custom
-from nfm.stages.couplings.facts import call, facts_of
+from nfm.stages.couplings.facts import facts_of
 from nfm.stages.display import units
 from nfm.stages.trained import costs, student
 from nfm.stages.trained.training import blaming

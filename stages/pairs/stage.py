@@ -12,12 +12,13 @@ from nfm.stages.base import (
     Result,
     StageError,
     Stopped,
+    call,
 )
 from nfm.stages.couplings import custom
 from nfm.stages.couplings.facts import FACTS, facts_of
 from nfm.stages.encoding.jobs import Outcome, ShardJob
 from nfm.stages.encoding.setup import Setup
-from nfm.stages.executors import ray_cluster
+from nfm.stages.executors import EXECUTORS, ray_cluster
 from nfm.stages.executors.ray_cluster import address_of
 from nfm.stages.pairs import production as making
 from nfm.stages.pairs import sealing
@@ -64,9 +65,10 @@ def fits(config: PairsConfig, facts: Mapping[str, Any]) -> None:
 
 def needs(config: PairsConfig) -> None:
     """Raises StageError for what is not there that a run will ask for: the Ray cluster, the device."""
-    if config.executor == "ray":
+    executor = EXECUTORS[config.executor]
+    if executor.cluster:
         ray_cluster.check_reachable(config.ray_address)
-    remote = config.executor == "slurm" or (config.executor == "ray" and address_of(config.ray_address) != "local")
+    remote = executor.later or (executor.cluster and address_of(config.ray_address) != "local")
     if not remote:
         pick_device(config.device)
 
@@ -110,7 +112,7 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     how: dict[str, Any] = {"precision": config.precision, "threads": config.threads}
     sizes = [size for size in probe.SIZES if size <= spec.rows_per_shard]
     address = address_of(config.ray_address)
-    if config.executor == "ray" and address != "local":  # where the workers are, which may have other devices
+    if EXECUTORS[config.executor].cluster and address != "local":  # where the workers are, which may have other devices
         from nfm.stages.executors import ray
 
         found = ray.on_a_worker(probe.for_teacher, config.device, config.threads, address, *facts, sizes=sizes, **how)
@@ -148,7 +150,7 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
         report.say(told)
     if len(lacking) < shards:
         report.say(f"{shards - len(lacking)} of {shards} shards are committed already")
-    if lacking and config.executor != "slurm":
+    if lacking and not EXECUTORS[config.executor].later:
         setting = setup(config, inputs, out)
         announce(spec, setting, report)
         done = total - making.records_of(spec, lacking)
@@ -159,8 +161,7 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
             raise Stopped
     pairs = making.records_of(spec, lacking)
     if pairs > config.max_missing or not making.all_failed(out, lacking):
-        again = "run `nfm submit pairs --slurm` again" if config.executor == "slurm" else "run the same command again"
-        raise making.missing(out, lacking, shards, pairs, config.max_missing, again)
+        raise making.missing(out, lacking, shards, pairs, config.max_missing, EXECUTORS[config.executor].again)
     return seal(
         out, config.draws, making.reasons(out, lacking), inputs if config.report else None, report, config.device
     )
@@ -247,8 +248,7 @@ def _batch_size(config: PairsConfig, out: Path) -> int:
 def _encode(
     config: PairsConfig, encoder: Setup, jobs: Iterable[ShardJob], report: Reporter
 ) -> Iterator[Outcome | None]:
-    from nfm.stages.executors import ray, serial
-
-    if config.executor == "serial":
-        return serial.run(encoder, jobs, 1, report)
-    return ray.run(encoder, jobs, config.workers, report, config.ray_address, report.say)
+    executor = EXECUTORS[config.executor]
+    more = {"address": config.ray_address, "say": report.say} if executor.cluster else {}
+    outcomes: Iterator[Outcome | None] = call(executor.run, encoder, jobs, config.workers, report, **more)
+    return outcomes

@@ -20,10 +20,9 @@ from nfm.trainers.nfe import pick_solver
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from nfm.stages.trained.training import Precision
-    from nfm.trainers.models.sit import SiT
-    from nfm.trainers.models.unet import UNet
 
 SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4"]
 GridName = Literal["square", "uniform"]
@@ -151,7 +150,7 @@ def velocity(model: Any, labels: torch.Tensor, guidance: float = 0.0) -> Callabl
     return call
 
 
-def _student(folder: Path, device: str, guidance: float) -> tuple[SiT | UNet, str]:
+def _student(folder: Path, device: str, guidance: float) -> tuple[nn.Module, str]:
     """A finished student that can be sampled with this guidance, and what its rows are named after."""
     model = student.load(folder, device)
     if guidance:

@@ -10,13 +10,14 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from nfm.stages.base import Inputs, Reporter, Result, StageError, added
+from nfm.stages.base import Inputs, Reporter, Result, StageError, added, one_of
 from nfm.stages.couplings.variant import Variant, check_knobs
 from nfm.stages.trained import costs
+from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_of
 from nfm.stages.trained.training import (
     CHECKPOINT,
     METRICS,
@@ -33,13 +34,10 @@ from nfm.stages.trained.training import (
 from nfm.storage import Mixture, PairStore
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import read_bytes
-from nfm.trainers.models.sizes import check_patch, check_unet_width, check_width
 
 if TYPE_CHECKING:
     import torch
-
-    from nfm.trainers.models.sit import SiT
-    from nfm.trainers.models.unet import UNet
+    from torch import nn
 
 NAME = "student"
 VERSION = 1
@@ -60,7 +58,7 @@ class StudentConfig(TrainingSection):
     depth: int = Field(6, ge=1)
     head_size: int = Field(64, ge=1)
     label_drop: float = Field(0.1, ge=0, le=1)
-    arch: Literal["sit", "unet"] = added("sit")
+    arch: Annotated[str, one_of(ARCHITECTURES)] = added(FIRST)
     soften: float = added(0.0)
     permuted: bool = added(False)
     mixture: dict[str, float] = added({})
@@ -68,10 +66,9 @@ class StudentConfig(TrainingSection):
     @model_validator(mode="before")
     @classmethod
     def _sizes_of_the_arch(cls, values: Any) -> Any:
-        """A U-Net of a transformer's width would cost tens of times as much: its own defaults, where none is given."""
-        return (
-            {"width": 32, "depth": 1} | values if isinstance(values, dict) and values.get("arch") == "unet" else values
-        )
+        """What nobody states is as the architecture has it."""
+        known = ARCHITECTURES.get(str(values.get("arch"))) if isinstance(values, dict) else None
+        return {**known.defaults, **values} if known else values
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -85,12 +82,7 @@ def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit where sizes do not fit each other or the data, as far as `facts` tell of it."""
 
     def sizes() -> None:
-        if config.arch == "unet":
-            check_unet_width(config.width)
-            return
-        check_width(config.width, config.head_size)
-        if "image_shape" in facts:
-            check_patch(facts["image_shape"], config.patch)
+        ARCHITECTURES[config.arch].check(config, facts.get("image_shape"))
 
     # What a mixture has an epoch is its reader's to say.
     known = {key: value for key, value in facts.items() if key != "images"} if config.mixture else facts
@@ -105,11 +97,11 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     from nfm.trainers.checkpoint import pack_weights
 
     store = PairStore.open(inputs["pairs"])
-    architecture = _architecture(config, store.spec.image_shape, store.spec.classes or 0)
+    architecture = sizes_of(config, store.spec.image_shape, store.spec.classes or 0)
     torch.manual_seed(config.seed)
     with blaming("config section [student]"):
         variant = _variant(store.spec.coupling, config)
-        model = _build(architecture)
+        model = build(architecture)
         source = _mixed(store, config, inputs)
         batches = source.batches(
             config.batch_size, config.seed, epochs=None, device=pick_device(config.device), soften=config.soften
@@ -147,39 +139,22 @@ def cost(config: StudentConfig, facts: Mapping[str, Any]) -> dict[str, str]:
 def flops(config: StudentConfig, image_shape: Sequence[int]) -> float:
     """FLOPs of one evaluation of the velocity of one image."""
     with blaming("config section [student]"):
-        return _flops(json.dumps(_architecture(config, image_shape, classes=0)))
+        return _flops(json.dumps(sizes_of(config, image_shape, classes=0)))
 
 
 @functools.cache
 def _flops(architecture: str) -> float:
     sizes = json.loads(architecture)
-    return costs.velocity_flops(lambda: _build(sizes), sizes["image_shape"])
+    return costs.velocity_flops(lambda: build(sizes), sizes["image_shape"])
 
 
-def load(folder: Path, device: str = "cpu") -> SiT | UNet:
-    """The trained student, of either architecture, in evaluation mode."""
+def load(folder: Path, device: str = "cpu") -> nn.Module:
+    """The trained student, of whatever architecture, in evaluation mode."""
     state, architecture = read_weights(folder)
-    model = _build(architecture)
+    model = build(architecture)
     model.load_state_dict(state)
-    return model.eval().to(device)
-
-
-def _architecture(config: StudentConfig, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
-    """What is stored beside the weights; those without `arch` are of the transformer."""
-    common = {
-        "image_shape": list(image_shape), "classes": classes, "width": config.width, "depth": config.depth,
-    }  # fmt: skip
-    if config.arch == "unet":
-        return {"arch": "unet", **common}
-    return {**common, "patch": config.patch, "head_size": config.head_size}
-
-
-def _build(architecture: Mapping[str, Any]) -> SiT | UNet:
-    from nfm.trainers.models.sit import SiT
-    from nfm.trainers.models.unet import UNet
-
-    sizes = dict(architecture)
-    return UNet(**sizes) if sizes.pop("arch", "sit") == "unet" else SiT(**sizes)
+    loaded: nn.Module = model.eval().to(device)
+    return loaded
 
 
 def _mixed(store: PairStore, config: StudentConfig, inputs: Inputs) -> PairStore | Mixture:

@@ -1,0 +1,57 @@
+"""The table of student architectures: a new one is a record here and a file of its own, which `build` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nfm.stages.base import call
+from nfm.trainers.models.sizes import check_patch, check_unet_width, check_width
+
+FIRST = "sit"  # of weights that do not say what they are of
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`build`, as `module:class`, takes image_shape, classes and the `fields` of [student] that it is made with.
+
+    The network that it gives is called as `network(x, t, label)`, x [B, C, H, W], t [B], label int64 [B], -1: none.
+    `check(config, image_shape)` raises ValueError for sizes that do not fit, image_shape None where it is not known.
+    `defaults` are of the fields that nobody states. What it costs, torch counts.
+    """
+
+    build: str
+    fields: tuple[str, ...]
+    check: Callable[[Any, Sequence[int] | None], None] = lambda config, image_shape: None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _check_sit(config: Any, image_shape: Sequence[int] | None) -> None:
+    check_width(config.width, config.head_size)
+    if image_shape is not None:
+        check_patch(image_shape, config.patch)
+
+
+def _check_unet(config: Any, image_shape: Sequence[int] | None) -> None:
+    check_unet_width(config.width)
+
+
+# A U-Net of a transformer's width would cost tens of times as much, hence its defaults.
+ARCHITECTURES = {
+    "sit": Architecture("nfm.trainers.models.sit:SiT", ("width", "depth", "patch", "head_size"), _check_sit),
+    "unet": Architecture("nfm.trainers.models.unet:UNet", ("width", "depth"), _check_unet, {"width": 32, "depth": 1}),
+}
+
+
+def sizes_of(config: Any, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
+    """What is stored beside the weights; those without `arch` are of the first architecture."""
+    named = {} if config.arch == FIRST else {"arch": config.arch}
+    own = {name: getattr(config, name) for name in ARCHITECTURES[config.arch].fields}
+    return {**named, "image_shape": list(image_shape), "classes": classes, **own}
+
+
+def build(sizes: Mapping[str, Any]) -> Any:
+    """The network of these sizes, untrained."""
+    own = dict(sizes)
+    return call(ARCHITECTURES[own.pop("arch", FIRST)].build, **own)
