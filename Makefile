@@ -124,8 +124,9 @@ format: $(DEV)  ## format the code
 	mkdir -p $@
 	for folder in pipeline stages storage trainers; do ln -sfn ../../$$folder $@/$$folder; done
 
+# Not --quiet: it hides the warnings that --strict counts.
 docs: $(DOCS) .types/nfm  ## build the site of README and docs in build/site; a broken link fails
-	$(PY) -m mkdocs build --strict --quiet
+	$(PY) -m mkdocs build --strict
 
 $(VENV)/.installed-docs: $(ENV)
 	$(INSTALL) '$(TORCH)' -e '.[all,docs]'

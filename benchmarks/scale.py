@@ -33,7 +33,7 @@ from nfm.storage import PairStore
 from nfm.storage.files import signed_json
 from nfm.storage.format.index import index_rows
 from nfm.storage.format.spec import FORMAT, StoreSpec, pair_fields, parse_name, read_spec, write_spec
-from nfm.storage.layouts import blocks
+from nfm.storage.layouts import tar_blocks
 from nfm.storage.ledger import commits
 from nfm.storage.ledger import seal as generations
 
@@ -92,7 +92,7 @@ def _make_part(part: tuple[Path, StoreSpec, list[str]]) -> None:
         pq.write_table(table, sink, compression="zstd")
         index = sink.getvalue().to_pybytes()
         keys = signed_json.digest("\n".join(table["key"].to_pylist()).encode())  # see index.keys_digest
-        size = blocks.shard_bytes(spec.fields, len(slots), spec.rows_per_block)
+        size = tar_blocks.shard_bytes(spec.fields, len(slots), spec.rows_per_block)
         commit = _commit(name, len(slots), size, index, keys, rng)
         (folder / commit["index"]).write_bytes(index)
         with open(folder / commit["payload"], "wb") as file:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nfm.pipeline import fitting
+from nfm.pipeline import prechecks
 from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, check_store, newest_manifest
 from nfm.pipeline.artifacts.lineage import dependants
 from nfm.pipeline.artifacts.ours import specs
@@ -32,7 +32,7 @@ SHOWN = 3  # names of those that need an artifact
 
 def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
     """A row a stage that `target` needs: what would happen, and what it costs where that can be told yet."""
-    fitting.check(nodes, target)
+    prechecks.check(nodes, target)
     rows, facts = [], _facts(nodes)
     for node in upstream(nodes, target):
         artifact = node.artifact()

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from nfm.pipeline import fitting
+from nfm.pipeline import prechecks
 from nfm.pipeline.artifacts.artifact import SCHEMA, Artifact, ArtifactError, WrongArtifact, open_spec, publish
 from nfm.pipeline.artifacts.lineage import inputs_of
 from nfm.pipeline.artifacts.lock import Lock
@@ -33,11 +33,11 @@ def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None)
     with stop.listening():
         arrived: dict[str, Artifact] = {}
         with stop.at_once():  # the name of a data set is made from its files, which may take minutes to read
-            fitting.ready(nodes, target)
+            prechecks.ready(nodes, target)
         for node in upstream(nodes, target):
             arrived[node.name] = _bring(node, stop)
             if node.name == "data":
-                fitting.ready(nodes, target)
+                prechecks.ready(nodes, target)
             _check_arrived(nodes[target], node, arrived)
     return arrived[target]
 

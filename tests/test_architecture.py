@@ -111,12 +111,12 @@ ARROWS: dict[str, dict[str, str]] = {
         "config": "",
         "graph": "artifacts config",
         "builder": "artifacts config graph",
-        "fitting": "artifacts config graph",
+        "prechecks": "artifacts config graph",
         "console": "artifacts",
-        "runner": "artifacts console fitting graph",
+        "runner": "artifacts console graph prechecks",
         "upkeep": "artifacts builder config graph",
-        "overview": "artifacts config console fitting graph runner",
-        "cli": "artifacts builder config console fitting graph overview runner submit upkeep",
+        "overview": "artifacts config console graph prechecks runner",
+        "cli": "artifacts builder config console graph prechecks overview runner submit upkeep",
     },
 }
 LIBRARY = [path for folder in MAY_KNOW for path in sorted((ROOT / folder).rglob("*.py"))]

@@ -17,6 +17,7 @@ from nfm.pipeline.cli import cli
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 COMMANDS = ROOT / "docs/commands.md"
+MADE = {"index.md", "changelog.md", "tutorial.md"}  # by docs/site.py, of files that are no pages of docs/
 FENCE = re.compile(r"^```.*?\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -79,6 +80,11 @@ def test_every_command_and_every_target_is_described() -> None:
 def test_every_public_name_of_the_store_is_described() -> None:
     described = re.findall(r"^::: nfm\.storage\.(\w+)$", (ROOT / "docs/store-api.md").read_text("utf-8"), re.MULTILINE)
     assert sorted(described) == sorted(storage.__all__)
+
+
+def test_every_page_has_its_place_in_the_site() -> None:
+    listed = re.findall(r"^ +- (?:.+: )?(\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted({path.name for path in (ROOT / "docs").glob("*.md")} | MADE)
 
 
 @page

@@ -14,7 +14,7 @@ import click
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
-from nfm.pipeline.cli.compared import compared_options, overrides_of
+from nfm.pipeline.cli.compare_options import compared_options, overrides_of
 from nfm.pipeline.cli.gc import gc
 from nfm.pipeline.cli.options import (
     LOCAL_PATH,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact
-from nfm.pipeline.cli.compared import compared_options, overrides_of
+from nfm.pipeline.cli.compare_options import compared_options, overrides_of
 from nfm.pipeline.cli.options import LocalPath, config_option, json_option, set_option
 from nfm.storage.errors import StorageError, legible
 from nfm.storage.errors.masked import masked

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from nfm.pipeline.cli.compared import compared_options, overrides_of
+from nfm.pipeline.cli.compare_options import compared_options, overrides_of
 from nfm.pipeline.cli.options import MANY, Number, Whole, config_option, json_option, set_option
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import STAGES

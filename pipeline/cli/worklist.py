@@ -24,14 +24,14 @@ def worklist(config_path: Path, overrides: tuple[str, ...], output: Path) -> Non
     Makes what the pairs are made from (data, teacher) where it is missing. A list is never changed: a file that is
     there already is kept where it still holds all that is pending, and refused where it does not.
     """
-    from nfm.pipeline import builder, fitting, runner
+    from nfm.pipeline import builder, prechecks, runner
     from nfm.pipeline.config import load
     from nfm.stages.pairs import worklist as pairs_worklist
 
     config = load(config_path, overrides)
     nodes = builder.build(config)
     node = nodes["pairs"]
-    fitting.check(nodes, node.name)
+    prechecks.check(nodes, node.name)
     for needed in node.inputs.values():
         runner.run(nodes, needed.name)
     store, inputs = _prepared(node)

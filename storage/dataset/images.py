@@ -23,7 +23,7 @@ from nfm.storage.format.index import read_index
 from nfm.storage.format.order import Rows, Shuffle, order_key
 from nfm.storage.format.spec import FORMAT, Field
 from nfm.storage.layouts import Shard
-from nfm.storage.layouts.blocks import MappedShard, ShardWriter
+from nfm.storage.layouts.tar_blocks import MappedShard, ShardWriter
 from nfm.storage.reading.reader import BatchReader, ReadOptions
 from nfm.storage.reading.shards import ShardSequence
 from nfm.storage.reading.stream import Arrays, StoreStream

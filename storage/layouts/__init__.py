@@ -17,10 +17,10 @@ from nfm.storage.files.paths import remove as remove_file
 from nfm.storage.files.small_files import read_bytes
 from nfm.storage.format.commit import Commit
 from nfm.storage.format.spec import Field, StoreSpec, use_layouts
-from nfm.storage.layouts.blocks import Blocks
 from nfm.storage.layouts.mapped import Mapped
-from nfm.storage.layouts.samples import Samples
-from nfm.storage.layouts.tar import Stock, Text
+from nfm.storage.layouts.tar_base import Stock, Text
+from nfm.storage.layouts.tar_blocks import Blocks
+from nfm.storage.layouts.tar_samples import Samples
 from nfm.storage.layouts.zarr import Zarr
 from nfm.storage.layouts.zarr_writer import remove_folder
 

@@ -12,7 +12,7 @@ import numpy as np
 from nfm.storage.errors import StorageError
 from nfm.storage.format.spec import Field, StoreSpec, parse_name
 from nfm.storage.layouts import zarr_metadata, zarr_shard
-from nfm.storage.layouts.tar import Array, Stock
+from nfm.storage.layouts.tar_base import Array, Stock
 from nfm.storage.layouts.zarr_shard import MappedZarr
 from nfm.storage.layouts.zarr_writer import ZarrWriter
 

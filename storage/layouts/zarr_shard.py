@@ -19,7 +19,7 @@ import numpy as np
 from nfm.storage.errors import StorageError
 from nfm.storage.format.spec import Field
 from nfm.storage.layouts.mapped import Mapped, corrupt, map_file
-from nfm.storage.layouts.tar import Array, stored
+from nfm.storage.layouts.tar_base import Array, stored
 
 CRC = 4  # bytes
 _ENTRY = 16  # bytes of the index a chunk

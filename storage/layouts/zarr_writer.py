@@ -13,7 +13,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files.durable import HashingFile, StoredFile
 from nfm.storage.files.paths import as_path, is_remote, remove
 from nfm.storage.format.spec import Field
-from nfm.storage.layouts.tar import Array, Blocker, stored
+from nfm.storage.layouts.tar_base import Array, Blocker, stored
 from nfm.storage.layouts.zarr_shard import CRC, crc32c, index_of
 
 

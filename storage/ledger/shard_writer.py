@@ -17,7 +17,7 @@ from nfm.storage.format.commit import ATTEMPT, Commit
 from nfm.storage.format.index import index_rows, keys_digest, write_index
 from nfm.storage.format.moments import MomentSums
 from nfm.storage.format.spec import StoreSpec, shard_name
-from nfm.storage.layouts.tar import Array
+from nfm.storage.layouts.tar_base import Array
 from nfm.storage.ledger import commits
 
 

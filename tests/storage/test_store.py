@@ -23,7 +23,7 @@ from nfm.storage.files.atomic import content_digest, write_json
 from nfm.storage.format.order import order_key
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
 from nfm.storage.layouts import files as files_of
-from nfm.storage.layouts.blocks import MappedShard, shard_bytes
+from nfm.storage.layouts.tar_blocks import MappedShard, shard_bytes
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.row_fields import write_row_field
 from nfm.storage.ledger.shard_writer import write_shard

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.format.spec import pair_fields
-from nfm.storage.layouts.samples import LABEL_BYTES, MappedSamples, SampleWriter, label_text, parse_labels, shard_bytes
+from nfm.storage.layouts.tar_samples import (
+    LABEL_BYTES,
+    MappedSamples,
+    SampleWriter,
+    label_text,
+    parse_labels,
+    shard_bytes,
+)
 
 FIELDS = pair_fields((2, 3, 5), "float16")
 FIRST = 123_456

@@ -8,7 +8,7 @@ import pytest
 from nfm.storage import PairStore, StorageError
 from nfm.storage.export import export
 from nfm.storage.layouts import LAYOUTS
-from nfm.storage.layouts.blocks import Blocks, MappedShard, ShardWriter, record_offsets, shard_bytes
+from nfm.storage.layouts.tar_blocks import Blocks, MappedShard, ShardWriter, record_offsets, shard_bytes
 from nfm.storage.verify import verify
 
 ROWS = 4  # of a block, whatever the recipe says

@@ -20,7 +20,7 @@ from nfm.storage.files import atomic
 from nfm.storage.format.index import INDEX_SCHEMA
 from nfm.storage.format.moments import MomentSums, pool
 from nfm.storage.format.spec import StoreSpec, write_spec
-from nfm.storage.layouts.blocks import MappedShard
+from nfm.storage.layouts.tar_blocks import MappedShard
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.shard_writer import write_shard
 from tests.patience import PATIENCE

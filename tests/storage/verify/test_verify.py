@@ -11,7 +11,7 @@ import pytest
 
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec
-from nfm.storage.layouts.blocks import MappedShard, ShardWriter
+from nfm.storage.layouts.tar_blocks import MappedShard, ShardWriter
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import LEVELS, orphans, verify

@@ -18,7 +18,7 @@ from nfm.storage.errors import CorruptShard, StorageError
 from nfm.storage.format.npy import NPY_HEADER, npy_header
 from nfm.storage.format.spec import Field, StoreSpec, parse_name, shard_name
 from nfm.storage.layouts.mapped import Mapped, corrupt, map_file
-from nfm.storage.layouts.tar import (
+from nfm.storage.layouts.tar_base import (
     TAR_END,
     TAR_HEADER,
     Array,
