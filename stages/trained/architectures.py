@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nfm.stages.base import call
+from nfm.stages.base import StageError, call
 from nfm.trainers.models.sizes import check_patch, check_unet_width, check_width
 
 FIRST = "sit"  # of weights that do not say what they are of
@@ -52,6 +52,12 @@ def sizes_of(config: Any, image_shape: Sequence[int], classes: int) -> dict[str,
 
 
 def build(sizes: Mapping[str, Any]) -> Any:
-    """The network of these sizes, untrained."""
+    """The network of these sizes, untrained. Raises StageError for an architecture that is not known here."""
     own = dict(sizes)
-    return call(ARCHITECTURES[own.pop("arch", FIRST)].build, **own)
+    name = own.pop("arch", FIRST)
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise StageError(
+            f"student.arch = {name!r} of these weights is not known here; there are {', '.join(ARCHITECTURES)}: "
+            "install what they were trained with"
+        )
+    return call(ARCHITECTURES[name].build, **own)
