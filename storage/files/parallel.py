@@ -6,11 +6,12 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_LOOK_SECONDS = 0.5  # an interrupt that comes just before the wait begins is seen after that time
 
 
 def parallel(
@@ -35,12 +36,18 @@ def parallel(
         for item in items:
             begun.append(pool.submit(action, item))
             if len(begun) == ahead:
-                yield begun.popleft().result()
+                yield _result(begun.popleft())
         while begun:
-            yield begun.popleft().result()
+            yield _result(begun.popleft())
     except BaseException:  # closing it early is GeneratorExit
         if stop is not None:
             stop.set()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future[Result]) -> Result:
+    while not future.done():
+        wait([future], _LOOK_SECONDS)
+    return future.result()

@@ -21,6 +21,10 @@ NO_PLACES = {
     *(
         "pairs.coupling",
         "pairs.layout",
+        "pairs.coupling",
+        "pairs.executor",
+        "student.arch",
+        "data.source",
         "pairs.custom",
         "pairs.reflow_of",
         "pairs.reflow_solver",

@@ -67,24 +67,30 @@ def test_an_error_comes_at_its_items_place_and_ends_the_rest() -> None:
 
 
 def test_the_callers_interrupt_ends_what_runs() -> None:
-    all_begun, stop = threading.Event(), threading.Event()
+    all_given, stop = threading.Event(), threading.Event()
     ended: list[int] = []
     main = threading.get_ident()
 
-    begun = threading.Barrier(3, all_begun.set)
+    begun = threading.Barrier(4)  # the three threads, and who interrupts
+
+    def items() -> Iterator[int]:
+        yield from range(5)
+        all_given.set()  # from now on the caller waits for results
 
     def action(item: int) -> None:
-        begun.wait(PATIENCE)
+        if item < 3:
+            begun.wait(PATIENCE)
         assert stop.wait(PATIENCE)
         ended.append(item)
 
     def interrupt() -> None:
-        assert all_begun.wait(PATIENCE)
+        begun.wait(PATIENCE)
+        assert all_given.wait(PATIENCE)
         signal.pthread_kill(main, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        list(parallel(action, range(100), threads=3, ahead=6, stop=stop))
+        list(parallel(action, items(), threads=3, ahead=6, stop=stop))
     assert time.monotonic() - began < PATIENCE
     assert sorted(ended) == [0, 1, 2]
