@@ -200,7 +200,7 @@ def sample(
 
     found = find(artifact)
     found.manifest()  # an unfinished artifact has none, and says so
-    sample_grid(found.path, found.spec["stage"], count, nfe, seed, output, solver, grid, guidance)
+    sample_grid(found.path, found.spec.get("stage", "pairs"), count, nfe, seed, output, solver, grid, guidance)
     click.echo(str(output))
 
 

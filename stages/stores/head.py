@@ -155,7 +155,7 @@ def _picture(store: PairStore, draw: int, first: Head, worst: Head, values: Arra
         _draw_worst(right, worst, columns // 2, image_dtype)
     else:
         left = bottom
-    _draw_histogram(left, values, store.manifest["moments"])
+    _draw_histogram(left, values, draw, store.manifest["moments"])
     return _drawn(sheet)
 
 
@@ -181,7 +181,7 @@ def _plane(store: PairStore, draw: int, first: Head, worst: Head, values: Array)
     axes.grid(color=LINE, lw=0.6)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    _draw_histogram(right, values, store.manifest["moments"])
+    _draw_histogram(right, values, draw, store.manifest["moments"])
     return _drawn(sheet)
 
 
@@ -231,7 +231,7 @@ def _draw_worst(sheet: Any, worst: Head, columns: int, image_dtype: str) -> None
         axes.set_xlabel(_caption(worst, number, nll=False), fontsize=6.5, color=SOFT, labelpad=2)
 
 
-def _draw_histogram(sheet: Any, values: Array, moments: dict[str, Any]) -> None:
+def _draw_histogram(sheet: Any, values: Array, draw: int, moments: dict[str, Any]) -> None:
     linear, logarithmic = sheet.subplots(1, 2)
     extremes = [np.array([moments[key]]) for key in ("min", "max") if moments.get(key) is not None]
     edges = noise_edges(values, *extremes)
@@ -251,7 +251,7 @@ def _draw_histogram(sheet: Any, values: Array, moments: dict[str, Any]) -> None:
     make_log(logarithmic.yaxis, density_span(values, edges))
     linear.legend(frameon=False, fontsize=8, labelcolor=INK)
     mean, var, kurtosis = (moments[key] for key in ("mean", "var", "kurtosis"))
-    said = f"all draws: mean {mean:+.4f}, variance {var:.4f}, kurtosis {kurtosis or 0:.3f}\n(a Gaussian's: 0, 1, 3)"
+    said = f"bars: draw {draw}; all draws: mean {mean:+.4f}, variance {var:.4f}, kurtosis {kurtosis or 0:.3f}\n(a Gaussian's: 0, 1, 3)"
     sheet.suptitle(said, fontsize=9, color=INK)
 
 

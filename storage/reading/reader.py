@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Any, Literal, NoReturn, TypedDict
 
 from nfm.storage.errors import StateMismatch, StorageError
-from nfm.storage.errors.arguments import WrongArgument, checked, checked_later
+from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, whole
 from nfm.storage.reading.batch import Assembly, Batch
 from nfm.storage.reading.device import Upload
 from nfm.storage.reading.readahead import ReadAhead
@@ -208,6 +208,15 @@ class BatchReader:
                     f"reader state: {name} is {state.get(name)!r} there and {here!r} here; open the store, the "
                     "generation, the seed and the filter that the state was saved with, or start without a state"
                 )
+        for name in ("epoch", "consumed"):
+            if name not in state:
+                raise StateMismatch(f"reader state: it has no {name}; give a whole one, as `state_dict` returns it")
+        epoch, consumed = (whole()(f"state['{name}']", state[name]) for name in ("epoch", "consumed"))
+        if consumed > (records := self._stream.rows(epoch)):
+            raise StateMismatch(
+                f"reader state: consumed is {consumed:,} there, and epoch {epoch} has {records:,} records; give a "
+                "state as `state_dict` returns it, or start without one"
+            )
 
     def close(self) -> None:
         """Stops reading ahead; a batch in hand stays valid."""

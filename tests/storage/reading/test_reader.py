@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import time
 from itertools import chain
@@ -241,6 +242,28 @@ def test_a_state_of_another_order_is_refused_by_name(name, value):
     reader = make_reader(Numbers(40))
     with pytest.raises(StateMismatch, match=name):
         reader.load_state_dict(reader.state_dict() | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("consumed", 41, "consumed is 41 there, and epoch 0 has 40 records"),
+        ("consumed", -1, "consumed.*-1.*whole number"),
+        ("consumed", "5", "consumed.*'5'.*whole number"),
+        ("consumed", math.nan, "consumed.*nan.*whole number"),
+        ("epoch", -1, "epoch.*-1.*whole number"),
+        ("epoch", 1.5, "epoch.*1.5.*whole number"),
+        ("epoch", None, "epoch.*None.*whole number"),
+    ],
+)
+def test_a_state_that_no_reader_can_be_in_is_refused(key, value, said):
+    reader = make_reader(Numbers(40))
+    with pytest.raises(StorageError, match=said):
+        reader.load_state_dict(reader.state_dict() | {key: value})
+    without = reader.state_dict()
+    del without[key]
+    with pytest.raises(StateMismatch, match=f"it has no {key}"):
+        reader.load_state_dict(without)
 
 
 def test_a_state_can_be_loaded_while_reading():
