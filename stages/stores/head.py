@@ -251,7 +251,8 @@ def _draw_histogram(sheet: Any, values: Array, draw: int, moments: dict[str, Any
     make_log(logarithmic.yaxis, density_span(values, edges))
     linear.legend(frameon=False, fontsize=8, labelcolor=INK)
     mean, var, kurtosis = (moments[key] for key in ("mean", "var", "kurtosis"))
-    said = f"bars: draw {draw}; all draws: mean {mean:+.4f}, variance {var:.4f}, kurtosis {kurtosis or 0:.3f}\n(a Gaussian's: 0, 1, 3)"
+    figures = f"mean {mean:+.4f}, variance {var:.4f}, kurtosis {kurtosis or 0:.3f}"
+    said = f"bars: draw {draw}; all draws: {figures}\n(a Gaussian's: 0, 1, 3)"
     sheet.suptitle(said, fontsize=9, color=INK)
 
 

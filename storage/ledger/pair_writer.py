@@ -171,7 +171,7 @@ class PairWriter:
     def _of(self, draw: int) -> _Draw:
         if draw not in self._open:
             raise StorageError(
-                f"{self.root}: draw {draw!r}: this writer has draws 0 to {self.draws - 1}; name one, or open it with more"
+                f"{self.root}: draw {draw!r}: this writer has draws 0 to {self.draws - 1}; open it with more"
             )
         return self._open[draw]
 
