@@ -57,7 +57,7 @@ def build(sizes: Mapping[str, Any]) -> Any:
     name = own.pop("arch", FIRST)
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise StageError(
-            f"student.arch = {name!r} of these weights is not known here; there are {', '.join(ARCHITECTURES)}: "
-            "install what they were trained with"
+            f"these weights are of architecture {name!r}, which is not known here; there are "
+            f"{', '.join(ARCHITECTURES)}: install what they were trained with"
         )
     return call(ARCHITECTURES[name].build, **own)

@@ -50,7 +50,7 @@ WRONG_USE = {
     "value out of range": (["run", "pairs", "-c", "tiny.toml", "--set", "pairs.draws=0"],
                            ("pairs.draws = 0", "greater than or equal to 1")),
     "value of no choice": (["run", "pairs", "-c", "tiny.toml", "--set", "pairs.coupling=reflux"],
-                           ("pairs.coupling = 'reflux'", "'custom' or 'reflow'")),
+                           ("pairs.coupling = 'reflux'", "'reflow' or 'custom'")),
     "missing config": (["run", "pairs", "-c", "tinny.toml"], ("config tinny.toml: no such file",)),
     "unknown stage": (["run", "paris", "-c", "tiny.toml"], ("paris", "pairs")),
     "no config": (["run", "pairs"], ("-c",)),
