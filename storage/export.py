@@ -165,7 +165,7 @@ class _Conversion:
         attempt = _origin(entry) + secrets.token_hex(4)
         written = write_shard(self.root, self.spec, commit.draw, commit.shard, attempt, self._records(entry))
         how = {key: getattr(commit, key) for key in ("precision", "batch_size", "threads", "versions", "device")}
-        commits.publish(self.root, written.commit(**how))
+        commits.publish(self.root, dataclasses.replace(written, **how))
         return entry
 
     def _records(self, entry: Entry) -> Iterator[dict[str, np.ndarray]]:

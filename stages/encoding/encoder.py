@@ -62,7 +62,8 @@ class Encoder:
         records = Ahead(self._encode(job, sources, encode, stopping))
         with wall, running(records, sources):
             written = write_shard(self.store, self.spec, job.draw, job.shard, job.attempt, wait.over(records))
-            commit = commits.publish(self.store, written.commit(
+            commit = commits.publish(self.store, replace(
+                written,
                 precision=self.setup.precision,
                 batch_size=self.batch_size,
                 threads=self.setup.threads,

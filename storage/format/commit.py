@@ -49,10 +49,6 @@ class Commit:
     device: str = "cpu"
     noise_error: float | None = None  # RMS of the noise against a float64 reference, where it was measured
 
-    def commit(self, **how: Any) -> Commit:
-        """The same shard with how it was made: precision, batch_size, threads, seconds, versions and device."""
-        return dataclasses.replace(self, **how)
-
 
 _KNOWN = frozenset(field.name for field in dataclasses.fields(Commit))
 _NEEDED = tuple(field.name for field in dataclasses.fields(Commit) if field.default is dataclasses.MISSING)

@@ -21,7 +21,7 @@ class ZarrWriter:
     """Writes the files of one shard as `folder`/FIELD; they get their names when all records are durable.
 
     As a context manager it closes on a clean exit and leaves nothing behind on an error. Raises StorageError as
-    `ShardWriter` does.
+    `Blocker` does, and when the disk is full.
     """
 
     def __init__(

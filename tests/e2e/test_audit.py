@@ -152,7 +152,7 @@ def swap_noise(store: Artifact, draw: int, shard: int) -> None:
     name = body["shards"][draw * spec.shards_per_draw + shard]["name"]
     for path in root.glob(f"*/{name}.*"):
         path.unlink()
-    commits.publish(root, write_shard(root, spec, draw, shard, "forged", [records]).commit())
+    commits.publish(root, write_shard(root, spec, draw, shard, "forged", [records]))
     store.path.joinpath(store.manifest_name).unlink()
     made = {*seal.build(root, spec, body["draws"]), "digest"}
     seal.seal(root, body["draws"], **{key: value for key, value in body.items() if key not in made})

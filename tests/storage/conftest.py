@@ -87,7 +87,7 @@ def make_store(tmp_path: Path, small_spec: StoreSpec) -> Callable[..., Path]:
         for draw in range(draws):
             for shard in range(spec.shards_per_draw):
                 written = write_shard(root, spec, draw, shard, "a1", _records(spec, draw, shard))
-                commits.publish(root, written.commit())
+                commits.publish(root, written)
         if sealed:
             seal.seal(root, draws)
         return root

@@ -112,7 +112,7 @@ def test_exporting_again_converts_nothing_and_a_third_draw_only_itself(source, t
     assert seen == [(100, 100)]
     for shard in range(source.spec.shards_per_draw):
         written = write_shard(root, source.spec, 2, shard, "a1", records(source.spec, 2, shard))
-        commits.publish(root, written.commit())
+        commits.publish(root, written)
     seal.seal(root, 3)
     seen.clear()
     grown = export(PairStore.open(root), out, "blocks", "float16", note)
@@ -126,7 +126,7 @@ def test_a_pinned_generation_is_what_is_exported(make_store, tmp_path, records):
     spec = PairStore.open(root).spec
     for shard in range(spec.shards_per_draw):
         written = write_shard(root, spec, 1, shard, "a1", records(spec, 1, shard))
-        commits.publish(root, written.commit())
+        commits.publish(root, written)
     seal.seal(root, 2)
     manifest = export(PairStore.open(root, generation=1), tmp_path / "out", "blocks", "float32")
     assert (manifest["draws"], manifest["exported"]["generation"]) == (1, 1)
@@ -164,7 +164,7 @@ def test_pairs_of_another_making_are_not_mixed_in(source, make_store, tmp_path, 
     one = commits.read(root, "d000-s00001")
     (root / "commits" / "d000-s00001.json").unlink()
     noisy = ({**chunk, "noise": chunk["noise"] + 0.001} for chunk in records(source.spec, 0, 1))
-    commits.publish(root, write_shard(root, source.spec, 0, 1, "a2", noisy).commit())
+    commits.publish(root, write_shard(root, source.spec, 0, 1, "a2", noisy))
     assert one is not None
     seal.seal(root, 1)
     export(source, tmp_path / "out", "blocks", "float16")
@@ -255,7 +255,7 @@ def test_latents_without_labels_travel_too(make_store, small_spec, tmp_path, rec
     write_spec(root, spec)
     for shard in range(spec.shards_per_draw):
         chunks = ({**c, "image": c["image"].astype(np.float16) / 100} for c in records(spec, 0, shard))
-        commits.publish(root, write_shard(root, spec, 0, shard, "a1", chunks).commit())
+        commits.publish(root, write_shard(root, spec, 0, shard, "a1", chunks))
     seal.seal(root, 1)
     export(PairStore.open(root), tmp_path / "out", "samples", "int8")
     found, source = PairStore.open(tmp_path / "out"), PairStore.open(root)

@@ -36,7 +36,7 @@ def fill(root: str | Path, spec: StoreSpec, records: Any, draws: range) -> None:
     for draw in draws:
         for shard in range(spec.shards_per_draw):
             written = write_shard(root, spec, draw, shard, "a1", records(spec, draw, shard))
-            commits.publish(root, written.commit())
+            commits.publish(root, written)
 
 
 def make(root: str | Path, spec: StoreSpec, records: Any, draws: int = 2) -> str | Path:
@@ -104,7 +104,7 @@ def test_of_two_writers_of_a_shard_on_s3_one_is_committed(bucket: str, small_spe
     def write(attempt: str) -> None:
         written = write_shard(root, small_spec, 0, 0, attempt, records(small_spec, 0, 0))
         barrier.wait()
-        stood[attempt] = commits.publish(root, written.commit())
+        stood[attempt] = commits.publish(root, written)
 
     threads = [threading.Thread(target=write, args=(f"a{number}",)) for number in range(4)]
     for thread in threads:
@@ -315,6 +315,6 @@ def test_a_commit_on_s3_whose_answer_was_lost_is_our_own(
     for shard, kind in enumerate(("lose", "error", "reset")):
         written = write_shard(root, small_spec, 0, shard, "a1", records(small_spec, 0, shard))
         s3.fail(kind, f"commits/{written.name}", method="PUT", times=2)  # type: ignore[arg-type]
-        found.append(commits.publish(root, written.commit()))
+        found.append(commits.publish(root, written))
     assert [commit.attempt for commit in found] == ["a1"] * 3
     assert list(commits.committed(root, 1)) == [commit.name for commit in found]

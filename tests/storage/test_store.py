@@ -266,7 +266,7 @@ def test_row_fields_are_joined_by_image_row(tmp_path, small_spec, records, dtype
     for draw in range(2):
         for shard in range(spec.shards_per_draw):
             parts = (part | {"row": rows[draw][part["slot"]]} for part in records(spec, draw, shard))
-            commits.publish(root, write_shard(root, spec, draw, shard, "a1", parts).commit())
+            commits.publish(root, write_shard(root, spec, draw, shard, "a1", parts))
     seal.seal(root, 2)
     write_row_field(root, "caption", [values], (3,), dtype)
     store = PairStore.open(root)

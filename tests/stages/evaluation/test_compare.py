@@ -60,7 +60,7 @@ def store(root: Path, coupling: str, rows: int = 8, auc: float | None = None) ->
     slots = np.arange(rows)
     images, noise = np.zeros((rows, 1, 2, 2), np.uint8), np.ones((rows, 1, 2, 2), np.float32)
     record: dict[str, np.ndarray] = {"image": images, "noise": noise, "label": slots, "slot": slots}
-    commits.publish(root, write_shard(root, spec, 0, 0, "a1", [record]).commit())
+    commits.publish(root, write_shard(root, spec, 0, 0, "a1", [record]))
     report: dict[str, Any] = {} if auc is None else {"coupling_report": {"auc": auc, "transport_cost": 1.5}}
     seal.seal(root, 1, stage="pairs", fingerprint="f", metrics={}, seconds=1.0, **report)
     return root

@@ -75,7 +75,7 @@ def make(tmp_path: Path) -> Make:
                     "image": image[own], "noise": noise[draw * rows + slots], "label": slots % 2, "slot": slots,
                     "row": own, "flip": slots < 0, "nll": np.full(len(slots), nll, np.float32),
                 }  # fmt: skip
-                commits.publish(root, write_shard(root, spec, draw, shard, "a1", [record]).commit())
+                commits.publish(root, write_shard(root, spec, draw, shard, "a1", [record]))
         seal.seal(root, draws, excluded)
         return root
 

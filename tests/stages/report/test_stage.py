@@ -64,7 +64,7 @@ def make_pairs(root: Path, source: ImageDataset, coupling: str) -> Path:
             "label": source.labels(slots),
             "slot": slots,
         }
-        commits.publish(root, write_shard(root, spec, 0, shard, "a1", [record]).commit())
+        commits.publish(root, write_shard(root, spec, 0, shard, "a1", [record]))
     seal.seal(root, 1, stage="pairs", fingerprint="pairs-fingerprint", metrics={}, seconds=4.0)
     return root
 

@@ -93,7 +93,7 @@ def test_a_store_counts_the_clipped_and_its_moments_are_those_of_the_stored_nois
             yield chunk
 
     for shard in range(2):
-        commits.publish(tmp_path, write_shard(tmp_path, spec, 0, shard, "a", loud(shard)).commit())
+        commits.publish(tmp_path, write_shard(tmp_path, spec, 0, shard, "a", loud(shard)))
     body = seal.seal(tmp_path, 1)
     assert [commit.clipped for commit in commits.committed(tmp_path, 1).values()] == [20, 20]
     assert body["clipped"] == 40

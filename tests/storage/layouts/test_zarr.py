@@ -107,7 +107,7 @@ def test_adding_a_draw_leaves_every_earlier_file_untouched(make_store, spec_of, 
     root = make_store(1, spec)
     before = _files(root)
     for shard in range(spec.shards_per_draw):
-        commits.publish(root, write_shard(root, spec, 1, shard, "b", records(spec, 1, shard)).commit())
+        commits.publish(root, write_shard(root, spec, 1, shard, "b", records(spec, 1, shard)))
     assert seal.seal(root, 2)["generation"] == 2
     after = _files(root)
     assert before.items() <= after.items()
@@ -142,8 +142,8 @@ def test_sealing_without_a_committed_file_names_it(make_store, spec_of) -> None:
 def test_a_losing_attempt_leaves_nothing(tmp_path: Path, spec_of, records) -> None:
     spec = spec_of("zarr")
     first, second = (write_shard(tmp_path, spec, 0, 0, a, records(spec, 0, 0)) for a in ("a", "b"))
-    won = commits.publish(tmp_path, first.commit())
-    assert commits.publish(tmp_path, second.commit()) == won == commits.read(tmp_path, "d000-s00000")
+    won = commits.publish(tmp_path, first)
+    assert commits.publish(tmp_path, second) == won == commits.read(tmp_path, "d000-s00000")
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["d000-s00000.a"]
     assert [path.name for path in (tmp_path / "index").iterdir()] == ["d000-s00000.a.parquet"]
 

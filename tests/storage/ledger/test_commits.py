@@ -31,7 +31,7 @@ def test_a_shard_without_a_commit_does_not_exist(tmp_path: Path, small_spec: Sto
     assert written.payload == "shards/d000-s00001.a1.tar"
     assert commits.read(tmp_path, "d000-s00001") is None
     assert commits.committed(tmp_path, 1) == {}
-    commits.publish(tmp_path, written.commit(device="cpu", batch_size=8))
+    commits.publish(tmp_path, dataclasses.replace(written, device="cpu", batch_size=8))
     assert list(commits.committed(tmp_path, 1)) == ["d000-s00001"]
     assert commits.committed(tmp_path, 0) == {}
 
@@ -39,7 +39,7 @@ def test_a_shard_without_a_commit_does_not_exist(tmp_path: Path, small_spec: Sto
 def test_a_commit_reads_back_and_describes_its_files(tmp_path: Path, small_spec: StoreSpec, records) -> None:
     written = write_shard(tmp_path, small_spec, 0, 2, "a1", records(small_spec, 0, 2))
     commit = commits.publish(
-        tmp_path, written.commit(versions={"torch": "2"}, precision="bfloat16", threads=2, seconds=1.5)
+        tmp_path, dataclasses.replace(written, versions={"torch": "2"}, precision="bfloat16", threads=2, seconds=1.5)
     )
     assert commits.read(tmp_path, "d000-s00002") == commit
     assert atomic.hash_file(tmp_path / commit.payload) == (commit.payload_sha256, commit.payload_bytes)
@@ -119,7 +119,7 @@ def test_two_writers_race_one_shard_and_one_commit_stands(tmp_path: Path, small_
     def work(attempt: str) -> None:
         written = write_shard(tmp_path, small_spec, 0, 0, attempt, records(small_spec, 0, 0))
         barrier.wait()
-        returned[attempt] = commits.publish(tmp_path, written.commit())
+        returned[attempt] = commits.publish(tmp_path, written)
 
     threads = [threading.Thread(target=work, args=(f"a{n}",)) for n in range(4)]
     for thread in threads:
@@ -136,7 +136,7 @@ def test_two_writers_race_one_shard_and_one_commit_stands(tmp_path: Path, small_
 
 def test_a_committed_attempt_is_never_written_again(tmp_path: Path, small_spec: StoreSpec, records) -> None:
     written = write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
-    commits.publish(tmp_path, written.commit())
+    commits.publish(tmp_path, written)
     with pytest.raises(StorageError, match="new attempt"):
         write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
 
@@ -176,7 +176,7 @@ def test_a_commit_without_its_shard_is_not_published(tmp_path: Path, small_spec:
     written = write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
     (tmp_path / written.payload).unlink()
     with pytest.raises(MissingShard, match=r"d000-s00000\.a1\.tar"):
-        commits.publish(tmp_path, written.commit())
+        commits.publish(tmp_path, written)
     assert commits.committed(tmp_path, 1) == {}
 
 
@@ -204,7 +204,7 @@ HOSTILE = [None, True, -1, 1.5, 2**70, "", "x", "/etc/passwd", "shards/../../x.t
 @pytest.mark.parametrize("layout", ["blocks", "zarr"])
 def test_a_hostile_commit_is_a_storage_error_and_leads_nowhere(tmp_path: Path, spec_of, records, layout) -> None:
     spec = spec_of(layout)
-    commits.publish(tmp_path, write_shard(tmp_path, spec, 0, 0, "a1", records(spec, 0, 0)).commit())
+    commits.publish(tmp_path, write_shard(tmp_path, spec, 0, 0, "a1", records(spec, 0, 0)))
     body = json.loads(commits.commit_path(tmp_path, "d000-s00000").read_text())
     del body["digest"]
     changes = [{key: value} for key in body for value in HOSTILE]
@@ -243,7 +243,7 @@ for draw in range(2):
         image = np.zeros(noise.shape, np.uint8)
         records = [{"image": image, "noise": noise.astype("f4"), "label": slots % 10, "slot": slots}]
         written = write_shard(root, spec, draw, shard, attempt, records)
-        commits.publish(root, written.commit())
+        commits.publish(root, written)
         print(draw, shard, flush=True)
 """
 

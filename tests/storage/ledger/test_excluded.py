@@ -42,7 +42,7 @@ def remove(root: Path, name: str) -> None:
 
 def mend(root: Path, spec: StoreSpec, records: Any, name: str) -> None:
     draw, shard = int(name[1:4]), int(name[6:])
-    commits.publish(root, write_shard(root, spec, draw, shard, "again", records(spec, draw, shard)).commit())
+    commits.publish(root, write_shard(root, spec, draw, shard, "again", records(spec, draw, shard)))
 
 
 def slots(store: PairStore | Mixture, epochs: int = 2, world_size: int = 1, state: Any = None, **how: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def test_a_generation_says_how_its_pairs_were_encoded(make_store, small_spec: St
     ]
     for shard, facts in enumerate(how):
         written = write_shard(root, small_spec, 0, shard, "a1", records(small_spec, 0, shard))
-        commits.publish(root, written.commit(**facts))
+        commits.publish(root, dataclasses.replace(written, **facts))
     body = seal.seal(root, 1)
     assert (body["noise_error"], body["precision"], body["batch_sizes"]) == (0.005, ["bfloat16", "float32"], [128, 256])
     assert body["bytes"] == sum(entry["bytes"] for entry in body["shards"])

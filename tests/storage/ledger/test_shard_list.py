@@ -85,7 +85,7 @@ def test_a_store_with_a_list_on_an_object_store_is_read_through_the_cache(
     write_spec(root, small_spec)
     for shard in range(small_spec.shards_per_draw):
         made = write_shard(root, small_spec, 0, shard, "a", records(small_spec, 0, shard))
-        commits.publish(root, made.commit())
+        commits.publish(root, made)
     seal.seal(root, 1)
     assert seal.seal(root, 1)["generation"] == 1
     cache = ShardCache(tmp_path / "cache")

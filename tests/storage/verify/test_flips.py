@@ -51,7 +51,7 @@ def make(root: Path, layout: str, seed: int = 0) -> Path:
     )
     write_spec(root, spec)
     for shard in range(2):
-        commits.publish(root, write_shard(root, spec, 0, shard, "a1", records(spec, shard, seed)).commit())
+        commits.publish(root, write_shard(root, spec, 0, shard, "a1", records(spec, shard, seed)))
     seal.seal(root, 1)
     write_row_field(root, "caption", [np.arange(30, dtype=np.float16).reshape(10, 3)], (3,), "float16")
     return root
@@ -189,7 +189,7 @@ def test_what_a_killed_worker_leaves_is_no_finding_but_is_listed(tmp_path: Path,
     files = [path for path in files_of(root) if ".killed" in str(path) or ".b7" in str(path)]
     expected = [*files, root / "shards" / ".tmp-12-ab-d000-s00000.c.tar", root / "fields" / "next" / "s00000.0a1b.npy"]
     assert sorted(left) == sorted(str(path.relative_to(root)) for path in expected)
-    commits.publish(root, next_draw.commit())  # committed and not yet sealed: whole, and no orphan
+    commits.publish(root, next_draw)  # committed and not yet sealed: whole, and no orphan
     assert verify(root, level="deep") == []
     assert not any(".b7" in name for name in orphans(root))
     path = next(path for path in files_of(root) if ".b7" in str(path) and "shards" in str(path))

@@ -91,7 +91,7 @@ def test_a_commit_swapped_after_sealing_is_found(make_store, small_spec: StoreSp
     root = make_store(draws=1)
     written = write_shard(root, small_spec, 0, 0, "b2", records(small_spec, 0, 0))
     commits.commit_path(root, "d000-s00000").unlink()
-    commits.publish(root, written.commit())
+    commits.publish(root, written)
     (finding,) = verify(root)
     assert "not the commit that was sealed" in finding.problem
 
@@ -153,7 +153,7 @@ def test_an_older_generation_is_verified_by_its_number(make_store, small_spec: S
     root = make_store(draws=1)
     for shard in range(small_spec.shards_per_draw):
         written = write_shard(root, small_spec, 1, shard, "b", records(small_spec, 1, shard))
-        commits.publish(root, written.commit())
+        commits.publish(root, written)
     seal.seal(root, 2)
     (root / "shards" / "d001-s00000.b.tar").unlink()
     assert verify(root, generation=1, level="default") == []
