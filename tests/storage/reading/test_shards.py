@@ -133,15 +133,15 @@ def test_rows_outside_and_buffers_that_do_not_fit_are_refused(tmp_path: Path, sp
 
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_a_store_of_many_shards_keeps_to_the_limit_of_open_files(tmp_path: Path, spec_of, kind: str) -> None:
-    spec = spec_of(kind, rows=60, rows_per_shard=1, rows_per_block=1)
+    spec = spec_of(kind, rows=100, rows_per_shard=1, rows_per_block=1)
     held = _write(tmp_path, spec, _arrays(spec, 0), 2)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = len(os.listdir("/proc/self/fd"))
-    limit = max(map(int, os.listdir("/proc/self/fd"))) + 120
+    limit = max(map(int, os.listdir("/proc/self/fd"))) + 200  # of which a quarter holds 16 shards of 4 files less 14
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     try:
         sequence = _sequence(tmp_path, spec, held)
-        for part in np.split(np.random.default_rng(0).permutation(60), 12):
+        for part in np.split(np.random.default_rng(0).permutation(100), 20):
             np.testing.assert_array_equal(sequence.gather(["slot"], part)["slot"], part)
         assert len(os.listdir("/proc/self/fd")) - before <= limit // 4 + 14
     finally:
