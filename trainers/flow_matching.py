@@ -7,7 +7,7 @@ t = 0 is the image, t = 1 is the noise.
 import torch
 from torch import Tensor, nn
 
-from nfm.trainers.randomness import Randomness
+from nfm.trainers.training.randomness import Randomness
 
 
 def sample_times(random: Randomness) -> Tensor:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from nfm.trainers.models.cnn import FeatureNet
-    from nfm.trainers.randomness import Randomness
+    from nfm.trainers.training.randomness import Randomness
 
 NAME = "features"
 VERSION = 1

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nfm.trainers.randomness import Randomness
+    from nfm.trainers.training.randomness import Randomness
 
 NAME = "student"
 VERSION = 1

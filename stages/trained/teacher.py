@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from nfm.trainers.models.tarflow import TarFlow
-    from nfm.trainers.randomness import Randomness
+    from nfm.trainers.training.randomness import Randomness
 
 NAME = "teacher"
 VERSION = 1
