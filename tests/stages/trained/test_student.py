@@ -20,7 +20,7 @@ from nfm.storage.format.spec import StoreSpec, pair_fields
 from nfm.trainers.checkpoint import pack_weights, unpack, unpack_weights
 from nfm.trainers.models.sit import SiT
 from nfm.trainers.models.unet import UNet
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 SHAPE = (1, 6, 7)
 TINY: dict[str, Any] = {"pairs": 96, "batch_size": 16, "width": 16, "depth": 1, "device": "cpu"}

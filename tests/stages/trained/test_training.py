@@ -14,7 +14,7 @@ from nfm.stages.base import StageError, Stopped
 from nfm.stages.trained import features, student, teacher, training
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage import ImageDataset
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
