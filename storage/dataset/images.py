@@ -179,8 +179,7 @@ class DatasetWriter:
 
 
 class ImageDataset:
-    """One split of a dataset of images, open for reading. Rows 0 to n - 1 are in the order in which they were read in.
-    """
+    """One split of a dataset of images, open for reading. Rows 0 to n - 1 are in the order in which they were read in."""
 
     generation = None
     draws = 1

@@ -1,5 +1,4 @@
-"""Folders for local copies of remote files: one for each process, removed when it ends; or a given one, which is kept.
-"""
+"""Folders for local copies of remote files: one for each process, removed when it ends; or a given one, which is kept."""
 
 from __future__ import annotations
 

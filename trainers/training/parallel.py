@@ -131,6 +131,24 @@ def mean(figures: Tensor) -> Tensor:
     return figures.cpu()
 
 
+def rolled(values: Tensor, places: Any) -> Tensor:
+    """Each record's value [n, ...] replaced by that of the record before it in the batch of all processes.
+
+    `places` [n] says where in that batch our records stand.
+    """
+    if not dist.is_initialized():
+        return values.roll(1, 0)
+    own = torch.as_tensor(places, device=values.device)
+    parts = [torch.empty_like(values) for _ in range(size())]
+    wheres = [torch.empty_like(own) for _ in range(size())]
+    dist.all_gather(parts, values.contiguous())
+    dist.all_gather(wheres, own)
+    order = torch.cat(wheres)
+    whole = torch.empty_like(torch.cat(parts))
+    whole[order] = torch.cat(parts)
+    return whole.roll(1, 0)[own]
+
+
 class Agreement:
     """Whether any process wishes to stop: all hear the same answer at the same step, a step later, without a wait."""
 
