@@ -50,7 +50,7 @@ def own_folder() -> Path:
     _held.append(handle)
     folder = lock.with_suffix("")
     folder.mkdir()
-    # Unlike atexit, this also runs in multiprocessing's children
+    # Unlike atexit, this also runs in multiprocessing's children.
     Finalize(None, _remove, (folder, lock), exitpriority=0)
     return folder
 

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from nfm.trainers.training import parallel
+
 
 class EMA:
     """A float32 copy of `model` that follows it: `ema.model` is ready to evaluate, `update` after each step.
@@ -39,8 +41,8 @@ class EMA:
         shadows, targets = [], []
         for name, shadow in _state(self.model).items():
             if shadow.is_floating_point():
-                shadows.append(shadow)
-                targets.append(weights[name].to(shadow.dtype))
+                shadows.append(parallel.local(shadow))
+                targets.append(parallel.local(weights[name]).to(shadow.dtype))
             else:
                 shadow.copy_(weights[name])
         torch._foreach_lerp_(shadows, targets, weight)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nfm.trainers.ema import EMA
+from nfm.trainers.training.ema import EMA
 
 
 def test_the_average_is_the_formula_of_its_docstring():
