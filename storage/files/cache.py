@@ -108,8 +108,9 @@ class ShardCache:
 
     @checked(sha256=text)
     def holds(self, sha256: str) -> bool:
-        """Whether a file is in the cache now. Readers ask this when `evictions` has grown, and close maps of evicted
-        files.
+        """Whether a file is in the cache now.
+
+        Readers ask this when `evictions` has grown, and close maps of evicted files.
         """
         return (self.folder / sha256).exists()
 

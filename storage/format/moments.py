@@ -30,8 +30,9 @@ class MomentSums:
         self._max = -np.inf
 
     def add(self, values: np.ndarray[Any, Any], step: float | None = None) -> None:
-        """Adds all values of an array of any shape. Integers are multiplied by `step`. Values that are not finite are
-        only counted.
+        """Adds all values of an array of any shape.
+
+        Integers are multiplied by `step`. Values that are not finite are only counted.
         """
         flat = np.asarray(values).reshape(-1)
         scale = 1.0 if step is None else step

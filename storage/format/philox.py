@@ -37,8 +37,9 @@ def words(seed: int, draw: int, slots: npt.NDArray[np.int64], count: int, purpos
 
 
 def raw(seed: int, purpose: str, counters: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.uint64]:
-    """The `count` words after each counter: uint64 [n, count]. Counters are [n, 4]; their first word is 0 and counts
-    blocks.
+    """The `count` words after each counter: uint64 [n, count].
+
+    Counters are [n, 4]; their first word is 0 and counts blocks.
     """
     if not 0 <= seed < _WORD:
         raise ValueError(f"seed {seed} is outside 0..2^64-1")

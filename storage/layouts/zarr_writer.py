@@ -57,8 +57,9 @@ class ZarrWriter:
             self._write(block)
 
     def close(self) -> list[StoredFile]:
-        """Publishes the files, in the order of the fields. If records are missing it raises StorageError and leaves
-        nothing.
+        """Publishes the files, in the order of the fields.
+
+        If records are missing it raises StorageError and leaves nothing.
         """
         if not self.payloads:
             try:

@@ -54,8 +54,9 @@ class FieldFile:
 
 
 class RowField:
-    """A field of a store, mapped into memory: `gather` joins it to source rows. Files of a URL are fetched
-    to `cache`.
+    """A field of a store, mapped into memory: `gather` joins it to source rows.
+
+    Files of a URL are fetched to `cache`.
     """
 
     def __init__(self, folder: Path, body: Mapping[str, Any], cache: ShardCache | None = None) -> None:

@@ -47,8 +47,9 @@ class Upload:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def __call__(self, arrays: Arrays, scales: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-        """Tensors on the device, ready when this returns. Those in `scales` are float32 a v + b, others are
-        unchanged.
+        """Tensors on the device, ready when this returns.
+
+        Those in `scales` are float32 a v + b, others are unchanged.
         """
         import torch
 

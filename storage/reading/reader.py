@@ -285,8 +285,9 @@ def _check_sizes(stream: Stream, batch_size: int, last: str, world_size: int) ->
 
 
 def check_enough(batch_size: int, records: int) -> None:
-    """Raises WrongArgument if not even one batch could be filled. Configs are checked with it before their
-    data exists.
+    """Raises WrongArgument if not even one batch could be filled.
+
+    Configs are checked with it before their data exists.
     """
     if batch_size > records:
         raise WrongArgument(

@@ -65,8 +65,9 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
 
     @checked()
     def set_epoch(self, epoch: int) -> None:
-        """Sets the first epoch of the next iteration, unless a state within it was loaded. As in a
-        DistributedSampler.
+        """Sets the first epoch of the next iteration, unless a state within it was loaded.
+
+        As in a DistributedSampler.
         """
         asked = self._starts.asked
         if asked is None or asked.first != epoch:

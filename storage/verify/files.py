@@ -138,8 +138,9 @@ def listing(root: Path) -> Iterator[str]:
 
 
 def _explained(root: Path, spec: StoreSpec, file: str) -> bool:
-    """Whether a file is one of those at the root, or a commit of a shard of the spec. Other checks read the
-    contents.
+    """Whether a file is one of those at the root, or a commit of a shard of the spec.
+
+    Other checks read the contents.
     """
     if match := re.fullmatch(r"manifest\.g(\d{4,9})\.json", file):
         return file == seal.manifest_path(root, int(match[1])).name
