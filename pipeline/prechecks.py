@@ -1,7 +1,7 @@
-"""Whether the sections of a run fit each other and the data, asked before anything is made from them.
+"""Checks that the sections of a run fit each other and the data, before anything is made from them.
 
-A stage that minds has `fits(config, facts)`, which raises Unfit. What is known of the data grows: its config tells the
-shape of some sources' images, the finished data stage all of it.
+A stage with such rules has `fits(config, facts)`, which raises Unfit. The facts of the data grow: the config gives the
+shape of some sources' images, the finished data stage gives everything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nfm.stages.trained.training import pick_device
 
 
 def check(nodes: Mapping[str, Node], target: str) -> None:
-    """Raises Unfit where a stage that is still to be made could not be, as far as can be told yet."""
+    """Raises Unfit if a stage that is still to be made cannot work, as far as is known yet."""
     known = facts(nodes)
     for node in upstream(nodes, target):
         if not node.made():
@@ -27,9 +27,9 @@ def check(nodes: Mapping[str, Node], target: str) -> None:
 
 
 def ready(nodes: Mapping[str, Node], target: str) -> None:
-    """The same before a run; also raises StageError for what the stages will ask for and is not here.
+    """The same before a run. Also raises StageError for anything that the stages need and that is missing here.
 
-    A stage says so in `needs(config)`, and in `room(config, facts)` how many bytes it writes.
+    A stage checks this in `needs(config)`. `room(config, facts)` returns how many bytes it will write.
     """
     check(nodes, target)
     known = facts(nodes)
@@ -41,13 +41,13 @@ def ready(nodes: Mapping[str, Node], target: str) -> None:
 
 
 def _device(config: Section) -> None:
-    """Of most stages all that they need is where they compute."""
+    """Most stages need only their device."""
     if (device := getattr(config, "device", None)) is not None:
         pick_device(device)
 
 
 def _check_room(node: Node, size: int) -> None:
-    """Raises StageError where the disk has less room than the artifact still needs."""
+    """Raises StageError if the disk has less space than the artifact still needs."""
     root, folder = artifacts_root(), node.folder()
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder is not None else 0
     where = next(path for path in (root, *root.absolute().parents) if path.exists())
@@ -60,7 +60,7 @@ def _check_room(node: Node, size: int) -> None:
 
 
 def facts(nodes: Mapping[str, Node]) -> dict[str, Any]:
-    """What is known of the data: its stage's metrics once it ran, else the shape where the config alone tells it."""
+    """What is known about the data: the metrics of its finished stage, else the shape if the config determines it."""
     node = nodes.get("data")
     if node is None:
         return {}
