@@ -94,7 +94,7 @@ def shared(objective: Objective, sharding: Sharding, device: torch.device) -> nn
     if sharding == "fsdp":
         shard(objective, device)
         return objective
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def part_of_step(objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
@@ -129,6 +129,24 @@ def mean(figures: Tensor) -> Tensor:
         dist.all_reduce(figures)
         figures /= dist.get_world_size()
     return figures.cpu()
+
+
+def rolled(values: Tensor, places: Any) -> Tensor:
+    """Each record's value [n, ...] replaced by that of the record before it in the batch of all processes.
+
+    `places` [n] says where in that batch our records stand.
+    """
+    if not dist.is_initialized():
+        return values.roll(1, 0)
+    own = torch.as_tensor(places, device=values.device)
+    parts = [torch.empty_like(values) for _ in range(size())]
+    wheres = [torch.empty_like(own) for _ in range(size())]
+    dist.all_gather(parts, values.contiguous())
+    dist.all_gather(wheres, own)
+    order = torch.cat(wheres)
+    whole = torch.empty_like(torch.cat(parts))
+    whole[order] = torch.cat(parts)
+    return whole.roll(1, 0)[own]
 
 
 class Agreement:

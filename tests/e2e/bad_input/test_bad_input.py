@@ -274,7 +274,7 @@ def test_a_file_that_may_not_grow_is_named_and_nothing_committed_changes(lab: La
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "checkpoint.safetensors: cannot write (File too large)" in done.stderr
+    assert "checkpoints: cannot write (File too large)" in done.stderr
     assert before.items() <= lab.committed().items()
     lab.run("student", "student.seed=9")
 
@@ -282,14 +282,21 @@ def test_a_file_that_may_not_grow_is_named_and_nothing_committed_changes(lab: La
 def test_a_damaged_checkpoint_is_named_with_the_way_out(lab: Lab) -> None:
     sets = ("student.pairs=40000", "student.save_every=640", "student.log_every=640")
     process = lab.start(*lab.arguments("student", *sets))
-    lab.until(lambda: [path for path in lab.artifacts.glob("student/*/checkpoint.safetensors")
-                       if not (path.parent / "manifest.json").exists()], process)  # fmt: skip
+
+    def newest() -> list[Path]:
+        found = sorted(lab.artifacts.glob("student/*/checkpoints/0*/*.safetensors"))
+        return [path for path in found if not (path.parents[2] / "manifest.json").exists()]
+
+    lab.until(newest, process)
     process.kill()
     process.communicate()
-    path = next(path for path in lab.artifacts.glob("student/*/checkpoint.safetensors")
-                if not (path.parent / "manifest.json").exists())  # fmt: skip
-    path.write_bytes(path.read_bytes()[:5000])
-    refused(lab, *lab.arguments("student", *sets), exits=1, says=("checkpoint",))
+    whole = newest()[-1].read_bytes()
+    newest()[-1].write_bytes(whole[:5000])
+    refused(lab, *lab.arguments("student", *sets), exits=1, says=("checkpoints/0", "remove the folder"))
+    newest()[-1].write_bytes(whole[:50] + bytes(1000) + whole[1050:])
+    refused(lab, *lab.arguments("student", *sets), exits=1, says=("checkpoints/0", "remove the folder"))
+    shutil.rmtree(newest()[-1].parent)
+    lab.run("student", *sets, "student.pairs=40000")
 
 
 def test_what_wants_a_store_or_a_model_refuses_the_rest_and_leaves_nothing_behind(made: Lab) -> None:

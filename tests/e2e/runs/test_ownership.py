@@ -21,26 +21,26 @@ def halt_between_saves(process: Process, folder: Path) -> None:
     while True:
         process.send_signal(signal.SIGSTOP)
         time.sleep(0.05)  # until it has stopped
-        if not list(folder.glob(".tmp-*")):
+        if not list(folder.glob("part-*")):
             return
         process.send_signal(signal.SIGCONT)
 
 
 def test_a_driver_that_lost_its_lock_writes_nothing_more_and_says_so(empty: Lab) -> None:
     process = empty.start(*empty.arguments("teacher", "teacher.images=2000000", "teacher.save_every=1000"))
-    empty.until(lambda: list(empty.artifacts.glob("teacher/*/checkpoint.safetensors")), process)
-    (checkpoint,) = empty.artifacts.glob("teacher/*/checkpoint.safetensors")
-    lock = checkpoint.with_name("lock.json")
+    empty.until(lambda: list(empty.artifacts.glob("teacher/*/checkpoints/0*")), process)
+    (checkpoints,) = empty.artifacts.glob("teacher/*/checkpoints")
+    lock = checkpoints.with_name("lock.json")
     other = {key: value for key, value in json.loads(lock.read_text()).items() if key != "digest"}
-    halt_between_saves(process, checkpoint.parent)
+    halt_between_saves(process, checkpoints)
     atomic.write_json(lock, {**other, "id": "0" * 32, "command": "nfm elsewhere", "host": "node7", "pid": 7})
-    kept = checkpoint.read_bytes()
+    kept = {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()}
     process.send_signal(signal.SIGCONT)
     result = empty.wait(process, exits=1)
     assert "'nfm elsewhere' on node7 (process 7) took this work over" in result.stderr
     assert json.loads(lock.read_text())["id"] == "0" * 32
-    assert checkpoint.read_bytes() == kept
-    assert not checkpoint.with_name("manifest.json").exists()
+    assert {path: path.read_bytes() for path in checkpoints.rglob("*") if path.is_file()} == kept
+    assert not checkpoints.with_name("manifest.json").exists()
 
 
 def test_a_repair_leaves_whole_generations_and_their_numbers(lab: Lab) -> None:
