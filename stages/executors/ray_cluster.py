@@ -148,15 +148,19 @@ def _loopback_allowed() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-REMEDY = "start one with `ray start --head`, or leave pairs.ray_address and RAY_ADDRESS out for a local one"
+REMEDY = "start one with `ray start --head`, or leave ray_address and RAY_ADDRESS out for a local one"
 
 
-def check_reachable(address: str | None) -> None:
-    """Raises StageError if Ray is not installed, or if nothing answers at the address. It takes seconds at most."""
+def check_reachable(
+    address: str | None, who: str = 'pairs.executor = "ray"', without: str = "--set pairs.executor=serial"
+) -> None:
+    """Raises StageError if Ray is not installed, or if nothing answers at the address. It takes seconds at most.
+
+    `who` is the setting that needs Ray, and `without` is how to avoid it.
+    """
     if importlib.util.find_spec("ray") is None:
         raise Unfit(
-            "pairs.executor = \"ray\" needs Ray, which is not installed: pip install 'nfm-pairs[ray]', or do without "
-            "it: --set pairs.executor=serial"
+            f"{who} needs Ray, which is not installed: pip install 'nfm-pairs[ray]', or do without it: {without}"
         )
     address = address_of(address)
     host, _, port = address.removeprefix("ray://").rpartition(":")

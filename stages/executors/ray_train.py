@@ -38,6 +38,7 @@ class Line:
 
     def begin(self, seen: int) -> bool:
         """Whether the processes may begin, which have a checkpoint of `seen` examples."""
+        again = bool(self._starts)
         self._starts = [*(before for before in self._starts if before == seen), seen]
         if len(self._starts) > STARTS and self._outcome is None:
             self._outcome = StageError(
@@ -45,7 +46,7 @@ class Line:
                 "worker died before the next one; see the Ray logs for the reason (out of memory is the usual one: set "
                 "microbatch, recompute or sharding), or save more often; checkpoints stay, run the same command again"
             )
-        elif len(self._starts) > 1:
+        elif again:
             self._news.append(("say", (f"a worker died; training begins again from {seen:,} examples",), {}))
         return self._outcome is None
 
