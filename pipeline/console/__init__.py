@@ -48,7 +48,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         self.asked_to_end = False
-        self.messages = 0  # written to the terminal so far, which may hide the live table
+        self.messages = 0  # messages written so far, outside of the live table
         self._at_once = False
 
     @contextmanager

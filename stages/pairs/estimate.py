@@ -32,7 +32,7 @@ def estimate(
     rate: float | None,
     committed: int = 0,
 ) -> dict[str, Any]:
-    """The plan of a generation with `committed` pairs done, in JSON's types. It does not depend on the number of pairs.
+    """The plan of a generation with `committed` pairs done, in JSON's types. Pairs are not counted one by one.
 
     `facts` describe the data: images, image_shape, and classes and image_dtype if known. `rate` is images per second of
     one worker. If it is None, a teacher with the config's sizes and random weights is timed here, for seconds. Raises

@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
 
 
 def pick_device(name: str) -> str:
-    """`auto` is CUDA where there is one. Raises Unfit for a device that is none, or is not here."""
+    """`auto` is CUDA if this machine has it. Raises Unfit for an invalid or missing device."""
     import torch
 
     if name == "auto":

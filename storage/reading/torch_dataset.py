@@ -23,10 +23,10 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
     of workers. The rank is that of the process that makes the dataset.
 
     Every iteration reads the next `epochs` epochs, whether or not the iteration before was read to its end. The first
-    one starts at epoch 0, or at the epoch given to `set_epoch`; after `load_state_dict` it continues from the state.
-    With `epochs=None` an iteration has no end, and the next one begins with the epoch after the last one that it began.
-    Iterations are counted for the dataset, over all its loaders and their workers. With torchdata's StatefulDataLoader
-    the state is exact.
+    one starts at epoch 0. `set_epoch` sets the epoch of the next iteration; after `load_state_dict` it continues from
+    the state. With `epochs=None` an iteration has no end, and the next one begins with the epoch after the last one
+    that it began. Iterations are counted for the dataset, over all its loaders and their workers. With torchdata's
+    StatefulDataLoader the state is exact.
 
     Workers copy every batch through shared memory, which takes many times longer than reading it. Iterate over
     `store.batches(device=...)` directly if you can. For a store at a URL every worker has its own cache, unless the

@@ -156,7 +156,7 @@ class Tree:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """ "file", "folder", "link" (to a folder), or the reason why it is none of them."""
+    """The kind: "file", "folder", "link" (to a folder), or the reason why it is none of them."""
     if not entry.is_symlink():
         return "folder" if entry.is_dir() else "file" if entry.is_file() else SPECIAL
     try:
