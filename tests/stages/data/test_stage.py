@@ -333,12 +333,13 @@ def test_a_folder_above_whose_name_is_no_utf_8_is_taken(
     make(tmp_path / "out", source=source, path=os.path.relpath(path, above))
 
 
-def test_an_npz_file_whose_name_is_no_utf_8_is_refused_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_npz_file_whose_name_is_no_utf_8_has_keys_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.rename(npz(tmp_path), tmp_path / latin_1(b"\xe9ins.npz"))
     (tmp_path / "one.npz").symlink_to(latin_1(b"\xe9ins.npz"))
     make(tmp_path / "out", source="npz", path=str(tmp_path / "one.npz"))
-    with pytest.raises(StageError, match=r"'\\xe9ins' is not UTF-8, which a key must be: rename the file"):
-        Npz(str(tmp_path / latin_1(b"\xe9ins.npz")))
+    odd = Npz(str(tmp_path / latin_1(b"\xe9ins.npz")))
+    assert odd.keys[0] == r"\xe9ins/0000000"
+    assert odd.digest()["digest"]
 
 
 @pytest.mark.parametrize("field", ["path", "name", "origin", "image_decoder"])
