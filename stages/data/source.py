@@ -72,7 +72,7 @@ def box_average(images: np.ndarray, factor: int) -> np.ndarray:
 
 
 def keys_of(where: str | Path, names: Sequence[str]) -> list[str]:
-    r"""Names of files and folders as keys, which are UTF-8: other bytes of a name are written out, as in `caf\xe9.png`."""
+    r"""Names of files and folders as keys, which are UTF-8: other bytes are written out, as in `caf\xe9.png`."""
     keys = [name if is_utf8(name) else legible(name) for name in names]
     if len(set(keys)) < len(keys):
         twice = next(key for key, count in Counter(keys).items() if count > 1)

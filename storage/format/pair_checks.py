@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, by
 from nfm.storage.format import codecs, untrusted
 from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.spec import Field, StoreSpec
@@ -76,9 +76,9 @@ def _shaped(field: Field, array: Array, single: bool) -> Array:
         return array[None]
     if array.ndim == len(field.shape) + 1 and array.shape[1:] == field.shape and not single:
         return array
-    of_one = "of one number a record" if field.shape == () else f"of {list(field.shape)} a record"
     raise StorageError(
-        f"{field.name}: shape {list(array.shape)}; give {'a single record' if single else 'a batch [n, ...]'} {of_one}"
+        f"{field.name}: is {by(array.shape)}; give {'a single record' if single else 'a batch'} of {by(field.shape)} "
+        "a record"
     )
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nfm.stages.base import Reporter, StageError
+from nfm.storage.errors import by
 
 MOST_CLASSES = 10**6  # that a data set may name
 FEW_EMPTY = 16  # numbers without an image are no finding below that: a part of a small data set lacks as many
@@ -115,7 +116,7 @@ def whole_numbers(values: np.ndarray, rows: int, where: str) -> np.ndarray:
     """Labels as int64 [N]. Raises StageError, with the remedy, for what is no whole number a row."""
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
-    is_ = f"{where}: labels are {values.dtype} {values.shape}, expected integers [N]"
+    is_ = f"{where}: labels are {values.dtype} {by(values.shape)}, expected integers, one an image"
     if values.ndim == 2 and values.dtype.kind in "biuf":
         raise StageError(f"{is_}; of one-hot rows, save labels.argmax(1)")
     if values.dtype.kind in "US":

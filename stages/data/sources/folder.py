@@ -17,7 +17,7 @@ from pydantic import BeforeValidator
 
 from nfm.stages.base import Reporter, StageError, Stopped, Unfit
 from nfm.stages.data.reading.tree import Skipped, Tree
-from nfm.stages.data.source import Loaded, box_average, keys_of, digest_files, scratch_array
+from nfm.stages.data.source import Loaded, box_average, digest_files, keys_of, scratch_array
 from nfm.storage.errors import legible
 from nfm.storage.files.parallel import parallel
 

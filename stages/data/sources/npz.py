@@ -19,7 +19,8 @@ from nfm.stages.data.reading.axes import Axes, channels_first, check_axes, image
 from nfm.stages.data.reading.labels import Labels, whole_numbers
 from nfm.stages.data.reading.npz_files import check_folder, files_of
 from nfm.stages.data.reading.values import Values, clear_nonfinite
-from nfm.stages.data.source import Loaded, box_average, keys_of, digest_files, scratch_array
+from nfm.stages.data.source import Loaded, box_average, digest_files, keys_of, scratch_array
+from nfm.storage.errors import by
 
 DTYPES = ("uint8", "float16", "float32")
 IMAGES, LABELS = "data", "labels"
@@ -153,7 +154,7 @@ class _Header(NamedTuple):
         ]
 
     def __str__(self) -> str:
-        return f"{self.dtype} {self.images.shape[1:]} {'without' if self.labels is None else 'with'} labels"
+        return f"{self.dtype} {by(self.images.shape[1:])} {'without' if self.labels is None else 'with'} labels"
 
 
 def _header(file: Path, images: str, labels: str | None, axes: Axes | None) -> _Header:

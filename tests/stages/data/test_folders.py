@@ -246,8 +246,11 @@ def test_names_of_any_bytes_are_data_whose_keys_can_be_read(tmp_path: Path) -> N
     (root / "a" / os.fsdecode(b"h\xfc.txt")).write_text("no image", encoding="utf-8")
     odd = r"\xed\xa0\x80\xff"
     assert listed(root) == [
-        ("a/2.png", "a", False), (r"a/caf\xe9.png", "a", False), (f"{odd}/1.png", odd, False), (f"{odd}/2.png", odd, False)
-    ]  # fmt: skip
+        ("a/2.png", "a", False),
+        (r"a/caf\xe9.png", "a", False),
+        (f"{odd}/1.png", odd, False),
+        (f"{odd}/2.png", odd, False),
+    ]
     assert [key for key, _, _ in listed(root, classes=["a", odd])] == [key for key, _, _ in listed(root)]
     result = make(tmp_path / "out", root, heldout=0, max_rejected=0)
     assert result.metrics["images"] == 4

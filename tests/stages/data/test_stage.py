@@ -333,7 +333,9 @@ def test_a_folder_above_whose_name_is_no_utf_8_is_taken(
     make(tmp_path / "out", source=source, path=os.path.relpath(path, above))
 
 
-def test_an_npz_file_whose_name_is_no_utf_8_has_keys_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_npz_file_whose_name_is_no_utf_8_has_keys_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.rename(npz(tmp_path), tmp_path / latin_1(b"\xe9ins.npz"))
     (tmp_path / "one.npz").symlink_to(latin_1(b"\xe9ins.npz"))
     make(tmp_path / "out", source="npz", path=str(tmp_path / "one.npz"))
