@@ -78,10 +78,13 @@ def plan_text(rows: Sequence[Row]) -> str:
     return f"{text}\n\n{described(rows[-1]['plan']) if rows[-1]['plan'] else unknown}"
 
 
-def status(nodes: Mapping[str, Node]) -> list[Row]:
-    """A row a stage: state, artifact, size on disk, the figures that its manifest puts first."""
+def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
+    """A row a stage: state, artifact, size on disk, the figures that its manifest puts first.
+
+    With `target`, rows of that stage and of those that it needs.
+    """
     rows = []
-    for node in nodes.values():
+    for node in upstream(nodes, target) if target else nodes.values():
         artifact = node.artifact()
         state = "waiting" if artifact is None else _state(artifact) if artifact.done or artifact.started else "-"
         rows.append(

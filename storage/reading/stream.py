@@ -133,6 +133,11 @@ class Stream(Protocol):
         """Records of the shortest epoch."""
         ...
 
+    @property
+    def most(self) -> int:
+        """Records of the longest epoch."""
+        ...
+
     def rows(self, epoch: int) -> int:
         """Records of an epoch."""
         ...
@@ -166,7 +171,8 @@ class StoreStream:
         self.order = Order(self.order_key, seed, shuffle, window)
         ahead = source.remote or shuffle != "full"
         self.lookahead = window * max(int(self._counts(draw).max()) for draw in self.draws) if ahead else 0
-        self.least = min(int(self._counts(draw).sum()) for draw in self.draws)
+        records = [int(self._counts(draw).sum()) for draw in self.draws]
+        self.least, self.most = min(records), max(records)
         self._epoch: tuple[int, Callable[[Rows], Rows]] | None = None  # the one that was read last
 
     @property

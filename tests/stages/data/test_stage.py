@@ -379,6 +379,12 @@ def test_labels_of_a_test_set_that_no_training_image_has_are_told(tmp_path: Path
     assert report.said == ["2 of 5 classes have no training image: '3', '4'; held out are images of '3', '4'"]
 
 
+def test_a_limit_above_what_there_is_is_told(tmp_path: Path) -> None:
+    report = Recorder()
+    make(tmp_path / "out", report, source="npz", path=npz(tmp_path), limit=1000)
+    assert report.said == ["data.limit = 1,000 is more than there are: all 30 images are taken"]
+
+
 def test_a_class_that_the_config_names_and_no_image_has_is_told(tmp_path: Path) -> None:
     report = Recorder()
     path = npz(tmp_path, labels=np.arange(30) % 2)

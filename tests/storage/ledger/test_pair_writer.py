@@ -72,6 +72,22 @@ def test_batches_of_any_size_of_numpy_or_torch_make_the_same_store(tmp_path: Pat
     assert not verify(tmp_path / "single", level="deep")
 
 
+def test_a_row_is_one_image_in_a_batch_between_batches_and_mirrored(tmp_path: Path) -> None:
+    batch = part(pairs(), 0, 4)
+    twice = {name: np.concatenate([values, values]) for name, values in batch.items()}
+    rows, flip = np.tile(np.arange(4), 2), np.arange(8) >= 4
+    twice["image"][4:] = twice["image"][4:, ..., ::-1]
+    writer = PairWriter(tmp_path, spec_of())
+    writer.write(**twice, row=rows, flip=flip)
+    for wrong in (rows % 2, np.roll(rows, 1)):
+        with pytest.raises(StorageError, match=r"slot 8: row: \d in record \d of the batch was given before"):
+            writer.write(**twice, row=wrong, flip=flip)
+    with pytest.raises(StorageError, match="another image or label"):
+        writer.write(**batch | {"label": (batch["label"] + 1) % 10}, row=rows[:4])
+    writer.write(**batch, row=rows[:4])
+    assert writer.next_slot() == 12
+
+
 def test_columns_of_the_index_may_be_given(tmp_path: Path) -> None:
     rows = np.arange(ROWS)[::-1]
     with PairWriter(tmp_path, spec_of()) as writer:
