@@ -29,7 +29,7 @@ NO_PLACES = {
         "pairs.reflow_of",
         "pairs.reflow_solver",
         "pairs.reflow_grid",
-        "pairs.ray_address",
+        *("pairs.ray_address", "teacher.ray_address", "student.ray_address", "features.ray_address"),
     ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
 }

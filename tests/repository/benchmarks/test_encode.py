@@ -26,7 +26,7 @@ def case(**changes: object) -> Case:
 
 
 def test_one_command_writes_every_row_with_the_machine_and_the_shards(tmp_path: Path) -> None:
-    output = tmp_path / "encode" / "tiny.json"
+    output = tmp_path / "tiny.json"
     arguments = [*SIZES, "--quick", "--threads", "1", "--no-compile", "--out", str(output)]
     result = CliRunner().invoke(encode, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
