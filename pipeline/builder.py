@@ -20,11 +20,14 @@ from nfm.stages.evaluation import stage as evaluate
 from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.report import stage as report
-from nfm.stages.trained import potential, student
+from nfm.stages.trained import imported, potential, student, teacher
+from nfm.stages.trained.imported import ImportConfig
+from nfm.stages.trained.teacher import TeacherConfig
 
 # Options that do not concern a model stand at their defaults in its evaluation, which they would make anew.
 OF_TEACHERS = ("baselines", "guidance")
-OF_STUDENTS = ("baselines", "nfe", "solver", "grid", "reference", "student_guidance", "curvature_trajectories")
+OF_STUDENTS = ("baselines", "nfe", "solver", "grid", "reference", "student_guidance", "guidance_interval",
+    "curvature_trajectories")  # fmt: skip
 
 
 class Builder:
@@ -48,6 +51,12 @@ class Builder:
     def potential(self) -> str:
         return self.add("potential", self.config.potential, {"data": "data"})
 
+    def teacher(self) -> str:
+        """The teacher that is trained, or the finished one that the config names."""
+        section, artifact = teacher_of(self.config)
+        self.nodes["teacher"] = Node("teacher", teacher, section, {"data": self.nodes["data"]}, {}, artifact)
+        return "teacher"
+
     def pairs(self, coupling: str) -> str:
         """The store of a coupling: `pairs` for the run's own."""
         with _blaming("pairs"):
@@ -58,7 +67,7 @@ class Builder:
             if role == "potential":
                 roles[role] = self.potential()
             elif role == "student" and section.student is not None:
-                given[role] = _trained(section.student)
+                given[role] = _finished("pairs.student", section.student, student.NAME)
             elif role == "student":
                 roles[role] = self._generator(section.reflow_of)
             else:
@@ -115,7 +124,7 @@ def build(config: RunConfig, store: Artifact | None = None, target: str = "") ->
     graph.add("data", config.data, {})
     if "features" in graph.measured_on():
         graph.add("features", config.features, {"data": "data"})
-    graph.add("teacher", config.teacher, {"data": "data"})
+    graph.teacher()
     variants = [Variant.parse(text) for text in config.evaluate.baselines]
     trained = list(dict.fromkeys(graph.student(variant) for variant in [graph.main, *variants]))
     evaluated = {**graph.measured_on(), **{name: name for name in trained}}
@@ -128,6 +137,22 @@ def build(config: RunConfig, store: Artifact | None = None, target: str = "") ->
         graph.potential()
     if target == compare.NAME or config.compare.couplings:
         _add_comparison(graph)
+    return graph.nodes
+
+
+def teacher_of(config: RunConfig) -> tuple[TeacherConfig, Artifact | None]:
+    """A run's teacher: its section, and the finished artifact where the config names one, whose sizes it then has."""
+    if config.teacher.artifact is None:
+        return config.teacher, None
+    artifact = _finished("teacher.artifact", config.teacher.artifact, teacher.NAME)
+    return teacher.of_artifact(config.teacher, artifact.path), artifact
+
+
+def importing(config: RunConfig, section: ImportConfig) -> dict[str, Node]:
+    """The graph of `nfm teacher import`: the data, and a teacher that is read from a file in place of being trained."""
+    graph = Builder(config)
+    graph.add("data", config.data, {})
+    graph.nodes["teacher"] = Node("teacher", imported, section, {"data": graph.nodes["data"]}, {})
     return graph.nodes
 
 
@@ -167,11 +192,12 @@ def _without(section: EvaluateConfig, names: tuple[str, ...]) -> EvaluateConfig:
     return section.model_copy(update={name: EvaluateConfig.model_fields[name].default for name in names})
 
 
-def _trained(reference: str) -> Artifact:
-    found = find(reference)
-    if found.spec.get("stage") != student.NAME or not found.done:
-        raise WrongArtifact(f"pairs.student = {reference}: no finished student; `nfm ls` lists what there is")
-    return found
+def _finished(field: str, reference: str, stage: str) -> Artifact:
+    """The finished artifact of a stage that a field of the config names."""
+    named = find(reference)
+    if named.spec.get("stage") != stage or not named.done:
+        raise WrongArtifact(f"{field} = {reference}: no finished {stage}; `nfm ls` lists what there is")
+    return named
 
 
 def _can_evaluate(config: RunConfig) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +24,8 @@ from nfm.pipeline.cli.options import (
     Number,
     Whole,
     config_option,
+    given_guidance,
+    guidance_options,
     json_option,
     picture_option,
     set_option,
@@ -31,6 +33,7 @@ from nfm.pipeline.cli.options import (
 from nfm.pipeline.cli.pairs import pairs
 from nfm.pipeline.cli.plan import plan
 from nfm.pipeline.cli.submit import submit
+from nfm.pipeline.cli.teacher import teacher
 from nfm.pipeline.cli.worklist import encode, worklist
 from nfm.pipeline.config import load
 from nfm.stages.couplings.custom import Allowed
@@ -190,17 +193,21 @@ def list_artifacts(as_json: bool) -> None:
     show_default=True,
     help="v + g (v - v without labels); a teacher's own.",
 )
+@guidance_options
 @click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
 @picture_option("grid.png")
 def sample(
-    artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
-) -> None:
+    artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path,
+    **guided: Any,
+) -> None:  # fmt: skip
     """Draw a grid of images from a student or teacher."""
     from nfm.stages.trained.sampling import sample_grid
 
     found = find(artifact)
     found.manifest()  # an unfinished artifact has none, and says so
-    sample_grid(found.path, found.spec.get("stage", "pairs"), count, nfe, seed, output, solver, grid, guidance)
+    stage = found.spec.get("stage", "pairs")
+    options = given_guidance(stage, guidance, guided)
+    sample_grid(found.path, stage, count, nfe, seed, output, solver, grid, guidance, options)
     click.echo(str(output))
 
 
@@ -219,6 +226,7 @@ cli.add_command(gc)
 cli.add_command(pairs)
 cli.add_command(plan)
 cli.add_command(submit)
+cli.add_command(teacher)
 pairs.add_command(worklist)
 pairs.add_command(encode)
 

@@ -110,10 +110,18 @@ def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[S
     for role in _students(inputs):
         for nfe in config.nfe:
             yield student_sampler(
-                inputs[role], nfe, device, config.precision, config.solver, config.grid, config.student_guidance
+                inputs[role],
+                nfe,
+                device,
+                config.precision,
+                config.solver,
+                config.grid,
+                config.student_guidance,
+                config.guidance_interval,
             )
         if config.reference:
-            yield reference_sampler(inputs[role], device, config.precision, config.student_guidance)
+            how = (config.student_guidance, config.guidance_interval)
+            yield reference_sampler(inputs[role], device, config.precision, *how)
 
 
 def _students(inputs: Inputs) -> list[str]:

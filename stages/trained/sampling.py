@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nfm.stages.trained.training import Precision
+    from nfm.trainers.models.tarflow import Guidance
 
 SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4"]
 GridName = Literal["square", "uniform"]
 SOLVERS, GRIDS = get_args(SolverName), get_args(GridName)
 REFERENCE = "dopri5"  # whose own error control decides its evaluations
 TOLERANCE = 1e-5  # of the reference, relative and absolute
+
+Interval = tuple[float, float]  # of the times at which a student is guided
+ALWAYS: Interval = (0.0, 1.0)
 
 # noise [B, C, H, W] and labels [B] -> images [B, C, H, W] in [-1, 1]
 Decode = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
@@ -59,6 +63,7 @@ def student_sampler(
     solver: str = "auto",
     grid: str = "square",
     guidance: float = 0.0,
+    interval: Interval = ALWAYS,
 ) -> Sampler:
     """The student at `nfe` evaluations of its velocity, each with and without labels where there is guidance.
 
@@ -72,13 +77,15 @@ def student_sampler(
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
-            return solvers.sample(velocity(model, labels, guidance), noise, nfe, method, grid)
+            return solvers.sample(velocity(model, labels, guidance, interval), noise, nfe, method, grid)
 
     name = _as_file(f"student-{variant}-{method}-{nfe}")
     return Sampler(name, "student", variant, method, nfe, guidance, parameter_count(model), decode)
 
 
-def reference_sampler(folder: Path, device: str, precision: Precision, guidance: float = 0.0) -> Sampler:
+def reference_sampler(
+    folder: Path, device: str, precision: Precision, guidance: float = 0.0, interval: Interval = ALWAYS
+) -> Sampler:
     """The student's own limit: adaptive dopri5 to a tolerance of 1e-5, which takes the evaluations that it needs.
 
     Raises StageError for guidance of a student that cannot be without labels, or where torchdiffeq is missing.
@@ -93,7 +100,8 @@ def reference_sampler(folder: Path, device: str, precision: Precision, guidance:
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         try:
             with precision_context(noise.device.type, precision):
-                images, nfe = solvers.dopri5(velocity(model, labels, guidance), noise, TOLERANCE, TOLERANCE)
+                guided = velocity(model, labels, guidance, interval)
+                images, nfe = solvers.dopri5(guided, noise, TOLERANCE, TOLERANCE)
         except AssertionError as error:  # torchdiffeq's own: no step is small enough
             raise StageError(
                 f"row {name}: {REFERENCE} cannot reach its tolerance of {TOLERANCE} ({error}); "
@@ -111,37 +119,43 @@ def find_reference_solver() -> None:
         raise Unfit("evaluate.reference = true needs torchdiffeq, which is not installed: pip install torchdiffeq")
 
 
-def teacher_sampler(folder: Path, guidance: float, score: bool, device: str, precision: Precision) -> Sampler:
+def teacher_sampler(
+    folder: Path, guidance: float | Guidance, score: bool, device: str, precision: Precision
+) -> Sampler:
     """The teacher's inverse, with its score step (one evaluation more and a gradient) or without.
 
     Its NFE counts passes through the whole flow: one for the inverse, whose tokens come one after another.
     """
-    from nfm.trainers.models.tarflow import denoise
+    from nfm.trainers.models.tarflow import Guidance, denoise
 
+    guided = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     model, facts = teacher.load(folder, device)
     model.requires_grad_(False)
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
-            images = model.decode(noise * facts["sigma_f"], labels, guidance)
+            images = model.decode(noise * facts["sigma_f"], labels, guided)
             return denoise(model, images, labels, facts["eta"]) if score else images
 
-    name = "-".join(["teacher", *(["guided"] if guidance else []), *(["score"] if score else [])])
+    name = "-".join(["teacher", *(["guided"] if guided.strength else []), *(["score"] if score else [])])
     method = "inverse+score" if score else "inverse"
-    return Sampler(name, "teacher", None, method, 1 + score, guidance, parameter_count(model), decode)
+    return Sampler(name, "teacher", None, method, 1 + score, guided.strength, parameter_count(model), decode)
 
 
-def velocity(model: Any, labels: torch.Tensor, guidance: float = 0.0) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+def velocity(
+    model: Any, labels: torch.Tensor, guidance: float = 0.0, interval: Interval = ALWAYS
+) -> Callable[[torch.Tensor, Any], torch.Tensor]:
     """The student as the solvers want it: velocity(x, t) for these labels, in float32.
 
     With guidance g it is v + g (v - v without labels), the two taken in one pass (Ho & Salimans 2022,
-    arXiv 2207.12598, whose guided model is the same combination).
+    arXiv 2207.12598, whose guided model is the same combination), at times of the interval alone (Kynkaanniemi et al.
+    2024, arXiv 2404.07724).
     """
     import torch
 
     def call(x: torch.Tensor, t: Any) -> torch.Tensor:
         times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-        if not guidance:
+        if not guidance or not interval[0] <= float(t) <= interval[1]:
             return model(x, times, labels).float()
         both = torch.cat([labels, torch.full_like(labels, -1)])
         with_labels, without = model(torch.cat([x, x]), torch.cat([times, times]), both).float().chunk(2)
@@ -213,19 +227,24 @@ def sample_grid(
     solver: str = "auto",
     grid: str = "square",
     guidance: float = 0.0,
+    guided: Mapping[str, Any] | None = None,
 ) -> None:
     """Draw `count` images of a finished student or teacher, classes in turn, as one picture that says which is which.
 
-    Its format is that of the path's ending.
+    Its format is that of the path's ending. `guided` are further options of the guidance: `interval` of a student's,
+    those of `tarflow.Guidance` of a teacher's.
     """
     import torch
+
+    from nfm.trainers.models.tarflow import Guidance
 
     device = pick_device("auto")
     if stage == "student":
         with blaming("--nfe"):
-            sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance)
+            sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance, **(guided or {}))
     elif stage == "teacher":
-        sampler = teacher_sampler(folder, guidance, True, device, "float32")
+        with blaming("--guidance"):
+            sampler = teacher_sampler(folder, Guidance(guidance, **(guided or {})), True, device, "float32")
     else:
         raise Unfit(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
     _, architecture = read_weights(folder)

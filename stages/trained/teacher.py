@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from pydantic import Field
 
-from nfm.stages.base import Inputs, Reporter, Result, Unfit
+from nfm.stages.base import Inputs, LocalField, Reporter, Result, Unfit, operational
 from nfm.stages.trained import costs
 from nfm.stages.trained.training import (
     CHECKPOINT,
     METRICS,
     WEIGHTS,
+    Precision,
     TrainingSection,
     blaming,
     check_section,
@@ -41,8 +42,28 @@ VERSION = 1
 FACTS, SAMPLES = "teacher.json", "samples.png"
 
 
+class Measured(Protocol):
+    """How a flow is measured, as far as it changes the result."""
+
+    @property
+    def eta(self) -> float: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def sigma_rows(self) -> int: ...
+
+    @property
+    def precision(self) -> Precision: ...
+
+
 class TeacherConfig(TrainingSection):
-    """The `[teacher]` table; `images` is the number of training images seen in all, flips and noise drawn anew."""
+    """The `[teacher]` table; `images` is the number of training images seen in all, flips and noise drawn anew.
+
+    `artifact` names a finished teacher, for instance an imported one: nothing is trained then, and its sizes and eta
+    stand for the ones here.
+    """
 
     images: int = Field(360_000, ge=1)
     patch: int = Field(4, ge=1)
@@ -56,6 +77,7 @@ class TeacherConfig(TrainingSection):
     learning_rate: float = Field(2e-3, gt=0)
     sigma_rows: int = Field(4096, ge=1)
     measure_rows: int = Field(512, ge=1)
+    artifact: LocalField | None = operational(None)
 
 
 def fits(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
@@ -82,7 +104,6 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     """Train, measure sigma_f and bits per dimension with the averaged weights, and draw a grid of samples."""
     import torch
 
-    from nfm.trainers.checkpoint import pack_weights
     from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
@@ -119,27 +140,43 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     trained = fit(model, loss, batches, config, plan, out, report, "images", measure)
 
     averaged = cast("TarFlow", trained.ema)
+    metrics = {**finish(averaged, architecture, config, train, heldout, out, report), "images_seen": plan.examples}
+    _draw_samples(averaged, atomic.read_json(out / FACTS), config, out / SAMPLES, train.dtype)
+    return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[CHECKPOINT, METRICS, SAMPLES])
+
+
+def finish(
+    model: TarFlow, architecture: dict[str, Any], config: Measured, train: ImageDataset, heldout: ImageDataset,
+    out: Path, report: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a flow's weights and facts, with sigma_f measured on training rows, and give its metrics."""
+    from nfm.trainers.checkpoint import pack_weights
+
     rows = range(min(len(train), config.sigma_rows))
-    power, train_bpd = likelihood(averaged, train, rows, config)
-    _, heldout_bpd = likelihood(averaged, heldout, range(min(len(heldout), config.sigma_rows)), config)
+    power, train_bpd = likelihood(model, train, rows, config)
+    _, heldout_bpd = likelihood(model, heldout, range(min(len(heldout), config.sigma_rows)), config)
     facts = {"eta": config.eta, "sigma_f": power**0.5, "architecture": architecture}
-    atomic.write_bytes(out / WEIGHTS, pack_weights(averaged, architecture))
+    atomic.write_bytes(out / WEIGHTS, pack_weights(model, architecture))
     atomic.write_json(out / FACTS, facts)
-    _draw_samples(averaged, facts, config, out / SAMPLES, train.dtype)
-    metrics = {
-        "heldout_bpd": round(heldout_bpd, 4),
-        "train_bpd": round(train_bpd, 4),
-        "sigma_f": facts["sigma_f"],
-        "parameters": parameter_count(averaged),
-        "images_seen": plan.examples,
-        "measured_rows": len(rows),
-        **({} if train.dtype == "uint8" else {"image_dtype": train.dtype}),
-    }
     if heldout_bpd - train_bpd > 0.1:
         report.say(
             f"overfitted: {train_bpd:.3f} bits per dimension on training images, {heldout_bpd:.3f} on held-out ones"
         )
-    return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[CHECKPOINT, METRICS, SAMPLES])
+    return {
+        "heldout_bpd": round(heldout_bpd, 4),
+        "train_bpd": round(train_bpd, 4),
+        "sigma_f": facts["sigma_f"],
+        "parameters": parameter_count(model),
+        "measured_rows": len(rows),
+        **({} if train.dtype == "uint8" else {"image_dtype": train.dtype}),
+    }
+
+
+def of_artifact(config: TeacherConfig, folder: Path) -> TeacherConfig:
+    """The section with the sizes and the eta of a finished teacher, for plans."""
+    facts = atomic.read_json(folder / FACTS)
+    sizes = {name: value for name, value in facts["architecture"].items() if name in TeacherConfig.model_fields}
+    return config.model_copy(update={**sizes, "eta": facts["eta"]})
 
 
 def cost(config: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, str]:
@@ -159,9 +196,9 @@ def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:
 
 
 def likelihood(
-    model: TarFlow, split: ImageDataset, rows: range, config: TeacherConfig, batch_size: int = 256
+    model: TarFlow, split: ImageDataset, rows: range, config: Measured, batch_size: int = 256, labels: bool = True
 ) -> tuple[float, float]:
-    """(E[f^2] per dimension, bits per dimension) on these rows with record-keyed noise, labels given.
+    """(E[f^2] per dimension, bits per dimension) on these rows with record-keyed noise, labels given or dropped.
 
     Bits of latents are of their density, not of 8-bit steps: they may be negative.
     """
@@ -174,7 +211,7 @@ def likelihood(
     with torch.inference_mode(), precision_context(device.type, config.precision):
         for start in range(0, len(rows), batch_size):
             part = np.asarray(rows[start : start + batch_size])
-            z, logdet = encode_rows(model, split, part, config.eta, config.seed, "sigma")
+            z, logdet = encode_rows(model, split, part, config.eta, config.seed, "sigma", labels)
             power += z.double().square().flatten(1).mean(1).sum().item()
             nats += nll_per_dim(z, logdet).double().sum().item()
     bits = bits_per_dim(torch.tensor(nats / len(rows), dtype=torch.float64)).item()
@@ -182,16 +219,19 @@ def likelihood(
 
 
 def encode_rows(
-    model: TarFlow, split: ImageDataset, rows: np.ndarray, eta: float, seed: int, purpose: str
+    model: TarFlow, split: ImageDataset, rows: np.ndarray, eta: float, seed: int, purpose: str, labels: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """f(x + eta eps) of these rows with their labels, and the log-determinants; eps is a function of (seed, row)."""
+    """f(x + eta eps) of these rows, with their labels or all dropped, and the log-determinants.
+
+    eps is a function of (seed, row).
+    """
     import torch
 
     device = next(model.parameters()).device
     image = torch.from_numpy(split.to_float(split.images(rows)))
     eps = philox.normals(seed, 0, rows, image[0].numel(), purpose=purpose).reshape(image.shape)
     noised = (image + eta * torch.from_numpy(eps)).to(device)
-    return model.encode(noised, torch.from_numpy(split.labels(rows)).to(device))
+    return model.encode(noised, torch.from_numpy(split.labels(rows)).to(device) if labels else None)
 
 
 def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, path: Path, image_dtype: str) -> None:
