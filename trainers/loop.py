@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,9 +13,10 @@ from torch import Tensor, nn
 
 from nfm.trainers import checkpoint as checkpoints
 from nfm.trainers.ema import EMA
+from nfm.trainers.randomness import Randomness, step_seed
 
-# loss(model, batch, generator) -> (scalar to minimise, figures whose means go into the log)
-Loss = Callable[[Any, Any, torch.Generator], tuple[Tensor, Mapping[str, float | Tensor]]]
+# loss(model, batch, random) -> (scalar to minimise, a mean over the batch; figures whose means go into the log)
+Loss = Callable[[Any, Any, Randomness], tuple[Tensor, Mapping[str, float | Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def train(
     """Trains `model` in place until `recipe.examples` were seen or `stop()` is true.
 
     Stopped and continued from the last `checkpoint` equals uninterrupted, bit for bit on a CPU with the same
-    number of threads: `generator` and torch's global randomness are seeded anew at each step from (seed,
+    number of threads: a step's `Randomness` and torch's global randomness are seeded anew at each step from (seed,
     examples seen); `batches`, if it has `state_dict` and `load_state_dict`, goes on where it was (otherwise
     the caller puts it there).
 
@@ -113,7 +113,6 @@ def train(
     if checkpoint is not None:
         examples_seen, means = _restore(checkpoint, model, ema, optimizer, batches, recipe)
     stream = iter(batches)
-    generator = torch.Generator(device)
 
     # Train.
     start = logged = time.perf_counter()
@@ -121,8 +120,8 @@ def train(
     finished = examples_seen >= recipe.examples
     while not finished and not stop():
         seen_before, examples_seen = examples_seen, examples_seen + recipe.batch_size
-        generator.manual_seed(_step_seed(recipe.seed, seen_before, "loss"))
-        torch.manual_seed(_step_seed(recipe.seed, seen_before, "model"))  # for models with dropout
+        random = Randomness(step_seed(recipe.seed, seen_before, "loss"), recipe.batch_size, device=device)
+        torch.manual_seed(step_seed(recipe.seed, seen_before, "model"))  # for models with dropout
 
         waiting = time.perf_counter()
         batch = next(stream, None)
@@ -132,7 +131,7 @@ def train(
 
         # Gradient.
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            value, figures = loss(model, batch, generator)
+            value, figures = loss(model, batch, random)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
@@ -243,11 +242,6 @@ def _restore(
     if meta["batches"] is not None and hasattr(batches, "load_state_dict"):
         batches.load_state_dict(meta["batches"])
     return meta["examples_seen"], Means(**meta["log"])
-
-
-def _step_seed(seed: int, examples_seen: int, purpose: str) -> int:
-    name = f"{purpose},{seed},{examples_seen}".encode()
-    return int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1  # torch takes 63 bits
 
 
 def _passed(every: int | None, before: int, after: int) -> bool:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from nfm.trainers.models.cnn import FeatureNet
+    from nfm.trainers.randomness import Randomness
 
 NAME = "features"
 VERSION = 1
@@ -67,11 +68,11 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     from nfm.trainers.checkpoint import pack_weights
     from nfm.trainers.models.cnn import FeatureNet, classification_loss
 
-    def loss(model: FeatureNet, batch: Any, generator: torch.Generator) -> Any:
+    def loss(model: FeatureNet, batch: Any, random: Randomness) -> Any:
         if not train.classes:
-            turns = torch.randint(TURNS, (len(batch),), generator=generator, device=generator.device)
+            turns = random.integers(TURNS)
             batch = replace(batch, image=_turned(batch.image, turns), label=turns)
-        return classification_loss(model, batch, generator)
+        return classification_loss(model, batch, random)
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
     torch.manual_seed(config.seed)

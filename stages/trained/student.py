@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from nfm.trainers.randomness import Randomness
+
 NAME = "student"
 VERSION = 1
 
@@ -107,9 +109,9 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
             config.batch_size, config.seed, epochs=None, device=pick_device(config.device), soften=config.soften
         )
 
-    def loss(model: Any, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(model: Any, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
         noise = batch.noise.roll(1, 0) if config.permuted else batch.noise
-        return flow_matching.loss(model, batch.image, noise, batch.label, generator, config.label_drop), {}
+        return flow_matching.loss(model, batch.image, noise, batch.label, random, config.label_drop), {}
 
     plan = recipe(config, config.pairs)
     trained = fit(model, loss, batches, config, plan, out, report, "pairs")

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from nfm.trainers.models.tarflow import TarFlow
+    from nfm.trainers.randomness import Randomness
 
 NAME = "teacher"
 VERSION = 1
@@ -118,15 +119,12 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         model = TarFlow(**architecture)
         batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
 
-    def loss(model: TarFlow, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        def uniform(*shape: int) -> torch.Tensor:
-            return torch.rand(shape, generator=generator, device=generator.device)
-
+    def loss(model: TarFlow, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
         image = batch.image
         if config.flips:
-            image = torch.where(uniform(len(image), 1, 1, 1) < 0.5, image.flip(-1), image)
-        eps = torch.randn(image.shape, generator=generator, device=image.device)
-        label = torch.where(uniform(len(image)) < config.label_drop, -1, batch.label)
+            image = torch.where(random.uniform(1, 1, 1) < 0.5, image.flip(-1), image)
+        eps = random.normal(*image.shape[1:])
+        label = torch.where(random.uniform() < config.label_drop, -1, batch.label)
         return nll_per_dim(*model.encode(image + config.eta * eps, label)).mean(), {}
 
     def measure() -> dict[str, float]:

@@ -46,9 +46,9 @@ def network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1))
 
 
-def noisy_regression(model, batch, generator):
+def noisy_regression(model, batch, random):
     x, y = batch
-    x = x + 0.1 * torch.randn(x.shape, generator=generator)
+    x = x + 0.1 * random.normal(*x.shape[1:])
     error = (model(x)[:, 0].float() - y).square().mean()
     return error, {"rmse": error.sqrt()}
 
@@ -122,7 +122,7 @@ def test_resume_keeps_channels_last_weights_exact():
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
         return model.to(memory_format=torch.channels_last)
 
-    def loss(model, batch, generator):
+    def loss(model, batch, random):
         return model(batch).square().mean(), {}
 
     def endless():
@@ -170,7 +170,7 @@ def test_the_steps_are_those_of_adamw_with_clipping():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def quadratic(model, batch, generator):
+def quadratic(model, batch, random):
     return sum((parameter - 1).square().sum() for parameter in model.parameters()), {}
 
 
@@ -197,8 +197,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(bad):
     counted = iter(range(100))
     before = {}
 
-    def breaks_at_the_third_step(model, batch, generator):
-        loss, figures = noisy_regression(model, batch, generator)
+    def breaks_at_the_third_step(model, batch, random):
+        loss, figures = noisy_regression(model, batch, random)
         if next(counted) == 2:
             before.update({name: value.clone() for name, value in model.named_parameters()})
             loss = loss * bad
