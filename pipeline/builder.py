@@ -78,12 +78,21 @@ class Builder:
     def student(self, variant: Variant, seed: int | None = None) -> str:
         """The student of a variant: `student` for the run's own; with a seed, a name that tells it."""
         roles = {"pairs": self.pairs(variant.coupling)}
+        given = self.first_weights()
         roles |= {f"pairs:{other}": self.pairs(other) for other in sorted(variant.mixture)}
         if seed is None and variant == self.main:
-            return self.add("student", self.config.student, roles)
+            return self.add("student", self.config.student, roles, given)
         knobs = {"soften": variant.soften, "permuted": variant.permuted, "mixture": dict(variant.mixture)}
         section = self.config.student.model_copy(update=knobs if seed is None else {**knobs, "seed": seed})
-        return self.add(f"student:{variant}" if seed is None else f"student:{variant}@{seed}", section, roles)
+        return self.add(f"student:{variant}" if seed is None else f"student:{variant}@{seed}", section, roles, given)
+
+    def first_weights(self) -> dict[str, Artifact]:
+        """The finished student that students begin with, where the config names one."""
+        if (named := self.config.student.init) is None:
+            return {}
+        artifact = _finished("student.init", named, student.NAME)
+        student.fits_init(self.config.student, artifact.path)
+        return {"init": artifact}
 
     def measured_on(self) -> dict[str, str]:
         """What every evaluation reads of the data: this run's classifier where distances are taken in its features."""
@@ -117,7 +126,7 @@ def build(config: RunConfig, store: Artifact | None = None, target: str = "") ->
         check_store(store)
         if graph.main.mixture:
             raise ConfigError("student.mixture: a student alone reads one store; leave it out, or `nfm run student`")
-        graph.add("student", config.student, {}, {"pairs": store})
+        graph.add("student", config.student, {}, {"pairs": store, **graph.first_weights()})
         return graph.nodes
     if target in (evaluate.NAME, report.NAME, compare.NAME):
         _can_evaluate(config)

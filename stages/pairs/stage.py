@@ -31,6 +31,7 @@ from nfm.stages.pairs.recipe import (
     small_groups,
     store_spec,
 )
+from nfm.stages.trained import own
 from nfm.stages.trained.training import WEIGHTS, pick_device
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
@@ -172,6 +173,8 @@ def announce(spec: StoreSpec, setting: Setup, report: Reporter | custom.Allowed)
     if facts_of(spec.coupling).code:
         told = spec.coupling_options or {}
         report.say(custom.announced(setting.maker, str(told.get("function")), str(told.get("sha256"))))
+    if spec.student is not None:
+        own.announce_student(Path(str(setting.maker)), report.say)
 
 
 def seal(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nfm.stages.base import StageError, call
+from nfm.stages.trained import own as own_code
 from nfm.trainers.models.sizes import check_patch, check_unet_width, check_width
 
 FIRST = "sit"  # of weights that do not say what they are of
@@ -46,6 +47,8 @@ ARCHITECTURES = {
 
 def sizes_of(config: Any, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
     """What is stored beside the weights; those without `arch` are of the first architecture."""
+    if config.model is not None:
+        return own_code.sizes_of(config, image_shape, classes)
     named = {} if config.arch == FIRST else {"arch": config.arch}
     own = {name: getattr(config, name) for name in ARCHITECTURES[config.arch].fields}
     return {**named, "image_shape": list(image_shape), "classes": classes, **own}
@@ -53,6 +56,8 @@ def sizes_of(config: Any, image_shape: Sequence[int], classes: int) -> dict[str,
 
 def build(sizes: Mapping[str, Any]) -> Any:
     """The network of these sizes, untrained. Raises StageError for an architecture that is not known here."""
+    if "model" in sizes:
+        return own_code.build(sizes)
     own = dict(sizes)
     name = own.pop("arch", FIRST)
     if not isinstance(name, str) or name not in ARCHITECTURES:

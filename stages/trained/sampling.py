@@ -11,7 +11,7 @@ import numpy as np
 
 from nfm.stages.base import StageError, Unfit
 from nfm.stages.display.pictures import save_grid
-from nfm.stages.trained import student, teacher
+from nfm.stages.trained import own, student, teacher
 from nfm.stages.trained.training import blaming, parameter_count, pick_device, precision_context, read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4"]
 GridName = Literal["square", "uniform"]
 SOLVERS, GRIDS = get_args(SolverName), get_args(GridName)
+OWN = "own"  # sampler of a student whose user's function it is
 REFERENCE = "dopri5"  # whose own error control decides its evaluations
 TOLERANCE = 1e-5  # of the reference, relative and absolute
 
@@ -41,7 +42,8 @@ Decode = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 class Sampler(NamedTuple):
     """A way to make images, with what stands beside every figure of it; `name` serves as a file's too.
 
-    Of the reference solver `nfe` is 0 and `taken` is a list to which every batch adds the evaluations that it took.
+    Of the reference solver, and of a sampler of a student's own, `nfe` is 0 and `taken` is a list to which every batch
+    adds the evaluations that it took.
     """
 
     name: str
@@ -68,10 +70,12 @@ def student_sampler(
     """The student at `nfe` evaluations of its velocity, each with and without labels where there is guidance.
 
     Its row is named after the variant of its manifest. Raises ValueError for an NFE that the solver cannot have,
-    StageError for guidance of a student that cannot be without labels.
+    StageError for guidance of a student that cannot be without labels, and for one with a sampler of its own.
     """
     from nfm.trainers import solvers
 
+    if has_own_sampler(folder):
+        raise Unfit(f"{folder}: this student has a sampler of its own and no velocity that a solver could follow")
     method = pick_solver(solver, nfe)
     model, variant = _student(folder, device, guidance)
 
@@ -111,6 +115,40 @@ def reference_sampler(
         return images
 
     return Sampler(name, "student", variant, REFERENCE, 0, guidance, parameter_count(model), decode, taken)
+
+
+def has_own_sampler(folder: Path) -> bool:
+    """Whether a finished student is sampled by its user's own function."""
+    return atomic.read_json(folder / "manifest.json").get("config", {}).get("sampler") is not None
+
+
+def own_sampler(folder: Path, device: str, precision: Precision, guidance: float = 0.0) -> Sampler:
+    """A student by its user's own sampler, whose NFE is how often it calls the network, counted.
+
+    Raises StageError for guidance, which it does not have, and where its file is not the one that it was made with.
+    """
+    if guidance:
+        raise Unfit(
+            f"{folder}: this student is sampled by a function of its own, which has no guidance; use guidance 0"
+        )
+    function = own.of_student(folder, "sampler")
+    assert function is not None
+    model, variant = _student(folder, device, 0.0)
+    taken: list[int] = []
+    calls = [0]
+    model.register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
+
+    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        calls[0] = 0
+        with precision_context(noise.device.type, precision):
+            images: torch.Tensor = function(model, noise, labels)
+        if images.shape != noise.shape:
+            raise StageError(f"{folder}: its sampler gave {list(images.shape)} for noise {list(noise.shape)}; mend it")
+        taken.append(calls[0])
+        return images
+
+    name = _as_file(f"student-{variant}-{OWN}")
+    return Sampler(name, "student", variant, OWN, 0, 0.0, parameter_count(model), decode, taken)
 
 
 def find_reference_solver() -> None:
@@ -239,7 +277,9 @@ def sample_grid(
     from nfm.trainers.models.tarflow import Guidance
 
     device = pick_device("auto")
-    if stage == "student":
+    if stage == "student" and has_own_sampler(folder):
+        sampler = own_sampler(folder, device, "float32", guidance)
+    elif stage == "student":
         with blaming("--nfe"):
             sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance, **(guided or {}))
     elif stage == "teacher":

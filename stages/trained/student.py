@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
-from nfm.stages.base import Inputs, Reporter, Result, StageError, added, one_of
+from nfm.stages.base import Inputs, LocalField, Reporter, Result, StageError, Unfit, added, one_of, operational
 from nfm.stages.couplings.variant import Variant, check_knobs
-from nfm.stages.trained import costs
+from nfm.stages.trained import costs, own
 from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_of
 from nfm.stages.trained.training import (
     CHECKPOINT,
@@ -39,10 +41,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from nfm.trainers.flow_matching import Times
     from nfm.trainers.randomness import Randomness
 
 NAME = "student"
 VERSION = 1
+TIMES, OBJECTIVE = "logit-normal(-0.2, 1.0)", "flow-matching"
+_NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
+_LOGIT_NORMAL = re.compile(rf"logit-normal\({_NUMBER},{_NUMBER}\)")
 
 
 class StudentConfig(TrainingSection):
@@ -52,6 +58,10 @@ class StudentConfig(TrainingSection):
     nothing is said) and the residual blocks a level (1), and `patch` and `head_size` are not used. `soften`, `mixture`
     (coupling -> share of the pairs, read from `pairs:<coupling>`) and `permuted` (each image gets the noise of the next
     pair of its batch: the control that keeps the noises and forgets the coupling) change what the reader yields.
+
+    `model`, with the keywords `options`, `times`, `objective` and `sampler` may be functions of one's own, see own.py.
+    `times` is also "uniform" or "logit-normal(mean, deviation)". `init` is a finished student whose weights are the
+    first ones; what is in it is an input, and so part of the fingerprint.
     """
 
     pairs: int = Field(240_000, ge=1)
@@ -60,6 +70,12 @@ class StudentConfig(TrainingSection):
     depth: int = Field(6, ge=1)
     head_size: int = Field(64, ge=1)
     label_drop: float = Field(0.1, ge=0, le=1)
+    model: str | None = added(None)
+    options: dict[str, JsonValue] = added({})
+    times: str = added(TIMES)
+    objective: str = added(OBJECTIVE)
+    sampler: str | None = added(None)
+    init: LocalField | None = operational(None)
     arch: Annotated[str, one_of(ARCHITECTURES)] = added(FIRST)
     soften: float = added(0.0)
     permuted: bool = added(False)
@@ -71,6 +87,35 @@ class StudentConfig(TrainingSection):
         """What nobody states is as the architecture has it."""
         known = ARCHITECTURES.get(str(values.get("arch"))) if isinstance(values, dict) else None
         return {**known.defaults, **values} if known else values
+
+    @field_validator("times")
+    @classmethod
+    def _known_times(cls, times: str) -> str:
+        """In one spelling, since the fingerprint has it."""
+        if (found := _LOGIT_NORMAL.fullmatch(times)) is not None and float(found[2]) > 0:
+            return f"logit-normal({float(found[1])!r}, {float(found[2])!r})"
+        if times == "uniform" or ":" in times:
+            return times
+        raise ValueError('times are "uniform", "logit-normal(mean, deviation)" or a function, "module:function"')
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, objective: str) -> str:
+        if objective != OBJECTIVE and ":" not in objective:
+            raise ValueError(f'an objective is "{OBJECTIVE}" or a function, "module:function"')
+        return objective
+
+    @model_validator(mode="after")
+    def _check_own(self) -> Self:
+        if self.options and self.model is None:
+            raise ValueError("options are the keywords of student.model, and there is none; name it or leave them out")
+        if self.times != TIMES and self.objective != OBJECTIVE:
+            raise ValueError("times are flow matching's, and objective is another; leave times out")
+        if self.sampler is not None and self.objective == OBJECTIVE:
+            raise ValueError(
+                f'sampler is of an objective of one\'s own; with "{OBJECTIVE}" solvers sample, leave it out'
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -84,11 +129,35 @@ def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit where sizes do not fit each other or the data, as far as `facts` tell of it."""
 
     def sizes() -> None:
-        ARCHITECTURES[config.arch].check(config, facts.get("image_shape"))
+        own.digests(config)
+        if config.model is None:
+            ARCHITECTURES[config.arch].check(config, facts.get("image_shape"))
 
     # What a mixture has an epoch is its reader's to say.
     known = {key: value for key, value in facts.items() if key != "images"} if config.mixture else facts
     check_section(NAME, config, known, sizes)
+
+
+def external(config: StudentConfig) -> dict[str, str]:
+    """The digests of the functions that are one's own."""
+    return own.digests(config)
+
+
+def tries(config: StudentConfig, facts: Mapping[str, Any]) -> None:
+    """Raises Unfit where a function of one's own is not what it should be: its code runs here."""
+    if "image_shape" in facts:
+        shape, classes = facts["image_shape"], facts.get("classes", 1)
+        own.check(config, shape, classes, lambda: build(sizes_of(config, shape, classes)))
+
+
+def fits_init(config: StudentConfig, folder: Path) -> None:
+    """Raises Unfit where a student that is to begin with the weights in `folder` is of other sizes, as far as known."""
+    _, there = read_weights(folder)
+    here = sizes_of(config, there["image_shape"], there["classes"])
+    other = [name for name in {**here, **there} if name != "sha256" and here.get(name) != there.get(name)]
+    if other:
+        told = ", ".join(f"{name} {there.get(name)!r} there and {here.get(name)!r} here" for name in other)
+        raise Unfit(f"student.init = {config.init}: it has {told}; name a student of the same network")
 
 
 def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
@@ -100,18 +169,27 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
 
     store = PairStore.open(inputs["pairs"])
     architecture = sizes_of(config, store.spec.image_shape, store.spec.classes or 0)
+    own.announce(own.named(config), report.say)
+    own.check(config, store.spec.image_shape, store.spec.classes or 0, lambda: build(architecture))
     torch.manual_seed(config.seed)
     with blaming("config section [student]"):
         variant = _variant(store.spec.coupling, config)
         model = build(architecture)
+        _begin(model, config, inputs)
         source = _mixed(store, config, inputs)
         batches = source.batches(
             config.batch_size, config.seed, epochs=None, device=pick_device(config.device), soften=config.soften
         )
 
+    times, objective = _times(config), None
+    if config.objective != OBJECTIVE:
+        objective = own.load("objective", config.objective)
+
     def loss(model: Any, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
         noise = batch.noise.roll(1, 0) if config.permuted else batch.noise
-        return flow_matching.loss(model, batch.image, noise, batch.label, random, config.label_drop), {}
+        if objective is not None:
+            return objective(model, replace(batch, noise=noise), random), {}
+        return flow_matching.loss(model, batch.image, noise, batch.label, random, config.label_drop, times), {}
 
     plan = recipe(config, config.pairs)
     trained = fit(model, loss, batches, config, plan, out, report, "pairs")
@@ -132,8 +210,30 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
 
 
+def _begin(model: nn.Module, config: StudentConfig, inputs: Inputs) -> None:
+    """The weights that training begins with, where they are another student's."""
+    if "init" not in inputs:
+        return
+    state, _ = read_weights(inputs["init"])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        told = str(error).partition("\n")[2].strip() or str(error)
+        raise Unfit(f"student.init = {config.init}: its weights are of another network: {told}") from error
+
+
+def _times(config: StudentConfig) -> Times:
+    from nfm.trainers import flow_matching
+
+    if (found := _LOGIT_NORMAL.fullmatch(config.times)) is not None:
+        return functools.partial(flow_matching.logit_normal, mean=float(found[1]), deviation=float(found[2]))
+    return flow_matching.uniform if config.times == "uniform" else own.load("times", config.times)
+
+
 def cost(config: StudentConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     """What training costs: a backward pass is two forward ones."""
+    if config.model is not None:  # a plan runs nobody's code
+        return {"pairs": f"{config.pairs:,}"}
     products = 3 * config.pairs * flops(config, facts["image_shape"])
     return {"pairs": f"{config.pairs:,}", **costs.describe(products)}
 

@@ -140,7 +140,7 @@ def test_options_of_guidance_change_samples_or_are_refused_by_name(lab: Lab) -> 
         ("teacher", ["--constant-guidance"]),
         ("teacher", ["--attention-temperature", 1.5]),
         ("teacher", ["--guide", "a"]),
-        ("student", ["--guidance-interval", 0.3, 0.6]),
+        ("student", ["--guidance-interval", "0.3,0.6"]),
     ):
         name, shown = lab.name(stage), set()
         for more in ([], options):
@@ -152,7 +152,7 @@ def test_options_of_guidance_change_samples_or_are_refused_by_name(lab: Lab) -> 
         assert f"{options[0]} is of a {stage}'s samples" in said
         said = lab.nfm("sample", name, *options, exits=2).stderr
         assert "give --guidance too" in said
-    said = lab.nfm("sample", name, "--guidance", 2, "--guidance-interval", 0.6, 0.3, exits=2).stderr
+    said = lab.nfm("sample", name, "--guidance", 2, "--guidance-interval", "0.6,0.3", exits=2).stderr
     assert "it begins before it ends" in said
 
 
