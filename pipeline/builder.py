@@ -20,8 +20,9 @@ from nfm.stages.evaluation import stage as evaluate
 from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.report import stage as report
-from nfm.stages.trained import imported, potential, student, teacher
-from nfm.stages.trained.imported import ImportConfig
+from nfm.stages.trained import potential, student, teacher
+from nfm.stages.trained.foreign import imported
+from nfm.stages.trained.foreign.imported import ImportConfig
 from nfm.stages.trained.teacher import TeacherConfig
 
 # Options that do not concern a model stand at their defaults in its evaluation, which they would make anew.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nfm.trainers.randomness import Randomness
+from nfm.trainers.training.randomness import Randomness
 
 Times = Callable[[Randomness], Tensor]  # float32 [B] in [0, 1], one a record
 MEAN, DEVIATION = -0.2, 1.0

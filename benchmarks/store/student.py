@@ -22,7 +22,7 @@ def waiting(folder: Path, quick: bool) -> dict[str, Any]:
 
     from nfm.trainers import flow_matching, loop
     from nfm.trainers.models.sit import SiT
-    from nfm.trainers.randomness import Randomness
+    from nfm.trainers.training.randomness import Randomness
 
     rng = np.random.default_rng(0)
 

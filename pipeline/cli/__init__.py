@@ -230,7 +230,7 @@ pairs.add_command(encode)
 
 def _check_allowed(student: Path, digests: tuple[str, ...]) -> None:
     """Raises Unfit where sampling would run code that its user has not allowed; says whose code runs."""
-    from nfm.stages.trained import own
+    from nfm.stages.trained.foreign import own
 
     for field, (function, sha256) in own.recorded(student).items():
         if sha256 not in digests:

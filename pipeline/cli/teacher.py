@@ -33,7 +33,7 @@ def import_teacher(
     order. No code of the file runs.
     """
     from nfm.pipeline import builder, runner
-    from nfm.stages.trained import imported
+    from nfm.stages.trained.foreign import imported
 
     config = load(config_path, overrides)
     section = imported.section(config.teacher, file, eta, head_size)

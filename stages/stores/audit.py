@@ -17,7 +17,7 @@ from nfm.stages.pairs import stage
 from nfm.stages.pairs.coupling_advice import better_teacher
 from nfm.stages.stores import against_source as pairs_source
 from nfm.stages.stores.repair import pinned, verify
-from nfm.stages.trained import own
+from nfm.stages.trained.foreign import own
 from nfm.storage import ImageDataset, PairStore, layouts
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nfm.stages.base import StageError, call
-from nfm.stages.trained import own as own_code
+from nfm.stages.trained.foreign import own as own_code
 from nfm.trainers.models.sizes import check_patch, check_unet_width, check_width
 
 FIRST = "sit"  # of weights that do not say what they are of

@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from pydantic import Field
 
 from nfm.stages.base import Inputs, LocalField, Reporter, Result, Unfit, operational
 from nfm.stages.trained import costs
+from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.training import (
-    CHECKPOINT,
-    METRICS,
     WEIGHTS,
     Precision,
+    Task,
     TrainingSection,
     blaming,
     check_section,
     fit,
+    kept_files,
     parameter_count,
-    pick_device,
     precision_context,
     read_weights,
     recipe,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from nfm.trainers.models.tarflow import TarFlow
-    from nfm.trainers.randomness import Randomness
+    from nfm.trainers.training.randomness import Randomness
 
 NAME = "teacher"
 VERSION = 1
@@ -101,15 +101,13 @@ def _check_flips(config: TeacherConfig, image_dtype: str) -> None:
         )
 
 
-def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Train, measure sigma_f and bits per dimension with the averaged weights, and draw a grid of samples."""
+def task(config: TeacherConfig, inputs: Inputs, device: str) -> Task:
+    """What each process of the training makes."""
     import torch
 
     from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
-    _check_flips(config, train.dtype)
-    device = pick_device(config.device)
     architecture: dict[str, Any] = {
         "image_shape": list(train.image_shape), "classes": len(train.classes), "patch": config.patch,
         "channels": config.channels, "blocks": config.blocks, "layers": config.layers, "head_size": config.head_size,
@@ -134,27 +132,30 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
             for name, split in (("train", train), ("heldout", heldout))
         }
 
-    plan = recipe(config, config.images)
-    trained = fit(model, loss, batches, config, plan, out, report, "images", measure)
+    return Task(model, loss, batches, architecture, config.images, "images", measure)
 
-    averaged = cast("TarFlow", trained.ema)
-    metrics = {**finish(averaged, architecture, config, train, heldout, out, report), "images_seen": plan.examples}
+
+def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train, measure sigma_f and bits per dimension with the averaged weights, and draw a grid of samples."""
+    train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    _check_flips(config, train.dtype)
+    fit(task, config, inputs, out, report)
+    averaged, architecture = _weights(out, pick_device(config.device))
+    metrics = write_facts(averaged, architecture, config, train, heldout, out, report)
     _draw_samples(averaged, atomic.read_json(out / FACTS), config, out / SAMPLES, train.dtype)
-    return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[CHECKPOINT, METRICS, SAMPLES])
+    metrics["images_seen"] = recipe(config, config.images).examples
+    return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[*kept_files(out), SAMPLES])
 
 
-def finish(
+def write_facts(
     model: TarFlow, architecture: dict[str, Any], config: Measured, train: ImageDataset, heldout: ImageDataset,
     out: Path, report: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write a flow's weights and facts, with sigma_f measured on training rows, and give its metrics."""
-    from nfm.trainers.checkpoint import pack_weights
-
+    """Write a flow's facts, with sigma_f measured on training rows, and give its metrics."""
     rows = range(min(len(train), config.sigma_rows))
     power, train_bpd = likelihood(model, train, rows, config)
     _, heldout_bpd = likelihood(model, heldout, range(min(len(heldout), config.sigma_rows)), config)
     facts = {"eta": config.eta, "sigma_f": power**0.5, "architecture": architecture}
-    atomic.write_bytes(out / WEIGHTS, pack_weights(model, architecture))
     atomic.write_json(out / FACTS, facts)
     if heldout_bpd - train_bpd > 0.1:
         report.say(
@@ -185,12 +186,17 @@ def cost(config: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, str]:
 
 def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:
     """The trained flow in evaluation mode, and its facts: eta and sigma_f."""
+    return _weights(folder, device)[0], atomic.read_json(folder / FACTS)
+
+
+def _weights(folder: Path, device: str) -> tuple[TarFlow, dict[str, Any]]:
+    """The flow in evaluation mode, and the arguments that it is built with."""
     from nfm.trainers.models.tarflow import TarFlow
 
     state, architecture = read_weights(folder)
     model = TarFlow(**architecture)
     model.load_state_dict(state)
-    return model.eval().to(device), atomic.read_json(folder / FACTS)
+    return model.eval().to(device), architecture
 
 
 def likelihood(

@@ -12,8 +12,8 @@ import torch
 from nfm.stages.trained import teacher
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
-from tests.lab import Lab
-from tests.published import Model, random
+from tests.support.authors_tarflow import Model, random
+from tests.support.lab import Lab
 
 NAME = "digits_model_2_64_2_1_0.15.pth"
 

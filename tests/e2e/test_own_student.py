@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nfm.storage.files import atomic
-from tests.lab import Lab
+from tests.support.lab import Lab
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "one_step.py"
 NETWORK = """

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from nfm.trainers.flow_matching import interpolate, logit_normal, loss
-from nfm.trainers.randomness import Randomness
 from nfm.trainers.solvers import sample
+from nfm.trainers.training.randomness import Randomness
 
 MEAN, STD = 2.0, 0.5
 

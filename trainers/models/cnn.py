@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfm.trainers.models.sizes import check_sides
-from nfm.trainers.randomness import Randomness
+from nfm.trainers.training.randomness import Randomness
 
 
 class FeatureNet(nn.Module):

@@ -12,13 +12,14 @@ import torch
 from pydantic import ValidationError
 
 from nfm.stages.base import StageError, Unfit
-from nfm.stages.trained import own, sampling, student
+from nfm.stages.trained import sampling, student
+from nfm.stages.trained.foreign import own
 from nfm.stages.trained.student import StudentConfig
 from nfm.storage.files import atomic
 from nfm.trainers.checkpoint import unpack_weights
-from nfm.trainers.randomness import Randomness
-from tests.stages.recorder import Recorder
+from nfm.trainers.training.randomness import Randomness
 from tests.stages.trained.test_student import SHAPE, write_store
+from tests.support.recorder import Recorder
 
 CODE = """
 import math

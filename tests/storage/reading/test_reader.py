@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nfm.storage import BatchReader, PairStore, StateMismatch, StorageError
 from nfm.storage.format.convert import to_float32
 from nfm.storage.reading.stream import StoreStream, plan
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 # The batches of two epochs of 23 records in shards of 5, seed 3: what students that stopped are resumed with.
 FULL = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nfm.trainers.models import published
 from nfm.trainers.models.tarflow import Guidance, TarFlow
-from tests.published import Model, random
+from tests.support.authors_tarflow import Model, random
 
 LABELS = torch.tensor([0, 2, -1, 1])
 
