@@ -189,7 +189,7 @@ def list_artifacts(as_json: bool) -> None:
 )
 @guidance_options
 @click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
-@run_custom_option("The code of a student that is its user's own may run: of the file with this digest. Repeatable.")
+@run_custom_option("The code of a model that is its user's own may run: of the file with this digest. Repeatable.")
 @picture_option("grid.png")
 def sample(
     artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path,
@@ -201,8 +201,8 @@ def sample(
     found = find(artifact)
     found.manifest()  # an unfinished artifact has none, and says so
     stage = found.spec.get("stage", "pairs")
-    if stage == "student":
-        _check_allowed(found.path, digests)
+    if stage in ("student", "teacher"):
+        _check_allowed(found.path, stage, digests)
     options = given_guidance(stage, guidance, guided)
     sample_grid(found.path, stage, count, nfe, seed, output, solver, grid, guidance, options)
     click.echo(str(output))
@@ -228,17 +228,17 @@ pairs.add_command(worklist)
 pairs.add_command(encode)
 
 
-def _check_allowed(student: Path, digests: tuple[str, ...]) -> None:
+def _check_allowed(folder: Path, stage: str, digests: tuple[str, ...]) -> None:
     """Raises Unfit where sampling would run code that its user has not allowed; says whose code runs."""
     from nfm.stages.trained.foreign import own
 
-    for field, (function, sha256) in own.recorded(student).items():
+    for field, (function, sha256) in own.recorded(folder, stage).items():
         if sha256 not in digests:
             raise Unfit(
-                f"{student}: student.{field} = {function!r} is code, and may have been sent with the artifact: "
+                f"{folder}: {field} = {function!r} is code, and may have been sent with the artifact: "
                 f"when you know the file of SHA-256 {sha256}, give --run-custom with it"
             )
-    own.announce_student(student, lambda text: click.echo(text, err=True))
+    own.announce_made(folder, stage, lambda text: click.echo(text, err=True))
 
 
 def _main_output(artifact: Artifact) -> str:

@@ -25,7 +25,7 @@ from nfm.stages.couplings import custom
 from nfm.stages.display.units import megabytes
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.stores import audit as store_audit
-from nfm.stages.trained import student
+from nfm.stages.trained import student, teacher
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
@@ -68,7 +68,7 @@ def audit(
 
 def own_code(config: RunConfig) -> frozenset[str]:
     """The digests of the custom functions that a run's own config names, of their files as they are now."""
-    nodes = [node for node in build(config).values() if node.stage in (pairs, student)]
+    nodes = [node for node in build(config).values() if node.stage in (pairs, student, teacher)]
     return frozenset(digest for node in nodes for digest in node.external().values())
 
 

@@ -48,7 +48,7 @@ def source_file(named: str | None, field: str = FIELD) -> Path:
     module, _, function = (named or "").partition(":")
     if not module or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         raise Unfit(f"{field} = {named!r}: a function is named as `module:function`; name one")
-    with _importable(Path.cwd()):
+    with importable(Path.cwd()):
         importlib.invalidate_caches()
         found = _find(module)
     if found is None or found.origin is None or not found.origin.endswith(".py"):
@@ -109,7 +109,7 @@ def load(file: Path, named: str, sha256: str, field: str = FIELD) -> Callable[..
     before = sys.modules.get(module)
     sys.modules[module] = loaded
     try:
-        with _importable(_root(file, module)):
+        with importable(_root(file, module)):
             # From the bytes that were hashed: bytecode beside the file may be of another.
             exec(compile(source, str(file), "exec"), loaded.__dict__)
     except BaseException as error:
@@ -126,7 +126,7 @@ def load(file: Path, named: str, sha256: str, field: str = FIELD) -> Callable[..
 
     def called(*arguments: Any, **options: Any) -> Any:
         try:
-            with _importable(_root(file, module)):  # for what it imports when it is called
+            with importable(_root(file, module)):  # for what it imports when it is called
                 return found(*arguments, **options)
         except (Exception, SystemExit) as error:  # which would end the command with its code and no word
             raise StageError(f"{field} = {named!r}: the function raised {_told(error)}; mend it in {file}") from error
@@ -151,7 +151,7 @@ def _root(file: Path, module: str) -> Path:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
+def importable(folder: Path) -> Iterator[None]:
     """Imports find modules of this folder too, behind all others."""
     path = str(folder)
     sys.path.append(path)

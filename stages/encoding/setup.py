@@ -13,7 +13,8 @@ class Setup:
 
     `device` "auto" is chosen where the encoder runs. `batch_size` is the shape that every batch is padded to. `maker`
     is what other couplings than the teacher's are made with: the folder of the potential or of the student, or the
-    file of a custom coupling; the store's recipe says what its content must be.
+    file of a custom coupling; the store's recipe says what its content must be. `beside` is where the command runs: a
+    network of its user's own is looked for there too.
     """
 
     store: str
@@ -26,3 +27,4 @@ class Setup:
     threads: int
     compile: bool = False
     maker: str | None = None
+    beside: str | None = None

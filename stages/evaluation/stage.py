@@ -68,8 +68,9 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     device = pick_device(config.device)
     bench = Bench(config, inputs, out, device, report)
     bench.check()
-    for role in _students(inputs):
-        own.announce_student(inputs[role], report.say)
+    for role in ("teacher", *_students(inputs)):
+        if role in inputs:
+            own.announce_made(inputs[role], role.partition(":")[0], report.say)
     samplers = list(_samplers(config, inputs, device))
     pictures = [f"{SAMPLES}/{sampler.name}.npz" for sampler in samplers]
     if len(set(pictures)) < len(pictures):

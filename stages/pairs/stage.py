@@ -174,8 +174,9 @@ def announce(spec: StoreSpec, setting: Setup, report: Reporter | custom.Allowed)
     if facts_of(spec.coupling).code:
         told = spec.coupling_options or {}
         report.say(custom.announced(setting.maker, str(told.get("function")), str(told.get("sha256"))))
-    if spec.student is not None:
-        own.announce_student(Path(str(setting.maker)), report.say)
+    for stage, folder in (("teacher", setting.teacher), ("student", setting.maker if spec.student else None)):
+        if folder is not None:
+            own.announce_made(Path(folder), stage, report.say)
 
 
 def seal(
@@ -240,6 +241,7 @@ def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
         threads=config.threads,
         compile=config.compile,
         maker=maker(config, inputs),
+        beside=str(Path.cwd()),
     )
 
 

@@ -68,8 +68,8 @@ def audit(
     if facts_of(found.coupling).code and (found.coupling_options or {}).get("sha256") not in allowed.digests:
         options = found.coupling_options or {}
         return findings, [_not_run(str(options.get("function")), str(options.get("sha256")), allowed)]
-    if "student" in inputs:
-        for function, sha256 in own.recorded(inputs["student"]).values():
+    for maker in sorted({"teacher", "student"} & inputs.keys()):
+        for function, sha256 in own.recorded(inputs[maker], maker).values():
             if sha256 not in allowed.digests:
                 return findings, [_not_run(function, sha256, allowed)]
     # Wherever the pairs were encoded, the device that is here encodes them again.

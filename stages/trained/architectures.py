@@ -48,7 +48,7 @@ ARCHITECTURES = {
 def sizes_of(config: Any, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
     """What is stored beside the weights; those without `arch` are of the first architecture."""
     if config.model is not None:
-        return own_code.sizes_of(config, image_shape, classes)
+        return own_code.sizes_of(config, "student", image_shape, classes)
     named = {} if config.arch == FIRST else {"arch": config.arch}
     own = {name: getattr(config, name) for name in ARCHITECTURES[config.arch].fields}
     return {**named, "image_shape": list(image_shape), "classes": classes, **own}
@@ -57,7 +57,7 @@ def sizes_of(config: Any, image_shape: Sequence[int], classes: int) -> dict[str,
 def build(sizes: Mapping[str, Any]) -> Any:
     """The network of these sizes, untrained. Raises StageError for an architecture that is not known here."""
     if "model" in sizes:
-        return own_code.build(sizes)
+        return own_code.build(sizes, "student")
     own = dict(sizes)
     name = own.pop("arch", FIRST)
     if not isinstance(name, str) or name not in ARCHITECTURES:

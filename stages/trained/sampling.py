@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -133,8 +134,7 @@ def own_sampler(folder: Path, device: str, precision: Precision, guidance: float
         raise Unfit(
             f"{folder}: this student is sampled by a function of its own, which has no guidance; use guidance 0"
         )
-    function = own.of_student(folder, "sampler")
-    assert function is not None
+    function = own.sampler_of(folder)
     model, variant = _student(folder, device, 0.0)
     taken: list[int] = []
     calls = [0]
@@ -166,15 +166,18 @@ def teacher_sampler(
 
     Its NFE counts passes through the whole flow: one for the inverse, whose tokens come one after another.
     """
-    from nfm.trainers.models.tarflow import Guidance, denoise
+    from nfm.trainers.models.tarflow import Guidance, TarFlow, denoise
 
     guided = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     model, facts = teacher.load(folder, device)
     model.requires_grad_(False)
+    if not isinstance(model, TarFlow) and guided.strength:
+        raise Unfit(f"{folder}: this teacher is a flow of its user's own, which has no guidance; use guidance 0")
+    decoded = functools.partial(model.decode, guidance=guided) if isinstance(model, TarFlow) else model.decode
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
-            images = model.decode(noise * facts["sigma_f"], labels, guided)
+            images = decoded(noise * facts["sigma_f"], labels)
             return denoise(model, images, labels, facts["eta"]) if score else images
 
     name = "-".join(["teacher", *(["guided"] if guided.strength else []), *(["score"] if score else [])])

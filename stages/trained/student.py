@@ -130,7 +130,7 @@ def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit where sizes do not fit each other or the data, as far as `facts` tell of it."""
 
     def sizes() -> None:
-        own.digests(config)
+        own.digests(config, NAME)
         if config.model is None:
             ARCHITECTURES[config.arch].check(config, facts.get("image_shape"))
 
@@ -141,14 +141,14 @@ def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
 
 def external(config: StudentConfig) -> dict[str, str]:
     """The digests of the functions that are one's own."""
-    return own.digests(config)
+    return own.digests(config, NAME)
 
 
 def tries(config: StudentConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit where a function of one's own is not what it should be: its code runs here."""
     if "image_shape" in facts:
         shape, classes = facts["image_shape"], facts.get("classes", 1)
-        own.check(config, shape, classes, lambda: build(sizes_of(config, shape, classes)))
+        own.check(config, NAME, shape, classes, lambda: build(sizes_of(config, shape, classes)))
 
 
 def fits_init(config: StudentConfig, folder: Path) -> None:
@@ -178,7 +178,7 @@ def task(config: StudentConfig, inputs: Inputs, device: str) -> Task:
 
     times, objective = _times(config), None
     if config.objective != OBJECTIVE:
-        objective = own.load("objective", config.objective)
+        objective = own.load("student.objective", config.objective)
 
     def loss(model: Any, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
         if objective is not None:
@@ -206,7 +206,7 @@ class _Permuted:
 def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
     """Train on the pairs of one generation of each store; the averaged weights are the student."""
     store = PairStore.open(inputs["pairs"])
-    own.announce(own.named(config), report.say)
+    own.announce(own.named(config, NAME), report.say)
     tries(config, {"image_shape": store.spec.image_shape, "classes": store.spec.classes or 0})
     with blaming("config section [student]"):
         variant = _variant(store.spec.coupling, config)
@@ -244,7 +244,7 @@ def _times(config: StudentConfig) -> Times:
 
     if (found := _LOGIT_NORMAL.fullmatch(config.times)) is not None:
         return functools.partial(flow_matching.logit_normal, mean=float(found[1]), deviation=float(found[2]))
-    return flow_matching.uniform if config.times == "uniform" else own.load("times", config.times)
+    return flow_matching.uniform if config.times == "uniform" else own.load("student.times", config.times)
 
 
 def cost(config: StudentConfig, facts: Mapping[str, Any]) -> dict[str, str]:

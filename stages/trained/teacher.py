@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, JsonValue, model_validator
 
-from nfm.stages.base import Inputs, LocalField, Reporter, Result, Unfit, operational
+from nfm.stages.base import Inputs, LocalField, Reporter, Result, Unfit, added, operational
 from nfm.stages.trained import costs
+from nfm.stages.trained.foreign import own
 from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.training import (
     WEIGHTS,
@@ -63,7 +64,8 @@ class TeacherConfig(TrainingSection):
     """The `[teacher]` table; `images` is the number of training images seen in all, flips and noise drawn anew.
 
     `artifact` names a finished teacher, for instance an imported one: nothing is trained then, and its sizes and eta
-    stand for the ones here.
+    stand for the ones here. `model`, with the keywords `options`, is a flow of one's own in place of TarFlow, see
+    foreign/own.py.
     """
 
     images: int = Field(360_000, ge=1)
@@ -79,12 +81,23 @@ class TeacherConfig(TrainingSection):
     sigma_rows: int = Field(4096, ge=1)
     measure_rows: int = Field(512, ge=1)
     artifact: LocalField | None = operational(None)
+    model: str | None = added(None)
+    options: dict[str, JsonValue] = added({})
+
+    @model_validator(mode="after")
+    def _check_own(self) -> Self:
+        if self.options and self.model is None:
+            raise ValueError("options are the keywords of teacher.model, and there is none; name it or leave them out")
+        return self
 
 
 def fits(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit where sizes do not fit each other or the data, as far as `facts` tell of it."""
 
     def sizes() -> None:
+        own.digests(config, NAME)
+        if config.model is not None:
+            return
         check_channels(config.channels, config.head_size)
         if "image_shape" in facts:
             check_patch(facts["image_shape"], config.patch)
@@ -101,20 +114,44 @@ def _check_flips(config: TeacherConfig, image_dtype: str) -> None:
         )
 
 
+def external(config: TeacherConfig) -> dict[str, str]:
+    """The digest of a flow of one's own."""
+    return own.digests(config, NAME)
+
+
+def tries(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
+    """Raises Unfit where a flow of one's own is not what it should be: its code runs here."""
+    if "image_shape" in facts:
+        shape, classes = facts["image_shape"], facts.get("classes", 1)
+        own.check(config, NAME, shape, classes, lambda: build(sizes_of(config, shape, classes)))
+
+
+def sizes_of(config: TeacherConfig, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
+    """What is stored beside the weights."""
+    if config.model is not None:
+        return own.sizes_of(config, NAME, image_shape, classes)
+    names = ("patch", "channels", "blocks", "layers", "head_size")
+    return {"image_shape": list(image_shape), "classes": classes} | {name: getattr(config, name) for name in names}
+
+
+def build(sizes: Mapping[str, Any]) -> Any:
+    """The flow of these sizes, untrained: TarFlow, or one of its user's own."""
+    from nfm.trainers.models.tarflow import TarFlow
+
+    return own.build(sizes, NAME) if "model" in sizes else TarFlow(**sizes)
+
+
 def task(config: TeacherConfig, inputs: Inputs, device: str) -> Task:
     """What each process of the training makes."""
     import torch
 
-    from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
+    from nfm.trainers.models.tarflow import nll_per_dim
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
-    architecture: dict[str, Any] = {
-        "image_shape": list(train.image_shape), "classes": len(train.classes), "patch": config.patch,
-        "channels": config.channels, "blocks": config.blocks, "layers": config.layers, "head_size": config.head_size,
-    }  # fmt: skip
+    architecture = sizes_of(config, train.image_shape, len(train.classes))
     torch.manual_seed(config.seed)
     with blaming("config section [teacher]"):
-        model = TarFlow(**architecture)
+        model = build(architecture)
         batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
 
     def loss(model: TarFlow, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
@@ -139,6 +176,8 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     """Train, measure sigma_f and bits per dimension with the averaged weights, and draw a grid of samples."""
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
     _check_flips(config, train.dtype)
+    own.announce(own.named(config, NAME), report.say)
+    tries(config, {"image_shape": train.image_shape, "classes": len(train.classes)})
     fit(task, config, inputs, out, report)
     averaged, architecture = _weights(out, pick_device(config.device))
     metrics = write_facts(averaged, architecture, config, train, heldout, out, report)
@@ -180,6 +219,8 @@ def of_artifact(config: TeacherConfig, folder: Path) -> TeacherConfig:
 
 def cost(config: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     """What training costs: a backward pass is two forward ones."""
+    if config.model is not None:  # a plan runs nobody's code
+        return {"images": f"{config.images:,}"}
     flops = 3 * config.images * costs.teacher_flops(facts["image_shape"], config)
     return {"images": f"{config.images:,}", **costs.describe(flops)}
 
@@ -191,10 +232,8 @@ def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:
 
 def _weights(folder: Path, device: str) -> tuple[TarFlow, dict[str, Any]]:
     """The flow in evaluation mode, and the arguments that it is built with."""
-    from nfm.trainers.models.tarflow import TarFlow
-
     state, architecture = read_weights(folder)
-    model = TarFlow(**architecture)
+    model = build(architecture)
     model.load_state_dict(state)
     return model.eval().to(device), architecture
 

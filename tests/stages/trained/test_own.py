@@ -12,9 +12,10 @@ import torch
 from pydantic import ValidationError
 
 from nfm.stages.base import StageError, Unfit
-from nfm.stages.trained import sampling, student
+from nfm.stages.trained import sampling, student, teacher
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.student import StudentConfig
+from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage.files import atomic
 from nfm.trainers.checkpoint import unpack_weights
 from nfm.trainers.training.randomness import Randomness
@@ -73,6 +74,26 @@ def constant(network, batch, random):
 def sampler(network, noise, label):
     return network(noise, torch.ones(len(noise)), label)
 
+class Flow(torch.nn.Module):
+    def __init__(self, image_shape, shift=0.0):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(image_shape))
+        self.shift = shift
+
+    def encode(self, x, label):
+        return x * self.scale.exp(), self.scale.mean().expand(len(x))
+
+    def decode(self, noise, label):
+        return noise * (-self.scale).exp() + self.shift
+
+def flow(image_shape, classes, **options):
+    return Flow(image_shape, **options)
+
+def sums(image_shape, classes):
+    made = Flow(image_shape)
+    made.encode = lambda x, label: (x * made.scale.exp(), made.scale.sum())
+    return made
+
 def flat(network, noise, label):
     return network(noise, torch.ones(len(noise)), label).flatten(1)
 """
@@ -110,7 +131,7 @@ def test_a_network_of_ones_own_is_trained_and_loaded_again_from_the_file_of_its_
     assert sizes == {**own_sizes, "image_shape": list(SHAPE), "classes": 3}
     network = student.load(tmp_path / "out")
     assert network.first.out_features == 4
-    assert own.recorded(tmp_path / "out") == {"model": ("mine:net", sha256)}
+    assert own.recorded(tmp_path / "out", "student") == {"student.model": ("mine:net", sha256)}
     images = sampling.student_sampler(tmp_path / "out", 3, "cpu", "float32")
     assert images.decode(torch.randn(2, *SHAPE), torch.tensor([0, 1])).shape == (2, *SHAPE)
     code.write_text(CODE + "\n", encoding="utf-8")
@@ -137,13 +158,19 @@ def test_the_digests_of_all_functions_are_in_the_fingerprint_and_nothing_of_them
         ({"model": "mine:net", "options": {"depth": 3}}, "raised TypeError: .*unexpected keyword argument 'depth'"),
         ({"model": "mine:no_module"}, r"returned list; return a torch\.nn\.Module"),
         ({"model": "mine:fails"}, "raised KeyError: 'no such size'"),
-        ({"model": "mine:takes_one"}, r"called with x \[2, 1, 6, 7\], t \[2\] and labels .* raised TypeError"),
-        ({"model": "mine:net", "options": {"out": 5}}, r"gave torch.float32 \[2, 5\] for two pairs; .*\[2, 1, 6, 7\]"),
+        (
+            {"model": "mine:takes_one"},
+            r"called as \(x, t, label\) .* for x .*, labels \[-1, 0\], raised TypeErr",
+        ),
+        (
+            {"model": "mine:net", "options": {"out": 5}},
+            r"gave torch.float32 \[2, 5\] for two records; .*\[2, 1, 6, 7\]",
+        ),
         (
             {"times": "mine:late"},
             r"student\.times = 'mine:late': gave times from 1\.\d+ to 1\.\d+; give times in \[0, 1\]",
         ),
-        ({"times": "mine:scalar"}, r"gave torch.float32 \[\] for two pairs; give floats of shape \[2\]"),
+        ({"times": "mine:scalar"}, r"gave torch.float32 \[\] for two records; give floats of shape \[2\]"),
         ({"objective": "mine:each"}, r"student\.objective = 'mine:each': gave torch.float32 \[2\] .*of shape \[\]"),
         ({"objective": "mine:constant"}, "its loss does not depend on the network's parameters"),
         ({"objective": "mine:objective", "sampler": "mine:flat"}, r"student\.sampler = 'mine:flat': gave .*\[2, 42\]"),
@@ -229,3 +256,31 @@ def test_a_student_begins_with_anothers_weights(tmp_path: Path) -> None:
     with pytest.raises(Unfit, match=r"student\.init = .*: it has width 16 there and 32 here; name a student of the"):
         student.fits_init(other, tmp_path / "first")
     student.fits_init(StudentConfig(**TINY, **SIT, init="student/ab"), tmp_path / "first")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "mine:nothing"}, r"teacher\.model = 'mine:nothing': .*mine\.py has no function 'nothing'"),
+        ({"model": "mine:net"}, r"teacher\.model = 'mine:net': its network, called as encode\(x, label\) .*'encode'"),
+        ({"model": "mine:flow", "options": {"shift": 0.2}}, "decode is not the inverse of encode: .* an error of 0.2"),
+        ({"model": "mine:sums"}, r"log-determinant of encode: gave torch.float32 \[\] for two records; .*\[2\]"),
+    ],
+)
+def test_a_flow_that_is_none_is_wrong_use_told_before_training(
+    options: dict[str, Any], message: str, code: Path
+) -> None:
+    config = TeacherConfig(**options)
+    with pytest.raises(Unfit, match=message):
+        teacher.tries(config, {"image_shape": list(SHAPE), "classes": 3})
+    teacher.tries(TeacherConfig(model="mine:flow"), {"image_shape": list(SHAPE), "classes": 3})
+
+
+def test_a_teachers_old_fingerprint_stands_and_a_flow_of_ones_own_is_in_it(code: Path) -> None:
+    assert not {"model", "options", "artifact"} & TeacherConfig(artifact="teacher/ab").semantic().keys()
+    config = TeacherConfig(model="mine:flow")
+    assert config.semantic()["model"] == "mine:flow"
+    assert teacher.external(config) == {"model": atomic.hash_file(code)[0]}
+    assert teacher.cost(config, {"image_shape": list(SHAPE)}) == {"images": "360,000"}
+    with pytest.raises(ValidationError, match=r"options are the keywords of teacher\.model, and there is none"):
+        TeacherConfig(options={"shift": 1.0})

@@ -1,4 +1,4 @@
-"""A student whose network, objective and sampler are its user's own, by the commands: planned, trained, measured."""
+"""A teacher, or parts of a student, that are their user's own, by the commands: planned, trained, measured, audited."""
 
 from __future__ import annotations
 
@@ -34,6 +34,27 @@ def net(image_shape, classes, width=16):
     return Network(image_shape, classes, width)
 """
 OWN = ("student.model=mine_net:net", "student.options={width = 24}", "student.pairs=256")
+FLOW = """
+import pathlib
+import torch
+
+pathlib.Path("ran.txt").touch()
+
+class Affine(torch.nn.Module):
+    def __init__(self, image_shape, classes):
+        super().__init__()
+        self.shift, self.scale = (torch.nn.Parameter(torch.zeros(classes + 1, *image_shape)) for _ in range(2))
+
+    def encode(self, x, label):
+        return (x - self.shift[label]) * (-self.scale[label]).exp(), -self.scale[label].flatten(1).mean(1)
+
+    def decode(self, noise, label):
+        return noise * self.scale[label].exp() + self.shift[label]
+
+def flow(image_shape, classes):
+    return Affine(image_shape, classes)
+"""
+OWN_FLOW = ("teacher.model=mine_flow:flow", "teacher.images=9600", "teacher.learning_rate=0.05", "pairs.draws=1")
 ONE_STEP = ("student.objective=one_step:objective", "student.sampler=one_step:sampler", "student.pairs=512")
 
 
@@ -44,7 +65,7 @@ def own(lab: Lab) -> Iterator[Lab]:
     shutil.copy(EXAMPLE, lab.folder)
     lab.drop("student", "evaluate", "report")
     yield lab
-    for name in ("mine_net", "one_step"):
+    for name in ("mine_net", "mine_flow", "one_step"):
         sys.modules.pop(name, None)
 
 
@@ -78,6 +99,32 @@ def test_a_network_of_ones_own_runs_where_it_is_trained_and_where_its_digest_is_
     (own.folder / "mine_net.py").write_text(NETWORK + "\n")
     own.run("student", *OWN)
     assert len(own.all("student")) == 2, "another file makes another student"
+
+
+def test_a_teacher_of_ones_own_encodes_and_its_pairs_are_encoded_again_where_its_digest_is_allowed(own: Lab) -> None:
+    own.drop("teacher", "pairs")
+    ran, file = own.folder / "ran.txt", own.folder / "mine_flow.py"
+    file.write_text(FLOW)
+    sha256 = atomic.hash_file(file)[0]
+    assert "9,600 images" in own.nfm("plan", "pairs", "-c", "tiny.toml", *sets(*OWN_FLOW)).stdout
+    assert not ran.exists(), "a plan runs nobody's code"
+    said = own.run("pairs", *OWN_FLOW).stderr
+    assert said.count("teacher.model = 'mine_flow:flow' runs the code of") == 2, "training, then encoding"
+
+    ran.unlink()
+    store, name = own.name("pairs"), own.name("teacher")
+    assert f"SHA-256 {sha256}, give --run-custom" in own.nfm("audit", store, "--deep").stdout
+    assert "give --teacher none" in own.nfm("pairs", "head", store, exits=2).stderr
+    own.nfm("pairs", "head", store, "--teacher", "none", "-o", "head.png")
+    own.nfm("pairs", "report", store)
+    own.nfm("sample", name, exits=2)
+    assert not ran.exists()
+    said = own.nfm("audit", store, "--deep", "--sample", 30, "--run-custom", sha256).stdout
+    assert "0 of 30 pairs bad" in said
+    own.nfm("audit", "-c", "tiny.toml", *sets(*OWN_FLOW), "--deep", "--sample", 30)
+    own.nfm("sample", name, "-n", 4, "-o", "grid.png", "--run-custom", sha256)
+    said = own.nfm("sample", name, "--guidance", 1, "--run-custom", sha256, exits=2).stderr
+    assert "a flow of its user's own, which has no guidance" in said
 
 
 def test_pairs_that_such_a_student_generated_are_encoded_again_where_its_digest_is_allowed(own: Lab) -> None:
