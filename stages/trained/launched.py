@@ -7,6 +7,7 @@ by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -61,7 +62,23 @@ def _follow() -> None:
             dist.destroy_process_group()
             return
         train, make, config, inputs, out = told[0]
-        train(make, config, inputs, out, Silent(), _device(config.device))
+        with _listening(Silent()) as report:
+            train(make, config, inputs, out, report, _device(config.device))
+
+
+@contextmanager
+def _listening(report: Silent) -> Iterator[Silent]:
+    """A launcher passes signals on to all of its processes: whoever hears one first makes all of them stop."""
+
+    def stop(*_: Any) -> None:
+        report.stopping = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield report
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tell(what: Any) -> None:

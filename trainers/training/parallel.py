@@ -94,7 +94,7 @@ def shared(objective: Objective, sharding: Sharding, device: torch.device) -> nn
     if sharding == "fsdp":
         shard(objective, device)
         return objective
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def part_of_step(objective: nn.Module, last: bool) -> AbstractContextManager[Any]:
