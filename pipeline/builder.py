@@ -20,11 +20,15 @@ from nfm.stages.evaluation import stage as evaluate
 from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.report import stage as report
-from nfm.stages.trained import potential, student
+from nfm.stages.trained import potential, student, teacher
+from nfm.stages.trained.foreign import imported
+from nfm.stages.trained.foreign.imported import ImportConfig
+from nfm.stages.trained.teacher import TeacherConfig
 
 # Options that do not affect a model get their defaults in its evaluation; otherwise it would be made again.
 OF_TEACHERS = ("baselines", "guidance")
-OF_STUDENTS = ("baselines", "nfe", "solver", "grid", "reference", "student_guidance", "curvature_trajectories")
+OF_STUDENTS = ("baselines", "nfe", "solver", "grid", "reference", "student_guidance", "guidance_interval",
+    "curvature_trajectories")  # fmt: skip
 
 
 class Builder:
@@ -48,6 +52,12 @@ class Builder:
     def potential(self) -> str:
         return self.add("potential", self.config.potential, {"data": "data"})
 
+    def teacher(self) -> str:
+        """The teacher that is trained, or the finished one that the config names."""
+        section, artifact = teacher_of(self.config)
+        self.nodes["teacher"] = Node("teacher", teacher, section, {"data": self.nodes["data"]}, {}, artifact)
+        return "teacher"
+
     def pairs(self, coupling: str) -> str:
         """The store of a coupling; its name is `pairs` for the run's own coupling."""
         with _blaming("pairs"):
@@ -58,7 +68,7 @@ class Builder:
             if role == "potential":
                 roles[role] = self.potential()
             elif role == "student" and section.student is not None:
-                given[role] = _trained(section.student)
+                given[role] = _finished("pairs.student", section.student, student.NAME)
             elif role == "student":
                 roles[role] = self._generator(section.reflow_of)
             else:
@@ -69,12 +79,21 @@ class Builder:
     def student(self, variant: Variant, seed: int | None = None) -> str:
         """The student of a variant; its name is `student` for the run's own. With a seed, the name includes it."""
         roles = {"pairs": self.pairs(variant.coupling)}
+        given = self.first_weights()
         roles |= {f"pairs:{other}": self.pairs(other) for other in sorted(variant.mixture)}
         if seed is None and variant == self.main:
-            return self.add("student", self.config.student, roles)
+            return self.add("student", self.config.student, roles, given)
         knobs = {"soften": variant.soften, "permuted": variant.permuted, "mixture": dict(variant.mixture)}
         section = self.config.student.model_copy(update=knobs if seed is None else {**knobs, "seed": seed})
-        return self.add(f"student:{variant}" if seed is None else f"student:{variant}@{seed}", section, roles)
+        return self.add(f"student:{variant}" if seed is None else f"student:{variant}@{seed}", section, roles, given)
+
+    def first_weights(self) -> dict[str, Artifact]:
+        """The finished student that students begin with, where the config names one."""
+        if (named := self.config.student.init) is None:
+            return {}
+        artifact = _finished("student.init", named, student.NAME)
+        student.fits_init(self.config.student, artifact.path)
+        return {"init": artifact}
 
     def measured_on(self) -> dict[str, str]:
         """What every evaluation reads of the data: this run's classifier, if distances use its features."""
@@ -108,14 +127,14 @@ def build(config: RunConfig, store: Artifact | None = None, target: str = "") ->
         check_store(store)
         if graph.main.mixture:
             raise ConfigError("student.mixture: a student alone reads one store; leave it out, or `nfm run student`")
-        graph.add("student", config.student, {}, {"pairs": store})
+        graph.add("student", config.student, {}, {"pairs": store, **graph.first_weights()})
         return graph.nodes
     if target in (evaluate.NAME, report.NAME, compare.NAME):
         _can_evaluate(config)
     graph.add("data", config.data, {})
     if "features" in graph.measured_on():
         graph.add("features", config.features, {"data": "data"})
-    graph.add("teacher", config.teacher, {"data": "data"})
+    graph.teacher()
     variants = [Variant.parse(text) for text in config.evaluate.baselines]
     trained = list(dict.fromkeys(graph.student(variant) for variant in [graph.main, *variants]))
     evaluated = {**graph.measured_on(), **{name: name for name in trained}}
@@ -128,6 +147,22 @@ def build(config: RunConfig, store: Artifact | None = None, target: str = "") ->
         graph.potential()
     if target == compare.NAME or config.compare.couplings:
         _add_comparison(graph)
+    return graph.nodes
+
+
+def teacher_of(config: RunConfig) -> tuple[TeacherConfig, Artifact | None]:
+    """A run's teacher: its section, and the finished artifact where the config names one, whose sizes it then has."""
+    if config.teacher.artifact is None:
+        return config.teacher, None
+    artifact = _finished("teacher.artifact", config.teacher.artifact, teacher.NAME)
+    return teacher.of_artifact(config.teacher, artifact.path), artifact
+
+
+def importing(config: RunConfig, section: ImportConfig) -> dict[str, Node]:
+    """The graph of `nfm teacher import`: the data, and a teacher that is read from a file in place of being trained."""
+    graph = Builder(config)
+    graph.add("data", config.data, {})
+    graph.nodes["teacher"] = Node("teacher", imported, section, {"data": graph.nodes["data"]}, {})
     return graph.nodes
 
 
@@ -167,11 +202,12 @@ def _without(section: EvaluateConfig, names: tuple[str, ...]) -> EvaluateConfig:
     return section.model_copy(update={name: EvaluateConfig.model_fields[name].default for name in names})
 
 
-def _trained(reference: str) -> Artifact:
-    found = find(reference)
-    if found.spec.get("stage") != student.NAME or not found.done:
-        raise WrongArtifact(f"pairs.student = {reference}: no finished student; `nfm ls` lists what there is")
-    return found
+def _finished(field: str, reference: str, stage: str) -> Artifact:
+    """The finished artifact of a stage that a field of the config names."""
+    named = find(reference)
+    if named.spec.get("stage") != stage or not named.done:
+        raise WrongArtifact(f"{field} = {reference}: no finished {stage}; `nfm ls` lists what there is")
+    return named
 
 
 def _can_evaluate(config: RunConfig) -> None:

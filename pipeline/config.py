@@ -66,6 +66,11 @@ class RunConfig(BaseModel):
                 f"evaluate.student_guidance = {measured.student_guidance}: points of the plane have no classes, so "
                 "nothing can guide a student; leave it out"
             )
+        if measured.student_guidance and self.student.sampler is not None:
+            raise ValueError(
+                f"evaluate.student_guidance = {measured.student_guidance}: student.sampler = {self.student.sampler!r} "
+                "samples, which has no guidance; leave it out"
+            )
         if measured.student_guidance and not self.student.label_drop:
             raise ValueError(
                 f"evaluate.student_guidance = {measured.student_guidance} needs students that were trained without "

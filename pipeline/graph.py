@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, fingerprint
+from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact, artifacts_root, fingerprint
+from nfm.pipeline.artifacts.lineage import references
 from nfm.pipeline.config import ConfigError
 from nfm.stages.base import Section
 from nfm.stages.data import stage as data
@@ -31,16 +32,20 @@ STAGES: dict[str, ModuleType] = {
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of one run, with the nodes that it reads, by role."""
+    """One stage of one run with the nodes that it reads, by role; `finished` is an artifact that stands in for it."""
 
     name: str
     stage: ModuleType
     config: Section
     inputs: Mapping[str, Node]
     given: Mapping[str, Artifact]
+    finished: Artifact | None = None
 
     def artifact(self) -> Artifact | None:
-        """Where the output of this node is. None while an input is missing, because its content decides the place."""
+        """Where this node's output lives; None while an input is missing, since its content decides the place."""
+        if self.finished is not None:
+            self._check_origin(self.finished)
+            return self.finished
         folder = self.folder()
         if folder is None:
             return None
@@ -51,8 +56,20 @@ class Node:
         artifact = self.artifact()
         return artifact is not None and artifact.done
 
+    def _check_origin(self, artifact: Artifact) -> None:
+        """Raises WrongArtifact where one that was named was made from other inputs than this run's, as far as known."""
+        for role, reference in references(artifact).items():
+            own = self.inputs[role].artifact() if role in self.inputs else None
+            if own is not None and own.done and manifest_of(own)["content_digest"] != reference.content_digest:
+                raise WrongArtifact(
+                    f"{self.stage.NAME}.artifact = {artifact.name}: it was made with the {role} of "
+                    f"{reference.artifact}, this run has {own.name}; name one that was made with this config"
+                )
+
     def folder(self) -> Path | None:
         """The folder of the artifact, which may hold several manifests."""
+        if self.finished is not None:
+            return self.finished.path
         inputs = self.input_artifacts()
         if inputs is None:
             return None

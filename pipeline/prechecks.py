@@ -33,13 +33,16 @@ def check(nodes: Mapping[str, Node], target: str) -> None:
 def ready(nodes: Mapping[str, Node], target: str) -> None:
     """The same before a run. Also raises StageError for anything that the stages need and that is missing here.
 
-    A stage checks this in `needs(config)`. `room(config, facts)` returns how many bytes it will write.
+    A stage says so in `needs(config)`, in `room(config, facts)` how many bytes it writes, and in `tries(config, facts)`
+    what only its user's own code can tell, which runs here and never where a run is planned.
     """
     check(nodes, target)
     known = facts(nodes)
     left = [node for node in upstream(nodes, target) if not node.made()]
     for node in left:
         optional(node.stage, "needs", partial(_where, node.name))(node.config)
+    for node in left:
+        optional(node.stage, "tries", lambda *_: None)(node.config, known)
     for node in left:
         _check_room(node, optional(node.stage, "room", lambda *_: 0)(node.config, known))
 

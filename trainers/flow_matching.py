@@ -4,15 +4,25 @@ Lipman et al. 2022 (arXiv 2210.02747); times as in "The Coupling Within" (arXiv 
 t = 0 is the image, t = 1 is the noise.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from nfm.trainers.training.randomness import Randomness
 
+Times = Callable[[Randomness], Tensor]  # float32 [B] in [0, 1], one a record
+MEAN, DEVIATION = -0.2, 1.0
 
-def sample_times(random: Randomness) -> Tensor:
-    """Logit-normal times [B] in (0, 1), one for each record: sigmoid(n), n ~ Normal(-0.2, 1)."""
-    return torch.sigmoid(random.normal() - 0.2)
+
+def logit_normal(random: Randomness, mean: float = MEAN, deviation: float = DEVIATION) -> Tensor:
+    """Times [B] in (0, 1): sigmoid(n), n ~ Normal(mean, deviation^2)."""
+    return torch.sigmoid(random.normal() * deviation + mean)
+
+
+def uniform(random: Randomness) -> Tensor:
+    """Times [B], uniform in [0, 1)."""
+    return random.uniform()
 
 
 def interpolate(image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -28,12 +38,13 @@ def loss(
     label: Tensor,
     random: Randomness,
     label_drop: float = 0.1,
+    times: Times = logit_normal,
 ) -> Tensor:
     """|| g(x_t, t, c) - (noise - image) ||^2, a scalar: the mean over pairs and dimensions.
 
     image, noise: float32 [B, ...]; label: int64 [B], each dropped (-1) with probability `label_drop`.
     """
-    t = sample_times(random).to(image)
+    t = times(random).to(image)
     dropped = random.uniform() < label_drop
     label = label.masked_fill(dropped.to(label.device), -1)
     velocity = model(interpolate(image, noise, t), t, label)

@@ -109,6 +109,9 @@ def tree(artifact: Artifact, indent: str = "", role: str = "") -> Iterator[str]:
     if exported:
         source = f"content {exported['content_digest'][:12]} generation {exported['generation']}"
         yield f"{indent}    exported from {source} ({exported['layout']}, {exported['codec']})"
+    imported = body.get("imported")
+    if imported:
+        yield f"{indent}    imported from {imported['file']}, SHA-256 {imported['sha256']}"
     dataset = body.get("dataset")
     if dataset:
         yield f"{indent}    {dataset['name']}: {dataset['origin']}; licence {dataset['licence']}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,15 +23,20 @@ from nfm.pipeline.cli.options import (
     Number,
     Whole,
     config_option,
+    given_guidance,
+    guidance_options,
     json_option,
     picture_option,
+    run_custom_option,
     set_option,
 )
 from nfm.pipeline.cli.pairs import pairs
 from nfm.pipeline.cli.plan import plan
 from nfm.pipeline.cli.submit import submit
+from nfm.pipeline.cli.teacher import teacher
 from nfm.pipeline.cli.worklist import encode, worklist
 from nfm.pipeline.config import Override, load
+from nfm.stages.base import Unfit
 from nfm.stages.couplings.custom import Allowed
 from nfm.stages.trained.sampling import GRIDS, SOLVERS
 
@@ -107,12 +111,8 @@ def status(
     show_default=True,
     help="Pairs of each store that --deep takes.",
 )
-@click.option(
-    "--run-custom",
-    "digests",
-    multiple=True,
-    metavar="SHA256",
-    help="--deep may run the custom function whose file has this digest. Repeatable. With -c also those of the config.",
+@run_custom_option(
+    "--deep may run the custom function whose file has this digest. Repeatable. With -c also those of the config."
 )
 @json_option
 def audit(
@@ -124,9 +124,6 @@ def audit(
 
     if (artifact is None) == (config_path is None):
         raise click.UsageError("name an artifact or give -c CONFIG, one of the two")
-    for digest in digests:
-        if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise click.UsageError(f"--run-custom {digest}: no SHA-256 of a file, 64 hex digits as of sha256sum")
     targets, own = [find(artifact)] if artifact is not None else [], frozenset[str]()
     if config_path is not None:
         config = load(config_path, overrides)
@@ -198,17 +195,24 @@ def list_artifacts(as_json: bool) -> None:
     show_default=True,
     help="v + g (v - v without labels); a teacher's own.",
 )
+@guidance_options
 @click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
+@run_custom_option("The code of a model that is its user's own may run: of the file with this digest. Repeatable.")
 @picture_option("grid.png")
 def sample(
-    artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path
-) -> None:
+    artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path,
+    digests: tuple[str, ...], **guided: Any,
+) -> None:  # fmt: skip
     """Draw a grid of images from a student or teacher."""
     from nfm.stages.trained.sampling import sample_grid
 
     found = find(artifact)
-    found.manifest()  # raises for an unfinished artifact, which has no manifest
-    sample_grid(found.path, found.spec.get("stage", "pairs"), count, nfe, seed, output, solver, grid, guidance)
+    found.manifest()  # an unfinished artifact has none, and says so
+    stage = found.spec.get("stage", "pairs")
+    if stage in ("student", "teacher"):
+        _check_allowed(found.path, stage, digests)
+    options = given_guidance(stage, guidance, guided)
+    sample_grid(found.path, stage, count, nfe, seed, output, solver, grid, guidance, options)
     click.echo(str(output))
 
 
@@ -227,8 +231,22 @@ cli.add_command(gc)
 cli.add_command(pairs)
 cli.add_command(plan)
 cli.add_command(submit)
+cli.add_command(teacher)
 pairs.add_command(worklist)
 pairs.add_command(encode)
+
+
+def _check_allowed(folder: Path, stage: str, digests: tuple[str, ...]) -> None:
+    """Raises Unfit where sampling would run code that its user has not allowed; says whose code runs."""
+    from nfm.stages.trained.foreign import own
+
+    for field, (function, sha256) in own.recorded(folder, stage).items():
+        if sha256 not in digests:
+            raise Unfit(
+                f"{folder}: {field} = {function!r} is code, and may have been sent with the artifact: "
+                f"when you know the file of SHA-256 {sha256}, give --run-custom with it"
+            )
+    own.announce_made(folder, stage, lambda text: click.echo(text, err=True))
 
 
 def _main_output(artifact: Artifact) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,68 @@ def picture_option(default: str) -> Any:
     written = OutputFile(PICTURE)
     told = "The picture, in the format of its ending."
     return click.option("-o", "--output", default=default, show_default=True, type=written, help=told)
+
+
+class Digest(click.ParamType):
+    """The SHA-256 of a file."""
+
+    name = "SHA256"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch("[0-9a-f]{64}", str(value)):
+            self.fail(f"{value}: no SHA-256 of a file, 64 hex digits as of sha256sum", param, ctx)
+        return str(value)
+
+
+class Interval(click.ParamType):
+    """Two times, T,T; t = 0 is the image, t = 1 the noise."""
+
+    name = "T,T"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        try:
+            first, last = (float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value}: write two times, for instance 0.2,0.8", param, ctx)
+        if not 0 <= first < last <= 1:
+            self.fail(f"{value}: it begins before it ends, and lies in 0,1; t = 1 is the noise", param, ctx)
+        return first, last
+
+
+def run_custom_option(told: str) -> Any:
+    """Whose code may run, by the digests of its files."""
+    return click.option("--run-custom", "digests", multiple=True, type=Digest(), metavar="SHA256", help=told)
+
+
+# How guidance works, by the field of the sampler; the stage whose samples each option is of.
+GUIDED = {"ramp": ("teacher", "--constant-guidance"), "temperature": ("teacher", "--attention-temperature"),
+          "of": ("teacher", "--guide"), "interval": ("student", "--guidance-interval")}  # fmt: skip
+
+
+def guidance_options(command: Any) -> Any:
+    """The options of GUIDED; those that are not given are None."""
+    options = [
+        click.option("--constant-guidance", "ramp", flag_value=False, default=None, type=bool,
+                     help="Of a teacher: equal for all tokens; it grows over them otherwise."),
+        click.option("--attention-temperature", "temperature", type=Number(0, 100, above=True),
+                     help="Of a teacher: of the unguided attention; guides without classes too.  [default: 1]"),
+        click.option("--guide", "of", type=click.Choice(["am", "a", "m"]),
+                     help="Of a teacher: log-scales a, shifts m.  [default: am]"),
+        click.option("--guidance-interval", "interval", type=Interval(), metavar="T,T",
+                     help="Of a student: the times at which it is guided.  [default: 0,1]"),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def given_guidance(stage: str, strength: float, guided: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of GUIDED that were given. Raises UsageError for those of another stage, or without guidance."""
+    given = {name: value for name, value in guided.items() if value is not None}
+    for name in given:
+        of, option = GUIDED[name]
+        if stage != of:
+            raise click.UsageError(f"{option} is of a {of}'s samples, this is a {stage}: leave it out")
+        if not strength:
+            raise click.UsageError(f"{option} says how guidance works, and there is none: give --guidance too")
+    return given

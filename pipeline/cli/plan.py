@@ -60,6 +60,7 @@ def plan(
     counts = workers or WORKERS
     if images and image_shape:
         facts = {"images": images, "image_shape": list(image_shape), "classes": 1000 if classes is None else classes}
+        config = config.model_copy(update={"teacher": builder.teacher_of(config)[0]})
         rows = [overview.pairs_to_come(config, facts, counts, rate)]
     else:
         nodes = builder.build(config, target=stage)

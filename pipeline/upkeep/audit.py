@@ -25,6 +25,7 @@ from nfm.stages.couplings import custom
 from nfm.stages.display.units import megabytes
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.stores import audit as store_audit
+from nfm.stages.trained import student, teacher
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
@@ -66,14 +67,9 @@ def audit(
 
 
 def own_code(config: RunConfig) -> frozenset[str]:
-    """The digests of the custom functions in a run's config, from their files as they are now."""
-    sections = [node.config for node in build(config).values()]
-    return frozenset(
-        digest
-        for section in sections
-        if isinstance(section, pairs.PairsConfig)
-        for digest in pairs.external(section).values()
-    )
+    """The digests of the custom functions that a run's own config names, of their files as they are now."""
+    nodes = [node for node in build(config).values() if node.stage in (pairs, student, teacher)]
+    return frozenset(digest for node in nodes for digest in node.external().values())
 
 
 def finished(config: RunConfig) -> list[Artifact]:

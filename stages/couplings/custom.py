@@ -1,7 +1,8 @@
-"""A user's own coupling, `module:function`: its file, the digest of the file, and the function loaded from it.
+"""A user's own function, `module:function`: where its file is, its digest, and the function loaded from those bytes.
 
-A store that somebody sends names such a function, and the module may be beside it. So nothing here imports a module
-except `load`, which only encoding calls. An audit calls it only if the user has allowed this code (`Allowed`).
+`field` is the field of the config that names it: a coupling by default, or a part of a student. Whoever sends a store
+sends the name of a function with it, and perhaps the module beside it. So nothing here imports a module but `load`,
+which encoding, training and sampling call; an audit does where its user has said that the code may run (`Allowed`).
 """
 
 from __future__ import annotations
@@ -45,20 +46,20 @@ class Allowed:
 NOBODYS = Allowed()
 
 
-def source_file(named: str | None) -> Path:
-    """The file of the module in `module:function`, on Python's path or in the current folder. Nothing is run.
+def source_file(named: str | None, field: str = FIELD) -> Path:
+    """The file of the module that `module:function` names, on Python's path or in the current folder; nothing is run.
 
     Raises StageError if the text has another form, or if the module is not found.
     """
     module, _, function = (named or "").partition(":")
     if not module or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise Unfit(f"{FIELD} = {named!r}: coupling 'custom' takes the noise of `module:function`; name one")
-    with _importable(Path.cwd()):
+        raise Unfit(f"{field} = {named!r}: a function is named as `module:function`; name one")
+    with importable(Path.cwd()):
         importlib.invalidate_caches()
         found = _find(module)
     if found is None or found.origin is None or not found.origin.endswith(".py"):
         raise Unfit(
-            f"{FIELD} = {named!r}: there is no module {module} on Python's path or in {Path.cwd()}; run nfm where "
+            f"{field} = {named!r}: there is no module {module} on Python's path or in {Path.cwd()}; run nfm where "
             f"{module.split('.')[0]} is, or set PYTHONPATH"
         )
     return Path(found.origin).resolve()
@@ -71,7 +72,7 @@ def check(file: Path, named: str) -> None:
     """
     name = named.partition(":")[2]
     try:
-        text = ast.parse(_source(file), str(file))
+        text = ast.parse(_source(file, FIELD), str(file))
     except (SyntaxError, ValueError) as error:
         raise Unfit(f"{FIELD} = {named!r}: {file} is no Python: {error}; mend it") from error
     made = {found.name: found for found in _statements(text) if isinstance(found, ast.FunctionDef)}
@@ -128,35 +129,33 @@ def _find(module: str) -> ModuleSpec | None:
     return found
 
 
-def digest(file: Path) -> str:
-    """SHA-256 of the module's file. What the module imports is not included."""
-    return atomic.digest(_source(file))
+def digest(file: Path, field: str = FIELD) -> str:
+    """SHA-256 of the module's file, which decides the result; what it imports is not in it."""
+    return atomic.digest(_source(file, field))
 
 
-def _source(file: Path) -> bytes:
+def _source(file: Path, field: str) -> bytes:
     try:
         return read_bytes(file.resolve(), _MOST_SOURCE)
     except (OSError, StorageError) as error:
-        raise StageError(f"{file}: the module of {FIELD} cannot be read ({error}); is it on every node?") from error
+        raise StageError(f"{file}: the module of {field} cannot be read ({error}); is it on every node?") from error
 
 
-def announced(file: str | None, named: str, sha256: str) -> str:
-    """One line that says whose code is about to run."""
-    return f"{FIELD} = {named!r} runs the code of {file}, SHA-256 {sha256}"
+def announced(file: str | None, named: str, sha256: str, field: str = FIELD) -> str:
+    """Whose code is about to run, in a line."""
+    return f"{field} = {named!r} runs the code of {file}, SHA-256 {sha256}"
 
 
-def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
-    """The function, loaded from the bytes of `file`, which must have this digest.
-
-    Raises StageError if they have another, or if the module cannot be executed. A later call that fails raises it too,
-    with the function's name.
+def load(file: Path, named: str, sha256: str, field: str = FIELD) -> Callable[..., Any]:
+    """The function, from the bytes of `file` that have this digest. Raises StageError where they have another, where
+    the module cannot be executed, and, by the function's name, where a call of it fails.
     """
     module, function = named.split(":")
-    source = _source(file)
+    source = _source(file, field)
     if atomic.digest(source) != sha256:
         raise StageError(
-            f"{file}: not the file that this store's pairs are made with, {FIELD} = {named!r} of digest {sha256[:12]}. "
-            "Restore it, or run the pairs stage again from the changed one, which makes a store of its own"
+            f"{file}: not the file that was recorded, {field} = {named!r} of digest {sha256[:12]}. Restore it, or run "
+            "the stage again from the changed one, which makes an artifact of its own"
         )
     spec = importlib.util.spec_from_file_location(module, file)
     assert spec is not None
@@ -164,29 +163,29 @@ def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
     before = sys.modules.get(module)
     sys.modules[module] = loaded
     try:
-        with _importable(_root(file, module)):
-            # From the hashed bytes: a bytecode file beside it may be of another version.
+        with importable(_root(file, module)):
+            # From the bytes that were hashed: bytecode beside the file may be of another.
             exec(compile(source, str(file), "exec"), loaded.__dict__)
     except BaseException as error:
         del sys.modules[module]
         if not isinstance(error, Exception | SystemExit):
             raise
-        raise StageError(f"{FIELD} = {named!r}: {file} cannot be executed: {_told(error)}; mend it") from error
+        raise StageError(f"{field} = {named!r}: {file} cannot be executed: {_told(error)}; mend it") from error
     finally:
         if before is not None:
             sys.modules[module] = before
     found = getattr(loaded, function, None)
     if not callable(found):
-        raise Unfit(f"{FIELD} = {named!r}: {file} has no function {function!r}; define it or name another")
+        raise Unfit(f"{field} = {named!r}: {file} has no function {function!r}; define it or name another")
 
-    def function_of_shard(*arguments: Any) -> Any:
+    def called(*arguments: Any, **options: Any) -> Any:
         try:
-            with _importable(_root(file, module)):  # for imports inside the function
-                return found(*arguments)
-        except (Exception, SystemExit) as error:  # SystemExit would end the command without a message
-            raise StageError(f"{FIELD} = {named!r}: the function raised {_told(error)}; mend it in {file}") from error
+            with importable(_root(file, module)):  # for what it imports when it is called
+                return found(*arguments, **options)
+        except (Exception, SystemExit) as error:  # which would end the command with its code and no word
+            raise StageError(f"{field} = {named!r}: the function raised {_told(error)}; mend it in {file}") from error
 
-    return function_of_shard
+    return called
 
 
 def _told(error: BaseException) -> str:
@@ -206,8 +205,8 @@ def _root(file: Path, module: str) -> Path:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Adds this folder at the end of Python's path."""
+def importable(folder: Path) -> Iterator[None]:
+    """Imports find modules of this folder too, behind all others."""
     path = str(folder)
     sys.path.append(path)
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nfm.stages.couplings.custom import importable
 from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding import reference
 from nfm.stages.encoding import slots as of_slots
@@ -45,7 +46,8 @@ class Encoder:
         self.store = Path(setup.store)
         self.spec = read_spec(self.store)
         self.source = ImageDataset.open(setup.data, "train")
-        self.coupling = load_coupling(self.spec, self.source, self.setup)
+        with importable(Path(setup.beside or Path.cwd())):
+            self.coupling = load_coupling(self.spec, self.source, self.setup)
         self.batch_size = setup.batch_size
         self.timing = Timing()
         self.noise_error: float | None = None

@@ -11,9 +11,10 @@ from nfm.stages.trained.training import Precision
 class Setup:
     """The folders of the store and its inputs, and how to compute.
 
-    `device` "auto" is resolved where the encoder runs. Every batch is padded to `batch_size`. `maker` is what a
-    coupling without a teacher needs: the folder of the potential or of the student, or the file of a custom coupling.
-    The store's recipe says what its content must be.
+    `device` "auto" is chosen where the encoder runs. `batch_size` is the shape that every batch is padded to. `maker`
+    is what other couplings than the teacher's are made with: the folder of the potential or of the student, or the
+    file of a custom coupling; the store's recipe says what its content must be. `beside` is where the command runs: a
+    network of its user's own is looked for there too.
     """
 
     store: str
@@ -26,3 +27,4 @@ class Setup:
     threads: int
     compile: bool = False
     maker: str | None = None
+    beside: str | None = None

@@ -48,7 +48,9 @@ def body(
         "teacher": teacher,
         "floor": _row(None, {None: first["floor"]}),
         "curvature": [
-            _curvature(name, {seed: evaluations[f"{name}@{seed}"] for seed in seeds[name]}) for name in seeds
+            _curvature(name, {seed: evaluations[f"{name}@{seed}"] for seed in seeds[name]})
+            for name in seeds
+            if all(evaluations[f"{name}@{seed}"]["curvature"] for seed in seeds[name])  # else a sampler of its own
         ],
         "losses": [_loss(name, seed, folders[f"{name}@{seed}"]) for name in seeds for seed in seeds[name]],
         "stores": {name: _store(manifest) for name, manifest in stores.items()},

@@ -9,19 +9,22 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from nfm.stages.base import Guidance, LocalField, Section, added, operational
 from nfm.stages.couplings.variant import Variant
-from nfm.stages.trained.sampling import GridName, SolverName
+from nfm.stages.trained.sampling import ALWAYS, GridName, SolverName
 from nfm.stages.trained.training import Precision
 from nfm.trainers.nfe import pick_solver
 
 SPEEDS = ("images_per_second", "batch", "latency_seconds")
 
+Time = Annotated[float, Field(ge=0, le=1)]
+
 
 class EvaluateConfig(Section):
     """The `[evaluate]` table. `baselines` are variants whose students are also trained and measured.
 
-    `guidance` adds guided rows for the teacher. `student_guidance` guides the rows of students. `reference` adds a row
-    for students with adaptive dopri5. `features` is where distances are measured: this run's classifier, Inception-v3
-    from `inception_weights`, or none, for points of the plane.
+    With `guidance` the teacher has guided rows beside its plain ones; with `student_guidance` the students' rows are
+    guided, at times of `guidance_interval` alone, and with `reference` they have a row more, of adaptive dopri5.
+    `features` is where distances are taken: this run's classifier, Inception-v3 from `inception_weights`, or none, for
+    points of the plane.
     """
 
     baselines: tuple[str, ...] = ()
@@ -34,6 +37,7 @@ class EvaluateConfig(Section):
     inception_weights: LocalField | None = operational(None)
     guidance: Guidance = 0.0
     student_guidance: Guidance = added(0.0)
+    guidance_interval: tuple[Time, Time] = added(ALWAYS)
     kid_subsets: int = Field(100, ge=2)
     kid_size: int = Field(1000, ge=2)
     curvature_trajectories: int = Field(256, ge=1)
@@ -47,6 +51,13 @@ class EvaluateConfig(Section):
     @classmethod
     def _are_variants(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(Variant.parse(text)) for text in baselines)
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _is_an_interval(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if interval[0] >= interval[1]:
+            raise ValueError("an interval begins before it ends; t = 0 is the image, t = 1 the noise")
+        return interval
 
     @field_validator("nfe")
     @classmethod

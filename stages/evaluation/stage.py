@@ -21,10 +21,13 @@ from nfm.stages.base import (
 from nfm.stages.evaluation.config import SPEEDS, EvaluateConfig
 from nfm.stages.evaluation.inception import find_weights, weights_sha256
 from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key
+from nfm.stages.trained.foreign import own
 from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.sampling import (
     Sampler,
     find_reference_solver,
+    has_own_sampler,
+    own_sampler,
     reference_sampler,
     student_sampler,
     teacher_sampler,
@@ -66,13 +69,17 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     device = pick_device(config.device)
     bench = Bench(config, inputs, out, device, report)
     bench.check()
+    for role in ("teacher", *_students(inputs)):
+        if role in inputs:
+            own.announce_made(inputs[role], role.partition(":")[0], report.say)
     samplers = list(_samplers(config, inputs, device))
     pictures = [f"{SAMPLES}/{sampler.name}.npz" for sampler in samplers]
     if len(set(pictures)) < len(pictures):
         raise StageError(f"two students are of one variant: {', '.join(s.name for s in samplers)}; evaluate them apart")
     measures: dict[str, Callable[[], dict[str, Any]]] = {"floor": bench.floor}
     measures |= {s.name: partial(bench.sampler, s, out / picture) for s, picture in zip(samplers, pictures)}
-    measures |= {f"curvature-{role}": partial(bench.curvature, role) for role in _students(inputs)}
+    with_paths = [role for role in _students(inputs) if not has_own_sampler(inputs[role])]
+    measures |= {f"curvature-{role}": partial(bench.curvature, role) for role in with_paths}
 
     measured = []
     for number, (name, measure) in enumerate(measures.items()):
@@ -109,12 +116,23 @@ def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[S
             for score in (False, True):
                 yield teacher_sampler(inputs["teacher"], guidance, score, device, config.precision)
     for role in _students(inputs):
+        if has_own_sampler(inputs[role]):
+            yield own_sampler(inputs[role], device, config.precision, config.student_guidance)
+            continue
         for nfe in config.nfe:
             yield student_sampler(
-                inputs[role], nfe, device, config.precision, config.solver, config.grid, config.student_guidance
+                inputs[role],
+                nfe,
+                device,
+                config.precision,
+                config.solver,
+                config.grid,
+                config.student_guidance,
+                config.guidance_interval,
             )
         if config.reference:
-            yield reference_sampler(inputs[role], device, config.precision, config.student_guidance)
+            how = (config.student_guidance, config.guidance_interval)
+            yield reference_sampler(inputs[role], device, config.precision, *how)
 
 
 def _students(inputs: Inputs) -> list[str]:

@@ -20,8 +20,8 @@ from nfm.trainers.models.sizes import check_patch
 CODECS = ("float32", "float16", "int8")
 INDEX_BYTES = (2500, 13.5)  # of a shard's index part: fixed, and for each record; measured at 64 to 65,536 records
 COMMIT_BYTES = 1200
-SECONDS = 2.0  # for the timing
-_NO_FLOPS = "none: this coupling runs no teacher"
+SECONDS = 2.0  # of timing
+_NO_FLOPS = "not counted: it runs no teacher, or one that is code of its user's own"
 
 
 def estimate(
@@ -53,12 +53,14 @@ def estimate(
         "bytes": {codec: bytes_of_draw(specs[codec]) * config.draws for codec in sorted(specs, key=_order)},
     }
     left = pairs - committed
-    # no teacher to time: only its products, or nothing, can be stated
-    if facts_of(config.coupling).made_with != "teacher":
-        flops = pair_flops(config, facts)
+    own = teacher.model is not None  # a plan runs nobody's code
+    # Nobody to time: there are products to tell of, or nothing.
+    if facts_of(config.coupling).made_with != "teacher" or (own and not rate):
+        flops = pair_flops(config, {**facts, "teacher": teacher})
         return plan | ({"flops": left * flops, "flops_per_image": flops} if flops else {})
     with blaming("config section [teacher]"):
-        check_patch(facts["image_shape"], teacher.patch)
+        if not own:
+            check_patch(facts["image_shape"], teacher.patch)
         flops = pair_flops(config, {**facts, "teacher": teacher})
         measured = _given(rate) if rate else _measured(config, teacher, facts)
     seconds = left / measured["images_per_second"]

@@ -174,7 +174,8 @@ def pair_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
 
 
 def nfm_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
-    return costs.teacher_flops(facts["image_shape"], facts["teacher"])
+    teacher = facts["teacher"]
+    return costs.teacher_flops(facts["image_shape"], teacher) if teacher.model is None else 0.0
 
 
 def minibatch_ot_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:

@@ -31,6 +31,7 @@ from nfm.stages.pairs.recipe import (
     small_groups,
     store_spec,
 )
+from nfm.stages.trained.foreign import own
 from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.training import WEIGHTS
 from nfm.storage.export import converted
@@ -174,6 +175,9 @@ def announce(spec: StoreSpec, setting: Setup, report: Reporter | custom.Allowed)
     if facts_of(spec.coupling).code:
         told = spec.coupling_options or {}
         report.say(custom.announced(setting.maker, str(told.get("function")), str(told.get("sha256"))))
+    for stage, folder in (("teacher", setting.teacher), ("student", setting.maker if spec.student else None)):
+        if folder is not None:
+            own.announce_made(Path(folder), stage, report.say)
 
 
 def seal(
@@ -238,6 +242,7 @@ def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
         threads=config.threads,
         compile=config.compile,
         maker=maker(config, inputs),
+        beside=str(Path.cwd()),
     )
 
 

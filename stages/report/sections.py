@@ -69,7 +69,8 @@ def data(root: Path, manifest: Mapping[str, Any], samples: int, seed: int) -> st
 
 
 def teacher(root: Path, manifest: Mapping[str, Any], evaluation: Evaluation | None) -> str:
-    lines = read_lines(root / "metrics.jsonl")
+    log = root / "metrics.jsonl"
+    lines = read_lines(log) if log.exists() else []  # one that was trained elsewhere has none
     bits = {"teacher training": _curve(lines, "train_bpd"), "teacher held-out": _curve(lines, "heldout_bpd")}
     if not any(seen for seen, _ in bits.values()):
         bits = {"teacher training": _curve(lines, "loss")}

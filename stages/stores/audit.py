@@ -17,6 +17,7 @@ from nfm.stages.pairs import stage
 from nfm.stages.pairs.coupling_advice import better_teacher
 from nfm.stages.stores import against_source as pairs_source
 from nfm.stages.stores.repair import pinned, verify
+from nfm.stages.trained.foreign import own
 from nfm.storage import ImageDataset, PairStore, layouts
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
@@ -65,8 +66,13 @@ def audit(
     if level == "default" or findings:
         return findings, []
     if facts_of(found.coupling).code and (found.coupling_options or {}).get("sha256") not in allowed.digests:
-        return findings, [_not_run(found, allowed)]
-    # The pairs are encoded on the device of this machine, wherever they were made.
+        options = found.coupling_options or {}
+        return findings, [_not_run(str(options.get("function")), str(options.get("sha256")), allowed)]
+    for maker in sorted({"teacher", "student"} & inputs.keys()):
+        for function, sha256 in own.recorded(inputs[maker], maker).values():
+            if sha256 not in allowed.digests:
+                return findings, [_not_run(function, sha256, allowed)]
+    # Wherever the pairs were encoded, the device that is here encodes them again.
     try:
         encoder = stage.setup(config.model_copy(update={"device": "auto"}), inputs, root)
         stage.announce(found, encoder, allowed)
@@ -79,12 +85,11 @@ def audit(
         return [Finding(str(root / "spec.json"), f"its pairs cannot be made again: {error}", remedy)], []
 
 
-def _not_run(spec: StoreSpec, allowed: custom.Allowed) -> str:
-    options = spec.coupling_options or {}
+def _not_run(function: str, sha256: str, allowed: custom.Allowed) -> str:
     others = ", ".join(sorted(digest[:12] for digest in allowed.digests))
     return (
-        f"its pairs were not encoded again: their function {options.get('function')!r} is code, and an audit runs none "
-        f"unasked. When you know the file of SHA-256 {options.get('sha256')}, give --run-custom with it, or "
+        f"its pairs were not encoded again: their function {function!r} is code, and an audit runs none "
+        f"unasked. When you know the file of SHA-256 {sha256}, give --run-custom with it, or "
         f"audit with -c CONFIG, the config of yours that names it{f'; allowed were others, {others}' if others else ''}"
     )
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 from nfm.stages.display.axes import density, density_span, make_log, noise_edges, normal
 from nfm.stages.display.endings import write_picture
 from nfm.stages.display.pictures import FALSE_COLOURS, as_pixels, in_false_colours
@@ -89,11 +89,14 @@ def _decoder(store: PairStore, folder: Path) -> Any:
     import torch
 
     from nfm.stages.trained import teacher
+    from nfm.stages.trained.foreign import own
 
     given = content(folder)
     if given != store.spec.teacher:
         made_by = f"was made by {store.spec.teacher[:12]}" if store.spec.teacher else "has no teacher"
         raise StageError(f"{folder}: teacher {given[:12]}, but the store {made_by}; name its own, or --teacher none")
+    if own.recorded(folder, "teacher"):
+        raise Unfit(f"{folder}: this teacher is code of its user's own, which is not run to look; give --teacher none")
     model, _ = teacher.load(folder)
     sigma_f = store.spec.sigma_f or 1.0
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nfm.stages.base import StageError, call
+from nfm.stages.trained.foreign import own as own_code
 from nfm.trainers.models.sizes import check_patch, check_unet_width, check_width
 
 FIRST = "sit"  # the architecture of weights that do not name one
@@ -45,14 +46,18 @@ ARCHITECTURES = {
 
 
 def sizes_of(config: Any, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
-    """The sizes to store beside the weights. Weights without `arch` are of the first architecture."""
+    """What is stored beside the weights; those without `arch` are of the first architecture."""
+    if config.model is not None:
+        return own_code.sizes_of(config, "student", image_shape, classes)
     named = {} if config.arch == FIRST else {"arch": config.arch}
     own = {name: getattr(config, name) for name in ARCHITECTURES[config.arch].fields}
     return {**named, "image_shape": list(image_shape), "classes": classes, **own}
 
 
 def build(sizes: Mapping[str, Any]) -> Any:
-    """The untrained network of these sizes. Raises StageError for an unknown architecture."""
+    """The network of these sizes, untrained. Raises StageError for an architecture that is not known here."""
+    if "model" in sizes:
+        return own_code.build(sizes, "student")
     own = dict(sizes)
     name = own.pop("arch", FIRST)
     if not isinstance(name, str) or name not in ARCHITECTURES:

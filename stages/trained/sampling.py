@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -12,6 +13,7 @@ import numpy as np
 from nfm.stages.base import StageError, Unfit
 from nfm.stages.display.pictures import save_grid
 from nfm.stages.trained import student, teacher
+from nfm.stages.trained.foreign import own
 from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.training import blaming, parameter_count, precision_context, read_weights
 from nfm.storage import ImageDataset
@@ -24,12 +26,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nfm.stages.trained.training import Precision
+    from nfm.trainers.models.tarflow import Guidance
 
 SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4"]
 GridName = Literal["square", "uniform"]
 SOLVERS, GRIDS = get_args(SolverName), get_args(GridName)
-REFERENCE = "dopri5"  # its error control decides the number of evaluations
-TOLERANCE = 1e-5  # of the reference solver, relative and absolute
+OWN = "own"  # sampler of a student whose user's function it is
+REFERENCE = "dopri5"  # whose own error control decides its evaluations
+TOLERANCE = 1e-5  # of the reference, relative and absolute
+
+Interval = tuple[float, float]  # of the times at which a student is guided
+ALWAYS: Interval = (0.0, 1.0)
 
 # noise [B, C, H, W] and labels [B] -> images [B, C, H, W] in [-1, 1]
 Decode = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
@@ -38,7 +45,8 @@ Decode = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 class Sampler(NamedTuple):
     """A way to make images, with the facts shown beside its figures. `name` is also used in file names.
 
-    For the reference solver `nfe` is 0, and every batch appends its number of evaluations to the list `taken`.
+    Of the reference solver, and of a sampler of a student's own, `nfe` is 0 and `taken` is a list to which every batch
+    adds the evaluations that it took.
     """
 
     name: str
@@ -60,27 +68,32 @@ def student_sampler(
     solver: str = "auto",
     grid: str = "square",
     guidance: float = 0.0,
+    interval: Interval = ALWAYS,
 ) -> Sampler:
     """The student with `nfe` evaluations of its velocity. With guidance, each is done with and without labels.
 
-    Its row is named after the variant in its manifest. Raises ValueError for an NFE that the solver cannot have,
-    StageError for guidance of a student that cannot run without labels.
+    Its row is named after the variant of its manifest. Raises ValueError for an NFE that the solver cannot have,
+    StageError for guidance of a student that cannot be without labels, and for one with a sampler of its own.
     """
     from nfm.trainers import solvers
 
+    if has_own_sampler(folder):
+        raise Unfit(f"{folder}: this student has a sampler of its own and no velocity that a solver could follow")
     method = pick_solver(solver, nfe)
     model, variant = _student(folder, device, guidance)
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
-            return solvers.sample(velocity(model, labels, guidance), noise, nfe, method, grid)
+            return solvers.sample(velocity(model, labels, guidance, interval), noise, nfe, method, grid)
 
     name = _as_file(f"student-{variant}-{method}-{nfe}")
     return Sampler(name, "student", variant, method, nfe, guidance, parameter_count(model), decode)
 
 
-def reference_sampler(folder: Path, device: str, precision: Precision, guidance: float = 0.0) -> Sampler:
-    """The limit of the student itself: adaptive dopri5 with a tolerance of 1e-5 and as many evaluations as it needs.
+def reference_sampler(
+    folder: Path, device: str, precision: Precision, guidance: float = 0.0, interval: Interval = ALWAYS
+) -> Sampler:
+    """The student's own limit: adaptive dopri5 to a tolerance of 1e-5, which takes the evaluations that it needs.
 
     Raises StageError for guidance of a student that cannot run without labels, or if torchdiffeq is missing.
     """
@@ -94,8 +107,9 @@ def reference_sampler(folder: Path, device: str, precision: Precision, guidance:
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         try:
             with precision_context(noise.device.type, precision):
-                images, nfe = solvers.dopri5(velocity(model, labels, guidance), noise, TOLERANCE, TOLERANCE)
-        except AssertionError as error:  # raised by torchdiffeq if no step is small enough
+                guided = velocity(model, labels, guidance, interval)
+                images, nfe = solvers.dopri5(guided, noise, TOLERANCE, TOLERANCE)
+        except AssertionError as error:  # torchdiffeq's own: no step is small enough
             raise StageError(
                 f"row {name}: {REFERENCE} cannot reach its tolerance of {TOLERANCE} ({error}); "
                 'use evaluate.precision = "float32", or leave evaluate.reference out'
@@ -106,43 +120,85 @@ def reference_sampler(folder: Path, device: str, precision: Precision, guidance:
     return Sampler(name, "student", variant, REFERENCE, 0, guidance, parameter_count(model), decode, taken)
 
 
+def has_own_sampler(folder: Path) -> bool:
+    """Whether a finished student is sampled by its user's own function."""
+    return atomic.read_json(folder / "manifest.json").get("config", {}).get("sampler") is not None
+
+
+def own_sampler(folder: Path, device: str, precision: Precision, guidance: float = 0.0) -> Sampler:
+    """A student by its user's own sampler, whose NFE is how often it calls the network, counted.
+
+    Raises StageError for guidance, which it does not have, and where its file is not the one that it was made with.
+    """
+    if guidance:
+        raise Unfit(
+            f"{folder}: this student is sampled by a function of its own, which has no guidance; use guidance 0"
+        )
+    function = own.sampler_of(folder)
+    model, variant = _student(folder, device, 0.0)
+    taken: list[int] = []
+    calls = [0]
+    model.register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
+
+    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        calls[0] = 0
+        with precision_context(noise.device.type, precision):
+            images: torch.Tensor = function(model, noise, labels)
+        if images.shape != noise.shape:
+            raise StageError(f"{folder}: its sampler gave {list(images.shape)} for noise {list(noise.shape)}; mend it")
+        taken.append(calls[0])
+        return images
+
+    name = _as_file(f"student-{variant}-{OWN}")
+    return Sampler(name, "student", variant, OWN, 0, 0.0, parameter_count(model), decode, taken)
+
+
 def find_reference_solver() -> None:
     """Raises StageError with the remedy if torchdiffeq is missing."""
     if importlib.util.find_spec("torchdiffeq") is None:
         raise Unfit("evaluate.reference = true needs torchdiffeq, which is not installed: pip install torchdiffeq")
 
 
-def teacher_sampler(folder: Path, guidance: float, score: bool, device: str, precision: Precision) -> Sampler:
-    """The inverse of the teacher, with or without its score step (one more evaluation and a gradient).
+def teacher_sampler(
+    folder: Path, guidance: float | Guidance, score: bool, device: str, precision: Precision
+) -> Sampler:
+    """The teacher's inverse, with its score step (one evaluation more and a gradient) or without.
 
     Its NFE counts passes through the whole flow: one for the inverse, which computes its tokens one after another.
     """
-    from nfm.trainers.models.tarflow import denoise
+    from nfm.trainers.models.tarflow import Guidance, TarFlow, denoise
 
+    guided = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     model, facts = teacher.load(folder, device)
     model.requires_grad_(False)
+    if not isinstance(model, TarFlow) and guided.strength:
+        raise Unfit(f"{folder}: this teacher is a flow of its user's own, which has no guidance; use guidance 0")
+    decoded = functools.partial(model.decode, guidance=guided) if isinstance(model, TarFlow) else model.decode
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
-            images = model.decode(noise * facts["sigma_f"], labels, guidance)
+            images = decoded(noise * facts["sigma_f"], labels)
             return denoise(model, images, labels, facts["eta"]) if score else images
 
-    name = "-".join(["teacher", *(["guided"] if guidance else []), *(["score"] if score else [])])
+    name = "-".join(["teacher", *(["guided"] if guided.strength else []), *(["score"] if score else [])])
     method = "inverse+score" if score else "inverse"
-    return Sampler(name, "teacher", None, method, 1 + score, guidance, parameter_count(model), decode)
+    return Sampler(name, "teacher", None, method, 1 + score, guided.strength, parameter_count(model), decode)
 
 
-def velocity(model: Any, labels: torch.Tensor, guidance: float = 0.0) -> Callable[[torch.Tensor, Any], torch.Tensor]:
-    """The student in the form that solvers need: velocity(x, t) for these labels, in float32.
+def velocity(
+    model: Any, labels: torch.Tensor, guidance: float = 0.0, interval: Interval = ALWAYS
+) -> Callable[[torch.Tensor, Any], torch.Tensor]:
+    """The student as the solvers want it: velocity(x, t) for these labels, in float32.
 
-    With guidance g it is v + g (v - v without labels), both computed in one pass (Ho & Salimans 2022, arXiv 2207.12598,
-    with the same combination).
+    With guidance g it is v + g (v - v without labels), the two taken in one pass (Ho & Salimans 2022,
+    arXiv 2207.12598, whose guided model is the same combination), at times of the interval alone (Kynkaanniemi et al.
+    2024, arXiv 2404.07724).
     """
     import torch
 
     def call(x: torch.Tensor, t: Any) -> torch.Tensor:
         times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-        if not guidance:
+        if not guidance or not interval[0] <= float(t) <= interval[1]:
             return model(x, times, labels).float()
         both = torch.cat([labels, torch.full_like(labels, -1)])
         with_labels, without = model(torch.cat([x, x]), torch.cat([times, times]), both).float().chunk(2)
@@ -214,19 +270,26 @@ def sample_grid(
     solver: str = "auto",
     grid: str = "square",
     guidance: float = 0.0,
+    guided: Mapping[str, Any] | None = None,
 ) -> None:
     """Draws `count` images of a finished student or teacher, class by class, as one picture with titles.
 
-    The format is that of the path's ending.
+    Its format is that of the path's ending. `guided` are further options of the guidance: `interval` of a student's,
+    those of `tarflow.Guidance` of a teacher's.
     """
     import torch
 
+    from nfm.trainers.models.tarflow import Guidance
+
     device = pick_device("auto")
-    if stage == "student":
+    if stage == "student" and has_own_sampler(folder):
+        sampler = own_sampler(folder, device, "float32", guidance)
+    elif stage == "student":
         with blaming("--nfe"):
-            sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance)
+            sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance, **(guided or {}))
     elif stage == "teacher":
-        sampler = teacher_sampler(folder, guidance, True, device, "float32")
+        with blaming("--guidance"):
+            sampler = teacher_sampler(folder, Guidance(guidance, **(guided or {})), True, device, "float32")
     else:
         raise Unfit(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
     _, architecture = read_weights(folder)

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
-from nfm.stages.base import Inputs, Reporter, Result, StageError, added, one_of
+from nfm.stages.base import Inputs, LocalField, Reporter, Result, StageError, Unfit, added, one_of, operational
 from nfm.stages.couplings.variant import Variant, check_knobs
 from nfm.stages.trained import costs
 from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_of
+from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
     METRICS,
     WEIGHTS,
@@ -40,22 +42,27 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nfm.storage.reading.reader import BatchReader
+    from nfm.trainers.flow_matching import Times
     from nfm.trainers.training.randomness import Randomness
 
 NAME = "student"
 VERSION = 1
+TIMES, OBJECTIVE = "logit-normal(-0.2, 1.0)", "flow-matching"
+_NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
+_LOGIT_NORMAL = re.compile(rf"logit-normal\({_NUMBER},{_NUMBER}\)")
 
 
 class StudentConfig(TrainingSection):
     """The `[student]` table. `pairs` is the total number of pairs seen.
 
-    With arch "sit", `width` is that of the tokens and `depth` the number of blocks. With "unet", `width` is the number
-    of channels at full resolution (default 32) and `depth` the residual blocks at each level (default 1); `patch` and
-    `head_size` are not used.
+    Of arch "sit", `width` is the tokens' and `depth` the blocks; of "unet", the channels at full resolution (32 where
+    nothing is said) and the residual blocks a level (1), and `patch` and `head_size` are not used. `soften`, `mixture`
+    (coupling -> share of the pairs, read from `pairs:<coupling>`) and `permuted` (each image gets the noise of the next
+    pair of its batch: the control that keeps the noises and forgets the coupling) change what the reader yields.
 
-    Three fields change what the reader yields. `soften` mixes new noise in. `mixture` gives other couplings their share
-    of the pairs, read from `pairs:<coupling>`. `permuted` gives each image the noise of the next pair in its batch: a
-    control that keeps the noises but not the coupling.
+    `model`, with the keywords `options`, `times`, `objective` and `sampler` may be functions of one's own, see own.py.
+    `times` is also "uniform" or "logit-normal(mean, deviation)". `init` is a finished student whose weights are the
+    first ones; what is in it is an input, and so part of the fingerprint.
     """
 
     pairs: int = Field(240_000, ge=1)
@@ -64,6 +71,12 @@ class StudentConfig(TrainingSection):
     depth: int = Field(6, ge=1)
     head_size: int = Field(64, ge=1)
     label_drop: float = Field(0.1, ge=0, le=1)
+    model: str | None = added(None)
+    options: dict[str, JsonValue] = added({})
+    times: str = added(TIMES)
+    objective: str = added(OBJECTIVE)
+    sampler: str | None = added(None)
+    init: LocalField | None = operational(None)
     arch: Annotated[str, one_of(ARCHITECTURES)] = added(FIRST)
     soften: float = added(0.0)
     permuted: bool = added(False)
@@ -75,6 +88,35 @@ class StudentConfig(TrainingSection):
         """Sets fields that the config leaves out to the defaults of the architecture."""
         known = ARCHITECTURES.get(str(values.get("arch"))) if isinstance(values, dict) else None
         return {**known.defaults, **values} if known else values
+
+    @field_validator("times")
+    @classmethod
+    def _known_times(cls, times: str) -> str:
+        """In one spelling, since the fingerprint has it."""
+        if (found := _LOGIT_NORMAL.fullmatch(times)) is not None and float(found[2]) > 0:
+            return f"logit-normal({float(found[1])!r}, {float(found[2])!r})"
+        if times == "uniform" or ":" in times:
+            return times
+        raise ValueError('times are "uniform", "logit-normal(mean, deviation)" or a function, "module:function"')
+
+    @field_validator("objective")
+    @classmethod
+    def _known_objective(cls, objective: str) -> str:
+        if objective != OBJECTIVE and ":" not in objective:
+            raise ValueError(f'an objective is "{OBJECTIVE}" or a function, "module:function"')
+        return objective
+
+    @model_validator(mode="after")
+    def _check_own(self) -> Self:
+        if self.options and self.model is None:
+            raise ValueError("options are the keywords of student.model, and there is none; name it or leave them out")
+        if self.times != TIMES and self.objective != OBJECTIVE:
+            raise ValueError("times are flow matching's, and objective is another; leave times out")
+        if self.sampler is not None and self.objective == OBJECTIVE:
+            raise ValueError(
+                f'sampler is of an objective of one\'s own; with "{OBJECTIVE}" solvers sample, leave it out'
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -88,11 +130,35 @@ def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit if sizes do not fit each other or the data, as far as `facts` describe it."""
 
     def sizes() -> None:
-        ARCHITECTURES[config.arch].check(config, facts.get("image_shape"))
+        own.digests(config, NAME)
+        if config.model is None:
+            ARCHITECTURES[config.arch].check(config, facts.get("image_shape"))
 
     # The reader of a mixture knows how many pairs an epoch has.
     known = {key: value for key, value in facts.items() if key != "images"} if config.mixture else facts
     check_section(NAME, config, known, sizes)
+
+
+def external(config: StudentConfig) -> dict[str, str]:
+    """The digests of the functions that are one's own."""
+    return own.digests(config, NAME)
+
+
+def tries(config: StudentConfig, facts: Mapping[str, Any]) -> None:
+    """Raises Unfit where a function of one's own is not what it should be: its code runs here."""
+    if "image_shape" in facts:
+        shape, classes = facts["image_shape"], facts.get("classes", 1)
+        own.check(config, NAME, shape, classes, lambda: build(sizes_of(config, shape, classes)))
+
+
+def fits_init(config: StudentConfig, folder: Path) -> None:
+    """Raises Unfit where a student that is to begin with the weights in `folder` is of other sizes, as far as known."""
+    _, there = read_weights(folder)
+    here = sizes_of(config, there["image_shape"], there["classes"])
+    other = [name for name in {**here, **there} if name != "sha256" and here.get(name) != there.get(name)]
+    if other:
+        told = ", ".join(f"{name} {there.get(name)!r} there and {here.get(name)!r} here" for name in other)
+        raise Unfit(f"student.init = {config.init}: it has {told}; name a student of the same network")
 
 
 def task(config: StudentConfig, inputs: Inputs, device: str) -> Task:
@@ -106,11 +172,18 @@ def task(config: StudentConfig, inputs: Inputs, device: str) -> Task:
     torch.manual_seed(config.seed)
     with blaming("config section [student]"):
         model = build(architecture)
+        _begin(model, config, inputs)
         source = _mixed(store, config, inputs)
         batches = source.batches(config.batch_size, config.seed, epochs=None, device=device, soften=config.soften)
 
+    times, objective = _times(config), None
+    if config.objective != OBJECTIVE:
+        objective = own.load("student.objective", config.objective)
+
     def loss(model: Any, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
-        return flow_matching.loss(model, batch.image, batch.noise, batch.label, random, config.label_drop), {}
+        if objective is not None:
+            return objective(model, batch, random), {}
+        return flow_matching.loss(model, batch.image, batch.noise, batch.label, random, config.label_drop, times), {}
 
     read = _Permuted(batches) if config.permuted else batches
     return Task(model, loss, read, architecture, config.pairs, "pairs")
@@ -133,6 +206,8 @@ class _Permuted:
 def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
     """Train on the pairs of one generation of each store; the averaged weights are the student."""
     store = PairStore.open(inputs["pairs"])
+    own.announce(own.named(config, NAME), report.say)
+    tries(config, {"image_shape": store.spec.image_shape, "classes": store.spec.classes or 0})
     with blaming("config section [student]"):
         variant = _variant(store.spec.coupling, config)
     fit(task, config, inputs, out, report)
@@ -152,8 +227,30 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     return Result(payload=[WEIGHTS], metrics=metrics, files=kept_files(out))
 
 
+def _begin(model: nn.Module, config: StudentConfig, inputs: Inputs) -> None:
+    """The weights that training begins with, where they are another student's."""
+    if "init" not in inputs:
+        return
+    state, _ = read_weights(inputs["init"])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        told = str(error).partition("\n")[2].strip() or str(error)
+        raise Unfit(f"student.init = {config.init}: its weights are of another network: {told}") from error
+
+
+def _times(config: StudentConfig) -> Times:
+    from nfm.trainers import flow_matching
+
+    if (found := _LOGIT_NORMAL.fullmatch(config.times)) is not None:
+        return functools.partial(flow_matching.logit_normal, mean=float(found[1]), deviation=float(found[2]))
+    return flow_matching.uniform if config.times == "uniform" else own.load("student.times", config.times)
+
+
 def cost(config: StudentConfig, facts: Mapping[str, Any]) -> dict[str, str]:
-    """The cost of training: a backward pass counts as two forward passes."""
+    """What training costs: a backward pass is two forward ones."""
+    if config.model is not None:  # a plan runs nobody's code
+        return {"pairs": f"{config.pairs:,}"}
     products = 3 * config.pairs * flops(config, facts["image_shape"])
     return {"pairs": f"{config.pairs:,}", **costs.describe(products)}
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, JsonValue, model_validator
 
-from nfm.stages.base import Inputs, Reporter, Result, Unfit
+from nfm.stages.base import Inputs, LocalField, Reporter, Result, Unfit, added, operational
 from nfm.stages.trained import costs
+from nfm.stages.trained.foreign import own
 from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.training import (
     WEIGHTS,
+    Precision,
     Task,
     TrainingSection,
     blaming,
@@ -42,10 +44,28 @@ VERSION = 1
 FACTS, SAMPLES = "teacher.json", "samples.png"
 
 
-class TeacherConfig(TrainingSection):
-    """The `[teacher]` table.
+class Measured(Protocol):
+    """How a flow is measured, as far as it changes the result."""
 
-    `images` is the total number of training images seen, each with a new flip and new noise.
+    @property
+    def eta(self) -> float: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def sigma_rows(self) -> int: ...
+
+    @property
+    def precision(self) -> Precision: ...
+
+
+class TeacherConfig(TrainingSection):
+    """The `[teacher]` table; `images` is the number of training images seen in all, flips and noise drawn anew.
+
+    `artifact` names a finished teacher, for instance an imported one: nothing is trained then, and its sizes and eta
+    stand for the ones here. `model`, with the keywords `options`, is a flow of one's own in place of TarFlow, see
+    foreign/own.py.
     """
 
     images: int = Field(360_000, ge=1)
@@ -60,12 +80,24 @@ class TeacherConfig(TrainingSection):
     learning_rate: float = Field(2e-3, gt=0)
     sigma_rows: int = Field(4096, ge=1)
     measure_rows: int = Field(512, ge=1)
+    artifact: LocalField | None = operational(None)
+    model: str | None = added(None)
+    options: dict[str, JsonValue] = added({})
+
+    @model_validator(mode="after")
+    def _check_own(self) -> Self:
+        if self.options and self.model is None:
+            raise ValueError("options are the keywords of teacher.model, and there is none; name it or leave them out")
+        return self
 
 
 def fits(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit if sizes do not fit each other or the data, as far as `facts` describe it."""
 
     def sizes() -> None:
+        own.digests(config, NAME)
+        if config.model is not None:
+            return
         check_channels(config.channels, config.head_size)
         if "image_shape" in facts:
             check_patch(facts["image_shape"], config.patch)
@@ -82,20 +114,44 @@ def _check_flips(config: TeacherConfig, image_dtype: str) -> None:
         )
 
 
+def external(config: TeacherConfig) -> dict[str, str]:
+    """The digest of a flow of one's own."""
+    return own.digests(config, NAME)
+
+
+def tries(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
+    """Raises Unfit where a flow of one's own is not what it should be: its code runs here."""
+    if "image_shape" in facts:
+        shape, classes = facts["image_shape"], facts.get("classes", 1)
+        own.check(config, NAME, shape, classes, lambda: build(sizes_of(config, shape, classes)))
+
+
+def sizes_of(config: TeacherConfig, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
+    """What is stored beside the weights."""
+    if config.model is not None:
+        return own.sizes_of(config, NAME, image_shape, classes)
+    names = ("patch", "channels", "blocks", "layers", "head_size")
+    return {"image_shape": list(image_shape), "classes": classes} | {name: getattr(config, name) for name in names}
+
+
+def build(sizes: Mapping[str, Any]) -> Any:
+    """The flow of these sizes, untrained: TarFlow, or one of its user's own."""
+    from nfm.trainers.models.tarflow import TarFlow
+
+    return own.build(sizes, NAME) if "model" in sizes else TarFlow(**sizes)
+
+
 def task(config: TeacherConfig, inputs: Inputs, device: str) -> Task:
     """What each process of the training makes."""
     import torch
 
-    from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
+    from nfm.trainers.models.tarflow import nll_per_dim
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
-    architecture: dict[str, Any] = {
-        "image_shape": list(train.image_shape), "classes": len(train.classes), "patch": config.patch,
-        "channels": config.channels, "blocks": config.blocks, "layers": config.layers, "head_size": config.head_size,
-    }  # fmt: skip
+    architecture = sizes_of(config, train.image_shape, len(train.classes))
     torch.manual_seed(config.seed)
     with blaming("config section [teacher]"):
-        model = TarFlow(**architecture)
+        model = build(architecture)
         batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
 
     def loss(model: TarFlow, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
@@ -120,32 +176,51 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     """Train, measure sigma_f and bits per dimension with the averaged weights, and draw a grid of samples."""
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
     _check_flips(config, train.dtype)
+    own.announce(own.named(config, NAME), report.say)
+    tries(config, {"image_shape": train.image_shape, "classes": len(train.classes)})
     fit(task, config, inputs, out, report)
     averaged, architecture = _weights(out, pick_device(config.device))
+    metrics = write_facts(averaged, architecture, config, train, heldout, out, report)
+    _draw_samples(averaged, atomic.read_json(out / FACTS), config, out / SAMPLES, train.dtype)
+    metrics["images_seen"] = recipe(config, config.images).examples
+    return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[*kept_files(out), SAMPLES])
+
+
+def write_facts(
+    model: TarFlow, architecture: dict[str, Any], config: Measured, train: ImageDataset, heldout: ImageDataset,
+    out: Path, report: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a flow's facts, with sigma_f measured on training rows, and give its metrics."""
     rows = range(min(len(train), config.sigma_rows))
-    power, train_bpd = likelihood(averaged, train, rows, config)
-    _, heldout_bpd = likelihood(averaged, heldout, range(min(len(heldout), config.sigma_rows)), config)
+    power, train_bpd = likelihood(model, train, rows, config)
+    _, heldout_bpd = likelihood(model, heldout, range(min(len(heldout), config.sigma_rows)), config)
     facts = {"eta": config.eta, "sigma_f": power**0.5, "architecture": architecture}
     atomic.write_json(out / FACTS, facts)
-    _draw_samples(averaged, facts, config, out / SAMPLES, train.dtype)
-    metrics = {
-        "heldout_bpd": round(heldout_bpd, 4),
-        "train_bpd": round(train_bpd, 4),
-        "sigma_f": facts["sigma_f"],
-        "parameters": parameter_count(averaged),
-        "images_seen": recipe(config, config.images).examples,
-        "measured_rows": len(rows),
-        **({} if train.dtype == "uint8" else {"image_dtype": train.dtype}),
-    }
     if heldout_bpd - train_bpd > 0.1:
         report.say(
             f"overfitted: {train_bpd:.3f} bits per dimension on training images, {heldout_bpd:.3f} on held-out ones"
         )
-    return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[*kept_files(out), SAMPLES])
+    return {
+        "heldout_bpd": round(heldout_bpd, 4),
+        "train_bpd": round(train_bpd, 4),
+        "sigma_f": facts["sigma_f"],
+        "parameters": parameter_count(model),
+        "measured_rows": len(rows),
+        **({} if train.dtype == "uint8" else {"image_dtype": train.dtype}),
+    }
+
+
+def of_artifact(config: TeacherConfig, folder: Path) -> TeacherConfig:
+    """The section with the sizes and the eta of a finished teacher, for plans."""
+    facts = atomic.read_json(folder / FACTS)
+    sizes = {name: value for name, value in facts["architecture"].items() if name in TeacherConfig.model_fields}
+    return config.model_copy(update={**sizes, "eta": facts["eta"]})
 
 
 def cost(config: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, str]:
-    """The cost of training: a backward pass counts as two forward passes."""
+    """What training costs: a backward pass is two forward ones."""
+    if config.model is not None:  # a plan runs nobody's code
+        return {"images": f"{config.images:,}"}
     flops = 3 * config.images * costs.teacher_flops(facts["image_shape"], config)
     return {"images": f"{config.images:,}", **costs.describe(flops)}
 
@@ -157,18 +232,16 @@ def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:
 
 def _weights(folder: Path, device: str) -> tuple[TarFlow, dict[str, Any]]:
     """The flow in evaluation mode, and the arguments that it is built with."""
-    from nfm.trainers.models.tarflow import TarFlow
-
     state, architecture = read_weights(folder)
-    model = TarFlow(**architecture)
+    model = build(architecture)
     model.load_state_dict(state)
     return model.eval().to(device), architecture
 
 
 def likelihood(
-    model: TarFlow, split: ImageDataset, rows: range, config: TeacherConfig, batch_size: int = 256
+    model: TarFlow, split: ImageDataset, rows: range, config: Measured, batch_size: int = 256, labels: bool = True
 ) -> tuple[float, float]:
-    """(E[f^2] per dimension, bits per dimension) on these rows, with labels and with noise that depends on the record.
+    """(E[f^2] per dimension, bits per dimension) on these rows with record-keyed noise, labels given or dropped.
 
     The bits of latents are of their density, not of 8-bit steps, so they may be negative.
     """
@@ -181,7 +254,7 @@ def likelihood(
     with torch.inference_mode(), precision_context(device.type, config.precision):
         for start in range(0, len(rows), batch_size):
             part = np.asarray(rows[start : start + batch_size])
-            z, logdet = encode_rows(model, split, part, config.eta, config.seed, "sigma")
+            z, logdet = encode_rows(model, split, part, config.eta, config.seed, "sigma", labels)
             power += z.double().square().flatten(1).mean(1).sum().item()
             nats += nll_per_dim(z, logdet).double().sum().item()
     bits = bits_per_dim(torch.tensor(nats / len(rows), dtype=torch.float64)).item()
@@ -189,16 +262,19 @@ def likelihood(
 
 
 def encode_rows(
-    model: TarFlow, split: ImageDataset, rows: np.ndarray, eta: float, seed: int, purpose: str
+    model: TarFlow, split: ImageDataset, rows: np.ndarray, eta: float, seed: int, purpose: str, labels: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """f(x + eta eps) of these rows with their labels, and the log-determinants. eps is a function of (seed, row)."""
+    """f(x + eta eps) of these rows, with their labels or all dropped, and the log-determinants.
+
+    eps is a function of (seed, row).
+    """
     import torch
 
     device = next(model.parameters()).device
     image = torch.from_numpy(split.to_float(split.images(rows)))
     eps = philox.normals(seed, 0, rows, image[0].numel(), purpose=purpose).reshape(image.shape)
     noised = (image + eta * torch.from_numpy(eps)).to(device)
-    return model.encode(noised, torch.from_numpy(split.labels(rows)).to(device))
+    return model.encode(noised, torch.from_numpy(split.labels(rows)).to(device) if labels else None)
 
 
 def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, path: Path, image_dtype: str) -> None:

@@ -172,7 +172,8 @@ class StoreSpec:
         untrusted.one_of("store spec: codec", codec, CODECS)
         if len(untrusted.sequence("store spec: image_shape", image_shape, _MOST_AXES)) != 3:
             raise StorageError(
-                f"store spec: image_shape {untrusted.shown(image_shape)}: give (channels, height, width), as (1, 28, 28)"
+                f"store spec: image_shape {untrusted.shown(image_shape)}: give (channels, height, width), "
+                "as (1, 28, 28)"
             )
         if classes == 0:
             raise StorageError("store spec: classes 0: leave classes out where images have no labels")

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nfm.trainers.flow_matching import interpolate, loss, sample_times
+from nfm.trainers.flow_matching import interpolate, logit_normal, loss
 from nfm.trainers.solvers import sample
 from nfm.trainers.training.randomness import Randomness
 
@@ -38,7 +38,7 @@ class Recorder(nn.Module):
 
 
 def test_times_are_logit_normal_around_minus_a_fifth() -> None:
-    logits = torch.logit(sample_times(Randomness(0, 100_000)).double())
+    logits = torch.logit(logit_normal(Randomness(0, 100_000)).double())
     assert abs(logits.mean() + 0.2) < 0.015
     assert abs(logits.std() - 1) < 0.015
 
@@ -54,7 +54,7 @@ def test_the_exact_velocity_has_the_least_loss_there_is() -> None:
     image, noise = MEAN + STD * torch.randn(n, 1, generator=seeded(1)), torch.randn(n, 1, generator=seeded(2))
     label = torch.zeros(n, dtype=torch.int64)
     value = loss(Exact(), image, noise, label, Randomness(3, n))
-    assert math.isclose(value, residual(sample_times(Randomness(3, n))).mean(), rel_tol=0.02)
+    assert math.isclose(value, residual(logit_normal(Randomness(3, n))).mean(), rel_tol=0.02)
     shifted = Exact()
     shifted.register_forward_hook(lambda module, inputs, output: output + 0.2)
     assert loss(shifted, image, noise, label, Randomness(3, n)) > value + 0.03

@@ -6,7 +6,8 @@ p patches in raster order with D = C p^2 features each, channel-major.
 
 import math
 from collections.abc import Iterable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,27 @@ from nfm.trainers.models.head import exact
 from nfm.trainers.models.sizes import check_channels, check_patch
 
 Cache = tuple[Tensor, Tensor]  # keys and values of one layer, [B, heads, T, head_size]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a decoding is guided: (a, m) + strength ((a, m) - the same unguided), as in the authors' sampler.
+
+    The unguided prediction has no label, and its attention has the `temperature`: other than 1 it guides a flow without
+    classes too. `ramp` lets the strength grow over tokens by (i + 1) / (T - 1), else it is constant; `of` names what is
+    guided: the log-scales a, the shifts m, or both.
+    """
+
+    strength: float = 0.0
+    ramp: bool = True
+    temperature: float = 1.0
+    of: Literal["am", "a", "m"] = "am"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature = {self.temperature} of the attention: it is above 0; 1 changes nothing")
+        if self.of not in ("am", "a", "m"):
+            raise ValueError(f"of = {self.of!r}: guided are 'a' (log-scales), 'm' (shifts) or 'am' (both)")
 
 
 class Layer(nn.Module):
@@ -31,10 +53,13 @@ class Layer(nn.Module):
         self.expand = nn.Linear(channels, 4 * channels)
         self.contract = nn.Linear(4 * channels, channels)
 
-    def forward(self, h: Tensor, cache: Cache | None = None, position: int = 0) -> Tensor:
-        """h [B, T, C] -> [B, T, C]. With a cache, h [B, 1, C] is only token `position`.
+    def forward(
+        self, h: Tensor, cache: Cache | None = None, position: int = 0, sharpness: Tensor | None = None
+    ) -> Tensor:
+        """h [B, T, C] -> [B, T, C]; with a cache, h [B, 1, C] is token `position` alone.
 
-        If no gradient is recorded, the result uses the memory of h.
+        `sharpness` [B, 1, 1, 1] is 1 / temperature of each one's attention, with a cache; None: 1 for all.
+        Where no gradient is recorded, the result takes the memory of h.
         """
         parts = self.qkv(self.attention_norm(h)).chunk(3, dim=-1)
         # [B, heads, T, head_size] each, views
@@ -43,6 +68,7 @@ class Layer(nn.Module):
             attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             keys, values = cache
+            query = query if sharpness is None else query * sharpness
             keys[:, :, position] = key[:, :, 0]
             values[:, :, position] = value[:, :, 0]
             seen = slice(0, position + 1)
@@ -55,6 +81,11 @@ class Layer(nn.Module):
 # bits.
 def _added(h: Tensor, update: Tensor) -> Tensor:
     return h + update if torch.is_grad_enabled() else h.add_(update)
+
+
+def _guided(parameters: Tensor, strength: float) -> Tensor:
+    conditional, dropped = parameters.chunk(2)
+    return conditional + strength * (conditional - dropped)
 
 
 def _gelu(h: Tensor) -> Tensor:
@@ -99,30 +130,30 @@ class MetaBlock(nn.Module):
         a, m = F.pad(exact(self.head, h)[:, :-1], (0, 0, 1, 0)).chunk(2, dim=-1)
         return a, m
 
-    def inverse(self, z: Tensor, y: Tensor | None, guidance: float = 0.0) -> Tensor:
-        """u from z [B, T, D], token by token in T - 1 steps, with preallocated key and value caches.
-
-        Guidance moves (a, m) away from the prediction without a label, with a weight that grows over tokens as (i + 1)
-        / (T - 1).
-        """
+    def inverse(self, z: Tensor, y: Tensor | None, guidance: Guidance) -> Tensor:
+        """u from z [B, T, D], token by token in T - 1 steps, with preallocated key and value caches."""
         z = self._order(z)
         count, tokens, _ = z.shape
         positions, context = self._order(self.positions, dim=0), self._class_embedding(y)
-        guided = guidance != 0 and self.classes is not None
-        if guided:  # the second half of the batch has no label
+        guided = guidance.strength != 0 and (self.classes is not None or guidance.temperature != 1)
+        sharpness = None
+        if guided:  # the second half of the batch carries the dropped label
             context = torch.cat([part.expand(count, 1, -1) for part in (context, self._class_embedding(None))])
+            if guidance.temperature != 1:
+                sharpness = z.new_ones(2 * count, 1, 1, 1)
+                sharpness[count:] /= guidance.temperature
         caches = [self._empty_cache(count * (1 + guided), z) for _ in self.layers]
         u = z.clone()
         for i in range(tokens - 1):
             token = u[:, i : i + 1].repeat(1 + guided, 1, 1)
             h = self.embed(token) + positions[i] + context
             for layer, cache in zip(self.layers, caches):
-                h = layer.forward(h, cache, i)  # not compiled: it would be compiled again for every position
-            parameters = exact(self.head, h)
+                h = layer.forward(h, cache, i, sharpness)  # never compiled: it would be, again for every position
+            a, m = exact(self.head, h).chunk(2, dim=-1)
             if guided:
-                conditional, dropped = parameters.chunk(2)
-                parameters = conditional + guidance * (i + 1) / (tokens - 1) * (conditional - dropped)
-            a, m = parameters.chunk(2, dim=-1)
+                strength = guidance.strength * ((i + 1) / (tokens - 1) if guidance.ramp else 1.0)
+                a = _guided(a, strength if "a" in guidance.of else 0.0)
+                m = _guided(m, strength if "m" in guidance.of else 0.0)
             u[:, i + 1 : i + 2] = z[:, i + 1 : i + 2] * torch.exp(a) + m
         return self._order(u)
 
@@ -158,8 +189,12 @@ class TarFlow(nn.Module):
         blocks: int,
         layers: int,
         head_size: int = 64,
+        prior: bool = False,
     ) -> None:
-        """`classes` = 0 makes an unconditional flow, which ignores labels."""
+        """`classes` = 0 makes an unconditional flow, which ignores labels.
+
+        With a `prior` each value of the noise is divided by its own standard deviation, whose square is a weight.
+        """
         super().__init__()
         image_channels, height, width = image_shape
         check_patch(image_shape, patch)
@@ -171,6 +206,8 @@ class TarFlow(nn.Module):
             MetaBlock(tokens, features, classes, channels, layers, head_size, reverse=index % 2 == 1)
             for index in range(blocks)
         )
+        self.variance: Tensor | None
+        self.register_buffer("variance", torch.ones(tokens, features) if prior else None)
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compiles the layers for encoding, with the arguments of `torch.compile`. All layers share one compilation.
@@ -197,12 +234,19 @@ class TarFlow(nn.Module):
         for block in self.blocks:
             u, block_logdet = block(u, y)
             logdet = logdet + block_logdet
+        if self.variance is not None:
+            u, logdet = u / self.variance.sqrt(), logdet - self.variance.log().mean() / 2
         return self._image(u), logdet
 
     @torch.no_grad()
-    def decode(self, z: Tensor, y: Tensor | None = None, guidance: float = 0.0) -> Tensor:
-        """Noise to image, the inverse of `encode`: z [B, C, H, W], y int64 [B] -> x [B, C, H, W]."""
+    def decode(self, z: Tensor, y: Tensor | None = None, guidance: float | Guidance = 0.0) -> Tensor:
+        """Noise to image, the inverse of `encode`: z [B, C, H, W], y int64 [B] -> x [B, C, H, W].
+
+        A number as guidance is its strength.
+        """
+        guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         u = self._patches(z.to(self._dtype))
+        u = u if self.variance is None else u * self.variance.sqrt()
         for block in cast("Iterable[MetaBlock]", reversed(self.blocks)):
             u = block.inverse(u, y, guidance)
         return self._image(u)

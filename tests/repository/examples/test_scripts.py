@@ -51,6 +51,7 @@ def test_every_example_is_run_by_a_test(store: Callable[[str], Path]) -> None:
         *stock,
         "external_pairs.py",
         "network.py",
+        "one_step.py",  # by tests/e2e/test_own_models.py
     }
 
 

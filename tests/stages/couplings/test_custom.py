@@ -32,7 +32,7 @@ def test_another_file_on_a_worker_is_refused(shop: Shop) -> None:
     store = shop.make(config)
     setup = stage.setup(config, shop.of(config), Path(store.root))
     (shop.root / "own_couplings.py").write_text(CUSTOM.replace("0.2", "0.3"))
-    with pytest.raises(StageError, match="not the file that this store's pairs are made with"):
+    with pytest.raises(StageError, match="not the file that was recorded"):
         Encoder(setup)
     assert shop.audit(store, "default") == []  # the pairs are as they were
     assert "its pairs cannot be made again" in shop.audit(store)[0]

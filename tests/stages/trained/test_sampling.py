@@ -120,6 +120,42 @@ def test_a_students_guidance_moves_it_from_its_velocity_without_labels(made: Lab
     assert (moved.guidance, moved.nfe) == (1.5, 3)
 
 
+def test_a_student_is_guided_at_the_times_of_its_interval_alone(made: Lab) -> None:
+    folder = made.only("student").path
+    noise, labels = sampling.initial(source_of(made), np.arange(8), 0, "cpu")
+    model = student.load(folder)
+    with torch.no_grad():
+        inside = sampling.velocity(model, labels, 1.5, (0.25, 0.75))
+        for t, guided in ((0.2, False), (0.25, True), (0.75, True), (0.8, False)):
+            assert torch.equal(inside(noise, t), sampling.velocity(model, labels, 1.5 * guided)(noise, t))
+        always, within = (
+            sampling.student_sampler(folder, 7, "cpu", "float32", guidance=1.5, interval=interval)
+            for interval in ((0.0, 1.0), (0.25, 0.75))
+        )
+        assert not torch.equal(always.decode(noise, labels), within.decode(noise, labels))
+
+
+def test_options_of_guidance_change_samples_or_are_refused_by_name(lab: Lab) -> None:
+    for stage, options in (
+        ("teacher", ["--constant-guidance"]),
+        ("teacher", ["--attention-temperature", 1.5]),
+        ("teacher", ["--guide", "a"]),
+        ("student", ["--guidance-interval", "0.3,0.6"]),
+    ):
+        name, shown = lab.name(stage), set()
+        for more in ([], options):
+            lab.nfm("sample", name, "-n", 2, "-o", "grid.png", "--guidance", 2, *more)
+            shown.add((lab.folder / "grid.png").read_bytes())
+        assert len(shown) == 2, "the option changed nothing"
+        other = lab.name("student" if stage == "teacher" else "teacher")
+        said = lab.nfm("sample", other, "--guidance", 2, *options, exits=2).stderr
+        assert f"{options[0]} is of a {stage}'s samples" in said
+        said = lab.nfm("sample", name, *options, exits=2).stderr
+        assert "give --guidance too" in said
+    said = lab.nfm("sample", name, "--guidance", 2, "--guidance-interval", "0.6,0.3", exits=2).stderr
+    assert "it begins before it ends" in said
+
+
 def test_a_student_that_never_missed_its_labels_cannot_be_guided(made: Lab, tmp_path: Path) -> None:
     folder = tmp_path / "student"
     shutil.copytree(made.only("student").path, folder)

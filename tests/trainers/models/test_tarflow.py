@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfm.trainers.models.tarflow import MetaBlock, TarFlow, bits_per_dim, denoise, nll_per_dim
+from nfm.trainers.models.tarflow import Guidance, MetaBlock, TarFlow, bits_per_dim, denoise, nll_per_dim
 
 
 def flow(
@@ -139,7 +139,7 @@ def test_the_cached_inverse_is_the_naive_inverse(guidance: float, index: int) ->
     z = torch.randn(5, 16, 4, dtype=torch.float64)
     with torch.no_grad():
         expected = naive_inverse(block, z, LABELS, guidance)
-        torch.testing.assert_close(block.inverse(z, LABELS, guidance), expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(block.inverse(z, LABELS, Guidance(guidance)), expected, rtol=0, atol=1e-10)
 
 
 def test_a_dropped_label_is_the_mean_of_the_classes_with_its_gradient() -> None:
