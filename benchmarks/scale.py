@@ -145,15 +145,15 @@ def plan(folder: Path, shards: int, records: int) -> dict[str, Any]:
 
 def seal(folder: Path, shards: int, records: int) -> dict[str, Any]:
     """Seals the store: every commit is read and its files are looked for."""
-    seconds, body = timed(lambda: generations.seal(folder, spec_of(shards, records)[1]))
+    seconds, sealed = timed(lambda: generations.seal(folder, spec_of(shards, records)[1]))
     size = sum(path.stat().st_size for path in folder.glob("manifest.*"))
-    return {"seconds": seconds, "shards": body["shard_count"], "records": body["records"], "manifest_bytes": size}
+    return {"seconds": seconds, "shards": len(sealed.shards), "records": sealed.records, "manifest_bytes": size}
 
 
 def opened(folder: Path, shards: int, records: int) -> dict[str, Any]:
     """Opens the store and finds the last of its shards."""
     seconds, store = timed(lambda: PairStore.open(folder))
-    return {"seconds": seconds, "draws": store.draws, "last": store.manifest["shards"][-1]["name"]}
+    return {"seconds": seconds, "draws": store.draws, "last": store.sealed.shards[-1].name}
 
 
 def order(folder: Path, shards: int, records: int) -> dict[str, Any]:

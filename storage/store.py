@@ -19,13 +19,13 @@ from nfm.storage import layouts
 from nfm.storage.errors import StorageError
 from nfm.storage.errors.arguments import checked, whole
 from nfm.storage.files.atomic import read_json
-from nfm.storage.files.cache import ShardCache, Wanted, default_cache
-from nfm.storage.files.paths import as_path, inside, is_remote, size_of, store_named
+from nfm.storage.files.cache import ShardCache, default_cache
+from nfm.storage.files.paths import as_path, is_remote, size_of, store_named
 from nfm.storage.format import untrusted
 from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.format.spec import StoreSpec, read_spec
-from nfm.storage.ledger import seal, shard_list
-from nfm.storage.ledger.generation import DrawShards, Presence, excluded_problems
+from nfm.storage.ledger import seal
+from nfm.storage.ledger.generation import DrawShards, Generation
 from nfm.storage.ledger.row_fields import RowField
 from nfm.storage.reading.reader import BatchReader, ReadOptions
 from nfm.storage.reading.selection import Filter, read_parts, select
@@ -45,24 +45,17 @@ class PairStore:
     open store. A forked process may go on with it.
     """
 
-    def __init__(
-        self, root: Path, spec: StoreSpec, manifest: Mapping[str, Any], cache: ShardCache | None = None
-    ) -> None:
-        self.root = root
-        self.spec = spec
-        self.manifest = manifest
-        self.generation: int = manifest["generation"]
-        self.draws: int = manifest["draws"]
-        self.content_digest: str = manifest["content_digest"]
-        self.order_key: str = manifest["order_key"]
+    def __init__(self, sealed: Generation, cache: ShardCache | None = None) -> None:
+        self.root, self.spec = sealed.root, sealed.spec
+        spec = self.spec
+        self.manifest = sealed.body
+        self.generation, self.draws = sealed.number, sealed.draws
+        self.content_digest, self.order_key = sealed.content_digest, sealed.order_key
         self.value_range = spec.value_range
         self.noise_step = spec.noise_step
         self.rows_per_shard = spec.rows_per_shard
-        self.remote = is_remote(root)
-        path = str(seal.manifest_path(root, self.generation))
-        if problems := excluded_problems(spec, manifest):
-            raise StorageError(f"{path}: {problems[0]}; run `nfm audit {root}`")
-        self._presence = Presence(path, spec, manifest)
+        self.remote = is_remote(self.root)
+        self.sealed = sealed.checked()
         self._cache = cache
         self._begin()
         _stores.add(self)
@@ -93,14 +86,14 @@ class PairStore:
             generation, root = named, root.parent
         spec = read_spec(root)
         if generation is not None:
-            return cls(root, spec, seal.load(root, generation), cache)
-        newest = seal.newest(root)
+            return cls(seal.load(root, generation, spec), cache)
+        newest = seal.newest(root, spec)
         if newest is None:
             raise StorageError(
                 f"{root}: a pair store without a sealed generation; finish the pairs stage, or seal what is "
                 f"complete with `nfm pairs seal {root}`"
             )
-        return cls(root, spec, newest[1], cache)
+        return cls(newest, cache)
 
     def __enter__(self) -> PairStore:
         return self
@@ -129,7 +122,7 @@ class PairStore:
     @checked()
     def slots(self, draw: int) -> Rows:
         """The slots that a draw has, ascending: int64 [n]. All of them, unless shards are excluded."""
-        there = self._presence.of(draw).numbers
+        there = self.sealed.of(draw).numbers
         every = np.arange(len(self), dtype=np.int64)
         return every if there is None else every[np.isin(every // self.rows_per_shard, there)]
 
@@ -149,7 +142,7 @@ class PairStore:
 
         `columns` chooses some of these, `draw` one draw; by default all.
         """
-        return read_parts(self.root, self.manifest["shards"] if draw is None else self._shards_of(draw), columns)
+        return read_parts(self.root, self.sealed.shards if draw is None else self.sealed.of(draw).entries, columns)
 
     @checked()
     def image_rows(self, draw: int, slots: Rows) -> Rows:
@@ -170,7 +163,7 @@ class PairStore:
     def _rows_of(self, draw: int) -> Rows | None:
         """The rows of all slots; None where each slot holds its own row, as most couplings have it."""
         there = self.slots(draw)
-        listed = read_parts(self.root, self._shards_of(draw), ["row"])["row"].to_numpy()
+        listed = read_parts(self.root, self.sealed.of(draw).entries, ["row"])["row"].to_numpy()
         if len(listed) != len(there):
             raise StorageError(f"{self.root}: the index of draw {draw} has {len(listed)} rows; run `nfm audit`")
         if np.array_equal(listed, there):
@@ -227,9 +220,9 @@ class PairStore:
             self._check_room(shuffle, window)
         selection = None
         if filter is not None:
-            shards = {draw: self._shards_of(draw) for draw in range(self.draws)}
+            shards = {draw: self.sealed.of(draw).entries for draw in range(self.draws)}
             selection = select(self.root, shards, filter, len(self))
-        return StoreStream(self, seed, shuffle, window, selection, self._presence.numbers())
+        return StoreStream(self, seed, shuffle, window, selection, self.sealed.numbers())
 
     @checked()
     def empty(self, records: int) -> Arrays:
@@ -241,7 +234,7 @@ class PairStore:
     def shard(self, draw: int, number: int) -> layouts.Shard:
         """A shard of a draw, mapped and open, fetched into the cache first if the store is a URL."""
         if self.remote:  # before the draw's lock is taken, so that several are fetched at once
-            self.cache.together(_wanted(self.root, self.spec, self._presence.of(draw)[number]))
+            self.cache.together(self.root, layouts.files(self.spec, self.sealed.of(draw)[number]))
         return self._draw(draw).shard(number)
 
     @checked()
@@ -254,14 +247,11 @@ class PairStore:
         """Where shards of a URL are kept on this machine."""
         return self._cache or default_cache()
 
-    def _shards_of(self, draw: int) -> Sequence[Mapping[str, Any]]:
-        return self._presence.of(draw).entries
-
     def _draw(self, draw: int) -> ShardSequence:
         with self._lock:
             found = self._open.pop(draw, None)
             if found is None:
-                spec, shards = self.spec, self._presence.of(draw)
+                spec, shards = self.spec, self.sealed.of(draw)
                 open_shard = partial(_open_shard, self.root, spec, shards, self.cache)
                 found = ShardSequence(
                     open_shard,
@@ -282,14 +272,14 @@ class PairStore:
 
     def _let_go_of_evicted(self, draw: int, opened: ShardSequence) -> None:
         """What the cache evicts keeps its room on the disk while it is mapped."""
-        shards, cache = self._presence.of(draw), self.cache
+        shards, cache = self.sealed.of(draw), self.cache
         opened.let_go(
-            lambda number: not all(cache.holds(file.sha256) for file in _wanted(self.root, self.spec, shards[number]))
+            lambda number: not all(cache.holds(file.sha256) for file in layouts.files(self.spec, shards[number]))
         )
 
     def _check_room(self, shuffle: Shuffle, window: int) -> None:
         """A cache that is too small would fetch every shard again and again."""
-        sizes = [shard_list.numbers(self._shards_of(draw), "bytes") for draw in range(self.draws)]
+        sizes = [self.sealed.of(draw).entries.numbers("bytes") for draw in range(self.draws)]
         bound = self.cache.max_bytes
         full, windows = max(int(each.sum()) for each in sizes), 2 * window * max(int(each.max()) for each in sizes)
         if shuffle == "full" and full > bound:
@@ -304,15 +294,11 @@ class PairStore:
             )
 
 
-def _wanted(root: Path, spec: StoreSpec, entry: Mapping[str, Any]) -> list[Wanted]:
-    """The payload files of a shard, where the store is."""
-    return [Wanted(inside(root, file.path), file.sha256, file.bytes) for file in layouts.files(spec, entry)]
-
-
 def _open_shard(root: Path, spec: StoreSpec, shards: DrawShards, cache: ShardCache, number: int) -> layouts.Shard:
     # No method, so that a store which nobody uses any more goes at once, with its maps.
     entry = shards[number]
-    return cache.opened(_wanted(root, spec, entry), lambda paths: layouts.open_shard(spec, paths, entry["records"]))
+    files = layouts.files(spec, entry)
+    return cache.opened(root, files, lambda paths: layouts.open_shard(spec, paths, entry.records))
 
 
 class JoinedField:

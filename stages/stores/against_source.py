@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,24 +14,25 @@ from nfm.stages.encoding.slots import drawn_eps, drawn_flips, mirrored
 from nfm.storage import ImageDataset, layouts
 from nfm.storage.format import codecs
 from nfm.storage.format.index import read_index
-from nfm.storage.format.spec import StoreSpec, parse_name
+from nfm.storage.format.spec import StoreSpec
+from nfm.storage.ledger.shard_list import Entry
 
 CHUNK, CHUNK_BYTES = 1024, 8 << 20  # records in memory at a time, and what their values take as float32
 REDONE = 1024  # records of a group of minibatch-ot that is assigned anew, at most
 Array = np.ndarray
 
 
-def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Mapping[str, Any], exported: bool) -> list[str]:
-    """What is wrong with a shard, given its entry in a manifest; empty when it is its source's.
+def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Entry, exported: bool) -> list[str]:
+    """What is wrong with a shard, given its entry in a generation; empty when it is its source's.
 
     Of every coupling the label of slot s is that of row s. The image is that of row s too; but semidiscrete-ot chose
     a row of the same class, which the index tells, and reflow generated one. Where the noise is eps, it is each slot's
     own; the noises of a group of minibatch-ot are the group's eps, each once, so that z has eps's marginal exactly,
     and one seeded group is assigned anew. (An export rounds noises anew: not told of it.)
     """
-    (draw, number), records = parse_name(entry["name"]), entry["records"]
+    draw, number, records = entry.draw, entry.shard, entry.records
     shard = layouts.open_shard(spec, [root / file.path for file in layouts.files(spec, entry)], records)
-    index = read_index(root / entry["index"], ["slot", "row", "flip", "group"], records)
+    index = read_index(root / entry.index.path, ["slot", "row", "flip", "group"], records)
     slots, rows, group = (index[name].to_numpy() for name in ("slot", "row", "group"))
     flips = index["flip"].to_numpy(zero_copy_only=False)
     facts = facts_of(spec.coupling)

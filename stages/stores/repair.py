@@ -14,7 +14,7 @@ from nfm.storage.files import atomic
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, inside, size_of
 from nfm.storage.format.spec import StoreSpec, read_spec, shard_name
-from nfm.storage.ledger import commits, manifests, seal
+from nfm.storage.ledger import commits, seal
 
 
 def pinned(store: str | Path) -> tuple[Path, int]:
@@ -46,10 +46,10 @@ def sealable(out: Path) -> tuple[int, dict[str, str]]:
     found = seal.numbers(out)
     if not found:
         return complete_draws(out), {}
-    newest, draws = manifests.raw(out, found[-1]), _complete_draws(out)
-    if draws > newest["draws"]:
+    newest, draws = seal.load(out, found[-1]), _complete_draws(out)
+    if draws > newest.draws:
         return draws, {}
-    return newest["draws"], {shard["name"]: shard["reason"] for shard in newest.get("excluded", ())}
+    return newest.draws, {hole.name: hole.reason for hole in newest.excluded}
 
 
 def complete_draws(out: Path) -> int:
@@ -70,10 +70,10 @@ def _complete_draws(out: Path) -> int:
 
 def damaged_manifests(out: Path) -> list[Path]:
     """The manifests that cannot be read, with their lists of shards: the store can be sealed again from its commits."""
-    damaged = []
+    spec, damaged = read_spec(out), list[Path]()
     for number in seal.numbers(out):
         try:
-            seal.load(out, number)
+            len(seal.load(out, number, spec).shards)  # reads the list
         except NewerSchema:
             raise
         except StorageError:
@@ -85,8 +85,8 @@ def bad_shards(out: Path) -> list[str]:
     """The shards that a commit or a manifest names and that are not, whole, what was committed and sealed."""
     spec, sealed = read_spec(out), dict[str, set[str]]()
     for number in seal.numbers(out):
-        for entry in seal.load(out, number)["shards"]:
-            sealed.setdefault(entry["name"], set()).add(entry["commit_sha256"])
+        for entry in seal.load(out, number, spec).shards:
+            sealed.setdefault(entry.name, set()).add(entry.commit_sha256)
     committed = {path.stem for path in (out / "commits").glob("d*.json")}
     return [name for name in sorted(committed | set(sealed)) if not _whole(out, spec, name, sealed.get(name, set()))]
 
@@ -96,12 +96,8 @@ def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
         commit = commits.read(out, name)
         if commit is None or sealed - {atomic.hash_file(commits.commit_path(out, name))[0]}:
             return False
-        index = StoredFile(commit.index, commit.index_sha256, commit.index_bytes)
-        pairs = zip(layouts.files(spec, commit), layouts.files(spec, commit, sealed=False))
-        # Sealing moves the files of some layouts: they are in the first place, which no other file may take, or still
-        # in the second.
-        files = [final if size_of(out / final.path) is not None else staged for final, staged in pairs]
-        return all(_is(out, file) for file in [*files, index])
+        # Where sealing puts a file no other file may be, which is why `present` looks there first.
+        return all(_is(out, file) for file in (*layouts.present(out, spec, commit), commit.index))
     except StorageError:
         return False
 
@@ -121,7 +117,7 @@ def files_of_shards(out: Path, names: list[str]) -> list[Path]:
     manifests = [
         file
         for number in seal.numbers(out)
-        if not bad.isdisjoint(entry["name"] for entry in seal.load(out, number)["shards"])
+        if not bad.isdisjoint(seal.load(out, number, spec).shards.texts("name"))
         for file in seal.files_of(out, number)
     ]
     own = [path for folder in ("commits", "shards", "index") for name in names for path in _named(out / folder, name)]

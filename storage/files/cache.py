@@ -18,27 +18,20 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
 from nfm.storage.errors.arguments import checked, checked_later, function, text, whole
 from nfm.storage.files import remote
 from nfm.storage.files.cache_folder import base_folder, own_folder, shared_folder
-from nfm.storage.files.paths import TEMPORARY, is_remote, local_path, temporary_name
+from nfm.storage.files.durable import StoredFile
+from nfm.storage.files.paths import TEMPORARY, inside, is_remote, local_path, temporary_name
 from nfm.storage.files.places import stated_number
 
 T = TypeVar("T")
 _TRIES = 3
 _BOUND = whole(1)  # bytes
 _EVICTED_MOST = 20  # times that other processes may evict a file between its arrival and its opening
-
-
-class Wanted(NamedTuple):
-    """A file to have here: where it is, its SHA-256 (hex) and its size in bytes."""
-
-    path: Path
-    sha256: str
-    bytes: int
 
 
 class ShardCache:
@@ -97,13 +90,13 @@ class ShardCache:
         Raises MissingShard, CorruptShard (what arrives is not what was committed, three times) and StorageError (the
         object store fails; the disk is full; the file is larger than the bound).
         """
-        return self.together([Wanted(path, sha256, bytes)])[0]
+        return self.together(path.parent, [StoredFile(path.name, sha256, bytes)])[0]
 
     @checked(files=checked_later)
-    def together(self, files: Sequence[Wanted]) -> list[Path]:
-        """The same for files that are needed at once: none of them is evicted for another. As `local`."""
-        with self._keeping(files):
-            return [self._have(file) for file in files]
+    def together(self, root: Path, files: Sequence[StoredFile]) -> list[Path]:
+        """The same for files of the store at `root` that are needed at once: none is evicted for another."""
+        with self._keeping(root, files):
+            return [self._have(root, file) for file in files]
 
     @checked(sha256=text)
     def holds(self, sha256: str) -> bool:
@@ -111,38 +104,38 @@ class ShardCache:
         return (self.folder / sha256).exists()
 
     @checked(files=checked_later, opener=function)
-    def opened(self, files: Sequence[Wanted], opener: Callable[[list[Path]], T]) -> T:
-        """`opener` of the local files, which stay until it has opened or mapped them; it does nothing else.
+    def opened(self, root: Path, files: Sequence[StoredFile], opener: Callable[[list[Path]], T]) -> T:
+        """`opener` of files of the store at `root`, here until it has opened or mapped them; it does nothing else.
 
         Another process that shares the folder may evict one all the same, which is then fetched again. As `local`.
         """
-        if not any(is_remote(file.path) for file in files):
-            return opener([file.path for file in files])
+        if not is_remote(root):
+            return opener([inside(root, file.path) for file in files])
         gone: Exception | None = None
-        with self._keeping(files):
+        with self._keeping(root, files):
             for _ in range(_EVICTED_MOST):
-                paths = [self._have(file) for file in files]
+                paths = [self._have(root, file) for file in files]
                 try:
                     return opener(paths)
                 except (MissingShard, FileNotFoundError) as error:
                     gone = error
         raise StorageError(
-            f"{self.folder}: other processes evict {files[0].path} before it can be opened, {_EVICTED_MOST} times; "
-            "raise NFM_CACHE_BYTES, or give each process a folder of its own"
+            f"{self.folder}: other processes evict {root / files[0].path} before it can be opened, {_EVICTED_MOST} "
+            "times; raise NFM_CACHE_BYTES, or give each process a folder of its own"
         ) from gone
 
     @contextlib.contextmanager
-    def _keeping(self, files: Sequence[Wanted]) -> Iterator[None]:
+    def _keeping(self, root: Path, files: Sequence[StoredFile]) -> Iterator[None]:
         """Files that are not evicted meanwhile, and have room: all of them or none, so that no two wait for each other.
 
         Waits until what other threads keep leaves that room.
         """
-        mine = {_name(file): file.bytes for file in files if is_remote(file.path)}
+        mine = {_name(root, file): file.bytes for file in files} if is_remote(root) else {}
         if not mine:
             yield
             return
         with self._arrived:
-            while not self._fits(mine, files[0].path):
+            while not self._fits(mine, root / files[0].path):
                 self._arrived.wait()
             self._kept |= mine
             self._keepers.update(mine.keys())
@@ -167,29 +160,30 @@ class ShardCache:
             )
         return sum({**self._kept, **mine}.values()) <= bound
 
-    def _have(self, file: Wanted) -> Path:
-        if not is_remote(file.path):
-            return file.path
+    def _have(self, root: Path, file: StoredFile) -> Path:
+        path = inside(root, file.path)
+        if not is_remote(path):
+            return path
         target = self.folder / file.sha256
         if not _used(target, file.bytes):
             with self._lock:
                 turn = self._fetching.setdefault(file.sha256, threading.Lock())
             with turn:
                 if not _used(target, file.bytes):
-                    self._fetch(file, target)
+                    self._fetch(path, file, target)
             with self._lock:
                 self._fetching.pop(file.sha256, None)
         return target
 
-    def _fetch(self, file: Wanted, target: Path) -> None:
+    def _fetch(self, path: Path, file: StoredFile, target: Path) -> None:
         with self._arrived:
             self._make_room()
         for tries in range(1, _TRIES + 1):
-            problem = _arrive(file, target)
+            problem = _arrive(path, file, target)
             if problem is None:
                 return
             time.sleep(0.1 * tries)
-        raise CorruptShard(f"{file.path}: {problem}, {_TRIES} times; run `nfm pairs verify` on its store")
+        raise CorruptShard(f"{path}: {problem}, {_TRIES} times; run `nfm pairs verify` on its store")
 
     def _make_room(self) -> None:
         """Evicts what was used longest ago, until there is room for all that is kept, here already or not."""
@@ -215,9 +209,9 @@ class ShardCache:
         return found
 
 
-def _name(file: Wanted) -> str:
+def _name(root: Path, file: StoredFile) -> str:
     if not re.fullmatch("[0-9a-f]{64}", file.sha256):  # it becomes the name of a file
-        raise CorruptShard(f"{file.path}: {file.sha256!r} is no SHA-256; run `nfm pairs verify` on its store")
+        raise CorruptShard(f"{root / file.path}: {file.sha256!r} is no SHA-256; run `nfm pairs verify` on its store")
     return file.sha256
 
 
@@ -258,13 +252,13 @@ def _used(target: Path, size: int) -> bool:
     return True
 
 
-def _arrive(file: Wanted, target: Path) -> str | None:
+def _arrive(path: Path, file: StoredFile, target: Path) -> str | None:
     """Downloads a file to its name; what is wrong with what arrived, None when it is right."""
     temporary = target.parent / temporary_name(file.sha256)
     sha, size = hashlib.sha256(), 0
     try:
         with open(temporary, "xb", buffering=0) as out:
-            for piece in remote.read_pieces(file.path, file.bytes):
+            for piece in remote.read_pieces(path, file.bytes):
                 sha.update(piece)
                 size += len(piece)
                 _write_all(out.write, piece)
@@ -272,7 +266,7 @@ def _arrive(file: Wanted, target: Path) -> str | None:
             os.replace(temporary, target)
             return None
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingShard(f"{file.path}: the file is missing; run `nfm pairs verify` on its store") from error
+        raise MissingShard(f"{path}: the file is missing; run `nfm pairs verify` on its store") from error
     except OSError as error:
         raise cannot_write(target, error) from error
     finally:

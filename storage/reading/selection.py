@@ -18,6 +18,7 @@ from nfm.storage.errors.arguments import WrongArgument, wrong
 from nfm.storage.files.atomic import canonical_json, digest
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, is_remote
+from nfm.storage.format.commit import ShardFiles
 from nfm.storage.format.index import INDEX_SCHEMA, read_index
 from nfm.storage.format.order import Rows
 
@@ -48,8 +49,8 @@ class Selection:
         return counts[counts > 0]
 
 
-def select(root: Path, shards: Mapping[int, Sequence[Mapping[str, Any]]], filter: Filter, rows: int) -> Selection:
-    """The records of these shards (manifest entries, by draw) that match, from the columns that the filter names.
+def select(root: Path, shards: Mapping[int, Sequence[ShardFiles]], filter: Filter, rows: int) -> Selection:
+    """The records of these shards (by draw) that match, from the columns that the filter names.
 
     Raises ValueError for columns that no index has, StorageError when nothing matches.
     """
@@ -86,17 +87,17 @@ def as_expression(filter: Filter) -> pc.Expression:
 
 def read_parts(
     root: Path,
-    entries: Sequence[Mapping[str, Any]],
+    shards: Sequence[ShardFiles],
     columns: Sequence[str] | None,
     expression: pc.Expression | None = None,
 ) -> pa.Table:
     """Columns of the index parts of some shards, one after another, or those rows that match; read in parallel."""
 
-    def read(part: Mapping[str, Any]) -> pa.Table:
-        table = read_index(inside(root, part["index"]), columns, part["records"], part.get("index_sha256"))
+    def read(shard: ShardFiles) -> pa.Table:
+        table = read_index(inside(root, shard.index.path), columns, shard.records, shard.index.sha256)
         return table if expression is None else table.filter(expression)
 
-    return pa.concat_tables(parallel(read, entries, _REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS))
+    return pa.concat_tables(parallel(read, shards, _REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS))
 
 
 def _columns(expression: pc.Expression, text: str) -> list[str]:

@@ -100,10 +100,10 @@ def _forge(root: Path, spec: StoreSpec, change) -> None:
     """A store whose digests all agree although shard 0 does not hold what it should."""
     written = commits.read(root, "d000-s00000")
     assert written is not None
-    shard = MappedShard(root / written.payload, spec.fields, 20, spec.rows_per_block)
+    shard = MappedShard(root / written.payload.path, spec.fields, 20, spec.rows_per_block)
     arrays = {field.name: shard.read(field.name, 0, 20) for field in spec.fields}
     change(arrays)
-    with ShardWriter(root / written.payload, spec.fields, 20, written.name, spec.rows_per_block) as writer:
+    with ShardWriter(root / written.payload.path, spec.fields, 20, written.name, spec.rows_per_block) as writer:
         writer.append(arrays)
     assert writer.payload is not None
     path = commits.commit_path(root, written.name)
