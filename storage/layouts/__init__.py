@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
@@ -19,7 +19,7 @@ from nfm.storage.files.small_files import read_bytes
 from nfm.storage.format.commit import ShardFiles
 from nfm.storage.format.spec import Field, StoreSpec, use_layouts
 from nfm.storage.layouts.mapped import Mapped
-from nfm.storage.layouts.tar_base import Stock, Text
+from nfm.storage.layouts.tar_base import BlockWriter, Stock, Text
 from nfm.storage.layouts.tar_blocks import Blocks
 from nfm.storage.layouts.tar_samples import Samples
 from nfm.storage.layouts.zarr import Zarr
@@ -41,28 +41,6 @@ class Shard(Protocol):
         ...
 
 
-class Writer(Protocol):
-    """A shard being written: a context manager that leaves nothing behind on an error."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def written(self) -> int:
-        """Records so far."""
-        ...
-
-    def append(self, arrays: Mapping[str, Array]) -> None:
-        """Adds n records: for every field an array [n, *shape] of the field's dtype, and no other names."""
-        ...
-
-    def close(self) -> Any: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *error: Any) -> None: ...
-
-
 class Layout(Protocol):
     """How the records of a shard lie in its files. A layout is one file with such an object, and a line of `LAYOUTS`.
 
@@ -76,7 +54,7 @@ class Layout(Protocol):
     @property
     def holes(self) -> bool: ...
 
-    def writer(self, spec: StoreSpec, path: Path, name: str) -> Writer:
+    def writer(self, spec: StoreSpec, path: Path, name: str) -> BlockWriter:
         """Begins to write the shard `name`."""
         ...
 
@@ -141,19 +119,19 @@ def payload_name(spec: StoreSpec, name: str, attempt: str) -> str:
     return f"shards/{name}.{attempt}" + ("" if of(spec).by_field else ".tar")
 
 
-def writer(spec: StoreSpec, root: Path, name: str, attempt: str) -> Writer:
+def writer(spec: StoreSpec, root: Path, name: str, attempt: str) -> BlockWriter:
     """Begins to write the shard `name` under an attempt's name."""
     return of(spec).writer(spec, root / payload_name(spec, name, attempt), name)
 
 
-def closed(writer: Writer, payload: str) -> tuple[StoredFile, tuple[StoredFile, ...]]:
+def closed(writer: BlockWriter, payload: str) -> tuple[StoredFile, tuple[StoredFile, ...]]:
     """Makes a shard durable: (the payload as a whole, its parts by field where it is several files).
 
     Their paths are relative to the store, in which `payload` is the shard that is written.
     """
     found = writer.close()
-    if isinstance(found, StoredFile):
-        return replace(found, path=payload), ()
+    if found[0].path == str(writer.path):
+        return replace(found[0], path=payload), ()
     parts = tuple(replace(file, path=f"{payload}/{posixpath.basename(file.path)}") for file in found)
     whole = content_digest(part.sha256 for part in parts)
     return StoredFile(payload, whole, sum(part.bytes for part in parts)), parts

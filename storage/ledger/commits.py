@@ -13,8 +13,8 @@ from pathlib import Path
 
 from nfm.storage import layouts
 from nfm.storage.errors import MissingShard, StorageError
+from nfm.storage.files import digested_json
 from nfm.storage.files import folder as listing
-from nfm.storage.files import signed_json
 from nfm.storage.files.atomic import create_json, digest, hash_file, read_json
 from nfm.storage.files.paths import as_path, exists, remove, several, size_of
 from nfm.storage.format.commit import Commit, parse
@@ -90,7 +90,7 @@ def read_many(root: str | Path, names: Sequence[str]) -> Iterator[tuple[Commit, 
             path, data = commit_path(where, name), folder.read(f"{name}.json")
             if data is not None:
                 try:
-                    return parse(path, name, signed_json.checked(path, data, signed=True)), digest(data)
+                    return parse(path, name, digested_json.checked(path, data)), digest(data)
                 except StorageError:
                     pass  # of an object store it may have been damaged on the way; else it is damaged again
             commit = read(where, name)

@@ -158,7 +158,7 @@ class ListWriter:
         self._parquet.close()
         name = list_name(generation, self._file.sha256)
         self._file.path = self._root / name
-        self._file.publish()
+        self._file.close()
         return {"file": name, "sha256": self._file.sha256, "bytes": self._file.bytes, "count": self._count}
 
     def discard(self) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from nfm.storage import layouts
 from nfm.storage.errors import StorageError
+from nfm.storage.files import digested_json
 from nfm.storage.files import folder as listing
-from nfm.storage.files import signed_json
 from nfm.storage.files.atomic import digest, hash_file
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import is_remote
@@ -142,7 +142,7 @@ def read_commit(
             if trusting and any(entry.commit_sha256 == sha256 for entry in entries):
                 body = json.loads(data)
             else:
-                body = signed_json.checked(path, data, signed=True)
+                body = digested_json.checked(path, data)
             if isinstance(body, dict):
                 return parse(path, name, body), sha256
         except (StorageError, ValueError, RecursionError) as error:

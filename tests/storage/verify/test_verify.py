@@ -105,10 +105,9 @@ def _forge(root: Path, spec: StoreSpec, change) -> None:
     change(arrays)
     with ShardWriter(root / written.payload.path, spec.fields, 20, written.name, spec.rows_per_block) as writer:
         writer.append(arrays)
-    assert writer.payload is not None
     path = commits.commit_path(root, written.name)
     body = atomic.read_json(path)
-    atomic.write_json(path, body | {"payload_sha256": writer.payload.sha256})
+    atomic.write_json(path, body | {"payload_sha256": writer.files[0].sha256})
     seal.manifest_path(root, 1).unlink()
     seal.seal(root, 1)
 
