@@ -21,6 +21,7 @@ from nfm.stages.base import (
 from nfm.stages.evaluation.config import SPEEDS, EvaluateConfig
 from nfm.stages.evaluation.inception import find_weights, weights_sha256
 from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key
+from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.sampling import (
     Sampler,
     find_reference_solver,
@@ -28,7 +29,6 @@ from nfm.stages.trained.sampling import (
     student_sampler,
     teacher_sampler,
 )
-from nfm.stages.trained.training import pick_device
 from nfm.storage.files import atomic
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs.config import PairsConfig
 from nfm.stages.pairs.recipe import pair_flops, planned_spec
+from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.teacher import TeacherConfig
-from nfm.stages.trained.training import blaming, pick_device
+from nfm.stages.trained.training import blaming
 from nfm.storage import StoreSpec, layouts
 from nfm.trainers.models.sizes import check_patch
 

@@ -31,7 +31,8 @@ from nfm.stages.pairs.recipe import (
     small_groups,
     store_spec,
 )
-from nfm.stages.trained.training import WEIGHTS, pick_device
+from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.training import WEIGHTS
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec

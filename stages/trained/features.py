@@ -8,33 +8,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nfm.stages.base import Inputs, Reporter, Result
+from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.training import (
-    CHECKPOINT,
-    METRICS,
     WEIGHTS,
+    Task,
     TrainingSection,
     blaming,
     check_section,
     fit,
+    kept_files,
     parameter_count,
-    pick_device,
     read_weights,
-    recipe,
 )
 from nfm.storage import ImageDataset
-from nfm.storage.files import atomic
 from nfm.trainers.models.sizes import check_sides
 
 if TYPE_CHECKING:
     import torch
 
     from nfm.trainers.models.cnn import FeatureNet
+    from nfm.trainers.training.randomness import Randomness
 
 NAME = "features"
 VERSION = 1
@@ -49,6 +48,12 @@ class FeaturesConfig(TrainingSection):
     warmup: float = Field(0.1, ge=0, le=1)
     ema: float = Field(0.995, ge=0, lt=1)
 
+    @model_validator(mode="after")
+    def _check_whole_batches(self) -> Self:
+        if self.microbatch is not None:
+            raise ValueError("microbatch: its batch normalisation wants whole batches; leave it out")
+        return self
+
 
 def fits(config: FeaturesConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit where the data, as far as `facts` tell of it, is not what the classifier takes."""
@@ -60,28 +65,34 @@ def fits(config: FeaturesConfig, facts: Mapping[str, Any]) -> None:
     check_section(NAME, config, facts, sizes)
 
 
-def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Train the classifier and state its accuracy on held-out images."""
+def task(config: FeaturesConfig, inputs: Inputs, device: str) -> Task:
+    """What each process of the training makes."""
     import torch
 
-    from nfm.trainers.checkpoint import pack_weights
     from nfm.trainers.models.cnn import FeatureNet, classification_loss
 
-    def loss(model: FeatureNet, batch: Any, generator: torch.Generator) -> Any:
-        if not train.classes:
-            turns = torch.randint(TURNS, (len(batch),), generator=generator, device=generator.device)
-            batch = replace(batch, image=_turned(batch.image, turns), label=turns)
-        return classification_loss(model, batch, generator)
-
-    train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    train = ImageDataset.open(inputs["data"], "train")
     torch.manual_seed(config.seed)
     channels, height, width = train.image_shape
     with blaming("config section [features]"):
         model = FeatureNet((channels, height, width), len(train.classes) or TURNS)
-        batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
-    trained = fit(model, loss, batches, config, recipe(config, config.images), out, report, "images")
-    atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, model.architecture))
+        batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
 
+    def loss(model: FeatureNet, batch: Any, random: Randomness) -> Any:
+        if not train.classes:
+            turns = random.integers(TURNS)
+            batch = replace(batch, image=_turned(batch.image, turns), label=turns)
+        return classification_loss(model, batch, random)
+
+    return Task(model, loss, batches, model.architecture, config.images, "images")
+
+
+def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train the classifier and state its accuracy on held-out images."""
+    import torch
+
+    train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    fit(task, config, inputs, out, report)
     network = load(out, pick_device(config.device))
     rows = np.arange(len(heldout))
     images, labels = heldout.images(rows), heldout.labels(rows)
@@ -95,7 +106,7 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
         "parameters": parameter_count(network),
         **({} if train.classes else {"task": "which way is it turned"}),
     }
-    return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
+    return Result(payload=[WEIGHTS], metrics=metrics, files=kept_files(out))
 
 
 def load(folder: Path, device: str = "cpu") -> FeatureNet:

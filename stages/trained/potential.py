@@ -12,7 +12,8 @@ from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Result, Section, StageError, Stopped, operational
 from nfm.stages.trained import costs
-from nfm.stages.trained.training import CHECKPOINT, blaming, pick_device
+from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.training import blaming
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 NAME = "potential"
 VERSION = 1
 VECTORS, FACTS = "potential.safetensors", "potential.json"
+CHECKPOINT = "checkpoint.safetensors"  # the class in hand
 FINISHED = "finished.safetensors"  # as CHECKPOINT is of the class in hand
 
 

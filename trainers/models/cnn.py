@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfm.trainers.models.batch_norm import BatchNorm2d
 from nfm.trainers.models.sizes import check_sides
+from nfm.trainers.training.randomness import Randomness
 
 
 class FeatureNet(nn.Module):
@@ -52,9 +54,7 @@ class FeatureNet(nn.Module):
         return self.head(self.features(images))
 
 
-def classification_loss(
-    model: nn.Module, batch: Any, generator: torch.Generator
-) -> tuple[Tensor, dict[str, float | Tensor]]:
+def classification_loss(model: nn.Module, batch: Any, random: Randomness) -> tuple[Tensor, dict[str, float | Tensor]]:
     """Cross entropy (nats) of `batch.image` and `batch.label`, and the accuracy, as `loop.train` takes it."""
     logits = model(batch.image).float()
     accuracy = (logits.argmax(dim=1) == batch.label).float().mean()
@@ -64,6 +64,6 @@ def classification_loss(
 def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
     return [
         nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
+        BatchNorm2d(channels_out),
         nn.ReLU(inplace=True),
     ]

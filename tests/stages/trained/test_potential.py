@@ -15,8 +15,8 @@ from nfm.stages.trained import potential
 from nfm.stages.trained.potential import PotentialConfig
 from nfm.storage import ImageDataset
 from nfm.trainers.checkpoint import pack, unpack
-from tests.stages.recorder import Recorder
-from tests.stages.shop import Heard
+from tests.stages.pairs.shop import Heard
+from tests.support.recorder import Recorder
 
 CONFIG = PotentialConfig(samples=40_000, batch_size=256, check_every=10_000, save_every=5_000, device="cpu")
 
