@@ -1,4 +1,4 @@
-"""The actors of the Ray executor: what each asks of the cluster, what is in flight where, who is hired and who is lost.
+"""The pool of Ray actors: what each asks of the cluster, what is in flight where, which are started and which are lost.
 
 An actor goes through three states: *asked for* (its resources are not granted yet), *placed* (its process runs and
 loads the teacher), *ready* (it takes shards, at most `IN_FLIGHT` at once).
@@ -21,7 +21,7 @@ from nfm.storage.ledger.commits import Commit
 IN_FLIGHT = 2
 LOOK_SECONDS = 1.0  # how often the cluster is asked for nodes that came or went
 FIRST_WORD, NEXT_WORD = 10.0, 30.0  # seconds until somebody is told that actors wait for resources, and again
-REST_SECONDS = 60.0  # how long nobody is hired after an actor could not begin while others work
+PAUSE_SECONDS = 60.0  # how long no actor is started after an actor could not begin while others work
 
 
 class Worker:
@@ -74,7 +74,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Landing:
+class Answer:
     """A call that was answered: with its value, or with Ray's error."""
 
     seat: Seat
@@ -82,7 +82,7 @@ class Landing:
     result: Any
 
 
-class Crew:
+class ActorPool:
     """Actors for a setup: `workers` of them, or as many as the cluster carries at the time when it is 0.
 
     `wanted` is that number as of the last look. `say` hears of actors that wait for resources; StageError when none
@@ -97,7 +97,7 @@ class Crew:
         self.seats: dict[int, Seat] = {}
         self.wanted = self._count()
         remote: Any = ray.remote  # its stubs do not know concurrency groups
-        self._hire = remote(
+        self._new_actor = remote(
             num_cpus=share.cpus,
             num_gpus=share.gpus,
             max_restarts=0,
@@ -106,8 +106,8 @@ class Crew:
         )(Worker).remote
         self._started = self._last_ready = time.monotonic()
         self._next_word = self._started + FIRST_WORD
-        self._next_look = self._rest_until = 0.0
-        self._ended = self._greeted = False
+        self._next_look = self._paused_until = 0.0
+        self._ended = self._first_is_ready = False
 
     @property
     def in_flight(self) -> int:
@@ -118,14 +118,17 @@ class Crew:
         """Whether any actor is ready."""
         return any(seat.ready for seat in self.seats.values())
 
-    def muster(self, jobs: int) -> None:
-        """Hire who is missing for `jobs` shards, let go who waits for a node that left, and say who waits."""
+    def fill(self, jobs: int) -> None:
+        """Starts the actors that are missing for `jobs` shards, and says which wait for resources.
+
+        Those that wait for a node that left are given up.
+        """
         now = time.monotonic()
         if now < self._next_look or self._ended:
             return
         self._next_look = now + LOOK_SECONDS
         wanted = self.wanted = self._count()
-        if now >= self._rest_until:
+        if now >= self._paused_until:
             for _ in range(min(wanted, jobs) - len(self.seats)):
                 if not self._room_for_one_more():
                     break
@@ -143,8 +146,8 @@ class Crew:
                     job = waiting.popleft()
                     seat.calls.append((seat.actor.encode.remote(job), job))
 
-    def landed(self, seconds: float = 1.0) -> Landing | None:
-        """The next call that is answered within some time; the calls of an actor land in order."""
+    def next_answer(self, seconds: float = 1.0) -> Answer | None:
+        """The next call that is answered within some time; the calls of an actor are answered in order."""
         import ray
 
         first = {seat.calls[0][0]: seat for seat in self.seats.values() if seat.calls}
@@ -155,25 +158,25 @@ class Crew:
             seat = first[reference]
             _, call = seat.calls.popleft()
             try:
-                return Landing(seat, call, ray.get(reference))
+                return Answer(seat, call, ray.get(reference))
             except ray.exceptions.RayError as error:
-                return Landing(seat, call, error)
+                return Answer(seat, call, error)
         return None
 
-    def greet(self, landing: Landing) -> None:
+    def welcome(self, answer: Answer) -> None:
         """Take note that an actor was placed or is ready."""
-        seat = landing.seat
-        if landing.call == "place":
-            seat.host = landing.result
+        seat = answer.seat
+        if answer.call == "place":
+            seat.host = answer.result
             return
         seat.ready = True
-        if not self._greeted:
-            self._greeted = True
+        if not self._first_is_ready:
+            self._first_is_ready = True
             self.say(f"the first Ray actor is ready after {time.monotonic() - self._started:.1f} s, on {seat.host}")
 
-    def rest(self) -> None:
-        """Hire nobody for a while."""
-        self._rest_until = time.monotonic() + REST_SECONDS
+    def pause(self) -> None:
+        """Start no actor for a while."""
+        self._paused_until = time.monotonic() + PAUSE_SECONDS
 
     def remove(self, seat: Seat) -> list[ShardJob]:
         """Give a seat up; returns the jobs that were in flight there."""
@@ -191,7 +194,7 @@ class Crew:
             for seat in self.seats.values():
                 seat.actor.end.options(concurrency_group="control").remote()
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         for seat in list(self.seats.values()):
             self.remove(seat)
 
@@ -201,7 +204,7 @@ class Crew:
 
     def _seat_one(self) -> None:
         number = next(number for number in range(len(self.seats) + 1) if number not in self.seats)
-        seat = self.seats[number] = Seat(number, self._hire())
+        seat = self.seats[number] = Seat(number, self._new_actor())
         seat.calls.append((seat.actor.place.remote(), "place"))
         seat.calls.append((seat.actor.begin.remote(self.setup), "begin"))
 
