@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -38,7 +39,58 @@ if TYPE_CHECKING:
 _DRAWS_OPEN = 2  # a reader at the end of an epoch uses two draws
 
 
-class PairStore:
+class Readable(ABC):
+    """Pairs that are read in batches: a store, or a mixture of stores."""
+
+    @abstractmethod
+    def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> Any:
+        """The order of the records that a reader follows."""
+
+    @checked(options=ReadOptions)
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        epochs: int | None = 1,
+        *,
+        shuffle: Shuffle = "full",
+        window: int = 16,
+        filter: Filter | None = None,
+        **options: Unpack[ReadOptions],
+    ) -> BatchReader:
+        """Batches of float32 images and noise [B, *shape]. Epoch e reads draw e modulo `draws`.
+
+        `batch_size` counts the records of all ranks together. `epochs=None` never ends. `shuffle`: "full" mixes the
+        whole draw; "windowed" mixes `window` shards at a time and reads the next ones ahead, for stores larger than
+        memory; None keeps the order of the slots. `filter` keeps the records that match: a pyarrow expression over the
+        columns of `index`, or a list of conditions such as [("label", "in", [1, 2])]. `ReadOptions` has the others.
+
+        The filter of a mixture applies to every member.
+
+        You may keep a batch as long as you like. Every call begins at epoch 0, so ask for all epochs in one call.
+        Raises StorageError for a wrong argument, MissingShard or CorruptShard when a bad shard is reached.
+        """
+        return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
+
+    @checked(options=ReadOptions)
+    def as_torch_dataset(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        epochs: int | None = 1,
+        *,
+        shuffle: Shuffle = "full",
+        window: int = 16,
+        filter: Filter | None = None,
+        **options: Unpack[ReadOptions],
+    ) -> TorchBatches:
+        """The same batches as an IterableDataset: `DataLoader(dataset, batch_size=None, num_workers=any)`."""
+        from nfm.storage.reading.torch_dataset import TorchBatches
+
+        return TorchBatches(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
+
+
+class PairStore(Readable):
     """A store of (image, noise) pairs, open for reading. Every draw has `rows` pairs, one at each slot.
 
     Shards are mapped into memory, and committed shards never change. Any number of readers and threads may share an
@@ -171,47 +223,6 @@ class PairStore:
         rows = np.full(len(self), -1, np.int64)
         rows[there] = listed
         return rows
-
-    @checked(options=ReadOptions)
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        epochs: int | None = 1,
-        *,
-        shuffle: Shuffle = "full",
-        window: int = 16,
-        filter: Filter | None = None,
-        **options: Unpack[ReadOptions],
-    ) -> BatchReader:
-        """Batches of float32 images and noise [B, *shape]. Epoch e reads draw e modulo `draws`.
-
-        `batch_size` counts the records of all ranks together. `epochs=None` never ends. `shuffle`: "full" mixes the
-        whole draw; "windowed" mixes `window` shards at a time and reads the next ones ahead, for stores larger than
-        memory; None keeps the order of the slots. `filter` keeps the records that match: a pyarrow expression over the
-        columns of `index`, or a list of conditions such as [("label", "in", [1, 2])]. `ReadOptions` has the others.
-
-        You may keep a batch as long as you like. Every call begins at epoch 0, so ask for all epochs in one call.
-        Raises StorageError for a wrong argument, MissingShard or CorruptShard when a bad shard is reached.
-        """
-        return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
-
-    @checked(options=ReadOptions)
-    def as_torch_dataset(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        epochs: int | None = 1,
-        *,
-        shuffle: Shuffle = "full",
-        window: int = 16,
-        filter: Filter | None = None,
-        **options: Unpack[ReadOptions],
-    ) -> TorchBatches:
-        """The same batches as an IterableDataset: `DataLoader(dataset, batch_size=None, num_workers=any)`."""
-        from nfm.storage.reading.torch_dataset import TorchBatches
-
-        return TorchBatches(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 
     @checked()
     def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> StoreStream:
