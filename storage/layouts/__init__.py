@@ -18,7 +18,7 @@ from nfm.storage.files.paths import remove as remove_file
 from nfm.storage.files.small_files import read_bytes
 from nfm.storage.format.commit import ShardFiles
 from nfm.storage.format.spec import Field, StoreSpec, use_layouts
-from nfm.storage.layouts.mapped import Mapped
+from nfm.storage.layouts.mapped import Shard
 from nfm.storage.layouts.tar_base import BlockWriter, Stock, Text
 from nfm.storage.layouts.tar_blocks import Blocks
 from nfm.storage.layouts.tar_samples import Samples
@@ -26,19 +26,6 @@ from nfm.storage.layouts.zarr import Zarr
 from nfm.storage.layouts.zarr_writer import remove_folder
 
 Array = npt.NDArray[Any]
-
-
-class Shard(Protocol):
-    """A shard open for reading, mapped where its layout allows it."""
-
-    records: int
-    fields: tuple[Field, ...]
-    addresses: dict[str, int]  # where the mapped file of a field begins in this process's memory
-    maps: list[Mapped]  # of all files
-
-    def read(self, name: str, start: int, stop: int) -> Array:
-        """Records start to stop of one field as stored, as a new array [stop - start, *shape]."""
-        ...
 
 
 class Layout(Protocol):

@@ -46,11 +46,6 @@ def test_velocity_depends_on_every_patch_the_time_and_the_label() -> None:
     assert (back - base).abs().max() > 1e-3, "positions tell patches apart"
 
 
-
-
-
-
-
 def test_impossible_sizes_are_refused_with_the_field_and_value() -> None:
     with pytest.raises(ValueError, match="patch = 3 does not divide the image 8 x 8"):
         SiT((1, 8, 8), 0, patch=3, width=64, depth=1)

@@ -71,10 +71,6 @@ def test_velocity_depends_on_the_whole_image_the_time_and_the_label() -> None:
     assert (model(moved, T, Y) - base)[:, :, 0, 0].abs().max() > 1e-5
 
 
-
-
-
-
 def test_it_overfits_a_tiny_set() -> None:
     model = student(trained=False)
     target = torch.randn(X.shape, generator=torch.Generator().manual_seed(3))
