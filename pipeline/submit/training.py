@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nfm.pipeline.submit.slurm import Script, Submission, directive, nfm, script
+from nfm.pipeline.submit.slurm import HEAD, Script, Submission, directive, nfm, script
 
 
 def training_job(submission: Submission, stage: str, nodes: int, per_node: int) -> Script:
@@ -25,8 +25,8 @@ def training_job(submission: Submission, stage: str, nodes: int, per_node: int) 
             submission,
             [directive(option) for option in options],
             "# SIGTERM, 120 s before the time limit, reaches every process: all save and stop at the same step.",
-            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
+            HEAD,
+            "export MASTER_ADDR=$head MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
             f"export OMP_NUM_THREADS={submission.threads}",
             f"exec srun --kill-on-bad-exit=1 --cpus-per-task={submission.threads} bash -c \\",
             "  'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec \"$@\"' task \\",
