@@ -19,6 +19,7 @@ from nfm.stages.executors.ray_cluster import Share, carried
 from nfm.storage.ledger.commits import Commit
 
 IN_FLIGHT = 2
+ANSWER_SECONDS = 1.0  # how long an answer is waited for at a time
 LOOK_SECONDS = 1.0  # how often the cluster is asked for nodes that came or went
 FIRST_WORD, NEXT_WORD = 10.0, 30.0  # seconds until somebody is told that actors wait for resources, and again
 PAUSE_SECONDS = 60.0  # how long no actor is started after an actor could not begin while others work
@@ -146,15 +147,15 @@ class ActorPool:
                     job = waiting.popleft()
                     seat.calls.append((seat.actor.encode.remote(job), job))
 
-    def next_answer(self, seconds: float = 1.0) -> Answer | None:
+    def next_answer(self) -> Answer | None:
         """The next call that is answered within some time; the calls of an actor are answered in order."""
         import ray
 
         first = {seat.calls[0][0]: seat for seat in self.seats.values() if seat.calls}
         if not first:
-            time.sleep(seconds / 10)
+            time.sleep(ANSWER_SECONDS / 10)
             return None
-        for reference in ray.wait(list(first), num_returns=1, timeout=seconds)[0]:
+        for reference in ray.wait(list(first), num_returns=1, timeout=ANSWER_SECONDS)[0]:
             seat = first[reference]
             _, call = seat.calls.popleft()
             try:

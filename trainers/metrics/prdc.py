@@ -1,6 +1,6 @@
 """Precision, recall, density and coverage: how far two sets of features lie in each other's neighbourhoods.
 
-A set's manifold is the union of balls around its members, each as large as the distance to its k-th nearest other.
+A set's manifold is the union of balls around its members, each as large as the distance to its K-th nearest other.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Prdc(NamedTuple):
     coverage: float
 
 
-def manifold(features: Tensor | np.ndarray, k: int = K) -> Manifold:
-    """The members' balls of features [N, D], N > k. Raises ValueError for fewer, or values that are not finite."""
+def manifold(features: Tensor | np.ndarray) -> Manifold:
+    """The members' balls of features [N, D], N > K. Raises ValueError for fewer, or values that are not finite."""
     x = torch.as_tensor(features).detach().cpu().double()
-    if x.dim() != 2 or len(x) <= k:
-        raise ValueError(f"features have shape {tuple(x.shape)}; give [N, D] of more than k = {k} rows")
+    if x.dim() != 2 or len(x) <= K:
+        raise ValueError(f"features have shape {tuple(x.shape)}; give [N, D] of more than k = {K} rows")
     if not torch.isfinite(x).all():
         raise ValueError("features have values that are not finite")
     parts = []
@@ -44,15 +44,15 @@ def manifold(features: Tensor | np.ndarray, k: int = K) -> Manifold:
         gaps = _squared(x[start : start + CHUNK], x)
         own = torch.arange(len(gaps))
         gaps[own, start + own] = 0
-        parts.append(gaps.topk(k + 1, dim=1, largest=False).values[:, -1])
+        parts.append(gaps.topk(K + 1, dim=1, largest=False).values[:, -1])
     return Manifold(x, torch.cat(parts).sqrt())
 
 
-def prdc(real: Manifold, fake: Manifold, k: int = K) -> Prdc:
-    """All four of the samples `fake` against `real`; both made with the same k, best of as many members.
+def prdc(real: Manifold, fake: Manifold) -> Prdc:
+    """All four of the samples `fake` against `real`; best both of as many members.
 
     Precision is the share of samples in the real manifold, recall the share of real members in the samples'
-    (Kynkaanniemi et al. 2019, arXiv 1904.06991). Density counts, over k, in how many real balls a sample lies, and
+    (Kynkaanniemi et al. 2019, arXiv 1904.06991). Density counts, over K, in how many real balls a sample lies, and
     coverage is the share of real balls that hold a sample (Naeem et al. 2020, arXiv 2002.09797): both trust the
     real balls alone, which outliers among the samples cannot enlarge.
     """
@@ -68,7 +68,7 @@ def prdc(real: Manifold, fake: Manifold, k: int = K) -> Prdc:
         covered += int(inside.any(dim=1).sum())
         recalled += int((gaps <= fake.radii.square()).any(dim=1).sum())
     count = len(real.members)
-    precision, density = float((within > 0).double().mean()), float(within.mean()) / k
+    precision, density = float((within > 0).double().mean()), float(within.mean()) / K
     return Prdc(precision, recalled / count, density, covered / count)
 
 
