@@ -169,7 +169,7 @@ class PairStore(Readable):
     @property
     def excluded(self) -> Sequence[Mapping[str, Any]]:
         """The shards that this generation lacks: name, slots [first, after the last], records and reason of each."""
-        return self.manifest.get("excluded", ())
+        return [hole.to_json() for hole in self.sealed.excluded]
 
     @checked()
     def slots(self, draw: int) -> Rows:

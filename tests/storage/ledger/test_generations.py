@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nfm.storage import errors as storage_errors
 from nfm.storage import layouts as layouts
 from nfm.storage.errors import MissingShard, NewerSchema, StorageError
 from nfm.storage.files import atomic
@@ -167,3 +169,17 @@ def test_a_sealed_zarr_store_at_a_url_is_opened_by_stock_zarr(make_store, spec_o
     seal.seal(root, 1)
     stock = zarr.open(root, mode="r")
     np.testing.assert_array_equal(stock["d000/slot"][...], np.arange(50))
+
+
+def test_only_the_ledgers_records_know_how_a_file_is_listed() -> None:
+    """Whoever else asks a `Generation`, an `Entry` or a `Commit`: what they say was checked."""
+    root = Path(storage_errors.__file__).resolve().parents[2]
+    keys = re.compile(r"""["'](commit_sha256|index_sha256|index_bytes|payload_sha256|payload_bytes)["']""")
+    knowing = {
+        f"{path.relative_to(root)}"
+        for folder in ("storage", "stages", "pipeline", "trainers")
+        for path in (root / folder).rglob("*.py")
+        if keys.search(path.read_text(encoding="utf-8"))
+    }
+    ledger = {"storage/ledger/shard_list.py", "storage/ledger/shard_list_checks.py"}
+    assert knowing == {"storage/format/commit.py", *ledger}
