@@ -19,10 +19,8 @@ import pyarrow as pa
 from nfm.storage import layouts
 from nfm.storage.errors import StorageError
 from nfm.storage.errors.arguments import checked, whole
-from nfm.storage.files.atomic import read_json
 from nfm.storage.files.cache import ShardCache, default_cache
-from nfm.storage.files.paths import as_path, is_remote, size_of, store_named
-from nfm.storage.format import untrusted
+from nfm.storage.files.paths import as_path, is_remote, store_named
 from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import seal
@@ -130,12 +128,11 @@ class PairStore(Readable):
         Raises StorageError when there is no store or no sealed generation, and NewerSchema when a newer version of
         this package wrote it. Shards are opened when they are read: a bad one raises MissingShard or CorruptShard then.
         """
-        root = store_named(path)
-        if root.suffix == ".json" and size_of(root) is not None:
-            named = untrusted.integer(f"{root}: generation", read_json(root).get("generation", 0))
+        root, named = seal.pinned(store_named(path))
+        if named is not None:
             if generation not in (None, named):
-                raise StorageError(f"{root}: the manifest of generation {named}, not of {generation}; name the folder")
-            generation, root = named, root.parent
+                raise StorageError(f"{path}: the manifest of generation {named}, not of {generation}; name the folder")
+            generation = named
         spec = read_spec(root)
         if generation is not None:
             return cls(seal.load(root, generation, spec), cache)

@@ -19,10 +19,8 @@ from nfm.storage.ledger import commits, seal
 
 def pinned(store: str | Path) -> tuple[Path, int]:
     """(folder, generation) of a store given as its folder or URL (the newest generation) or as a manifest."""
-    root = as_path(store)
-    if root.suffix == ".json" and size_of(root) is not None:
-        return root.parent, int(atomic.read_json(root)["generation"])
-    return root, max(seal.numbers(root), default=1)
+    root, number = seal.pinned(store)
+    return root, number or max(seal.numbers(root), default=1)
 
 
 def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> list[Finding]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nfm.storage.errors import StorageError
 from nfm.storage.files.atomic import read_json
-from nfm.storage.files.paths import as_path, exists, names_in
+from nfm.storage.files.paths import as_path, exists, names_in, size_of
+from nfm.storage.format import untrusted
 from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import generation
 from nfm.storage.ledger.generation import Generation
@@ -17,6 +18,14 @@ from nfm.storage.ledger.shard_list import is_list_name
 def manifest_path(root: str | Path, number: int) -> Path:
     """Where the manifest of a generation stands."""
     return generation.manifest_path(as_path(root), number)
+
+
+def pinned(where: str | Path) -> tuple[Path, int | None]:
+    """(the folder of a store, the generation whose manifest `where` is); None if it is the folder itself."""
+    root = as_path(where)
+    if root.suffix == ".json" and size_of(root) is not None:
+        return root.parent, untrusted.integer(f"{root}: generation", read_json(root).get("generation", 0))
+    return root, None
 
 
 def numbers(root: str | Path) -> list[int]:

@@ -16,12 +16,12 @@ from nfm.storage.format.spec import FORMAT, StoreSpec, parse_name, read_spec
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.commits import Commit
 from nfm.storage.ledger.generation import Generation, Hole, names_of, slots_of
-from nfm.storage.ledger.manifests import files_of, load, manifest_path, newest, next_number, numbers
+from nfm.storage.ledger.manifests import files_of, load, manifest_path, newest, next_number, numbers, pinned
 from nfm.storage.ledger.shard_list import Entry
 from nfm.storage.ledger.sums import Totals
 
 __all__ = [
-    "build", "files_of", "load", "manifest_path", "names_of", "newest", "next_number", "numbers", "pending",
+    "build", "files_of", "load", "manifest_path", "names_of", "newest", "next_number", "numbers", "pending", "pinned",
     "remove_lost_attempts", "seal",
 ]  # fmt: skip
 _LISTED = 8  # pending shards named in a message
