@@ -192,7 +192,7 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
 
 def measured(step: str, folder: Path, shards: int, records: int) -> dict[str, Any]:
     """Runs a step in a process of its own; adds its peak memory, that of its largest child included."""
-    command = [sys.executable, __file__, "--step", step, "--folder", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.scale", "--step", step, "--folder", str(folder)]
     command += ["--shards", str(shards), "--records-per-shard", str(records)]
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
     if done.returncode:
