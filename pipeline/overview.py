@@ -1,4 +1,4 @@
-"""What is there and what would run: `nfm plan`, `status`, `ls` and `pairs info` as rows for people and machines."""
+"""What exists and what would run: `nfm plan`, `status`, `ls` and `pairs info`, as rows for users and programs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from nfm.storage.errors import StorageError
 
 Row = dict[str, Any]
 DONE, LATER = "nothing, is done", "run after its inputs"
-SHOWN = 3  # names of those that need an artifact
+SHOWN = 3  # dependent artifacts shown by name
 
 
 def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
-    """A row a stage that `target` needs: what would happen, and what it costs where that can be told yet."""
+    """One row for each stage that `target` needs: what would happen, and its cost if it is known yet."""
     prechecks.check(nodes, target)
     rows, facts = [], _facts(nodes)
     for node in upstream(nodes, target):
@@ -41,14 +41,14 @@ def plan(nodes: Mapping[str, Node], target: str) -> list[Row]:
         estimate = optional(node.stage, "cost", lambda *_: {})
         try:
             cost = estimate(node.config, facts) if facts and not done else {}
-        except ModuleNotFoundError as error:  # of the base install; the rest of the plan is told all the same
+        except ModuleNotFoundError as error:  # missing in the base install; the rest of the plan is shown
             cost = {"which is not installed here": f"told with {error.name},"}
         rows.append({**row, "cost": ", ".join(f"{value} {key}" for key, value in cost.items())})
     return rows
 
 
 def pairs_plan(nodes: Mapping[str, Node], workers: Sequence[int], rate: float | None) -> Row | None:
-    """What making the pairs takes, see `pairs_plan.estimate`; None before the data stage told how many there are."""
+    """The cost of the pairs, see `pairs_plan.estimate`; None until the data stage has counted them."""
     facts, pairs, teacher = _facts(nodes), nodes["pairs"].config, nodes["teacher"].config
     assert isinstance(pairs, PairsConfig)
     assert isinstance(teacher, TeacherConfig)
@@ -59,7 +59,7 @@ def pairs_plan(nodes: Mapping[str, Node], workers: Sequence[int], rate: float | 
 
 
 def pairs_to_come(config: RunConfig, data: Row, workers: Sequence[int], rate: float | None) -> Row:
-    """The row and plan of pairs whose data is not there yet: `data` has its images, image_shape and classes."""
+    """The row and plan of pairs without data yet. `data` has its images, image_shape and classes."""
     dtype = "uint8" if config.data.image_scale is None else "float16"
     facts = {"image_dtype": dtype, **data}
     row = {"stage": "pairs", "artifact": "pairs/(after its inputs)", "would": LATER, "cost": ""}
@@ -67,7 +67,7 @@ def pairs_to_come(config: RunConfig, data: Row, workers: Sequence[int], rate: fl
 
 
 def plan_text(rows: Sequence[Row]) -> str:
-    """A plan for people: the stages' table, and what making the pairs takes."""
+    """A plan as text: the table of stages, and the cost of the pairs."""
     text = as_text([{key: value for key, value in row.items() if key != "plan"} for row in rows])
     if "plan" not in rows[-1]:
         return text
@@ -79,7 +79,7 @@ def plan_text(rows: Sequence[Row]) -> str:
 
 
 def status(nodes: Mapping[str, Node]) -> list[Row]:
-    """A row a stage: state, artifact, size on disk, the figures that its manifest puts first."""
+    """One row for each stage: state, artifact, size on disk, and the first figures in its manifest."""
     rows = []
     for node in nodes.values():
         artifact = node.artifact()
@@ -97,7 +97,7 @@ def status(nodes: Mapping[str, Node]) -> list[Row]:
 
 
 def inventory() -> list[Row]:
-    """A row an artifact under the root."""
+    """One row for each artifact under the root."""
     rows = []
     for spec in specs(artifacts_root()):
         artifact = Artifact(spec.parent, newest_manifest(spec.parent))
@@ -123,9 +123,9 @@ def _state(artifact: Artifact) -> str:
 
 
 def store_info(artifact: Artifact) -> Row:
-    """A store's recipe and the figures of its pinned generation."""
+    """The recipe of a store and the figures of its pinned generation."""
     check_store(artifact)
-    artifact.manifest()  # an unfinished or damaged artifact says so
+    artifact.manifest()  # raises for an unfinished or damaged artifact
     return {"store": artifact.name, **info.info(artifact.reference)}
 
 
@@ -139,7 +139,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _facts(nodes: Mapping[str, Node]) -> Row:
-    """What costs follow from: rows and shape, known once the data stage ran, and the sections by their names."""
+    """What costs depend on: rows and shape, known after the data stage, and the sections by name."""
     data = nodes["data"].artifact() if "data" in nodes else None
     if data is None or not data.done:
         return {}

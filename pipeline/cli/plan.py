@@ -1,4 +1,4 @@
-"""`nfm plan`: what a run would do and what it costs; of pairs also how long any number of workers would take."""
+"""`nfm plan`: what a run would do and what it costs; for pairs also the time with any number of workers."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ def plan(
 ) -> None:  # fmt: skip
     """Show what a run would do and what it costs, and do nothing.
 
-    For pairs that are still to be made also shards, bytes by codec, and time by workers: from this machine's rate,
-    which takes seconds to measure, or from --rate. With --images and --image-shape no data is looked at.
+    For pairs that are still to be made it also shows shards, bytes by codec, and time by number of workers: from this
+    machine's rate, which takes seconds to measure, or from --rate. With --images and --image-shape it does not look at
+    data.
     """
     from nfm.pipeline import builder, overview
 

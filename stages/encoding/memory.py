@@ -1,15 +1,15 @@
-"""Running out of memory: how to tell, and what to give back before trying something smaller."""
+"""Recognises that memory ran out, and frees memory before a smaller attempt."""
 
 from __future__ import annotations
 
 import gc
 
-# Of torch's allocator on a CPU; of cuBLAS, and of CUDA itself below torch's allocator.
+# Messages of torch's CPU allocator, of cuBLAS, and of CUDA below torch's allocator.
 _WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a device or on this machine."""
+    """Whether an allocation failed, on a device or in main memory."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -18,7 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: str) -> None:
-    """What a failed batch left goes back to the device."""
+    """Returns the memory of a failed batch to the device."""
     import torch
 
     gc.collect()

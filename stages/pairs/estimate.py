@@ -1,4 +1,4 @@
-"""What making a store of pairs takes, before anything is there: shards, bytes by codec, FLOPs, hours by workers."""
+"""The cost of a store of pairs before it is made: shards, bytes by codec, FLOPs, hours by number of workers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nfm.storage import StoreSpec, layouts
 from nfm.trainers.models.sizes import check_patch
 
 CODECS = ("float32", "float16", "int8")
-INDEX_BYTES = (2500, 13.5)  # of a shard's index part: fixed, and a record; measured at 64 to 65,536 records
+INDEX_BYTES = (2500, 13.5)  # of a shard's index part: fixed, and for each record; measured at 64 to 65,536 records
 COMMIT_BYTES = 1200
-SECONDS = 2.0  # of timing
+SECONDS = 2.0  # for the timing
 _NO_FLOPS = "none: this coupling runs no teacher"
 
 
@@ -32,11 +32,11 @@ def estimate(
     rate: float | None,
     committed: int = 0,
 ) -> dict[str, Any]:
-    """The plan of a generation of which `committed` pairs are there, JSON's types; nothing is counted one by one.
+    """The plan of a generation with `committed` pairs done, in JSON's types. Pairs are not counted one by one.
 
-    `facts` are the data's: images, image_shape, and classes and image_dtype where they are told. `rate` is images a
-    second of one worker; None: a teacher of the config's sizes and random weights is timed here, for seconds.
-    Raises Unfit for sizes that do not fit each other.
+    `facts` describe the data: images, image_shape, and classes and image_dtype if known. `rate` is images per second of
+    one worker. If it is None, a teacher with the config's sizes and random weights is timed here, for seconds. Raises
+    Unfit for sizes that do not fit together.
     """
     specs = {codec: planned_spec(config, facts, codec) for codec in {*CODECS, config.codec}}
     spec = specs[config.codec]
@@ -53,7 +53,8 @@ def estimate(
         "bytes": {codec: bytes_of_draw(specs[codec]) * config.draws for codec in sorted(specs, key=_order)},
     }
     left = pairs - committed
-    if facts_of(config.coupling).made_with != "teacher":  # nobody to time: there are products to tell of, or nothing
+    # no teacher to time: only its products, or nothing, can be stated
+    if facts_of(config.coupling).made_with != "teacher":
         flops = pair_flops(config, facts)
         return plan | ({"flops": left * flops, "flops_per_image": flops} if flops else {})
     with blaming("config section [teacher]"):
@@ -71,7 +72,7 @@ def estimate(
 
 
 def as_text(plan: Mapping[str, Any]) -> str:
-    """The plan for people."""
+    """The plan as text."""
     sizes = (f"{codec} {units.size(count)}" for codec, count in plan["bytes"].items())
     there = f"; {plan['committed']:,} are committed, time is for the rest" if plan["committed"] else ""
     lines = [
@@ -93,7 +94,7 @@ def as_text(plan: Mapping[str, Any]) -> str:
 
 
 def bytes_of_draw(spec: StoreSpec) -> int:
-    """Bytes on disk of one draw: payload, index and commits."""
+    """The bytes on disk of one draw: payload, index and commits."""
     whole, rest = divmod(spec.rows, spec.rows_per_shard)
     layout = layouts.of(spec)
     payload = whole * layout.shard_bytes(spec, spec.rows_per_shard) + (layout.shard_bytes(spec, rest) if rest else 0)
@@ -106,7 +107,7 @@ def _given(rate: float) -> dict[str, Any]:
 
 
 def _measured(config: PairsConfig, teacher: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Images a second of one worker here. One of the teacher's blocks is timed, for they are all alike."""
+    """Images per second of one worker on this machine. Only one block of the teacher is timed, as all are alike."""
     import torch
 
     from nfm.stages.encoding import probe

@@ -1,4 +1,4 @@
-"""Looking after a pair store: what is complete, what is bad, and which files a shard has."""
+"""Maintenance of a pair store: what is complete, what is bad, and which files a shard has."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from nfm.storage.ledger import commits, seal
 
 
 def pinned(store: str | Path) -> tuple[Path, int]:
-    """(folder, generation) of a store given as its folder or URL (the newest generation) or as a manifest."""
+    """(folder, generation) of a store, given as its folder or URL (newest generation) or as a manifest."""
     root, number = seal.pinned(store)
     return root, number or max(seal.numbers(root), default=1)
 
 
 def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> list[Finding]:
-    """What is wrong with a store by itself, or with the one generation whose manifest `store` is."""
+    """What is wrong with a store itself, or with the one generation whose manifest `store` is."""
     root, generation = pinned(store)
     whole = root == as_path(store)
     found = storage_verify.verify(root, None if whole else generation, level)
@@ -32,7 +32,7 @@ def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> lis
 
 
 def unfinished(store: str | Path) -> str:
-    """What killed attempts left in a store, in a sentence; empty when there is nothing."""
+    """A sentence about what killed attempts left in a store; empty if they left nothing."""
     root, _ = pinned(store)
     left = storage_verify.orphans(root)
     size = sum(size_of(root / name) or 0 for name in left)
@@ -40,7 +40,7 @@ def unfinished(store: str | Path) -> str:
 
 
 def sealable(out: Path) -> tuple[int, dict[str, str]]:
-    """(draws, shards that may be missing with reasons) of the next generation: never less than the newest one has."""
+    """(draws, shards that may be missing, with reasons) of the next generation: at least what the newest one has."""
     found = seal.numbers(out)
     if not found:
         return complete_draws(out), {}
@@ -51,7 +51,7 @@ def sealable(out: Path) -> tuple[int, dict[str, str]]:
 
 
 def complete_draws(out: Path) -> int:
-    """The number of leading draws whose shards are all committed; StageError where there is none."""
+    """The number of leading draws with all shards committed. Raises StageError if there is none."""
     draws = _complete_draws(out)
     if not draws:
         raise StageError(f"{out}: no draw is complete yet; run the pairs stage again")
@@ -67,7 +67,7 @@ def _complete_draws(out: Path) -> int:
 
 
 def damaged_manifests(out: Path) -> list[Path]:
-    """The manifests that cannot be read, with their lists of shards: the store can be sealed again from its commits."""
+    """The unreadable manifests with their lists of shards. The store can be sealed again from its commits."""
     spec, damaged = read_spec(out), list[Path]()
     for number in seal.numbers(out):
         try:
@@ -80,7 +80,7 @@ def damaged_manifests(out: Path) -> list[Path]:
 
 
 def bad_shards(out: Path) -> list[str]:
-    """The shards that a commit or a manifest names and that are not, whole, what was committed and sealed."""
+    """The shards named by a commit or manifest whose files are not exactly what was committed and sealed."""
     spec, sealed = read_spec(out), dict[str, set[str]]()
     for number in seal.numbers(out):
         for entry in seal.load(out, number, spec).shards:
@@ -94,22 +94,22 @@ def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
         commit = commits.read(out, name)
         if commit is None or sealed - {atomic.hash_file(commits.commit_path(out, name))[0]}:
             return False
-        # Where sealing puts a file no other file may be, which is why `present` looks there first.
+        # In some layouts sealing moves files. No other file may use their final place, where `present` looks first.
         return all(_is(out, file) for file in (*layouts.present(out, spec, commit), commit.index))
     except StorageError:
         return False
 
 
 def _is(out: Path, file: StoredFile) -> bool:
-    path = inside(out, file.path)  # what a link leads to elsewhere is no file of the store
+    path = inside(out, file.path)  # a file behind a link out of the store does not count
     return size_of(path) == file.bytes and atomic.hash_file(path) == (file.sha256, file.bytes)
 
 
 def files_of_shards(out: Path, names: list[str]) -> list[Path]:
-    """What must go for these shards to be made again, in the order in which it must go.
+    """What must be removed so that these shards are made again, in the order of removal.
 
-    First the manifests that list them, so that a repair that is killed leaves no seal over a hole; then what sealing
-    placed elsewhere, which only the commits lead to; then these; then payloads and index parts of any attempt.
+    First the manifests that list them, so that a killed repair leaves no sealed store with a hole. Then files that
+    sealing moved, which only the commits name. Then the commits. Then payloads and index parts of all attempts.
     """
     spec, bad = read_spec(out), set(names)
     manifests = [

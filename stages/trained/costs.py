@@ -1,4 +1,4 @@
-"""What stages cost before they run: products from the sizes, time from this machine's rate of matrix products."""
+"""The cost of a stage before it runs: FLOPs from the sizes, and time from this machine's rate of matrix products."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from nfm.stages.display.units import about
 if TYPE_CHECKING:
     from torch import nn
 
-EFFICIENCY = 0.25  # of the probe's rate; small models with attention and norms reached 0.2 to 0.35 on CPUs
+EFFICIENCY = 0.25  # of the measured rate; small models with attention and norms reached 0.2 to 0.35 on CPUs
 
 
 def tokens_of(image_shape: Sequence[int], patch: int) -> tuple[int, int]:
-    """(tokens, features of a token) of images [C, H, W] in patches that tile them."""
+    """(tokens, features of a token) for images [C, H, W] in patches."""
     channels, height, width = image_shape
     return (height // patch) * (width // patch), channels * patch**2
 
 
 def teacher_flops(image_shape: Sequence[int], config: Any) -> float:
-    """FLOPs to encode one image: 12 width^2 weights a layer, attention, embedding and head.
+    """FLOPs to encode one image: 12 width^2 weights in each layer, attention, embedding and head.
 
-    By arithmetic: causal attention is half of what torch counts, since fused kernels skip what is masked.
+    Computed by formula: torch counts twice the work of causal attention, but fused kernels skip what is masked.
     """
     (tokens, features), width = tokens_of(image_shape, config.patch), config.channels
     weights = 12 * config.layers * width**2 + 3 * features * width
@@ -33,7 +33,7 @@ def teacher_flops(image_shape: Sequence[int], config: Any) -> float:
 
 
 def velocity_flops(build: Callable[[], nn.Module], image_shape: Sequence[int]) -> float:
-    """FLOPs of the velocity of one image by any network g(x, t), as torch counts them from shapes alone."""
+    """FLOPs of the velocity of one image by any network g(x, t), counted by torch from shapes alone."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +43,7 @@ def velocity_flops(build: Callable[[], nn.Module], image_shape: Sequence[int]) -
 
 
 def describe(flops: float) -> dict[str, str]:
-    """FLOPs and the time that they take here, as a plan shows them."""
+    """FLOPs and their time on this machine, as a plan shows them."""
     return {"FLOPs": f"{flops:.2g}", "here": f"about {about(flops / (matrix_rate() * EFFICIENCY))}"}
 
 

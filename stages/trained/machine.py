@@ -14,7 +14,7 @@ from nfm.stages.base import Unfit
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on; nothing that tells where it stands."""
+    """A description of the machine, without anything that identifies it."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -28,7 +28,7 @@ def machine() -> dict[str, Any]:
 
 
 def pick_device(name: str) -> str:
-    """`auto` is CUDA where there is one. Raises Unfit for a device that is none, or is not here."""
+    """`auto` is CUDA if this machine has it. Raises Unfit for an invalid or missing device."""
     import torch
 
     if name == "auto":

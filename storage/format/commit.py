@@ -1,4 +1,4 @@
-"""What a commit says, and how it is read: nothing in it is believed before it was checked."""
+"""The contents of a commit, and how they are checked when a commit is read."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Commit(ShardFiles):
     attempt: str
     keys_digest: str
     moments: Moments
-    clipped: int = 0  # values of the noise beyond the codec's range
+    clipped: int = 0  # noise values beyond the codec's range
     precision: str = "float32"
     batch_size: int | None = None
     threads: int | None = None
     seconds: float = 0.0
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     device: str = "cpu"
-    noise_error: float | None = None  # RMS of the noise against a float64 reference, where it was measured
+    noise_error: float | None = None  # RMS error of the noise against a float64 reference, if it was measured
 
     def to_json(self) -> dict[str, Any]:
         """What stands in the commit's file."""
@@ -78,7 +78,7 @@ class Commit(ShardFiles):
             "parts": [part_to_json(part) for part in self.parts],
             **{key: getattr(self, key) for key in _HOW},
         }
-        if self.noise_error is None:  # not measured: the commit reads as those of old
+        if self.noise_error is None:  # not measured: written as in earlier versions
             del body["noise_error"]
         return body
 
@@ -106,7 +106,7 @@ def part_of(payload: str, part: Mapping[str, Any]) -> StoredFile:
 def _files(where: str, body: Mapping[str, Any], name: str) -> dict[str, Any]:
     """What a commit says of its shard's files, checked, as `ShardFiles` has it.
 
-    Paths must be those that an attempt writes: nothing that is read here leads out of the store.
+    Only paths that an attempt can write are allowed, so no path leads out of the store.
     """
     payload = untrusted.text(f"{where}: payload", body["payload"], most=200)
     match = _PAYLOAD.fullmatch(payload)
@@ -135,7 +135,7 @@ def _files(where: str, body: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def parse(path: Path, name: str, body: Mapping[str, Any]) -> Commit:
-    """The commit of the shard `name` from what `path` holds. Raises StorageError or NewerSchema."""
+    """The commit of the shard `name`, from the contents of `path`. Raises StorageError or NewerSchema."""
     check_format(path, body)
     where = str(path)
     again = "set it aside and run the pairs stage again"

@@ -29,10 +29,11 @@ Array = npt.NDArray[Any]
 
 
 class Layout(Protocol):
-    """How the records of a shard lie in its files. A layout is one file with such an object, and a line of `LAYOUTS`.
+    """How the records of a shard lie in its files. A new layout is one file with such an object, and a line in
+    `LAYOUTS`.
 
-    The payload of a shard is a tar, or `by_field` a folder with one file a field, which sealing places elsewhere.
-    Without `holes` a sealed store has every shard.
+    The payload of a shard is a tar. If `by_field`, it is a folder with one file for each field, which sealing moves to
+    its final place. Without `holes` a sealed store must have every shard.
     """
 
     @property
@@ -50,14 +51,14 @@ class Layout(Protocol):
         ...
 
     def offsets(self, fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int) -> dict[str, Array]:
-        """Where row rows[i] of a shard of records[i] records begins in the file of a field: int64 [n] by field.
+        """The byte offset of row rows[i] in a shard of records[i] records: int64 [n] for each field.
 
-        A field that is implied by the position has none.
+        A field that follows from the position is left out.
         """
         ...
 
     def text(self, name: str) -> Text | None:
-        """How a field is parsed that is stored as text, None of numbers."""
+        """How to parse a field that is stored as text; None for a field of numbers."""
         ...
 
     def shard_bytes(self, spec: StoreSpec, records: int) -> int:
@@ -65,30 +66,31 @@ class Layout(Protocol):
         ...
 
     def check(self, spec: StoreSpec) -> None:
-        """Raises StorageError for sizes that the layout cannot have."""
+        """Raises StorageError for sizes that the layout does not allow."""
         ...
 
     def rows_per_block(self, spec: StoreSpec) -> int:
-        """The records of a block when pairs of that recipe are converted to this layout."""
+        """The records of a block, if pairs of this recipe are converted to this layout."""
         ...
 
     def placed(self, spec: StoreSpec, name: str) -> list[str]:
-        """Where sealing puts the files of a shard, relative to the store; nowhere when they stay where they are."""
+        """Where sealing puts the files of a shard, relative to the store; empty if they stay where they are."""
         ...
 
     def metadata(self, spec: StoreSpec, draws: int) -> dict[str, bytes]:
-        """The files that a sealed store has for stock readers beside its shards, by relative path, byte for byte."""
+        """The extra files of a sealed store for stock readers, by relative path, byte for byte."""
         ...
 
     def stock_arrays(self, spec: StoreSpec, files: Sequence[Path], draw: int, shard: int) -> Stock:
-        """(field, records [n, *shape]) of a shard as stock readers see them, the records of a field in their order.
+        """(field, records [n, *shape]) of a shard as stock readers see it; the records of a field come in order.
 
-        No code of ours parses. Raises whatever they raise, and CorruptShard for what they would not notice.
+        None of our code parses here. Raises what the stock readers raise, and CorruptShard for faults that they would
+        miss.
         """
         ...
 
     def check_stock_reader(self) -> None:
-        """Raises StorageError when the package that reads stock arrays is not installed."""
+        """Raises StorageError if the package that reads stock arrays is not installed."""
         ...
 
 
@@ -102,17 +104,17 @@ def of(spec: StoreSpec) -> Layout:
 
 
 def payload_name(spec: StoreSpec, name: str, attempt: str) -> str:
-    """Where an attempt writes its shard, relative to the store: a tar, or the folder of the fields' files."""
+    """Where an attempt writes its shard, relative to the store: a tar, or a folder with one file for each field."""
     return f"shards/{name}.{attempt}" + ("" if of(spec).by_field else ".tar")
 
 
 def writer(spec: StoreSpec, root: Path, name: str, attempt: str) -> BlockWriter:
-    """Begins to write the shard `name` under an attempt's name."""
+    """Begins to write the shard `name` under the name of an attempt."""
     return of(spec).writer(spec, root / payload_name(spec, name, attempt), name)
 
 
 def closed(writer: BlockWriter, payload: str) -> tuple[StoredFile, tuple[StoredFile, ...]]:
-    """Makes a shard durable: (the payload as a whole, its parts by field where it is several files).
+    """Makes a shard durable. Returns (the whole payload, its parts by field if it is several files).
 
     Their paths are relative to the store, in which `payload` is the shard that is written.
     """
@@ -127,8 +129,8 @@ def closed(writer: BlockWriter, payload: str) -> tuple[StoredFile, tuple[StoredF
 def files(spec: StoreSpec, shard: ShardFiles, sealed: bool = True) -> list[StoredFile]:
     """The payload files of a shard in the order of the fields.
 
-    With `sealed=False` where its attempt wrote them; sealing moves those of some layouts. Raises StorageError when
-    they are not those of the spec's layout.
+    With `sealed=False` the paths are those where its attempt wrote them; some layouts move files when sealing. Raises
+    StorageError if the files do not fit the layout of the spec.
     """
     name, payload, parts = shard.name, shard.payload, shard.parts
     if not of(spec).by_field:
@@ -167,9 +169,9 @@ def remove(root: Path, payload: StoredFile, parts: Sequence[StoredFile]) -> None
 
 
 def seal(root: str | Path, spec: StoreSpec, draws: int, shards: Sequence[ShardFiles]) -> None:
-    """Puts committed files where stock readers look for them, and describes them there, where the layout has that.
+    """Moves committed files to where stock readers look for them, and adds their metadata, if the layout does that.
 
-    Idempotent, and may be killed at any point; files of earlier generations stay as they are.
+    It may be repeated, and killed at any point. Files of earlier generations stay unchanged.
     """
     if not of(spec).by_field:
         return
@@ -187,7 +189,7 @@ def seal(root: str | Path, spec: StoreSpec, draws: int, shards: Sequence[ShardFi
 
 
 def open_shard(spec: StoreSpec, paths: Sequence[Path], records: int) -> Shard:
-    """Opens a shard from its files, in the order of `files`; they are local. Raises MissingShard or CorruptShard."""
+    """Opens a shard from its local files, in the order of `files`. Raises MissingShard or CorruptShard."""
     for path in paths:
         if is_remote(path):
             raise StorageError(f"{path}: a shard is mapped from a local file; fetch it first")

@@ -1,4 +1,4 @@
-"""Files mapped into this process's memory."""
+"""Files mapped into the memory of this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Mapped(NamedTuple):
-    """Where the map of a file lies."""
+    """The address and size of a mapped file."""
 
     path: Path
     address: int
@@ -27,7 +27,7 @@ class Mapped(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, buffer: mmap.mmap) -> Mapped:
-        """The place of a map."""
+        """The position of a map."""
         return cls(path, np.frombuffer(buffer, np.uint8).ctypes.data, len(buffer))
 
 
@@ -43,7 +43,7 @@ class Shard(ABC):
         return self.records
 
     def read(self, name: str, start: int, stop: int) -> Array:
-        """Records start to stop of one field, as a new array [stop - start, *shape]."""
+        """Records start to stop of one field, in a new array [stop - start, *shape]."""
         if not 0 <= start <= stop <= self.records:
             raise StorageError(f"{self.path}: records {start} to {stop} asked for, it holds {self.records}")
         return self._read(name, start, stop)
@@ -54,7 +54,7 @@ class Shard(ABC):
 
 
 def map_file(path: Path, expected: int, what: str) -> mmap.mmap:
-    """A file of `expected` bytes, which `what` take, mapped to be read.
+    """Maps a file for reading. It must have `expected` bytes, the size of `what`.
 
     Raises MissingShard, CorruptShard or StorageError.
     """
@@ -71,5 +71,5 @@ def map_file(path: Path, expected: int, what: str) -> mmap.mmap:
 
 
 def corrupt(path: Path, what: str) -> CorruptShard:
-    """The error for a shard whose bytes are not those of its layout."""
+    """The error for a shard whose bytes do not fit its layout."""
     return CorruptShard(f"{path}: {what}; truncated or altered, run `nfm audit` on its store")

@@ -1,4 +1,4 @@
-"""A shard's tar being written, from portions of any size; ustar headers, so that offsets are arithmetic."""
+"""Writes the tar of a shard from batches of any size. Headers are ustar, so that offsets can be computed."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def strides(field: Field) -> tuple[int, ...]:
 
 
 def member_bytes(size: int) -> int:
-    """What a member of `size` bytes takes in a tar: its header, and itself padded."""
+    """The bytes that a member of `size` bytes takes in a tar: its header and its padded data."""
     return TAR_HEADER + size + -size % TAR_HEADER
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member: no time, no owner. Raises StorageError when they cannot be written."""
+    """The 512 bytes before a member, without time or owner. Raises StorageError if they cannot be written."""
     member = tarfile.TarInfo(name)
     member.size = size
     try:
@@ -52,14 +52,14 @@ def tar_header(name: str, size: int) -> bytes:
 class BlockWriter(Unfinished):
     """A shard being written from portions of any size, as blocks of `rows_per_block` records, the last one shorter.
 
-    Raises StorageError for a wrong field, shape or dtype, for too many or too few records, and when the disk is full.
+    Raises StorageError for a wrong field, shape or dtype, for too many or too few records, and if the disk is full.
     """
 
     def __init__(self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int) -> None:
         self.path, self.fields = as_path(path), tuple(fields)
         if records < 1 or rows_per_block < 1:
             raise StorageError(f"{self.path}: {records} records in blocks of {rows_per_block}; must be at least 1")
-        self.written = 0  # records so far
+        self.written = 0  # the number of records so far
         self.files: list[StoredFile] = []  # once it is closed
         self._records = records
         self._rows = min(records, rows_per_block)
@@ -75,14 +75,14 @@ class BlockWriter(Unfinished):
         """Writes what comes behind the last block, and makes all durable."""
 
     def append(self, arrays: Mapping[str, Array]) -> None:
-        """Adds n records: for every field an array [n, *shape] of the field's dtype, and no other names."""
+        """Adds n records: an array [n, *shape] of the right dtype for every field, and no other names."""
         for block in self._full(arrays):
             self._write(block)
 
     def close(self) -> list[StoredFile]:
         """Publishes the shard: its tar, or its files in the order of the fields.
 
-        Raises StorageError, leaving nothing, when records are missing.
+        If records are missing it raises StorageError and leaves nothing behind.
         """
         if not self.files:
             try:
@@ -97,7 +97,7 @@ class BlockWriter(Unfinished):
         return self.files
 
     def _full(self, arrays: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-        """The blocks that are full with these n records."""
+        """The blocks that these n records fill."""
         count = self._check(arrays)
         start = 0
         while start < count:
@@ -105,7 +105,7 @@ class BlockWriter(Unfinished):
             self.written += taken
             piece = {field.name: arrays[field.name][start : start + taken] for field in self.fields}
             start += taken
-            if taken == self._rows:  # a whole block as it came: nothing to collect
+            if taken == self._rows:  # the batch is exactly one block: nothing to copy
                 yield {f.name: np.ascontiguousarray(piece[f.name], stored(f)) for f in self.fields}
                 continue
             self._collect(piece, taken)
@@ -142,7 +142,7 @@ class BlockWriter(Unfinished):
 
 
 class TarWriter(BlockWriter):
-    """One tar being written; the file gets its name only when all `records` records are durable."""
+    """Writes one tar. The file gets its name only when all `records` records are durable."""
 
     def __init__(self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int) -> None:
         super().__init__(path, fields, records, rows_per_block)
@@ -154,19 +154,19 @@ class TarWriter(BlockWriter):
         return [self._file.stored]
 
     def discard(self) -> None:
-        """Gives up: removes the temporary file."""
+        """Removes the temporary file."""
         self._file.discard()
 
 
 class Text(NamedTuple):
-    """A field that is stored as text: its bytes a record, and what makes values [n] of uint8 [n, bytes]."""
+    """A field that is stored as text: its bytes for each record, and a function from uint8 [n, bytes] to values [n]."""
 
     bytes: int
     parse: Callable[[Array], Array]
 
 
 class TarLayout:
-    """What the layouts have in common whose shard is one tar, which stays where it was written."""
+    """What the layouts have in common whose shard is one tar. The tar stays where it was written."""
 
     by_field = False
     holes = True
@@ -176,26 +176,26 @@ class TarLayout:
         return None
 
     def check(self, spec: StoreSpec) -> None:
-        """Any sizes will do."""
+        """All sizes are allowed."""
 
     def rows_per_block(self, spec: StoreSpec) -> int:
-        """Blocks may be of any size."""
+        """Blocks may have any size."""
         return spec.rows_per_block
 
     def placed(self, spec: StoreSpec, name: str) -> list[str]:
-        """Sealing moves nothing."""
+        """Sealing moves no file."""
         return []
 
     def metadata(self, spec: StoreSpec, draws: int) -> dict[str, bytes]:
-        """Stock readers need the tars alone."""
+        """None: stock readers need only the tars."""
         return {}
 
     def check_stock_reader(self) -> None:
-        """They are tarfile and numpy."""
+        """Nothing to check: tarfile and numpy are always there."""
 
 
 def stock_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, data) of every member of a tar, by tarfile. Raises CorruptShard for what is no plain file."""
+    """(name, data) of every member of a tar, by tarfile. Raises CorruptShard for a member that is not a plain file."""
     size = path.stat().st_size
     with tarfile.open(path, "r:") as archive:
         for member in archive:
@@ -205,7 +205,7 @@ def stock_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def stock_array(data: bytes) -> Array:
-    """The array of an npy file, by numpy. Raises whatever numpy raises, or CorruptShard."""
+    """The array of an npy file, by numpy. Raises what numpy raises, or CorruptShard."""
     array = np.load(io.BytesIO(data), allow_pickle=False)
     if not isinstance(array, np.ndarray):
         raise CorruptShard("a member is no npy file")

@@ -1,4 +1,4 @@
-"""Writes one shard of layout `zarr`: a Zarr v3 shard file a field, as a stream, hashed on the way."""
+"""Writes one shard of layout `zarr`: a Zarr v3 shard file for each field, as a stream, hashed on the way."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nfm.storage.layouts.zarr_shard import CRC, crc32c, index_of
 
 
 class ZarrWriter(BlockWriter):
-    """Writes the files of one shard as `folder`/FIELD; they get their names when all records are durable."""
+    """Writes the files of one shard as `folder`/FIELD. They get their names when all records are durable."""
 
     def __init__(
         self, folder: str | Path, fields: Sequence[Field], records: int, rows_per_shard: int, rows_per_block: int
@@ -40,7 +40,7 @@ class ZarrWriter(BlockWriter):
         return [file.stored for file in self._files.values()]
 
     def discard(self) -> None:
-        """Gives up: removes what this attempt has written, published or not."""
+        """Removes what this attempt has written, published or not."""
         for file in self._files.values():
             file.discard()
             if file.published:
@@ -61,7 +61,7 @@ class ZarrWriter(BlockWriter):
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes the empty folder of a local attempt; object stores have none."""
+    """Removes the empty folder of a local attempt. Object stores have no folders."""
     if not is_remote(folder):
         with contextlib.suppress(OSError):
             folder.rmdir()

@@ -46,15 +46,15 @@ class Hole:
 
 @dataclass(frozen=True)
 class DrawShards:
-    """The shards of one draw, by their number; `entries` has those that are there, in order."""
+    """The shards of one draw by their number; `entries` has the existing ones in order."""
 
     entries: ShardList
-    numbers: Rows | None  # of the entries; None: all, from 0
-    absent: Mapping[int, str]  # why the others are not there
+    numbers: Rows | None  # of the entries; None means all, from 0
+    absent: Mapping[int, str]  # why the others are missing
     where: str
 
     def __getitem__(self, number: int) -> Entry:
-        """The entry of a shard. Raises MissingShard for one that the generation lacks."""
+        """The entry of a shard. Raises MissingShard if the generation lacks it."""
         if self.numbers is None:
             return self.entries[number]
         at = int(np.searchsorted(self.numbers, number))
@@ -101,7 +101,7 @@ class Generation:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard of every draw is there."""
+        """Whether every shard of every draw exists."""
         return not self.excluded
 
     def checked(self) -> Generation:
@@ -123,7 +123,7 @@ class Generation:
         return [name for name in names_of(self.spec, self.draws) if name not in absent]
 
     def hole_problem(self) -> str | None:
-        """What is wrong with the list of the shards that it lacks, None when nothing is."""
+        """What is wrong with its list of excluded shards; None if nothing is."""
         if not self.excluded:
             return None
         names = [hole.name for hole in self.excluded]
@@ -138,11 +138,11 @@ class Generation:
         return next((f"its draw {draw} holds no shard" for draw in sorted(held)), None)
 
     def numbers(self) -> dict[int, Rows] | None:
-        """The numbers of the shards that are there, ascending, by draw; None where all are."""
+        """The numbers of the existing shards, ascending, by draw; None if all exist."""
         return None if self.complete else {draw: self._numbers(draw) for draw in range(self.draws)}
 
     def of(self, draw: int) -> DrawShards:
-        """The shards of a draw. Raises StorageError for a draw that the generation has not."""
+        """The shards of a draw. Raises StorageError if the generation has no such draw."""
         if not 0 <= draw < self.draws:
             raise StorageError(f"{self.path}: draw {draw} is outside 0..{self.draws - 1} of generation {self.number}")
         each, absent = self.spec.shards_per_draw, self._absent.get(draw, {})
@@ -172,19 +172,19 @@ def manifest_path(root: Path, number: int) -> Path:
 
 
 def names_of(spec: StoreSpec, draws: int) -> list[str]:
-    """The names of all shards of `draws` draws, in their order. Raises StorageError beyond two million."""
+    """The names of all shards of `draws` draws, in order. Raises StorageError for more than two million."""
     if draws * spec.shards_per_draw > MOST:
         raise StorageError(f"{draws} draws of {spec.shards_per_draw} shards are too many for one generation")
     return [shard_name(draw, shard) for draw in range(draws) for shard in range(spec.shards_per_draw)]
 
 
 def slots_of(holes: Sequence[Hole]) -> list[list[int]]:
-    """What the order key says of the shards that a generation lacks: draw, first slot, slot after the last."""
+    """The missing shards for the order key: draw, first slot, slot after the last."""
     return [[hole.draw, hole.slots.start, hole.slots.stop] for hole in holes]
 
 
 def _check_sums(path: Path, body: Mapping[str, Any]) -> None:
-    """What a manifest says of its commits together; those of old do not state it all."""
+    """Checks the keys that sum up the commits, of which older generations lack some."""
     if "moments" in body:
         check_moments(f"{path}: moments", body["moments"])
     for key in ("bytes", "shard_count", "clipped"):

@@ -1,4 +1,4 @@
-"""Manifests: where they stand, and how they are found and read."""
+"""Manifests: where they are, and how they are found and read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nfm.storage.ledger.shard_list import is_list_name
 
 
 def manifest_path(root: str | Path, number: int) -> Path:
-    """Where the manifest of a generation stands."""
+    """The path of the manifest of a generation."""
     return generation.manifest_path(as_path(root), number)
 
 
@@ -35,7 +35,7 @@ def numbers(root: str | Path) -> list[int]:
 
 
 def next_number(root: str | Path) -> int:
-    """The number the next generation gets; the first is 1. One that a repair set aside never returns."""
+    """The number of the next generation; the first is 1. A number that a repair set aside is not used again."""
     quarantine = as_path(root) / "quarantine"
     aside = [number for name in names_in(quarantine) for number in numbers(quarantine / name)]
     return max([*numbers(root), *aside], default=0) + 1
@@ -51,13 +51,13 @@ def load(root: str | Path, number: int, spec: StoreSpec | None = None) -> Genera
 
 
 def newest(root: str | Path, spec: StoreSpec | None = None) -> Generation | None:
-    """The newest generation, None when the store has never been sealed."""
+    """The newest generation; None if the store has never been sealed."""
     found = numbers(root)
     return load(root, found[-1], spec) if found else None
 
 
 def files_of(root: str | Path, number: int) -> list[Path]:
-    """The files of a generation at the store's root: its manifest, then its lists of shards, by their names alone."""
+    """The files of a generation at the root of the store, found by name: its manifest, then its lists of shards."""
     where, path = as_path(root), manifest_path(root, number)
     lists = [name for name in names_in(where) if is_list_name(name) and name.startswith(f"{path.stem}.")]
     return [path for path in (path, *(where / name for name in lists)) if exists(path)]

@@ -1,7 +1,7 @@
-"""The shards of a generation: one table, shown as a sequence of entries.
+"""The shards of a generation: one table, used as a sequence of entries.
 
 Small manifests hold it themselves. That of a large one is a Parquet file beside it, named by its content, so that two
-processes that seal the same shards write the same file.
+same shards write the same file.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from nfm.storage.format import untrusted
 from nfm.storage.format.commit import Commit, ShardFiles, file_to_json, part_of, part_to_json
 from nfm.storage.ledger.shard_list_checks import first_wrong
 
-INLINE = 1000  # entries up to which a manifest holds them itself
+INLINE = 1000  # a manifest holds up to so many entries itself
 MOST = 2_000_000
 _ROW_GROUP = 8192
 _BATCH = 2048  # rows that iteration holds at a time
-_ROW_BYTES = 8192  # of one row, decoded, at most: 64 parts with everything as long as it may be
+_ROW_BYTES = 8192  # at most, of one decoded row: 64 parts with every text as long as allowed
 _NEEDED = {"name", "payload", "sha256", "bytes", "index", "index_sha256", "index_bytes", "records", "commit_sha256"}
 _PART = pa.struct([("field", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64())])
 SCHEMA = pa.schema(
@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
         ("index_bytes", pa.int64()),
         ("records", pa.int64()),
         ("commit_sha256", pa.string()),
-        ("parts", pa.list_(_PART)),  # null in the layouts whose payload is one file
+        ("parts", pa.list_(_PART)),  # null in layouts whose payload is one file
     ]
 )
 
@@ -88,9 +88,9 @@ class Entry(ShardFiles):
 
 
 class ShardList(Sequence[Entry]):
-    """The entries of a table of `SCHEMA`, made when they are asked for; slices share the table.
+    """The entries of a table of `SCHEMA`. They are made on access; slices share the table.
 
-    `file` is the name of the file that they were read from, None of a slice.
+    `file` is the name of the file that they were read from; None for a slice.
     """
 
     def __init__(self, table: pa.Table, file: str | None = None) -> None:
@@ -134,12 +134,12 @@ class ShardList(Sequence[Entry]):
 
 
 class ListWriter:
-    """A list being written, a row group at a time; it gets its name when all is known, else nothing is left."""
+    """Writes a list, one row group at a time. The file gets its name at the end, or is removed."""
 
     def __init__(self, root: Path) -> None:
         self._root, self._count, self._rows = root, 0, list[dict[str, Any]]()
         self._file = HashingFile(root / "manifest.parquet")
-        # Plain pages: what a reader decodes is never larger than what the file says it is.
+        # Plain pages: decoded data is never larger than the file says.
         self._sink = _Sink(self._file)
         self._parquet = pq.ParquetWriter(
             pa.PythonFile(self._sink, mode="w"), SCHEMA, compression="zstd", use_dictionary=False
@@ -153,7 +153,7 @@ class ListWriter:
             self._flush()
 
     def publish(self, generation: int) -> dict[str, Any]:
-        """Makes the file durable under its name; returns what the manifest says of it."""
+        """Makes the file durable under its name. Returns its reference for the manifest."""
         self._flush()
         self._parquet.close()
         name = list_name(generation, self._file.sha256)
@@ -162,7 +162,7 @@ class ListWriter:
         return {"file": name, "sha256": self._file.sha256, "bytes": self._file.bytes, "count": self._count}
 
     def discard(self) -> None:
-        """Removes what was written so far; harmless after `publish`."""
+        """Removes what was written so far. Does nothing after `publish`."""
         self._sink.deaf = True
         self._parquet.close()
         self._file.discard()
@@ -174,11 +174,11 @@ class ListWriter:
 
 
 class _Sink(io.RawIOBase):
-    """What pyarrow needs of a file, around one that hashes while it writes."""
+    """A file object for pyarrow that writes to a file which is hashed on the way."""
 
     def __init__(self, file: HashingFile) -> None:
         self._to = file
-        self.deaf = False  # to what pyarrow writes when it closes a file that nobody wants
+        self.deaf = False  # ignores what pyarrow writes when it closes a discarded file
 
     def writable(self) -> bool:
         return True
@@ -196,7 +196,7 @@ def list_name(generation: int, sha256: str) -> str:
 
 
 def read_list(root: Path, where: str, generation: int, reference: Mapping[str, Any]) -> ShardList:
-    """The shards that a manifest refers to. Raises StorageError for a file that is not, whole, what it names."""
+    """The shards that a manifest refers to. Raises StorageError unless the file is complete and unchanged."""
     sha256 = untrusted.sha256(f"{where}: shards.sha256", reference.get("sha256"))
     size = untrusted.integer(f"{where}: shards.bytes", reference.get("bytes"), 1, MOST_INDEX_BYTES)
     count = untrusted.integer(f"{where}: shards.count", reference.get("count"), 1, MOST)
@@ -271,5 +271,5 @@ def _value(table: pa.Table, row: int, key: str) -> str:
 
 
 def is_list_name(name: str) -> bool:
-    """Whether a file at a store's root is, by its name, a generation's list of shards."""
+    """Whether the name of a file at the root of a store is that of a generation's list of shards."""
     return re.fullmatch(r"manifest\.g\d{4,9}\.[0-9a-f]{8}\.parquet", name) is not None

@@ -1,4 +1,4 @@
-"""Whether a table lists shards: the rules of a commit's files, for all rows at once."""
+"""Checks a table of shards by the rules of a commit's files, for all rows at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 def first_wrong(table: pa.Table) -> tuple[int, str] | None:
-    """(row, column) of the first value that no shard of a store has, None when all are right."""
+    """(row, column) of the first value that is not valid; None if all are."""
     for key, right in _rules(table):
         if not right.all():
             return int(np.argmin(right)), key
@@ -25,7 +25,7 @@ def first_wrong(table: pa.Table) -> tuple[int, str] | None:
 
 
 def _rules(table: pa.Table) -> Iterator[tuple[str, Mask]]:
-    """Column by column, which rows are right: names and paths are those that attempts write, digests are digests."""
+    """Which rows are valid, by column: names and paths are those that attempts write, digests and sizes are valid."""
     for key in table.column_names[:-1]:
         yield key, ~_true(pc.is_null(table[key]))
     name, payload = table["name"], table["payload"]
@@ -42,7 +42,7 @@ def _rules(table: pa.Table) -> Iterator[tuple[str, Mask]]:
 
 
 def _parts(column: pa.ChunkedArray, tar: Mask) -> Mask:
-    """A tar has no parts, a folder has some."""
+    """Whether tars have no parts and folders have some."""
     if column.null_count == len(column):
         return tar
     counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy()

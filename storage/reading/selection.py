@@ -1,4 +1,4 @@
-"""Subsets of a store, chosen by a filter over its index: by label, draw, nll, or any column."""
+"""Subsets of a store, chosen by a filter over its index: by label, draw, nll or any other column."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from nfm.storage.format.commit import ShardFiles
 from nfm.storage.format.index import INDEX_SCHEMA, read_index
 from nfm.storage.format.order import Rows
 
-Filter: TypeAlias = pc.Expression | Sequence[Any]  # or conditions, as pyarrow.parquet takes them
+Filter: TypeAlias = pc.Expression | Sequence[Any]  # or conditions, in the form of pyarrow.parquet
 _LOCAL_THREADS, _REMOTE_THREADS = 4, 16
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The slots that are read: ascending, by draw; draws without any are left out."""
+    """The selected slots of each draw, ascending. Draws without selected slots are left out."""
 
     text: str
     slots: Mapping[int, npt.NDArray[Any]]
 
     @property
     def draws(self) -> tuple[int, ...]:
-        """The draws with any, ascending."""
+        """The draws with selected slots, ascending."""
         return tuple(sorted(self.slots))
 
     def order_key(self, key: str) -> str:
@@ -44,7 +44,7 @@ class Selection:
         return digest(canonical_json({"order_key": key, "selected": chosen}))
 
     def counts(self, draw: int, rows_per_shard: int) -> Rows:
-        """Selected records of each shard that has any."""
+        """The number of selected records of each shard that has any."""
         counts = np.bincount(self.slots[draw] // rows_per_shard)
         return counts[counts > 0]
 
@@ -52,7 +52,7 @@ class Selection:
 def select(root: Path, shards: Mapping[int, Sequence[ShardFiles]], filter: Filter, rows: int) -> Selection:
     """The records of these shards (by draw) that match, from the columns that the filter names.
 
-    Raises ValueError for columns that no index has, StorageError when nothing matches.
+    Raises ValueError for unknown columns, StorageError if nothing matches.
     """
     expression = as_expression(filter)
     text = " ".join(str(expression).split())
@@ -69,7 +69,7 @@ def select(root: Path, shards: Mapping[int, Sequence[ShardFiles]], filter: Filte
 
 
 def as_expression(filter: Filter) -> pc.Expression:
-    """The filter as one expression. Raises ValueError for anything else."""
+    """The filter as one expression. Raises ValueError if it is not a filter."""
     if isinstance(filter, pc.Expression):
         return filter
     try:
@@ -91,7 +91,7 @@ def read_parts(
     columns: Sequence[str] | None,
     expression: pc.Expression | None = None,
 ) -> pa.Table:
-    """Columns of the index parts of some shards, one after another, or those rows that match; read in parallel."""
+    """Columns of the index parts of some shards, one after another, or only the matching rows. Read in parallel."""
 
     def read(shard: ShardFiles) -> pa.Table:
         table = read_index(inside(root, shard.index.path), columns, shard.records, shard.index.sha256)
@@ -101,7 +101,7 @@ def read_parts(
 
 
 def _columns(expression: pc.Expression, text: str) -> list[str]:
-    """The columns that an expression needs: those without which it does not bind."""
+    """The columns that an expression needs: it cannot be bound without them."""
     whole = INDEX_SCHEMA.empty_table()
     try:
         whole.filter(expression)

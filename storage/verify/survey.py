@@ -1,4 +1,4 @@
-"""What the small files of a store say: its recipe and its manifests, read once, and its commits, one after another."""
+"""The small files of a store: its recipe and its manifests, read once, and its commits, one after another."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ class Listed:
 
 @dataclass(frozen=True)
 class Survey:
-    """A store's small files; the error in place of a manifest that cannot be read."""
+    """The small files of a store. An unreadable manifest is replaced by its error."""
 
     root: Path
     spec: StoreSpec
     generations: dict[int, Generation | StorageError]
-    commits: list[str]  # the shards that have one
+    commits: list[str]  # the shards that have a commit
     sizes: dict[str, int]  # of the plain files in the folders of payloads and index parts
 
     def readable(self, numbers: Iterable[int]) -> Iterator[Generation]:
-        """Those of these generations that can be read."""
+        """The readable ones of these generations."""
         for number in numbers:
             sealed = self.generations.get(number)
             if isinstance(sealed, Generation):
                 yield sealed
 
     def draws(self, numbers: Iterable[int]) -> int:
-        """The draws that the largest of these generations holds."""
+        """The number of draws of the largest of these generations."""
         return max((sealed.draws for sealed in self.readable(numbers)), default=0)
 
     def shards(self) -> Iterator[Listed]:
@@ -76,18 +76,18 @@ class Survey:
         return names | self._lists() | set(layouts.of(self.spec).metadata(self.spec, draws))
 
     def all_files(self, shard: ShardFiles) -> set[str]:
-        """The files of a shard where they were written, and where sealing places them."""
+        """The files of a shard, both where they were written and where sealing places them."""
         return {file.path for where in (True, False) for file in self.files(shard, where)}
 
     def files(self, shard: ShardFiles, sealed: bool = True) -> list[StoredFile]:
-        """A shard's payload files, then its index part; none where they are not those of the spec's layout."""
+        """The payload files of a shard, then its index part; empty if they do not fit the layout of the spec."""
         try:
             return [*layouts.files(self.spec, shard, sealed), shard.index]
         except StorageError:
             return []
 
     def present(self, shard: ShardFiles) -> list[StoredFile]:
-        """The files of a shard where they are: until its draw is sealed, those of layout zarr wait to be placed."""
+        """The files of a shard where they are now. In layout zarr, sealing a draw moves them."""
         if isinstance(shard, Entry):
             return self.files(shard)
         try:
@@ -96,7 +96,7 @@ class Survey:
             return []
 
     def _lists(self) -> set[str]:
-        """The lists of shards that manifests name, or might name: those of manifests that cannot be read are kept."""
+        """The lists of shards that manifests name or may name: lists of unreadable manifests are kept."""
         known = {file for sealed in self.readable(self.generations) if (file := sealed.shards.file) is not None}
         unread = tuple(f"manifest.g{at:04d}." for at, one in self.generations.items() if isinstance(one, StorageError))
         names = {name for name in listing.names(self.root, "") if is_list_name(name)} if unread else set()
@@ -106,19 +106,19 @@ class Survey:
 def survey(root: Path) -> Survey:
     """Reads the recipe and the manifests of the store at `root`, and lists its commits and files.
 
-    Raises StorageError when there is no recipe.
+    Raises StorageError if there is no recipe.
     """
     spec = read_spec(root)
     generations = {number: load(root, number, spec) for number in seal.numbers(root)}
     try:
         names = [name for name in commits.names(root, 1000) if parse_name(name)[1] < spec.shards_per_draw]
     except StorageError:
-        names = []  # a link out of the store, which is a surplus file
+        names = []  # a link out of the store; it is reported as a surplus file
     return Survey(root, spec, generations, names, listing.shard_files(root))
 
 
 def load(root: Path, number: int, spec: StoreSpec) -> Generation | StorageError:
-    """A generation whose manifest and list of shards can be read, or why not."""
+    """A generation whose manifest and list of shards can be read, or the error why not."""
     try:
         sealed = seal.load(root, number, spec)
         len(sealed.shards)  # reads the list
@@ -130,10 +130,10 @@ def load(root: Path, number: int, spec: StoreSpec) -> Generation | StorageError:
 def read_commit(
     root: Path, folder: listing.Folder, name: str, entries: Sequence[Entry], trusting: bool
 ) -> tuple[Commit | StorageError | None, str]:
-    """(the commit of a shard, None when there is none, or why it cannot be read; the SHA-256 of its file).
+    """(the commit of a shard, or None if there is none, or the error why it cannot be read; the SHA-256 of its file).
 
-    With `trusting` the text of one that has the SHA-256 of one of these entries needs no digest of its own to be
-    believed; what it says is checked all the same.
+    With `trusting`, a file with the SHA-256 of one of these entries needs no check of its own digest. Its contents are
+    always checked.
     """
     path, data = commits.commit_path(root, name), folder.read(f"{name}.json")
     if data is not None:
@@ -156,7 +156,7 @@ def read_commit(
 
 
 def _by_name(sealed: Generation) -> Iterator[tuple[str, int, Entry]]:
-    """The entries of a generation in the order of their names, which is its own unless somebody wrote another."""
+    """The entries of a generation sorted by name. They are already sorted unless another program wrote the manifest."""
     names, shards = sealed.shards.texts("name"), iter(sealed.shards)
     if any(one > two for one, two in pairwise(names)):
         shards = iter(sorted(sealed.shards, key=attrgetter("name")))

@@ -1,4 +1,4 @@
-"""What is there and what would run, as rows."""
+"""What exists and what would run, as rows."""
 
 from __future__ import annotations
 
