@@ -56,8 +56,8 @@ def prdc(real: Manifold, fake: Manifold) -> Prdc:
     """All four figures of the samples `fake` against `real`. Both should have the same size.
 
     Precision is the share of samples in the real manifold, recall the share of real members in the manifold of the
-    (Kynkaanniemi et al. 2019, arXiv 1904.06991). Density counts, over K, in how many real balls a sample lies, and
-    divided by k; coverage is the share of real balls that contain a sample (Naeem et al. 2020, arXiv 2002.09797). The
+    samples (Kynkaanniemi et al. 2019, arXiv 1904.06991). Density is the number of real balls that a sample lies in,
+    divided by K; coverage is the share of real balls that contain a sample (Naeem et al. 2020, arXiv 2002.09797). The
     last two use only the real balls, which outliers among the samples cannot enlarge.
     """
     if real.members.shape[1] != fake.members.shape[1]:
