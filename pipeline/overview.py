@@ -78,10 +78,13 @@ def plan_text(rows: Sequence[Row]) -> str:
     return f"{text}\n\n{described(rows[-1]['plan']) if rows[-1]['plan'] else unknown}"
 
 
-def status(nodes: Mapping[str, Node]) -> list[Row]:
-    """One row for each stage: state, artifact, size on disk, and the first figures in its manifest."""
+def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
+    """One row for each stage: state, artifact, size on disk, and the first figures in its manifest.
+
+    With `target`, rows of that stage and of those that it needs.
+    """
     rows = []
-    for node in nodes.values():
+    for node in upstream(nodes, target) if target else nodes.values():
         artifact = node.artifact()
         state = "waiting" if artifact is None else _state(artifact) if artifact.done or artifact.started else "-"
         rows.append(

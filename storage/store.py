@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nfm.storage import layouts
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, by
 from nfm.storage.errors.arguments import checked, whole
 from nfm.storage.files.cache import ShardCache, default_cache
 from nfm.storage.files.paths import as_path, is_remote, store_named
@@ -143,6 +143,10 @@ class PairStore(Readable):
                 f"complete with `nfm pairs seal {root}`"
             )
         return cls(newest, cache)
+
+    def __repr__(self) -> str:
+        spec, named = self.spec, f"PairStore({str(self.root)!r}, generation={self.generation})"
+        return f"{named}: {self.draws} draws of {spec.rows:,} {spec.coupling} pairs, {by(spec.image_shape)}"
 
     def __enter__(self) -> PairStore:
         return self

@@ -84,9 +84,10 @@ def as_text(plan: Mapping[str, Any]) -> str:
         flops = f"{plan['flops']:.2g}, {plan['flops_per_image']:.2g} an image" if "flops" in plan else _NO_FLOPS
         return aligned(["of the pairs", ""], [*lines, ["FLOPs", flops]])
     worker = plan["worker"]
+    teraflops = units.figure(worker["flops_per_second"] / 1e12, 3)
     lines += [
         ["FLOPs", f"{plan['flops']:.2g}, {plan['flops_per_image']:.2g} an image"],
-        ["a worker", f"{worker['images_per_second']:.3g} images/s, {worker['flops_per_second'] / 1e12:.3g} TFLOP/s: "
+        ["a worker", f"{units.rate(worker['images_per_second'], 'images')}, {teraflops} TFLOP/s: "
          + worker["how"]],
     ]  # fmt: skip
     hours = [[f"{int(count):,}", units.about(3600 * taken)] for count, taken in plan["hours"].items()]
