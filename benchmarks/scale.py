@@ -30,7 +30,7 @@ from nfm.stages.display.endings import JSON
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs import production
 from nfm.storage import PairStore
-from nfm.storage.files import signed_json
+from nfm.storage.files import digested_json
 from nfm.storage.format.index import index_rows
 from nfm.storage.format.spec import FORMAT, StoreSpec, pair_fields, parse_name, read_spec, write_spec
 from nfm.storage.layouts import tar_blocks
@@ -91,14 +91,14 @@ def _make_part(part: tuple[Path, StoreSpec, list[str]]) -> None:
         table, sink = index_rows(draw, rows), pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         index = sink.getvalue().to_pybytes()
-        keys = signed_json.digest("\n".join(table["key"].to_pylist()).encode())  # see index.keys_digest
+        keys = digested_json.digest("\n".join(table["key"].to_pylist()).encode())  # see index.keys_digest
         size = tar_blocks.shard_bytes(spec.fields, len(slots), spec.rows_per_block)
         commit = _commit(name, len(slots), size, index, keys, rng)
         (folder / commit["index"]).write_bytes(index)
         with open(folder / commit["payload"], "wb") as file:
             file.truncate(size)
         path = commits.commit_path(folder, name)
-        path.write_bytes(signed_json.signed_text(path, {"format": FORMAT, **commit}))
+        path.write_bytes(digested_json.digested_text(path, {"format": FORMAT, **commit}))
 
 
 def _commit(name: str, records: int, size: int, index: bytes, keys: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -106,8 +106,8 @@ def _commit(name: str, records: int, size: int, index: bytes, keys: str, rng: np
     mean, var, skewness, kurtosis = (rng.standard_normal(4) * 1e-3 + (0, 1, 0, 3)).tolist()
     return {
         "name": name, "draw": draw, "shard": shard, "attempt": ATTEMPT,
-        "payload": f"shards/{name}.{ATTEMPT}.tar", "payload_sha256": signed_json.digest(name.encode()),
-        "payload_bytes": size, "index": f"index/{name}.{ATTEMPT}.parquet", "index_sha256": signed_json.digest(index),
+        "payload": f"shards/{name}.{ATTEMPT}.tar", "payload_sha256": digested_json.digest(name.encode()),
+        "payload_bytes": size, "index": f"index/{name}.{ATTEMPT}.parquet", "index_sha256": digested_json.digest(index),
         "index_bytes": len(index), "records": records, "keys_digest": keys,
         "moments": {"mean": mean, "var": var, "min": -5.1, "max": 5.2, "skewness": skewness, "kurtosis": kurtosis,
                     "nonfinite": 0},
@@ -145,15 +145,15 @@ def plan(folder: Path, shards: int, records: int) -> dict[str, Any]:
 
 def seal(folder: Path, shards: int, records: int) -> dict[str, Any]:
     """Seals the store: every commit is read and its files are looked for."""
-    seconds, body = timed(lambda: generations.seal(folder, spec_of(shards, records)[1]))
+    seconds, sealed = timed(lambda: generations.seal(folder, spec_of(shards, records)[1]))
     size = sum(path.stat().st_size for path in folder.glob("manifest.*"))
-    return {"seconds": seconds, "shards": body["shard_count"], "records": body["records"], "manifest_bytes": size}
+    return {"seconds": seconds, "shards": len(sealed.shards), "records": sealed.records, "manifest_bytes": size}
 
 
 def opened(folder: Path, shards: int, records: int) -> dict[str, Any]:
     """Opens the store and finds the last of its shards."""
     seconds, store = timed(lambda: PairStore.open(folder))
-    return {"seconds": seconds, "draws": store.draws, "last": store.manifest["shards"][-1]["name"]}
+    return {"seconds": seconds, "draws": store.draws, "last": store.sealed.shards[-1].name}
 
 
 def order(folder: Path, shards: int, records: int) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
 
 def measured(step: str, folder: Path, shards: int, records: int) -> dict[str, Any]:
     """Runs a step in a process of its own; adds its peak memory, that of its largest child included."""
-    command = [sys.executable, __file__, "--step", step, "--folder", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.scale", "--step", step, "--folder", str(folder)]
     command += ["--shards", str(shards), "--records-per-shard", str(records)]
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
     if done.returncode:

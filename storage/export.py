@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from nfm.storage import layouts as layouts
 from nfm.storage.errors import CorruptShard, MissingShard, NoPlace, StorageError
 from nfm.storage.errors.arguments import checked, instance, one_of
 from nfm.storage.files.atomic import HashingFile, create_json, hash_file, read_json
-from nfm.storage.files.cache import Wanted
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, inside, is_remote, size_of
 from nfm.storage.files.small_files import plain
@@ -32,11 +32,12 @@ from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.index import read_index
 from nfm.storage.format.spec import SPEC, StoreSpec, check_folder, pair_fields
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.generation import Generation
 from nfm.storage.ledger.row_fields import FIELDS, RowField, publish_row_field, row_field_names
+from nfm.storage.ledger.shard_list import Entry
 from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.store import PairStore
 
-Entry = Mapping[str, Any]
 T = TypeVar("T")
 Progress = Callable[[int, int, int], None]  # pairs done, pairs in all, bytes read so far by this call
 _CHUNK_BYTES = 16 << 20
@@ -65,23 +66,24 @@ def export(
     codec: str = "float16",
     progress: Progress = lambda done, total, read: None,
     threads: int | None = None,
-) -> dict[str, Any]:
-    """Writes the pinned generation of `source` to `target`, a folder or URL. Returns the target's manifest.
+) -> Generation:
+    """Writes the pinned generation of `source` to `target`, a folder or URL. Returns the target's generation.
 
-    Its entry `exported` says which store it was made from. If the codec rounds differently, it has `rms_error` and
-    `max_error` over the `measured` pairs that this call converted. `clipped` in the manifest counts clipped values.
-    Raises StorageError if the target is another store, CorruptShard if a shard of the source is not what was committed.
+    The entry `exported` of its manifest says which store it was made from. If the codec rounds differently, it has
+    `rms_error` and `max_error` over the `measured` pairs that this call converted. `clipped` in the manifest counts
+    clipped values. Raises StorageError if the target is another store, CorruptShard if a shard of the source is not
+    what was committed.
     """
     root, spec = as_path(target), converted(source.spec, layout, codec)
     _begin(source, root, spec)
-    entries = source.manifest["shards"]
+    entries = source.sealed.shards
     done = commits.committed(root, source.draws)
     for entry in entries:
-        found = done.get(entry["name"])
+        found = done.get(entry.name)
         if found is not None and not found.attempt.startswith(_origin(entry)):
-            raise NoPlace(str(root), f"{entry['name']} was exported from other pairs; choose another folder")
-    pending = [entry for entry in entries if entry["name"] not in done]
-    job = _Conversion(source, root, spec, sum(entry["records"] for entry in entries), progress)
+            raise NoPlace(str(root), f"{entry.name} was exported from other pairs; choose another folder")
+    pending = [entry for entry in entries if entry.name not in done]
+    job = _Conversion(source, root, spec, source.sealed.records, progress)
     job.run(pending, threads or os.cpu_count() or 1)
     if job.loss.unknown:  # an earlier run converted every shard and was killed before sealing
         job.measure(entries[0])
@@ -94,10 +96,10 @@ def export(
         **job.loss.figures(),
     }
     carried = {key: source.manifest[key] for key in _CARRIED if key in source.manifest}
-    holes = {shard["name"]: shard["reason"] for shard in source.excluded}
-    manifest = seal.seal(root, source.draws, holes, **carried, inputs=_inputs(source), exported=exported)
-    seal.remove_lost_attempts(root, manifest["shards"])
-    return manifest
+    holes = {hole.name: hole.reason for hole in source.sealed.excluded}
+    sealed = seal.seal(root, source.draws, holes, **carried, inputs=_inputs(source), exported=exported)
+    seal.remove_lost_attempts(root, sealed.shards)
+    return sealed
 
 
 def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
@@ -135,7 +137,7 @@ def _inputs(source: PairStore) -> dict[str, Any]:
 
 
 def _origin(entry: Entry) -> str:
-    return f"x{entry['sha256'][:16]}-"
+    return f"x{entry.payload.sha256[:16]}-"
 
 
 class _Conversion:
@@ -149,11 +151,11 @@ class _Conversion:
 
     def run(self, pending: Sequence[Entry], threads: int) -> None:
         """Converts and commits the shards. After an error or an interrupt it waits until every thread has stopped."""
-        done, read = self._total - sum(entry["records"] for entry in pending), 0
+        done, read = self._total - sum(entry.records for entry in pending), 0
         self._progress(done, self._total, read)
         with closing(parallel(self._convert, pending, threads, stop=self._stop)) as written:
             for entry in written:
-                done, read = done + entry["records"], read + entry["bytes"]
+                done, read = done + entry.records, read + entry.payload.bytes
                 self._progress(done, self._total, read)
 
     def measure(self, entry: Entry) -> None:
@@ -162,7 +164,7 @@ class _Conversion:
             pass
 
     def _convert(self, entry: Entry) -> Entry:
-        source, name = self.source, entry["name"]
+        source, name = self.source, entry.name
         commit = commits.read(source.root, name)
         if commit is None:
             raise MissingShard(f"{commits.commit_path(source.root, name)}: the commit is missing; run `nfm audit`")
@@ -173,18 +175,9 @@ class _Conversion:
         return entry
 
     def _records(self, entry: Entry) -> Iterator[dict[str, np.ndarray]]:
-        source, spec = self.source, self.source.spec
-        shard = self._opened(
-            [
-                Wanted(inside(source.root, file.path), file.sha256, file.bytes)
-                for file in layouts.files(source.spec, entry)
-            ],
-            lambda paths: layouts.open_shard(source.spec, paths, entry["records"]),
-        )
-        index = self._opened(
-            [Wanted(inside(source.root, entry["index"]), entry["index_sha256"], entry["index_bytes"])],
-            lambda paths: read_index(paths[0], [*_INDEX_COLUMNS]),
-        )
+        spec = self.source.spec
+        shard = self._opened(layouts.files(spec, entry), lambda paths: layouts.open_shard(spec, paths, entry.records))
+        index = self._opened([entry.index], lambda paths: read_index(paths[0], [*_INDEX_COLUMNS]))
         columns = {name: index[name].to_numpy(zero_copy_only=False) for name in _INDEX_COLUMNS}
         step = max(1, _CHUNK_BYTES // sum(field.bytes_per_record for field in spec.fields))
         for start in range(0, shard.records, step):
@@ -198,12 +191,12 @@ class _Conversion:
             self.loss.add(chunk["noise"])
             yield chunk
 
-    def _opened(self, files: Sequence[Wanted], opener: Callable[[list[Path]], T]) -> T:
+    def _opened(self, files: Sequence[StoredFile], opener: Callable[[list[Path]], T]) -> T:
         """Checks the bytes of the files, downloads them first if the source is a URL, and calls `opener` with them."""
         if not self.source.remote:
             for file in files:
-                _check(file)
-        return self.source.cache.opened(files, opener)
+                _check(self.source.root, file)
+        return self.source.cache.opened(self.source.root, files, opener)
 
 
 class _Loss:
@@ -240,22 +233,23 @@ class _Loss:
         return {"rms_error": math.sqrt(self._squares / self._values), "max_error": self._max, "measured": self._pairs}
 
 
-def _check(file: Wanted) -> None:
-    if size_of(file.path) is None:
-        raise MissingShard(f"{file.path}: missing; restore it from a copy, or run `nfm audit` on its store")
-    if size_of(file.path) != file.bytes or hash_file(file.path)[0] != file.sha256:
-        raise CorruptShard(f"{file.path}: not the bytes that were committed; run `nfm audit` on its store")
+def _check(root: Path, file: StoredFile) -> None:
+    path = inside(root, file.path)
+    if size_of(path) is None:
+        raise MissingShard(f"{path}: missing; restore it from a copy, or run `nfm audit` on its store")
+    if size_of(path) != file.bytes or hash_file(path)[0] != file.sha256:
+        raise CorruptShard(f"{path}: not the bytes that were committed; run `nfm audit` on its store")
 
 
 def _copy_row_fields(source: PairStore, root: Path) -> None:
     for name in row_field_names(source.root):
-        field, folder = RowField.open(source.root, name, source.cache), root / FIELDS / name
+        field = RowField.open(source.root, name, source.cache)
         for part in field.files:
-            if size_of(folder / part.file) == part.bytes:
+            if size_of(root / part.path) == part.bytes:
                 continue  # written by an earlier run that was killed; a file gets its name only when it is complete
-            with field.opened(part, plain) as file, HashingFile(folder / part.file) as out:
+            with field.opened(part, plain) as file, HashingFile(root / part.path) as out:
                 while piece := file.read(_COPY_BYTES):
                     out.write(piece)
                 if out.sha256 != part.sha256:
-                    raise CorruptShard(f"{field.folder / part.file}: not the bytes that were written; restore it")
-        publish_row_field(folder, field.body)
+                    raise CorruptShard(f"{source.root / part.path}: not the bytes that were written; restore it")
+        publish_row_field(root / FIELDS / name, field.body)

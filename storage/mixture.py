@@ -6,22 +6,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import Any
 
 import numpy as np
 
 from nfm.storage.errors import StorageError
 from nfm.storage.errors.arguments import WrongArgument, checked, instance, real, wrong
 from nfm.storage.format.order import Rows, Shuffle
-from nfm.storage.reading.reader import BatchReader, ReadOptions
 from nfm.storage.reading.selection import Filter
 from nfm.storage.reading.stream import Records, StoreStream
+from nfm.storage.store import PairStore, Readable
 
-if TYPE_CHECKING:
-    from nfm.storage.reading.torch_dataset import TorchBatches
-    from nfm.storage.store import PairStore
-
-_STORE = instance("PairStore")
+_STORE = instance(PairStore)
 _WEIGHT = real("a number above 0", lambda weight: weight > 0)
 _FINEST = 10_000  # weights are fractions with at most this denominator, so that shares are exact
 _ROUNDING = 1e-6  # of shares such as three times 1/3
@@ -58,7 +54,7 @@ def _check_aligned(stores: Sequence[PairStore]) -> None:
             )
 
 
-class Mixture:
+class Mixture(Readable):
     """Stores that are read as one: `Mixture([(nfm, 0.8), (independent, 0.2)]).batches(...)`.
 
     The weights are shares that sum to 1, or whole numbers: 4 and 1 mean 0.8 and 0.2. Every batch has these shares, up
@@ -77,38 +73,6 @@ class Mixture:
         self.stores = [store for store, _ in members]
         self.weights = _shares([weight for _, weight in members])
         _check_aligned(self.stores)
-
-    @checked(options=ReadOptions)
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        epochs: int | None = 1,
-        *,
-        shuffle: Shuffle = "full",
-        window: int = 16,
-        filter: Filter | None = None,
-        **options: Unpack[ReadOptions],
-    ) -> BatchReader:
-        """Batches of the mixture. The arguments are those of `PairStore.batches`; a filter applies to every member."""
-        return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
-
-    @checked(options=ReadOptions)
-    def as_torch_dataset(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        epochs: int | None = 1,
-        *,
-        shuffle: Shuffle = "full",
-        window: int = 16,
-        filter: Filter | None = None,
-        **options: Unpack[ReadOptions],
-    ) -> TorchBatches:
-        """The same batches as an IterableDataset: `DataLoader(dataset, batch_size=None, num_workers=any)`."""
-        from nfm.storage.reading.torch_dataset import TorchBatches
-
-        return TorchBatches(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
 
     @checked()
     def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> MixtureStream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,14 +19,12 @@ import pyarrow as pa
 from nfm.storage import layouts
 from nfm.storage.errors import StorageError, by
 from nfm.storage.errors.arguments import checked, whole
-from nfm.storage.files.atomic import read_json
-from nfm.storage.files.cache import ShardCache, Wanted, default_cache
-from nfm.storage.files.paths import as_path, inside, is_remote, size_of, store_named
-from nfm.storage.format import untrusted
+from nfm.storage.files.cache import ShardCache, default_cache
+from nfm.storage.files.paths import as_path, is_remote, store_named
 from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.format.spec import StoreSpec, read_spec
-from nfm.storage.ledger import seal, shard_list
-from nfm.storage.ledger.generation import DrawShards, Presence, excluded_problems
+from nfm.storage.ledger import seal
+from nfm.storage.ledger.generation import DrawShards, Generation
 from nfm.storage.ledger.row_fields import RowField
 from nfm.storage.reading.reader import BatchReader, ReadOptions
 from nfm.storage.reading.selection import Filter, read_parts, select
@@ -38,31 +37,75 @@ if TYPE_CHECKING:
 _DRAWS_OPEN = 2  # a reader at the end of an epoch uses two draws
 
 
-class PairStore:
+class Readable(ABC):
+    """Pairs that are read in batches: a store, or a mixture of stores."""
+
+    @abstractmethod
+    def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> Any:
+        """The order of the records that a reader follows."""
+
+    @checked(options=ReadOptions)
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        epochs: int | None = 1,
+        *,
+        shuffle: Shuffle = "full",
+        window: int = 16,
+        filter: Filter | None = None,
+        **options: Unpack[ReadOptions],
+    ) -> BatchReader:
+        """Batches of float32 images and noise [B, *shape]. Epoch e reads draw e modulo `draws`.
+
+        `batch_size` counts the records of all ranks together. `epochs=None` never ends. `shuffle`: "full" mixes the
+        whole draw; "windowed" mixes `window` shards at a time and reads the next ones ahead, for stores larger than
+        memory; None keeps the order of the slots. `filter` keeps the records that match: a pyarrow expression over the
+        columns of `index`, or a list of conditions such as [("label", "in", [1, 2])]. `ReadOptions` has the others.
+
+        The filter of a mixture applies to every member.
+
+        You may keep a batch as long as you like. Every call begins at epoch 0, so ask for all epochs in one call.
+        Raises StorageError for a wrong argument, MissingShard or CorruptShard when a bad shard is reached.
+        """
+        return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
+
+    @checked(options=ReadOptions)
+    def as_torch_dataset(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        epochs: int | None = 1,
+        *,
+        shuffle: Shuffle = "full",
+        window: int = 16,
+        filter: Filter | None = None,
+        **options: Unpack[ReadOptions],
+    ) -> TorchBatches:
+        """The same batches as an IterableDataset: `DataLoader(dataset, batch_size=None, num_workers=any)`."""
+        from nfm.storage.reading.torch_dataset import TorchBatches
+
+        return TorchBatches(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
+
+
+class PairStore(Readable):
     """A store of (image, noise) pairs, open for reading. Every draw has `rows` pairs, one at each slot.
 
     Shards are mapped into memory, and committed shards never change. Any number of readers and threads may share an
     open store. A forked process may go on with it.
     """
 
-    def __init__(
-        self, root: Path, spec: StoreSpec, manifest: Mapping[str, Any], cache: ShardCache | None = None
-    ) -> None:
-        self.root = root
-        self.spec = spec
-        self.manifest = manifest
-        self.generation: int = manifest["generation"]
-        self.draws: int = manifest["draws"]
-        self.content_digest: str = manifest["content_digest"]
-        self.order_key: str = manifest["order_key"]
+    def __init__(self, sealed: Generation, cache: ShardCache | None = None) -> None:
+        self.root, self.spec = sealed.root, sealed.spec
+        spec = self.spec
+        self.manifest = sealed.body
+        self.generation, self.draws = sealed.number, sealed.draws
+        self.content_digest, self.order_key = sealed.content_digest, sealed.order_key
         self.value_range = spec.value_range
         self.noise_step = spec.noise_step
         self.rows_per_shard = spec.rows_per_shard
-        self.remote = is_remote(root)
-        path = str(seal.manifest_path(root, self.generation))
-        if problems := excluded_problems(spec, manifest):
-            raise StorageError(f"{path}: {problems[0]}; run `nfm audit {root}`")
-        self._presence = Presence(path, spec, manifest)
+        self.remote = is_remote(self.root)
+        self.sealed = sealed.checked()
         self._cache = cache
         self._begin()
         _stores.add(self)
@@ -85,22 +128,21 @@ class PairStore:
         Raises StorageError when there is no store or no sealed generation, and NewerSchema when a newer version of
         this package wrote it. Shards are opened when they are read: a bad one raises MissingShard or CorruptShard then.
         """
-        root = store_named(path)
-        if root.suffix == ".json" and size_of(root) is not None:
-            named = untrusted.integer(f"{root}: generation", read_json(root).get("generation", 0))
+        root, named = seal.pinned(store_named(path))
+        if named is not None:
             if generation not in (None, named):
-                raise StorageError(f"{root}: the manifest of generation {named}, not of {generation}; name the folder")
-            generation, root = named, root.parent
+                raise StorageError(f"{path}: the manifest of generation {named}, not of {generation}; name the folder")
+            generation = named
         spec = read_spec(root)
         if generation is not None:
-            return cls(root, spec, seal.load(root, generation), cache)
-        newest = seal.newest(root)
+            return cls(seal.load(root, generation, spec), cache)
+        newest = seal.newest(root, spec)
         if newest is None:
             raise StorageError(
                 f"{root}: a pair store without a sealed generation; finish the pairs stage, or seal what is "
                 f"complete with `nfm pairs seal {root}`"
             )
-        return cls(root, spec, newest[1], cache)
+        return cls(newest, cache)
 
     def __repr__(self) -> str:
         spec, named = self.spec, f"PairStore({str(self.root)!r}, generation={self.generation})"
@@ -128,12 +170,12 @@ class PairStore:
     @property
     def excluded(self) -> Sequence[Mapping[str, Any]]:
         """The shards that this generation lacks: name, slots [first, after the last], records and reason of each."""
-        return self.manifest.get("excluded", ())
+        return [hole.to_json() for hole in self.sealed.excluded]
 
     @checked()
     def slots(self, draw: int) -> Rows:
         """The slots that a draw has, ascending: int64 [n]. All of them, unless shards are excluded."""
-        there = self._presence.of(draw).numbers
+        there = self.sealed.of(draw).numbers
         every = np.arange(len(self), dtype=np.int64)
         return every if there is None else every[np.isin(every // self.rows_per_shard, there)]
 
@@ -153,7 +195,7 @@ class PairStore:
 
         `columns` selects some of these, `draw` one draw. The default is all.
         """
-        return read_parts(self.root, self.manifest["shards"] if draw is None else self._shards_of(draw), columns)
+        return read_parts(self.root, self.sealed.shards if draw is None else self.sealed.of(draw).entries, columns)
 
     @checked()
     def image_rows(self, draw: int, slots: Rows) -> Rows:
@@ -174,7 +216,7 @@ class PairStore:
     def _rows_of(self, draw: int) -> Rows | None:
         """The rows of all slots; None if each slot holds its own row, which most couplings do."""
         there = self.slots(draw)
-        listed = read_parts(self.root, self._shards_of(draw), ["row"])["row"].to_numpy()
+        listed = read_parts(self.root, self.sealed.of(draw).entries, ["row"])["row"].to_numpy()
         if len(listed) != len(there):
             raise StorageError(f"{self.root}: the index of draw {draw} has {len(listed)} rows; run `nfm audit`")
         if np.array_equal(listed, there):
@@ -183,47 +225,6 @@ class PairStore:
         rows[there] = listed
         return rows
 
-    @checked(options=ReadOptions)
-    def batches(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        epochs: int | None = 1,
-        *,
-        shuffle: Shuffle = "full",
-        window: int = 16,
-        filter: Filter | None = None,
-        **options: Unpack[ReadOptions],
-    ) -> BatchReader:
-        """Batches of float32 images and noise [B, *shape]. Epoch e reads draw e modulo `draws`.
-
-        `batch_size` counts the records of all ranks together. `epochs=None` never ends. `shuffle`: "full" mixes the
-        whole draw; "windowed" mixes `window` shards at a time and reads the next ones ahead, for stores larger than
-        memory; None keeps the order of the slots. `filter` keeps the records that match: a pyarrow expression over the
-        columns of `index`, or a list of conditions such as [("label", "in", [1, 2])]. `ReadOptions` has the others.
-
-        You may keep a batch as long as you like. Every call begins at epoch 0, so ask for all epochs in one call.
-        Raises StorageError for a wrong argument, MissingShard or CorruptShard when a bad shard is reached.
-        """
-        return BatchReader(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
-
-    @checked(options=ReadOptions)
-    def as_torch_dataset(
-        self,
-        batch_size: int,
-        seed: int = 0,
-        epochs: int | None = 1,
-        *,
-        shuffle: Shuffle = "full",
-        window: int = 16,
-        filter: Filter | None = None,
-        **options: Unpack[ReadOptions],
-    ) -> TorchBatches:
-        """The same batches as an IterableDataset: `DataLoader(dataset, batch_size=None, num_workers=any)`."""
-        from nfm.storage.reading.torch_dataset import TorchBatches
-
-        return TorchBatches(self.stream(seed, shuffle, window, filter), batch_size, epochs, **options)
-
     @checked()
     def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> StoreStream:
         """The order of records that a reader or a mixture follows."""
@@ -231,9 +232,9 @@ class PairStore:
             self._check_room(shuffle, window)
         selection = None
         if filter is not None:
-            shards = {draw: self._shards_of(draw) for draw in range(self.draws)}
+            shards = {draw: self.sealed.of(draw).entries for draw in range(self.draws)}
             selection = select(self.root, shards, filter, len(self))
-        return StoreStream(self, seed, shuffle, window, selection, self._presence.numbers())
+        return StoreStream(self, seed, shuffle, window, selection, self.sealed.numbers())
 
     @checked()
     def empty(self, records: int) -> Arrays:
@@ -245,7 +246,7 @@ class PairStore:
     def shard(self, draw: int, number: int) -> layouts.Shard:
         """A shard of a draw, mapped into memory. If the store is a URL, it is fetched into the cache first."""
         if self.remote:  # before taking the draw's lock, so that several are fetched at once
-            self.cache.together(_wanted(self.root, self.spec, self._presence.of(draw)[number]))
+            self.cache.together(self.root, layouts.files(self.spec, self.sealed.of(draw)[number]))
         return self._draw(draw).shard(number)
 
     @checked()
@@ -258,14 +259,11 @@ class PairStore:
         """The cache that keeps the shards of a URL on this machine."""
         return self._cache or default_cache()
 
-    def _shards_of(self, draw: int) -> Sequence[Mapping[str, Any]]:
-        return self._presence.of(draw).entries
-
     def _draw(self, draw: int) -> ShardSequence:
         with self._lock:
             found = self._open.pop(draw, None)
             if found is None:
-                spec, shards = self.spec, self._presence.of(draw)
+                spec, shards = self.spec, self.sealed.of(draw)
                 open_shard = partial(_open_shard, self.root, spec, shards, self.cache)
                 found = ShardSequence(
                     open_shard,
@@ -286,14 +284,14 @@ class PairStore:
 
     def _let_go_of_evicted(self, draw: int, opened: ShardSequence) -> None:
         """Closes shards that the cache evicted: their disk space is free only when they are unmapped."""
-        shards, cache = self._presence.of(draw), self.cache
+        shards, cache = self.sealed.of(draw), self.cache
         opened.let_go(
-            lambda number: not all(cache.holds(file.sha256) for file in _wanted(self.root, self.spec, shards[number]))
+            lambda number: not all(cache.holds(file.sha256) for file in layouts.files(self.spec, shards[number]))
         )
 
     def _check_room(self, shuffle: Shuffle, window: int) -> None:
         """Refuses a cache that is too small, which would fetch every shard again and again."""
-        sizes = [shard_list.numbers(self._shards_of(draw), "bytes") for draw in range(self.draws)]
+        sizes = [self.sealed.of(draw).entries.numbers("bytes") for draw in range(self.draws)]
         bound = self.cache.max_bytes
         full, windows = max(int(each.sum()) for each in sizes), 2 * window * max(int(each.max()) for each in sizes)
         if shuffle == "full" and full > bound:
@@ -308,15 +306,11 @@ class PairStore:
             )
 
 
-def _wanted(root: Path, spec: StoreSpec, entry: Mapping[str, Any]) -> list[Wanted]:
-    """The payload files of a shard, at the place of the store."""
-    return [Wanted(inside(root, file.path), file.sha256, file.bytes) for file in layouts.files(spec, entry)]
-
-
 def _open_shard(root: Path, spec: StoreSpec, shards: DrawShards, cache: ShardCache, number: int) -> layouts.Shard:
     # Not a method: otherwise it would keep an unused store and its maps alive.
     entry = shards[number]
-    return cache.opened(_wanted(root, spec, entry), lambda paths: layouts.open_shard(spec, paths, entry["records"]))
+    files = layouts.files(spec, entry)
+    return cache.opened(root, files, lambda paths: layouts.open_shard(spec, paths, entry.records))
 
 
 class JoinedField:

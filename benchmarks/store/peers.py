@@ -34,7 +34,7 @@ def _stacked(records: Sequence[Sequence[Any]]) -> Triple:
 
 def _tars(work: Workload, layout: str) -> list[str]:
     store = work.store(layout)
-    return [str(store.root / shard["payload"]) for shard in store.manifest["shards"]]
+    return [str(store.root / shard.payload.path) for shard in store.sealed.shards]
 
 
 def webdataset_blocks(work: Workload) -> Reading:

@@ -45,7 +45,7 @@ class Standing:
         return _name(self.path)
 
 
-def survey(configs: Sequence[RunConfig], older_than: float, now: float | None = None) -> list[Standing]:
+def survey(configs: Sequence[RunConfig], older_than: float) -> list[Standing]:
     """Every artifact under the root with the reason to keep it.
 
     An artifact is kept if it is damaged, locked by a live holder, an end product, made without the pipeline, reached by
@@ -61,7 +61,7 @@ def survey(configs: Sequence[RunConfig], older_than: float, now: float | None = 
     if unknown := next((held for held in found.values() if not held.told), None):
         for held in found.values():
             held.why = held.why or f"nobody can tell what the damaged {unknown.name} was made from; see to that first"
-    now = time.time() if now is None else now
+    now = time.time()
     for held in found.values():
         held.why = held.why or recently(held.path, older_than, now)
     _spread(found)

@@ -15,8 +15,8 @@ from typing import Any
 from nfm.stages.base import StageError
 from nfm.stages.encoding.encoder import Setup
 from nfm.stages.encoding.jobs import TRIES, Halt, Outcome, ShardJob
+from nfm.stages.executors.ray_actors import IN_FLIGHT, ActorPool, Answer
 from nfm.stages.executors.ray_cluster import cluster
-from nfm.stages.executors.ray_crew import IN_FLIGHT, Crew, Landing
 
 DEATHS = 5
 LOSSES = 10  # including lost nodes, which a single shard may run out of memory
@@ -42,11 +42,11 @@ def run(
     if halt.ending or not backlog.refill(1):
         return
     with cluster(address, workers, setup.threads, setup.device) as share:
-        crew = Crew(setup, workers, share, say, patience)
+        pool = ActorPool(setup, workers, share, say, patience)
         try:
-            yield from _Production(crew, backlog, halt, say).outcomes()
+            yield from _Production(pool, backlog, halt, say).outcomes()
         finally:
-            crew.dismiss()
+            pool.close()
 
 
 def on_a_worker(
@@ -104,43 +104,43 @@ class _Backlog:
 class _Production:
     """Turns jobs into outcomes, whatever happens to the actors."""
 
-    def __init__(self, crew: Crew, backlog: _Backlog, halt: Halt, say: Callable[[str], None]):
-        self.crew, self.backlog, self.halt, self.say = crew, backlog, halt, say
+    def __init__(self, pool: ActorPool, backlog: _Backlog, halt: Halt, say: Callable[[str], None]):
+        self.pool, self.backlog, self.halt, self.say = pool, backlog, halt, say
         self.losses: Counter[str] = Counter()
         self.lost: set[str] = set()  # shards and starts that ended with their actor since the last commit
 
     def outcomes(self) -> Iterator[Outcome | None]:
-        crew, backlog = self.crew, self.backlog
+        pool, backlog = self.pool, self.backlog
         while not self.halt.stopping:
             if self.halt.ending:
                 backlog.close()
-                crew.end()
-            backlog.refill((IN_FLIGHT + 1) * crew.wanted)
-            if not backlog.waiting and not crew.in_flight:
+                pool.end()
+            backlog.refill((IN_FLIGHT + 1) * pool.wanted)
+            if not backlog.waiting and not pool.in_flight:
                 return
-            crew.muster(len(backlog.waiting) + crew.in_flight)
-            crew.send(backlog.waiting)
-            landing = crew.landed()
-            outcome = self._settle(landing) if landing else None
-            if outcome or not landing:
+            pool.fill(len(backlog.waiting) + pool.in_flight)
+            pool.send(backlog.waiting)
+            answer = pool.next_answer()
+            outcome = self._settle(answer) if answer else None
+            if outcome or not answer:
                 yield outcome
 
-    def _settle(self, landing: Landing) -> Outcome | None:
+    def _settle(self, answer: Answer) -> Outcome | None:
         """Interprets the answer to a call: an outcome, or another attempt later."""
         import ray
 
-        job, result, worker = landing.call, landing.result, landing.seat.name
+        job, result, worker = answer.call, answer.result, answer.seat.name
         died = isinstance(result, ray.exceptions.RayError) and not isinstance(result, ray.exceptions.RayTaskError)
         if isinstance(job, str):
             if not isinstance(result, ray.exceptions.RayError):
-                self.crew.greet(landing)
+                self.pool.welcome(answer)
             elif isinstance(result, ray.exceptions.RayActorError) and not result.actor_init_failed:
-                self._lose(landing, f"{worker} at its start")
+                self._lose(answer, f"{worker} at its start")
             else:
-                self._not_begun(landing)
+                self._not_begun(answer)
             return None
         if died:
-            return self._died(job, landing)
+            return self._died(job, answer)
         if isinstance(result, ray.exceptions.RayTaskError):
             job = job.again(failed=True)
             if job.tries >= TRIES:
@@ -154,43 +154,43 @@ class _Production:
         self.backlog.release()
         return Outcome(job, commit=commit, worker=worker, timing=timing)
 
-    def _died(self, job: ShardJob, landing: Landing) -> Outcome | None:
+    def _died(self, job: ShardJob, answer: Answer) -> Outcome | None:
         """Handles a shard whose actor died: it starts again later, or is set aside as the cause."""
-        self._lose(landing, job.name)
-        job = job.again(died=not _with_its_node(landing.result))
+        self._lose(answer, job.name)
+        job = job.again(died=not _with_its_node(answer.result))
         self.losses[job.name] += 1
         if job.deaths >= DEATHS or self.losses[job.name] >= LOSSES:
             self.lost.discard(job.name)
             what = "killed its worker five times" if job.deaths >= DEATHS else f"was lost with its node {LOSSES} times"
-            return Outcome(job, error=f"{what}; the last: {_plain(landing.result)}", worker=landing.seat.name)
+            return Outcome(job, error=f"{what}; the last: {_plain(answer.result)}", worker=answer.seat.name)
         self.backlog.suspects.append(job)
         return None
 
-    def _lose(self, landing: Landing, what: str) -> None:
+    def _lose(self, answer: Answer, what: str) -> None:
         """Removes a dead actor. Jobs that were queued there start again first."""
-        seat = landing.seat
-        self.backlog.waiting.extendleft(job.again() for job in reversed(self.crew.remove(seat)))
-        self.say(f"lost Ray actor {seat.name}: {_reason(landing.result)}; its shards start again elsewhere")
-        self.lost.add(what if isinstance(landing.call, ShardJob) else f"{what}, {len(self.lost)}")
-        if len(self.lost) > max(5, 3 * self.crew.wanted):
+        seat = answer.seat
+        self.backlog.waiting.extendleft(job.again() for job in reversed(self.pool.remove(seat)))
+        self.say(f"lost Ray actor {seat.name}: {_reason(answer.result)}; its shards start again elsewhere")
+        self.lost.add(what if isinstance(answer.call, ShardJob) else f"{what}, {len(self.lost)}")
+        if len(self.lost) > max(5, 3 * self.pool.wanted):
             raise StageError(
                 f"{len(self.lost)} Ray actors in a row died without finishing a shard; the last one: "
-                f"{_reason(landing.result)}. Look for the reason in the Ray logs (out of memory is the usual one: "
+                f"{_reason(answer.result)}. Look for the reason in the Ray logs (out of memory is the usual one: "
                 "lower pairs.batch_size or pairs.workers); committed shards stay, run the same command again"
-            ) from landing.result
+            ) from answer.result
 
-    def _not_begun(self, landing: Landing) -> None:
+    def _not_begun(self, answer: Answer) -> None:
         """Handles an actor that could not load its teacher: the run ends, unless other actors could.
 
         Then the node is at fault.
         """
-        seat = landing.seat
-        self.crew.remove(seat)
+        seat = answer.seat
+        self.pool.remove(seat)
         where = f" on {seat.host}" if seat.host else ""
-        text = f"a Ray actor cannot begin{where}: {_reason(landing.result)}"
-        if not self.crew.working:
-            raise StageError(text) from landing.result
-        self.crew.rest()
+        text = f"a Ray actor cannot begin{where}: {_reason(answer.result)}"
+        if not self.pool.working:
+            raise StageError(text) from answer.result
+        self.pool.pause()
         self.say(f"{text}; the others go on, another is tried in a minute")
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from nfm.stages.couplings.rows import slot_is_row
 from nfm.storage import PairStore
 from nfm.storage.format import codecs, convert
-from nfm.storage.format.spec import parse_name
+from nfm.storage.ledger.shard_list import Entry
 from nfm.storage.reading.selection import read_parts
 
 PAIRS, SHARDS = 20_000, 64
@@ -38,36 +38,33 @@ def draw_sample(store: PairStore, seed: int) -> Sample:
     random = np.random.default_rng(seed)
     size = int(np.prod(store.spec.image_shape))
     shards = _shards(store, random)
-    ends = np.cumsum([entry["records"] for _, _, entry in shards])
+    ends = np.cumsum([entry.records for entry in shards])
     count = min(PAIRS, max(1, VALUES // size), int(ends[-1]))
     picked = np.sort(random.choice(ends[-1], count, replace=False))
     own = np.split(picked, np.searchsorted(picked, ends))  # with an empty part after the last end
     parts = [
-        _of_shard(store, draw, shard, entry, places - (end - entry["records"]))
-        for (draw, shard, entry), end, places in zip(shards, ends.tolist(), own)
+        _of_shard(store, entry, places - (end - entry.records))
+        for entry, end, places in zip(shards, ends.tolist(), own)
         if len(places)
     ]
     image, noise, label, nll = (np.concatenate(part) for part in zip(*parts))
     return Sample(image, noise, label, nll, len(parts))
 
 
-def _shards(store: PairStore, random: np.random.Generator) -> list[tuple[int, int, Any]]:
-    """(draw, number, entry) of shards with different slots, by draw."""
-    entries, found = store.manifest["shards"], dict[int, tuple[int, int, Any]]()
+def _shards(store: PairStore, random: np.random.Generator) -> list[Entry]:
+    """Shards with different slots, by draw."""
+    entries, found = store.sealed.shards, dict[int, Entry]()
     for at in random.permutation(len(entries)).tolist():
         entry = entries[at]
-        draw, shard = parse_name(entry["name"])
-        found.setdefault(shard, (draw, shard, entry))
+        found.setdefault(entry.shard, entry)
         if len(found) == min(SHARDS, store.spec.shards_per_draw):
             break
-    return sorted(found.values(), key=lambda shard: shard[:2])
+    return sorted(found.values(), key=lambda entry: entry.name)
 
 
-def _of_shard(
-    store: PairStore, draw: int, shard: int, entry: Any, at: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _of_shard(store: PairStore, entry: Entry, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Image, noise, label and nll of these records of a shard."""
-    stored = store.gather(draw, at + store.spec.slots_of(shard).start)
+    stored = store.gather(entry.draw, at + store.spec.slots_of(entry.shard).start)
     index = read_parts(store.root, [entry], ["label", "nll"])
     image = convert.to_float32(stored["image"], store.value_range).reshape(len(at), -1)
     noise = codecs.unpack(stored["noise"], store.noise_step).reshape(len(at), -1)
@@ -84,10 +81,10 @@ def row_counts(store: PairStore, seed: int) -> tuple[np.ndarray, bool]:
     rows, draws = store.spec.rows, store.draws
     if slot_is_row(store.spec):
         counts = np.full(rows, draws, np.int64)
-        for hole in store.excluded:
-            counts[slice(*hole["slots"])] -= 1
+        for hole in store.sealed.excluded:
+            counts[hole.slots.start : hole.slots.stop] -= 1
         return counts, True
-    entries = store.manifest["shards"]
+    entries: Sequence[Entry] = store.sealed.shards
     whole = len(entries) <= PARTS_COUNTED
     if not whole:
         picked = np.random.default_rng(seed).choice(len(entries), PARTS_COUNTED, replace=False)

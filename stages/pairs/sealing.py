@@ -13,7 +13,8 @@ from nfm.stages.base import Inputs, Reporter, Stopped
 from nfm.storage import PairStore
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import read_spec
-from nfm.storage.ledger import manifests, seal
+from nfm.storage.ledger import seal
+from nfm.storage.ledger.generation import Generation
 
 BEGUN = "coupling-report.begun.json"  # in the store while the report is made; it remains if that process was killed
 OPTIONAL = ("torch", "scipy")
@@ -38,7 +39,7 @@ def of_sealing(
         atomic.write_json(mark, begun)
         from nfm.stages.pairs import coupling_report
 
-        store = PairStore(out, read_spec(out), manifests.whole(out, body))
+        store = PairStore(Generation(out, read_spec(out), body["generation"], body))
         found = {"coupling_report": coupling_report.measure(store, inputs, report, device)}
     except Stopped:
         _say(report, "the coupling report was stopped")

@@ -37,7 +37,6 @@ from nfm.stages.trained.training import WEIGHTS
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec
-from nfm.storage.ledger import manifests
 from nfm.storage.ledger import seal as generations
 
 NAME = "pairs"
@@ -92,9 +91,9 @@ def external(config: PairsConfig) -> dict[str, str]:
 def manifest_name(config: PairsConfig, out: Path) -> str:
     """The manifest of the newest generation that fits the config, else the name of the next one."""
     for number in reversed(generations.numbers(out)):
-        manifest = manifests.raw(out, number)
-        lacking = sum(shard["records"] for shard in manifest.get("excluded", ()))
-        if manifest["draws"] == config.draws and lacking <= config.max_missing:
+        sealed = generations.load(out, number)
+        lacking = sum(len(hole.slots) for hole in sealed.excluded)
+        if sealed.draws == config.draws and lacking <= config.max_missing:
             return generations.manifest_path(out, number).name
     return generations.manifest_path(out, generations.next_number(out)).name
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,15 +14,16 @@ from nfm.stages.encoding.slots import drawn_eps, drawn_flips, mirrored
 from nfm.storage import ImageDataset, layouts
 from nfm.storage.format import codecs
 from nfm.storage.format.index import read_index
-from nfm.storage.format.spec import StoreSpec, parse_name
+from nfm.storage.format.spec import StoreSpec
+from nfm.storage.ledger.shard_list import Entry
 
 CHUNK, CHUNK_BYTES = 1024, 8 << 20  # records in memory at a time, and bytes of their values as float32
 REDONE = 1024  # records of a minibatch-ot group that is assigned again, at most
 Array = np.ndarray
 
 
-def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Mapping[str, Any], exported: bool) -> list[str]:
-    """What is wrong with a shard, given its entry in a manifest; empty if it fits its source.
+def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Entry, exported: bool) -> list[str]:
+    """What is wrong with a shard, given its entry in a generation; empty if it fits its source.
 
     For every coupling, slot s has the label of row s. It also has the image of row s, except that semidiscrete-ot chose
     a row of the same class, which the index names, and reflow generated an image. If the noise is eps, it is that of
@@ -31,9 +31,9 @@ def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Mapping[s
     distribution of eps; one seeded group is assigned again. (This is not checked in an export, which rounds noises
     again.)
     """
-    (draw, number), records = parse_name(entry["name"]), entry["records"]
+    draw, number, records = entry.draw, entry.shard, entry.records
     shard = layouts.open_shard(spec, [root / file.path for file in layouts.files(spec, entry)], records)
-    index = read_index(root / entry["index"], ["slot", "row", "flip", "group"], records)
+    index = read_index(root / entry.index.path, ["slot", "row", "flip", "group"], records)
     slots, rows, group = (index[name].to_numpy() for name in ("slot", "row", "group"))
     flips = index["flip"].to_numpy(zero_copy_only=False)
     facts = facts_of(spec.coupling)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -22,8 +22,10 @@ from nfm.storage import ImageDataset, PairStore, layouts
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
 from nfm.storage.format import codecs
-from nfm.storage.format.spec import StoreSpec, parse_name, read_spec, shard_name
+from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import seal
+from nfm.storage.ledger.generation import Generation
+from nfm.storage.ledger.shard_list import Entry
 
 MEAN_BOUND, VARIANCE_BOUNDS = 0.1, (0.8, 1.25)
 # RMS over a record of the stored noise minus the noise encoded again. A float16 codec rounds to 2^-11 relative; bf16
@@ -54,7 +56,8 @@ def audit(
     root, generation = pinned(store)
     if level == "quick" or findings or "data" not in inputs:
         return findings, [] if findings else _made_elsewhere(read_spec(root))
-    manifest, found = seal.load(root, generation), read_spec(root)
+    sealed = seal.load(root, generation)
+    found, manifest = sealed.spec, sealed.body
     config = stage.PairsConfig(**manifest["config"])
     if set(stage.input_roles(config)) - set(inputs):
         return findings, []
@@ -62,7 +65,7 @@ def audit(
     if stage.recipe(manifest, inputs, found, recorded) != found:
         remedy = "restore spec.json from a copy, or move the store away and make it again"
         findings.append(Finding(str(root / "spec.json"), "its recipe is not the one that its inputs give", remedy))
-    findings += against_source(root, manifest, inputs)
+    findings += against_source(sealed, inputs)
     if level == "default" or findings:
         return findings, []
     if facts_of(found.coupling).code and (found.coupling_options or {}).get("sha256") not in allowed.digests:
@@ -77,7 +80,7 @@ def audit(
         encoder = stage.setup(config.model_copy(update={"device": "auto"}), inputs, root)
         stage.announce(found, encoder, allowed)
         with threads(encoder.threads):
-            return encode_again(root, manifest, encoder, sample)
+            return encode_again(sealed, encoder, sample)
     except (StageError, ValueError) as error:
         if not facts_of(found.coupling).code:
             raise
@@ -94,36 +97,36 @@ def _not_run(function: str, sha256: str, allowed: custom.Allowed) -> str:
     )
 
 
-def against_source(root: Path, manifest: dict[str, Any], inputs: Inputs) -> list[Finding]:
+def against_source(sealed: Generation, inputs: Inputs) -> list[Finding]:
     """Compares images, labels and image rows of every record with the data artifact, and checks the distribution of z.
 
     A draw must have the labels of the source's rows, once each: for any coupling, slot s has the label of row s.
     """
-    spec, source = read_spec(root), ImageDataset.open(inputs["data"], "train")
+    root, spec, source = sealed.root, sealed.spec, ImageDataset.open(inputs["data"], "train")
     remedy = "its bytes are as committed, so the encoder had other images: move the store away and make it again"
     if spec.rows != len(source):
         problem = f"its draws have {spec.rows} records, the source {len(source)} rows"
         return [Finding(str(root / "spec.json"), problem, "make the store again from this source")]
 
-    def check(entry: dict[str, Any]) -> list[Finding]:
-        wrong = pairs_source.problems(root, spec, source, entry, exported="exported" in manifest)
+    def check(entry: Entry) -> list[Finding]:
+        wrong = pairs_source.problems(root, spec, source, entry, exported="exported" in sealed.body)
         payload = str(root / layouts.files(spec, entry)[0].path)
         return [Finding(payload, problem, remedy) for problem in wrong]
 
-    findings = [finding for found in parallel(check, manifest["shards"]) for finding in found]
-    return findings + _marginals(root, manifest)
+    findings = [finding for found in parallel(check, sealed.shards) for finding in found]
+    return findings + _marginals(sealed)
 
 
-def _marginals(root: Path, manifest: dict[str, Any]) -> list[Finding]:
-    mean, var = manifest["moments"]["mean"], manifest["moments"]["var"]
+def _marginals(sealed: Generation) -> list[Finding]:
+    mean, var = sealed.body["moments"]["mean"], sealed.body["moments"]["var"]
     low, high = VARIANCE_BOUNDS
     if abs(mean) <= MEAN_BOUND and low <= var <= high:
         return []
     problem = f"its noise has mean {mean:.3f} and variance {var:.3f}, a student samples from 0 and 1"
-    teacher = better_teacher(manifest.get("coupling_report") or {})
+    teacher = better_teacher(sealed.body.get("coupling_report") or {})
     of_teacher = f"{teacher}; sigma_f should be measured on these images"
-    remedy = of_teacher if read_spec(root).teacher else "let the coupling's noise be about N(0, 1)"
-    return [Finding(str(root), problem, remedy)]
+    remedy = of_teacher if sealed.spec.teacher else "let the coupling's noise be about N(0, 1)"
+    return [Finding(str(sealed.root), problem, remedy)]
 
 
 def _made_elsewhere(spec: StoreSpec) -> list[str]:
@@ -131,9 +134,7 @@ def _made_elsewhere(spec: StoreSpec) -> list[str]:
     return [] if origin is None else [f"made elsewhere ({origin}): its pairs are not compared with a source"]
 
 
-def encode_again(
-    root: Path, manifest: dict[str, Any], setup: Setup, count: int, seed: int = 0
-) -> tuple[list[Finding], list[str]]:
+def encode_again(sealed: Generation, setup: Setup, count: int, seed: int = 0) -> tuple[list[Finding], list[str]]:
     """Makes a seeded sample of pairs again, decodes them if there is a teacher, and compares the results.
 
     The new noise must equal the stored noise, exactly unless a teacher made it. The image of the row, or the image
@@ -141,13 +142,13 @@ def encode_again(
     teacher must decode to x + eta eps' in float32. If none of n is bad, at most 3/n are bad with 95 % confidence (the
     rule of three).
     """
-    spec, total = read_spec(root), manifest["records"]
-    store, encoder = PairStore.open(root, manifest["generation"]), Encoder(setup)
-    picked = _held(spec, manifest, np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
+    spec, total = sealed.spec, sealed.records
+    store, encoder = PairStore(sealed), Encoder(setup)
+    picked = _held(sealed, np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
     rounding = (spec.noise_step or 0.0) / 12**0.5  # RMS of the rounding error of a step
     findings: list[Finding] = []
     encoded, decoded = [np.zeros(0)], [np.zeros(0)]
-    for draw in range(manifest["draws"]):
+    for draw in range(sealed.draws):
         slots = np.sort(picked[picked // spec.rows == draw] % spec.rows)
         if not len(slots):
             continue
@@ -168,7 +169,7 @@ def encode_again(
             right &= store.image_rows(draw, part) == again["row"]
             images = (encoder.source.to_float(each["image"]) for each in (stored, again))
             right &= _rms(np.subtract(*images)) <= (IMAGE_TOLERANCE[setup.precision] if spec.student else 0.0)
-            findings += [_not_its_noise(root, manifest, draw, int(slot), spec.rows_per_shard) for slot in part[~right]]
+            findings += [_not_its_noise(sealed, draw, int(slot)) for slot in part[~right]]
     worst, back = np.concatenate(encoded).max(), np.concatenate(decoded).max()
     bound = "see the findings" if findings else f"at most {3 / len(picked):.2%} with 95 % confidence"
     said = f"{len(findings)} of {len(picked)} pairs bad: {bound}; encoded again within {worst:.2g} (RMS, worst record)"
@@ -185,21 +186,20 @@ def _same_columns(
     return same & np.isclose(listed["nll"][places], again["nll"], 0, NOISE_TOLERANCE[setup.precision], equal_nan=True)
 
 
-def _held(spec: StoreSpec, manifest: dict[str, Any], picked: np.ndarray) -> np.ndarray:
+def _held(sealed: Generation, picked: np.ndarray) -> np.ndarray:
     """The numbers of the records that a generation holds, as positions in all draws without the excluded records."""
     places = np.sort(picked)
-    for shard in sorted(manifest.get("excluded", ()), key=lambda shard: parse_name(shard["name"])):
-        first = parse_name(shard["name"])[0] * spec.rows + shard["slots"][0]
-        places[places >= first] += shard["records"]
+    for hole in sorted(sealed.excluded, key=lambda hole: hole.name):
+        places[places >= hole.draw * sealed.spec.rows + hole.slots.start] += len(hole.slots)
     return places
 
 
-def _not_its_noise(root: Path, manifest: dict[str, Any], draw: int, slot: int, rows_per_shard: int) -> Finding:
-    name = shard_name(draw, slot // rows_per_shard)
-    spec = read_spec(root)
-    payload = next(layouts.files(spec, entry)[0].path for entry in manifest["shards"] if entry["name"] == name)
+def _not_its_noise(sealed: Generation, draw: int, slot: int) -> Finding:
+    payload = layouts.files(sealed.spec, sealed.of(draw)[slot // sealed.spec.rows_per_shard])[0].path
     remedy = "its commit says which device and versions encoded it; move the store away and make it again"
-    return Finding(str(root / payload), f"slot {slot} of draw {draw} is not the pair that its coupling makes", remedy)
+    return Finding(
+        str(sealed.root / payload), f"slot {slot} of draw {draw} is not the pair that its coupling makes", remedy
+    )
 
 
 def _rms(difference: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,17 @@ def run(
     """Exports a store, by default in its own layout and codec. Returns lines for the user."""
     store = PairStore.open(where, generation)
     layout, codec = layout or store.spec.layout, codec or store.spec.codec
-    manifest = export(store, target, layout, codec, progress)
-    before, after = (sum(shard["bytes"] for shard in body["shards"]) for body in (store.manifest, manifest))
-    pairs, values = manifest["records"], manifest["records"] * int(np.prod(store.spec.image_shape))
+    exported = export(store, target, layout, codec, progress)
+    before, after, pairs = store.sealed.bytes, exported.bytes, exported.records
     said = [
         f"{pairs:,} pairs, {layout} {codec}: {megabytes(after)}, {after / pairs:,.0f} bytes a pair "
         f"({store.spec.layout} {store.spec.codec}: {before / pairs:,.0f})",
-        _loss(store.spec.codec, codec, manifest, values),
+        _loss(store.spec.codec, codec, exported.body, pairs * int(np.prod(store.spec.image_shape))),
     ]
     return said
 
 
-def _loss(before: str, after: str, manifest: dict[str, Any], values: int) -> str:
+def _loss(before: str, after: str, manifest: Mapping[str, Any], values: int) -> str:
     exported = manifest["exported"]
     if not exported.get("rms_error"):
         return f"the noise is exactly that of the source ({before} to {after})"

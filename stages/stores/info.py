@@ -21,8 +21,7 @@ def info(where: str | Path) -> dict[str, Any]:
     """The recipe of a store and the figures of its pinned generation, by the names that users see."""
     store = PairStore.open(where)
     spec, body = store.spec, store.manifest
-    size = body.get("bytes") or sum(shard["bytes"] for shard in body["shards"])
-    excluded = body.get("excluded", ())
+    size, excluded = store.sealed.bytes, store.sealed.excluded
     recipe = {key: getattr(spec, key) for key in RECIPE}
     shown = {key: value for key, value in recipe.items() if value is not None or key not in ONLY_WHERE_SET}
     fields = ", ".join(_field(field.name, field.dtype, field.shape) for field in spec.fields)
@@ -39,7 +38,7 @@ def info(where: str | Path) -> dict[str, Any]:
         "pairs": body["records"],
         "bytes": size,
         "bytes per pair": round(size / body["records"], 1),
-        **({"excluded pairs": sum(shard["records"] for shard in excluded)} if excluded else {}),
+        **({"excluded pairs": sum(len(hole.slots) for hole in excluded)} if excluded else {}),
         "clipped": body.get("clipped", 0),
         "order key": store.order_key,
         "content": store.content_digest,

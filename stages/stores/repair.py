@@ -14,15 +14,13 @@ from nfm.storage.files import atomic
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, inside, size_of
 from nfm.storage.format.spec import StoreSpec, read_spec, shard_name
-from nfm.storage.ledger import commits, manifests, seal
+from nfm.storage.ledger import commits, seal
 
 
 def pinned(store: str | Path) -> tuple[Path, int]:
     """(folder, generation) of a store, given as its folder or URL (newest generation) or as a manifest."""
-    root = as_path(store)
-    if root.suffix == ".json" and size_of(root) is not None:
-        return root.parent, int(atomic.read_json(root)["generation"])
-    return root, max(seal.numbers(root), default=1)
+    root, number = seal.pinned(store)
+    return root, number or max(seal.numbers(root), default=1)
 
 
 def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> list[Finding]:
@@ -46,10 +44,10 @@ def sealable(out: Path) -> tuple[int, dict[str, str]]:
     found = seal.numbers(out)
     if not found:
         return complete_draws(out), {}
-    newest, draws = manifests.raw(out, found[-1]), _complete_draws(out)
-    if draws > newest["draws"]:
+    newest, draws = seal.load(out, found[-1]), _complete_draws(out)
+    if draws > newest.draws:
         return draws, {}
-    return newest["draws"], {shard["name"]: shard["reason"] for shard in newest.get("excluded", ())}
+    return newest.draws, {hole.name: hole.reason for hole in newest.excluded}
 
 
 def complete_draws(out: Path) -> int:
@@ -70,10 +68,10 @@ def _complete_draws(out: Path) -> int:
 
 def damaged_manifests(out: Path) -> list[Path]:
     """The unreadable manifests with their lists of shards. The store can be sealed again from its commits."""
-    damaged = []
+    spec, damaged = read_spec(out), list[Path]()
     for number in seal.numbers(out):
         try:
-            seal.load(out, number)
+            len(seal.load(out, number, spec).shards)  # reads the list
         except NewerSchema:
             raise
         except StorageError:
@@ -85,8 +83,8 @@ def bad_shards(out: Path) -> list[str]:
     """The shards named by a commit or manifest whose files are not exactly what was committed and sealed."""
     spec, sealed = read_spec(out), dict[str, set[str]]()
     for number in seal.numbers(out):
-        for entry in seal.load(out, number)["shards"]:
-            sealed.setdefault(entry["name"], set()).add(entry["commit_sha256"])
+        for entry in seal.load(out, number, spec).shards:
+            sealed.setdefault(entry.name, set()).add(entry.commit_sha256)
     committed = {path.stem for path in (out / "commits").glob("d*.json")}
     return [name for name in sorted(committed | set(sealed)) if not _whole(out, spec, name, sealed.get(name, set()))]
 
@@ -96,12 +94,8 @@ def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
         commit = commits.read(out, name)
         if commit is None or sealed - {atomic.hash_file(commits.commit_path(out, name))[0]}:
             return False
-        index = StoredFile(commit.index, commit.index_sha256, commit.index_bytes)
-        pairs = zip(layouts.files(spec, commit), layouts.files(spec, commit, sealed=False))
-        # In some layouts, sealing moves files. They are in their final place, which no other file may use, or still in
-        # the first one.
-        files = [final if size_of(out / final.path) is not None else staged for final, staged in pairs]
-        return all(_is(out, file) for file in [*files, index])
+        # In some layouts sealing moves files. No other file may use their final place, where `present` looks first.
+        return all(_is(out, file) for file in (*layouts.present(out, spec, commit), commit.index))
     except StorageError:
         return False
 
@@ -121,7 +115,7 @@ def files_of_shards(out: Path, names: list[str]) -> list[Path]:
     manifests = [
         file
         for number in seal.numbers(out)
-        if not bad.isdisjoint(entry["name"] for entry in seal.load(out, number)["shards"])
+        if not bad.isdisjoint(seal.load(out, number, spec).shards.texts("name"))
         for file in seal.files_of(out, number)
     ]
     own = [path for folder in ("commits", "shards", "index") for name in names for path in _named(out / folder, name)]

@@ -105,7 +105,7 @@ class DatasetWriter:
                     piece, at = (piece, end) if end < len(keys) else (next(pieces, None), 0)
                 if shard.written < records:
                     raise StorageError(f"{self.root}: {split} ended after {written} records, {rows} were announced")
-                payload = shard.close()
+                (payload,) = shard.close()
             shards.append({"file": file, "records": records, "sha256": payload.sha256, "bytes": payload.bytes})
         if piece is not None:
             raise StorageError(f"{self.root}: {split} has more records than the {rows} announced")

@@ -15,11 +15,11 @@ from typing import Any
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
 from nfm.storage.files import remote
+from nfm.storage.files.digested_json import RESTORE, checked, digested_text
+from nfm.storage.files.digested_json import canonical_json as canonical_json
+from nfm.storage.files.digested_json import digest as digest
 from nfm.storage.files.durable import HashingFile, sync_folder
 from nfm.storage.files.paths import TEMPORARY, as_path, is_remote, remove, size_of
-from nfm.storage.files.signed_json import RESTORE, checked, signed_text
-from nfm.storage.files.signed_json import canonical_json as canonical_json
-from nfm.storage.files.signed_json import digest as digest
 from nfm.storage.files.small_files import MOST_BYTES, MOST_INDEX_BYTES, plain, read_bytes
 
 _CHUNK = 4 << 20
@@ -156,30 +156,29 @@ def _same(one: Path, other: Path) -> bool:
 
 def write_json(path: str | Path, body: Mapping[str, Any]) -> None:
     """Writes `body` and its `digest`, and replaces what is there."""
-    write_bytes(path, signed_text(path, body))
+    write_bytes(path, digested_text(path, body))
 
 
 def create_json(path: str | Path, body: Mapping[str, Any]) -> bool:
     """Writes `body` and its `digest` if nothing is there. Returns False if something is."""
-    return create_bytes(path, signed_text(path, body))
+    return create_bytes(path, digested_text(path, body))
 
 
-def read_json(path: str | Path, signed: bool = True, root: Path | None = None) -> dict[str, Any]:
+def read_json(path: str | Path, root: Path | None = None) -> dict[str, Any]:
     """The JSON object in `path`. Its bytes must be exactly what `create_json` writes for these contents.
 
-    The `digest` protects the contents. As there is only one way to write them, every byte of the file is checked. With
-    `signed=False` a file without a digest is accepted too. No link may lead out of `root`, by default the file's
-    folder. Raises StorageError.
+    The `digest` protects the contents. As there is only one way to write them, every byte of the file is checked. No
+    link may lead out of `root`, by default the file's folder. Raises StorageError.
     """
     where = as_path(path)
     data = _read(where, root)
     for _ in range(_TRIES - 1 if is_remote(where) else 0):  # the file may be complete although a download was damaged
         try:
-            return checked(where, data, signed)
+            return checked(where, data)
         except StorageError:
             time.sleep(0.1)
             data = _read(where, root)
-    return checked(where, data, signed)
+    return checked(where, data)
 
 
 def _read(path: Path, root: Path | None) -> bytes:

@@ -18,27 +18,20 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
 from nfm.storage.errors.arguments import checked, checked_later, function, text, whole
 from nfm.storage.files import remote
 from nfm.storage.files.cache_folder import base_folder, own_folder, shared_folder
-from nfm.storage.files.paths import TEMPORARY, is_remote, local_path, temporary_name
+from nfm.storage.files.durable import StoredFile
+from nfm.storage.files.paths import TEMPORARY, inside, is_remote, local_path, temporary_name
 from nfm.storage.files.places import stated_number
 
 T = TypeVar("T")
 _TRIES = 3
 _BOUND = whole(1)  # bytes
 _EVICTED_MOST = 20  # times that other processes may evict a file between its arrival and its opening
-
-
-class Wanted(NamedTuple):
-    """A file to fetch: its place, its SHA-256 (hex) and its size in bytes."""
-
-    path: Path
-    sha256: str
-    bytes: int
 
 
 class ShardCache:
@@ -98,13 +91,13 @@ class ShardCache:
         Raises MissingShard; CorruptShard (three downloads differ from what was committed); StorageError (the object
         store fails, the disk is full, or the file is larger than the limit).
         """
-        return self.together([Wanted(path, sha256, bytes)])[0]
+        return self.together(path.parent, [StoredFile(path.name, sha256, bytes)])[0]
 
     @checked(files=checked_later)
-    def together(self, files: Sequence[Wanted]) -> list[Path]:
-        """Like `local`, for files that are needed together: none of them is evicted for another."""
-        with self._keeping(files):
-            return [self._have(file) for file in files]
+    def together(self, root: Path, files: Sequence[StoredFile]) -> list[Path]:
+        """Like `local`, for files of the store at `root` that are needed together: none is evicted for another."""
+        with self._keeping(root, files):
+            return [self._have(root, file) for file in files]
 
     @checked(sha256=text)
     def holds(self, sha256: str) -> bool:
@@ -115,39 +108,39 @@ class ShardCache:
         return (self.folder / sha256).exists()
 
     @checked(files=checked_later, opener=function)
-    def opened(self, files: Sequence[Wanted], opener: Callable[[list[Path]], T]) -> T:
-        """Calls `opener` with the local files, which are not evicted until it returns. It should only open or map them.
+    def opened(self, root: Path, files: Sequence[StoredFile], opener: Callable[[list[Path]], T]) -> T:
+        """Calls `opener` with local files of the store at `root`, which stay until it returns. It only opens them.
 
         Another process that shares the folder may still evict one; it is then fetched again. Raises as `local` does.
         """
-        if not any(is_remote(file.path) for file in files):
-            return opener([file.path for file in files])
+        if not is_remote(root):
+            return opener([inside(root, file.path) for file in files])
         gone: Exception | None = None
-        with self._keeping(files):
+        with self._keeping(root, files):
             for _ in range(_EVICTED_MOST):
-                paths = [self._have(file) for file in files]
+                paths = [self._have(root, file) for file in files]
                 try:
                     return opener(paths)
                 except (MissingShard, FileNotFoundError) as error:
                     gone = error
         raise StorageError(
-            f"{self.folder}: other processes evict {files[0].path} before it can be opened, {_EVICTED_MOST} times; "
-            "raise NFM_CACHE_BYTES, or give each process a folder of its own"
+            f"{self.folder}: other processes evict {root / files[0].path} before it can be opened, {_EVICTED_MOST} "
+            "times; raise NFM_CACHE_BYTES, or give each process a folder of its own"
         ) from gone
 
     @contextlib.contextmanager
-    def _keeping(self, files: Sequence[Wanted]) -> Iterator[None]:
+    def _keeping(self, root: Path, files: Sequence[StoredFile]) -> Iterator[None]:
         """Protects files from eviction and reserves room for them.
 
         All of them are protected at once, or none: so two threads never wait for each other. Waits until the files that
         other threads protect leave enough room.
         """
-        mine = {_name(file): file.bytes for file in files if is_remote(file.path)}
+        mine = {_name(root, file): file.bytes for file in files} if is_remote(root) else {}
         if not mine:
             yield
             return
         with self._arrived:
-            while not self._fits(mine, files[0].path):
+            while not self._fits(mine, root / files[0].path):
                 self._arrived.wait()
             self._kept |= mine
             self._keepers.update(mine.keys())
@@ -172,29 +165,30 @@ class ShardCache:
             )
         return sum({**self._kept, **mine}.values()) <= bound
 
-    def _have(self, file: Wanted) -> Path:
-        if not is_remote(file.path):
-            return file.path
+    def _have(self, root: Path, file: StoredFile) -> Path:
+        path = inside(root, file.path)
+        if not is_remote(path):
+            return path
         target = self.folder / file.sha256
         if not _used(target, file.bytes):
             with self._lock:
                 turn = self._fetching.setdefault(file.sha256, threading.Lock())
             with turn:
                 if not _used(target, file.bytes):
-                    self._fetch(file, target)
+                    self._fetch(path, file, target)
             with self._lock:
                 self._fetching.pop(file.sha256, None)
         return target
 
-    def _fetch(self, file: Wanted, target: Path) -> None:
+    def _fetch(self, path: Path, file: StoredFile, target: Path) -> None:
         with self._arrived:
             self._make_room()
         for tries in range(1, _TRIES + 1):
-            problem = _arrive(file, target)
+            problem = _arrive(path, file, target)
             if problem is None:
                 return
             time.sleep(0.1 * tries)
-        raise CorruptShard(f"{file.path}: {problem}, {_TRIES} times; run `nfm pairs verify` on its store")
+        raise CorruptShard(f"{path}: {problem}, {_TRIES} times; run `nfm pairs verify` on its store")
 
     def _make_room(self) -> None:
         """Evicts the least recently used files until there is room for all protected ones, present or not."""
@@ -220,9 +214,9 @@ class ShardCache:
         return found
 
 
-def _name(file: Wanted) -> str:
+def _name(root: Path, file: StoredFile) -> str:
     if not re.fullmatch("[0-9a-f]{64}", file.sha256):  # it becomes a file name
-        raise CorruptShard(f"{file.path}: {file.sha256!r} is no SHA-256; run `nfm pairs verify` on its store")
+        raise CorruptShard(f"{root / file.path}: {file.sha256!r} is no SHA-256; run `nfm pairs verify` on its store")
     return file.sha256
 
 
@@ -263,13 +257,13 @@ def _used(target: Path, size: int) -> bool:
     return True
 
 
-def _arrive(file: Wanted, target: Path) -> str | None:
+def _arrive(path: Path, file: StoredFile, target: Path) -> str | None:
     """Downloads a file. Returns what is wrong with the download, or None if it is right."""
     temporary = target.parent / temporary_name(file.sha256)
     sha, size = hashlib.sha256(), 0
     try:
         with open(temporary, "xb", buffering=0) as out:
-            for piece in remote.read_pieces(file.path, file.bytes):
+            for piece in remote.read_pieces(path, file.bytes):
                 sha.update(piece)
                 size += len(piece)
                 _write_all(out.write, piece)
@@ -277,7 +271,7 @@ def _arrive(file: Wanted, target: Path) -> str | None:
             os.replace(temporary, target)
             return None
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingShard(f"{file.path}: the file is missing; run `nfm pairs verify` on its store") from error
+        raise MissingShard(f"{path}: the file is missing; run `nfm pairs verify` on its store") from error
     except OSError as error:
         raise cannot_write(target, error) from error
     finally:

@@ -12,12 +12,13 @@ import ctypes
 import functools
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from nfm.storage.errors import StorageError, cannot_write
 from nfm.storage.files import remote
@@ -41,12 +42,34 @@ class StoredFile:
     bytes: int
 
 
-class HashingFile:
+class Unfinished(ABC):
+    """A file or shard being written: a context manager that closes it on a clean exit, and discards it on an error."""
+
+    @abstractmethod
+    def close(self) -> Any:
+        """Makes everything durable, and gives it its name."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Removes what was written."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+
+class HashingFile(Unfinished):
     """A file being written. SHA-256 and size are computed on the way; the name appears when everything is durable.
 
-    As a context manager it publishes on a clean exit and removes its temporary file after an error. With
-    `replace=False` an existing file is left alone and `published` is False. Raises StorageError if the disk is full or
-    the object store cannot be written.
+    With `replace=False` an existing file is left alone and `published` is False. Raises StorageError if the disk is
+    full or the object store cannot be written.
     """
 
     def __init__(self, path: str | Path, replace: bool = True) -> None:
@@ -64,7 +87,7 @@ class HashingFile:
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
                 sync_folder(folder.parent)
-            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115 closed by publish
+            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115  closed by `close`
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -109,7 +132,7 @@ class HashingFile:
             self._hasher = ThreadPoolExecutor(1, thread_name_prefix="nfm-hash")
         return self._hasher.submit(self._sha.update, view).result
 
-    def publish(self) -> None:
+    def close(self) -> None:
         """Makes the bytes durable, then gives the file its name."""
         try:
             if self._remote:
@@ -151,7 +174,7 @@ class HashingFile:
         return cannot_write(error.filename or base_folder() if self._remote else self.path, error)
 
     def discard(self) -> None:
-        """Closes and removes the temporary file. Does nothing after `publish`."""
+        """Closes and removes the temporary file. Does nothing after `close`."""
         if self._hasher is not None:
             self._hasher.shutdown()
             self._hasher = None
@@ -159,17 +182,6 @@ class HashingFile:
             self._file.close()
         with contextlib.suppress(FileNotFoundError):
             self._temporary.unlink()
-
-    def __enter__(self) -> HashingFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.publish()
-        else:
-            self.discard()
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import posixpath
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,37 +11,48 @@ from pathlib import Path
 from typing import Any
 
 from nfm.storage.errors import StorageError
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.format import untrusted
 from nfm.storage.format.moments import Moments, check_moments
-from nfm.storage.format.spec import check_format, parse_name
+from nfm.storage.format.spec import FORMAT, check_format, parse_name
 
 ATTEMPT = r"[A-Za-z0-9_-]{1,100}"
 _PAYLOAD = re.compile(rf"shards/(d\d{{3}}-s\d{{5}})\.({ATTEMPT})(\.tar)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Commit:
-    """The record that makes a shard exist. `payload` and `index` are paths relative to the store.
+class ShardFiles:
+    """The files of a shard, by their paths relative to the store: its payload and its index part.
 
-    In layout zarr the payload is a folder, and `parts` lists its files: field, sha256, bytes. Then `payload_sha256` is
-    the content digest of the parts.
+    In layout zarr the payload is a folder, and `parts` are its files, one a field. `payload.sha256` is then the content
+    digest of the parts.
     """
 
     name: str
-    draw: int
-    shard: int
-    attempt: str
-    payload: str
-    payload_sha256: str
-    payload_bytes: int
-    index: str
-    index_sha256: str
-    index_bytes: int
+    payload: StoredFile
+    index: StoredFile
     records: int
+    parts: tuple[StoredFile, ...] = ()
+
+    @property
+    def draw(self) -> int:
+        """The draw of the shard."""
+        return parse_name(self.name)[0]
+
+    @property
+    def shard(self) -> int:
+        """The number of the shard in its draw."""
+        return parse_name(self.name)[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit(ShardFiles):
+    """The record that makes a shard exist."""
+
+    attempt: str
     keys_digest: str
     moments: Moments
     clipped: int = 0  # noise values beyond the codec's range
-    parts: tuple[Mapping[str, Any], ...] = ()
     precision: str = "float32"
     batch_size: int | None = None
     threads: int | None = None
@@ -49,13 +61,50 @@ class Commit:
     device: str = "cpu"
     noise_error: float | None = None  # RMS error of the noise against a float64 reference, if it was measured
 
+    def to_json(self) -> dict[str, Any]:
+        """What stands in the commit's file."""
+        body = {
+            "format": FORMAT,
+            "name": self.name,
+            "draw": self.draw,
+            "shard": self.shard,
+            "attempt": self.attempt,
+            **file_to_json("payload", self.payload, "payload_"),
+            **file_to_json("index", self.index, "index_"),
+            "records": self.records,
+            "keys_digest": self.keys_digest,
+            "moments": self.moments,
+            "clipped": self.clipped,
+            "parts": [part_to_json(part) for part in self.parts],
+            **{key: getattr(self, key) for key in _HOW},
+        }
+        if self.noise_error is None:  # not measured: written as in earlier versions
+            del body["noise_error"]
+        return body
 
-_KNOWN = frozenset(field.name for field in dataclasses.fields(Commit))
-_NEEDED = tuple(field.name for field in dataclasses.fields(Commit) if field.default is dataclasses.MISSING)
+
+_HOW = ("precision", "batch_size", "threads", "seconds", "versions", "device", "noise_error")
+_NEEDED = ("name", "draw", "shard", "attempt", "payload", "payload_sha256", "payload_bytes", "index", "index_sha256",
+           "index_bytes", "records", "keys_digest", "moments")  # fmt: skip
 
 
-def check_files(where: str, body: Mapping[str, Any], name: str, prefix: str) -> tuple[Mapping[str, Any], ...]:
-    """Checks what a commit (prefix `payload_`) or a manifest says about the files of a shard. Returns the parts.
+def file_to_json(key: str, file: StoredFile, prefix: str) -> dict[str, Any]:
+    """How a commit or a manifest states a file."""
+    return {key: file.path, f"{prefix}sha256": file.sha256, f"{prefix}bytes": file.bytes}
+
+
+def part_to_json(part: StoredFile) -> dict[str, Any]:
+    """How a commit or a manifest states a part of a payload: by its field."""
+    return {"field": posixpath.basename(part.path), "sha256": part.sha256, "bytes": part.bytes}
+
+
+def part_of(payload: str, part: Mapping[str, Any]) -> StoredFile:
+    """The part of a payload that `part_to_json` stated."""
+    return StoredFile(f"{payload}/{part['field']}", part["sha256"], part["bytes"])
+
+
+def _files(where: str, body: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a commit says of its shard's files, checked, as `ShardFiles` has it.
 
     Only paths that an attempt can write are allowed, so no path leads out of the store.
     """
@@ -65,20 +114,24 @@ def check_files(where: str, body: Mapping[str, Any], name: str, prefix: str) -> 
         raise StorageError(
             f"{where}: {untrusted.shown(payload)} and {untrusted.shown(body['index'])} are not its files"
         )
-    for key in (f"{prefix}sha256", "index_sha256"):
-        untrusted.sha256(f"{where}: {key}", body[key])
-    for key in (f"{prefix}bytes", "index_bytes"):
-        untrusted.integer(f"{where}: {key}", body[key])
-    untrusted.integer(f"{where}: records", body["records"], 1)
+    files = {
+        key: StoredFile(
+            body[key],
+            untrusted.sha256(f"{where}: {key}_sha256", body[f"{key}_sha256"]),
+            untrusted.integer(f"{where}: {key}_bytes", body[f"{key}_bytes"]),
+        )
+        for key in ("payload", "index")
+    }
+    records = untrusted.integer(f"{where}: records", body["records"], 1)
     listed = untrusted.sequence(f"{where}: parts", body.get("parts", ()), 64)
     if bool(listed) == bool(match[3]):
         raise StorageError(f"{where}: {payload!r} with {len(listed)} parts; a folder has parts, a tar none")
-    parts = tuple(untrusted.mapping(f"{where}: a part", part) for part in listed)
-    for part in parts:
+    for part in listed:
+        part = untrusted.mapping(f"{where}: a part", part)
         untrusted.text(f"{where}: the field of a part", part.get("field"), "[a-z][a-z0-9_]*", 40)
         untrusted.sha256(f"{where}: the sha256 of a part", part.get("sha256"))
         untrusted.integer(f"{where}: the bytes of a part", part.get("bytes"))
-    return parts
+    return {**files, "name": name, "records": records, "parts": tuple(part_of(payload, part) for part in listed)}
 
 
 def parse(path: Path, name: str, body: Mapping[str, Any]) -> Commit:
@@ -86,7 +139,7 @@ def parse(path: Path, name: str, body: Mapping[str, Any]) -> Commit:
     check_format(path, body)
     where = str(path)
     again = "set it aside and run the pairs stage again"
-    lacking = [key for key in _NEEDED if key not in body and key != "versions"]
+    lacking = [key for key in _NEEDED if key not in body]
     if lacking:
         raise StorageError(f"{where}: no complete commit, it lacks {', '.join(lacking)}; {again}")
     if body["name"] != name:
@@ -94,7 +147,7 @@ def parse(path: Path, name: str, body: Mapping[str, Any]) -> Commit:
     draw, shard = parse_name(name)
     if (body["draw"], body["shard"]) != (draw, shard):
         raise StorageError(f"{where}: its draw and shard are not those of its name; {again}")
-    parts = check_files(where, body, name, "payload_")
+    files = _files(where, body, name)
     if body["payload"].split(".")[1] != body["attempt"]:
         raise StorageError(f"{where}: its attempt is not that of its files; {again}")
     untrusted.sha256(f"{where}: keys_digest", body["keys_digest"])
@@ -111,4 +164,5 @@ def parse(path: Path, name: str, body: Mapping[str, Any]) -> Commit:
     versions = untrusted.mapping(f"{where}: versions", body.get("versions", {}))
     for version in versions.values():
         untrusted.text(f"{where}: versions", version)
-    return Commit(**{key: value for key, value in body.items() if key in _KNOWN} | {"parts": parts})
+    told = ("attempt", "keys_digest", "moments", "clipped", *_HOW)
+    return Commit(**files, **{key: body[key] for key in told if key in body})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
@@ -15,52 +16,16 @@ from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, is_remote, several, size_of
 from nfm.storage.files.paths import remove as remove_file
 from nfm.storage.files.small_files import read_bytes
-from nfm.storage.format.commit import Commit
+from nfm.storage.format.commit import ShardFiles
 from nfm.storage.format.spec import Field, StoreSpec, use_layouts
-from nfm.storage.layouts.mapped import Mapped
-from nfm.storage.layouts.tar_base import Stock, Text
+from nfm.storage.layouts.mapped import Shard
+from nfm.storage.layouts.tar_base import BlockWriter, Stock, Text
 from nfm.storage.layouts.tar_blocks import Blocks
 from nfm.storage.layouts.tar_samples import Samples
 from nfm.storage.layouts.zarr import Zarr
 from nfm.storage.layouts.zarr_writer import remove_folder
 
 Array = npt.NDArray[Any]
-Entry = Mapping[str, Any]  # the entry of a shard in a manifest
-
-
-class Shard(Protocol):
-    """A shard open for reading; mapped into memory if its layout allows it."""
-
-    records: int
-    fields: tuple[Field, ...]
-    addresses: dict[str, int]  # the address in this process's memory at which the file of a field begins
-    maps: list[Mapped]  # of all files
-
-    def read(self, name: str, start: int, stop: int) -> Array:
-        """Records start to stop of one field, as stored, in a new array [stop - start, *shape]."""
-        ...
-
-
-class Writer(Protocol):
-    """A shard being written: a context manager that leaves nothing behind after an error."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def written(self) -> int:
-        """The number of records so far."""
-        ...
-
-    def append(self, arrays: Mapping[str, Array]) -> None:
-        """Adds n records: an array [n, *shape] of the right dtype for every field, and no other names."""
-        ...
-
-    def close(self) -> Any: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *error: Any) -> None: ...
 
 
 class Layout(Protocol):
@@ -77,7 +42,7 @@ class Layout(Protocol):
     @property
     def holes(self) -> bool: ...
 
-    def writer(self, spec: StoreSpec, path: Path, name: str) -> Writer:
+    def writer(self, spec: StoreSpec, path: Path, name: str) -> BlockWriter:
         """Begins to write the shard `name`."""
         ...
 
@@ -143,67 +108,67 @@ def payload_name(spec: StoreSpec, name: str, attempt: str) -> str:
     return f"shards/{name}.{attempt}" + ("" if of(spec).by_field else ".tar")
 
 
-def writer(spec: StoreSpec, root: Path, name: str, attempt: str) -> Writer:
+def writer(spec: StoreSpec, root: Path, name: str, attempt: str) -> BlockWriter:
     """Begins to write the shard `name` under the name of an attempt."""
     return of(spec).writer(spec, root / payload_name(spec, name, attempt), name)
 
 
-def closed(writer: Writer) -> tuple[StoredFile, tuple[dict[str, Any], ...]]:
-    """Makes a shard durable. Returns (the whole payload, its parts by field if it is several files)."""
+def closed(writer: BlockWriter, payload: str) -> tuple[StoredFile, tuple[StoredFile, ...]]:
+    """Makes a shard durable. Returns (the whole payload, its parts by field if it is several files).
+
+    Their paths are relative to the store, in which `payload` is the shard that is written.
+    """
     found = writer.close()
-    if isinstance(found, StoredFile):
-        return found, ()
-    parts = tuple(
-        {"field": posixpath.basename(file.path), "sha256": file.sha256, "bytes": file.bytes} for file in found
-    )
-    whole = content_digest(part["sha256"] for part in parts)
-    return StoredFile(str(writer.path), whole, sum(part["bytes"] for part in parts)), parts
+    if found[0].path == str(writer.path):
+        return replace(found[0], path=payload), ()
+    parts = tuple(replace(file, path=f"{payload}/{posixpath.basename(file.path)}") for file in found)
+    whole = content_digest(part.sha256 for part in parts)
+    return StoredFile(payload, whole, sum(part.bytes for part in parts)), parts
 
 
-def files(spec: StoreSpec, entry: Entry | Commit, sealed: bool = True) -> list[StoredFile]:
-    """The payload files of a shard in the order of the fields, from its commit or its entry in a manifest.
+def files(spec: StoreSpec, shard: ShardFiles, sealed: bool = True) -> list[StoredFile]:
+    """The payload files of a shard in the order of the fields.
 
     With `sealed=False` the paths are those where its attempt wrote them; some layouts move files when sealing. Raises
     StorageError if the files do not fit the layout of the spec.
     """
-    name, payload, sha256, size, parts = _described(entry)
+    name, payload, parts = shard.name, shard.payload, shard.parts
     if not of(spec).by_field:
-        if parts or not payload.endswith(".tar"):
-            raise StorageError(f"{name}: {payload} is no shard of layout {spec.layout}; run `nfm audit` on its store")
-        return [StoredFile(payload, sha256, size)]
-    if [part["field"] for part in parts] != [field.name for field in spec.fields]:
-        raise StorageError(f"{name}: {payload} has not one file a field of the spec; run `nfm audit` on its store")
-    paths = of(spec).placed(spec, name) if sealed else [f"{payload}/{field.name}" for field in spec.fields]
-    return [StoredFile(path, part["sha256"], part["bytes"]) for path, part in zip(paths, parts)]
+        if parts or not payload.path.endswith(".tar"):
+            raise StorageError(
+                f"{name}: {payload.path} is no shard of layout {spec.layout}; run `nfm audit` on its store"
+            )
+        return [payload]
+    if [part.path for part in parts] != [f"{payload.path}/{field.name}" for field in spec.fields]:
+        raise StorageError(f"{name}: {payload.path} has not one file a field of the spec; run `nfm audit` on its store")
+    return [replace(part, path=path) for path, part in zip(of(spec).placed(spec, name), parts)] if sealed else [*parts]
 
 
-def _described(entry: Entry | Commit) -> tuple[str, str, str, int, Sequence[Mapping[str, Any]]]:
-    if isinstance(entry, Mapping):
-        return entry["name"], entry["payload"], entry["sha256"], entry["bytes"], entry.get("parts", ())
-    return entry.name, entry.payload, entry.payload_sha256, entry.payload_bytes, entry.parts
+def present(root: Path, spec: StoreSpec, shard: ShardFiles) -> list[StoredFile]:
+    """The payload files of a shard where they are: sealed, or until that is done where their attempt wrote them."""
+    pairs = zip(files(spec, shard), files(spec, shard, sealed=False))
+    return [final if size_of(root / final.path) is not None else staged for final, staged in pairs]
 
 
-def missing(root: str | Path, spec: StoreSpec, entry: Entry | Commit) -> list[tuple[Path, int, int | None]]:
+def missing(root: str | Path, spec: StoreSpec, shard: ShardFiles) -> list[tuple[Path, int, int | None]]:
     """The payload files that are neither where they were written nor sealed: (path, bytes committed, bytes found)."""
     root, found = as_path(root), []
-    for staged, final in zip(files(spec, entry, sealed=False), files(spec, entry)):
+    for staged, final in zip(files(spec, shard, sealed=False), files(spec, shard)):
         sizes = [size_of(root / path) for path in dict.fromkeys((staged.path, final.path))]
         if staged.bytes not in sizes:
             found.append((root / staged.path, staged.bytes, max((s for s in sizes if s is not None), default=None)))
     return found
 
 
-def remove(payload: Path, parts: Sequence[Mapping[str, Any]]) -> None:
+def remove(root: Path, payload: StoredFile, parts: Sequence[StoredFile]) -> None:
     """Removes what an attempt has written: a tar, or a folder and its parts."""
-    if not parts:
-        remove_file(payload)
-        return
-    for part in parts:
-        remove_file(payload / part["field"])
-    remove_folder(payload)
+    for file in parts or (payload,):
+        remove_file(root / file.path)
+    if parts:
+        remove_folder(root / payload.path)
 
 
-def seal(root: str | Path, spec: StoreSpec, draws: int, entries: Sequence[Entry | Commit]) -> None:
+def seal(root: str | Path, spec: StoreSpec, draws: int, shards: Sequence[ShardFiles]) -> None:
     """Moves committed files to where stock readers look for them, and adds their metadata, if the layout does that.
 
     It may be repeated, and killed at any point. Files of earlier generations stay unchanged.
@@ -212,12 +177,12 @@ def seal(root: str | Path, spec: StoreSpec, draws: int, entries: Sequence[Entry 
         return
     root = as_path(root)
 
-    def put_in_place(entry: Entry | Commit) -> None:
-        for staged, final in zip(files(spec, entry, sealed=False), files(spec, entry)):
+    def put_in_place(shard: ShardFiles) -> None:
+        for staged, final in zip(files(spec, shard, sealed=False), files(spec, shard)):
             place(root / staged.path, root / final.path, final.bytes)
-        remove_folder(root / _described(entry)[1])
+        remove_folder(root / shard.payload.path)
 
-    several(root, put_in_place, entries)
+    several(root, put_in_place, shards)
     for path, data in of(spec).metadata(spec, draws).items():
         if size_of(root / path) != len(data) or read_bytes(root / path, root=root) != data:
             write_bytes(root / path, data)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files.small_files import plain
+from nfm.storage.format.spec import Field
+
+Array = npt.NDArray[Any]
 
 
 class Mapped(NamedTuple):
@@ -23,6 +29,28 @@ class Mapped(NamedTuple):
     def of(cls, path: Path, buffer: mmap.mmap) -> Mapped:
         """The position of a map."""
         return cls(path, np.frombuffer(buffer, np.uint8).ctypes.data, len(buffer))
+
+
+class Shard(ABC):
+    """A shard open for reading: its files are mapped into memory, and nothing is read before it is asked for."""
+
+    def __init__(self, path: str | Path, fields: Sequence[Field], records: int) -> None:
+        self.path, self.fields, self.records = Path(path), tuple(fields), records
+        self.maps: list[Mapped] = []  # of all files
+        self.addresses: dict[str, int] = {}  # where the map of a field's file begins
+
+    def __len__(self) -> int:
+        return self.records
+
+    def read(self, name: str, start: int, stop: int) -> Array:
+        """Records start to stop of one field, in a new array [stop - start, *shape]."""
+        if not 0 <= start <= stop <= self.records:
+            raise StorageError(f"{self.path}: records {start} to {stop} asked for, it holds {self.records}")
+        return self._read(name, start, stop)
+
+    @abstractmethod
+    def _read(self, name: str, start: int, stop: int) -> Array:
+        """The records, which are there."""
 
 
 def map_file(path: Path, expected: int, what: str) -> mmap.mmap:

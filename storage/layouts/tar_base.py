@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import math
 import tarfile
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, NamedTuple, Self, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
 from nfm.storage.errors import CorruptShard, StorageError, by
-from nfm.storage.files.durable import HashingFile, StoredFile
+from nfm.storage.files.durable import HashingFile, StoredFile, Unfinished
 from nfm.storage.files.paths import as_path
 from nfm.storage.format.spec import Field, StoreSpec
 
@@ -49,49 +49,72 @@ def tar_header(name: str, size: int) -> bytes:
         raise StorageError(f"{name}: no ustar member ({error}); use a shorter key or smaller blocks") from error
 
 
-class Blocker:
-    """Checks records on their way to a file, and passes them on as blocks of `rows_per_block`; the last may be shorter.
+class BlockWriter(Unfinished):
+    """A shard being written from portions of any size, as blocks of `rows_per_block` records, the last one shorter.
 
-    Raises StorageError for a wrong field, shape or dtype, and for too many or too few records.
+    Raises StorageError for a wrong field, shape or dtype, for too many or too few records, and if the disk is full.
     """
 
-    def __init__(self, path: Path, fields: Sequence[Field], records: int, rows_per_block: int) -> None:
+    def __init__(self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int) -> None:
+        self.path, self.fields = as_path(path), tuple(fields)
         if records < 1 or rows_per_block < 1:
-            raise StorageError(f"{path}: {records} records in blocks of {rows_per_block}; must be at least 1")
-        self.taken = 0
-        self._path = path
-        self._fields = tuple(fields)
+            raise StorageError(f"{self.path}: {records} records in blocks of {rows_per_block}; must be at least 1")
+        self.written = 0  # the number of records so far
+        self.files: list[StoredFile] = []  # once it is closed
         self._records = records
         self._rows = min(records, rows_per_block)
         self._held = 0
         self._buffers: dict[str, Array] = {}
 
-    def add(self, arrays: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-        """The blocks that these n records fill. Each is valid until the next one is requested."""
+    @abstractmethod
+    def _write(self, block: Mapping[str, Array]) -> None:
+        """Writes one block, which is valid until the next."""
+
+    @abstractmethod
+    def _finish(self) -> list[StoredFile]:
+        """Writes what comes behind the last block, and makes all durable."""
+
+    def append(self, arrays: Mapping[str, Array]) -> None:
+        """Adds n records: an array [n, *shape] of the right dtype for every field, and no other names."""
+        for block in self._full(arrays):
+            self._write(block)
+
+    def close(self) -> list[StoredFile]:
+        """Publishes the shard: its tar, or its files in the order of the fields.
+
+        If records are missing it raises StorageError and leaves nothing behind.
+        """
+        if not self.files:
+            try:
+                if self.written != self._records:
+                    raise StorageError(f"{self.path}: {self.written} records, {self._records} were announced")
+                if self._held:
+                    self._write(self._emptied())
+                self.files = self._finish()
+            except StorageError:
+                self.discard()
+                raise
+        return self.files
+
+    def _full(self, arrays: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+        """The blocks that these n records fill."""
         count = self._check(arrays)
         start = 0
         while start < count:
             taken = min(count - start, self._rows - self._held)
-            self.taken += taken
-            piece = {field.name: arrays[field.name][start : start + taken] for field in self._fields}
+            self.written += taken
+            piece = {field.name: arrays[field.name][start : start + taken] for field in self.fields}
             start += taken
             if taken == self._rows:  # the batch is exactly one block: nothing to copy
-                yield {f.name: np.ascontiguousarray(piece[f.name], stored(f)) for f in self._fields}
+                yield {f.name: np.ascontiguousarray(piece[f.name], stored(f)) for f in self.fields}
                 continue
             self._collect(piece, taken)
             if self._held == self._rows:
                 yield self._emptied()
 
-    def rest(self) -> Iterator[dict[str, Array]]:
-        """The last block, if it is short. Raises StorageError if records are missing."""
-        if self.taken != self._records:
-            raise StorageError(f"{self._path}: {self.taken} records, {self._records} were announced")
-        if self._held:
-            yield self._emptied()
-
     def _collect(self, piece: Mapping[str, Array], count: int) -> None:
         if not self._buffers:
-            self._buffers = {f.name: np.empty((self._rows, *f.shape), stored(f)) for f in self._fields}
+            self._buffers = {f.name: np.empty((self._rows, *f.shape), stored(f)) for f in self.fields}
         for name, buffer in self._buffers.items():
             buffer[self._held : self._held + count] = piece[name]
         self._held += count
@@ -102,78 +125,37 @@ class Blocker:
         return block
 
     def _check(self, arrays: Mapping[str, Array]) -> int:
-        names = {field.name for field in self._fields}
+        names = {field.name for field in self.fields}
         if set(arrays) != names:
-            raise StorageError(f"{self._path}: got the fields {sorted(arrays)}, the shard has {sorted(names)}")
-        count = len(arrays[self._fields[0].name])
-        for field in self._fields:
+            raise StorageError(f"{self.path}: got the fields {sorted(arrays)}, the shard has {sorted(names)}")
+        count = len(arrays[self.fields[0].name])
+        for field in self.fields:
             array = arrays[field.name]
             if array.shape != (count, *field.shape) or array.dtype != np.dtype(field.dtype):
                 raise StorageError(
-                    f"{self._path}: field {field.name!r} is {array.dtype} {by(array.shape)}, "
+                    f"{self.path}: field {field.name!r} is {array.dtype} {by(array.shape)}, "
                     f"the shard holds {field.dtype} {by((count, *field.shape))}; convert it first"
                 )
-        if self.taken + count > self._records:
-            raise StorageError(f"{self._path}: {self.taken + count} records, {self._records} were announced")
+        if self.written + count > self._records:
+            raise StorageError(f"{self.path}: {self.written + count} records, {self._records} were announced")
         return count
 
 
-class TarWriter:
-    """Writes one tar, block by block. The file gets its name only when all `records` records are durable.
-
-    As a context manager it closes on a clean exit and leaves nothing behind after an error. Raises StorageError as
-    `Blocker` does, and if the disk is full.
-    """
+class TarWriter(BlockWriter):
+    """Writes one tar. The file gets its name only when all `records` records are durable."""
 
     def __init__(self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int) -> None:
-        self.path = as_path(path)
-        self.fields = tuple(fields)
-        self.payload: StoredFile | None = None
-        self._blocker = Blocker(self.path, self.fields, records, rows_per_block)
+        super().__init__(path, fields, records, rows_per_block)
         self._file = HashingFile(self.path)
 
-    def _write(self, block: Mapping[str, Array]) -> None:
-        """Writes the members of one block."""
-        raise NotImplementedError
-
-    @property
-    def written(self) -> int:
-        """The number of records so far."""
-        return self._blocker.taken
-
-    def append(self, arrays: Mapping[str, Array]) -> None:
-        """Adds n records: an array [n, *shape] of the right dtype for every field, and no other names."""
-        for block in self._blocker.add(arrays):
-            self._write(block)
-
-    def close(self) -> StoredFile:
-        """Publishes the shard. If records are missing it raises StorageError and leaves nothing behind."""
-        if self.payload is None:
-            try:
-                for block in self._blocker.rest():
-                    self._write(block)
-                self._file.write(bytes(TAR_END))
-            except StorageError:
-                self.discard()
-                raise
-            self._file.publish()
-            self.payload = self._file.stored
-        return self.payload
+    def _finish(self) -> list[StoredFile]:
+        self._file.write(bytes(TAR_END))
+        self._file.close()
+        return [self._file.stored]
 
     def discard(self) -> None:
         """Removes the temporary file."""
         self._file.discard()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
 
 
 class Text(NamedTuple):

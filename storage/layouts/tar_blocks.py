@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.errors import CorruptShard
 from nfm.storage.format.npy import NPY_HEADER, npy_header
 from nfm.storage.format.spec import Field, StoreSpec, parse_name, shard_name
-from nfm.storage.layouts.mapped import Mapped, corrupt, map_file
+from nfm.storage.layouts.mapped import Mapped, Shard, corrupt, map_file
 from nfm.storage.layouts.tar_base import (
     TAR_END,
     TAR_HEADER,
@@ -82,16 +82,14 @@ class ShardWriter(TarWriter):
         self._block += 1
 
 
-class MappedShard:
+class MappedShard(Shard):
     """A shard as arrays, mapped into memory: data is read only on access.
 
     Opening checks the size, and the headers of the first and the last block. Raises MissingShard or CorruptShard.
     """
 
     def __init__(self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int = 256) -> None:
-        self.path = Path(path)
-        self.fields = tuple(fields)
-        self.records = records
+        super().__init__(path, fields, records)
         # The last block is mapped separately even if it is full, so that all shards are handled the same.
         self._rows_per_block = min(rows_per_block, records)
         self._last = (records - 1) // self._rows_per_block
@@ -103,13 +101,7 @@ class MappedShard:
         self._tail: dict[str, Array] = {}
         self._map(buffer)
 
-    def __len__(self) -> int:
-        return self.records
-
-    def read(self, name: str, start: int, stop: int) -> Array:
-        """Records start to stop of one field, in a new array [stop - start, *shape]."""
-        if not 0 <= start <= stop <= self.records:
-            raise StorageError(f"{self.path}: records {start} to {stop} asked for, it holds {self.records}")
+    def _read(self, name: str, start: int, stop: int) -> Array:
         out = np.empty((stop - start, *self._tail[name].shape[1:]), self._tail[name].dtype)
         at = start
         while at < stop:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from nfm.storage.errors import CorruptShard, StorageError
 from nfm.storage.format.npy import NPY_HEADER, npy_header
 from nfm.storage.format.spec import Field, StoreSpec, parse_name, shard_name
-from nfm.storage.layouts.mapped import Mapped, corrupt, map_file
+from nfm.storage.layouts.mapped import Mapped, Shard, corrupt, map_file
 from nfm.storage.layouts.tar_base import (
     TAR_END,
     TAR_HEADER,
@@ -142,16 +142,14 @@ class SampleWriter(TarWriter):
         self._file.write(samples.reshape(-1).data)
 
 
-class MappedSamples:
+class MappedSamples(Shard):
     """A shard as arrays, mapped into memory. Opening checks the size, and the headers of the first and the last record.
 
     Raises MissingShard or CorruptShard.
     """
 
     def __init__(self, path: str | Path, fields: Sequence[Field], records: int) -> None:
-        self.path = Path(path)
-        self.fields = tuple(fields)
-        self.records = records
+        super().__init__(path, fields, records)
         members, size = _members(self.fields)
         buffer = map_file(self.path, shard_bytes(self.fields, records), f"{records} records")
         memory = np.frombuffer(buffer, np.uint8)
@@ -166,13 +164,7 @@ class MappedSamples:
                 shape, dtype, inner = (LABEL_BYTES,), np.dtype(np.uint8), (1,)
             self._arrays[member.field.name] = np.ndarray((records, *shape), dtype, buffer, member.data, (size, *inner))
 
-    def __len__(self) -> int:
-        return self.records
-
-    def read(self, name: str, start: int, stop: int) -> Array:
-        """Records start to stop of one field, in a new array [stop - start, *shape]."""
-        if not 0 <= start <= stop <= self.records:
-            raise StorageError(f"{self.path}: records {start} to {stop} asked for, it holds {self.records}")
+    def _read(self, name: str, start: int, stop: int) -> Array:
         if name == "slot":
             return np.arange(self.first_slot + start, self.first_slot + stop)
         part = self._arrays[name][start:stop]

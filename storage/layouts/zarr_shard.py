@@ -16,9 +16,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from nfm.storage.errors import StorageError
 from nfm.storage.format.spec import Field
-from nfm.storage.layouts.mapped import Mapped, corrupt, map_file
+from nfm.storage.layouts.mapped import Mapped, Shard, corrupt, map_file
 from nfm.storage.layouts.tar_base import Array, stored
 
 CRC = 4  # bytes
@@ -38,7 +37,7 @@ def record_offsets(fields: Sequence[Field], rows: Array, rows_per_block: int) ->
     return {field.name: block * chunk_bytes(field, rows_per_block) + row * field.bytes_per_record for field in fields}
 
 
-class MappedZarr:
+class MappedZarr(Shard):
     """The files of a shard as arrays, mapped into memory.
 
     Opening checks their sizes, the checksums of their indexes, and that every chunk is in its place. Raises
@@ -53,23 +52,14 @@ class MappedZarr:
         rows_per_shard: int,
         rows_per_block: int,
     ) -> None:
-        self.fields = tuple(fields)
-        self.records = records
-        self.addresses: dict[str, int] = {}
-        self.maps: list[Mapped] = []
+        super().__init__(Path(paths[0]).parent, fields, records)
         self._rows = rows_per_block
         self._paths = {field.name: Path(path) for field, path in zip(fields, paths, strict=True)}
         self._chunks: dict[str, Array] = {}  # [chunks, rows, *shape], strided over the checksums
         for field in self.fields:
             self._map(field, rows_per_shard)
 
-    def __len__(self) -> int:
-        return self.records
-
-    def read(self, name: str, start: int, stop: int) -> Array:
-        """Records start to stop of one field, in a new array [stop - start, *shape]."""
-        if not 0 <= start <= stop <= self.records:
-            raise StorageError(f"{self._paths[name]}: records {start} to {stop} asked for, it holds {self.records}")
+    def _read(self, name: str, start: int, stop: int) -> Array:
         field = next(field for field in self.fields if field.name == name)
         out = np.empty((stop - start, *field.shape), stored(field))
         at = start

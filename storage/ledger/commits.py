@@ -7,19 +7,18 @@ commit.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nfm.storage import layouts
 from nfm.storage.errors import MissingShard, StorageError
+from nfm.storage.files import digested_json
 from nfm.storage.files import folder as listing
-from nfm.storage.files import signed_json
 from nfm.storage.files.atomic import create_json, digest, hash_file, read_json
 from nfm.storage.files.paths import as_path, exists, remove, several, size_of
 from nfm.storage.format.commit import Commit, parse
-from nfm.storage.format.spec import FORMAT, parse_name
+from nfm.storage.format.spec import parse_name
 
 __all__ = ["Commit", "commit_path", "committed", "names", "publish", "read", "read_many"]
 _CHUNK = 1024  # commits in memory at a time
@@ -32,24 +31,22 @@ def publish(root: str | Path, commit: Commit) -> Commit:
     """
     root = as_path(root)
     path = commit_path(root, commit.name)
-    staged = [(f"{commit.payload}/{part['field']}", part["bytes"]) for part in commit.parts]
-    for file, size in (*(staged or [(commit.payload, commit.payload_bytes)]), (commit.index, commit.index_bytes)):
-        if size_of(root / file) != size:
+    for file in (*(commit.parts or [commit.payload]), commit.index):
+        if size_of(root / file.path) != file.bytes:
             earlier = read(root, commit.name)
             if earlier is not None:  # our own, sealed since then; or another worker's, who then removed our files
                 return earlier
-            raise MissingShard(f"{root / file}: not there with {size} bytes; write the shard before its commit")
-    body = dataclasses.asdict(commit)
-    if body["noise_error"] is None:  # not measured: written as in earlier versions
-        del body["noise_error"]
-    if create_json(path, {"format": FORMAT, **body}):
+            raise MissingShard(
+                f"{root / file.path}: not there with {file.bytes} bytes; write the shard before its commit"
+            )
+    if create_json(path, commit.to_json()):
         return commit
     winner = read(root, commit.name)
     if winner is None:
         raise StorageError(f"{path}: vanished while it was read; who removes commits?")
     if winner.attempt != commit.attempt:
-        layouts.remove(root / commit.payload, commit.parts)
-        remove(root / commit.index)
+        layouts.remove(root, commit.payload, commit.parts)
+        remove(root / commit.index.path)
     return winner
 
 
@@ -93,7 +90,7 @@ def read_many(root: str | Path, names: Sequence[str]) -> Iterator[tuple[Commit, 
             path, data = commit_path(where, name), folder.read(f"{name}.json")
             if data is not None:
                 try:
-                    return parse(path, name, signed_json.checked(path, data, signed=True)), digest(data)
+                    return parse(path, name, digested_json.checked(path, data)), digest(data)
                 except StorageError:
                     pass  # damaged on the way from an object store; otherwise the next read fails too
             commit = read(where, name)

@@ -1,29 +1,31 @@
-"""Manifests: where they are, and how they are read and checked."""
+"""Manifests: where they are, and how they are found and read."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from nfm.storage.errors import StorageError
 from nfm.storage.files.atomic import read_json
-from nfm.storage.files.paths import as_path, exists, names_in
+from nfm.storage.files.paths import as_path, exists, names_in, size_of
 from nfm.storage.format import untrusted
-from nfm.storage.format.commit import check_files
-from nfm.storage.format.moments import check_moments
-from nfm.storage.format.spec import check_format, parse_name
-from nfm.storage.ledger.shard_list import MOST, is_list_name, read_list
-
-_MOST_DRAWS = 1000
-_NEEDED = {"generation", "draws", "order_key", "content_digest", "records", "shards"}
-_ENTRY = {"name", "payload", "sha256", "bytes", "index", "index_sha256", "index_bytes", "records", "commit_sha256"}
+from nfm.storage.format.spec import StoreSpec, read_spec
+from nfm.storage.ledger import generation
+from nfm.storage.ledger.generation import Generation
+from nfm.storage.ledger.shard_list import is_list_name
 
 
-def manifest_path(root: str | Path, generation: int) -> Path:
+def manifest_path(root: str | Path, number: int) -> Path:
     """The path of the manifest of a generation."""
-    return as_path(root) / f"manifest.g{generation:04d}.json"
+    return generation.manifest_path(as_path(root), number)
+
+
+def pinned(where: str | Path) -> tuple[Path, int | None]:
+    """(the folder of a store, the generation whose manifest `where` is); None if it is the folder itself."""
+    root = as_path(where)
+    if root.suffix == ".json" and size_of(root) is not None:
+        return root.parent, untrusted.integer(f"{root}: generation", read_json(root).get("generation", 0))
+    return root, None
 
 
 def numbers(root: str | Path) -> list[int]:
@@ -39,89 +41,23 @@ def next_number(root: str | Path) -> int:
     return max([*numbers(root), *aside], default=0) + 1
 
 
-def load(root: str | Path, generation: int) -> dict[str, Any]:
-    """The manifest of a generation, with any extra keys. `shards` is a sequence of entries, wherever they are stored.
-
-    Raises StorageError or NewerSchema.
-    """
-    return whole(root, raw(root, generation))
-
-
-def raw(root: str | Path, generation: int) -> dict[str, Any]:
-    """The manifest as it is written. `shards` may refer to another file, which is not read."""
-    path = manifest_path(root, generation)
+def load(root: str | Path, number: int, spec: StoreSpec | None = None) -> Generation:
+    """A sealed generation of the store, whose recipe is read unless it is given. Raises StorageError or NewerSchema."""
+    path = manifest_path(root, number)
     if not exists(path):
         listed = ", ".join(map(str, numbers(root))) or "none"
         raise StorageError(f"{path}: no such generation (sealed: {listed}); choose one of these or seal the store")
-    body = read_json(path)
-    check_format(path, body)
-    if missing := _NEEDED - set(body):
-        raise StorageError(f"{path}: no manifest of a pair store, it lacks {', '.join(sorted(missing))}")
-    if untrusted.integer(f"{path}: generation", body["generation"], 1) != generation:
-        raise StorageError(f"{path}: is the manifest of generation {body['generation']}; restore it from a copy")
-    untrusted.integer(f"{path}: draws", body["draws"], 1, _MOST_DRAWS)
-    untrusted.integer(f"{path}: records", body["records"], 1)
-    for key in ("order_key", "content_digest"):
-        untrusted.sha256(f"{path}: {key}", body[key])
-    if "moments" in body:
-        check_moments(f"{path}: moments", body["moments"])
-    _check_later(path, body)
-    for entry in untrusted.sequence(f"{path}: excluded", body.get("excluded", ()), MOST):
-        _check_excluded(f"{path}: excluded", untrusted.mapping(f"{path}: an excluded shard", entry))
-    return body
+    return Generation(path.parent, spec or read_spec(root), number, read_json(path))
 
 
-def whole(root: str | Path, body: dict[str, Any]) -> dict[str, Any]:
-    """A manifest from `raw`, with its entries."""
-    path = manifest_path(root, body["generation"])
-    if isinstance(body["shards"], Mapping):
-        return body | {"shards": read_list(as_path(root), str(path), body["generation"], body["shards"])}
-    for entry in untrusted.sequence(f"{path}: shards", body["shards"], MOST):
-        _check_entry(path, untrusted.mapping(f"{path}: a shard", entry))
-    return body
-
-
-def newest(root: str | Path) -> tuple[int, dict[str, Any]] | None:
-    """(number, manifest) of the newest generation; None if the store has never been sealed."""
+def newest(root: str | Path, spec: StoreSpec | None = None) -> Generation | None:
+    """The newest generation; None if the store has never been sealed."""
     found = numbers(root)
-    return (found[-1], load(root, found[-1])) if found else None
+    return load(root, found[-1], spec) if found else None
 
 
-def files_of(root: str | Path, generation: int) -> list[Path]:
+def files_of(root: str | Path, number: int) -> list[Path]:
     """The files of a generation at the root of the store, found by name: its manifest, then its lists of shards."""
-    where, path = as_path(root), manifest_path(root, generation)
+    where, path = as_path(root), manifest_path(root, number)
     lists = [name for name in names_in(where) if is_list_name(name) and name.startswith(f"{path.stem}.")]
     return [path for path in (path, *(where / name for name in lists)) if exists(path)]
-
-
-def _check_later(path: Path, body: Mapping[str, Any]) -> None:
-    """Checks keys that older generations do not have."""
-    for key in ("bytes", "shard_count", "clipped"):
-        if key in body:
-            untrusted.integer(f"{path}: {key}", body[key])
-    if body.get("noise_error") is not None and untrusted.real(f"{path}: noise_error", body["noise_error"]) < 0:
-        raise StorageError(f"{path}: noise_error {body['noise_error']} is negative; restore it from a copy")
-    for precision in untrusted.sequence(f"{path}: precision", body.get("precision", ()), 1000):
-        untrusted.text(f"{path}: precision", precision)
-    for size in untrusted.sequence(f"{path}: batch_sizes", body.get("batch_sizes", ()), MOST):
-        untrusted.integer(f"{path}: batch_sizes", size)
-
-
-def _check_excluded(where: str, entry: Mapping[str, Any]) -> None:
-    if missing := {"name", "slots", "records", "reason"} - set(entry):
-        raise StorageError(f"{where}: a shard lacks {', '.join(sorted(missing))}; restore it from a copy")
-    name = untrusted.text(f"{where}: the name of a shard", entry["name"], most=40)
-    parse_name(name)
-    slots = [untrusted.integer(f"{where}: slots", slot) for slot in untrusted.sequence(where, entry["slots"], 2)]
-    if len(slots) != 2 or untrusted.integer(f"{where}: records", entry["records"], 1) != slots[1] - slots[0]:
-        raise StorageError(f"{where}: {name}: its slots and records contradict each other; restore it from a copy")
-    untrusted.text(f"{where}: reason", entry["reason"])
-
-
-def _check_entry(path: Path, entry: Mapping[str, Any]) -> None:
-    if missing := _ENTRY - set(entry):
-        raise StorageError(f"{path}: a shard lacks {', '.join(sorted(missing))}; restore it from a copy")
-    name = untrusted.text(f"{path}: the name of a shard", entry["name"], most=40)
-    parse_name(name)
-    check_files(f"{path}: {name}", entry, name, "")
-    untrusted.sha256(f"{path}: {name}: commit_sha256", entry["commit_sha256"])

@@ -16,8 +16,8 @@ from nfm.storage import layouts
 from nfm.storage.errors import StorageError, arguments
 from nfm.storage.files.atomic import canonical_json, create_json, read_json
 from nfm.storage.files.atomic import digest as digest_of
-from nfm.storage.files.cache import Wanted, default_cache
-from nfm.storage.files.paths import as_path, exists, remove, size_of
+from nfm.storage.files.cache import default_cache
+from nfm.storage.files.paths import as_path, exists, remove
 from nfm.storage.format import untrusted
 from nfm.storage.format.pair_checks import Array, RowImages, checked
 from nfm.storage.format.spec import DRAFT, SPEC, StoreSpec, check_folder, parse_name, shard_name
@@ -50,8 +50,8 @@ class PairWriter:
         self._computed = not spec.source
         self._begin()
         held = seal.newest(self.root) if exists(self.root / SPEC) else None
-        if held is not None and held[1]["draws"] > draws:
-            raise StorageError(f"{self.root}: has {held[1]['draws']} draws already; open it with as many, or with more")
+        if held is not None and held.draws > draws:
+            raise StorageError(f"{self.root}: has {held.draws} draws already; open it with as many, or with more")
         self._done = set(seal.names_of(spec, draws)) - set(seal.pending(self.root, spec, draws))
         self._open = {draw: _Draw(self._first_missing(draw)) for draw in range(draws)}
         self._digests, self._hashed = {name: hashlib.sha256() for name in self._source_fields()}, 0
@@ -129,8 +129,7 @@ class PairWriter:
             self._create(self.spec.with_source(digest_of(canonical_json(_described(self.spec) | {"bytes": said}))))
         if exists(self.root / DRAFT):
             remove(self.root / DRAFT)
-        manifest = seal.seal(self.root, self.draws)
-        seal.remove_lost_attempts(self.root, manifest["shards"])
+        seal.remove_lost_attempts(self.root, seal.seal(self.root, self.draws).shards)
         self._closed = True
 
     @contextmanager
@@ -246,11 +245,10 @@ class PairWriter:
         commit = commits.read(self.root, name)
         if commit is None:
             raise StorageError(f"{self.root}: the commit of {name} went away; who removes commits?")
-        staged = layouts.files(self.spec, commit, sealed=False)
-        files = staged if size_of(self.root / staged[0].path) is not None else layouts.files(self.spec, commit)
         records, slots = commit.records, self.spec.slots_of(shard)
         opened = default_cache().opened(
-            [Wanted(self.root / file.path, file.sha256, file.bytes) for file in files],
+            self.root,
+            layouts.present(self.root, self.spec, commit),
             lambda paths: layouts.open_shard(self.spec, paths, records),
         )
         step = max(1, _STEP // self.spec.field("image").bytes_per_record)

@@ -14,7 +14,6 @@ import re
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +23,7 @@ import numpy.typing as npt
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, by
 from nfm.storage.errors.arguments import checked, checked_later, whole
 from nfm.storage.files.atomic import HashingFile, create_json, read_json
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove
 from nfm.storage.files.small_files import plain
 from nfm.storage.format import untrusted
@@ -43,16 +43,6 @@ _FILE_BYTES = 256 << 20
 _MOST_OPEN = 64
 
 
-@dataclass(frozen=True)
-class FieldFile:
-    """One file of a field: its name in the field's folder, its rows, SHA-256 (hex) and size in bytes."""
-
-    file: str
-    rows: int
-    sha256: str
-    bytes: int
-
-
 class RowField:
     """A field of a store, mapped into memory: `gather` joins it to source rows.
 
@@ -66,7 +56,8 @@ class RowField:
         self.shape: tuple[int, ...] = tuple(body["shape"])
         self.rows: int = body["rows"]
         self.rows_per_file: int = body["rows_per_file"]
-        self.files = tuple(FieldFile(f["file"], f["rows"], f["sha256"], f["bytes"]) for f in body["files"])
+        below = f"{FIELDS}/{self.name}"
+        self.files = tuple(StoredFile(f"{below}/{f['file']}", f["sha256"], f["bytes"]) for f in body["files"])
         self.body = dict(body)
         self._cache = cache
         self._maps: OrderedDict[int, Array] = OrderedDict()
@@ -110,42 +101,42 @@ class RowField:
         for start in range(0, self.rows, rows):
             yield self.gather(np.arange(start, min(start + rows, self.rows)))
 
-    def opened(self, part: FieldFile, opener: Callable[[Path], T]) -> T:
+    def opened(self, file: StoredFile, opener: Callable[[Path], T]) -> T:
         """Calls `opener` with one of the field's files, which is first fetched and checked if the store is a URL.
 
         Raises MissingShard, naming the file.
         """
-        path = inside(self.folder.parent.parent, f"{FIELDS}/{self.name}/{part.file}")
+        root = self.folder.parent.parent
         try:
-            if not is_remote(path):
-                return opener(path)
-            from nfm.storage.files.cache import Wanted, default_cache
+            if not is_remote(root):
+                return opener(inside(root, file.path))
+            from nfm.storage.files.cache import default_cache
 
-            wanted = Wanted(path, part.sha256, part.bytes)
-            return (self._cache or default_cache()).opened([wanted], lambda paths: opener(paths[0]))
+            return (self._cache or default_cache()).opened(root, [file], lambda paths: opener(paths[0]))
         except FileNotFoundError as error:
-            raise MissingShard(f"{path}: a file of field {self.name!r} is missing; restore it from a copy") from error
+            raise MissingShard(
+                f"{root / file.path}: a file of field {self.name!r} is missing; restore it from a copy"
+            ) from error
 
     def _file(self, number: int) -> Array:
         found = self._maps.pop(number, None)
         if found is None:
-            found = self._open_file(self.files[number])
+            rows = min(self.rows_per_file, self.rows - number * self.rows_per_file)
+            found = self._open_file(self.files[number], rows)
             while len(self._maps) >= _MOST_OPEN:
                 self._maps.popitem(last=False)
         self._maps[number] = found
         return found
 
-    def _open_file(self, part: FieldFile) -> Array:
-        path = self.folder / part.file
+    def _open_file(self, file: StoredFile, rows: int) -> Array:
+        path, shape = self.folder.parent.parent / file.path, (rows, *self.shape)
         try:
-            buffer = self.opened(part, _mapped)
+            buffer = self.opened(file, _mapped)
         except (OSError, ValueError) as error:
             raise CorruptShard(f"{path}: cannot be mapped ({error}); restore it from a copy") from error
-        if len(buffer) != part.bytes or buffer[:NPY_HEADER] != npy_header(
-            self.name, self.dtype, (part.rows, *self.shape)
-        ):
-            raise CorruptShard(f"{path}: not {part.rows} rows of {self.dtype} {by(self.shape)}; restore it from a copy")
-        return np.ndarray((part.rows, *self.shape), self.dtype, buffer, NPY_HEADER)
+        if len(buffer) != file.bytes or buffer[:NPY_HEADER] != npy_header(self.name, self.dtype, shape):
+            raise CorruptShard(f"{path}: not {rows} rows of {self.dtype} {by(self.shape)}; restore it from a copy")
+        return np.ndarray(shape, self.dtype, buffer, NPY_HEADER)
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -198,7 +189,7 @@ def write_row_field(
             "shape": list(shape),
             "rows": expected,
             "rows_per_file": rows_per_file,
-            "files": [vars(part) for part in files],
+            "files": files,
         }
         created = publish_row_field(folder, body)
     finally:
@@ -227,7 +218,7 @@ def _write_files(
     rows: int,
     rows_per_file: int,
     attempt: str,
-) -> Iterator[FieldFile]:
+) -> Iterator[dict[str, Any]]:
     pieces = _pieces(folder, name, chunks, shape, dtype)
     piece = next(pieces, None)
     for number, start in enumerate(range(0, rows, rows_per_file)):
@@ -242,7 +233,7 @@ def _write_files(
                 out.write(taken.reshape(-1).view(np.uint8).data)
                 written += len(taken)
                 piece = piece[len(taken) :] if len(taken) < len(piece) else next(pieces, None)
-        yield FieldFile(file, records, out.sha256, out.bytes)
+        yield {"file": file, "rows": records, "sha256": out.sha256, "bytes": out.bytes}
     if piece is not None:
         raise StorageError(f"field {name!r}: more than {rows} rows were given, the source has {rows}")
 

@@ -12,26 +12,20 @@ from nfm.storage.files import folder
 from nfm.storage.files.atomic import create_json
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, remove, size_of
 from nfm.storage.format.order import order_key
-from nfm.storage.format.spec import FORMAT, StoreSpec, parse_name, read_spec, shard_name
-from nfm.storage.ledger import commits, manifests
+from nfm.storage.format.spec import FORMAT, StoreSpec, parse_name, read_spec
+from nfm.storage.ledger import commits
 from nfm.storage.ledger.commits import Commit
-from nfm.storage.ledger.manifests import files_of, load, manifest_path, newest, next_number, numbers, raw
-from nfm.storage.ledger.shard_list import MOST
+from nfm.storage.ledger.generation import Generation, Hole, names_of, slots_of
+from nfm.storage.ledger.manifests import files_of, load, manifest_path, newest, next_number, numbers, pinned
+from nfm.storage.ledger.shard_list import Entry
 from nfm.storage.ledger.sums import Totals
 
 __all__ = [
-    "build", "files_of", "load", "manifest_path", "names_of", "newest", "next_number", "numbers", "pending", "raw",
+    "build", "files_of", "load", "manifest_path", "names_of", "newest", "next_number", "numbers", "pending", "pinned",
     "remove_lost_attempts", "seal",
 ]  # fmt: skip
 _LISTED = 8  # pending shards named in a message
 _MOST_REASON = 1000  # characters
-
-
-def names_of(spec: StoreSpec, draws: int) -> list[str]:
-    """The names of all shards of `draws` draws, in order. Raises StorageError for more than two million."""
-    if draws * spec.shards_per_draw > MOST:
-        raise StorageError(f"{draws} draws of {spec.shards_per_draw} shards are too many for one generation")
-    return [shard_name(draw, shard) for draw in range(draws) for shard in range(spec.shards_per_draw)]
 
 
 def pending(root: str | Path, spec: StoreSpec, draws: int) -> list[str]:
@@ -57,7 +51,7 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
     names, holes = _present(where, spec, draws, excluded or {})
     held: list[Commit] = []
     there = folder.shard_files(where)
-    with Totals(where, spec, len(names), _newest_like(where, draws, holes)) as totals:
+    with Totals(where, spec, len(names), _newest_like(where, spec, draws, holes)) as totals:
         for commit, sha256 in commits.read_many(where, names):
             _check_commit(where, spec, commit, there)
             totals.add(commit, sha256)
@@ -70,34 +64,35 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
             "format": FORMAT,
             "generation": number,
             "draws": draws,
-            "order_key": order_key(spec.source, spec.rows, draws, _slots(holes)),
+            "order_key": order_key(spec.source, spec.rows, draws, slots_of(holes)),
             **totals.body(),
-        } | ({"excluded": holes} if holes else {})
-        if (last := totals.same) is not None and _agrees(last, body):
-            return body | last
+        } | ({"excluded": [hole.to_json() for hole in holes]} if holes else {})
+        if (last := totals.same) is not None and _agrees(last.body, body):
+            return {**body, **last.body}
         return body | {"shards": totals.listed(body["generation"])}
 
 
-def seal(root: str | Path, draws: int, excluded: Mapping[str, str] | None = None, **provenance: Any) -> dict[str, Any]:
-    """Publishes the generation of `draws` draws, unless the newest one holds exactly that. Returns its manifest.
+def seal(root: str | Path, draws: int, excluded: Mapping[str, str] | None = None, **provenance: Any) -> Generation:
+    """Publishes the generation of `draws` draws, unless the newest one holds exactly that. Returns it.
 
     `provenance` adds keys to the manifest. For tests and for stores made without the pipeline.
     """
-    body = build(root, read_spec(root), draws, excluded)
+    spec = read_spec(root)
+    body = build(root, spec, draws, excluded)
     number = int(body["generation"])
     path = manifest_path(root, number)
     created = not exists(path) and create_json(path, provenance | body)
-    stands = raw(root, number)
-    if not created and any(key in stands and stands[key] != body[key] for key in body):
+    stands = load(root, number, spec)
+    if not created and any(key in stands.body and stands.body[key] != body[key] for key in body):
         raise StorageError(f"{path}: another process sealed it just now, with other shards; seal again")
-    return manifests.whole(root, stands)
+    return stands
 
 
-def remove_lost_attempts(root: str | Path, entries: Sequence[Mapping[str, Any]]) -> None:
+def remove_lost_attempts(root: str | Path, entries: Sequence[Entry]) -> None:
     """Removes files of killed attempts for these shards, which are all sealed now."""
     where = as_path(root)
-    kept = {file for entry in entries for file in (entry["payload"], entry["index"])}
-    names = {entry["name"] for entry in entries}
+    kept = {file.path for entry in entries for file in (entry.payload, entry.index)}
+    names = {entry.name for entry in entries}
     for kind in ("shards", "index"):
         for file in names_in(where / kind):
             if file.partition(".")[0] in names and f"{kind}/{file}" not in kept:
@@ -114,9 +109,7 @@ def _remove(path: Path) -> None:
         path.rmdir()
 
 
-def _present(
-    root: Path, spec: StoreSpec, draws: int, excluded: Mapping[str, str]
-) -> tuple[list[str], list[dict[str, Any]]]:
+def _present(root: Path, spec: StoreSpec, draws: int, excluded: Mapping[str, str]) -> tuple[list[str], list[Hole]]:
     """(the shards that a generation holds, the manifest's list of those that it lacks)."""
     names, lacking = names_of(spec, draws), pending(root, spec, draws)
     if missing := [name for name in lacking if name not in excluded]:
@@ -139,27 +132,20 @@ def _present(
     return held, [_hole(spec, name, excluded[name]) for name in lacking]
 
 
-def _hole(spec: StoreSpec, name: str, reason: str) -> dict[str, Any]:
-    slots = spec.slots_of(parse_name(name)[1])
-    said = " ".join(reason.split())[:_MOST_REASON]
-    return {"name": name, "slots": [slots.start, slots.stop], "records": len(slots), "reason": said}
-
-
-def _slots(holes: list[dict[str, Any]]) -> list[list[int]]:
-    """The missing shards for the order key: draw, first slot, slot after the last."""
-    return [[parse_name(hole["name"])[0], *hole["slots"]] for hole in holes]
+def _hole(spec: StoreSpec, name: str, reason: str) -> Hole:
+    return Hole(name, spec.slots_of(parse_name(name)[1]), " ".join(reason.split())[:_MOST_REASON])
 
 
 def _check_commit(root: Path, spec: StoreSpec, commit: Commit, there: Mapping[str, int]) -> None:
     """Raises if files of a commit are missing: a store must not be sealed without them."""
     if commit.records != len(spec.slots_of(commit.shard)):
         raise StorageError(f"{root}: {commit.name} has {commit.records} records; set its commit aside")
-    if there.get(commit.payload) == commit.payload_bytes and there.get(commit.index) == commit.index_bytes:
+    if all(there.get(file.path) == file.bytes for file in (commit.payload, commit.index)):
         layouts.files(spec, commit)
         return
-    wrong, index = layouts.missing(root, spec, commit), size_of(root / commit.index)
-    if index != commit.index_bytes:
-        wrong.append((root / commit.index, commit.index_bytes, index))
+    wrong, index = layouts.missing(root, spec, commit), size_of(root / commit.index.path)
+    if index != commit.index.bytes:
+        wrong.append((root / commit.index.path, commit.index.bytes, index))
     for path, size, found in wrong:
         raise MissingShard(
             f"{path}: {'missing' if found is None else f'{found} bytes instead of {size}'}, though "
@@ -168,13 +154,12 @@ def _check_commit(root: Path, spec: StoreSpec, commit: Commit, there: Mapping[st
         )
 
 
-def _newest_like(root: Path, draws: int, holes: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The newest generation as it is written, if it could be the one that is being built."""
-    found = numbers(root)
-    last = raw(root, found[-1]) if found else None
-    if last is None or last["draws"] != draws:
+def _newest_like(root: Path, spec: StoreSpec, draws: int, holes: list[Hole]) -> Generation | None:
+    """The newest generation, if it could be the one that is being built."""
+    last = newest(root, spec)
+    if last is None or last.draws != draws:
         return None
-    return last if [hole["name"] for hole in last.get("excluded", ())] == [hole["name"] for hole in holes] else None
+    return last if [hole.name for hole in last.excluded] == [hole.name for hole in holes] else None
 
 
 def _agrees(last: Mapping[str, Any], body: Mapping[str, Any]) -> bool:

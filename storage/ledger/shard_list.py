@@ -1,14 +1,16 @@
-"""The shards of a large generation: a Parquet file beside its manifest, read into one table and used as a sequence.
+"""The shards of a generation: one table, used as a sequence of entries.
 
-Its keys are those of the entries in small manifests. The file is named by its content, so two processes that seal the
+Small manifests hold it themselves. That of a large one is a Parquet file beside it, named by its content, so that two
 same shards write the same file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,16 +21,19 @@ import pyarrow.parquet as pq
 
 from nfm.storage.errors import CorruptShard, StorageError
 from nfm.storage.files.atomic import HashingFile, digest, read_checked
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import is_remote
 from nfm.storage.files.small_files import MOST_INDEX_BYTES, read_bytes
 from nfm.storage.format import untrusted
+from nfm.storage.format.commit import Commit, ShardFiles, file_to_json, part_of, part_to_json
 from nfm.storage.ledger.shard_list_checks import first_wrong
 
 INLINE = 1000  # a manifest holds up to so many entries itself
 MOST = 2_000_000
 _ROW_GROUP = 8192
-_BATCH = 2048  # rows that iteration holds as dicts at a time
+_BATCH = 2048  # rows that iteration holds at a time
 _ROW_BYTES = 8192  # at most, of one decoded row: 64 parts with every text as long as allowed
+_NEEDED = {"name", "payload", "sha256", "bytes", "index", "index_sha256", "index_bytes", "records", "commit_sha256"}
 _PART = pa.struct([("field", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64())])
 SCHEMA = pa.schema(
     [
@@ -44,11 +49,46 @@ SCHEMA = pa.schema(
         ("parts", pa.list_(_PART)),  # null in layouts whose payload is one file
     ]
 )
-Entry = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(ShardFiles):
+    """A shard that a generation holds, under the commit whose file has this SHA-256."""
+
+    commit_sha256: str
+
+    @classmethod
+    def of(cls, commit: Commit, commit_sha256: str) -> Entry:
+        """What a generation lists of a committed shard."""
+        files = {field.name: getattr(commit, field.name) for field in dataclasses.fields(ShardFiles)}
+        return cls(**files, commit_sha256=commit_sha256)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Entry:
+        """A row of a table that was checked."""
+        return cls(
+            name=row["name"],
+            payload=StoredFile(row["payload"], row["sha256"], row["bytes"]),
+            index=StoredFile(row["index"], row["index_sha256"], row["index_bytes"]),
+            records=row["records"],
+            parts=tuple(part_of(row["payload"], part) for part in row["parts"] or ()),
+            commit_sha256=row["commit_sha256"],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """How a manifest lists it, by the names of `SCHEMA`."""
+        row = {
+            "name": self.name,
+            **file_to_json("payload", self.payload, ""),
+            **file_to_json("index", self.index, "index_"),
+            "records": self.records,
+            "commit_sha256": self.commit_sha256,
+        }
+        return row | ({"parts": [part_to_json(part) for part in self.parts]} if self.parts else {})
 
 
 class ShardList(Sequence[Entry]):
-    """The entries of a table of `SCHEMA`. They become dicts on access; slices share the table.
+    """The entries of a table of `SCHEMA`. They are made on access; slices share the table.
 
     `file` is the name of the file that they were read from; None for a slice.
     """
@@ -73,50 +113,31 @@ class ShardList(Sequence[Entry]):
                 return ShardList(self.table.slice(start, max(stop - start, 0)))
             return ShardList(self.table.take(np.arange(start, stop, step)))
         number = range(len(self))[at]  # raises IndexError
-        return _dicts(self.table.slice(number, 1))[0]
+        return next(iter(self[number : number + 1]))
 
     def __iter__(self) -> Iterator[Entry]:
         for start in range(0, len(self), _BATCH):
-            yield from _dicts(self.table.slice(start, _BATCH))
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, ShardList):
-            return bool(self.table.equals(other.table))
-        if not isinstance(other, list | tuple) or len(other) != len(self):
-            return NotImplemented
-        return all(one == two for one, two in zip(self, other))
-
-    __hash__ = None  # type: ignore[assignment]
+            yield from map(Entry.from_json, self.table.slice(start, _BATCH).to_pylist())
 
     def __repr__(self) -> str:
         return f"ShardList({len(self)} shards)"
 
+    def texts(self, key: str) -> list[str]:
+        """One text of every entry, in order, by the name of its column."""
+        found: list[str] = self.table[key].to_pylist()
+        return found
 
-def texts(shards: Sequence[Entry], key: str) -> list[str]:
-    """One text of every entry, in order."""
-    return shards.table[key].to_pylist() if isinstance(shards, ShardList) else [entry[key] for entry in shards]
-
-
-def numbers(shards: Sequence[Entry], key: str) -> npt.NDArray[np.int64]:
-    """One number of every entry, in order: int64 [n]."""
-    if isinstance(shards, ShardList):
-        return shards.table[key].to_numpy()
-    return np.fromiter((entry[key] for entry in shards), np.int64, len(shards))
-
-
-def _dicts(rows: pa.Table) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = rows.to_pylist()
-    for entry in found:
-        if entry["parts"] is None:
-            del entry["parts"]
-    return found
+    def numbers(self, key: str) -> npt.NDArray[np.int64]:
+        """One number of every entry, in order, by the name of its column: int64 [n]."""
+        found: npt.NDArray[np.int64] = self.table[key].to_numpy()
+        return found
 
 
 class ListWriter:
     """Writes a list, one row group at a time. The file gets its name at the end, or is removed."""
 
     def __init__(self, root: Path) -> None:
-        self._root, self._count, self._rows = root, 0, list[Entry]()
+        self._root, self._count, self._rows = root, 0, list[dict[str, Any]]()
         self._file = HashingFile(root / "manifest.parquet")
         # Plain pages: decoded data is never larger than the file says.
         self._sink = _Sink(self._file)
@@ -126,7 +147,7 @@ class ListWriter:
 
     def add(self, entry: Entry) -> None:
         """Appends one entry."""
-        self._rows.append(entry)
+        self._rows.append(entry.to_json())
         self._count += 1
         if len(self._rows) >= _ROW_GROUP:
             self._flush()
@@ -137,7 +158,7 @@ class ListWriter:
         self._parquet.close()
         name = list_name(generation, self._file.sha256)
         self._file.path = self._root / name
-        self._file.publish()
+        self._file.close()
         return {"file": name, "sha256": self._file.sha256, "bytes": self._file.bytes, "count": self._count}
 
     def discard(self) -> None:
@@ -174,7 +195,7 @@ def list_name(generation: int, sha256: str) -> str:
     return f"manifest.g{generation:04d}.{sha256[:8]}.parquet"
 
 
-def read_list(root: Path, where: str, generation: int, reference: Entry) -> ShardList:
+def read_list(root: Path, where: str, generation: int, reference: Mapping[str, Any]) -> ShardList:
     """The shards that a manifest refers to. Raises StorageError unless the file is complete and unchanged."""
     sha256 = untrusted.sha256(f"{where}: shards.sha256", reference.get("sha256"))
     size = untrusted.integer(f"{where}: shards.bytes", reference.get("bytes"), 1, MOST_INDEX_BYTES)
@@ -191,11 +212,31 @@ def read_list(root: Path, where: str, generation: int, reference: Entry) -> Shar
         ) from error
     if len(data) != size or digest(data) != sha256:
         raise CorruptShard(f"{path}: not the {size} bytes that its manifest names; restore it from a copy")
-    table = _table(path, data, count)
-    wrong = first_wrong(table)
-    if wrong is not None:
-        raise StorageError(f"{path}: row {wrong} is no shard of a store ({_row(table, wrong)}); restore it from a copy")
-    return ShardList(table, name)
+    return ShardList(_right(str(path), _table(path, data, count)), name)
+
+
+def inline_list(path: Path, entries: Sequence[Any]) -> ShardList:
+    """The shards that a manifest lists itself. Raises StorageError for what is no shard of a store."""
+    where = f"{path}: shards"
+    rows = [untrusted.mapping(f"{where}: a shard", entry) for entry in entries]
+    for row in rows:
+        if missing := _NEEDED - set(row):
+            raise StorageError(f"{where}: one lacks {', '.join(sorted(missing))}; restore the manifest from a copy")
+    try:
+        table = pa.Table.from_pylist(rows, SCHEMA)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise StorageError(f"{where}: {error}; restore the manifest from a copy") from error
+    return ShardList(_right(where, table))
+
+
+def _right(where: str, table: pa.Table) -> pa.Table:
+    """The table, all of whose rows list shards."""
+    if (found := first_wrong(table)) is not None:
+        row, key = found
+        raise StorageError(
+            f"{where}: row {row} is no shard of a store: {key} = {_value(table, row, key)}; restore it from a copy"
+        )
+    return table
 
 
 def _table(path: Path, data: bytes, count: int) -> pa.Table:
@@ -222,24 +263,13 @@ def _table(path: Path, data: bytes, count: int) -> pa.Table:
         raise StorageError(f"{path}: cannot be read as Parquet ({error}); restore it from a copy") from error
 
 
-def _row(table: pa.Table, number: int) -> str:
+def _value(table: pa.Table, row: int, key: str) -> str:
     try:
-        return untrusted.shown(str(table.slice(number, 1).to_pylist()[0]))
-    except (ValueError, UnicodeDecodeError):
+        return untrusted.shown(table[key][row].as_py())
+    except ValueError:
         return "no text"
 
 
 def is_list_name(name: str) -> bool:
     """Whether the name of a file at the root of a store is that of a generation's list of shards."""
     return re.fullmatch(r"manifest\.g\d{4,9}\.[0-9a-f]{8}\.parquet", name) is not None
-
-
-def written(root: Path, generation: int, entries: Iterable[Entry]) -> dict[str, Any]:
-    """Writes a whole list. Returns its reference for the manifest."""
-    writer = ListWriter(root)
-    try:
-        for entry in entries:
-            writer.add(entry)
-        return writer.publish(generation)
-    finally:
-        writer.discard()

@@ -1,43 +1,44 @@
-"""Checks a table of shards by the rules of `manifests._check_entry`, for all rows at once."""
+"""Checks a table of shards by the rules of a commit's files, for all rows at once."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_ATTEMPT = "[A-Za-z0-9_-]{1,100}"
+from nfm.storage.format.commit import ATTEMPT
+
 _SHA256 = r"\A[0-9a-f]{64}\z"
 _MOST_PARTS = 64
 Mask = npt.NDArray[np.bool_]
 
 
-def first_wrong(table: pa.Table) -> int | None:
-    """The first row that is not a valid shard; None if all are valid."""
-    right = np.ones(table.num_rows, bool)
-    for column in table.columns[:-1]:
-        right &= ~_true(pc.is_null(column))
-    if right.all():
-        right &= _files(table)
-        right &= _parts(table["parts"], _true(pc.ends_with(table["payload"], pattern=".tar")))
-    wrong = np.flatnonzero(~right)
-    return int(wrong[0]) if len(wrong) else None
+def first_wrong(table: pa.Table) -> tuple[int, str] | None:
+    """(row, column) of the first value that is not valid; None if all are."""
+    for key, right in _rules(table):
+        if not right.all():
+            return int(np.argmin(right)), key
+    return None
 
 
-def _files(table: pa.Table) -> Mask:
-    """Whether names and paths are those that attempts write, and digests and sizes are valid."""
+def _rules(table: pa.Table) -> Iterator[tuple[str, Mask]]:
+    """Which rows are valid, by column: names and paths are those that attempts write, digests and sizes are valid."""
+    for key in table.column_names[:-1]:
+        yield key, ~_true(pc.is_null(table[key]))
     name, payload = table["name"], table["payload"]
-    right = _matches(name, r"\Ad\d{3}-s\d{5}\z")
-    right &= _matches(payload, rf"\Ashards/d\d{{3}}-s\d{{5}}\.{_ATTEMPT}(\.tar)?\z")
-    right &= _true(pc.equal(pc.utf8_slice_codeunits(payload, 7, 18), name))
+    yield "name", _matches(name, r"\Ad\d{3}-s\d{5}\z")
+    own = _true(pc.equal(pc.utf8_slice_codeunits(payload, 7, 18), name))
+    yield "payload", own & _matches(payload, rf"\Ashards/d\d{{3}}-s\d{{5}}\.{ATTEMPT}(\.tar)?\z")
     index = pc.replace_substring_regex(payload, r"\Ashards/([^.]*\.[^.]*)(\.tar)?\z", r"index/\1.parquet")
-    right &= _true(pc.equal(index, table["index"]))
+    yield "index", _true(pc.equal(index, table["index"]))
     for key in ("sha256", "index_sha256", "commit_sha256"):
-        right &= _matches(table[key], _SHA256)
+        yield key, _matches(table[key], _SHA256)
     for key, least in (("bytes", 0), ("index_bytes", 0), ("records", 1)):
-        right &= _true(pc.greater_equal(table[key], least))
-    return right
+        yield key, _true(pc.greater_equal(table[key], least))
+    yield "parts", _parts(table["parts"], _true(pc.ends_with(payload, pattern=".tar")))
 
 
 def _parts(column: pa.ChunkedArray, tar: Mask) -> Mask:

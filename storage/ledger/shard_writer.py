@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -43,7 +44,7 @@ def write_shard(
     earlier = commits.read(root, name)
     if earlier is not None and earlier.attempt == attempt:
         raise StorageError(f"{root}: {name} is committed under attempt {attempt!r}; use a new attempt's name")
-    index_name = f"index/{name}.{attempt}.parquet"
+    payload, index = layouts.payload_name(spec, name, attempt), f"index/{name}.{attempt}.parquet"
     sums, rows, clipped = MomentSums(), [], 0
     with layouts.writer(spec, root, name, attempt) as writer:
         for chunk in records:
@@ -58,23 +59,17 @@ def write_shard(
             writer.append(arrays)
             rows.append(index_rows(draw, {**chunk, **arrays}))
             clipped += beyond
-        payload, parts = layouts.closed(writer)
+        whole, parts = layouts.closed(writer, payload)
     try:
-        index = write_index(root / index_name, rows)
+        written = write_index(root / index, rows)
     except StorageError:
-        layouts.remove(as_path(payload.path), parts)
+        layouts.remove(root, whole, parts)
         raise
     return Commit(
         name=name,
-        draw=draw,
-        shard=shard,
         attempt=attempt,
-        payload=layouts.payload_name(spec, name, attempt),
-        payload_sha256=payload.sha256,
-        payload_bytes=payload.bytes,
-        index=index_name,
-        index_sha256=index.sha256,
-        index_bytes=index.bytes,
+        payload=whole,
+        index=dataclasses.replace(written, path=index),
         records=len(slots),
         keys_digest=keys_digest(draw, slots),
         moments=sums.result(),

@@ -13,7 +13,8 @@ from typing import Any, Self
 from nfm.storage.format.commit import Commit
 from nfm.storage.format.moments import Moments, pool
 from nfm.storage.format.spec import StoreSpec
-from nfm.storage.ledger import manifests, shard_list
+from nfm.storage.ledger import shard_list
+from nfm.storage.ledger.generation import Generation
 from nfm.storage.ledger.shard_list import Entry, ListWriter
 
 _NAMES = ("mean", "var", "min", "max", "skewness", "kurtosis", "nonfinite")
@@ -58,7 +59,7 @@ class Sums:
         """Adds the next shard; shards come in order."""
         self.shards += 1
         self.records += commit.records
-        self.bytes += commit.payload_bytes
+        self.bytes += commit.payload.bytes
         self._clipped += commit.clipped
         self._moments.add(commit.records, commit.moments)
         if commit.noise_error is not None:
@@ -84,25 +85,24 @@ class Totals:
     """The totals, the digest and the list of a generation's shards. A context manager that leaves no file after an
     error.
 
-    `same` is the manifest given as `last`, as long as exactly its shards were added.
+    `same` is the generation given as `last`, as long as exactly its shards were added.
     """
 
-    def __init__(self, root: Path, spec: StoreSpec, count: int, last: dict[str, Any] | None) -> None:
+    def __init__(self, root: Path, spec: StoreSpec, count: int, last: Generation | None) -> None:
         self.sums = Sums(spec)
-        self._inline: list[Entry] = []
+        self._inline: list[dict[str, Any]] = []
         self._writer = ListWriter(root) if count > shard_list.INLINE else None
         self._digest = hashlib.sha256()
-        listed = [] if last is None else manifests.whole(root, dict(last))["shards"]
-        self.same = last if len(listed) == count else None
-        self._before = iter(listed)
+        self.same = last if last is not None and len(last.shards) == count else None
+        self._before = iter(() if self.same is None else self.same.shards)
 
     def add(self, commit: Commit, sha256: str) -> None:
         """Adds the next shard; `sha256` is that of its commit file."""
-        entry = entry_of(commit, sha256)
-        self._digest.update(("\n" if self.sums.shards else "").encode() + commit.payload_sha256.encode())
+        entry = Entry.of(commit, sha256)
+        self._digest.update(("\n" if self.sums.shards else "").encode() + commit.payload.sha256.encode())
         self.sums.add(commit)
         if self._writer is None:
-            self._inline.append(entry)
+            self._inline.append(entry.to_json())
         else:
             self._writer.add(entry)
         if self.same is not None and next(self._before) != entry:
@@ -113,7 +113,7 @@ class Totals:
         facts = {"content_digest": self._digest.hexdigest(), "records": self.sums.records, "shards": None}
         return facts | self.sums.body()
 
-    def listed(self, generation: int) -> list[Entry] | dict[str, Any]:
+    def listed(self, generation: int) -> list[dict[str, Any]] | dict[str, Any]:
         """The value of `shards` in a manifest: the entries, or a reference to the file that lists them, durable."""
         return self._inline if self._writer is None else self._writer.publish(generation)
 
@@ -123,19 +123,3 @@ class Totals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._writer is not None:
             self._writer.discard()
-
-
-def entry_of(commit: Commit, sha256: str) -> dict[str, Any]:
-    """The entry of a shard in a manifest; `sha256` is that of its commit file."""
-    entry: dict[str, Any] = {
-        "name": commit.name,
-        "payload": commit.payload,
-        "sha256": commit.payload_sha256,
-        "bytes": commit.payload_bytes,
-        "index": commit.index,
-        "index_sha256": commit.index_sha256,
-        "index_bytes": commit.index_bytes,
-        "records": commit.records,
-        "commit_sha256": sha256,
-    }
-    return entry | ({"parts": [dict(part) for part in commit.parts]} if commit.parts else {})

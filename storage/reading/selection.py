@@ -19,6 +19,7 @@ from nfm.storage.errors.arguments import WrongArgument, nearest, wrong
 from nfm.storage.files.atomic import canonical_json, digest
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, is_remote
+from nfm.storage.format.commit import ShardFiles
 from nfm.storage.format.index import INDEX_SCHEMA, read_index
 from nfm.storage.format.order import Rows
 
@@ -49,8 +50,8 @@ class Selection:
         return counts[counts > 0]
 
 
-def select(root: Path, shards: Mapping[int, Sequence[Mapping[str, Any]]], filter: Filter, rows: int) -> Selection:
-    """The records of these shards (manifest entries by draw) that match. Only the columns of the filter are read.
+def select(root: Path, shards: Mapping[int, Sequence[ShardFiles]], filter: Filter, rows: int) -> Selection:
+    """The records of these shards (by draw) that match, from the columns that the filter names.
 
     Raises ValueError for unknown columns, StorageError if nothing matches.
     """
@@ -91,20 +92,20 @@ def as_expression(filter: Filter) -> pc.Expression:
 
 def read_parts(
     root: Path,
-    entries: Sequence[Mapping[str, Any]],
+    shards: Sequence[ShardFiles],
     columns: Sequence[str] | None,
     expression: pc.Expression | None = None,
 ) -> pa.Table:
     """Columns of the index parts of some shards, one after another, or only the matching rows. Read in parallel."""
 
-    def read(part: Mapping[str, Any]) -> pa.Table:
-        table = read_index(inside(root, part["index"]), columns, part["records"], part.get("index_sha256"))
+    def read(shard: ShardFiles) -> pa.Table:
+        table = read_index(inside(root, shard.index.path), columns, shard.records, shard.index.sha256)
         return table if expression is None else table.filter(expression)
 
-    return pa.concat_tables(parallel(read, entries, _REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS))
+    return pa.concat_tables(parallel(read, shards, _REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS))
 
 
-def _has_nll(root: Path, entries: Sequence[Mapping[str, Any]]) -> bool:
+def _has_nll(root: Path, entries: Sequence[ShardFiles]) -> bool:
     return bool(np.isfinite(read_parts(root, entries, ["nll"])["nll"].to_numpy()).any())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from nfm.storage import layouts
 from nfm.storage.errors import StorageError
@@ -13,10 +12,9 @@ from nfm.storage.files.atomic import content_digest
 from nfm.storage.files.paths import as_path, size_of
 from nfm.storage.files.small_files import read_bytes
 from nfm.storage.format.order import order_key
-from nfm.storage.format.spec import SPEC, parse_name
+from nfm.storage.format.spec import SPEC
 from nfm.storage.ledger import seal
-from nfm.storage.ledger.generation import excluded_problems, expected_names
-from nfm.storage.ledger.shard_list import numbers, texts
+from nfm.storage.ledger.generation import Generation, slots_of
 from nfm.storage.ledger.sums import Sums
 from nfm.storage.verify.content import close
 from nfm.storage.verify.files import LEVELS, Finding, Level, finding_of, leads_outside, surplus
@@ -47,7 +45,7 @@ def verify(store_root: str | Path, generation: int | None = None, level: Level =
         return [finding_of("quick", root / SPEC, error, f"{COPY}, it is the store's recipe")]
     if level == "deep":
         layouts.of(found.spec).check_stock_reader()
-    wanted = [generation] if generation is not None else list(found.manifests) or [1]
+    wanted = [generation] if generation is not None else list(found.generations) or [1]
     checked = check_shards(found, wanted, generation is None, level)
     empty = Sums(found.spec)
     findings = [
@@ -67,21 +65,21 @@ def orphans(store_root: str | Path) -> list[str]:
 
 def _manifest_findings(found: Survey, number: int, sums: Sums) -> Iterator[Finding]:
     path = seal.manifest_path(found.root, number)
-    manifest = found.manifests.get(number) or load(found.root, number)
-    if isinstance(manifest, StorageError):
-        yield finding_of("quick", path, manifest, _UNSEALED)
+    sealed = found.generations.get(number) or load(found.root, number, found.spec)
+    if isinstance(sealed, StorageError):
+        yield finding_of("quick", path, sealed, _UNSEALED)
         return
-    problems = [*_list_problems(found, manifest), *_sum_problems(found, manifest, sums)]
+    problems = [*_list_problems(found, sealed), *_sum_problems(sealed, sums)]
     yield from (Finding("quick", str(path), problem, _RESEAL) for problem in problems)
 
 
-def _list_problems(found: Survey, manifest: Mapping[str, Any]) -> Iterator[str]:
+def _list_problems(found: Survey, sealed: Generation) -> Iterator[str]:
     """Compares the list in a manifest with what a generation of these draws must hold."""
-    spec, shards = found.spec, manifest["shards"]
-    if problems := excluded_problems(spec, manifest):
-        yield problems[0]
+    spec, shards, holes = found.spec, sealed.shards, sealed.excluded
+    if problem := sealed.hole_problem():
+        yield problem
         return
-    expected, listed = expected_names(spec, manifest), texts(shards, "name")
+    expected, listed = sealed.expected_names(), shards.texts("name")
     if listed != expected:
         odd = sorted(set(listed) ^ set(expected)) or ["their order"]
         yield f"does not list each shard once: {', '.join(odd[:8])}"
@@ -89,35 +87,32 @@ def _list_problems(found: Survey, manifest: Mapping[str, Any]) -> Iterator[str]:
         files = Counter(file.path for entry in shards for file in found.files(entry))
         if twice := [file for file, times in files.items() if times > 1]:
             yield f"lists a file twice: {', '.join(twice[:8])}"
-    if manifest["content_digest"] != content_digest(texts(shards, "sha256")):
+    if sealed.content_digest != content_digest(shards.texts("sha256")):
         yield "its content digest is not that of its shards"
-    holes = manifest.get("excluded", ())
-    records = spec.rows * manifest["draws"] - sum(hole["records"] for hole in holes)
-    if manifest["records"] != records:
+    if sealed.records != spec.rows * sealed.draws - sum(len(hole.slots) for hole in holes):
         left = f" less {len(holes)} excluded shards" if holes else ""
-        yield f"{manifest['records']} records, not {spec.rows} x {manifest['draws']}{left}"
-    slots = [[parse_name(hole["name"])[0], *hole["slots"]] for hole in holes]
-    if manifest["order_key"] != order_key(spec.source, spec.rows, manifest["draws"], slots):
+        yield f"{sealed.records} records, not {spec.rows} x {sealed.draws}{left}"
+    if sealed.order_key != order_key(spec.source, spec.rows, sealed.draws, slots_of(holes)):
         yield "its order key is not that of the spec"
-    for key, value in (("bytes", numbers(shards, "bytes").sum()), ("shard_count", len(shards))):
-        if manifest.get(key, value) != value:
-            yield f"its {key} is {manifest[key]}, {value} by its shards"
+    for key, value in (("bytes", sealed.bytes), ("shard_count", len(shards))):
+        if sealed.body.get(key, value) != value:
+            yield f"its {key} is {sealed.body[key]}, {value} by its shards"
 
 
-def _sum_problems(found: Survey, manifest: Mapping[str, Any], sums: Sums) -> Iterator[str]:
+def _sum_problems(sealed: Generation, sums: Sums) -> Iterator[str]:
     """Compares the totals in a manifest with its commits; no problem if some are unreadable, as that is already a
     finding.
     """
-    if sums.shards != len(expected_names(found.spec, manifest)):
+    if sums.shards != len(sealed.expected_names()):
         return
-    body = sums.body()
-    stated = manifest.get("moments")
-    if not (isinstance(stated, Mapping) and all(close(v, stated.get(name)) for name, v in body["moments"].items())):
+    body, stated = sums.body(), sealed.body
+    moments = stated.get("moments")
+    if not (isinstance(moments, Mapping) and all(close(v, moments.get(name)) for name, v in body["moments"].items())):
         yield "its moments are not those of its commits"
-    if manifest.get("clipped", 0) != body["clipped"]:
+    if stated.get("clipped", 0) != body["clipped"]:
         yield "its clipped values are not those of its commits"
     for key in ("noise_error", "precision", "batch_sizes"):
-        if key in manifest and manifest[key] != body[key]:
+        if key in stated and stated[key] != body[key]:
             yield f"its {key} is not that of its commits"
 
 

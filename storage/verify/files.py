@@ -98,9 +98,7 @@ def leads_outside(root: Path, path: Path) -> bool:
     return not is_remote(path) and not path.resolve().is_relative_to(root.resolve())
 
 
-def surplus(
-    root: Path, spec: StoreSpec, named: Iterable[str], level: Level = "quick"
-) -> tuple[list[Finding], list[str]]:
+def surplus(root: Path, spec: StoreSpec, named: Iterable[str]) -> tuple[list[Finding], list[str]]:
     """(findings, orphans): files that the format does not explain, and files that unfinished attempts left.
 
     `named` are the files that a manifest, a commit or a field names, relative to the store. A killed worker leaves

@@ -32,29 +32,26 @@ def check_fields(root: Path, level: Level) -> tuple[set[str], list[Finding]]:
         except StorageError as error:
             findings.append(finding_of("quick", root / folder / FIELD, error, _AGAIN))
             continue
-        files = [StoredFile(f"{folder}/{part.file}", part.sha256, part.bytes) for part in field.files]
-        named |= {file.path for file in files}
-        damaged = [finding for file in files if (finding := check_file(root, file, level, _AGAIN))]
+        named |= {file.path for file in field.files}
+        damaged = [finding for file in field.files if (finding := check_file(root, file, level, _AGAIN))]
         if level != "quick" and not damaged:
-            damaged = list(_content_findings(root, field, files, deep=level == "deep"))
+            damaged = list(_content_findings(root, field, deep=level == "deep"))
         findings += damaged
     return named, findings
 
 
-def _content_findings(root: Path, field: RowField, files: list[StoredFile], deep: bool) -> Iterator[Finding]:
+def _content_findings(root: Path, field: RowField, deep: bool) -> Iterator[Finding]:
     """Checks that the files open as field.json says; with `deep` also that numpy reads the same values."""
-    start = 0
-    for file, part in zip(files, field.files):
-        path = str(root / file.path)
+    for number, file in enumerate(field.files):
+        path, start = str(root / file.path), number * field.rows_per_file
         try:
-            mapped = field.gather(np.arange(start, start + (part.rows if deep else 1)))
+            mapped = field.gather(np.arange(start, min(start + field.rows_per_file, field.rows) if deep else start + 1))
             if deep and not _same(mapped, _stock(root, file)):
                 yield Finding("deep", path, "a stock reader finds other values", _AGAIN)
         except StorageError as error:
             yield finding_of("default", root / file.path, error, _AGAIN)
         except Exception as error:  # whatever numpy raises, it is about this file
             yield Finding("deep", path, f"a stock reader fails on it: {error}", _AGAIN)
-        start += part.rows
 
 
 def _stock(root: Path, file: StoredFile) -> Any:

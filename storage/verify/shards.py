@@ -7,17 +7,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nfm.storage import layouts
 from nfm.storage.errors import StorageError
 from nfm.storage.files import folder as listing
 from nfm.storage.files.atomic import content_digest
 from nfm.storage.files.parallel import parallel
-from nfm.storage.layouts import Entry
+from nfm.storage.format.commit import ShardFiles
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.commits import Commit
-from nfm.storage.ledger.sums import Sums, entry_of
+from nfm.storage.ledger.shard_list import Entry
+from nfm.storage.ledger.sums import Sums
 from nfm.storage.verify.content import content_problems
 from nfm.storage.verify.files import Finding, Level, check_file, finding_of, local_copies
 from nfm.storage.verify.survey import Listed, Survey, read_commit
@@ -70,7 +71,7 @@ def _look(
     sha256 = ""
     if shard.committed:
         commit, sha256 = read_commit(found.root, folder, shard.name, every, trusting=level == "quick")
-    own = entry_of(commit, sha256) if isinstance(commit, Commit) else None
+    own = Entry.of(commit, sha256) if isinstance(commit, Commit) else None
     known = any(entry == own for entry in every)
     findings: list[Finding] = []
     entries = [entry for number, entry in shard.entries if number in wanted]
@@ -83,9 +84,8 @@ def _is_clean(found: Survey, own: Entry, entries: Sequence[Entry]) -> bool:
     """A quick check that a shard is as it was committed and sealed: plain files of the stated sizes."""
     return (
         not layouts.of(found.spec).by_field
-        and "parts" not in own
-        and found.sizes.get(own["payload"]) == own["bytes"]
-        and found.sizes.get(own["index"]) == own["index_bytes"]
+        and not own.parts
+        and all(found.sizes.get(file.path) == file.bytes for file in (own.payload, own.index))
         and all(entry == own for entry in entries)
     )
 
@@ -103,9 +103,9 @@ def _findings(
         yield Finding("quick", str(path), "the commit is missing", AGAIN)
     elif isinstance(commit, StorageError):
         yield finding_of("quick", path, commit, COPY)
-    elif not _is_sealed(found, commit, sha256, entries):
+    elif not _is_sealed(commit, sha256, entries):
         yield Finding("quick", str(path), "is not the commit that was sealed", AGAIN)
-    sources: list[Any] = [*entries] or ([commit] if isinstance(commit, Commit) else [])
+    sources: list[ShardFiles] = [*entries] or ([commit] if isinstance(commit, Commit) else [])
     files = dict.fromkeys(file for source in sources for file in found.present(source))
     if sources and not files:
         yield Finding("quick", str(path), f"its files are not those of layout {found.spec.layout}", AGAIN)
@@ -114,7 +114,7 @@ def _findings(
     yield from damaged
     if level == "quick" or damaged or not isinstance(commit, Commit):
         return
-    payload = root / commit.payload
+    payload = root / commit.payload.path
     try:
         with local_copies(root, found.present(commit)) as (*copies, index):
             for problem in content_problems(found.spec, commit, copies, index, deep=level == "deep"):
@@ -123,16 +123,11 @@ def _findings(
         yield finding_of("default", payload, error, REMAKE)
 
 
-def _is_sealed(found: Survey, commit: Commit, sha256: str, entries: Sequence[Entry]) -> bool:
+def _is_sealed(commit: Commit, sha256: str, entries: Sequence[Entry]) -> bool:
     """Whether a commit agrees with itself and with its entries in all these manifests; there may be none yet."""
-    if commit.parts and commit.payload_sha256 != content_digest(part["sha256"] for part in commit.parts):
+    if commit.parts and commit.payload.sha256 != content_digest(part.sha256 for part in commit.parts):
         return False
-    own = (found.files(commit), commit.payload_sha256, commit.payload_bytes, commit.records)
-    return all(
-        entry["commit_sha256"] == sha256
-        and own == (found.files(entry), entry["sha256"], entry["bytes"], entry["records"])
-        for entry in entries
-    )
+    return all(entry == Entry.of(commit, sha256) for entry in entries)
 
 
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import merge
 from itertools import groupby, pairwise
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any
 
 from nfm.storage import layouts
 from nfm.storage.errors import StorageError
+from nfm.storage.files import digested_json
 from nfm.storage.files import folder as listing
-from nfm.storage.files import signed_json
 from nfm.storage.files.atomic import digest, hash_file
 from nfm.storage.files.durable import StoredFile
-from nfm.storage.files.paths import is_remote, size_of
-from nfm.storage.format.commit import parse
+from nfm.storage.files.paths import is_remote
+from nfm.storage.format.commit import ShardFiles, parse
 from nfm.storage.format.spec import StoreSpec, parse_name, read_spec
-from nfm.storage.layouts import Entry
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.commits import Commit
-from nfm.storage.ledger.shard_list import ShardList, is_list_name, texts
+from nfm.storage.ledger.generation import Generation
+from nfm.storage.ledger.shard_list import Entry, is_list_name
 
 
 @dataclass(frozen=True)
@@ -41,25 +40,25 @@ class Survey:
 
     root: Path
     spec: StoreSpec
-    manifests: dict[int, dict[str, Any] | StorageError]
+    generations: dict[int, Generation | StorageError]
     commits: list[str]  # the shards that have a commit
     sizes: dict[str, int]  # of the plain files in the folders of payloads and index parts
 
-    def readable(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The readable manifests of these generations."""
+    def readable(self, numbers: Iterable[int]) -> Iterator[Generation]:
+        """The readable ones of these generations."""
         for number in numbers:
-            manifest = self.manifests.get(number)
-            if isinstance(manifest, dict):
-                yield manifest
+            sealed = self.generations.get(number)
+            if isinstance(sealed, Generation):
+                yield sealed
 
     def draws(self, numbers: Iterable[int]) -> int:
         """The number of draws of the largest of these generations."""
-        return max((manifest["draws"] for manifest in self.readable(numbers)), default=0)
+        return max((sealed.draws for sealed in self.readable(numbers)), default=0)
 
     def shards(self) -> Iterator[Listed]:
         """Every shard that a manifest lists or that is committed, by name."""
         streams: list[Iterable[tuple[str, int, Entry | None]]] = [((name, 0, None) for name in self.commits)]
-        streams += [_by_name(manifest) for manifest in self.readable(self.manifests)]
+        streams += [_by_name(sealed) for sealed in self.readable(self.generations)]
         for name, group in groupby(merge(*streams, key=itemgetter(0, 1)), key=itemgetter(0)):
             found = list(group)
             yield Listed(name, [(at, entry) for _, at, entry in found if entry is not None], found[0][2] is None)
@@ -67,43 +66,39 @@ class Survey:
     def named(self) -> set[str]:
         """Every file that a manifest names, relative to the store, wherever sealing has placed it."""
         names: set[str] = set()
-        for manifest in self.readable(self.manifests):
-            shards = manifest["shards"]
+        for sealed in self.readable(self.generations):
             if not layouts.of(self.spec).by_field:
-                names.update(texts(shards, "payload"), texts(shards, "index"))
+                names.update(sealed.shards.texts("payload"), sealed.shards.texts("index"))
                 continue
-            names |= {file for entry in shards for file in self.all_files(entry)}
+            names |= {file for entry in sealed.shards for file in self.all_files(entry)}
         committed = 1 + max((parse_name(name)[0] for name in self.commits), default=-1)
-        draws = max(committed, self.draws(self.manifests))
+        draws = max(committed, self.draws(self.generations))
         return names | self._lists() | set(layouts.of(self.spec).metadata(self.spec, draws))
 
-    def all_files(self, source: Entry | Commit) -> set[str]:
+    def all_files(self, shard: ShardFiles) -> set[str]:
         """The files of a shard, both where they were written and where sealing places them."""
-        return {file.path for where in (True, False) for file in self.files(source, where)}
+        return {file.path for where in (True, False) for file in self.files(shard, where)}
 
-    def files(self, source: Entry | Commit, sealed: bool = True) -> list[StoredFile]:
+    def files(self, shard: ShardFiles, sealed: bool = True) -> list[StoredFile]:
         """The payload files of a shard, then its index part; empty if they do not fit the layout of the spec."""
         try:
-            payload = layouts.files(self.spec, source, sealed)
+            return [*layouts.files(self.spec, shard, sealed), shard.index]
         except StorageError:
             return []
-        if isinstance(source, Mapping):
-            return [*payload, StoredFile(source["index"], source["index_sha256"], source["index_bytes"])]
-        return [*payload, StoredFile(source.index, source.index_sha256, source.index_bytes)]
 
-    def present(self, source: Entry | Commit) -> list[StoredFile]:
+    def present(self, shard: ShardFiles) -> list[StoredFile]:
         """The files of a shard where they are now. In layout zarr, sealing a draw moves them."""
-        placed = self.files(source)
-        if isinstance(source, Mapping):
-            return placed
-        pairs = zip(placed, self.files(source, sealed=False))
-        return [here if size_of(self.root / here.path) is not None else staged for here, staged in pairs]
+        if isinstance(shard, Entry):
+            return self.files(shard)
+        try:
+            return [*layouts.present(self.root, self.spec, shard), shard.index]
+        except StorageError:
+            return []
 
     def _lists(self) -> set[str]:
         """The lists of shards that manifests name or may name: lists of unreadable manifests are kept."""
-        shards = [manifest["shards"] for manifest in self.readable(self.manifests)]
-        known = {found.file for found in shards if isinstance(found, ShardList) and found.file is not None}
-        unread = tuple(f"manifest.g{at:04d}." for at, body in self.manifests.items() if not isinstance(body, dict))
+        known = {file for sealed in self.readable(self.generations) if (file := sealed.shards.file) is not None}
+        unread = tuple(f"manifest.g{at:04d}." for at, one in self.generations.items() if isinstance(one, StorageError))
         names = {name for name in listing.names(self.root, "") if is_list_name(name)} if unread else set()
         return known | {name for name in names if name.startswith(unread)}
 
@@ -114,18 +109,20 @@ def survey(root: Path) -> Survey:
     Raises StorageError if there is no recipe.
     """
     spec = read_spec(root)
-    manifests = {number: load(root, number) for number in seal.numbers(root)}
+    generations = {number: load(root, number, spec) for number in seal.numbers(root)}
     try:
         names = [name for name in commits.names(root, 1000) if parse_name(name)[1] < spec.shards_per_draw]
     except StorageError:
         names = []  # a link out of the store; it is reported as a surplus file
-    return Survey(root, spec, manifests, names, listing.shard_files(root))
+    return Survey(root, spec, generations, names, listing.shard_files(root))
 
 
-def load(root: Path, number: int) -> dict[str, Any] | StorageError:
-    """The manifest of a generation, or the error why it cannot be read."""
+def load(root: Path, number: int, spec: StoreSpec) -> Generation | StorageError:
+    """A generation whose manifest and list of shards can be read, or the error why not."""
     try:
-        return seal.load(root, number)
+        sealed = seal.load(root, number, spec)
+        len(sealed.shards)  # reads the list
+        return sealed
     except StorageError as error:
         return error
 
@@ -142,10 +139,10 @@ def read_commit(
     if data is not None:
         sha256 = digest(data)
         try:
-            if trusting and any(entry["commit_sha256"] == sha256 for entry in entries):
+            if trusting and any(entry.commit_sha256 == sha256 for entry in entries):
                 body = json.loads(data)
             else:
-                body = signed_json.checked(path, data, signed=True)
+                body = digested_json.checked(path, data)
             if isinstance(body, dict):
                 return parse(path, name, body), sha256
         except (StorageError, ValueError, RecursionError) as error:
@@ -158,9 +155,9 @@ def read_commit(
         return error, ""
 
 
-def _by_name(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, Entry]]:
-    """The entries of a manifest sorted by name. They are already sorted unless another program wrote the manifest."""
-    names, shards = texts(manifest["shards"], "name"), manifest["shards"]
+def _by_name(sealed: Generation) -> Iterator[tuple[str, int, Entry]]:
+    """The entries of a generation sorted by name. They are already sorted unless another program wrote the manifest."""
+    names, shards = sealed.shards.texts("name"), iter(sealed.shards)
     if any(one > two for one, two in pairwise(names)):
-        shards = sorted(shards, key=itemgetter("name"))
-    return ((entry["name"], manifest["generation"], entry) for entry in shards)
+        shards = iter(sorted(sealed.shards, key=attrgetter("name")))
+    return ((entry.name, sealed.number, entry) for entry in shards)

@@ -187,7 +187,7 @@ def _check_files(making: Making, orphans: int, lacking: frozenset[str]) -> None:
     files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     named = {"spec.json"} | {name for name in files if re.fullmatch(r"manifest\.g\d{4}\.json", name)}
     for commit in commits.committed(root, making.draws).values():
-        named |= {f"commits/{commit.name}.json", commit.payload, commit.index}
+        named |= {f"commits/{commit.name}.json", commit.payload.path, commit.index.path}
     named |= {name for name in files if name.startswith(("events/", "audits/"))}
     named |= {f"failed/{name}.txt" for name in lacking}
     assert named <= files

@@ -1,6 +1,6 @@
 """Precision, recall, density and coverage: how far two sets of features lie in each other's neighbourhoods.
 
-The manifold of a set is the union of balls around its members. The radius of each is the distance to its k-th nearest
+The manifold of a set is the union of balls around its members. The radius of each is the distance to its K-th nearest
 other member.
 """
 
@@ -32,14 +32,14 @@ class Prdc(NamedTuple):
     coverage: float
 
 
-def manifold(features: Tensor | np.ndarray, k: int = K) -> Manifold:
-    """The members and radii of features [N, D], N > k.
+def manifold(features: Tensor | np.ndarray) -> Manifold:
+    """The members and radii of features [N, D], N > K.
 
     Raises ValueError for fewer, or for values that are not finite.
     """
     x = torch.as_tensor(features).detach().cpu().double()
-    if x.dim() != 2 or len(x) <= k:
-        raise ValueError(f"features have shape {tuple(x.shape)}; give [N, D] of more than k = {k} rows")
+    if x.dim() != 2 or len(x) <= K:
+        raise ValueError(f"features have shape {tuple(x.shape)}; give [N, D] of more than k = {K} rows")
     if not torch.isfinite(x).all():
         raise ValueError("features have values that are not finite")
     parts = []
@@ -48,16 +48,16 @@ def manifold(features: Tensor | np.ndarray, k: int = K) -> Manifold:
         gaps = _squared(x[start : start + CHUNK], x)
         own = torch.arange(len(gaps))
         gaps[own, start + own] = 0
-        parts.append(gaps.topk(k + 1, dim=1, largest=False).values[:, -1])
+        parts.append(gaps.topk(K + 1, dim=1, largest=False).values[:, -1])
     return Manifold(x, torch.cat(parts).sqrt())
 
 
-def prdc(real: Manifold, fake: Manifold, k: int = K) -> Prdc:
-    """All four figures of the samples `fake` against `real`. Both need the same k, and should have the same size.
+def prdc(real: Manifold, fake: Manifold) -> Prdc:
+    """All four figures of the samples `fake` against `real`. Both should have the same size.
 
     Precision is the share of samples in the real manifold, recall the share of real members in the manifold of the
     samples (Kynkaanniemi et al. 2019, arXiv 1904.06991). Density is the number of real balls that a sample lies in,
-    divided by k; coverage is the share of real balls that contain a sample (Naeem et al. 2020, arXiv 2002.09797). The
+    divided by K; coverage is the share of real balls that contain a sample (Naeem et al. 2020, arXiv 2002.09797). The
     last two use only the real balls, which outliers among the samples cannot enlarge.
     """
     if real.members.shape[1] != fake.members.shape[1]:
@@ -72,7 +72,7 @@ def prdc(real: Manifold, fake: Manifold, k: int = K) -> Prdc:
         covered += int(inside.any(dim=1).sum())
         recalled += int((gaps <= fake.radii.square()).any(dim=1).sum())
     count = len(real.members)
-    precision, density = float((within > 0).double().mean()), float(within.mean()) / k
+    precision, density = float((within > 0).double().mean()), float(within.mean()) / K
     return Prdc(precision, recalled / count, density, covered / count)
 
 

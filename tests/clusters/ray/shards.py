@@ -50,7 +50,7 @@ def jobs() -> list[ShardJob]:
 
 
 def digests(setup: Setup) -> dict[str, str]:
-    return {name: commit.payload_sha256 for name, commit in commits.committed(setup.store, 2).items()}
+    return {name: commit.payload.sha256 for name, commit in commits.committed(setup.store, 2).items()}
 
 
 def committed(outcomes: list[Outcome]) -> list[str]:

@@ -58,7 +58,7 @@ def noise_of(store: Path, name: str) -> np.ndarray:
     """The noise of a committed shard."""
     spec, commit = read_spec(store), commits.read(store, name)
     assert commit is not None
-    shard = layouts.open_shard(spec, [store / commit.payload], commit.records)
+    shard = layouts.open_shard(spec, [store / commit.payload.path], commit.records)
     return codecs.unpack(shard.read("noise", 0, commit.records), spec.noise_step)
 
 

@@ -55,7 +55,7 @@ def jobs() -> list[ShardJob]:
 
 
 def digests(store: str) -> dict[str, str]:
-    return {name: commit.payload_sha256 for name, commit in commits.committed(store, 2).items()}
+    return {name: commit.payload.sha256 for name, commit in commits.committed(store, 2).items()}
 
 
 @pytest.fixture

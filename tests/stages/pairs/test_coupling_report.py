@@ -24,6 +24,7 @@ from nfm.storage import DatasetWriter, PairStore
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.generation import Generation
 from nfm.storage.ledger.shard_writer import write_shard
 from nfm.trainers.checkpoint import pack_weights
 from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
@@ -317,8 +318,9 @@ def test_images_of_another_scale_are_named_in_place_of_the_teachers_training(
     assert ("train the teacher longer" in said) != named
     assert ("mend the images' scale first" in said) == named
     assert (f"root mean square {body['image']['size']:.4g}, where teacher and student want about 1" in said) == named
-    manifest = json.loads(seal.manifest_path(tmp_path / "pairs" / "store", 1).read_text())
-    (finding,) = audit._marginals(tmp_path / "pairs" / "store", manifest | {"coupling_report": body})
+    sealed = seal.load(tmp_path / "pairs" / "store", 1)
+    reported = Generation(sealed.root, sealed.spec, 1, {**sealed.body, "coupling_report": body})
+    (finding,) = audit._marginals(reported)
     assert ("mend the images' scale first" in finding.remedy) == named  # the audit gives the same advice
 
 

@@ -47,5 +47,5 @@ def test_sealing_again_never_gives_readers_less_than_they_had(lab: Lab, root: Pa
     seal.seal(store, 2, {"d001-s00002": "its image is unreadable"})
     assert repair.sealable(store) == (2, {"d001-s00002": "its image is unreadable"})
     before = lab.committed()
-    assert seal.seal(store, *repair.sealable(store))["generation"] == 1
+    assert seal.seal(store, *repair.sealable(store)).number == 1
     assert lab.committed() == before

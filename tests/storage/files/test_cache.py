@@ -15,18 +15,30 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.files.cache import ShardCache, Wanted
+from nfm.storage.files.cache import ShardCache
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, size_of
 from tests.support.patience import PATIENCE
 from tests.support.s3server import S3, new_clients
 
 SIZE = 10_000
+
+
+class Wanted(NamedTuple):
+    path: Path
+    sha256: str
+    bytes: int
+
+
+def below(files: list[Wanted]) -> tuple[Path, list[StoredFile]]:
+    """The files, as a store names its own."""
+    return files[0].path.parent, [StoredFile(file.path.name, file.sha256, file.bytes) for file in files]
 
 
 def wanted(root: str | Path, number: int, size: int = SIZE) -> Wanted:
@@ -148,7 +160,7 @@ def test_the_bound_holds_and_what_was_used_last_stays(memory: str, tmp_path: Pat
         assert cache.local(*file).stat().st_size == SIZE
         assert held(tmp_path / "c") <= 3 * SIZE
     before = cache.evictions
-    paths = cache.together([files[0], files[4], files[1]])
+    paths = cache.together(*below([files[0], files[4], files[1]]))
     assert all(path.exists() for path in paths)
     assert cache.evictions > before
     assert [cache.holds(file.sha256) for file in files] == [True, True, False, False, True, False]
@@ -178,7 +190,9 @@ def test_the_bound_holds_for_threads_that_fetch_at_once(together: int, memory: s
     def read(mine: list[Wanted]) -> None:
         for start in range(len(mine)):
             some = (mine + mine)[start : start + together]
-            assert [hashlib.sha256(data).hexdigest() for data in cache.opened(some, opener)] == [f.sha256 for f in some]
+            assert [hashlib.sha256(data).hexdigest() for data in cache.opened(*below(some), opener)] == [
+                f.sha256 for f in some
+            ]
             most[0] = max(most[0], held(tmp_path / "c"))
 
     at_once([partial(read, files[number::4]) for number in range(4)])
@@ -189,9 +203,9 @@ def test_the_bound_holds_for_threads_that_fetch_at_once(together: int, memory: s
 def test_files_that_are_here_wait_for_the_room_that_others_were_promised(memory: str, tmp_path: Path) -> None:
     files = [wanted(memory, number) for number in range(6)]
     cache, opened = ShardCache(tmp_path / "c", 3 * SIZE), threading.Event()
-    cache.together(files[:3])
-    with cache._keeping(files[3:]):  # a thread that is about to fetch these
-        other = threading.Thread(target=lambda: cache.opened(files[:3], lambda _: opened.set()))
+    cache.together(*below(files[:3]))
+    with cache._keeping(*below(files[3:])):  # a thread that is about to fetch these
+        other = threading.Thread(target=lambda: cache.opened(*below(files[:3]), lambda _: opened.set()))
         other.start()
         assert not opened.wait(0.2)
     other.join(PATIENCE)
@@ -208,7 +222,7 @@ def test_a_file_that_a_thread_is_opening_stays_while_others_fetch(memory: str, t
         return paths[0].read_bytes()
 
     calls: list[int] = []
-    assert len(cache.opened(files[:1], lambda paths: calls.append(1) or opener(paths))) == SIZE
+    assert len(cache.opened(*below(files[:1]), lambda paths: calls.append(1) or opener(paths))) == SIZE
     assert calls == [1]
 
 
@@ -221,7 +235,7 @@ def test_an_evicted_file_is_fetched_again_before_it_is_opened(memory: str, tmp_p
             paths[0].unlink()  # as another process's eviction would
         return paths[0].read_bytes()
 
-    assert len(cache.opened([file], opener)) == SIZE
+    assert len(cache.opened(*below([file]), opener)) == SIZE
     assert len(calls) == 2
 
 
@@ -233,7 +247,7 @@ def test_a_file_that_others_evict_whenever_it_arrives_says_what_to_raise(memory:
         return paths[0].read_bytes()
 
     with pytest.raises(StorageError, match=r"f0 before it can be opened, 20 times; raise NFM_CACHE_BYTES"):
-        cache.opened([file], evicted)
+        cache.opened(*below([file]), evicted)
     assert not cache._kept
 
 

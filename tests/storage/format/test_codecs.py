@@ -94,16 +94,16 @@ def test_a_store_counts_the_clipped_and_its_moments_are_those_of_the_stored_nois
 
     for shard in range(2):
         commits.publish(tmp_path, write_shard(tmp_path, spec, 0, shard, "a", loud(shard)))
-    body = seal.seal(tmp_path, 1)
+    sealed = seal.seal(tmp_path, 1)
     assert [commit.clipped for commit in commits.committed(tmp_path, 1).values()] == [20, 20]
-    assert body["clipped"] == 40
-    entry = body["shards"][0]
+    assert sealed.body["clipped"] == 40
+    entry = sealed.shards[0]
     file = tmp_path / layouts.files(spec, entry)[0].path
     noise = layouts.open_shard(spec, [file], 20).read("noise", 0, 20)
     assert noise.dtype == np.int8
     assert noise.min() == -127
     decoded = unpack(noise, spec.noise_step).astype(np.float64)
-    moments = commits.read(tmp_path, entry["name"]).moments
+    moments = commits.read(tmp_path, entry.name).moments
     assert moments["var"] == pytest.approx(decoded.var(), rel=1e-6)
     assert moments["min"] == pytest.approx(-6.35)
 

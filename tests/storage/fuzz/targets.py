@@ -50,7 +50,7 @@ def read(root: Path) -> str:
 def _mapped(store: PairStore, draw: int, rows: int) -> Iterator[tuple[str, np.ndarray]]:
     spec = store.spec
     parts: dict[str, list[np.ndarray]] = {}
-    for number, entry in enumerate(store.manifest["shards"][draw * spec.shards_per_draw :][: spec.shards_per_draw]):
+    for number, entry in enumerate(store.sealed.shards[draw * spec.shards_per_draw :][: spec.shards_per_draw]):
         slots = spec.slots_of(number)
         if slots.start >= rows:
             break

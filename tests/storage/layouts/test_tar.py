@@ -64,7 +64,7 @@ def test_the_bytes_depend_on_the_records_alone(tmp_path: Path) -> None:
 def test_the_payload_states_the_digest_and_size_of_the_file(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path / "x.tar", FIELDS, 5, "k")
     writer.append(_arrays(5))
-    payload = writer.close()
+    (payload,) = writer.close()
     assert (payload.sha256, payload.bytes) == hash_file(payload.path)
 
 

@@ -72,14 +72,14 @@ def test_stock_zarr_opens_a_sealed_store(make_store, spec_of, records, codec, im
 def test_ours_reads_what_stock_reads(make_store, spec_of) -> None:
     spec = spec_of("zarr")
     root = make_store(1, spec)
-    entries = seal.load(root, 1)["shards"]
+    entries = seal.load(root, 1).shards
     stock = zarr.open(str(root), mode="r")["d000"]
     for entry in entries:
-        shard = layouts.open_shard(spec, [root / f.path for f in layouts.files(spec, entry)], entry["records"])
-        first = int(entry["name"][-5:]) * spec.rows_per_shard
+        shard = layouts.open_shard(spec, [root / f.path for f in layouts.files(spec, entry)], entry.records)
+        first = entry.shard * spec.rows_per_shard
         for field in spec.fields:
-            found = shard.read(field.name, 3, entry["records"])
-            np.testing.assert_array_equal(found, stock[field.name][first + 3 : first + entry["records"]])
+            found = shard.read(field.name, 3, entry.records)
+            np.testing.assert_array_equal(found, stock[field.name][first + 3 : first + entry.records])
 
 
 def test_every_file_is_hashed_and_placed_with_its_commits_bytes(make_store, spec_of) -> None:
@@ -88,13 +88,13 @@ def test_every_file_is_hashed_and_placed_with_its_commits_bytes(make_store, spec
     commit = commits.read(root, "d000-s00001")
     staged = layouts.files(spec, commit, sealed=False)
     assert [file.path for file in staged] == [f"shards/d000-s00001.a1/{field.name}" for field in spec.fields]
-    assert commit.payload_sha256 == atomic.content_digest(file.sha256 for file in staged)
-    assert commit.payload_bytes == sum(file.bytes for file in staged)
+    assert commit.payload.sha256 == atomic.content_digest(file.sha256 for file in staged)
+    assert commit.payload.bytes == sum(file.bytes for file in staged)
     assert not layouts.missing(root, spec, commit)
-    body = seal.seal(root, 1)
-    assert not (root / commit.payload).exists()
+    sealed = seal.seal(root, 1)
+    assert not (root / commit.payload.path).exists()
     assert not layouts.missing(root, spec, commit)
-    placed = layouts.files(spec, body["shards"][1])
+    placed = layouts.files(spec, sealed.shards[1])
     assert [file.path for file in placed][:2] == ["d000/image/c/1/0/0/0", "d000/noise/c/1/0/0/0"]
     for file, before in zip(placed, staged):
         assert atomic.hash_file(root / file.path) == (before.sha256, before.bytes)
@@ -108,7 +108,7 @@ def test_adding_a_draw_leaves_every_earlier_file_untouched(make_store, spec_of, 
     before = _files(root)
     for shard in range(spec.shards_per_draw):
         commits.publish(root, write_shard(root, spec, 1, shard, "b", records(spec, 1, shard)))
-    assert seal.seal(root, 2)["generation"] == 2
+    assert seal.seal(root, 2).number == 2
     after = _files(root)
     assert before.items() <= after.items()
     np.testing.assert_array_equal(zarr.open(str(root), mode="r")["d001/slot"][...], np.arange(50))
@@ -123,10 +123,10 @@ def test_sealing_goes_on_wherever_it_was_killed(make_store, spec_of) -> None:
     atomic.place(root / staged.path, root / placed.path)  # one file placed, and of the next the second name made
     (root / moves[1][1].path).parent.mkdir(parents=True)
     (root / moves[1][1].path).hardlink_to(root / moves[1][0].path)
-    body = seal.seal(root, 1)
+    sealed = seal.seal(root, 1)
     assert not (root / "shards" / "d000-s00000.a1").exists()
     assert commits.publish(root, commit) == commit  # a worker that repeats itself after the seal
-    assert seal.build(root, spec, 1) == body
+    assert seal.build(root, spec, 1) == sealed.body
     np.testing.assert_array_equal(zarr.open(str(root), mode="r")["d000/slot"][...], np.arange(50))
 
 
@@ -173,8 +173,8 @@ def _flip(path: Path, at: int) -> None:
 
 
 def _open(root: Path, spec: StoreSpec, number: int = 0) -> Any:
-    entry = seal.load(root, 1)["shards"][number]
-    return layouts.open_shard(spec, [root / f.path for f in layouts.files(spec, entry)], entry["records"])
+    entry = seal.load(root, 1).shards[number]
+    return layouts.open_shard(spec, [root / f.path for f in layouts.files(spec, entry)], entry.records)
 
 
 @pytest.mark.parametrize("back", [1, 4, 5, 21, 60])

@@ -28,7 +28,7 @@ from tests.support.patience import PATIENCE
 
 def test_a_shard_without_a_commit_does_not_exist(tmp_path: Path, small_spec: StoreSpec, records) -> None:
     written = write_shard(tmp_path, small_spec, 0, 1, "a1", records(small_spec, 0, 1))
-    assert written.payload == "shards/d000-s00001.a1.tar"
+    assert written.payload.path == "shards/d000-s00001.a1.tar"
     assert commits.read(tmp_path, "d000-s00001") is None
     assert commits.committed(tmp_path, 1) == {}
     commits.publish(tmp_path, dataclasses.replace(written, device="cpu", batch_size=8))
@@ -42,15 +42,15 @@ def test_a_commit_reads_back_and_describes_its_files(tmp_path: Path, small_spec:
         tmp_path, dataclasses.replace(written, versions={"torch": "2"}, precision="bfloat16", threads=2, seconds=1.5)
     )
     assert commits.read(tmp_path, "d000-s00002") == commit
-    assert atomic.hash_file(tmp_path / commit.payload) == (commit.payload_sha256, commit.payload_bytes)
-    assert atomic.hash_file(tmp_path / commit.index) == (commit.index_sha256, commit.index_bytes)
+    assert atomic.hash_file(tmp_path / commit.payload.path) == (commit.payload.sha256, commit.payload.bytes)
+    assert atomic.hash_file(tmp_path / commit.index.path) == (commit.index.sha256, commit.index.bytes)
     assert commit.records == 10
     assert commit.keys_digest == atomic.digest("\n".join(f"d000-{s:09d}" for s in range(40, 50)).encode())
 
 
 def test_the_index_part_has_a_row_a_record(tmp_path: Path, small_spec: StoreSpec, records) -> None:
     written = write_shard(tmp_path, small_spec, 3, 0, "a1", records(small_spec, 3, 0))
-    table = pq.read_table(tmp_path / written.index)
+    table = pq.read_table(tmp_path / written.index.path)
     assert table.schema.equals(INDEX_SCHEMA)
     assert table.num_rows == 20
     row = table.slice(11, 1).to_pylist()[0]
@@ -68,7 +68,7 @@ def test_the_index_part_has_a_row_a_record(tmp_path: Path, small_spec: StoreSpec
 
 def test_an_nll_that_no_coupling_gave_is_nan_not_null(tmp_path: Path, small_spec: StoreSpec, records) -> None:
     bare = ({k: v for k, v in r.items() if k not in ("nll", "flip", "row")} for r in records(small_spec, 0, 0))
-    table = pq.read_table(tmp_path / write_shard(tmp_path, small_spec, 0, 0, "a1", bare).index)
+    table = pq.read_table(tmp_path / write_shard(tmp_path, small_spec, 0, 0, "a1", bare).index.path)
     assert table["nll"].null_count == 0
     assert np.isnan(table["nll"].to_numpy()).all()
     assert table["row"].to_pylist() == list(range(20))
@@ -76,7 +76,7 @@ def test_an_nll_that_no_coupling_gave_is_nan_not_null(tmp_path: Path, small_spec
 
 def test_moments_are_those_of_the_noise_as_stored(tmp_path: Path, small_spec: StoreSpec, records) -> None:
     written = write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
-    shard = MappedShard(tmp_path / written.payload, small_spec.fields, 20, small_spec.rows_per_block)
+    shard = MappedShard(tmp_path / written.payload.path, small_spec.fields, 20, small_spec.rows_per_block)
     noise = shard.read("noise", 0, 20).astype(np.float64)
     centred = noise - noise.mean()
     expected = {
@@ -174,7 +174,7 @@ def test_an_attempt_that_is_no_file_name_is_refused(tmp_path: Path, small_spec: 
 
 def test_a_commit_without_its_shard_is_not_published(tmp_path: Path, small_spec: StoreSpec, records) -> None:
     written = write_shard(tmp_path, small_spec, 0, 0, "a1", records(small_spec, 0, 0))
-    (tmp_path / written.payload).unlink()
+    (tmp_path / written.payload.path).unlink()
     with pytest.raises(MissingShard, match=r"d000-s00000\.a1\.tar"):
         commits.publish(tmp_path, written)
     assert commits.committed(tmp_path, 1) == {}
@@ -220,7 +220,7 @@ def test_a_hostile_commit_is_a_storage_error_and_its_paths_are_not_followed(
         except StorageError:
             continue
         own = "shards/d000-s00000.a1" + (".tar" if layout == "blocks" else "")
-        assert (commit.payload, commit.index) == (own, "index/d000-s00000.a1.parquet"), change
+        assert (commit.payload.path, commit.index.path) == (own, "index/d000-s00000.a1.parquet"), change
 
 
 def test_temporary_files_among_the_commits_are_ignored(make_store) -> None:
@@ -261,13 +261,13 @@ def test_a_worker_killed_at_any_moment_leaves_whole_shards_and_can_go_on(tmp_pat
         child.send_signal(signal.SIGKILL)
         child.communicate()
         for commit in commits.committed(tmp_path, 2).values():
-            assert atomic.hash_file(tmp_path / commit.payload)[0] == commit.payload_sha256
-            assert atomic.hash_file(tmp_path / commit.index)[0] == commit.index_sha256
+            assert atomic.hash_file(tmp_path / commit.payload.path)[0] == commit.payload.sha256
+            assert atomic.hash_file(tmp_path / commit.index.path)[0] == commit.index.sha256
     subprocess.run([sys.executable, "-c", WORKER, str(tmp_path), "last"], check=True, stdout=subprocess.DEVNULL)
     found = commits.committed(tmp_path, 2)
     assert len(found) == 2 * spec.shards_per_draw
     for commit in found.values():
-        shard = MappedShard(tmp_path / commit.payload, spec.fields, commit.records, spec.rows_per_block)
+        shard = MappedShard(tmp_path / commit.payload.path, spec.fields, commit.records, spec.rows_per_block)
         assert shard.read("slot", 0, commit.records).tolist() == list(spec.slots_of(commit.shard))
 
 

@@ -64,7 +64,7 @@ def slots(store: PairStore | Mixture, epochs: int = 2, world_size: int = 1, stat
 
 
 def test_the_manifest_says_what_is_not_there_and_counts_what_is(root: Path, small_spec: StoreSpec) -> None:
-    body = seal.load(root, 1)
+    body = seal.load(root, 1).body
     assert body["records"] == 70
     assert body["excluded"] == [
         {"name": "d000-s00001", "slots": [20, 40], "records": 20, "reason": "out of memory"},
@@ -142,7 +142,7 @@ def test_a_later_generation_has_all_and_the_earlier_stays_as_it_is(root: Path, s
     alone = slots(PairStore.open(root))
     for name in HOLES:
         mend(root, small_spec, records, name)
-    body = seal.seal(root, 2, HOLES)
+    body = seal.seal(root, 2, HOLES).body
     assert (body["generation"], body["records"], "excluded" in body) == (2, 100, False)
     assert body["order_key"] == order_key(small_spec.source, 50, 2)
     assert seal.manifest_path(root, 1).read_bytes() == before
@@ -154,7 +154,7 @@ def test_a_later_generation_has_all_and_the_earlier_stays_as_it_is(root: Path, s
 
 def test_sealing_the_same_again_is_the_same_generation_whatever_the_reasons(root: Path) -> None:
     assert seal.build(root, read_spec(root), 2, dict.fromkeys(HOLES, "another"))["generation"] == 1
-    assert seal.seal(root, 2, HOLES)["excluded"][0]["reason"] == "out of memory"
+    assert seal.seal(root, 2, HOLES).body["excluded"][0]["reason"] == "out of memory"
 
 
 def test_only_what_is_named_may_be_missing(make_store) -> None:
@@ -205,8 +205,8 @@ def test_a_hostile_list_of_what_is_excluded_is_refused(make_store, value: Any) -
 
 def test_an_export_lacks_the_same_and_zarr_refuses_before_anything_is_converted(root: Path, tmp_path: Path) -> None:
     store = PairStore.open(root)
-    body = export(store, tmp_path / "samples", layout="samples")
-    assert body["excluded"] == [*store.excluded]
+    exported = export(store, tmp_path / "samples", layout="samples")
+    assert exported.body["excluded"] == [*store.excluded]
     found = PairStore.open(tmp_path / "samples")
     for draw, there in THERE.items():
         np.testing.assert_array_equal(found.slots(draw), there)

@@ -51,9 +51,10 @@ def test_a_generation_says_how_its_pairs_were_encoded(make_store, small_spec: St
     for shard, facts in enumerate(how):
         written = write_shard(root, small_spec, 0, shard, "a1", records(small_spec, 0, shard))
         commits.publish(root, dataclasses.replace(written, **facts))
-    body = seal.seal(root, 1)
+    sealed = seal.seal(root, 1)
+    body = sealed.body
     assert (body["noise_error"], body["precision"], body["batch_sizes"]) == (0.005, ["bfloat16", "float32"], [128, 256])
-    assert body["bytes"] == sum(entry["bytes"] for entry in body["shards"])
+    assert body["bytes"] == sealed.bytes == sum(entry.payload.bytes for entry in sealed.shards)
     assert verify(root) == []
     path = seal.manifest_path(root, 1)
     for key, value in {"noise_error": 0.001, "precision": ["float32"], "bytes": 1, "shard_count": 2}.items():
@@ -79,7 +80,7 @@ def test_a_manifest_of_old_that_holds_the_same_is_the_same_generation(make_store
     atomic.write_json(path, {key: value for key, value in atomic.read_json(path).items() if key not in later})
     body = seal.build(root, read_spec(root), 1)
     assert (body["generation"], body["shard_count"]) == (1, 3)
-    assert seal.seal(root, 1)["generation"] == 1
+    assert seal.seal(root, 1).number == 1
     assert verify(root) == []
 
 

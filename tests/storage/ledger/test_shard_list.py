@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from nfm.storage.files import atomic
 from nfm.storage.files.cache import ShardCache
 from nfm.storage.format.spec import StoreSpec, read_spec, write_spec
 from nfm.storage.ledger import commits, seal, shard_list
-from nfm.storage.ledger.shard_list import SCHEMA, ShardList, read_list, written
+from nfm.storage.ledger.shard_list import SCHEMA, read_list
 from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import LEVELS, orphans, verify
 from tests.support.s3server import S3
@@ -31,6 +32,19 @@ FIELDS = ("image", "noise", "label", "slot", "draw")
 def listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every store that is sealed from here on lists its shards in a file."""
     monkeypatch.setattr(shard_list, "INLINE", 0)
+
+
+def rows_of(root: Path) -> list[dict[str, Any]]:
+    return [entry.to_json() for entry in seal.load(root, 1).shards]
+
+
+def written(root: Path, generation: int, rows: list[dict[str, Any]], dictionary: bool = False) -> dict[str, Any]:
+    """A list of these rows, whatever they say; what a manifest would say of it."""
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), root / "list", compression="zstd", use_dictionary=dictionary)
+    data = (root / "list").read_bytes()
+    name = shard_list.list_name(generation, atomic.digest(data))
+    (root / "list").rename(root / name)
+    return {"file": name, "sha256": atomic.digest(data), "bytes": len(data), "count": len(rows)}
 
 
 def pair(make_store: Any, monkeypatch: pytest.MonkeyPatch, spec: StoreSpec) -> tuple[Path, Path]:
@@ -52,10 +66,9 @@ def test_both_ways_of_listing_are_one_store_to_its_readers(make_store, spec_of, 
     assert atomic.read_json(beside / "manifest.g0001.json")["shards"]["count"] == 6
     one, two = (PairStore.open(root) for root in (inline, beside))
     assert (one.order_key, one.content_digest) == (two.order_key, two.content_digest)
-    apart = ("index_sha256", "commit_sha256")  # of files that hold times
-    assert [{k: v for k, v in e.items() if k not in apart} for e in one.manifest["shards"]] == [
-        {k: v for k, v in e.items() if k not in apart} for e in two.manifest["shards"]
-    ]
+    for here, there in zip(one.sealed.shards, two.sealed.shards, strict=True):
+        index = dataclasses.replace(there.index, sha256=here.index.sha256)  # it holds times, as the commit does
+        assert here == dataclasses.replace(there, index=index, commit_sha256=here.commit_sha256)
     assert one.index().equals(two.index())
     for how in ({}, {"shuffle": "windowed", "window": 1}, {"filter": [("label", "in", [1, 2, 3])]}):
         assert read(inline, **how) == read(beside, **how)
@@ -68,7 +81,7 @@ def test_a_store_with_a_list_verifies_at_every_level(listed, make_store, spec_of
     assert orphans(root) == []
     (found,) = auditing.audit([find(root)], "quick")
     assert (found.findings, found.files) == ([], 6)
-    assert found.bytes == sum(entry["bytes"] for entry in seal.load(root, 1)["shards"])
+    assert found.bytes == sum(entry.payload.bytes for entry in seal.load(root, 1).shards)
 
 
 def test_an_export_of_a_store_with_a_list_holds_the_same_pairs(listed, make_store, tmp_path: Path) -> None:
@@ -87,7 +100,7 @@ def test_a_store_with_a_list_on_an_object_store_is_read_through_the_cache(
         made = write_shard(root, small_spec, 0, shard, "a", records(small_spec, 0, shard))
         commits.publish(root, made)
     seal.seal(root, 1)
-    assert seal.seal(root, 1)["generation"] == 1
+    assert seal.seal(root, 1).number == 1
     cache = ShardCache(tmp_path / "cache")
     assert read(root, cache) == read(make_store(1))
     assert verify(root, level="default") == []
@@ -97,7 +110,7 @@ def test_a_store_with_a_list_on_an_object_store_is_read_through_the_cache(
 def test_sealing_again_finds_the_list_and_leaves_no_file(listed, make_store, monkeypatch) -> None:
     root = make_store(2)
     before = sorted(path.name for path in root.iterdir())
-    assert seal.seal(root, 2)["generation"] == 1
+    assert seal.seal(root, 2).number == 1
     monkeypatch.setattr(shard_list, "INLINE", 1000)  # a version that would list them in the manifest
     assert seal.build(root, read_spec(root), 2)["generation"] == 1
     assert sorted(path.name for path in root.iterdir()) == before
@@ -107,7 +120,7 @@ def test_a_list_that_no_manifest_names_is_an_orphan_and_one_of_a_damaged_manifes
     root = make_store(1)
     body = seal.build(root, read_spec(root), 1) | {"generation": 2}
     assert body["shards"]["file"].startswith("manifest.g0001.")
-    killed = written(root, 2, seal.load(root, 1)["shards"])["file"]
+    killed = written(root, 2, rows_of(root))["file"]
     assert orphans(root) == [killed]
     assert verify(root) == []
     path = seal.manifest_path(root, 1)
@@ -142,7 +155,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("change", HOSTILE)
 def test_a_hostile_row_is_refused_though_all_digests_agree(make_store, tmp_path: Path, change: dict[str, Any]) -> None:
-    first, *rest = seal.load(make_store(1), 1)["shards"]
+    first, *rest = rows_of(make_store(1))
     reference = written(tmp_path, 1, [first | change, *rest])
     with pytest.raises(StorageError, match=f"{reference['file']}.*row 0"):
         read_list(tmp_path, "manifest", 1, reference)
@@ -155,8 +168,9 @@ def test_a_hostile_row_is_refused_though_all_digests_agree(make_store, tmp_path:
 def test_a_hostile_part_is_refused_though_all_digests_agree(
     make_store, spec_of, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    entries = [dict(entry) for entry in seal.load(make_store(1, spec_of("zarr")), 1)["shards"]]
-    assert list(read_list(tmp_path, "manifest", 1, written(tmp_path, 1, entries))) == entries
+    entries = rows_of(make_store(1, spec_of("zarr")))
+    found = read_list(tmp_path, "manifest", 1, written(tmp_path, 1, entries))
+    assert [entry.to_json() for entry in found] == entries
     entries[2]["parts"] = [entries[2]["parts"][0] | change, *entries[2]["parts"][1:]]
     with pytest.raises(StorageError, match="row 2"):
         read_list(tmp_path, "manifest", 1, written(tmp_path, 1, entries))
@@ -170,32 +184,24 @@ def test_a_hostile_reference_is_refused(listed, make_store, key: str, value: Any
     body = atomic.read_json(path)
     atomic.write_json(path, body | {"shards": body["shards"] | {key: value}})
     with pytest.raises(StorageError):
-        seal.load(root, 1)
+        len(seal.load(root, 1).shards)
 
 
 def test_a_list_that_would_decode_to_far_more_than_it_holds_is_refused(make_store, tmp_path: Path) -> None:
-    (first, *_) = seal.load(make_store(1), 1)["shards"]
-    table = pa.Table.from_pylist([first | {"name": "x" * 100_000}] * 50, SCHEMA)
+    (first, *_) = rows_of(make_store(1))
     for dictionary in (True, False):
-        pq.write_table(table, tmp_path / "list", compression="zstd", use_dictionary=dictionary)
-        data = (tmp_path / "list").read_bytes()
-        name = shard_list.list_name(1, atomic.digest(data))
-        (tmp_path / name).write_bytes(data)
-        reference = {"file": name, "sha256": atomic.digest(data), "bytes": len(data), "count": 50}
+        reference = written(tmp_path, 1, [first | {"name": "x" * 100_000}] * 50, dictionary)
         with pytest.raises(StorageError, match="would decode to more"):
             read_list(tmp_path, "manifest", 1, reference)
 
 
 def test_a_list_is_a_sequence_of_entries(listed, make_store) -> None:
-    shards = seal.load(make_store(2), 1)["shards"]
+    shards = seal.load(make_store(2), 1).shards
     entries = list(shards)
-    assert isinstance(shards, ShardList)
-    assert shards == entries
     assert (shards[0], shards[-1], len(shards)) == (entries[0], entries[5], 6)
     assert list(shards[2:4]) == entries[2:4]
     assert list(shards[::-2]) == entries[::-2]
     assert list(shards[4:2]) == []
-    assert shards[1:] == entries[1:]
-    assert shards != entries[1:]
+    assert list(shards[1:]) == entries[1:]
     with pytest.raises(IndexError):
         shards[6]

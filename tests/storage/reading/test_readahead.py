@@ -161,7 +161,7 @@ def test_full_order_of_a_local_store_starts_no_thread_but_the_readers(make_store
 def test_a_shard_that_vanishes_is_named(make_store):
     root = make_store()
     store = PairStore.open(root)
-    path = root / store.manifest["shards"][1]["payload"]
+    path = root / store.sealed.shards[1].payload.path
     path.unlink()
     with pytest.raises(StorageError, match=path.name):
         list(store.batches(6, shuffle="windowed", window=1))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nfm.storage import layouts
 from nfm.storage.errors import CorruptShard, MissingShard
 from nfm.storage.format.codecs import pack
+from nfm.storage.format.commit import ShardFiles
 from nfm.storage.format.spec import StoreSpec, pair_fields, shard_name
 from nfm.storage.layouts import LAYOUTS
 from nfm.storage.reading.shards import ShardSequence
@@ -37,8 +38,8 @@ def _arrays(spec: StoreSpec, seed: int) -> Arrays:
     return arrays | {"slot": np.arange(spec.rows)}
 
 
-def _write(root: Path, spec: StoreSpec, arrays: Arrays, chunk: int) -> list[dict[str, Any]]:
-    """The entries of the shards of draw 0, as a manifest has them."""
+def _write(root: Path, spec: StoreSpec, arrays: Arrays, chunk: int) -> list[ShardFiles]:
+    """The shards of draw 0."""
     stored = arrays | {"noise": pack(arrays["noise"], spec.codec)[0]}
     found = []
     for shard in range(spec.shards_per_draw):
@@ -47,17 +48,15 @@ def _write(root: Path, spec: StoreSpec, arrays: Arrays, chunk: int) -> list[dict
             for start in range(slots.start, slots.stop, chunk):
                 part = slice(start, min(start + chunk, slots.stop))
                 writer.append({name: array[part] for name, array in stored.items()})
-            payload, parts = layouts.closed(writer)
-        file = layouts.payload_name(spec, name, "a")
-        facts = {"sha256": payload.sha256, "bytes": payload.bytes, "records": len(slots), "parts": parts}
-        found.append({"name": name, "payload": file, **facts})
+            payload, parts = layouts.closed(writer, layouts.payload_name(spec, name, "a"))
+        found.append(ShardFiles(name=name, payload=payload, index=payload, records=len(slots), parts=parts))
     return found
 
 
-def _sequence(root: Path, spec: StoreSpec, held: list[dict[str, Any]]) -> ShardSequence:
+def _sequence(root: Path, spec: StoreSpec, held: list[ShardFiles]) -> ShardSequence:
     def open_shard(number: int) -> Any:
         paths = [root / file.path for file in layouts.files(spec, held[number], sealed=False)]
-        return layouts.open_shard(spec, paths, held[number]["records"])
+        return layouts.open_shard(spec, paths, held[number].records)
 
     return ShardSequence(open_shard, spec.fields, spec.rows, spec.rows_per_shard, spec.rows_per_block, spec.layout)
 
@@ -175,7 +174,7 @@ def test_a_shard_listed_with_other_records_than_its_rows_is_never_read(tmp_path:
 def test_a_label_that_is_no_number_is_corrupt(tmp_path: Path, spec_of) -> None:
     spec = spec_of("samples")
     held = _write(tmp_path, spec, _arrays(spec, 0), 16)
-    file = tmp_path / held[0]["payload"]
+    file = tmp_path / held[0].payload.path
     data = bytearray(file.read_bytes())
     at = data.index(b".cls") - len("d000-000000000") + 512 + 19
     data[at] = ord("x")

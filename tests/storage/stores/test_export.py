@@ -45,7 +45,7 @@ def source(make_store, small_spec) -> PairStore:
 
 @pytest.mark.parametrize(("layout", "codec"), [*itertools.product(LAYOUTS, CODECS)])
 def test_every_layout_and_codec_holds_the_same_pairs(source, tmp_path, layout, codec):
-    manifest = export(source, tmp_path / "out", layout, codec)
+    manifest = export(source, tmp_path / "out", layout, codec).body
     found = PairStore.open(tmp_path / "out")
     assert (found.spec.layout, found.spec.codec, found.draws) == (layout, codec, 2)
     assert found.order_key == source.order_key
@@ -68,7 +68,7 @@ def test_every_layout_and_codec_holds_the_same_pairs(source, tmp_path, layout, c
 def test_back_again_nothing_more_is_lost(source, tmp_path, layout, codec):
     export(source, tmp_path / "there", layout, codec)
     there = PairStore.open(tmp_path / "there")
-    back = export(there, tmp_path / "back", "blocks", "float32")
+    back = export(there, tmp_path / "back", "blocks", "float32").body
     assert "rms_error" not in back["exported"]
     export(PairStore.open(tmp_path / "back"), tmp_path / "again", layout, codec)
     again = PairStore.open(tmp_path / "again")
@@ -77,7 +77,7 @@ def test_back_again_nothing_more_is_lost(source, tmp_path, layout, codec):
 
 def test_the_manifest_says_what_was_lost_and_where_it_is_from(source, tmp_path):
     noise = np.concatenate([everything(source, draw)["noise"] for draw in range(2)]).astype(np.float64)
-    manifest = export(source, tmp_path / "out", "blocks", "int8")
+    manifest = export(source, tmp_path / "out", "blocks", "int8").body
     exported = manifest["exported"]
     assert exported["content_digest"] == source.content_digest
     assert (exported["generation"], exported["layout"], exported["codec"]) == (1, "blocks", "float32")
@@ -92,7 +92,7 @@ def test_the_manifest_says_what_was_lost_and_where_it_is_from(source, tmp_path):
 def test_what_the_pipeline_knew_travels_along(source, tmp_path, make_store, small_spec):
     root = make_store(name="made", sealed=False)
     seal.seal(root, 2, config={"codec": "float16"}, git_commit="abc")
-    manifest = export(PairStore.open(root), tmp_path / "out", "blocks", "float32")
+    manifest = export(PairStore.open(root), tmp_path / "out", "blocks", "float32").body
     assert (manifest["config"], manifest["git_commit"]) == ({"codec": "float16"}, "abc")
     assert PairStore.open(tmp_path / "out").manifest["config"] == {"codec": "float16"}
 
@@ -104,18 +104,18 @@ def test_exporting_again_converts_nothing_and_a_third_draw_only_itself(source, t
     def note(done: int, total: int, read: int) -> None:
         seen.append((done, total))
 
-    first = export(source, out, "blocks", "float16", note)
+    first = export(source, out, "blocks", "float16", note).body
     assert seen[0] == (0, 100)
     assert seen[-1] == (100, 100)
     seen.clear()
-    assert export(source, out, "blocks", "float16", note) == first
+    assert export(source, out, "blocks", "float16", note).body == first
     assert seen == [(100, 100)]
     for shard in range(source.spec.shards_per_draw):
         written = write_shard(root, source.spec, 2, shard, "a1", records(source.spec, 2, shard))
         commits.publish(root, written)
     seal.seal(root, 3)
     seen.clear()
-    grown = export(PairStore.open(root), out, "blocks", "float16", note)
+    grown = export(PairStore.open(root), out, "blocks", "float16", note).body
     assert seen[0] == (100, 150)
     assert (grown["generation"], grown["draws"]) == (2, 3)
     assert seal.numbers(out) == [1, 2]
@@ -128,7 +128,7 @@ def test_a_pinned_generation_is_what_is_exported(make_store, tmp_path, records):
         written = write_shard(root, spec, 1, shard, "a1", records(spec, 1, shard))
         commits.publish(root, written)
     seal.seal(root, 2)
-    manifest = export(PairStore.open(root, generation=1), tmp_path / "out", "blocks", "float32")
+    manifest = export(PairStore.open(root, generation=1), tmp_path / "out", "blocks", "float32").body
     assert (manifest["draws"], manifest["exported"]["generation"]) == (1, 1)
 
 
@@ -226,7 +226,7 @@ def test_an_export_killed_between_any_two_files_ends_as_if_nothing_had_happened(
 def test_what_was_lost_is_said_also_when_only_the_seal_was_missing(source, tmp_path):
     export(source, tmp_path / "out", "blocks", "int8")
     seal.manifest_path(tmp_path / "out", 1).unlink()
-    exported = export(source, tmp_path / "out", "blocks", "int8")["exported"]
+    exported = export(source, tmp_path / "out", "blocks", "int8").body["exported"]
     assert exported["rms_error"] == pytest.approx(0.05 / 12**0.5, rel=0.1)
     assert exported["measured"] == 20  # a shard
 

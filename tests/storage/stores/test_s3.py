@@ -129,7 +129,7 @@ def test_two_processes_that_seal_at_once_agree(bucket: str, small_spec: StoreSpe
     for thread in threads:
         thread.join()
     assert len(sealed) == 2
-    assert [{**body, "digest": None} for body in sealed] == [{**seal.load(root, 1), "digest": None}] * 2
+    assert [one.body for one in sealed] == [seal.load(root, 1).body] * 2
     assert seal.numbers(root) == [1]
 
 
@@ -184,7 +184,7 @@ def test_a_store_larger_than_the_cache_streams_within_its_bound(
 ) -> None:
     root, expected = stored
     store = PairStore.open(root)
-    sizes = {entry["sha256"]: entry["bytes"] for entry in store.manifest["shards"]}
+    sizes = {entry.payload.sha256: entry.payload.bytes for entry in store.sealed.shards}
     most = max(sizes.values())
     cache = ShardCache(tmp_path / "bounded", 5 * most)
     store, found, used, named = PairStore.open(root, cache=cache), [], [], []
@@ -215,7 +215,7 @@ def test_two_processes_read_through_one_folder(stored: tuple[str, list[dict[str,
     for child in children:
         child.join()
     assert all(same(one, expected) for one in found)
-    assert len(names_in(tmp_path / "shared")) == len(PairStore.open(root).manifest["shards"])
+    assert len(names_in(tmp_path / "shared")) == len(PairStore.open(root).sealed.shards)
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_stock_webdataset_reads_the_same_arrays(make_store):
     webdataset = pytest.importorskip("webdataset")
     root = make_store(1)
     store = PairStore.open(root)
-    urls = [str(root / shard["payload"]) for shard in store.manifest["shards"]]
+    urls = [str(root / shard.payload.path) for shard in store.sealed.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
     assert [sample["__key__"] for sample in samples[:3]] == [f"d000-s00000-b{block:05d}" for block in range(3)]
     everything = store.gather(0, np.arange(50))
@@ -122,7 +122,7 @@ def test_stock_webdataset_reads_the_same_arrays(make_store):
 
 def test_gnu_tar_lists_the_members(make_store):
     root = make_store(1)
-    shard = root / PairStore.open(root).manifest["shards"][2]["payload"]
+    shard = root / PairStore.open(root).sealed.shards[2].payload.path
     listing = subprocess.run(["tar", "-tvf", shard], capture_output=True, text=True, check=True)
     assert listing.stderr == ""
     lines = listing.stdout.splitlines()
@@ -136,7 +136,7 @@ def test_gnu_tar_lists_the_members(make_store):
 def test_a_missing_or_truncated_shard_is_named_with_the_remedy(make_store):
     root = make_store()
     store = PairStore.open(root)
-    paths = [root / shard["payload"] for shard in store.manifest["shards"]]
+    paths = [root / shard.payload.path for shard in store.sealed.shards]
     paths[0].unlink()
     os.truncate(paths[1], paths[1].stat().st_size - 512)
     with pytest.raises(MissingShard, match=rf"{paths[0].name}.*nfm audit"):
@@ -149,7 +149,7 @@ def test_a_missing_or_truncated_shard_is_named_with_the_remedy(make_store):
 def test_a_bad_shard_stops_the_batches_with_its_name(make_store):
     root = make_store()
     store = PairStore.open(root)
-    path = root / store.manifest["shards"][2]["payload"]
+    path = root / store.sealed.shards[2].payload.path
     os.truncate(path, 1024)
     with pytest.raises(CorruptShard, match=path.name):
         list(store.batches(10))
@@ -199,7 +199,7 @@ def test_a_store_of_many_shards_keeps_to_the_limit_of_open_files(make_store, sma
     opened = len(os.listdir("/proc/self/fd"))  # by tests before this one, too
     resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 100, hard))
     try:
-        files = [root / shard["payload"] for shard in store.manifest["shards"]]
+        files = [root / shard.payload.path for shard in store.sealed.shards]
         sequence = ShardSequence(lambda n: MappedShard(files[n], spec.fields, 1, 8), spec.fields, 120, 1, 8)
         rows = np.random.default_rng(0).permutation(120)
         before = len(os.listdir("/proc/self/fd"))
@@ -292,7 +292,7 @@ def test_opening_two_million_records_takes_less_than_half_a_second(tmp_path, sma
         reader = store.batches(256)
         times.append(time.perf_counter() - begin)
     assert min(times) < allowed(0.5)
-    assert (len(store), len(store.manifest["shards"])) == (2_000_000, 489)
+    assert (len(store), len(store.sealed.shards)) == (2_000_000, 489)
     with pytest.raises(MissingShard, match="the shard is missing"):  # no shard was looked at before
         next(reader)
 
@@ -358,7 +358,7 @@ def test_a_store_at_a_url_reads_the_same(make_store, spec_of, bucket, s3, tmp_pa
     options = {"shuffle": shuffle, "window": 1, "epochs": 3, "last": "keep"}
     pairs = zip(here.batches(7, **options), there.batches(7, **options), strict=True)
     assert all(np.array_equal(ours.noise, theirs.noise) for ours, theirs in pairs)
-    files = [file.sha256 for entry in here.manifest["shards"] for file in files_of(here.spec, entry)]
+    files = [file.sha256 for entry in here.sealed.shards for file in files_of(here.spec, entry)]
     assert s3.count("GET", ".tar") + s3.count("GET", "/c/") == len(set(files))  # each content once, in three epochs
     chosen = [batch.slot.tolist() for batch in there.batches(5, filter=[("label", "==", 3)])]
     assert chosen == [batch.slot.tolist() for batch in here.batches(5, filter=[("label", "==", 3)])]

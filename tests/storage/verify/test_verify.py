@@ -100,15 +100,14 @@ def _forge(root: Path, spec: StoreSpec, change) -> None:
     """A store whose digests all agree although shard 0 does not hold what it should."""
     written = commits.read(root, "d000-s00000")
     assert written is not None
-    shard = MappedShard(root / written.payload, spec.fields, 20, spec.rows_per_block)
+    shard = MappedShard(root / written.payload.path, spec.fields, 20, spec.rows_per_block)
     arrays = {field.name: shard.read(field.name, 0, 20) for field in spec.fields}
     change(arrays)
-    with ShardWriter(root / written.payload, spec.fields, 20, written.name, spec.rows_per_block) as writer:
+    with ShardWriter(root / written.payload.path, spec.fields, 20, written.name, spec.rows_per_block) as writer:
         writer.append(arrays)
-    assert writer.payload is not None
     path = commits.commit_path(root, written.name)
     body = atomic.read_json(path)
-    atomic.write_json(path, body | {"payload_sha256": writer.payload.sha256})
+    atomic.write_json(path, body | {"payload_sha256": writer.files[0].sha256})
     seal.manifest_path(root, 1).unlink()
     seal.seal(root, 1)
 

@@ -46,35 +46,6 @@ def test_velocity_depends_on_every_patch_the_time_and_the_label() -> None:
     assert (back - base).abs().max() > 1e-3, "positions tell patches apart"
 
 
-def test_no_label_is_the_null_label() -> None:
-    model = student()
-    torch.testing.assert_close(model(X, T), model(X, T, torch.full((4,), -1)))
-
-
-def test_an_unconditional_student_ignores_labels() -> None:
-    model = student(classes=0)
-    torch.testing.assert_close(model(X, T), model(X, T, Y))
-
-
-def test_an_image_does_not_depend_on_its_batch() -> None:
-    model = student()
-    torch.testing.assert_close(model(X, T, Y)[1:2], model(X[1:2], T[1:2], Y[1:2]), rtol=0, atol=1e-5)
-
-
-def test_velocity_is_float32_under_bfloat16_autocast() -> None:
-    model = student()
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        half = model(X, T, Y)
-    assert half.dtype == torch.float32
-    assert (half - model(X, T, Y)).abs().max() < 0.1
-
-
-def test_float64_works_and_agrees() -> None:
-    model = student()
-    single = model(X, T, Y)
-    torch.testing.assert_close(model.double()(X.double(), T.double(), Y).float(), single, rtol=0, atol=1e-4)
-
-
 def test_impossible_sizes_are_refused_with_the_field_and_value() -> None:
     with pytest.raises(ValueError, match="patch = 3 does not divide the image 8 x 8"):
         SiT((1, 8, 8), 0, patch=3, width=64, depth=1)

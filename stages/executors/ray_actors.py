@@ -1,4 +1,4 @@
-"""The actors of the Ray executor: their resources, their calls in progress, and who is started, lost or replaced.
+"""The pool of Ray actors: their resources, their calls in progress, and which are started, lost or replaced.
 
 An actor goes through three states: *asked for* (its resources are not granted yet), *placed* (its process runs and
 loads the teacher), *ready* (it takes shards, at most `IN_FLIGHT` at once).
@@ -19,10 +19,11 @@ from nfm.stages.executors.ray_cluster import Share, carried
 from nfm.storage.ledger.commits import Commit
 
 IN_FLIGHT = 2
+ANSWER_SECONDS = 1.0  # how long an answer is waited for at a time
 LOOK_SECONDS = 1.0  # how often to check for nodes that came or left
 # seconds until the first message that actors wait for resources, and between messages
 FIRST_WORD, NEXT_WORD = 10.0, 30.0
-REST_SECONDS = 60.0  # how long to start no actor after one could not start while others work
+PAUSE_SECONDS = 60.0  # how long to start no actor after one could not start while others work
 
 
 class Worker:
@@ -75,7 +76,7 @@ class Seat:
 
 
 @dataclass(frozen=True)
-class Landing:
+class Answer:
     """A call with its answer: a value, or an error of Ray."""
 
     seat: Seat
@@ -83,7 +84,7 @@ class Landing:
     result: Any
 
 
-class Crew:
+class ActorPool:
     """The actors for a setup: `workers` of them, or if that is 0, as many as fit on the cluster at the time.
 
     `wanted` is this number when it was last computed. `say` gets messages about actors that wait for resources. Raises
@@ -98,7 +99,7 @@ class Crew:
         self.seats: dict[int, Seat] = {}
         self.wanted = self._count()
         remote: Any = ray.remote  # its type stubs do not know concurrency groups
-        self._hire = remote(
+        self._new_actor = remote(
             num_cpus=share.cpus,
             num_gpus=share.gpus,
             max_restarts=0,
@@ -107,8 +108,8 @@ class Crew:
         )(Worker).remote
         self._started = self._last_ready = time.monotonic()
         self._next_word = self._started + FIRST_WORD
-        self._next_look = self._rest_until = 0.0
-        self._ended = self._greeted = False
+        self._next_look = self._paused_until = 0.0
+        self._ended = self._first_is_ready = False
 
     @property
     def in_flight(self) -> int:
@@ -119,14 +120,17 @@ class Crew:
         """Whether any actor is ready."""
         return any(seat.ready for seat in self.seats.values())
 
-    def muster(self, jobs: int) -> None:
-        """Starts missing actors for `jobs` shards, stops those that wait for a lost node, and reports waiting ones."""
+    def fill(self, jobs: int) -> None:
+        """Starts the actors that are missing for `jobs` shards, and says which wait for resources.
+
+        Those that wait for a node that left are given up.
+        """
         now = time.monotonic()
         if now < self._next_look or self._ended:
             return
         self._next_look = now + LOOK_SECONDS
         wanted = self.wanted = self._count()
-        if now >= self._rest_until:
+        if now >= self._paused_until:
             for _ in range(min(wanted, jobs) - len(self.seats)):
                 if not self._room_for_one_more():
                     break
@@ -147,37 +151,37 @@ class Crew:
                     job = waiting.popleft()
                     seat.calls.append((seat.actor.encode.remote(job), job))
 
-    def landed(self, seconds: float = 1.0) -> Landing | None:
-        """The next call that is answered within `seconds`. The calls of one actor are answered in order."""
+    def next_answer(self) -> Answer | None:
+        """The next call that is answered within a second. The calls of one actor are answered in order."""
         import ray
 
         first = {seat.calls[0][0]: seat for seat in self.seats.values() if seat.calls}
         if not first:
-            time.sleep(seconds / 10)
+            time.sleep(ANSWER_SECONDS / 10)
             return None
-        for reference in ray.wait(list(first), num_returns=1, timeout=seconds)[0]:
+        for reference in ray.wait(list(first), num_returns=1, timeout=ANSWER_SECONDS)[0]:
             seat = first[reference]
             _, call = seat.calls.popleft()
             try:
-                return Landing(seat, call, ray.get(reference))
+                return Answer(seat, call, ray.get(reference))
             except ray.exceptions.RayError as error:
-                return Landing(seat, call, error)
+                return Answer(seat, call, error)
         return None
 
-    def greet(self, landing: Landing) -> None:
+    def welcome(self, answer: Answer) -> None:
         """Records that an actor was placed or is ready."""
-        seat = landing.seat
-        if landing.call == "place":
-            seat.host = landing.result
+        seat = answer.seat
+        if answer.call == "place":
+            seat.host = answer.result
             return
         seat.ready = True
-        if not self._greeted:
-            self._greeted = True
+        if not self._first_is_ready:
+            self._first_is_ready = True
             self.say(f"the first Ray actor is ready after {time.monotonic() - self._started:.1f} s, on {seat.host}")
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """Starts no actor for a while."""
-        self._rest_until = time.monotonic() + REST_SECONDS
+        self._paused_until = time.monotonic() + PAUSE_SECONDS
 
     def remove(self, seat: Seat) -> list[ShardJob]:
         """Removes an actor. Returns the jobs that were in progress there."""
@@ -195,7 +199,7 @@ class Crew:
             for seat in self.seats.values():
                 seat.actor.end.options(concurrency_group="control").remote()
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         for seat in list(self.seats.values()):
             self.remove(seat)
 
@@ -205,7 +209,7 @@ class Crew:
 
     def _seat_one(self) -> None:
         number = next(number for number in range(len(self.seats) + 1) if number not in self.seats)
-        seat = self.seats[number] = Seat(number, self._hire())
+        seat = self.seats[number] = Seat(number, self._new_actor())
         seat.calls.append((seat.actor.place.remote(), "place"))
         seat.calls.append((seat.actor.begin.remote(self.setup), "begin"))
 

@@ -31,7 +31,7 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def signed_text(path: str | Path, body: Mapping[str, Any]) -> bytes:
+def digested_text(path: str | Path, body: Mapping[str, Any]) -> bytes:
     """The text of `body` with its digest. Raises StorageError that names the file and a value that JSON cannot hold."""
     plain = _plain({key: value for key, value in body.items() if key != "digest"}, str(path))
     plain["digest"] = _digest_of(plain, str(path))
@@ -82,19 +82,18 @@ def _whole(text: str, where: str) -> str:
     return text
 
 
-def checked(path: Path, data: bytes, signed: bool) -> dict[str, Any]:
+def checked(path: Path, data: bytes) -> dict[str, Any]:
     """The object in the text of a file.
 
-    Its digest must be right, and the text must be exactly what `signed_text` makes of the object. With `signed=False`
-    the digest may be missing. Raises StorageError.
+    Its digest must be right, and the text must be exactly what `digested_text` makes of it. Raises StorageError.
     """
     try:
-        return _proven(path, data, signed)
+        return _proven(path, data)
     except RecursionError as error:
         raise StorageError(f"{path}: nested too deeply to be one of ours; {RESTORE}") from error
 
 
-def _proven(path: Path, data: bytes, signed: bool) -> dict[str, Any]:
+def _proven(path: Path, data: bytes) -> dict[str, Any]:
     try:
         body = json.loads(data)
     except ValueError as error:
@@ -102,8 +101,6 @@ def _proven(path: Path, data: bytes, signed: bool) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise StorageError(f"{path}: holds a JSON {type(body).__name__}, an object was expected; {RESTORE}")
     stated = body.get("digest")
-    if stated is None and not signed:
-        return body
     if stated is None:
         raise StorageError(f"{path}: has no digest of itself, so nothing vouches for it; {RESTORE}")
     if stated != _digest_of(body, str(path)):
