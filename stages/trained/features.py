@@ -14,6 +14,9 @@ import numpy as np
 from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Result
+from nfm.stages.trained import costs
+from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
     CHECKPOINT,
     METRICS,
@@ -34,6 +37,7 @@ from nfm.trainers.models.sizes import check_sides
 if TYPE_CHECKING:
     import torch
 
+    from nfm.trainers.loop import Loss
     from nfm.trainers.models.cnn import FeatureNet
 
 NAME = "features"
@@ -65,13 +69,7 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     import torch
 
     from nfm.trainers.checkpoint import pack_weights
-    from nfm.trainers.models.cnn import FeatureNet, classification_loss
-
-    def loss(model: FeatureNet, batch: Any, generator: torch.Generator) -> Any:
-        if not train.classes:
-            turns = torch.randint(TURNS, (len(batch),), generator=generator, device=generator.device)
-            batch = replace(batch, image=_turned(batch.image, turns), label=turns)
-        return classification_loss(model, batch, generator)
+    from nfm.trainers.models.cnn import FeatureNet
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
     torch.manual_seed(config.seed)
@@ -79,6 +77,7 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     with blaming("config section [features]"):
         model = FeatureNet((channels, height, width), len(train.classes) or TURNS)
         batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
+    loss = _loss(bool(train.classes))
     trained = fit(model, loss, batches, config, recipe(config, config.images), out, report, "images")
     atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, model.architecture))
 
@@ -98,6 +97,20 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
 
 
+def cost(config: FeaturesConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
+    """What training costs."""
+    from nfm.trainers.models.cnn import FeatureNet
+
+    channels, height, width = facts["image_shape"]
+
+    def build() -> FeatureNet:
+        return FeatureNet((channels, height, width), facts.get("classes", 0) or TURNS)
+
+    own = costs.counted(build, facts["image_shape"], with_time=False)
+    trial = Trial(own.flops, lambda: (build(), _loss(bool(facts.get("classes")))))
+    return cost_of_training(NAME, config, config.images, "images", facts, own.parameters, [trial], clock)
+
+
 def load(folder: Path, device: str = "cpu") -> FeatureNet:
     """The trained network, in evaluation mode."""
     from nfm.trainers.models.cnn import FeatureNet
@@ -106,6 +119,21 @@ def load(folder: Path, device: str = "cpu") -> FeatureNet:
     network = FeatureNet(**architecture)
     network.load_state_dict(state)
     return network.eval().to(device)
+
+
+def _loss(classes: bool) -> Loss:
+    """Of the labels, or of how an image was turned where there are none."""
+    import torch
+
+    from nfm.trainers.models.cnn import classification_loss
+
+    def loss(model: FeatureNet, batch: Any, generator: torch.Generator) -> Any:
+        if not classes:
+            turns = torch.randint(TURNS, (len(batch),), generator=generator, device=generator.device)
+            batch = replace(batch, image=_turned(batch.image, turns), label=turns)
+        return classification_loss(model, batch, generator)
+
+    return loss
 
 
 def extract(network: FeatureNet, images: np.ndarray) -> np.ndarray:

@@ -18,6 +18,8 @@ from nfm.stages.base import Inputs, Reporter, Result, StageError, added, one_of
 from nfm.stages.couplings.variant import Variant, check_knobs
 from nfm.stages.trained import costs
 from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_of
+from nfm.stages.trained.costs import Cost, Counted
+from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
     CHECKPOINT,
     METRICS,
@@ -36,8 +38,9 @@ from nfm.storage.files import atomic
 from nfm.storage.files.small_files import read_bytes
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
+
+    from nfm.trainers.loop import Loss
 
 NAME = "student"
 VERSION = 1
@@ -93,7 +96,6 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     """Train on the pairs of one generation of each store; the averaged weights are the student."""
     import torch
 
-    from nfm.trainers import flow_matching
     from nfm.trainers.checkpoint import pack_weights
 
     store = PairStore.open(inputs["pairs"])
@@ -107,12 +109,8 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
             config.batch_size, config.seed, epochs=None, device=pick_device(config.device), soften=config.soften
         )
 
-    def loss(model: Any, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        noise = batch.noise.roll(1, 0) if config.permuted else batch.noise
-        return flow_matching.loss(model, batch.image, noise, batch.label, generator, config.label_drop), {}
-
     plan = recipe(config, config.pairs)
-    trained = fit(model, loss, batches, config, plan, out, report, "pairs")
+    trained = fit(model, _loss(config), batches, config, plan, out, report, "pairs")
     atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, architecture))
     final, image_dtype = _last_line(out / METRICS), store.spec.field("image").dtype
     metrics = {
@@ -130,22 +128,49 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
 
 
-def cost(config: StudentConfig, facts: Mapping[str, Any]) -> dict[str, str]:
-    """What training costs: a backward pass is two forward ones."""
-    products = 3 * config.pairs * flops(config, facts["image_shape"])
-    return {"pairs": f"{config.pairs:,}", **costs.describe(products)}
+def cost(config: StudentConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
+    """What training costs."""
+    parameters = _counted(config, facts["image_shape"]).parameters
+    return cost_of_training(NAME, config, config.pairs, "pairs", facts, parameters, trials(config, facts), clock)
+
+
+def trials(config: StudentConfig, facts: Mapping[str, Any]) -> list[Trial]:
+    """The student and, where its architecture has a depth, one of depth 1, to be timed."""
+    shape, classes = facts["image_shape"], facts.get("classes", 0)
+
+    def trial(of: StudentConfig) -> Trial:
+        return Trial(flops(of, shape), lambda: (build(sizes_of(of, shape, classes)), _loss(of)))
+
+    shallow = [config.model_copy(update={"depth": 1})] if "depth" in ARCHITECTURES[config.arch].fields else []
+    return [trial(of) for of in (config, *shallow)]
 
 
 def flops(config: StudentConfig, image_shape: Sequence[int]) -> float:
     """FLOPs of one evaluation of the velocity of one image."""
+    return _counted(config, image_shape).flops
+
+
+def _counted(config: StudentConfig, image_shape: Sequence[int]) -> Counted:
     with blaming("config section [student]"):
-        return _flops(json.dumps(sizes_of(config, image_shape, classes=0)))
+        return _counted_once(json.dumps(sizes_of(config, image_shape, classes=0)))
 
 
 @functools.cache
-def _flops(architecture: str) -> float:
+def _counted_once(architecture: str) -> Counted:
     sizes = json.loads(architecture)
-    return costs.velocity_flops(lambda: build(sizes), sizes["image_shape"])
+    return costs.counted(lambda: build(sizes), sizes["image_shape"])
+
+
+def _loss(config: StudentConfig) -> Loss:
+    import torch
+
+    from nfm.trainers import flow_matching
+
+    def loss(model: Any, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        noise = batch.noise.roll(1, 0) if config.permuted else batch.noise
+        return flow_matching.loss(model, batch.image, noise, batch.label, generator, config.label_drop), {}
+
+    return loss
 
 
 def load(folder: Path, device: str = "cpu") -> nn.Module:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,8 @@ from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Result, Unfit
 from nfm.stages.trained import costs
+from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
     CHECKPOINT,
     METRICS,
@@ -34,6 +37,7 @@ from nfm.trainers.models.sizes import check_channels, check_patch
 if TYPE_CHECKING:
     import torch
 
+    from nfm.trainers.loop import Loss
     from nfm.trainers.models.tarflow import TarFlow
 
 NAME = "teacher"
@@ -83,30 +87,16 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     import torch
 
     from nfm.trainers.checkpoint import pack_weights
-    from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
+    from nfm.trainers.models.tarflow import TarFlow
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
     _check_flips(config, train.dtype)
     device = pick_device(config.device)
-    architecture: dict[str, Any] = {
-        "image_shape": list(train.image_shape), "classes": len(train.classes), "patch": config.patch,
-        "channels": config.channels, "blocks": config.blocks, "layers": config.layers, "head_size": config.head_size,
-    }  # fmt: skip
+    architecture = _architecture(config, train.image_shape, len(train.classes))
     torch.manual_seed(config.seed)
     with blaming("config section [teacher]"):
         model = TarFlow(**architecture)
         batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
-
-    def loss(model: TarFlow, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        def uniform(*shape: int) -> torch.Tensor:
-            return torch.rand(shape, generator=generator, device=generator.device)
-
-        image = batch.image
-        if config.flips:
-            image = torch.where(uniform(len(image), 1, 1, 1) < 0.5, image.flip(-1), image)
-        eps = torch.randn(image.shape, generator=generator, device=image.device)
-        label = torch.where(uniform(len(image)) < config.label_drop, -1, batch.label)
-        return nll_per_dim(*model.encode(image + config.eta * eps, label)).mean(), {}
 
     def measure() -> dict[str, float]:
         rows = range(min(config.measure_rows, len(heldout), len(train)))
@@ -116,7 +106,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         }
 
     plan = recipe(config, config.images)
-    trained = fit(model, loss, batches, config, plan, out, report, "images", measure)
+    trained = fit(model, _loss(config), batches, config, plan, out, report, "images", measure)
 
     averaged = cast("TarFlow", trained.ema)
     rows = range(min(len(train), config.sigma_rows))
@@ -142,10 +132,46 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[CHECKPOINT, METRICS, SAMPLES])
 
 
-def cost(config: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, str]:
-    """What training costs: a backward pass is two forward ones."""
-    flops = 3 * config.images * costs.teacher_flops(facts["image_shape"], config)
-    return {"images": f"{config.images:,}", **costs.describe(flops)}
+def cost(config: TeacherConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
+    """What training costs."""
+    shape, classes = facts["image_shape"], facts.get("classes", 0)
+
+    def make(of: TeacherConfig) -> tuple[TarFlow, Loss]:
+        from nfm.trainers.models.tarflow import TarFlow
+
+        return TarFlow(**_architecture(of, shape, classes)), _loss(config)
+
+    shallow = config.model_copy(update={"blocks": 1, "layers": 1})
+    trials = [Trial(costs.teacher_flops(shape, of), partial(make, of)) for of in (config, shallow)]
+    parameters = costs.teacher_parameters(shape, classes, config)
+    return cost_of_training(NAME, config, config.images, "images", facts, parameters, trials, clock)
+
+
+def _architecture(config: TeacherConfig, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
+    """What TarFlow is made with, and what stands beside its weights."""
+    return {
+        "image_shape": list(image_shape), "classes": classes, "patch": config.patch, "channels": config.channels,
+        "blocks": config.blocks, "layers": config.layers, "head_size": config.head_size,
+    }  # fmt: skip
+
+
+def _loss(config: TeacherConfig) -> Loss:
+    import torch
+
+    from nfm.trainers.models.tarflow import nll_per_dim
+
+    def loss(model: TarFlow, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        def uniform(*shape: int) -> torch.Tensor:
+            return torch.rand(shape, generator=generator, device=generator.device)
+
+        image = batch.image
+        if config.flips:
+            image = torch.where(uniform(len(image), 1, 1, 1) < 0.5, image.flip(-1), image)
+        eps = torch.randn(image.shape, generator=generator, device=image.device)
+        label = torch.where(uniform(len(image)) < config.label_drop, -1, batch.label)
+        return nll_per_dim(*model.encode(image + config.eta * eps, label)).mean(), {}
+
+    return loss
 
 
 def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:
