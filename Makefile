@@ -87,13 +87,13 @@ test-all: $(DEV)  ## the same with the long ones, and what has a size at its ful
 	NFM_FULL=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup -m 'not faults and not slurm' $(ARGS)
 
 test-faults: $(DEV)  ## kill, lose and fill everything, for 20 minutes
-	NFM_FULL=1 $(PY) -m pytest -m 'faults or not faults' tests/faults tests/ray $(ARGS)
+	NFM_FULL=1 $(PY) -m pytest -m 'faults or not faults' tests/faults tests/clusters/ray $(ARGS)
 
 test-busy: $(DEV)  ## the tests that start processes, TIMES times on a busy machine
-	$(PY) tests/busy.py --times $(TIMES) --jobs $(JOBS) $(ARGS)
+	$(PY) tests/repository/busy.py --times $(TIMES) --jobs $(JOBS) $(ARGS)
 
 test-slurm: $(DEV)  ## run arrays on a real Slurm of one node (needs root, slurm-wlm and munge)
-	$(PY) -m pytest -m slurm -rs tests/slurm $(ARGS)
+	$(PY) -m pytest -m slurm -rs tests/clusters/slurm $(ARGS)
 
 bench: $(PEERS_ENV)  ## measure the reader beside its peers and a plain copy
 	$(PEERS_PY) -m benchmarks.store $(ARGS)
@@ -108,7 +108,7 @@ kills: $(ENV)  ## kill a reader 100 times and compare the sequence
 	$(PY) -m benchmarks.kill_reader $(ARGS)
 
 fuzz: $(DEV)  ## feed broken files to the store's readers for MINUTES
-	PYTHONPATH=tests $(PY) -m fuzz.run --minutes $(MINUTES) $(ARGS)
+	$(PY) -m tests.storage.fuzz.run --minutes $(MINUTES) $(ARGS)
 
 lint: $(DEV) .types/nfm  ## ruff and mypy
 	$(PY) -m ruff check .

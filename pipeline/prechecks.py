@@ -15,7 +15,7 @@ from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Section, StageError
 from nfm.stages.data.config import DataConfig
-from nfm.stages.trained.training import pick_device
+from nfm.stages.trained.machine import pick_device
 
 
 def check(nodes: Mapping[str, Node], target: str) -> None:

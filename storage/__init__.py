@@ -1,6 +1,4 @@
-"""Pair stores: written as commits of whole shards, read at memory speed; the base install is enough to read
-one.
-"""
+"""Pair stores: written in whole shards, read at the speed of memory. Reading needs the base install only."""
 
 from nfm.storage.dataset.images import DatasetWriter, ImageDataset
 from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StateMismatch, StorageError

@@ -1,7 +1,8 @@
-"""A store in another layout or codec: every shard is converted from checked bytes and committed, the manifest is last.
+"""Copies a store into another layout or codec. Every shard is checked, converted and committed; the manifest comes
+last.
 
-Killed at any point and run again, an export goes on with the shards that are not committed yet. An attempt's name
-begins with the digest of the shard that it was converted from, so a target never mixes two stores.
+If an export is killed and run again, it continues with the shards that are not committed yet. The name of an attempt
+begins with the digest of its source shard, so a target never mixes two stores.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ Progress = Callable[[int, int, int], None]  # pairs done, pairs in all, bytes re
 _CHUNK_BYTES = 16 << 20
 _COPY_BYTES = 4 << 20
 _INDEX_COLUMNS = ("row", "flip", "group", "nll", "label")
-_CARRIED = ("config", "versions", "git_commit")  # what the source's manifest says of its making
+_CARRIED = ("config", "versions", "git_commit")  # copied from the manifest of the source: how it was made
 
 
 @checked(spec=instance(StoreSpec), layout=one_of(layouts.LAYOUTS), codec=one_of(CODECS))
 def converted(spec: StoreSpec, layout: str, codec: str) -> StoreSpec:
-    """The recipe of the same pairs in another layout and codec. Raises StorageError where they do not go together."""
+    """The recipe of the same pairs in another layout and codec. Raises StorageError if the two do not fit together."""
     noise = next(field for field in pair_fields(spec.image_shape, codec) if field.role == "noise")
     fields = tuple(noise if field.role == "noise" else field for field in spec.fields)
     rows_per_block = layouts.LAYOUTS[layout].rows_per_block(spec)
@@ -65,11 +66,11 @@ def export(
     progress: Progress = lambda done, total, read: None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the pinned generation of `source` to `target`, a folder or URL; returns the target's manifest.
+    """Writes the pinned generation of `source` to `target`, a folder or URL. Returns the target's manifest.
 
-    Its `exported` says what it was made from, and of a codec with other rounding `rms_error` and `max_error` over
-    the `measured` pairs that this call converted; `clipped` of the manifest counts clipped values. Raises
-    StorageError when the target is another store, CorruptShard when a shard of the source is not as committed.
+    Its entry `exported` says which store it was made from. If the codec rounds differently, it has `rms_error` and
+    `max_error` over the `measured` pairs that this call converted. `clipped` in the manifest counts clipped values.
+    Raises StorageError if the target is another store, CorruptShard if a shard of the source is not what was committed.
     """
     root, spec = as_path(target), converted(source.spec, layout, codec)
     _begin(source, root, spec)
@@ -82,7 +83,7 @@ def export(
     pending = [entry for entry in entries if entry["name"] not in done]
     job = _Conversion(source, root, spec, sum(entry["records"] for entry in entries), progress)
     job.run(pending, threads or os.cpu_count() or 1)
-    if job.loss.unknown:  # an earlier run, killed before it sealed, converted every shard
+    if job.loss.unknown:  # an earlier run converted every shard and was killed before sealing
         job.measure(entries[0])
     _copy_row_fields(source, root)
     exported = {
@@ -100,7 +101,10 @@ def export(
 
 
 def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
-    """Makes the target's spec.json, or finds that it is this export's. It has no `stage`: the pipeline made it not."""
+    """Writes spec.json of the target, or checks that the one there belongs to this export.
+
+    It has no `stage`, because the pipeline did not make it.
+    """
     if source.excluded and not layouts.of(spec).holes:
         raise StorageError(
             f"{source.root}: {len(source.excluded)} shards are missing, and the arrays of layout {spec.layout} can "
@@ -111,7 +115,7 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
     mine = {"store": spec.to_dict(), "inputs": _inputs(source), "exported": {"order_source": source.spec.source}}
     check_folder(root, "export into")
     if (encoding := read_json(source.root / SPEC).get("encoding")) is not None:
-        mine["encoding"] = encoding  # the batch shape, with which an audit encodes a sample again
+        mine["encoding"] = encoding  # has the batch shape; an audit needs it to encode a sample again
     if not create_json(root / SPEC, mine):
         there = read_json(root / SPEC)
         there.pop("digest", None)
@@ -120,7 +124,7 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
 
 
 def _within(path: Path, folder: Path) -> bool:
-    """Whether a place is that folder or below it, links followed."""
+    """Whether a place is that folder or lies below it, after links are resolved."""
     if is_remote(path) or is_remote(folder):
         return f"{path}/".startswith(f"{str(folder).rstrip('/')}/")
     return path.resolve().is_relative_to(folder.resolve())
@@ -135,7 +139,7 @@ def _origin(entry: Entry) -> str:
 
 
 class _Conversion:
-    """The shards of one export on their way, on several threads: numpy, hashing and the disk release Python's lock."""
+    """Converts the shards of one export on several threads. numpy, hashing and the disk release Python's lock."""
 
     def __init__(self, source: PairStore, root: Path, spec: StoreSpec, total: int, progress: Progress) -> None:
         self.source, self.root, self.spec = source, root, spec
@@ -144,7 +148,7 @@ class _Conversion:
         self._stop = threading.Event()
 
     def run(self, pending: Sequence[Entry], threads: int) -> None:
-        """Converts and commits the shards; after an error or an interrupt nothing half done is left running."""
+        """Converts and commits the shards. After an error or an interrupt it waits until every thread has stopped."""
         done, read = self._total - sum(entry["records"] for entry in pending), 0
         self._progress(done, self._total, read)
         with closing(parallel(self._convert, pending, threads, stop=self._stop)) as written:
@@ -153,7 +157,7 @@ class _Conversion:
                 self._progress(done, self._total, read)
 
     def measure(self, entry: Entry) -> None:
-        """Takes the loss of one shard without writing it."""
+        """Measures the loss of one shard without writing it."""
         for _ in self._records(entry):
             pass
 
@@ -195,7 +199,7 @@ class _Conversion:
             yield chunk
 
     def _opened(self, files: Sequence[Wanted], opener: Callable[[list[Path]], T]) -> T:
-        """What `opener` makes of the files once their bytes are as committed; those of a URL are fetched."""
+        """Checks the bytes of the files, downloads them first if the source is a URL, and calls `opener` with them."""
         if not self.source.remote:
             for file in files:
                 _check(file)
@@ -203,7 +207,7 @@ class _Conversion:
 
 
 class _Loss:
-    """How far the noise moves when it goes into another codec; nothing is measured where it cannot move."""
+    """How much the noise changes in another codec. Nothing is measured if it cannot change."""
 
     def __init__(self, before: StoreSpec, after: StoreSpec) -> None:
         self._codec, self._step = after.codec, after.noise_step
@@ -226,11 +230,11 @@ class _Loss:
 
     @property
     def unknown(self) -> bool:
-        """Whether values can move, and none was looked at."""
+        """Whether values can change but none was measured."""
         return self._possible and not self._values
 
     def figures(self) -> dict[str, Any]:
-        """Nothing where no value can move, else the error over the pairs that were measured."""
+        """The error over the measured pairs; empty if no value can change."""
         if not self._possible or not self._values:
             return {}
         return {"rms_error": math.sqrt(self._squares / self._values), "max_error": self._max, "measured": self._pairs}
@@ -248,7 +252,7 @@ def _copy_row_fields(source: PairStore, root: Path) -> None:
         field, folder = RowField.open(source.root, name, source.cache), root / FIELDS / name
         for part in field.files:
             if size_of(folder / part.file) == part.bytes:
-                continue  # of an earlier, killed run: a name appears only when its file is whole
+                continue  # written by an earlier run that was killed; a file gets its name only when it is complete
             with field.opened(part, plain) as file, HashingFile(folder / part.file) as out:
                 while piece := file.read(_COPY_BYTES):
                     out.write(piece)

@@ -1,4 +1,4 @@
-"""Several stores as one stream, with weights: 80 % NFM pairs and 20 % independent ones, say."""
+"""Reads several stores as one stream with weights, for example 80 % NFM pairs and 20 % independent ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ROUNDING = 1e-6  # of shares such as three times 1/3
 
 
 def _members(name: str, value: Any) -> list[tuple[PairStore, float]]:
-    """Pairs of a store and its weight."""
+    """Checks a list of (store, weight)."""
     must = "a list of pairs (store, weight) such as [(nfm, 0.8), (independent, 0.2)]"
     listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
     members = list(value) if listed else []
@@ -41,7 +41,10 @@ def _members(name: str, value: Any) -> list[tuple[PairStore, float]]:
 
 
 def _check_aligned(stores: Sequence[PairStore]) -> None:
-    """Stores of the same images in different orders would have an image twice an epoch, and another not at all."""
+    """Raises StorageError unless the stores read the same images in the same order.
+
+    Otherwise an epoch would have one image twice and another one not at all.
+    """
     first: dict[str, PairStore] = {}
     for store in stores:
         other = first.setdefault(store.spec.source, store)
@@ -61,10 +64,12 @@ class Mixture:
     The weights are shares that sum to 1, or whole numbers: 4 and 1 mean 0.8 and 0.2. Every batch has these shares, up
     to one record.
 
-    Members of the same source data are aligned. An epoch has every slot once, in the order that each of them has alone;
-    the mixture chooses only from which store a slot is read. Such members must have the same rows and draws, else
-    StorageError is raised. Members of different data go each through their own epochs, and so do members of which a
-    filter keeps different records. Then an epoch of the mixture has as many records as theirs together.
+    Members with the same source data are aligned: an epoch has every slot once, in the order that each member has
+    alone. The mixture only chooses from which store a slot is read. Such members must have the same rows and draws,
+    else StorageError is raised.
+
+    Members with different data each go through their own epochs. So do members of which a filter keeps different
+    records. Then an epoch of the mixture has as many records as all members together.
     """
 
     @checked(members=_members)
@@ -107,12 +112,12 @@ class Mixture:
 
     @checked()
     def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> MixtureStream:
-        """The order of the records that a reader follows."""
+        """The order of records that a reader follows."""
         return MixtureStream([store.stream(seed, shuffle, window, filter) for store in self.stores], self.weights)
 
 
 class MixtureStream:
-    """The members' streams, dealt out position by position."""
+    """The streams of the members, combined position by position."""
 
     def __init__(self, members: Sequence[StoreStream], weights: Sequence[Fraction]) -> None:
         self.members = members
@@ -120,7 +125,7 @@ class MixtureStream:
         self.sources = [member.source for member in members]
         self.aligned = len({(member.order_key, len(member.draws)) for member in members}) == 1
         self.least = members[0].least if self.aligned else sum(member.rows(0) for member in members)
-        # The window that is over first: no member is asked for more than one of its windows ahead.
+        # The member that ends its window first decides: no member reads more than one of its windows ahead.
         ahead = [int(member.lookahead / (1 if self.aligned else weight)) for member, weight in zip(members, weights)]
         self.lookahead = min((positions for positions in ahead if positions), default=0)
 
@@ -145,10 +150,12 @@ class MixtureStream:
 
 
 def deal(positions: Rows, weights: Sequence[Fraction]) -> tuple[Rows, Rows]:
-    """(member, turn) of each position: who gets it, and how many it got before. Weights add up to 1.
+    """For each position: the member that it belongs to, and how many earlier positions that member has. Weights sum to
+    1.
 
-    Member 0 gets position p when floor((p + 1) w) > floor(p w); what is left is dealt to the others alike. So any n
-    positions in a row hold n w of each member, give or take one for each member before it.
+    Member 0 gets position p if floor((p + 1) w) > floor(p w). The remaining positions are divided among the other
+    members in the same way. So any n positions in a row have n w of each member, plus or minus one for each member
+    before it.
     """
     store, turn, left = np.zeros_like(positions), np.zeros_like(positions), np.arange(len(positions))
     at, rest = np.asarray(positions, np.int64), Fraction(1)
@@ -170,7 +177,7 @@ def _shares(weights: Sequence[float]) -> list[Fraction]:
             "such as 4 and 1",
         )
     shares = [(Fraction(weight) / total).limit_denominator(_FINEST) for weight in weights]
-    # One denominator for all keeps the products of `deal` far inside 64 bits, whatever the weights.
+    # With one common denominator, the products in `deal` stay far inside 64 bits, whatever the weights.
     if sum(shares) != 1 or math.lcm(*(share.denominator for share in shares)) > _FINEST:
         ends = [round(_FINEST * sum(map(Fraction, weights[: n + 1])) / total) for n in range(len(weights))]
         shares = [Fraction(end - start, _FINEST) for start, end in pairwise([0, *ends])]
@@ -180,9 +187,9 @@ def _shares(weights: Sequence[float]) -> list[Fraction]:
 
 
 def _through_epochs(member: StoreStream, turns: Rows) -> tuple[Rows, Rows, Rows]:
-    """(draw, slot, epoch) of a member's records, counted on through its epochs; turns ascend."""
+    """(draw, slot, epoch) of a member's records, counted through all its epochs. `turns` must ascend."""
     draw, slot = np.empty_like(turns), np.empty_like(turns)
-    cycle = np.cumsum([member.rows(epoch) for epoch in range(len(member.draws))])  # then its draws begin again
+    cycle = np.cumsum([member.rows(epoch) for epoch in range(len(member.draws))])  # after these, its draws begin again
     rounds, inside = np.divmod(turns, cycle[-1])
     which = np.searchsorted(cycle, inside, side="right")
     epochs = rounds * len(cycle) + which

@@ -1,4 +1,4 @@
-"""The pair store as its readers see it: one generation, pinned at opening."""
+"""The pair store as a reader sees it: one generation, fixed when the store is opened."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from nfm.storage.reading.stream import Arrays, StoreStream
 if TYPE_CHECKING:
     from nfm.storage.reading.torch_dataset import TorchBatches
 
-_DRAWS_OPEN = 2  # a reader at the end of an epoch touches two draws
+_DRAWS_OPEN = 2  # a reader at the end of an epoch uses two draws
 
 
 class PairStore:
@@ -69,7 +69,7 @@ class PairStore:
 
     def _begin(self) -> None:
         self._lock = threading.Lock()
-        self._evictions = 0  # of the cache, when what it evicted was last let go of
+        self._evictions = 0  # the cache's count of evictions when evicted files were last closed
         self._open: OrderedDict[int, ShardSequence] = OrderedDict()
         self._rows: OrderedDict[int, Rows | None] = OrderedDict()
 
@@ -109,7 +109,7 @@ class PairStore:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the mapped shards. A later read opens them again."""
+        """Closes the mapped shards. A later read opens them again."""
         with self._lock:
             self._open.clear()
             self._rows.clear()
@@ -118,12 +118,12 @@ class PairStore:
         return PairStore.open, (str(self.root), self.generation, self._cache)
 
     def __len__(self) -> int:
-        """Slots of one draw: its pairs, and those that this generation lacks, see `excluded`."""
+        """The number of slots of one draw. It counts pairs that this generation lacks, see `excluded`."""
         return self.spec.rows
 
     @property
     def excluded(self) -> Sequence[Mapping[str, Any]]:
-        """The shards that this generation lacks. Each says name, slots [first, after the last], records, reason."""
+        """The shards that this generation lacks: name, slots [first, after the last], records and reason of each."""
         return self.manifest.get("excluded", ())
 
     @checked()
@@ -135,25 +135,25 @@ class PairStore:
 
     @checked()
     def gather(self, draw: int, slots: Rows, out: Arrays | None = None) -> Arrays:
-        """The pairs of a draw at these slots, in their order: arrays [n, *shape] by name of the field, as stored.
+        """The pairs of a draw at these slots: arrays [n, *shape] by field name, as stored, in the order of `slots`.
 
-        `slots` are integers [n], in any order. With `out`, only its fields are read, into its arrays. Raises
-        MissingShard or CorruptShard when a shard is not what was committed.
+        `slots` are integers [n] in any order. With `out`, only its fields are read, into its arrays. Raises
+        MissingShard or CorruptShard if a shard is not what was committed.
         """
         names = [field.name for field in self.spec.fields] if out is None else list(out)
         return self._draw(draw).gather(names, slots, out)
 
     @checked(draw=whole(0, or_none="all"))
     def index(self, columns: Sequence[str] | None = None, draw: int | None = None) -> pa.Table:
-        """A table with one row a record: key, slot, row, draw, flip, label, group, nll.
+        """The index as a table with one row for each record: key, slot, row, draw, flip, label, group, nll.
 
-        `columns` chooses some of these, `draw` one draw; by default all.
+        `columns` selects some of these, `draw` one draw. The default is all.
         """
         return read_parts(self.root, self.manifest["shards"] if draw is None else self._shards_of(draw), columns)
 
     @checked()
     def image_rows(self, draw: int, slots: Rows) -> Rows:
-        """Which rows of the source the images at these slots of a draw are: integers [n], from the index."""
+        """The source rows of the images at these slots of a draw: integers [n], from the index."""
         with self._lock:
             if draw not in self._rows:
                 self._rows[draw] = self._rows_of(draw)
@@ -168,7 +168,7 @@ class PairStore:
         return found
 
     def _rows_of(self, draw: int) -> Rows | None:
-        """The rows of all slots; None where each slot holds its own row, as most couplings have it."""
+        """The rows of all slots; None if each slot holds its own row, which most couplings do."""
         there = self.slots(draw)
         listed = read_parts(self.root, self._shards_of(draw), ["row"])["row"].to_numpy()
         if len(listed) != len(there):
@@ -222,7 +222,7 @@ class PairStore:
 
     @checked()
     def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> StoreStream:
-        """The order of the records that a reader, or a mixture, follows."""
+        """The order of records that a reader or a mixture follows."""
         if self.remote:
             self._check_room(shuffle, window)
         selection = None
@@ -233,25 +233,25 @@ class PairStore:
 
     @checked()
     def empty(self, records: int) -> Arrays:
-        """Buffers for the fields of a batch, to gather into."""
+        """Empty buffers for the fields of a batch, for `gather`."""
         names = [field.name for field in self.spec.fields if field.role != "slot"]
         return self._draw(0).empty(names, records)
 
     @checked()
     def shard(self, draw: int, number: int) -> layouts.Shard:
-        """A shard of a draw, mapped and open, fetched into the cache first if the store is a URL."""
-        if self.remote:  # before the draw's lock is taken, so that several are fetched at once
+        """A shard of a draw, mapped into memory. If the store is a URL, it is fetched into the cache first."""
+        if self.remote:  # before taking the draw's lock, so that several are fetched at once
             self.cache.together(_wanted(self.root, self.spec, self._presence.of(draw)[number]))
         return self._draw(draw).shard(number)
 
     @checked()
     def row_field(self, name: str) -> JoinedField:
-        """A row-scoped field, joined by the image rows of slots. Raises StorageError when the store has none such."""
+        """A row-scoped field, joined by the image rows of slots. Raises StorageError if the store has no such field."""
         return JoinedField(self, RowField.open(self.root, name, self._cache))
 
     @property
     def cache(self) -> ShardCache:
-        """Where shards of a URL are kept on this machine."""
+        """The cache that keeps the shards of a URL on this machine."""
         return self._cache or default_cache()
 
     def _shards_of(self, draw: int) -> Sequence[Mapping[str, Any]]:
@@ -281,14 +281,14 @@ class PairStore:
             return found
 
     def _let_go_of_evicted(self, draw: int, opened: ShardSequence) -> None:
-        """What the cache evicts keeps its room on the disk while it is mapped."""
+        """Closes shards that the cache evicted: their disk space is free only when they are unmapped."""
         shards, cache = self._presence.of(draw), self.cache
         opened.let_go(
             lambda number: not all(cache.holds(file.sha256) for file in _wanted(self.root, self.spec, shards[number]))
         )
 
     def _check_room(self, shuffle: Shuffle, window: int) -> None:
-        """A cache that is too small would fetch every shard again and again."""
+        """Refuses a cache that is too small, which would fetch every shard again and again."""
         sizes = [shard_list.numbers(self._shards_of(draw), "bytes") for draw in range(self.draws)]
         bound = self.cache.max_bytes
         full, windows = max(int(each.sum()) for each in sizes), 2 * window * max(int(each.max()) for each in sizes)
@@ -305,18 +305,18 @@ class PairStore:
 
 
 def _wanted(root: Path, spec: StoreSpec, entry: Mapping[str, Any]) -> list[Wanted]:
-    """The payload files of a shard, where the store is."""
+    """The payload files of a shard, at the place of the store."""
     return [Wanted(inside(root, file.path), file.sha256, file.bytes) for file in layouts.files(spec, entry)]
 
 
 def _open_shard(root: Path, spec: StoreSpec, shards: DrawShards, cache: ShardCache, number: int) -> layouts.Shard:
-    # No method, so that a store which nobody uses any more goes at once, with its maps.
+    # Not a method: otherwise it would keep an unused store and its maps alive.
     entry = shards[number]
     return cache.opened(_wanted(root, spec, entry), lambda paths: layouts.open_shard(spec, paths, entry["records"]))
 
 
 class JoinedField:
-    """A row-scoped field of a store, by slot."""
+    """A row-scoped field of a store, read by slot."""
 
     def __init__(self, store: PairStore, field: RowField) -> None:
         self.dtype = field.dtype
@@ -333,7 +333,7 @@ _stores: weakref.WeakSet[PairStore] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """A child has no threads: what they held is free, and connections are its own."""
+    """A child process has no threads: locks start free, and it makes its own connections."""
     for store in _stores:
         store._begin()
         if store.remote:

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import settings
 
 from nfm.stages.trained import timing
-from tests.lab import CONFIG, Lab
-from tests.once import once
-from tests.sizes import FULL
+from tests.support.lab import CONFIG, Lab
+from tests.support.once import once
+from tests.support.sizes import FULL
 
 LONGEST_SECONDS = 10.0
 
@@ -43,13 +43,13 @@ def pytest_runtest_makereport(
     if "CI" in os.environ and not FULL and call.when == "call" and report.passed and call.duration > limit:
         report.outcome = "failed"
         report.longrepr = (
-            f"{item.nodeid} took {call.duration:.1f} s, more than {limit:.0f} s: make it smaller (tests/sizes.py), "
-            "mark it `long`, which leaves it to `make test-all`, or state its `seconds`"
+            f"{item.nodeid} took {call.duration:.1f} s, more than {limit:.0f} s: make it smaller "
+            "(tests/support/sizes.py), mark it `long`, which leaves it to `make test-all`, or state its `seconds`"
         )
     return report
 
 
-pytest.register_assert_rewrite("tests.stages.shop")  # whose own assertions are to show values, as a test's do
+pytest.register_assert_rewrite("tests.stages.pairs.shop")  # whose own assertions are to show values, as a test's do
 settings.register_profile("nfm", deadline=None)  # a busy machine is no finding
 settings.load_profile("nfm")
 

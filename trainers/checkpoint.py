@@ -76,17 +76,3 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
-
-
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts `optimizer_tensors` back, exactly, on the parameters' device."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in tensors.items():
-        owner, _, key = name.rpartition(".")
-        if owner not in parameters:
-            raise CheckpointError(f"optimizer state of {owner!r}, a parameter that this model does not have")
-        parameter = parameters[owner]
-        # Fused kernels walk parameter and state in memory order, so the state takes the parameter's strides.
-        like = parameter if tensor.shape == parameter.shape and tensor.dim() > 0 else tensor
-        value = torch.empty_like(like, dtype=tensor.dtype, device=parameter.device, requires_grad=False)
-        optimizer.state[parameter][key] = value.copy_(tensor)

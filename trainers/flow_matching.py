@@ -7,10 +7,12 @@ t = 0 is the image, t = 1 is the noise.
 import torch
 from torch import Tensor, nn
 
+from nfm.trainers.training.randomness import Randomness
 
-def sample_times(count: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal times [count] in (0, 1), on the generator's device: sigmoid(n), n ~ Normal(-0.2, 1)."""
-    return torch.sigmoid(torch.randn(count, generator=generator, device=generator.device) - 0.2)
+
+def sample_times(random: Randomness) -> Tensor:
+    """Logit-normal times [B] in (0, 1), one a record: sigmoid(n), n ~ Normal(-0.2, 1)."""
+    return torch.sigmoid(random.normal() - 0.2)
 
 
 def interpolate(image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -24,15 +26,15 @@ def loss(
     image: Tensor,
     noise: Tensor,
     label: Tensor,
-    generator: torch.Generator,
+    random: Randomness,
     label_drop: float = 0.1,
 ) -> Tensor:
     """|| g(x_t, t, c) - (noise - image) ||^2, a scalar: the mean over pairs and dimensions.
 
     image, noise: float32 [B, ...]; label: int64 [B], each dropped (-1) with probability `label_drop`.
     """
-    t = sample_times(len(image), generator).to(image)
-    dropped = torch.rand(len(image), generator=generator, device=generator.device) < label_drop
+    t = sample_times(random).to(image)
+    dropped = random.uniform() < label_drop
     label = label.masked_fill(dropped.to(label.device), -1)
     velocity = model(interpolate(image, noise, t), t, label)
     return (velocity - (noise - image)).square().mean()

@@ -22,6 +22,7 @@ def waiting(folder: Path, quick: bool) -> dict[str, Any]:
 
     from nfm.trainers import flow_matching, loop
     from nfm.trainers.models.sit import SiT
+    from nfm.trainers.training.randomness import Randomness
 
     rng = np.random.default_rng(0)
 
@@ -39,8 +40,8 @@ def waiting(folder: Path, quick: bool) -> dict[str, Any]:
     model = SiT(image_shape=_SHAPE, classes=10, **student)
     batches = PairStore.open(root).batches(_BATCH, epochs=None, device=device)
 
-    def loss(model: SiT, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        return flow_matching.loss(model, batch.image, batch.noise, batch.label, generator), {}
+    def loss(model: SiT, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
+        return flow_matching.loss(model, batch.image, batch.noise, batch.label, random), {}
 
     lines: list[dict[str, float]] = []
     recipe = loop.Recipe(examples=(steps + warm) * _BATCH, batch_size=_BATCH, learning_rate=1e-3)

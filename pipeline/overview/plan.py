@@ -22,13 +22,11 @@ from nfm.stages.trained import features, student, teacher
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.student import StudentConfig
 from nfm.stages.trained.timing import Clock
+from nfm.stages.trained.training import TrainingSection
 
 DONE, LATER = "nothing, is done", "run after its inputs"
 WORKERS = (1, 8, 64)
 RATED = {features.NAME: "images", teacher.NAME: "images", pairs.NAME: "pairs", student.NAME: "pairs"}
-# What many workers share, so that --workers divides its time. A stage that trains on several devices is to be named
-# here, and `timing.cost_of_training` to say what they cost each other.
-SHARED = (pairs.NAME,)
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,9 @@ class Asked:
             raise Unfit("--images and --image-shape stand for the data stage, which cannot be planned by them")
         if self.rate is not None and target not in RATED:
             raise Unfit(f"--rate is of what {_listed(RATED)} do a second; {target} has no rate: leave it out")
-        if self.workers and target not in SHARED:
-            raise Unfit(f"--workers share {_listed(SHARED)}; {target} is made by one process: leave it out")
+        if self.workers and target != pairs.NAME:
+            trained = f"set {target}.workers in the config instead" if target in RATED else "leave it out"
+            raise Unfit(f"--workers are of {pairs.NAME}, not of {target}: {trained}")
 
 
 def data_to_come(config: RunConfig, images: int, image_shape: Sequence[int], classes: int) -> Row:
@@ -82,7 +81,8 @@ def plan(nodes: Mapping[str, Node], target: str, asked: Asked, say: Callable[[st
         except ModuleNotFoundError as error:  # of the base install; the rest of the plan is told all the same
             cost = Cost(unknown=f"told with {error.name}, which is not installed here")
         if node.name == target and asked.rate and cost.count:
-            cost = replace(cost, seconds=cost.count / asked.rate, where="at --rate")
+            workers = node.config.workers if isinstance(node.config, TrainingSection) else 1
+            cost = replace(cost, seconds=cost.count / (asked.rate * workers), where="at --rate")
         would = _action(artifact)
         rows.append(
             {"stage": node.name, "artifact": name_of(node, artifact), "would": would, "cost": str(cost)}

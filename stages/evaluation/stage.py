@@ -25,6 +25,7 @@ from nfm.stages.evaluation.inception import find_weights, weights_sha256
 from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key
 from nfm.stages.trained import student
 from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.sampling import (
     Sampler,
     evaluations_per_second,
@@ -34,7 +35,6 @@ from nfm.stages.trained.sampling import (
     teacher_sampler,
 )
 from nfm.stages.trained.timing import Clock
-from nfm.stages.trained.training import pick_device
 from nfm.storage.files import atomic
 
 if TYPE_CHECKING:

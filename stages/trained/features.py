@@ -16,22 +16,20 @@ from pydantic import Field
 from nfm.stages.base import Inputs, Reporter, Result
 from nfm.stages.trained import costs
 from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
-    CHECKPOINT,
-    METRICS,
     WEIGHTS,
+    Task,
     TrainingSection,
     blaming,
     check_section,
     fit,
+    kept_files,
     parameter_count,
-    pick_device,
     read_weights,
-    recipe,
 )
 from nfm.storage import ImageDataset
-from nfm.storage.files import atomic
 from nfm.trainers.models.sizes import check_sides
 
 if TYPE_CHECKING:
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
 
     from nfm.trainers.loop import Loss
     from nfm.trainers.models.cnn import FeatureNet
+    from nfm.trainers.training.randomness import Randomness
 
 NAME = "features"
 VERSION = 1
@@ -64,23 +63,28 @@ def fits(config: FeaturesConfig, facts: Mapping[str, Any]) -> None:
     check_section(NAME, config, facts, sizes)
 
 
-def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Train the classifier and state its accuracy on held-out images."""
+def task(config: FeaturesConfig, inputs: Inputs, device: str) -> Task:
+    """What each process of the training makes."""
     import torch
 
-    from nfm.trainers.checkpoint import pack_weights
     from nfm.trainers.models.cnn import FeatureNet
 
-    train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    train = ImageDataset.open(inputs["data"], "train")
     torch.manual_seed(config.seed)
     channels, height, width = train.image_shape
     with blaming("config section [features]"):
         model = FeatureNet((channels, height, width), len(train.classes) or TURNS)
-        batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=pick_device(config.device))
-    loss = _loss(bool(train.classes))
-    trained = fit(model, loss, batches, config, recipe(config, config.images), out, report, "images")
-    atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, model.architecture))
+        batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
 
+    return Task(model, _loss(bool(train.classes)), batches, model.architecture, config.images, "images")
+
+
+def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train the classifier and state its accuracy on held-out images."""
+    import torch
+
+    train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    fit(task, config, inputs, out, report)
     network = load(out, pick_device(config.device))
     rows = np.arange(len(heldout))
     images, labels = heldout.images(rows), heldout.labels(rows)
@@ -94,7 +98,7 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
         "parameters": parameter_count(network),
         **({} if train.classes else {"task": "which way is it turned"}),
     }
-    return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
+    return Result(payload=[WEIGHTS], metrics=metrics, files=kept_files(out))
 
 
 def cost(config: FeaturesConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
@@ -123,15 +127,13 @@ def load(folder: Path, device: str = "cpu") -> FeatureNet:
 
 def _loss(classes: bool) -> Loss:
     """Of the labels, or of how an image was turned where there are none."""
-    import torch
-
     from nfm.trainers.models.cnn import classification_loss
 
-    def loss(model: FeatureNet, batch: Any, generator: torch.Generator) -> Any:
+    def loss(model: FeatureNet, batch: Any, random: Randomness) -> Any:
         if not classes:
-            turns = torch.randint(TURNS, (len(batch),), generator=generator, device=generator.device)
+            turns = random.integers(TURNS)
             batch = replace(batch, image=_turned(batch.image, turns), label=turns)
-        return classification_loss(model, batch, generator)
+        return classification_loss(model, batch, random)
 
     return loss
 

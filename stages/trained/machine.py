@@ -1,13 +1,20 @@
-"""The machine that figures were measured on."""
+"""The machine that this process runs on, its devices, and what to do when their memory is full."""
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from nfm.stages.base import Unfit
+
+# Of torch's allocator on a CPU; of cuBLAS, and of CUDA itself below torch's allocator.
+_WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
 
 def machine() -> dict[str, Any]:
@@ -22,3 +29,38 @@ def machine() -> dict[str, Any]:
         "cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory / 2**30, 1), "disk_gib": round(disk / 2**30),
         "system": f"{platform.system()} {platform.release().split('-')[0]}", "python": platform.python_version(),
     }  # fmt: skip
+
+
+def pick_device(name: str) -> str:
+    """`auto` is CUDA where there is one. Raises Unfit for a device that is none, or is not here."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise Unfit(f"device = {name!r}: is none of auto, cpu, cuda and cuda:0, which run here; name one of these")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise Unfit(f"device = {name!r}: torch sees no CUDA device here; set device to 'auto' or 'cpu'")
+        if int(name.partition(":")[2] or 0) >= count:
+            raise Unfit(f"device = {name!r}: torch sees {count} CUDA devices here, counted from 0; name one of them")
+    return name
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on this machine."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
+def free_memory(device: str) -> None:
+    """What a failed batch left goes back to the device."""
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()

@@ -14,8 +14,9 @@ from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Result, Section, StageError, Stopped, Unfit, operational
 from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.timing import Clock
-from nfm.stages.trained.training import CHECKPOINT, blaming, pick_device
+from nfm.stages.trained.training import blaming
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 NAME = "potential"
 VERSION = 1
 VECTORS, FACTS = "potential.safetensors", "potential.json"
+CHECKPOINT = "checkpoint.safetensors"  # the class in hand
 FINISHED = "finished.safetensors"  # as CHECKPOINT is of the class in hand
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -21,26 +22,28 @@ from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_
 from nfm.stages.trained.costs import Cost, Counted
 from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
-    CHECKPOINT,
     METRICS,
     WEIGHTS,
+    Task,
     TrainingSection,
     blaming,
     check_section,
     fit,
+    kept_files,
     parameter_count,
-    pick_device,
     read_weights,
     recipe,
 )
 from nfm.storage import Mixture, PairStore
-from nfm.storage.files import atomic
 from nfm.storage.files.small_files import read_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from nfm.storage.reading.reader import BatchReader
     from nfm.trainers.loop import Loss
+    from nfm.trainers.training.randomness import Randomness
 
 NAME = "student"
 VERSION = 1
@@ -92,31 +95,47 @@ def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
     check_section(NAME, config, known, sizes)
 
 
-def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Train on the pairs of one generation of each store; the averaged weights are the student."""
+def task(config: StudentConfig, inputs: Inputs, device: str) -> Task:
+    """What each process of the training makes."""
     import torch
-
-    from nfm.trainers.checkpoint import pack_weights
 
     store = PairStore.open(inputs["pairs"])
     architecture = sizes_of(config, store.spec.image_shape, store.spec.classes or 0)
     torch.manual_seed(config.seed)
     with blaming("config section [student]"):
-        variant = _variant(store.spec.coupling, config)
         model = build(architecture)
         source = _mixed(store, config, inputs)
-        batches = source.batches(
-            config.batch_size, config.seed, epochs=None, device=pick_device(config.device), soften=config.soften
-        )
+        batches = source.batches(config.batch_size, config.seed, epochs=None, device=device, soften=config.soften)
 
-    plan = recipe(config, config.pairs)
-    trained = fit(model, _loss(config), batches, config, plan, out, report, "pairs")
-    atomic.write_bytes(out / WEIGHTS, pack_weights(trained.ema, architecture))
+    read = _Permuted(batches) if config.permuted else batches
+    return Task(model, _loss(config), read, architecture, config.pairs, "pairs")
+
+
+class _Permuted:
+    """The batches of a reader, each image with the noise of the pair before it in the batch of all processes."""
+
+    def __init__(self, batches: BatchReader) -> None:
+        self._batches = batches
+        self.state_dict, self.load_state_dict = batches.state_dict, batches.load_state_dict
+
+    def __iter__(self) -> Iterator[Any]:
+        from nfm.trainers.training import parallel
+
+        for batch in self._batches:
+            yield replace(batch, noise=parallel.rolled(batch.noise, batch.place))
+
+
+def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train on the pairs of one generation of each store; the averaged weights are the student."""
+    store = PairStore.open(inputs["pairs"])
+    with blaming("config section [student]"):
+        variant = _variant(store.spec.coupling, config)
+    fit(task, config, inputs, out, report)
     final, image_dtype = _last_line(out / METRICS), store.spec.field("image").dtype
     metrics = {
         "loss": final["loss"],
-        "pairs_seen": plan.examples,
-        "parameters": parameter_count(model),
+        "pairs_seen": recipe(config, config.pairs).examples,
+        "parameters": parameter_count(load(out)),
         "pairs_per_second": final["pairs_per_second"],
         "data_wait_share": final["data_wait_share"],
         "coupling": store.spec.coupling,
@@ -125,7 +144,7 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "draws": store.draws,
         **({} if image_dtype == "uint8" else {"image_dtype": image_dtype}),
     }
-    return Result(payload=[WEIGHTS], metrics=metrics, files=[CHECKPOINT, METRICS])
+    return Result(payload=[WEIGHTS], metrics=metrics, files=kept_files(out))
 
 
 def cost(config: StudentConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
@@ -162,13 +181,10 @@ def _counted_once(architecture: str) -> Counted:
 
 
 def _loss(config: StudentConfig) -> Loss:
-    import torch
-
     from nfm.trainers import flow_matching
 
-    def loss(model: Any, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        noise = batch.noise.roll(1, 0) if config.permuted else batch.noise
-        return flow_matching.loss(model, batch.image, noise, batch.label, generator, config.label_drop), {}
+    def loss(model: Any, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
+        return flow_matching.loss(model, batch.image, batch.noise, batch.label, random, config.label_drop), {}
 
     return loss
 

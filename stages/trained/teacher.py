@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
@@ -14,17 +14,17 @@ from pydantic import Field
 from nfm.stages.base import Inputs, Reporter, Result, Unfit
 from nfm.stages.trained import costs
 from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
-    CHECKPOINT,
-    METRICS,
     WEIGHTS,
+    Task,
     TrainingSection,
     blaming,
     check_section,
     fit,
+    kept_files,
     parameter_count,
-    pick_device,
     precision_context,
     read_weights,
     recipe,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from nfm.trainers.loop import Loss
     from nfm.trainers.models.tarflow import TarFlow
+    from nfm.trainers.training.randomness import Randomness
 
 NAME = "teacher"
 VERSION = 1
@@ -82,16 +83,13 @@ def _check_flips(config: TeacherConfig, image_dtype: str) -> None:
         )
 
 
-def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Train, measure sigma_f and bits per dimension with the averaged weights, and draw a grid of samples."""
+def task(config: TeacherConfig, inputs: Inputs, device: str) -> Task:
+    """What each process of the training makes."""
     import torch
 
-    from nfm.trainers.checkpoint import pack_weights
     from nfm.trainers.models.tarflow import TarFlow
 
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
-    _check_flips(config, train.dtype)
-    device = pick_device(config.device)
     architecture = _architecture(config, train.image_shape, len(train.classes))
     torch.manual_seed(config.seed)
     with blaming("config section [teacher]"):
@@ -105,15 +103,19 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
             for name, split in (("train", train), ("heldout", heldout))
         }
 
-    plan = recipe(config, config.images)
-    trained = fit(model, _loss(config), batches, config, plan, out, report, "images", measure)
+    return Task(model, _loss(config), batches, architecture, config.images, "images", measure)
 
-    averaged = cast("TarFlow", trained.ema)
+
+def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
+    """Train, measure sigma_f and bits per dimension with the averaged weights, and draw a grid of samples."""
+    train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
+    _check_flips(config, train.dtype)
+    fit(task, config, inputs, out, report)
+    averaged, architecture = _weights(out, pick_device(config.device))
     rows = range(min(len(train), config.sigma_rows))
     power, train_bpd = likelihood(averaged, train, rows, config)
     _, heldout_bpd = likelihood(averaged, heldout, range(min(len(heldout), config.sigma_rows)), config)
     facts = {"eta": config.eta, "sigma_f": power**0.5, "architecture": architecture}
-    atomic.write_bytes(out / WEIGHTS, pack_weights(averaged, architecture))
     atomic.write_json(out / FACTS, facts)
     _draw_samples(averaged, facts, config, out / SAMPLES, train.dtype)
     metrics = {
@@ -121,7 +123,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "train_bpd": round(train_bpd, 4),
         "sigma_f": facts["sigma_f"],
         "parameters": parameter_count(averaged),
-        "images_seen": plan.examples,
+        "images_seen": recipe(config, config.images).examples,
         "measured_rows": len(rows),
         **({} if train.dtype == "uint8" else {"image_dtype": train.dtype}),
     }
@@ -129,7 +131,7 @@ def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         report.say(
             f"overfitted: {train_bpd:.3f} bits per dimension on training images, {heldout_bpd:.3f} on held-out ones"
         )
-    return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[CHECKPOINT, METRICS, SAMPLES])
+    return Result(payload=[WEIGHTS, FACTS], metrics=metrics, files=[*kept_files(out), SAMPLES])
 
 
 def cost(config: TeacherConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
@@ -160,15 +162,12 @@ def _loss(config: TeacherConfig) -> Loss:
 
     from nfm.trainers.models.tarflow import nll_per_dim
 
-    def loss(model: TarFlow, batch: Any, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        def uniform(*shape: int) -> torch.Tensor:
-            return torch.rand(shape, generator=generator, device=generator.device)
-
+    def loss(model: TarFlow, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
         image = batch.image
         if config.flips:
-            image = torch.where(uniform(len(image), 1, 1, 1) < 0.5, image.flip(-1), image)
-        eps = torch.randn(image.shape, generator=generator, device=image.device)
-        label = torch.where(uniform(len(image)) < config.label_drop, -1, batch.label)
+            image = torch.where(random.uniform(1, 1, 1) < 0.5, image.flip(-1), image)
+        eps = random.normal(*image.shape[1:])
+        label = torch.where(random.uniform() < config.label_drop, -1, batch.label)
         return nll_per_dim(*model.encode(image + config.eta * eps, label)).mean(), {}
 
     return loss
@@ -176,12 +175,17 @@ def _loss(config: TeacherConfig) -> Loss:
 
 def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:
     """The trained flow in evaluation mode, and its facts: eta and sigma_f."""
+    return _weights(folder, device)[0], atomic.read_json(folder / FACTS)
+
+
+def _weights(folder: Path, device: str) -> tuple[TarFlow, dict[str, Any]]:
+    """The flow in evaluation mode, and the arguments that it is built with."""
     from nfm.trainers.models.tarflow import TarFlow
 
     state, architecture = read_weights(folder)
     model = TarFlow(**architecture)
     model.load_state_dict(state)
-    return model.eval().to(device), atomic.read_json(folder / FACTS)
+    return model.eval().to(device), architecture
 
 
 def likelihood(

@@ -17,8 +17,8 @@ import numpy as np
 
 from nfm.stages.base import Unfit
 from nfm.stages.trained.costs import Cost
-from nfm.stages.trained.memory import free_memory, is_out_of_memory
-from nfm.stages.trained.training import TrainingSection, autocast_dtype, pick_device, precision_context
+from nfm.stages.trained.machine import free_memory, is_out_of_memory, pick_device
+from nfm.stages.trained.training import TrainingSection, autocast_dtype, precision_context
 from nfm.storage.reading.batch import Batch
 
 if TYPE_CHECKING:
@@ -58,13 +58,15 @@ class Clock:
         return self._known[key]
 
     def training(self, stage: str, config: TrainingSection, facts: Mapping[str, Any], trials: Sequence[Trial]) -> float:
-        """Examples a second of training the first of `trials`, by the loop that trains, on random data.
+        """Examples a second of training the first of `trials`, by the loop that trains, on random data, not compiled.
+
+        Of several workers it is the sum of as many as this device, each with its part of a batch.
 
         Their `make` gives a model and its loss. The others are shallower models of the same width: one of them is timed
         where a step of the first takes long, and FLOPs make up the difference. Raises Unfit for a device not here.
         """
         device = pick_device(config.device)
-        left_out = {"seed", "save_every", "log_every"}
+        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address"}
         sizes = {**config.model_dump(exclude=left_out), "shape": facts["image_shape"], "flops": trials[0].flops}
         return float(
             self.measured(
@@ -99,9 +101,11 @@ def cost_of_training(
     stage: str, config: TrainingSection, examples: int, unit: str, facts: Mapping[str, Any], parameters: int,
     trials: Sequence[Trial], clock: Clock | None,
 ) -> Cost:  # fmt: skip
-    """What training the first of `trials` with `examples` costs, on one device; its time where there is a clock."""
-    # Weights, moving average and two moments in the checkpoint, and the moving average as the weights, in float32.
-    cost = Cost(examples, unit, flops=BACKWARD * examples * trials[0].flops, bytes=5 * 4 * parameters)
+    """What training the first of `trials` with `examples` costs; its time where there is a clock."""
+    # A checkpoint holds weights, moving average and two moments; the moving average is the finished model. All float32.
+    size = 4 * parameters * (4 * config.keep_checkpoints + 1)
+    words = f"by {config.workers} workers, without what they tell each other" if config.workers > 1 else ""
+    cost = Cost(examples, unit, words, flops=BACKWARD * examples * trials[0].flops, bytes=size)
     if clock is None:
         return cost
     try:
@@ -136,11 +140,12 @@ def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Se
     import torch
 
     from nfm.trainers import loop
+    from nfm.trainers.training.state import Recipe
 
     deadline = time.perf_counter() + SECONDS
     products = matrix_rate(device, config.precision)
-    by_products = LARGE * products / (BACKWARD * trials[0].flops)
-    if (found := fitting(trials, BACKWARD, config.batch_size, products)) is None:
+    by_products = LARGE * products / (BACKWARD * trials[0].flops) * config.workers
+    if (found := fitting(trials, BACKWARD, config.batch_size // config.workers, products)) is None:
         return by_products
     trial, size = found
     ticks: list[float] = []
@@ -149,15 +154,20 @@ def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Se
         longest = max((after - before for before, after in itertools.pairwise(ticks)), default=0.0)
         return len(ticks) > 1 and time.perf_counter() + longest > deadline
 
+    def tick(_: int) -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        ticks.append(time.perf_counter())
+
     try:
         with torch.device(device):
             model, loss = trial.make()
         batch = _random_batch(size, facts, device)
         # So long a training is all warm-up: its steps hardly move the weights.
-        recipe = loop.Recipe(10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema)
+        recipe = Recipe(10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema)
         loop.train(
             model, loss, itertools.repeat(batch), recipe, device=device, autocast=autocast_dtype(config.precision),
-            tick=lambda _: ticks.append(time.perf_counter()), stop=over,
+            how=loop.How(microbatch=config.microbatch, recompute=config.recompute), tick=tick, stop=over,
         )  # fmt: skip
     except Exception as error:
         if not is_out_of_memory(error):
@@ -165,7 +175,7 @@ def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Se
         return by_products
     finally:
         free_memory(device)
-    return size / _typical(ticks) * trial.flops / trials[0].flops
+    return size / _typical(ticks) * trial.flops / trials[0].flops * config.workers
 
 
 def rate_of_calls(trials: Sequence[Trial], batch_size: int, device: str, precision: Precision) -> float:
@@ -230,4 +240,4 @@ def _random_batch(size: int, facts: Mapping[str, Any], device: str) -> Batch:
     image, noise = torch.rand(size, *shape, device=device) * 2 - 1, torch.randn(size, *shape, device=device)
     label = torch.randint(max(classes, 1), (size,), device=device) - (0 if classes else 1)
     slot = np.arange(size)
-    return Batch(image, noise, label, slot, slot, slot, 0, {})
+    return Batch(image, noise, label, slot, slot, slot, 0, {}, place=slot)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from nfm.stages.base import Reporter, Section, StageError, Stopped, Unfit, operational
+from nfm.stages.base import Inputs, Reporter, Section, StageError, Stopped, Unfit, call, operational
+from nfm.stages.trained import launched
+from nfm.stages.trained.machine import pick_device
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
@@ -21,10 +23,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nfm.trainers.loop import Loss, Recipe, Trained
+    from nfm.trainers.loop import Loss
+    from nfm.trainers.training.state import Recipe
 
 Precision = Literal["float32", "bfloat16"]
-CHECKPOINT, METRICS, WEIGHTS = "checkpoint.safetensors", "metrics.jsonl", "weights.safetensors"
+Sharding = Literal["ddp", "fsdp"]
+CHECKPOINTS, METRICS, WEIGHTS = "checkpoints", "metrics.jsonl", "weights.safetensors"
+OLD_CHECKPOINT = "checkpoint.safetensors"  # where earlier versions kept the state of a training
 
 
 class TrainingSection(Section):
@@ -32,6 +37,10 @@ class TrainingSection(Section):
 
     `precision` is of the matrix products. bfloat16 gains on GPUs and on CPUs with matrix units; on two AVX-512 cores
     without them, training in bfloat16 was half as fast as in float32, hence the default.
+
+    `workers` processes of a Ray cluster share each batch; `sharding` "ddp" keeps the whole model in each, "fsdp" shares
+    it out. `microbatch` is the most records that a process computes at a time, `recompute` keeps no activations inside
+    layers, `compile` is torch's. None of these changes the result but for rounding.
     """
 
     seed: int = Field(0, ge=0)
@@ -45,6 +54,21 @@ class TrainingSection(Section):
     device: str = operational("auto")
     save_every: int = operational(20_000, ge=1)
     log_every: int = operational(5_000, ge=1)
+    keep_checkpoints: int = operational(1, ge=1)
+    workers: int = operational(1, ge=1)
+    sharding: Sharding = operational("ddp")
+    microbatch: int | None = operational(None, ge=1)
+    recompute: bool = operational(False)
+    compile: bool = operational(False)
+    ray_address: str | None = operational(None)
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} is shared by {self.workers} workers: make it a multiple of them"
+            )
+        return self
 
 
 @contextmanager
@@ -56,23 +80,6 @@ def blaming(what: str) -> Iterator[None]:
         raise Unfit(f"{what}: {error.name} {error.said}") from error
     except ValueError as error:
         raise Unfit(f"{what}: {error}") from error
-
-
-def pick_device(name: str) -> str:
-    """`auto` is CUDA where there is one. Raises Unfit for a device that is none, or is not here."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise Unfit(f"device = {name!r}: is none of auto, cpu, cuda and cuda:0, which run here; name one of these")
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not count:
-            raise Unfit(f"device = {name!r}: torch sees no CUDA device here; set device to 'auto' or 'cpu'")
-        if int(name.partition(":")[2] or 0) >= count:
-            raise Unfit(f"device = {name!r}: torch sees {count} CUDA devices here, counted from 0; name one of them")
-    return name
 
 
 def check_section(name: str, config: TrainingSection, facts: Mapping[str, Any], sizes: Callable[[], None]) -> None:
@@ -100,7 +107,7 @@ def precision_context(device_type: str, precision: Precision) -> Any:
 
 def recipe(config: TrainingSection, examples: int) -> Recipe:
     """The section's fields as the loop's recipe, for `examples` in all, rounded up to whole batches."""
-    from nfm.trainers.loop import Recipe
+    from nfm.trainers.training.state import Recipe
 
     total = -(-examples // config.batch_size) * config.batch_size
     return Recipe(
@@ -115,79 +122,114 @@ def recipe(config: TrainingSection, examples: int) -> Recipe:
     )
 
 
-def fit(
-    model: nn.Module,
-    loss: Loss,
-    batches: Any,
-    config: TrainingSection,
-    plan: Recipe,
-    out: Path,
-    report: Reporter,
-    unit: str,
-    measure: Callable[[], dict[str, float]] = dict,
-) -> Trained:
-    """Train with `loop.train` from the checkpoint in `out`, if there is one, to the end or to a stop.
+@dataclass(frozen=True)
+class Task:
+    """A training as each of its processes makes it, from the config and the inputs alone.
 
-    A line of `metrics.jsonl` has the loop's figures and those of `measure()`, taken every `log_every` examples.
-    Raises Stopped after saving when the reporter is stopping; StageError when the training diverges.
+    `measure` gives figures for the log, taken every `log_every` examples by all processes at once. `architecture` is
+    what builds the model again; it is stored beside the weights.
     """
-    from nfm.trainers import loop
-    from nfm.trainers.checkpoint import CheckpointError, unpack
 
-    seen = 0
-    saved = read_bytes(out / CHECKPOINT, MOST_STATE_BYTES) if (out / CHECKPOINT).exists() else None
-    if saved is not None:
-        try:
-            seen = unpack(saved)[1]["examples_seen"]
-        except CheckpointError as error:
-            raise StageError(f"{out / CHECKPOINT}: {error}") from error
-        report.say(f"continuing from {seen:,} of {plan.examples:,} {unit}")
-        _keep_lines(out / METRICS, unit, seen)
+    model: nn.Module
+    loss: Loss
+    batches: Any
+    architecture: Mapping[str, Any]
+    examples: int
+    unit: str
+    measure: Callable[[], dict[str, float]] = dict
+
+
+Make = Callable[[Any, Inputs, str], Task]  # (config, inputs, device): of a module, so that other processes find it
+
+
+def fit(make: Make, config: TrainingSection, inputs: Inputs, out: Path, report: Reporter) -> None:
+    """Train from the checkpoint in `out`, if there is one, to the end, and leave the averaged weights there.
+
+    It happens here, in the processes of a launcher such as torchrun, or in `config.workers` processes of a Ray
+    cluster. Raises Stopped after saving when the reporter is stopping; StageError when the training diverges.
+    """
+    if launched.size() > 1:
+        launched.lead(train_here, make, config, inputs, out, report)
+    elif config.workers > 1:
+        call("nfm.stages.executors.ray_train:fit", make, config, inputs, out, report)
     else:
-        (out / METRICS).unlink(missing_ok=True)
+        train_here(make, config, inputs, out, report, pick_device(config.device))
 
-    def save(data: bytes) -> None:
-        report.check_lock()
-        atomic.write_bytes(out / CHECKPOINT, data)
+
+def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, report: Reporter, device: str) -> None:
+    """This process's part of a training, all of it where it is alone. What is written, the first process writes."""
+    from nfm.trainers import loop
+    from nfm.trainers.checkpoint import CheckpointError, pack_weights
+    from nfm.trainers.training import parallel
+    from nfm.trainers.training.checkpoint_folder import CheckpointFolder, read_state
+
+    task = make(config, inputs, device)
+    plan, unit, first = recipe(config, task.examples), task.unit, parallel.rank() == 0
+    shown: dict[str, float] = {}  # the figures of the last line
 
     def log(figures: dict[str, float]) -> None:
-        line = {**figures, **measure()}
-        with (out / METRICS).open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({key: round(value, 6) for key, value in line.items()}) + "\n")
+        line = {**figures, **task.measure()}
+        if first:
+            with (out / METRICS).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({key: round(value, 6) for key, value in line.items()}) + "\n")
         shown.update({key: line[key] for key in ("loss", "heldout_bpd", "accuracy") if key in line})
         shown["wait"] = line["data_wait_share"]
         tick(int(line[f"{unit}_seen"]))
 
-    shown: dict[str, float] = {}  # the figures of the last line
-
     def tick(done: int) -> None:
         report.progress(done, plan.examples, unit, workers=(), **shown)
 
-    tick(seen)  # from here on a rate is known
     try:
-        trained = loop.train(
-            model,
-            loss,
-            batches,
-            plan,
-            device=pick_device(config.device),
-            autocast=autocast_dtype(config.precision),
-            unit=unit,
-            checkpoint=saved,
-            save=save,
-            save_every=config.save_every,
-            log=log,
-            log_every=config.log_every,
-            tick=tick,
-            stop=lambda: report.stopping,
-        )
+        with CheckpointFolder(out / CHECKPOINTS, config.keep_checkpoints, report.check_lock) as folder:
+            newest, old = folder.newest(), None
+            if newest is None and (out / OLD_CHECKPOINT).exists():
+                old = read_bytes(out / OLD_CHECKPOINT, MOST_STATE_BYTES)
+            seen = read_state(newest)["examples_seen"] if newest else seen_of(old) if old else 0
+            if first:
+                _keep_lines(out / METRICS, unit, seen)
+            if seen:
+                report.say(f"continuing from {seen:,} of {plan.examples:,} {unit}")
+            tick(seen)  # from here on a rate is known
+            trained = loop.train(
+                task.model,
+                task.loss,
+                task.batches,
+                plan,
+                device=device,
+                autocast=autocast_dtype(config.precision),
+                how=loop.How(config.sharding, config.microbatch, config.compile, config.recompute),
+                unit=unit,
+                checkpoints=folder,
+                old_checkpoint=old,
+                save_every=config.save_every,
+                log=log,
+                log_every=config.log_every,
+                tick=tick,
+                stop=lambda: report.stopping,
+            )
     except CheckpointError as error:
-        raise StageError(f"{out / CHECKPOINT}: {error}") from error
+        raise StageError(str(error)) from error
     except FloatingPointError as error:
         raise StageError(f"training diverged: {error}") from error
     if not trained.finished:
         raise Stopped
-    return trained
+    weights = {name: parallel.whole(value) for name, value in trained.ema.state_dict().items()}
+    if first:
+        (out / OLD_CHECKPOINT).unlink(missing_ok=True)
+        atomic.write_bytes(out / WEIGHTS, pack_weights(weights, task.architecture))
+
+
+def seen_of(old_checkpoint: bytes) -> int:
+    """How far the training came whose checkpoint this is, in one file."""
+    from nfm.trainers.checkpoint import unpack
+
+    return int(unpack(old_checkpoint)[1]["examples_seen"])
+
+
+def kept_files(out: Path) -> list[str]:
+    """What a finished training leaves beside its weights."""
+    states = [path for path in sorted((out / CHECKPOINTS).rglob("*")) if path.is_file()]
+    return [*(str(path.relative_to(out)) for path in states), METRICS]
 
 
 def _keep_lines(path: Path, unit: str, seen: int) -> None:

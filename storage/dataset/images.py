@@ -1,5 +1,6 @@
-"""The data stage's artifact: images (uint8, or floats such as latents) and labels in shards, split in `train` and
-`heldout`, with a key a row.
+"""The output of the data stage: images (uint8, or floats such as latents) and labels, stored in shards.
+
+There are two splits, `train` and `heldout`. Every row has a key.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def _fields(image_shape: tuple[int, ...], dtype: str) -> tuple[Field, ...]:
 
 
 class DatasetWriter:
-    """Writes a dataset of images: each split once, then `close`, which writes dataset.json last.
+    """Writes a dataset of images: write each split once, then call `close`, which writes dataset.json last.
 
-    `classes` are the names of labels 0, 1, ...; without classes every label is -1. `dtype` is that of the images. When
-    they are floats (latents), `image_scale` is what they are divided by before `image_decoder` makes pictures of them.
-    A folder in which an earlier writer was killed is written from the start.
+    `classes` are the names of the labels 0, 1, ...; without classes every label is -1. `dtype` is the type of the
+    images. If they are floats (latents), they are divided by `image_scale` before `image_decoder` turns them into
+    pictures. If an earlier writer was killed in this folder, writing starts from the beginning.
     """
 
     @checked()
@@ -73,14 +74,14 @@ class DatasetWriter:
         self._rows_per_shard = rows_per_shard
         self._splits: dict[str, Any] = {}
         empty = {"rows": 0, "rows_per_shard": rows_per_shard, "shards": [], "table": "train.parquet"}
-        check_record(self.root / DATASET, self._record({"train": empty}))  # before hours of writing, not after
+        check_record(self.root / DATASET, self._record({"train": empty}))  # fail now, not after hours of writing
 
     @checked(rows=whole(), chunks=checked_later)
     def write_split(self, split: str, rows: int, chunks: Iterable[Chunk]) -> None:
         """Writes exactly `rows` records from chunks of (images [n, C, H, W], labels [n], keys [n]).
 
-        Raises StorageError for another number of records, another shape or dtype, labels without a class, and
-        values that are not finite.
+        Raises StorageError if the number of records, the shape or the dtype differs, if a label has no class, or if a
+        value is not finite.
         """
         pieces = self._pieces(split, chunks)
         piece, at, written, shards, tables = next(pieces, None), 0, 0, [], []
@@ -118,9 +119,9 @@ class DatasetWriter:
 
     @checked(rejected=checked_later)
     def close(self, rejected: Sequence[tuple[str, str]] = ()) -> dict[str, tuple[str, int]]:
-        """Publishes rejected.parquet from pairs (key, reason), then dataset.json.
+        """Writes rejected.parquet from pairs (key, reason), then dataset.json.
 
-        Returns (sha256, bytes) of the payload, by relative path, in order: the shards of every split and
+        Returns (sha256, bytes) of each payload file, by relative path and in order: the shards of every split, then
         dataset.json. The tables are in `files`.
         """
         columns = [[key for key, _ in rejected], [reason for _, reason in rejected]]
@@ -178,7 +179,7 @@ class DatasetWriter:
 
 
 class ImageDataset:
-    """One split of a dataset of images, open for reading: rows 0 to n - 1, in the order in which they were read in."""
+    """One split of a dataset of images, open for reading. Rows 0 to n - 1 are in the order in which they were read in."""
 
     generation = None
     draws = 1
@@ -216,7 +217,9 @@ class ImageDataset:
     @classmethod
     @checked()
     def open(cls, root: str | Path, split: str = "train") -> ImageDataset:
-        """Opens a split. Raises StorageError when there is no such dataset or split, NewerSchema."""
+        """Opens a split. Raises StorageError if there is no such dataset or split, NewerSchema if a newer version wrote
+        it.
+        """
         root = local_path(root)
         body = read_record(root)
         if split not in body["splits"]:
@@ -228,7 +231,7 @@ class ImageDataset:
 
     @checked()
     def images(self, rows: Rows) -> npt.NDArray[Any]:
-        """The images at these rows, in their order: [n, C, H, W] in `dtype`. Rows may come in any order."""
+        """The images at these rows: [n, C, H, W] in `dtype`, in the order of `rows`, which may be any."""
         return self._shards.gather(["image"], rows)["image"]
 
     @checked()
@@ -245,7 +248,7 @@ class ImageDataset:
 
     @checked(images=checked_later)
     def to_float(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """The images as float32 of the same shape: pixels scaled to `value_range`, floats as they are."""
+        """The images as float32 of the same shape. Pixels are scaled to `value_range`; floats keep their values."""
         return to_float32(images, self.value_range)
 
     @checked(options=ReadOptions)
@@ -259,25 +262,25 @@ class ImageDataset:
         window: int = 16,
         **options: Unpack[ReadOptions],
     ) -> BatchReader:
-        """Batches without noise, endless by default. The options are those of `PairStore.batches`."""
+        """Batches without noise; endless by default. The options are those of `PairStore.batches`."""
         return BatchReader(StoreStream(self, seed, shuffle, window), batch_size, epochs, **options)
 
     @checked()
     def empty(self, records: int) -> Arrays:
-        """Buffers to gather into."""
+        """Empty buffers for `gather`."""
         return self._shards.empty(["image", "label"], records)
 
     @checked()
     def gather(self, draw: int, rows: Rows, out: Arrays | None = None) -> Arrays:
-        """image and label at these rows, as stored, in `out` if given."""
+        """The images and labels at these rows, as stored; in `out` if given."""
         return self._shards.gather(["image", "label"], rows, out)
 
     @checked()
     def shard(self, draw: int, number: int) -> Shard:
-        """A shard, mapped and open."""
+        """A shard, mapped into memory."""
         return self._shards.shard(number)
 
     @checked()
     def row_field(self, name: str) -> Any:
-        """Raises StorageError: row-scoped fields belong to pair stores."""
+        """Always raises StorageError: only pair stores have row-scoped fields."""
         raise StorageError(f"{self.root}: a dataset has no field {name!r}; add fields to a pair store")

@@ -1,4 +1,4 @@
-"""What dataset.json says, checked: nothing in it is believed before, and it names no file but those of its splits."""
+"""Reads and checks dataset.json. It may name only files of its own splits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ _MOST_CLASSES = 10**6
 
 
 def read_record(root: Path) -> dict[str, Any]:
-    """The dataset.json at `root`. Raises StorageError when it is none or contradicts itself, NewerSchema."""
+    """The contents of the dataset.json at `root`.
+
+    Raises StorageError if the file is not valid or contradicts itself, NewerSchema if a newer version wrote it.
+    """
     path = root / DATASET
     return check_record(path, read_json(path))
 
 
 def check_record(path: Path, body: dict[str, Any]) -> dict[str, Any]:
-    """What `path` holds or will hold: one rule for reader and writer, so that nothing is written that nobody opens."""
+    """Checks what `path` holds or will hold. Reader and writer use the same rule, so every written file can be opened."""
     check_format(path, body)
     needed = {"name", "image_shape", "value_range", "classes", "rows_per_block", "splits"}
     if lacking := needed - set(body):
@@ -32,7 +35,7 @@ def check_record(path: Path, body: dict[str, Any]) -> dict[str, Any]:
         )
     untrusted.text(f"{path}: name", body["name"])
     untrusted.one_of(f"{path}: dtype", body.get("dtype", "uint8"), IMAGE_DTYPES)
-    Field("image", body.get("dtype", "uint8"), body["image_shape"], "image")  # raises for a shape that is none
+    Field("image", body.get("dtype", "uint8"), body["image_shape"], "image")  # raises for an invalid shape
     ends = [
         untrusted.real(f"{path}: value_range", end)
         for end in untrusted.sequence(f"{path}: value_range", body["value_range"], 2)

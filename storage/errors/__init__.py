@@ -1,4 +1,4 @@
-"""What can be wrong with a store, one class a cause; a message names the file, the fact and the remedy."""
+"""The errors of a store, one class for each cause. A message names the file, the fact and the remedy."""
 
 # ruff: noqa: N818  the names say what is wrong, and read as such in `except`
 
@@ -10,18 +10,18 @@ from pathlib import Path
 
 from nfm.storage.errors.masked import masked
 
-# What Python makes of a byte of a name that is no UTF-8, as it is or as repr() writes it.
+# How Python shows a byte of a file name that is not UTF-8: as it is, or as repr() writes it.
 _ODD_BYTE = re.compile(r"[\udc80-\udcff]|\\udc[89a-f][0-9a-f]")
 
 
 def legible(text: str) -> str:
-    r"""The text with \xe9 for every byte of a name that is no UTF-8; it can be printed and encoded."""
+    r"""The text with \xe9 in place of every byte of a name that is not UTF-8, so that it can be printed and encoded."""
     found = _ODD_BYTE.sub(lambda byte: rf"\x{ascii(byte[0])[-3:-1]}", text)
     return found.encode("utf-8", "backslashreplace").decode()
 
 
 def is_utf8(name: str) -> bool:
-    """Whether every byte of a name was UTF-8, as keys and manifests are."""
+    """Whether every byte of a name was UTF-8. Keys and manifests require this."""
     try:
         return name.isascii() or bool(name.encode())
     except UnicodeEncodeError:
@@ -29,16 +29,16 @@ def is_utf8(name: str) -> bool:
 
 
 class Told(Exception):
-    """An error whose message is for people: secrets in its URLs are hidden, and odd bytes of names can be read."""
+    """An error whose message is for users: secrets in URLs are hidden, and every byte of a name can be printed."""
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(masked(legible(one)) if isinstance(one, str) else one for one in arguments))
 
 
 class WrongUse(Told):
-    """An option, a config or a name asks for what cannot be, whatever is done on this machine: exit code 2.
+    """An option, a config or a name that is wrong on any machine. The command then ends with exit code 2.
 
-    A base beside the room's own error, so that what the command ends with is decided where the fact is known.
+    Errors of storage and stages derive from this class, so the code that finds the fault also decides the exit code.
     """
 
 
@@ -47,7 +47,7 @@ class StorageError(Told):
 
 
 class NoPlace(StorageError, WrongUse):
-    """What was given as a place is no path and no URL that can be used there; `reason` says why and what to write."""
+    """The given place is neither a path nor a URL that can be used there. `reason` says why and what to write."""
 
     def __init__(self, where: str, reason: str, named: str = "") -> None:
         super().__init__(_printable(legible(where)), _printable(legible(reason)), named)
@@ -66,11 +66,11 @@ def _printable(text: str) -> str:
 
 
 class CorruptShard(StorageError):
-    """A shard's bytes are not what its commit says: truncated, altered, or of another layout."""
+    """The bytes of a shard are not what its commit says: truncated, changed, or of another layout."""
 
 
 class MissingShard(StorageError):
-    """A shard, or its commit, is not there."""
+    """A shard or its commit is missing."""
 
 
 class NewerSchema(StorageError):
@@ -93,7 +93,7 @@ _REMEDIES = {
 
 
 def cannot_write(path: str | Path, error: OSError) -> StorageError:
-    """The error to raise when `path` could not be written; what was committed before is untouched."""
+    """The error to raise when `path` could not be written. What was committed before is unchanged."""
     remedy = _REMEDIES.get(error.errno or 0, "check the file system, then run the same command again")
     what = error.strerror or error
     return StorageError(f"{path}: cannot write ({what}); {remedy}. Committed files are untouched.")

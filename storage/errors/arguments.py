@@ -1,7 +1,7 @@
-"""What the arguments of the public calls may be: one rule a name, and the decorator that holds a call to them.
+"""Rules for the arguments of public calls, one rule for each name, and a decorator that applies them.
 
-A rule takes (name, value) and returns the value as the code wants it, or raises WrongArgument. Numbers are taken by
-what they are: 64.0 and numpy's 64 are 64; True and "64" are not.
+A rule takes (name, value). It returns the value in the type that the code needs, or raises WrongArgument. Numbers are
+accepted by value: 64.0 and numpy's 64 mean 64. True and "64" are not numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _MOST = 2**63 - 1
 
 
 class WrongArgument(StorageError, WrongUse, ValueError):  # noqa: N818 - as the other errors, it says what is wrong
-    """An argument that cannot be what it is: `name`, what is said of it, and what else a caller in Python may pass."""
+    """An argument with a value that is not allowed: its `name`, what is wrong, and what a Python caller may pass as
+    well.
+    """
 
     def __init__(self, name: str, said: str, otherwise: str = "") -> None:
         super().__init__(name, said, otherwise)
@@ -38,21 +40,21 @@ class WrongArgument(StorageError, WrongUse, ValueError):  # noqa: N818 - as the 
 
 
 def wrong(name: str, value: Any, must: str) -> WrongArgument:
-    """The error for a value that is not what it must be."""
+    """The error for a value that breaks its rule; `must` says what the value must be."""
     return WrongArgument(name, f"is {shown(value)}: it must be {must}")
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, whatever it is."""
+    """A value as short text for a message."""
     try:
         whole = " ".join(repr(value).split())
-    except Exception:  # an object's own
+    except Exception:  # the object's own repr may fail
         whole = f"a {type(value).__name__}"
     return whole if len(whole) <= _SHOWN else f"{whole[:_SHOWN]}…"
 
 
 def whole(low: int = 0, high: int = _MOST, or_none: str = "") -> Rule:
-    """A whole number from `low` to `high`; with `or_none`, what None means, None too."""
+    """A whole number from `low` to `high`. If `or_none` says what None means, None is allowed too."""
     ends = f"at least {low}" if high == _MOST else f"{low} to {high}"
     must = f"a whole number, {ends}{or_none and ', or None ('}{or_none}{or_none and ')'}"
 
@@ -68,7 +70,7 @@ def whole(low: int = 0, high: int = _MOST, or_none: str = "") -> Rule:
 
 
 def real(must: str, holds: Callable[[float], bool]) -> Rule:
-    """A finite number for which `holds`; `must` says that in words."""
+    """A finite number for which `holds` is true; `must` states the condition in words."""
 
     def rule(name: str, value: Any) -> float:
         number = _real(value)
@@ -87,7 +89,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def one_of(choices: Collection[Any]) -> Rule:
-    """One of a few names, or None where that is among them; the nearest is named."""
+    """One of a few names, or None if None is among them. The error suggests the nearest name."""
 
     def rule(name: str, value: Any) -> Any:
         if (value is None or isinstance(value, str)) and value in choices:
@@ -105,7 +107,7 @@ def text(name: str, value: Any) -> str:
 
 
 def names(name: str, value: Any) -> tuple[str, ...]:
-    """Names, in a list; a single str is not taken for its letters."""
+    """A list of names. A single str is refused, so that it is not split into letters."""
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
         hint = f", as in {name}=[{value!r}]" if isinstance(value, str) else ""
         raise wrong(name, value, f"a list of names{hint}")
@@ -118,8 +120,8 @@ def names(name: str, value: Any) -> tuple[str, ...]:
 
 
 def place(name: str, value: Any) -> Any:
-    """A path or a URL; which ones are good is for nfm.storage.files.places to say."""
-    if isinstance(value, str | Path) or hasattr(value, "protocol"):  # universal_pathlib's
+    """A path or a URL. nfm.storage.files.places decides which ones are valid."""
+    if isinstance(value, str | Path) or hasattr(value, "protocol"):  # a path of universal_pathlib
         return value
     if not isinstance(value, os.PathLike) or not isinstance(os.fspath(value), str):
         raise wrong(name, value, "a path or a URL (str or pathlib.Path)")
@@ -127,7 +129,7 @@ def place(name: str, value: Any) -> Any:
 
 
 def numbers(name: str, value: Any) -> Any:
-    """Whole numbers in one dimension, as an array of int64: slots, rows."""
+    """Whole numbers in one dimension (slots, rows), as an array of int64."""
     import numpy as np
 
     try:
@@ -142,14 +144,14 @@ def numbers(name: str, value: Any) -> Any:
 
 
 def function(name: str, value: Any) -> Any:
-    """Something to call."""
+    """Something that can be called."""
     if not callable(value):
         raise wrong(name, value, "a function")
     return value
 
 
 def instance(*kinds: type | str, none: bool = False) -> Rule:
-    """An object of one of these classes, or of classes of these names; None where that is taken."""
+    """An object of one of these classes; a class may be given by name. With `none`, None is allowed too."""
     words = [kind if isinstance(kind, str) else kind.__name__ for kind in kinds]
 
     def rule(name: str, value: Any) -> Any:
@@ -161,17 +163,17 @@ def instance(*kinds: type | str, none: bool = False) -> Rule:
 
 
 def checked_later(name: str, value: Any) -> Any:
-    """Anything: what it may be depends on other things; who knows them raises a WrongArgument himself."""
+    """Anything. Whether it is allowed depends on other values; the code that knows them raises WrongArgument."""
     return value
 
 
 def or_none(rule: Rule) -> Rule:
-    """The rule, and None."""
+    """The given rule, and None as well."""
     return lambda name, value: None if value is None else rule(name, value)
 
 
 def shape(name: str, value: Any) -> tuple[int, ...]:
-    """The sizes of an array; () is one value."""
+    """The sizes of an array. () is a single value."""
     listed = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping)
     sizes = [_whole(size) for size in value] if listed else [None]
     whole_ones = tuple(size for size in sizes if size is not None and size >= 0)
@@ -180,8 +182,7 @@ def shape(name: str, value: Any) -> tuple[int, ...]:
     return whole_ones
 
 
-# The rule of an argument, by its name: a name means the same in every public call. The few that do not are given
-# where the call is.
+# The rule of each argument, by name. A name means the same in every public call; exceptions are given at the call.
 RULES: Mapping[str, Rule] = {
     "batch_size": whole(1),
     "seed": whole(0, 2**64 - 1),
@@ -196,8 +197,8 @@ RULES: Mapping[str, Rule] = {
     "raw": flag,
     "fields": names,
     "soften": real("a number, it lies in [0, 1); 0 leaves the noise as stored", lambda rho: 0 <= rho < 1),
-    "device": checked_later,  # by Upload, which knows torch's devices
-    "filter": checked_later,  # by `as_expression`, which knows pyarrow's expressions
+    "device": checked_later,  # checked by Upload, which knows torch's devices
+    "filter": checked_later,  # checked by `as_expression`, which knows pyarrow's expressions
     "generation": whole(1, or_none="the newest"),
     "draw": whole(),
     "records": whole(),
@@ -211,11 +212,11 @@ RULES: Mapping[str, Rule] = {
     "target": place,
     "folder": or_none(place),
     "split": text,
-    "layout": text,  # `spec` knows the names
+    "layout": text,  # checked by `spec`, which knows the names
     "codec": text,
     "dtype": text,
     "cache": instance("ShardCache", none=True),
-    "out": checked_later,  # by the layouts: arrays of the right shape and type
+    "out": checked_later,  # checked by the layouts: arrays of the right shape and type
     "progress": function,
     "threads": whole(1, or_none="as many as there are cores"),
     "state": instance("dict", "Mapping"),
@@ -231,9 +232,9 @@ RULES: Mapping[str, Rule] = {
 
 
 def checked(*, options: type | None = None, **own: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Holds a call to the rules of its arguments, by name; `own` are those that mean something else in this call.
+    """Applies the rules to the arguments of a call, by name. `own` are rules for this call only.
 
-    `options` is the TypedDict of its `**options`. An argument that it does not know is a TypeError with the nearest.
+    `options` is the TypedDict of its `**options`. An unknown option raises TypeError, which suggests the nearest name.
     """
     more: Collection[str] = () if options is None else options.__annotations__
 
@@ -259,7 +260,7 @@ def checked(*, options: type | None = None, **own: Rule) -> Callable[[Callable[P
                     given[name] = rules[name](name, given[name])
             return call(*bound.args, **bound.kwargs)
 
-        wrapper.checked = rules  # type: ignore[attr-defined]  # for the test that no argument is without
+        wrapper.checked = rules  # type: ignore[attr-defined] # for the test that every argument has a rule
         return wrapper
 
     return decorate
@@ -272,7 +273,7 @@ def _nearest(value: Any, choices: Iterable[Any]) -> str:
 
 
 def _whole(value: Any) -> int | None:
-    """A whole number, also one that a float holds; None for anything else."""
+    """A whole number, also if a float holds it; None for anything else."""
     try:
         return None if type(value).__name__ in ("bool", "bool_") else operator.index(value)
     except TypeError:
@@ -281,7 +282,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _real(value: Any) -> float:
-    """A number as a float, nan for anything else."""
+    """A number as a float; nan for anything else."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     try:

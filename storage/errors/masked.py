@@ -1,6 +1,6 @@
-"""Secrets in URLs: whatever is printed or written has `***` in their place.
+"""Hides secrets in URLs: `***` replaces them in everything that is printed or written.
 
-A URL may carry a key before its host (`s3://KEY:SECRET@bucket/x`) or in its query (`?X-Amz-Signature=`, `?token=`).
+A URL may have a key before its host (`s3://KEY:SECRET@bucket/x`) or in its query (`?X-Amz-Signature=`, `?token=`).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import re
 from typing import Any
 
 HIDDEN = "***"
-_OBJECT_STORES = ("s3", "s3a", "gs", "gcs")  # no bucket has a colon, so one is of a key
-# A name alone before the host is a secret (https://TOKEN@host), but of these it is a container's or a user's.
+_OBJECT_STORES = ("s3", "s3a", "gs", "gcs")  # a bucket name has no colon, so a colon belongs to a key
+# A single name before the host is a secret (https://TOKEN@host), but with these schemes it is a container or a user.
 _NAMES_USERS = ("abfs", "abfss", "wasb", "wasbs", "hdfs", "webhdfs", "sftp", "ssh", "git", "ftp", "smb", "file")
 _LEAD = r"\b(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{1,30}):"
 _URL = re.compile(rf"(?:{_LEAD}/+|\b(?P<bare>s3a?|gcs|gs):(?!/))(?P<authority>[^/?#\s'\"]*)", re.IGNORECASE)
@@ -24,13 +24,13 @@ _CLOSING = ".,:;)]}>"
 
 
 def masked(text: str) -> str:
-    """The text with `***` for every secret of the URLs in it, also of those that lack a slash."""
+    """The text with `***` in place of every secret in its URLs, also in URLs that lack a slash."""
     parts, at = [], 0
     token_end = at_sign = 0
     while url := _URL.search(text, at):
         start, end = url.span("authority")
         shown = _authority((url["scheme"] or url["bare"]).lower(), url["authority"])
-        if shown is None:  # a password goes on behind a slash or a quote, up to the last @
+        if shown is None:  # the password contains a slash or a quote: it ends at the last @
             if end >= token_end:
                 token_end = len(text) if (space := _SPACE.search(text, end)) is None else space.start()
                 at_sign = text.rfind("@", end, token_end)
@@ -41,7 +41,7 @@ def masked(text: str) -> str:
 
 
 def masked_in(value: Any) -> Any:
-    """The same of every text in a value of JSON's kinds; another value as it is."""
+    """Applies `masked` to every text in a JSON value. Other values are returned unchanged."""
     if isinstance(value, str):
         return masked(value)
     if isinstance(value, dict):
@@ -52,7 +52,7 @@ def masked_in(value: Any) -> Any:
 
 
 def holds_secret(value: Any) -> bool:
-    """Whether a URL in the text, or in any text of the value, carries a key, a password or a token."""
+    """Whether the text, or any text in the value, has a URL with a key, a password or a token."""
     if isinstance(value, str):
         return masked(value) != value
     if isinstance(value, dict):
@@ -61,7 +61,7 @@ def holds_secret(value: Any) -> bool:
 
 
 def _authority(scheme: str, authority: str) -> str | None:
-    """What may be shown of the part between `//` and the path; None where it is the beginning of a password."""
+    """The part between `//` and the path, without secrets; None if it is the beginning of a password."""
     user, at, host = authority.rpartition("@")
     if at:
         return authority if ":" not in user and scheme in _NAMES_USERS else f"{HIDDEN}@{host}"

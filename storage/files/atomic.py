@@ -1,6 +1,6 @@
-"""Files that are either absent or whole, here and on object stores, and the JSON that vouches for itself.
+"""Files that are either absent or complete, on local disks and object stores, and JSON that carries its own digest.
 
-Every function takes a local path or a URL of `as_path`. What goes wrong is a StorageError that names the file.
+Every function takes a local path or a URL of `as_path`. Errors are StorageErrors that name the file.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from nfm.storage.files.signed_json import digest as digest
 from nfm.storage.files.small_files import MOST_BYTES, MOST_INDEX_BYTES, plain, read_bytes
 
 _CHUNK = 4 << 20
-_TRIES = 3  # readings of a remote JSON file before its contents are called damaged
+_TRIES = 3  # times to read a remote JSON file before it counts as damaged
 
 
 def content_digest(digests: Iterable[str]) -> str:
-    """The digest of an artifact's content: over its payload digests, one a line, in their order."""
+    """The digest of an artifact's content: SHA-256 over its payload digests, one a line, in order."""
     return digest("\n".join(digests).encode())
 
 
@@ -54,7 +54,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def read_checked(path: Path, sha256: str, most: int = MOST_INDEX_BYTES) -> bytes:
-    """The whole of a remote file of at most `most` bytes, read again when it has another SHA-256 than is given.
+    """The contents of a remote file of at most `most` bytes. It is read again if its SHA-256 is not the given one.
 
     Raises FileNotFoundError and CorruptShard.
     """
@@ -67,7 +67,7 @@ def read_checked(path: Path, sha256: str, most: int = MOST_INDEX_BYTES) -> bytes
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes `data` to `path`, replacing what is there; readers see the old file or the new, never a part."""
+    """Writes `data` to `path` and replaces what is there. Readers see the old file or the new one, never a part."""
     where = as_path(path)
     if is_remote(where):
         remote.attempt(where, "write", lambda fs, name: fs.pipe_file(name, bytes(data)))
@@ -77,10 +77,10 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def create_bytes(path: str | Path, data: bytes) -> bool:
-    """Writes `data` to `path` only if nothing is there; True when what stands there is the caller's.
+    """Writes `data` to `path` only if nothing is there. Returns True if the file at `path` is the caller's.
 
-    Of many local writers exactly one gets True. On an object store "exists" may be the echo of the caller's own put
-    whose answer was lost, so there every writer of these very bytes gets True: put something of your own in them.
+    Of many local writers exactly one gets True. An object store can answer "exists" to a put that succeeded, if the
+    first answer was lost. There, every writer of the same bytes gets True, so put something unique in them.
     """
     where = as_path(path)
     if is_remote(where):
@@ -98,11 +98,11 @@ def create_bytes(path: str | Path, data: bytes) -> bool:
 
 
 def place(source: Path, target: Path, size: int | None = None) -> None:
-    """Gives a durable file of a store its final name, and takes the old one away.
+    """Moves a durable file of a store to its final name.
 
-    A hard link here, a copy within the object store there. May be killed and called again at any point: when `source`
-    is gone, `target` must be there, with `size` bytes where given. Raises MissingShard, CorruptShard, or StorageError
-    when another file has that name.
+    On a local disk this is a hard link, on an object store a copy within it. It may be killed and called again at any
+    point: if `source` is gone, `target` must exist, with `size` bytes if given. Raises MissingShard, CorruptShard, or
+    StorageError if another file has that name.
     """
     source, target = as_path(source), as_path(target)
     try:
@@ -110,7 +110,7 @@ def place(source: Path, target: Path, size: int | None = None) -> None:
     except FileNotFoundError as error:
         if size_of(source) is not None or size_of(target) is None or size not in (None, size_of(target)):
             raise MissingShard(f"{source}: vanished while it was placed; who removes files of the store?") from error
-        # Another process sealed the same store and took the old name away first.
+        # Another process sealed the same store and removed the old name first.
 
 
 def _place(source: Path, target: Path, size: int | None) -> None:
@@ -126,13 +126,13 @@ def _place(source: Path, target: Path, size: int | None) -> None:
     if expected is not None and found != expected:
         raise CorruptShard(f"{target}: {found} bytes, {expected} were committed; run `nfm repair` on its store")
     if have is not None and not is_remote(target):
-        sync_folder(target.parent)  # the new name is durable before the old one goes
+        sync_folder(target.parent)  # the new name is durable before the old one is removed
     remove(source)
 
 
 def _second_name(source: Path, target: Path) -> None:
     if is_remote(target):
-        copied = getattr(target, "path")  # noqa: B009  no attribute of pathlib's
+        copied = getattr(target, "path")  # noqa: B009 not an attribute of pathlib's paths
         remote.attempt(source, "copy", lambda fs, name: fs.cp_file(name, copied))
         return
     try:
@@ -155,24 +155,25 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def write_json(path: str | Path, body: Mapping[str, Any]) -> None:
-    """Writes `body` with a `digest` of itself, replacing what is there."""
+    """Writes `body` and its `digest`, and replaces what is there."""
     write_bytes(path, signed_text(path, body))
 
 
 def create_json(path: str | Path, body: Mapping[str, Any]) -> bool:
-    """Writes `body` with a `digest` of itself if nothing is there; False when something is."""
+    """Writes `body` and its `digest` if nothing is there. Returns False if something is."""
     return create_bytes(path, signed_text(path, body))
 
 
 def read_json(path: str | Path, signed: bool = True, root: Path | None = None) -> dict[str, Any]:
-    """The JSON object in `path`; it must be, byte for byte, what `create_json` writes for these contents.
+    """The JSON object in `path`. Its bytes must be exactly what `create_json` writes for these contents.
 
-    Its `digest` proves the contents, and the one rendering of them proves every byte of the text. With `signed=False`
-    a file without a digest is accepted too. No link may lead out of `root`, by default its folder. Raises StorageError.
+    The `digest` protects the contents. As there is only one way to write them, every byte of the file is checked. With
+    `signed=False` a file without a digest is accepted too. No link may lead out of `root`, by default the file's
+    folder. Raises StorageError.
     """
     where = as_path(path)
     data = _read(where, root)
-    for _ in range(_TRIES - 1 if is_remote(where) else 0):  # what arrives damaged may be whole where it is
+    for _ in range(_TRIES - 1 if is_remote(where) else 0):  # the file may be complete although a download was damaged
         try:
             return checked(where, data, signed)
         except StorageError:
@@ -191,12 +192,12 @@ def _read(path: Path, root: Path | None) -> bytes:
 
 
 def is_temporary(path: str | Path) -> bool:
-    """Whether a file is one of our unpublished temporary files, to be ignored by every reader."""
+    """Whether this is one of our unpublished temporary files, which every reader ignores."""
     return Path(path).name.startswith(TEMPORARY)
 
 
 def clear_temporaries(folder: str | Path, idle_seconds: float = 3600.0) -> list[Path]:
-    """Removes the temporary files under `folder` not written to for `idle_seconds`; returns them."""
+    """Removes the temporary files under `folder` that were not written to for `idle_seconds`; returns them."""
     removed = []
     for path in Path(folder).rglob(TEMPORARY + "*"):
         with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Folders for copies of what is remote: one a process, gone when the process is; or one that is given, and kept."""
+"""Folders for local copies of remote files: one for each process, removed when it ends; or a given one, which is kept."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from nfm.storage.files.paths import TEMPORARY, stated_path
 
-_ABANDONED = 3600.0  # seconds after which an unfinished download of a shared folder is nobody's
+_ABANDONED = 3600.0  # seconds after which an unfinished download in a shared folder counts as abandoned
 _held: list[int] = []  # locks of this process's own folders
 
 
 def base_folder() -> Path:
-    """Where the folders of processes are: `$NFM_CACHE`, else `nfm` in the user's cache folder."""
+    """The parent of all process folders: `$NFM_CACHE`, else `nfm` in the user's cache folder."""
     return stated_path("NFM_CACHE") or (stated_path("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfm"
 
 
 def shared_folder(folder: Path) -> Path:
-    """A folder that is given; only what nobody can be writing any more is removed from it."""
+    """Prepares a given folder. Only abandoned downloads are removed from it."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(TEMPORARY + "*"):
         with contextlib.suppress(FileNotFoundError):
@@ -34,7 +34,7 @@ def shared_folder(folder: Path) -> Path:
 
 
 def own_folder() -> Path:
-    """A new folder of this process, with a lock file beside it; folders whose lock nobody holds are removed."""
+    """Makes a folder for this process, with a lock file beside it. Removes folders whose process has ended."""
     base = base_folder()
     base.mkdir(parents=True, exist_ok=True)
     for lock in base.glob("p*.lock"):
@@ -42,26 +42,27 @@ def own_folder() -> Path:
     while True:
         lock = base / f"p{os.getpid()}-{secrets.token_hex(4)}.lock"
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        with contextlib.suppress(OSError):  # a file system without locks: then nobody takes ours for dead either
+        with contextlib.suppress(OSError):  # without locks on this file system, nobody can take ours for abandoned
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if lock.exists():  # else a cleaner was quicker than our lock
+        if lock.exists():  # otherwise another process removed the file before it was locked
             break
         os.close(handle)
     _held.append(handle)
     folder = lock.with_suffix("")
     folder.mkdir()
-    Finalize(None, _remove, (folder, lock), exitpriority=0)  # unlike atexit's, it runs in multiprocessing's children
+    # unlike atexit, this also runs in multiprocessing's children
+    Finalize(None, _remove, (folder, lock), exitpriority=0)
     return folder
 
 
 @functools.cache
 def spool_folder() -> Path:
-    """This process's folder for files on their way to an object store."""
+    """This process's folder for files that will be uploaded to an object store."""
     return own_folder()
 
 
 def release_after_fork() -> None:
-    """In a child: lets go of the parent's locks, which the parent goes on holding, so that they end with it."""
+    """In a child: closes its copies of the parent's locks. The parent keeps them, so they end with the parent."""
     spool_folder.cache_clear()
     while _held:
         os.close(_held.pop())
@@ -71,7 +72,8 @@ def _remove_if_dead(lock: Path) -> None:
     with contextlib.suppress(OSError):
         handle = os.open(lock, os.O_RDWR)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when its process dies, however
+            # the kernel releases it when its process ends, in any way
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(lock.with_suffix(""), lock)
         finally:
             os.close(handle)

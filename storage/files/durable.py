@@ -1,8 +1,8 @@
-"""A file being written: hashed on the way, absent until it is whole and durable.
+"""Writes a file that is hashed on the way and stays invisible until it is complete and durable.
 
-Here: temporary file, fsync, then link (create) or rename (replace). On an object store: a temporary file here, then one
-put, conditional where nothing may be there yet. A process that dies at any point leaves at most a file named
-`.tmp-PID-TOKEN-NAME`, which nobody reads.
+Local: a temporary file, fsync, then link (create) or rename (replace). Object store: a local temporary file, then one
+put, which is conditional if nothing may be there yet. A process that dies at any point leaves at most a file named
+`.tmp-PID-TOKEN-NAME`, which no reader opens.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from nfm.storage.files import remote
 from nfm.storage.files.cache_folder import base_folder, spool_folder
 from nfm.storage.files.paths import as_path, is_remote, temporary_name
 
-_LARGE = 1 << 20  # bytes; from here on a second thread hashes a piece while this one writes it
+_LARGE = 1 << 20  # bytes; a piece of at least this size is hashed in a second thread while this one writes it
 _WRITEBACK = 32 << 20  # bytes between two hints to the kernel
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file that is durable: its path, SHA-256 (hex) and size in bytes.
+    """A durable file: its path, SHA-256 (hex) and size in bytes.
 
-    The path is relative to the store where a commit or a manifest names the file, else as its writer was given it.
+    The path is relative to the store if a commit or a manifest names the file. Otherwise it is the path that the writer
+    was given.
     """
 
     path: str
@@ -41,11 +42,11 @@ class StoredFile:
 
 
 class HashingFile:
-    """A file being written: SHA-256 and size are taken on the way, the name appears when all is durable.
+    """A file being written. SHA-256 and size are computed on the way; the name appears when everything is durable.
 
-    As a context manager it publishes on a clean exit and removes its temporary file on any error. With
-    `replace=False` an existing file is left alone and `published` is False. Raises StorageError when the
-    disk is full, or the object store cannot be written.
+    As a context manager it publishes on a clean exit and removes its temporary file after an error. With
+    `replace=False` an existing file is left alone and `published` is False. Raises StorageError if the disk is full or
+    the object store cannot be written.
     """
 
     def __init__(self, path: str | Path, replace: bool = True) -> None:
@@ -63,7 +64,7 @@ class HashingFile:
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
                 sync_folder(folder.parent)
-            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115  closed by publish
+            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115 closed by publish
         except OSError as error:
             raise self._cannot_write(error) from error
 
@@ -74,16 +75,18 @@ class HashingFile:
 
     @property
     def stored(self) -> StoredFile:
-        """What was written, as a reference to it."""
+        """What was written, as a StoredFile."""
         return StoredFile(str(self.path), self.sha256, self.bytes)
 
     def write(self, data: bytes | memoryview) -> int:
-        """Appends all of `data` (any contiguous buffer); returns its size in bytes. The buffer is free again then."""
+        """Appends all of `data` (any contiguous buffer). Returns its size in bytes. The caller may then reuse the
+        buffer.
+        """
         view = memoryview(data).cast("B")
         hashed = self._hash(view)
         try:
             written = 0
-            while written < view.nbytes:  # an unbuffered write may be partial near the end of the space
+            while written < view.nbytes:  # an unbuffered write may be partial when the disk is nearly full
                 written += self._file.write(view[written:]) or 0
             self.bytes += written
             if not self._remote and self.bytes - self._hinted >= _WRITEBACK:
@@ -97,7 +100,7 @@ class HashingFile:
         return written
 
     def _hash(self, view: memoryview) -> Callable[[], Any]:
-        """Hashes a piece, a large one in a second thread; what it returns waits for that."""
+        """Hashes a piece, a large one in a second thread. Call the result to wait for it."""
         if view.nbytes < _LARGE:
             self._sha.update(view)
             return _nothing
@@ -106,7 +109,7 @@ class HashingFile:
         return self._hasher.submit(self._sha.update, view).result
 
     def publish(self) -> None:
-        """Makes the bytes durable, then gives them their name."""
+        """Makes the bytes durable, then gives the file its name."""
         try:
             if self._remote:
                 self._file.close()
@@ -147,7 +150,7 @@ class HashingFile:
         return cannot_write(error.filename or base_folder() if self._remote else self.path, error)
 
     def discard(self) -> None:
-        """Closes and removes the temporary file; harmless after `publish`."""
+        """Closes and removes the temporary file. Does nothing after `publish`."""
         if self._hasher is not None:
             self._hasher.shutdown()
             self._hasher = None
@@ -169,7 +172,7 @@ class HashingFile:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a local folder durable."""
+    """Makes the file names in a local folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -178,25 +181,25 @@ def sync_folder(folder: Path) -> None:
 
 
 def _nothing() -> None:
-    """What is there to wait for after a piece was hashed at once."""
+    """Nothing to wait for: the piece was hashed at once."""
 
 
 def _link(temporary: Path, path: Path) -> bool:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        # NFS may repeat a request that succeeded and answer "exists"; the link count tells the truth.
+        # NFS may repeat a request that succeeded and answer "exists". The link count shows what happened.
         return os.stat(temporary).st_nlink == 2
     return True
 
 
 @functools.cache
 def _sync_file_range() -> Any:
-    return getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it, others do without
+    return getattr(ctypes.CDLL(None), "sync_file_range", None)  # only Linux has it
 
 
 def _start_writeback(handle: int, start: int, size: int) -> None:
-    """Asks the kernel to begin writing these bytes to the disk now, so that the fsync at the end finds little to do."""
+    """Asks the kernel to start writing these bytes to the disk, so that the final fsync is short."""
     hint = _sync_file_range()
     if hint is not None:
         hint(handle, ctypes.c_int64(start), ctypes.c_int64(size), 2)  # SYNC_FILE_RANGE_WRITE

@@ -1,7 +1,7 @@
-"""A folder of a store in one look: the names in it, and the sizes of its files.
+"""Lists a folder of a store in one pass: its names, and the sizes of its files.
 
-A store of 200,000 shards has as many files in each of three folders; to ask for each by its name, through every link
-that might be on the way, takes minutes.
+A store of 200,000 shards has that many files in each of three folders. To check each by name, with every link on its
+path, would take minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nfm.storage.files.small_files import MOST_BYTES, read_bytes
 
 
 def names(root: Path, folder: str) -> Iterator[str]:
-    """The names in a folder of a store, in no order; none when there is no such folder.
+    """The names in a folder of a store, in no order; none if there is no such folder.
 
     Raises StorageError for a link that leads out of the store.
     """
@@ -37,8 +37,8 @@ def names(root: Path, folder: str) -> Iterator[str]:
 def sizes(root: Path, folder: str) -> dict[str, int]:
     """Bytes of every plain file in a folder of a store, by name.
 
-    Links are left out, and everything where a link stands in the folder's place: what is here lies in the store, and
-    what is not must be asked for by its name.
+    Links are left out. If the folder itself is a link, the result is empty. So every listed file lies in the store;
+    other files must be checked by name.
     """
     path = root / folder
     if is_remote(root):
@@ -53,7 +53,7 @@ def sizes(root: Path, folder: str) -> dict[str, int]:
                 if stat.S_ISREG(status.st_mode):
                     found[entry.name] = status.st_size
     except (FileNotFoundError, NotADirectoryError):
-        pass  # it goes away under us, or was never there: then the files are asked for by their names
+        pass  # the folder was removed meanwhile, or was never there: then files are checked by name
     return found
 
 
@@ -67,14 +67,14 @@ def _remote_sizes(path: Path) -> dict[str, int]:
 
 
 def shard_files(root: Path) -> dict[str, int]:
-    """Bytes of every plain file in the folders of payloads and index parts, by its path relative to the store."""
+    """Bytes of every plain file in the folders of payloads and index parts, by path relative to the store."""
     return {f"{folder}/{name}": size for folder in ("shards", "index") for name, size in sizes(root, folder).items()}
 
 
 class Folder:
-    """A folder of a store of which many small files are read: a context manager.
+    """A context manager for reading many small files of one folder of a store.
 
-    Local files are opened relative to it, so that the way to it is walked once.
+    Local files are opened relative to the folder, so its path is resolved only once.
     """
 
     def __init__(self, root: Path, folder: str) -> None:
@@ -94,7 +94,7 @@ class Folder:
             os.close(self._handle)
 
     def read(self, name: str) -> bytes | None:
-        """The whole of a plain file; None for what is none, which its own reader must explain."""
+        """The contents of a plain file; None for anything else, which the caller must explain."""
         if is_remote(self._path):
             try:
                 return read_bytes(self._path / name)
@@ -102,7 +102,7 @@ class Folder:
                 return None
         if self._handle is None:
             return None
-        try:  # a pipe does not make anybody wait, a link is not followed
+        try:  # opening a pipe does not block, and links are not followed
             file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self._handle)
         except OSError:
             return None

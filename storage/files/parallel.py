@@ -1,4 +1,4 @@
-"""One ordered map on several threads: reading, hashing, decoding and numpy release Python's lock."""
+"""A map on several threads that keeps the order. Reading, hashing, decoding and numpy release Python's lock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_LOOK_SECONDS = 0.5  # an interrupt that comes just before the wait begins is seen after that time
+_LOOK_SECONDS = 0.5  # longest delay until an interrupt is noticed that comes just before the wait
 
 
 def parallel(
@@ -21,12 +21,12 @@ def parallel(
     ahead: int | None = None,
     stop: threading.Event | None = None,
 ) -> Generator[Result, None, None]:
-    """`action` of each item, in the items' order, on `threads` threads (default: one a core).
+    """`action` of each item, in the order of the items, on `threads` threads (default: one for each core).
 
-    At most `ahead` items (default: four a thread) are begun before their results are taken, so that neither the items
-    nor the results fill the memory. What an action raises is raised at its item's place. Then, and when the caller is
-    interrupted or closes the map, what has not begun is dropped and what runs is waited for; an action that takes long
-    looks at `stop`, which is set first.
+    At most `ahead` items (default: four for each thread) are started before their results are taken, so that neither
+    items nor results fill the memory. An exception of an action is raised at its item's place. After it, and after an
+    interrupt or an early close, items that have not started are dropped, and running ones are waited for. A long action
+    should check `stop`, which is set first.
     """
     threads = threads or os.cpu_count() or 1
     ahead = ahead or 4 * threads
@@ -39,7 +39,7 @@ def parallel(
                 yield _result(begun.popleft())
         while begun:
             yield _result(begun.popleft())
-    except BaseException:  # closing it early is GeneratorExit
+    except BaseException:  # also GeneratorExit, when the map is closed early
         if stop is not None:
             stop.set()
         raise

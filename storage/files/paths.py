@@ -1,7 +1,7 @@
-"""What is asked of a place: a folder of this machine, or a URL that fsspec knows (s3://, gs://, memory://).
+"""Operations on a place: a local folder, or a URL that fsspec knows (s3://, gs://, memory://).
 
-What is asked of a URL goes through here, so that it is tried again when the object store has a bad moment, fails with a
-message for people, and works in forked processes; pathlib's own methods of a URL do neither.
+Requests to URLs go through here: they are tried again after a temporary error, fail with a clear message, and work in
+forked processes. pathlib's own methods on a URL do none of this.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _REQUESTS = 16  # small requests at a time
 
 
 def inside(root: Path, name: str) -> Path:
-    """The file or folder `name` of a store; raises StorageError when the name, or a link, leads out of the store.
+    """The file or folder `name` of a store. Raises StorageError if the name, or a link, leads out of the store.
 
-    Pipes and devices are refused too: to open one may wait for ever. What is missing is for its reader to say.
+    Pipes and devices are refused too, because opening one may block for ever. A missing file is left to its reader.
     """
     path = root / name
     if name.startswith("/") or ".." in name.split("/"):
@@ -60,19 +60,19 @@ def inside(root: Path, name: str) -> Path:
 
 
 def temporary_name(name: str) -> str:
-    """The name of an unpublished local file, unlike that of any other writer."""
+    """A name for an unpublished local file that no other writer uses."""
     return f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}-{name}"
 
 
 def several(where: Path, action: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`action` of each item, in their order: at the same time where `where` is remote, since requests mostly wait."""
+    """`action` of each item, in order. If `where` is remote they run at the same time, because requests mostly wait."""
     if not is_remote(where):
         return [action(item) for item in items]
     return list(parallel(action, items, _REQUESTS))
 
 
 def names_in(folder: Path) -> list[str]:
-    """The names in a folder, sorted; none when there is no such folder."""
+    """The names in a folder, sorted; none if there is no such folder."""
     try:
         if not is_remote(folder):
             return sorted(path.name for path in folder.iterdir())
@@ -84,7 +84,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def size_of(path: Path) -> int | None:
-    """Size of a file in bytes, None when there is none."""
+    """Size of a file in bytes; None if there is no such file."""
     try:
         if not is_remote(path):
             return path.stat().st_size if path.is_file() else None
@@ -106,7 +106,7 @@ def exists(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a file; nothing when there is none."""
+    """Removes a file; does nothing if there is none."""
     if not is_remote(path):
         path.unlink(missing_ok=True)
         return

@@ -1,4 +1,4 @@
-"""What a user wrote as a place: in an argument, a config field, an environment variable, a call of the library."""
+"""Interprets a place that a user wrote: in an argument, a config field, an environment variable or a Python call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _SCHEMED = re.compile(
 )
 _FINGERPRINT = re.compile(r"(?:pairs/)?([0-9a-f]{4,64})")  # or its beginning
 _FILES, _BUCKETS = ("file", "local"), ("s3", "s3a", "gs", "gcs")
-_SCHEMES = ("file", *_BUCKETS, "memory", "az", "abfs", "http", "https")  # which no local name means by accident
+# no local file name begins with one of these by accident
+_SCHEMES = ("file", *_BUCKETS, "memory", "az", "abfs", "http", "https")
 SECRETS = (
     "a URL with a key, a password or a token, which would be written to manifests and logs; leave it out of the URL: "
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or GOOGLE_APPLICATION_CREDENTIALS"
@@ -25,15 +26,15 @@ SECRETS = (
 
 
 def as_path(where: str | Path) -> Path:
-    """What a user wrote as a place: a local path as pathlib's, a URL as universal_pathlib's with pathlib's methods.
+    """Turns what a user wrote into a path: a local path of pathlib, or for a URL a path of universal_pathlib.
 
-    `~` is the home folder, `file://` a local path with %20 and the like decoded; any other text without a scheme is
-    the path that it says, and `./` before it insists on that. Raises NoPlace for what is neither, with the remedy. A
-    Path is taken as it is.
+    `~` is the home folder. `file://` is a local path, with %20 and the like decoded. Any other text without a scheme is
+    a local path; `./` in front forces this. A Path object is used unchanged. Raises NoPlace, with the remedy, for
+    anything else.
 
     Options of a file system (an endpoint, a profile) come from its own environment variables and from fsspec's
-    configuration. Listings are never cached: other processes write beside this one. Tested against an S3 server and
-    memory://; gs:// takes the same calls of fsspec, and is untested.
+    configuration. Listings are never cached, because other processes may write at the same time. Tested with an S3
+    server and memory://. gs:// uses the same calls of fsspec and is untested.
     """
     if not isinstance(where, str):
         return _of_a_program(where)
@@ -57,7 +58,7 @@ def as_path(where: str | Path) -> Path:
 
 
 def local_path(where: str | Path, remedy: str = "copy it to this machine, or mount it, and name that path") -> Path:
-    """What a user wrote as a place, where only paths of this machine work. Raises NoPlace, for a URL with `remedy`."""
+    """A place that must be a local path. Raises NoPlace for a URL, with `remedy` as its advice."""
     path = as_path(where)
     if is_remote(path):
         raise NoPlace(str(where), f"a URL, and only a path of this machine works here; {remedy}")
@@ -65,7 +66,7 @@ def local_path(where: str | Path, remedy: str = "copy it to this machine, or mou
 
 
 def stated_path(variable: str, remedy: str = "name a folder of this machine") -> Path | None:
-    """The local path in an environment variable; None when it is not set, or set to nothing."""
+    """The local path in an environment variable; None if the variable is not set or empty."""
     stated = os.environ.get(variable, "")
     if not stated.strip():
         return None
@@ -76,15 +77,15 @@ def stated_path(variable: str, remedy: str = "name a folder of this machine") ->
 
 
 def artifacts_root() -> Path:
-    """The folder of what `nfm` makes: `NFM_ARTIFACTS`, else `artifacts/` in the current folder."""
+    """The folder of all artifacts: `NFM_ARTIFACTS`, else `artifacts/` in the current folder."""
     remedy = "name a folder; a finished store goes to an object store by `nfm pairs export STORE URL`"
     return stated_path("NFM_ARTIFACTS", remedy) or Path("artifacts")
 
 
 def store_named(where: str | Path) -> Path:
-    """A place, as of `as_path`; or the store of `artifacts_root()` whose name begins so: `pairs/3fa9c1`, `3fa9c1`.
+    """A place as in `as_path`, or a store of `artifacts_root()` by the beginning of its name: `pairs/3fa9c1`, `3fa9c1`.
 
-    What is there is itself, whatever its name. Raises StorageError for the beginning of several names.
+    A path that exists wins. Raises StorageError if several names begin so.
     """
     path = as_path(where)
     if not isinstance(where, str) or (start := _FINGERPRINT.fullmatch(where)) is None or os.path.lexists(where):
@@ -98,7 +99,7 @@ def store_named(where: str | Path) -> Path:
 
 
 def stated_number(variable: str, unit: str, most: float) -> float | None:
-    """The number from 0 to `most` in an environment variable; None when it is not set, or set to nothing."""
+    """The number from 0 to `most` in an environment variable; None if the variable is not set or empty."""
     stated = os.environ.get(variable, "").strip()
     if not stated:
         return None
@@ -118,21 +119,21 @@ def patience() -> float:
 
 
 def answer_seconds() -> float:
-    """How long one request may hang: so that it and a second one are over when the patience is.
+    """Longest time for one request, so that two requests fit into the patience.
 
-    At least 5 s, which a busy server that is well may take.
+    At least 5 s, because a healthy but busy server may need that.
     """
     return max(5.0, min(60.0, patience() / 2))
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is a URL of no local path, as a program wrote it."""
+    """Whether a program wrote this text as a URL of something that is not local."""
     found = _SCHEMED.match(text)
     return found is not None and len(found["slashes"]) >= 2 and found["scheme"].lower() not in _FILES
 
 
 def _of_a_program(where: Path) -> Path:
-    """A path as it is; pathlib drops a slash of a URL, which then names a folder `s3:`."""
+    """A path, unchanged. Refuses a URL in a Path: pathlib drops a slash, and it would name a folder `s3:`."""
     if is_remote(where):
         if holds_secret(str(where)):
             raise NoPlace(str(where), SECRETS)
@@ -142,12 +143,12 @@ def _of_a_program(where: Path) -> Path:
 
 
 def _local(text: str) -> Path:
-    """A local path as it was written; `~` and `~user` are home folders."""
+    """A local path as the user wrote it. `~` and `~user` are home folders."""
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise NoPlace(text, f"there is no such user; write ./{text} for a local path of that name")
     path = Path(expanded)
-    # Without its `./` it would be read as something else the next time: a worker, a cache and a manifest keep text.
+    # Keep the `./`: workers, caches and manifests store the text, and without it the text would be read as a URL.
     first = path.parts[0] if path.parts else ""
     return path.absolute() if first[:1] == "~" or first[:1].isspace() or ":" in first else path
 
@@ -162,7 +163,7 @@ def _of_file_url(where: str, slashes: int, rest: str) -> Path:
 
 
 def _remote(where: str, scheme: str, rest: str) -> Path:
-    """A URL as universal_pathlib's path. Raises NoPlace for a scheme that fsspec does not know."""
+    """A URL as a path of universal_pathlib. Raises NoPlace if fsspec does not know the scheme."""
     import fsspec
 
     known = set(fsspec.available_protocols())
@@ -190,9 +191,9 @@ def _options(protocol: str) -> dict[str, Any]:
     if protocol in ("s3", "s3a"):
         from fsspec.config import conf
 
-        # botocore's own retries would multiply with those of `remote.attempt`: minutes before an endpoint that is down.
+        # botocore's own retries would multiply with those of `remote.attempt`: minutes if an endpoint is down.
         own = conf.get(protocol, {}).get("config_kwargs")
-        # Its timeouts of 60 s would outlast a shorter patience.
+        # Its timeouts of 60 s would be longer than a short patience.
         options["config_kwargs"] = own or {
             "retries": {"total_max_attempts": 1, "mode": "standard"},
             "connect_timeout": answer_seconds(),
@@ -202,5 +203,5 @@ def _options(protocol: str) -> dict[str, Any]:
 
 
 def is_remote(path: Any) -> bool:
-    """Whether a path of `as_path` is an object store's, where files are put whole and nothing is mapped."""
+    """Whether a path of `as_path` is on an object store, where files are written whole and cannot be mapped."""
     return not isinstance(path, Path)

@@ -1,7 +1,7 @@
-"""Requests to an object store: tried again while the trouble may pass, and explained when it does not.
+"""Requests to an object store. They are tried again while the error may be temporary, and then explained.
 
-fsspec's file systems hide few of their libraries' own errors, and those libraries are optional here, so errors are told
-apart by HTTP status, error code and the names of their classes.
+fsspec's file systems pass on many errors of their libraries, which are optional here. So errors are recognised by HTTP
+status, error code and class name.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _PASSING_STATUS = (408, 409, 425, 429)  # and all from 500 on
 _PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "SlowDown", "XAmzContentSHA256Mismatch"}
 _PASSING_ERRNO = {errno.EIO, errno.EBUSY, errno.EPIPE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH}
 _PASSING_NAMES = {
-    "HTTPClientError",  # botocore: connections reset, timed out
-    "ConnectionError",  # botocore: refused; requests
+    "HTTPClientError",  # botocore: connection reset or timed out
+    "ConnectionError",  # botocore: connection refused; requests
     "ClientConnectionError",  # aiohttp
     "ClientPayloadError",
     "IncompleteRead",  # urllib3, http.client
     "ResponseParserError",
     "RequestException",  # requests, under gcsfs
 }
-_DAMAGED_NAMES = {"ChecksumError", "FlexibleChecksumError"}  # botocore: a body that its checksum does not fit
+_DAMAGED_NAMES = {"ChecksumError", "FlexibleChecksumError"}  # botocore: the body does not match its checksum
 _DAMAGED_TRIES = 3
 _NO_CREDENTIALS = {
     "NoCredentialsError",
@@ -52,7 +52,7 @@ _NO_BUCKET = {"NoSuchBucket", "InvalidBucketName"}
 
 
 def file_system(path: Path) -> Any:
-    """The fsspec file system of a URL. Asked for anew each time: a forked child must have its own."""
+    """The fsspec file system of a URL. It is looked up each time, because a forked child must have its own."""
     import fsspec
 
     where: Any = path
@@ -61,8 +61,8 @@ def file_system(path: Path) -> Any:
     except ImportError as error:
         raise StorageError(f"{path}: {error}; without that package {where.protocol}:// cannot be used") from error
     if where.protocol in ("s3", "s3a"):
-        # s3fs tries 5 times, a read 5 times 5: minutes before a server that does not answer. `attempt` does that; s3fs
-        # keeps one more try, since it sends a failed part of a large upload again and not the whole.
+        # s3fs tries 5 times, and a read 5 times 5: minutes if a server does not answer. `attempt` tries again instead.
+        # s3fs keeps one retry, because it repeats only the failed part of a large upload.
         found.retries = min(found.retries, 2)
     _known[f"{where.protocol} {where.storage_options}"] = found
     return found
@@ -73,8 +73,11 @@ _inherited: list[Any] = []
 
 
 def _keep_inherited() -> None:
-    """In a forked child: file systems that are collected there close connections that the parent waits on, which then
-    hangs until its timeout; so they are kept."""
+    """In a forked child: keeps the parent's file systems alive.
+
+    If they were collected, they would close connections that the parent waits on, and the parent would hang until its
+    timeout.
+    """
     _inherited.append(dict(_known))
     _known.clear()
 
@@ -83,15 +86,15 @@ os.register_at_fork(after_in_child=_keep_inherited)
 
 
 def attempt(path: Path, doing: str, action: Callable[[Any, str], T]) -> T:
-    """`action(file system, its name for path)`, tried again with growing pauses while the trouble may pass.
+    """Calls `action(file system, its name for path)`, and again with growing pauses while the error may be temporary.
 
-    FileNotFoundError, FileExistsError and their like are answers and are raised as they are; anything else
-    becomes a StorageError that names the URL, what was being done (`doing`: "read", "write") and the remedy.
+    FileNotFoundError, FileExistsError and the like are answers, and are raised unchanged. Anything else becomes a
+    StorageError that names the URL, the operation (`doing`: "read", "write") and the remedy.
     """
     began, pause, limit, warned, damaged = time.monotonic(), 0.1, patience(), False, 0
     while True:
         try:
-            return action(file_system(path), getattr(path, "path"))  # noqa: B009  no attribute of pathlib's
+            return action(file_system(path), getattr(path, "path"))  # noqa: B009 not an attribute of pathlib's paths
         except StorageError:
             raise
         except Exception as error:
@@ -109,10 +112,10 @@ def attempt(path: Path, doing: str, action: Callable[[Any, str], T]) -> T:
 
 
 def create(path: Path, put: Callable[[Any, str], Any], is_ours: Callable[[], bool]) -> bool:
-    """Puts an object if there is none, by a conditional put; whether the object that stands is ours.
+    """Creates an object if there is none, by a conditional put. Returns whether the stored object is ours.
 
-    "It exists already" is also what a put gets that is repeated because the answer to its success was lost, here or
-    inside the library; and when all answers are lost nobody knows. Then what is stored is read back by `is_ours`.
+    A put that is repeated after a lost answer also gets "it exists already", whether we or the library repeated it. If
+    all answers are lost, the result is unknown. In both cases `is_ours` reads back what is stored.
     """
     try:
         attempt(path, "write", put)
@@ -127,13 +130,13 @@ def create(path: Path, put: Callable[[Any, str], Any], is_ours: Callable[[], boo
 
 
 def read_range(path: Path, start: int = 0, stop: int | None = None) -> bytes:
-    """Bytes start to stop of an object, fewer where it ends (or where a broken answer says so)."""
+    """Bytes start to stop of an object; fewer if it ends there, or if an answer is cut short."""
 
     def read(fs: Any, name: str) -> bytes:
         try:
             return bytes(fs.cat_file(name, start=start, end=stop))
         except Exception as error:
-            if _status(error) == 416:  # it ends before `start`
+            if _status(error) == 416:  # the object ends before `start`
                 return b""
             raise
 
@@ -141,7 +144,7 @@ def read_range(path: Path, start: int = 0, stop: int | None = None) -> bytes:
 
 
 def read_pieces(path: Path, size: int) -> Iterator[bytes]:
-    """The first `size` bytes of an object in their order, by a few large ranged requests at a time.
+    """The first `size` bytes of an object in order, by a few large ranged requests at a time.
 
     A piece may be short, as in `read_range`: compare the sum.
     """
@@ -167,7 +170,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def explained(path: Path, doing: str, error: BaseException) -> StorageError:
-    """The error for people: which URL, what is wrong, what to do."""
+    """The error for the user: which URL, what is wrong, what to do."""
     if _names(error) & _DAMAGED_NAMES:
         return CorruptShard(f"{path}: cannot {doing} ({_text(error)}), {_DAMAGED_TRIES} times; restore it from a copy")
     return StorageError(f"{path}: cannot {doing} ({_text(error)}); {_remedy(path, error)}")
@@ -196,7 +199,7 @@ def _remedy(path: Path, error: BaseException) -> str:
 
 
 def _response(error: BaseException) -> dict[str, Any]:
-    """botocore's parsed answer, where an error or its cause carries one."""
+    """The parsed answer of botocore, if an error or its cause has one."""
     for one in (error, error.__cause__):
         response = getattr(one, "response", None)
         if isinstance(response, dict):
@@ -224,5 +227,5 @@ def _names(error: BaseException) -> set[str]:
 
 
 def _text(error: BaseException) -> str:
-    text = masked(" ".join(str(error).split()))  # before it is cut, in the middle of a secret
+    text = masked(" ".join(str(error).split()))  # hide secrets before the text is cut, which could split one
     return (text if len(text) <= 300 else text[:297] + "...") or type(error).__name__

@@ -1,4 +1,4 @@
-"""JSON that vouches for itself: an object with a digest of its contents, in the one text that these contents have."""
+"""JSON with a digest of its own contents, written in the only allowed form of these contents."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RESTORE = "restore it from a copy, or set it aside and run the stage again"
 
 
 def canonical_json(body: Any) -> bytes:
-    """The one JSON text of `body`: sorted keys, no spaces, UTF-8.
+    """The only allowed JSON text of `body`: sorted keys, no spaces, UTF-8.
 
-    NaN, infinities and keys that are no strings raise StorageError, naming where they stand.
+    Raises StorageError for NaN, infinities and keys that are not strings, and names their place.
     """
     return json.dumps(
         _plain(body, "body"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
@@ -27,12 +27,12 @@ def canonical_json(body: Any) -> bytes:
 
 
 def digest(data: bytes) -> str:
-    """SHA-256, as hex."""
+    """SHA-256 as hex."""
     return hashlib.sha256(data).hexdigest()
 
 
 def signed_text(path: str | Path, body: Mapping[str, Any]) -> bytes:
-    """The text of `body` with its digest. Raises StorageError, naming the file and the value that has no JSON form."""
+    """The text of `body` with its digest. Raises StorageError that names the file and a value that JSON cannot hold."""
     plain = _plain({key: value for key, value in body.items() if key != "digest"}, str(path))
     plain["digest"] = _digest_of(plain, str(path))
     return _rendered(plain)
@@ -48,7 +48,7 @@ def _digest_of(body: Mapping[str, Any], where: str) -> str:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """`value` in JSON's own types, so that what is written reads back with the same digest."""
+    """`value` in JSON's own types, so that it reads back with the same digest."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -83,8 +83,10 @@ def _whole(text: str, where: str) -> str:
 
 
 def checked(path: Path, data: bytes, signed: bool) -> dict[str, Any]:
-    """The object in the text of a file; its digest must be right, and the text, byte for byte, what `signed_text`
-    makes of it. With `signed=False` there may be no digest. Raises StorageError.
+    """The object in the text of a file.
+
+    Its digest must be right, and the text must be exactly what `signed_text` makes of the object. With `signed=False`
+    the digest may be missing. Raises StorageError.
     """
     try:
         return _proven(path, data, signed)

@@ -1,8 +1,8 @@
-"""The one way in which small files are read: recipes, manifests, commits, locks, notes, logs, lists of shards, states.
+"""The only way to read small files: recipes, manifests, commits, locks, notes, logs, lists of shards, states.
 
-Where somebody else made the folder, anything may stand under their names: a pipe that nobody writes to, a device
-without an end, a link to a file elsewhere on this machine, more bytes than memory holds. Only a plain file inside its
-folder and of at most a stated size is read; of all else a message says what stands there.
+If somebody else made the folder, anything may be there under such a name: a pipe that nobody writes to, a device
+without an end, a link to a file elsewhere, more bytes than fit into memory. So only a plain file is read, inside its
+folder and up to a given size. For anything else the message says what is there.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from nfm.storage.files.paths import inside, is_remote
 
 MOST_BYTES = 64 << 20  # of metadata: a manifest that lists 100,000 shards itself has half of it
 MOST_INDEX_BYTES = 1 << 30  # of an index part, or of the list of two million shards
-MOST_STATE_BYTES = 64 << 30  # of a model's weights, or of all that its training goes on from
+MOST_STATE_BYTES = 64 << 30  # of a model's weights, or of a full training state
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES, root: Path | None = None) -> bytes:
-    """The whole of a file of at most `most` bytes, which no link takes out of `root`, by default its own folder.
+    """The contents of a file of at most `most` bytes. No link may lead out of `root`, by default the file's folder.
 
     Raises FileNotFoundError, OSError (local) or StorageError.
     """
     if is_remote(path):
-        # One request, where a plain read of s3fs would ask for the size first.
+        # One request; a plain read of s3fs would ask for the size first.
         data = remote.read_range(path, 0, most + 1)
         _check_size(path, len(data), most)
         return data
     with opened(path, root) as file:
         size = os.fstat(file.fileno()).st_size
         _check_size(path, size, most)
-        return file.read(size + 1)  # not to its end: somebody may be writing to it
+        return file.read(size + 1)  # not to the end: another process may be writing to it
 
 
 def read_tail(path: Path, most: int, root: Path | None = None) -> bytes:
-    """The last `most` bytes of a local file that grows, a log; all of it where it has fewer. As `read_bytes`."""
+    """The last `most` bytes of a local file that grows, such as a log; all of it if it is shorter. As `read_bytes`."""
     with opened(path, root) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         return file.read(most)
 
 
 def opened(path: Path, root: Path | None = None) -> BinaryIO:
-    """A plain local file, open to be read, which no link takes out of `root`, by default its own folder.
+    """A plain local file, opened for reading. No link may lead out of `root`, by default the file's folder.
 
     Raises FileNotFoundError, OSError or StorageError.
     """
@@ -54,9 +54,9 @@ def opened(path: Path, root: Path | None = None) -> BinaryIO:
 
 
 def plain(path: Path) -> BinaryIO:
-    """A plain local file, wherever links lead to it, open to be read.
+    """A plain local file, opened for reading. Links to it are followed.
 
-    Raises FileNotFoundError, OSError or StorageError: to open a pipe or to read a device may never end.
+    Raises FileNotFoundError or OSError. Raises StorageError for pipes and devices: reading one may never end.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(handle).st_mode

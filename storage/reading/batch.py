@@ -27,8 +27,9 @@ class Batch:
     They are numpy arrays, or torch tensors when the reader was given a device. With `raw=True` they have the dtypes in
     which they are stored. `noise` is None for a dataset of images, `label` is -1 where there is none, and `store` is
     the number of the mixture's member (0 for a single store). `fields` holds the row-scoped fields that were asked for,
-    [B, *shape] by name. You may keep a batch and write into it: its memory is used again only when nothing refers to
-    it, or to a view or tensor of it.
+    [B, *shape] by name. `place` is a numpy array, int64 [B]: where each record stands in the batch of all ranks, which
+    is the same for any number of ranks. You may keep a batch and write into it: its memory is used again only when
+    nothing refers to it, or to a view or tensor of it.
     """
 
     image: Any
@@ -39,6 +40,7 @@ class Batch:
     store: Any
     epoch: int
     fields: dict[str, Any]
+    place: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.image)
@@ -124,10 +126,10 @@ class Assembly:
             arrays[name] = to_float32(arrays[name], source.value_range, out, step, torch=self._upload is not None)
         return arrays if self._upload is None else self._upload.share(arrays)
 
-    def batch(self, arrays: dict[str, Any], epoch: int) -> Batch:
+    def batch(self, arrays: dict[str, Any], epoch: int, place: npt.NDArray[np.int64]) -> Batch:
         """The batch of what `fill` returned."""
         core = {name: arrays.get(name) for name in _CORE}
-        return Batch(**core, epoch=epoch, fields={name: arrays[name] for name in self._fields})
+        return Batch(**core, epoch=epoch, fields={name: arrays[name] for name in self._fields}, place=place)
 
     def _gather(self, store: int, draw: int, slots: npt.NDArray[np.int64], out: Arrays) -> None:
         source, direct, aside = self._sources[store], {}, {}

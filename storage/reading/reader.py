@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NoReturn, TypedDict
 
+import numpy as np
+import numpy.typing as npt
+
 from nfm.storage.errors import StateMismatch, StorageError
 from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, whole
 from nfm.storage.reading.batch import Assembly, Batch
@@ -53,6 +56,7 @@ class ReadOptions(TypedDict, total=False):
 @dataclass(frozen=True)
 class _Filled:
     arrays: dict[str, Any]
+    places: npt.NDArray[np.int64]
     epoch: int
     consumed: int  # records of the epoch, over all ranks, after this batch
 
@@ -154,7 +158,7 @@ class BatchReader:
         self.epoch, self.consumed = filled.epoch, filled.consumed
         if self._upload is not None:
             self._upload.hand_over(filled.arrays)
-        return self._assembly.batch(filled.arrays, filled.epoch)
+        return self._assembly.batch(filled.arrays, filled.epoch, filled.places)
 
     def __repr__(self) -> str:
         return f"BatchReader({self.summary}; after {self.consumed} of epoch {self.epoch})"
@@ -290,7 +294,7 @@ def _fill_batches(plans: Iterator[Planned], assembly: Assembly, asked: queue.Sim
     for planned in plans:
         if not asked.get():
             return
-        yield _Filled(assembly.fill(planned.records), planned.epoch, planned.consumed)
+        yield _Filled(assembly.fill(planned.records), planned.places, planned.epoch, planned.consumed)
 
 
 def _read_ahead(batches: Iterator[_Filled], ready: queue.SimpleQueue[_Filled | BaseException | None]) -> None:

@@ -212,6 +212,7 @@ class Planned:
     """What one rank reads next, and where all ranks stand after it."""
 
     records: Records
+    places: Rows  # of each of them in the batch of all ranks
     epoch: int
     consumed: int  # records of the epoch, over all ranks
 
@@ -237,20 +238,22 @@ def plan(
             for first in range(0, len(records.slot), batch_size):
                 batch = records.take(slice(first, first + batch_size))
                 consumed += len(batch.slot)
-                yield Planned(part_of(batch, rank, world_size), epoch, consumed)
+                yield Planned(*part_of(batch, rank, world_size), epoch, consumed)
         epoch, consumed = epoch + 1, 0
 
 
-def part_of(batch: Records, rank: int, world_size: int) -> Records:
-    """The part of a rank, sorted by store, draw and slot: such records are gathered in one pass, from few files.
+def part_of(batch: Records, rank: int, world_size: int) -> tuple[Records, Rows]:
+    """The part of a rank, and where each of its records stands in the whole batch, sorted by store, draw and slot.
 
-    Of a mixture every rank gets its share of each member, to a record.
+    Sorted records are gathered in one pass, from few files. Of a mixture every rank gets its share of each member, to
+    a record.
     """
     batch = batch.take(np.lexsort((batch.slot, batch.draw, batch.store)))
     count = len(batch.slot)
-    mine = slice(count * rank // world_size, count * (rank + 1) // world_size)
+    mine = np.arange(count * rank // world_size, count * (rank + 1) // world_size)
     if world_size == 1 or not count or batch.store[0] == batch.store[-1]:
-        return batch.take(mine)
+        return batch.take(mine), mine
     _, first, of, sizes = np.unique(batch.store, return_index=True, return_inverse=True, return_counts=True)
     quantile = (np.arange(count) - first[of] + 0.5) / sizes[of]
-    return batch.take(np.sort(np.argsort(quantile, kind="stable")[mine]))
+    mine = np.sort(np.argsort(quantile, kind="stable")[mine])
+    return batch.take(mine), mine

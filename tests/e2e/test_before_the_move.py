@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nfm.storage import PairStore
-from tests.lab import Lab
+from tests.support.lab import Lab
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "artifacts-before-the-move"
 # Made by commit 52576c7: data, teacher, a sealed store of nfm pairs and a student on it; and, as a kill leaves them,

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from nfm.storage import PairStore
+from tests.clusters.ray.conftest import Nodes
+from tests.clusters.ray.conftest import start_nodes as start_nodes
 from tests.conftest import Lab
 from tests.faults.counts import COUNTS
 from tests.faults.harness import Making
-from tests.ray.conftest import Nodes
-from tests.ray.conftest import start_nodes as start_nodes
 
 EXECUTORS = ("serial", "ray", "slurm")
 

@@ -23,7 +23,7 @@ from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import commits
 from tests.conftest import Lab
 from tests.faults.counts import COUNTS
-from tests.patience import PATIENCE, allowed
+from tests.support.patience import PATIENCE, allowed
 
 DRAWS = 4
 SMALL = ("pairs.rows_per_shard=8", "pairs.rows_per_block=8", "pairs.batch_size=8")  # 32 shards a draw

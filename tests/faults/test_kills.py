@@ -14,8 +14,8 @@ import pytest
 from tests.faults.conftest import copied
 from tests.faults.counts import COUNTS
 from tests.faults.harness import Making, actors_of, check_whole, ended, killing
-from tests.patience import PATIENCE
-from tests.sizes import FULL
+from tests.support.patience import PATIENCE
+from tests.support.sizes import FULL
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -13,7 +13,7 @@ import pytest
 from nfm.storage.files import atomic
 from nfm.storage.ledger import commits
 from tests.conftest import Lab
-from tests.e2e.test_bad_input import small_disk as small_disk
+from tests.e2e.bad_input.test_bad_input import small_disk as small_disk
 from tests.faults.harness import Making, check_whole
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from tests.faults.counts import COUNTS
 from tests.faults.harness import Making, actors_of, check_whole, killing
 
 if TYPE_CHECKING:
+    from tests.clusters.ray.conftest import Nodes
     from tests.conftest import Lab
     from tests.faults.conftest import Uninterrupted
-    from tests.ray.conftest import Nodes
 
 LONG = 12  # draws of runs that must not end before a node was lost and another one came
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nfm.stages.executors.ray_cluster import start_local
-from tests.stages.shop import CUSTOM, Shop
+from tests.stages.pairs.shop import CUSTOM, Shop
 
 
 @pytest.fixture

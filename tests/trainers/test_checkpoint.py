@@ -7,8 +7,6 @@ from torch import nn
 
 from nfm.trainers.checkpoint import (
     CheckpointError,
-    load_optimizer_tensors,
-    optimizer_tensors,
     pack,
     pack_weights,
     under_prefix,
@@ -87,38 +85,3 @@ def test_prefixes_separate_states_in_one_file():
     both = {**with_prefix("model", {"a.b": torch.zeros(1)}), **with_prefix("model2", {"a.b": torch.ones(1)})}
     assert under_prefix("model", both) == {"a.b": torch.zeros(1)}
     assert under_prefix("model2", both) == {"a.b": torch.ones(1)}
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_optimizer_goes_on_exactly(fused):
-    def model_and_optimizer(seed):
-        torch.manual_seed(seed)
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 1))
-        model.to(memory_format=torch.channels_last)
-        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-
-    def step(model, optimizer):
-        optimizer.zero_grad()
-        model(torch.arange(27.0).reshape(1, 3, 3, 3) / 27).sum().backward()
-        optimizer.step()
-
-    model, optimizer = model_and_optimizer(0)
-    step(model, optimizer)
-    other, other_optimizer = model_and_optimizer(1)
-    weights, _ = unpack(pack(model.state_dict(), {}))
-    moments, _ = unpack(pack(optimizer_tensors(model, optimizer), {}))
-    other.load_state_dict(weights)
-    load_optimizer_tensors(other, other_optimizer, moments)
-
-    for _ in range(3):
-        step(model, optimizer)
-        step(other, other_optimizer)
-    for one, two in zip(model.parameters(), other.parameters()):
-        assert torch.equal(one, two)
-
-
-def test_optimizer_state_of_another_model_is_refused():
-    model = nn.Linear(2, 1)
-    optimizer = torch.optim.AdamW(model.parameters())
-    with pytest.raises(CheckpointError, match=r"'head\.weight'"):
-        load_optimizer_tensors(model, optimizer, {"head.weight.exp_avg": torch.zeros(1)})

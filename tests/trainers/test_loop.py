@@ -1,14 +1,20 @@
 """The promises of the training loop: exact resume, the schedule, honest log lines, refusals."""
 
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nfm.trainers.checkpoint import CheckpointError, unpack
-from nfm.trainers.loop import Recipe, Trained, learning_rate, train
+from nfm.trainers.checkpoint import CheckpointError
+from nfm.trainers.loop import Trained, learning_rate, train
+from nfm.trainers.training.checkpoint_folder import CheckpointFolder, read_state
+from nfm.trainers.training.state import Recipe
 
 RECIPE = Recipe(examples=320, batch_size=16, learning_rate=1e-2, warmup_examples=64, ema=0.9)
 
@@ -46,9 +52,9 @@ def network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1))
 
 
-def noisy_regression(model, batch, generator):
+def noisy_regression(model, batch, random):
     x, y = batch
-    x = x + 0.1 * torch.randn(x.shape, generator=generator)
+    x = x + 0.1 * random.normal(*x.shape[1:])
     error = (model(x)[:, 0].float() - y).square().mean()
     return error, {"rmse": error.sqrt()}
 
@@ -74,46 +80,54 @@ def without_times(lines):
 
 @pytest.mark.parametrize("steps", [1, 7, 19])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(steps, autocast):
-    def run(saves: list[bytes], lines: list[dict], **options) -> Trained:
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(steps, autocast, tmp_path):
+    def run(folder: Path, lines: list[dict], **options) -> Trained:
         return train(
             network(options.pop("seed", 0)),
             noisy_regression,
             Batches(),
             RECIPE,
             autocast=autocast,
-            save=saves.append,
+            checkpoints=CheckpointFolder(folder),
             log=lines.append,
             log_every=48,
             **options,
         )
 
-    whole_saves, whole_lines = [], []
-    whole = run(whole_saves, whole_lines)
+    whole_lines, lines = [], []
+    whole = run(tmp_path / "whole", whole_lines)
 
-    saves, lines = [], []
-    stopped = run(saves, lines, stop=stop_after(steps))
+    stopped = run(tmp_path / "stopped", lines, stop=stop_after(steps))
     assert (stopped.finished, stopped.examples_seen) == (False, steps * 16)
     # Other initial weights: everything must come from the checkpoint.
-    resumed = run(saves, lines, seed=1, checkpoint=saves[-1])
+    resumed = run(tmp_path / "stopped", lines, seed=1)
 
     assert (resumed.finished, resumed.examples_seen) == (True, 320)
     assert_same_weights(resumed.model, whole.model)
     assert_same_weights(resumed.ema, whole.ema)
-    assert saves[-1] == whole_saves[-1]
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
     assert without_times(lines) == without_times(whole_lines)
 
 
-def test_resume_from_a_periodic_checkpoint_equals_uninterrupted():
-    saves: list[bytes] = []
-    whole = train(network(), noisy_regression, Batches(), RECIPE, save=saves.append, save_every=100)
-    seen = [unpack(data)[1]["examples_seen"] for data in saves]
-    assert seen == [112, 208, 304, 320]
-    resumed = train(network(1), noisy_regression, Batches(), RECIPE, checkpoint=saves[1])
+def contents(folder: Path) -> list[Any]:
+    """What the newest checkpoint holds; the bytes of a safetensors header come in any order."""
+    newest = CheckpointFolder(folder).newest()
+    tensors = {name: value.numpy().tobytes() for name, value in load_file(next(newest.glob("*.safetensors"))).items()}
+    return [newest.name, tensors, read_state(newest)]
+
+
+def test_resume_from_a_periodic_checkpoint_equals_uninterrupted(tmp_path):
+    whole = train(
+        network(), noisy_regression, Batches(), RECIPE, checkpoints=CheckpointFolder(tmp_path, keep=9), save_every=100
+    )
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [112, 208, 304, 320]
+    for name in ("000000000304", "000000000320"):
+        shutil.rmtree(tmp_path / name)
+    resumed = train(network(1), noisy_regression, Batches(), RECIPE, checkpoints=CheckpointFolder(tmp_path))
     assert_same_weights(resumed.model, whole.model)
 
 
-def test_resume_keeps_channels_last_weights_exact():
+def test_resume_keeps_channels_last_weights_exact(tmp_path):
     recipe = Recipe(examples=64, batch_size=8, learning_rate=1e-2)
     images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -122,23 +136,24 @@ def test_resume_keeps_channels_last_weights_exact():
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
         return model.to(memory_format=torch.channels_last)
 
-    def loss(model, batch, generator):
+    def loss(model, batch, random):
         return model(batch).square().mean(), {}
 
     def endless():
         while True:
             yield images
 
-    saves: list[bytes] = []
-    whole = train(convolutional(), loss, endless(), recipe, save=saves.append, save_every=24)
-    resumed = train(convolutional(), loss, endless(), recipe, checkpoint=saves[0])
+    whole = train(convolutional(), loss, endless(), recipe)
+    folder = CheckpointFolder(tmp_path)
+    train(convolutional(), loss, endless(), recipe, checkpoints=folder, stop=stop_after(3))
+    resumed = train(convolutional(), loss, endless(), recipe, checkpoints=folder)
     assert_same_weights(resumed.model, whole.model)
 
 
-def test_a_finished_checkpoint_trains_no_further():
-    saves: list[bytes] = []
-    whole = train(network(), noisy_regression, Batches(), RECIPE, save=saves.append)
-    again = train(network(1), noisy_regression, iter(()), RECIPE, checkpoint=saves[-1])
+def test_a_finished_checkpoint_trains_no_further(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    whole = train(network(), noisy_regression, Batches(), RECIPE, checkpoints=folder)
+    again = train(network(1), noisy_regression, iter(()), RECIPE, checkpoints=folder)
     assert again.finished
     assert_same_weights(again.ema, whole.ema)
 
@@ -170,7 +185,7 @@ def test_the_steps_are_those_of_adamw_with_clipping():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def quadratic(model, batch, generator):
+def quadratic(model, batch, random):
     return sum((parameter - 1).square().sum() for parameter in model.parameters()), {}
 
 
@@ -190,34 +205,37 @@ def test_training_finds_the_line_and_the_log_shows_it():
     assert not trained.ema.training
 
 
+@pytest.mark.parametrize("every", [16, 160, 10_000])  # it is looked for when a checkpoint is due, and at the end
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(bad):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(bad, every, tmp_path):
     model = network()
-    saves: list[bytes] = []
     counted = iter(range(100))
     before = {}
 
-    def breaks_at_the_third_step(model, batch, generator):
-        loss, figures = noisy_regression(model, batch, generator)
+    def breaks_at_the_third_step(model, batch, random):
+        loss, figures = noisy_regression(model, batch, random)
         if next(counted) == 2:
             before.update({name: value.clone() for name, value in model.named_parameters()})
             loss = loss * bad
         return loss, figures
 
-    with pytest.raises(FloatingPointError, match=r"after 32 images.*learning_rate"):
-        train(model, breaks_at_the_third_step, Batches(), RECIPE, save=saves.append, save_every=16)
-    assert len(saves) == 2
+    with (
+        pytest.raises(FloatingPointError, match=r"after 32 images.*learning_rate"),
+        CheckpointFolder(tmp_path) as folder,
+    ):
+        train(model, breaks_at_the_third_step, Batches(), RECIPE, checkpoints=folder, save_every=every)
+    assert [int(path.name) for path in tmp_path.iterdir()] == ([32] if every == 16 else [])
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
 
 
-def test_a_checkpoint_of_another_recipe_or_model_is_refused():
-    saves: list[bytes] = []
-    train(network(), noisy_regression, Batches(), RECIPE, save=saves.append, stop=stop_after(2))
+def test_a_checkpoint_of_another_recipe_or_model_is_refused(tmp_path):
+    folder = CheckpointFolder(tmp_path)
+    train(network(), noisy_regression, Batches(), RECIPE, checkpoints=folder, stop=stop_after(2))
     with pytest.raises(CheckpointError, match=r"recipe.learning_rate = 0.01, not 0.5"):
-        train(network(), noisy_regression, Batches(), replace(RECIPE, learning_rate=0.5), checkpoint=saves[-1])
+        train(network(), noisy_regression, Batches(), replace(RECIPE, learning_rate=0.5), checkpoints=folder)
     with pytest.raises(CheckpointError, match="another model"):
-        train(nn.Linear(3, 1), noisy_regression, Batches(), RECIPE, checkpoint=saves[-1])
+        train(nn.Linear(3, 1), noisy_regression, Batches(), RECIPE, checkpoints=folder)
 
 
 def test_batches_that_end_too_early_are_named():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfm.trainers.models.sizes import check_sides
+from nfm.trainers.training.randomness import Randomness
 
 
 class FeatureNet(nn.Module):
@@ -52,9 +53,7 @@ class FeatureNet(nn.Module):
         return self.head(self.features(images))
 
 
-def classification_loss(
-    model: nn.Module, batch: Any, generator: torch.Generator
-) -> tuple[Tensor, dict[str, float | Tensor]]:
+def classification_loss(model: nn.Module, batch: Any, random: Randomness) -> tuple[Tensor, dict[str, float | Tensor]]:
     """Cross entropy (nats) of `batch.image` and `batch.label`, and the accuracy, as `loop.train` takes it."""
     logits = model(batch.image).float()
     accuracy = (logits.argmax(dim=1) == batch.label).float().mean()

@@ -19,7 +19,7 @@ import pytest
 from nfm.pipeline.artifacts import lock
 from nfm.pipeline.artifacts.lock import Held, Lock
 from nfm.storage.files import atomic
-from tests.patience import PATIENCE, allowed, until
+from tests.support.patience import PATIENCE, allowed, until
 
 
 @pytest.fixture

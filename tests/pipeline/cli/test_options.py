@@ -8,7 +8,7 @@ import click
 import pytest
 
 from nfm.pipeline.cli.options import Number, Whole
-from tests.commands import commands
+from tests.support.commands import commands
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

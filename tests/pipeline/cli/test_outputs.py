@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from nfm.pipeline.cli.options import OutputFile
-from tests.commands import commands
+from tests.support.commands import commands
 
 BENCHMARKS = ("codecs", "kill_reader", "scale", "marginals", "teacher_curve", "store.command", "encode.command")
 OWN_FORMAT = {"nfm pairs worklist"}  # which only `nfm pairs encode` reads, under any name

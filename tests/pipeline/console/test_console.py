@@ -22,7 +22,7 @@ import pytest
 from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.pipeline.console import Console, StopRequest, progress
 from nfm.pipeline.console.rate import Rate
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -28,7 +28,7 @@ from nfm.pipeline.upkeep.audit import audit
 from nfm.pipeline.upkeep.repair import repair_store
 from nfm.stages.stores import export
 from nfm.storage import PairStore
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

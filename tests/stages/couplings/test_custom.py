@@ -15,7 +15,7 @@ from nfm.stages.encoding.jobs import ShardJob
 from nfm.stages.pairs import stage
 from nfm.stages.stores import audit
 from nfm.storage.files import atomic
-from tests.stages.shop import CUSTOM, ROWS, Shop, all_of
+from tests.stages.pairs.shop import CUSTOM, ROWS, Shop, all_of
 
 
 def test_a_custom_coupling_is_recorded_with_the_digest_of_its_file(shop: Shop) -> None:

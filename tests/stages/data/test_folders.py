@@ -15,7 +15,7 @@ from nfm.stages.data import stage
 from nfm.stages.data.config import DataConfig
 from nfm.stages.data.sources import ImageFolder
 from tests.stages.data.image_files import picture, save
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 
 def folder(root: Path, *files: str) -> Path:

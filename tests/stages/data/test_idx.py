@@ -15,7 +15,7 @@ from nfm.stages.data.source import Loaded
 from nfm.stages.data.sources import Idx
 from nfm.stages.data.stage import open_source, run
 from tests.stages.data.test_sources import write_idx
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 ROWS = 30
 

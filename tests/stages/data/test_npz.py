@@ -17,8 +17,8 @@ from nfm.stages.data.config import DataConfig
 from nfm.stages.data.source import Loaded
 from nfm.stages.data.sources import Npz
 from nfm.storage import ImageDataset
-from tests.patience import allowed
-from tests.stages.recorder import Recorder
+from tests.support.patience import allowed
+from tests.support.recorder import Recorder
 
 Save = Callable[..., str]
 ROWS = 60

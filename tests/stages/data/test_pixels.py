@@ -18,7 +18,7 @@ from nfm.stages.data.reading.pixels import ALPHA, FULL_RANGE, PLAIN, MisfitError
 from nfm.stages.data.source import Loaded
 from nfm.stages.data.sources import ImageFolder
 from tests.stages.data.image_files import COLOUR, COLOUR_ALPHA, GREY, GREY_ALPHA, PALETTE, picture, raw_png, save
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 RAMP = np.array([[0, 255, 30000, 65535]], np.uint16)
 RAMP_8 = [0, 1, 117, 255]  # to the nearest of 255 v / 65535

@@ -14,7 +14,7 @@ from nfm.stages.data.sources import Checkerboard, Gaussians
 from nfm.stages.data.sources.planar import BOARD, MODES, RADIUS, SPREAD
 from nfm.stages.data.stage import source_identity
 from nfm.storage import ImageDataset
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,7 +15,7 @@ from PIL import Image
 from nfm.stages.base import StageError, Stopped
 from nfm.stages.data.source import box_average
 from nfm.stages.data.sources import Digits, Idx, ImageFolder, Npz
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 
 def write_idx(path: Path, array: np.ndarray, magic: int | None = None) -> Path:

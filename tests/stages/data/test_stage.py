@@ -22,7 +22,7 @@ from nfm.storage import ImageDataset
 from tests.stages.data.image_files import picture
 from tests.stages.data.test_idx import folder as idx_folder
 from tests.stages.data.test_sources import write_idx
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 
 def make(out: Path, report: Recorder | None = None, **config: object) -> Result:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
-from tests.patience import PATIENCE, until
+from tests.support.patience import PATIENCE, until
 
 
 def threads() -> list[str]:

@@ -19,7 +19,7 @@ from nfm.storage.files.atomic import read_json, write_json
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 # Distances by NFE of seed 0; the seeds after it add 1 each.
 DISTANCES = {"independent": {7: 40.0, 3: 70.0}, "nfm": {7: 22.0, 3: 30.0}, "nfm:soften=0.5": {7: 19.0, 3: 33.0}}

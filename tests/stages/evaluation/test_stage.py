@@ -21,8 +21,8 @@ from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.trained import student
 from nfm.storage import DatasetWriter, ImageDataset
 from nfm.trainers.checkpoint import pack_weights, unpack_weights
-from tests.stages.recorder import Recorder
-from tests.torchvision_stub import make_importable
+from tests.support.recorder import Recorder
+from tests.support.torchvision_stub import make_importable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -17,8 +17,8 @@ from nfm.stages.base import StageError
 from nfm.stages.encoding.encoder import Setup
 from nfm.stages.encoding.jobs import ShardJob
 from nfm.stages.executors import ray as on_ray
-from tests.patience import allowed
-from tests.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially
+from tests.clusters.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially
+from tests.support.patience import allowed
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.seconds(30)]  # a small machine starts one Ray at a time
 

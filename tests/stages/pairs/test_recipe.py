@@ -18,7 +18,7 @@ from nfm.storage import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec, write_spec
 from nfm.storage.ledger.row_fields import write_row_field
-from tests.stages.shop import SHAPE
+from tests.stages.pairs.shop import SHAPE
 
 PLAIN = StoreSpec(rows=10, rows_per_shard=5, fields=pair_fields(SHAPE), coupling="independent", source="ab" * 32)
 

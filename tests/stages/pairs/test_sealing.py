@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nfm.stages.pairs import sealing, stage
-from tests.stages.shop import Heard, Shop
+from tests.stages.pairs.shop import Heard, Shop
 
 
 def test_a_sealed_generation_has_a_coupling_report_where_its_inputs_are_there(shop: Shop) -> None:

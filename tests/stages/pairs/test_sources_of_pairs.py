@@ -23,7 +23,7 @@ from nfm.storage.format import philox
 from nfm.storage.format.spec import pair_fields, read_spec
 from nfm.storage.ledger import seal
 from nfm.trainers import solvers
-from tests.stages.shop import EVERY, OF_A_SLOT, OPTIONS, ROWS, Shop, all_of, cost_of, eps_of, store_images
+from tests.stages.pairs.shop import EVERY, OF_A_SLOT, OPTIONS, ROWS, Shop, all_of, cost_of, eps_of, store_images
 
 
 @pytest.mark.parametrize("coupling", OF_A_SLOT)

@@ -22,7 +22,7 @@ from nfm.storage.files.atomic import write_json
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 NFE = {31: "heun", 15: "heun", 7: "heun", 5: "euler"}
 

@@ -17,7 +17,7 @@ from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import seal
 from nfm.trainers.couplings.coupling import Pairs
 from nfm.trainers.couplings.minibatch_ot import groups
-from tests.stages.shop import CLASSES, OPTIONS, ROWS, Shop
+from tests.stages.pairs.shop import CLASSES, OPTIONS, ROWS, Shop
 
 
 def spoiled(shop: Shop, config: stage.PairsConfig, field: str, change: Callable[[np.ndarray], np.ndarray]) -> PairStore:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from nfm.stages.trained import student
 from nfm.stages.trained.student import StudentConfig
 from nfm.storage import PairWriter
 from nfm.storage.format.spec import StoreSpec, pair_fields
-from nfm.trainers.checkpoint import pack_weights, unpack, unpack_weights
+from nfm.trainers.checkpoint import pack_weights, unpack_weights
 from nfm.trainers.models.sit import SiT
 from nfm.trainers.models.unet import UNet
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 SHAPE = (1, 6, 7)
 TINY: dict[str, Any] = {"pairs": 96, "batch_size": 16, "width": 16, "depth": 1, "device": "cpu"}
@@ -74,7 +75,8 @@ def test_a_student_that_was_stopped_and_resumed_is_the_same_bit_for_bit(
     assert (metrics["variant"], metrics["coupling"]) == (variant, "nfm")
     with pytest.raises(Stopped):
         trained(config, inputs, tmp_path / "stopped", patience=3)
-    assert 0 < unpack((tmp_path / "stopped" / "checkpoint.safetensors").read_bytes())[1]["examples_seen"] < 96
+    (state,) = (tmp_path / "stopped" / "checkpoints").glob("*/state.json")
+    assert 0 < json.loads(state.read_text())["examples_seen"] < 96
     trained(config, inputs, tmp_path / "stopped")
     whole, resumed = ((tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "stopped"))
     assert whole == resumed
@@ -160,7 +162,8 @@ def test_a_u_net_of_its_default_size_costs_about_what_the_default_transformer_do
     for side, patch in ((14, 2), (28, 4)):
         transformer = student.flops(StudentConfig(patch=patch), (1, side, side))
         assert 0.4 < student.flops(StudentConfig(arch="unet"), (1, side, side)) / transformer < 2.5
-    assert student.cost(StudentConfig(arch="unet"), {"image_shape": [1, 14, 14]})["pairs"] == "240,000"
+    cost = student.cost(StudentConfig(arch="unet"), {"image_shape": [1, 14, 14]}, None)
+    assert (cost.count, cost.unit) == (240_000, "pairs")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Slow(torch.nn.Module):
 
 
 def slow(seconds: float, flops: float = 1.0, steps: list[float] | None = None) -> Trial:
-    def loss(model: Slow, batch: Any, generator: torch.Generator) -> Any:
+    def loss(model: Slow, batch: Any, random: Any) -> Any:
         assert batch.image.shape[1:] == (1, 8, 8)
         time.sleep(seconds)
         if steps is not None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from nfm.stages.base import StageError, Stopped
-from nfm.stages.trained import features, student, teacher, training
+from nfm.stages.trained import features, machine, student, teacher, training
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage import ImageDataset
-from tests.stages.recorder import Recorder
+from tests.support.recorder import Recorder
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -91,11 +91,11 @@ def test_whole_batches_are_trained_and_the_rest_is_rounded_up() -> None:
 
 
 def test_a_device_that_is_not_there_is_refused_and_auto_takes_what_there_is() -> None:
-    assert training.pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert training.pick_device("cpu") == "cpu"
+    assert machine.pick_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert machine.pick_device("cpu") == "cpu"
     if not torch.cuda.is_available():
         with pytest.raises(StageError, match="set device to 'auto' or 'cpu'"):
-            training.pick_device("cuda:3")
+            machine.pick_device("cuda:3")
 
 
 def test_training_tells_how_far_it_is_from_its_first_step_on(made: Lab, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ import pytest
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files.cache import ShardCache, Wanted
 from nfm.storage.files.paths import as_path, size_of
-from tests.patience import PATIENCE
-from tests.storage.s3server import S3, new_clients
+from tests.support.patience import PATIENCE
+from tests.support.s3server import S3, new_clients
 
 SIZE = 10_000
 

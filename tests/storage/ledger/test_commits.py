@@ -23,7 +23,7 @@ from nfm.storage.format.spec import StoreSpec, write_spec
 from nfm.storage.layouts.tar_blocks import MappedShard
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.shard_writer import write_shard
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 
 def test_a_shard_without_a_commit_does_not_exist(tmp_path: Path, small_spec: StoreSpec, records) -> None:

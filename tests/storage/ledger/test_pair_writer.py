@@ -16,7 +16,7 @@ import torch
 from nfm.storage import Mixture, PairStore, PairWriter, StorageError, StoreSpec
 from nfm.storage.ledger import commits, pair_writer, seal, shard_writer
 from nfm.storage.verify import verify
-from tests.forkserver import context
+from tests.support.forkserver import context
 
 ROWS = 50
 ORIGIN = "EDM teacher of run 12, seed 3"

@@ -22,7 +22,7 @@ from nfm.storage.ledger import commits, seal, shard_list
 from nfm.storage.ledger.shard_list import SCHEMA, ShardList, read_list, written
 from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import LEVELS, orphans, verify
-from tests.storage.s3server import S3
+from tests.support.s3server import S3
 
 FIELDS = ("image", "noise", "label", "slot", "draw")
 

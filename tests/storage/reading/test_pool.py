@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from nfm.storage import Mixture, PairStore
 from nfm.storage.format.spec import pair_fields
 from nfm.storage.reading.pool import Pool, empty
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 KINDS = {
     "arrays": {},

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from nfm.storage import BatchReader, PairStore, StateMismatch, StorageError
 from nfm.storage.format.convert import to_float32
 from nfm.storage.reading.stream import StoreStream, plan
-from tests.patience import PATIENCE
+from tests.support.patience import PATIENCE
 
 # The batches of two epochs of 23 records in shards of 5, seed 3: what students that stopped are resumed with.
 FULL = [
@@ -193,6 +193,20 @@ def test_resume_yields_the_same_batches_at_any_world_size(before, after, yielded
     tail = [slots(reader) for reader in second]
     joined = [flat(parts) for parts in zip(*head)] + [flat(parts) for parts in zip(*tail)]
     assert joined == whole
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_place_of_a_record_in_its_batch_is_the_same_on_any_number_of_ranks(world):
+    source, options = Numbers(40), {"batch_size": 12, "seed": 3, "epochs": 2}
+
+    def places(rank: int, size: int) -> list[dict[int, int]]:
+        reader = make_reader(source, rank=rank, world_size=size, **options)
+        return [dict(zip(batch.slot.tolist(), batch.place.tolist(), strict=True)) for batch in reader]
+
+    alone = places(0, 1)
+    assert [sorted(batch.values()) for batch in alone] == [list(range(12))] * 6
+    for whole, *parts in zip(alone, *(places(rank, world) for rank in range(world)), strict=True):
+        assert {slot: place for part in parts for slot, place in part.items()} == whole
 
 
 def test_the_state_counts_what_was_yielded_and_not_what_was_prefetched():

@@ -18,7 +18,7 @@ from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.row_fields import write_row_field
 from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import Finding, orphans, verify
-from tests.sizes import sized
+from tests.support.sizes import sized
 
 FLIPS = sized(100, 400)  # of each layout: 1,200 together in full
 LAYOUTS = {"blocks": "float16", "samples": "float16", "zarr": "int8"}

@@ -17,17 +17,17 @@ from nfm.storage import PairStore, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.ledger.row_fields import RowField
 from nfm.storage.verify import verify
-from tests.fuzz.run import fuzz
-from tests.fuzz.signing import reseal
-from tests.patience import allowed
-from tests.sizes import sized
+from tests.storage.fuzz.run import fuzz
+from tests.storage.fuzz.signing import reseal
+from tests.support.patience import allowed
+from tests.support.sizes import sized
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "store-format-1"
 SECONDS = sized(3.0, 10.0)
 
 
 def test_seconds_of_fuzzing_find_no_defect() -> None:
-    """The same cases as the first of `python -m fuzz.run --seed 0`, see tests/fuzz/run.py and results/fuzz.json."""
+    """The first cases of `python -m tests.storage.fuzz.run --seed 0`."""
     tally = fuzz(SECONDS, seed=0, least=20)
     calls = sum(sum(counts.values()) for counts in tally.outcomes.values())
     print(f"{tally.cases} cases, {calls} calls, {sum(tally.seen.values())} defects: {tally.outcomes}")

@@ -7,7 +7,7 @@ import torch
 from nfm.trainers.metrics.frechet import fd_infinity, fit, frechet_distance, kid
 from nfm.trainers.metrics.nearest import nearest
 from nfm.trainers.metrics.prdc import manifold, prdc
-from tests.torchvision_stub import make_importable
+from tests.support.torchvision_stub import make_importable
 
 
 def features(n: int, size: int, seed: int) -> torch.Tensor:

@@ -1,0 +1,115 @@
+"""A training in the processes of a launcher: `torchrun ... -m nfm run teacher`, or srun with the same variables.
+
+The first process runs the command; the others follow it, and take part in whatever it trains. Launchers say who is who
+by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from nfm.stages.base import Inputs, Reporter, Unfit
+from nfm.stages.trained.machine import pick_device
+
+PATIENCE = timedelta(days=7)  # the others wait while the first process makes what a training needs
+
+
+def size() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return _number("WORLD_SIZE", 1)
+
+
+def rank() -> int:
+    """Which of them this is."""
+    return _number("RANK", 0)
+
+
+@contextmanager
+def following() -> Iterator[bool]:
+    """Around a command: yields True where this process is not the first one, after it did its part of everything."""
+    if size() == 1:
+        yield False
+        return
+    if rank() > 0:
+        _follow()
+        yield True
+        return
+    yield False
+    _tell(None)
+
+
+def lead(train: Callable[..., None], make: Any, config: Any, inputs: Inputs, out: Path, report: Reporter) -> None:
+    """`train` together with the processes that follow."""
+    _check(config)
+    _tell((train, make, config, dict(inputs), out))
+    train(make, config, inputs, out, report, _device(config.device))
+
+
+def _follow() -> None:
+    import torch.distributed as dist
+
+    _join()
+    while True:
+        told: list[Any] = [None]
+        dist.broadcast_object_list(told, src=0)
+        if told[0] is None:
+            dist.destroy_process_group()
+            return
+        train, make, config, inputs, out = told[0]
+        train(make, config, inputs, out, Silent(), _device(config.device))
+
+
+def _tell(what: Any) -> None:
+    import torch.distributed as dist
+
+    _join()
+    dist.broadcast_object_list([what], src=0)
+    if what is None:
+        dist.destroy_process_group()
+
+
+def _join() -> None:
+    from nfm.trainers.training import parallel
+
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise Unfit(f"WORLD_SIZE is {size()} and {name} is not set: start the command with torchrun, or set it")
+    parallel.join(_device(pick_device("auto")), rank(), size(), "env://", PATIENCE)
+
+
+def _device(name: str) -> str:
+    """The device of this process: the one of its number on this machine, where nobody named one."""
+
+    found = pick_device(name)
+    return f"cuda:{_number('LOCAL_RANK', 0)}" if found == "cuda" else found
+
+
+def _check(config: Any) -> None:
+    if config.batch_size % size():
+        raise Unfit(
+            f"batch_size {config.batch_size} is shared by the {size()} processes of the launcher: make it a multiple"
+        )
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdigit() else default
+
+
+class Silent:
+    """The reporter of a process that is not the first one: nobody hears it, and others decide when it stops."""
+
+    stopping = ending = False
+
+    def check_lock(self) -> None: ...
+
+    def progress(self, done: int, total: int, unit: str, workers: Any = (), **figures: Any) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def log(self, kind: str, **values: Any) -> None: ...

@@ -1,0 +1,155 @@
+"""The config file: defaults, overrides, and errors that name the field and suggest the nearest."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nfm.pipeline.builder import build
+from nfm.pipeline.config import ConfigError, RunConfig, load
+from nfm.stages.pairs.config import PairsConfig
+
+CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.toml"))
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_repository_is_valid(path: Path) -> None:
+    assert isinstance(load(path), RunConfig)
+
+
+def test_what_a_file_leaves_out_keeps_its_default_and_overrides_win(tmp_path: Path) -> None:
+    path = written(tmp_path, '[data]\nsource = "digits"\n[pairs]\ndraws = 2\n')
+    assert load(path).pairs == PairsConfig(draws=2)
+    overrides = [
+        "pairs.draws=3",
+        "pairs.coupling=independent",
+        'data.path="a b"',
+        "evaluate.nfe=[7, 5]",
+        "pairs.flips=true",
+    ]
+    config = load(path, overrides)
+    assert (config.pairs.draws, config.pairs.coupling, config.pairs.flips) == (3, "independent", True)
+    assert config.data.path == "a b"
+    assert config.evaluate.nfe == (7, 5)
+    assert load(path, ["pairs.draws=3", "pairs.draws=5"]).pairs.draws == 5
+    assert load(path, ["student.width=64"]).student.width == 64  # a section that the file does not have
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[data]\n[pairs]\ndraw = 2", "pairs.draw: unknown key; did you mean pairs.draws?"),
+        ("[data]\n[pears]\ndraws = 2", "pears: unknown key; did you mean pairs?"),
+        ("[data]\nxyzzy = 2", "data.xyzzy: unknown key; known are source, path"),
+        ("[data]\n[pairs]\ndraws = 0", "pairs.draws = 0"),
+        ("[data]\n[pairs]\ndraws = 'two'", "pairs.draws = 'two'"),
+        ("[data]\nsource = 'zip'", "data.source = 'zip'"),
+        ("data = 3", "data = 3"),
+        ("[pairs]", "data: missing"),
+        ("[data", "not valid TOML"),
+    ],
+)
+def test_an_error_names_the_file_the_field_and_the_nearest_key(tmp_path: Path, text: str, says: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"config {path}: ")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('[data]\n[evaluate]\nfeatures = "none"', 'evaluate.features = "none" compares values directly'),
+        (
+            '[data]\nsource = "images"\nimage_size = 8\n[evaluate]\nfeatures = "none"',
+            'images of data.source = "images" have 192',
+        ),
+        (
+            '[data]\nsource = "gaussians"\npoints = 9\n[evaluate]\nfeatures = "inception"',
+            'takes pictures, data.source = "gaussians" has points',
+        ),
+        ("[data]\n[student]\nlabel_drop = 0.0\n[evaluate]\nstudent_guidance = 1.5", "set student.label_drop = 0.1"),
+        (
+            '[data]\nsource = "checkerboard"\npoints = 9\n[evaluate]\nstudent_guidance = 1.5',
+            "evaluate.student_guidance = 1.5: points of the plane have no classes",
+        ),
+    ],
+)
+def test_what_no_evaluation_could_do_is_told_before_anything_is_trained(tmp_path: Path, text: str, says: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"config {path}: evaluate.")
+    assert says in str(caught.value)
+
+
+def test_sections_that_fit_each_other_are_taken(tmp_path: Path) -> None:
+    for text in (
+        '[data]\nsource = "gaussians"\npoints = 9\n[evaluate]\nfeatures = "none"',
+        '[data]\naverage = 4\n[evaluate]\nfeatures = "none"',
+        '[data]\nsource = "npz"\n[evaluate]\nfeatures = "none"',  # what the arrays hold, the data stage finds out
+        "[data]\n[evaluate]\nstudent_guidance = 1.5",
+    ):
+        assert isinstance(load(written(tmp_path, text)), RunConfig)
+
+
+def test_weights_that_are_missing_stop_an_evaluation_before_its_students_are_trained(tmp_path: Path) -> None:
+    path = written(tmp_path, '[data]\n[evaluate]\nfeatures = "inception"')
+    weights = f"evaluate.inception_weights={tmp_path / 'weights.pth'}"
+    for target in ("evaluate", "report", "compare"):
+        with pytest.raises(ConfigError, match=r"needs evaluate\.inception_weights"):
+            build(load(path), target=target)
+        with pytest.raises(ConfigError, match="there is no such file"):
+            build(load(path, [weights]), target=target)
+    assert "student" in build(load(path), target="student"), "a machine that evaluates nothing needs no weights"
+    (tmp_path / "weights.pth").write_bytes(b"some")
+    nodes = build(load(path, [weights]), target="evaluate")
+    assert "features" not in nodes, "distances are taken in Inception's features alone"
+    assert set(nodes["evaluate"].inputs) == {"data", "student", "teacher"}
+
+
+def test_a_config_is_checked_without_torch(tmp_path: Path) -> None:
+    path = written(tmp_path, '[data]\n[evaluate]\nnfe = [8, 4]\nsolver = "rk4"\nbaselines = ["nfm:soften=0.5"]')
+    code = (
+        "import sys; from nfm.pipeline import builder, config; "
+        f"builder.build(config.load({str(path)!r}), target='report'); "
+        "print('torch' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
+
+
+def test_every_problem_of_a_file_is_told_at_once(tmp_path: Path) -> None:
+    path = written(tmp_path, "[data]\nsede = 1\n[pairs]\ndraws = 0\n[student]\nwidht = 3")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert all(part in str(caught.value) for part in ("data.seed?", "pairs.draws = 0", "student.width?"))
+
+
+@pytest.mark.parametrize("override", ["pairs.draws", "draws=3", "=3", "pairs.=3", ".draws=3", "a.b.c=3"])
+def test_an_override_of_another_form_is_shown_the_right_one(tmp_path: Path, override: str) -> None:
+    path = written(tmp_path, "[data]")
+    with pytest.raises(ConfigError, match=r"write section.key=value, for instance pairs.draws=4"):
+        load(path, [override])
+
+
+def test_a_missing_file_suggests_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"config configs/digit.toml: no such file$"):
+        load("configs/digit.toml")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/digits.toml").write_text("[data]")
+    with pytest.raises(ConfigError, match=r"did you mean configs/digits.toml\?"):
+        load("configs/digit.toml")
+    with pytest.raises(ConfigError, match=r"there are configs/digits.toml"):
+        load("/elsewhere.json")

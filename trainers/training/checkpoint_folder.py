@@ -1,0 +1,170 @@
+"""Checkpoints of a training in a folder, by torch.distributed.checkpoint: each process writes its part, in safetensors.
+
+A checkpoint is a folder named by the examples seen. It is written under another name, in the background, and renamed
+when all of it is on disk: so the newest one is always whole. It can be loaded by any number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from nfm.trainers.checkpoint import CheckpointError, Tensors
+from nfm.trainers.training import parallel
+
+STATE = "state.json"  # what a training is besides tensors, and how long the other files are
+PART = "part-"  # begins the name of what is being written or removed
+# One process alone is meant here, which torch's saver and loader warn of.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
+
+class CheckpointFolder:
+    """The checkpoints of one training, the newest `keep` of them.
+
+    `check` is called before anything in the folder is replaced, and raises when another process took it over.
+    All processes of a training call the same methods in the same order; the folder is on a disk that all of them see.
+    """
+
+    def __init__(self, root: Path, keep: int = 1, check: Callable[[], None] = lambda: None) -> None:
+        self.root = root
+        self._keep = keep
+        self._check = check
+        self._first = parallel.rank() == 0
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._thread = ThreadPoolExecutor(1, "nfm-checkpoint")
+        self._pending: Future[None] | None = None
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, or None. What a killed process left half written is not one."""
+        found = [path for path in self.root.glob("*") if re.fullmatch("[0-9]+", path.name)]
+        return max(found, key=lambda path: int(path.name), default=None)
+
+    def save(self, tensors: Tensors, state: Mapping[str, Any], examples_seen: int) -> None:
+        """Takes a copy of the tensors now and writes it in the background; raises what went wrong with the last one."""
+        self.wait()
+        part, final = self.root / f"{PART}{examples_seen}", self.root / f"{examples_seen:012d}"
+        if self._first:
+            self._check()
+            for path in self.root.glob(f"{PART}*"):
+                shutil.rmtree(path)
+            part.mkdir(parents=True)
+        if self._group is not None:
+            dist.barrier(self._group)
+        writer, alone = HuggingFaceStorageWriter(str(part), save_distributed=True), self._group is None
+        written = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=alone)
+        self._pending = self._thread.submit(self._publish, written, part, final, dict(state))
+
+    def wait(self) -> None:
+        """Until the checkpoint that was saved last is on disk. Raises CheckpointError when it could not be written."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+        if self._group is not None:
+            dist.barrier(self._group)
+
+    def __enter__(self) -> CheckpointFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """A checkpoint in hand is finished, also where training ends with an error."""
+        if kind is None:
+            self.wait()
+        self._thread.shutdown()
+
+    def _publish(self, written: Any, part: Path, final: Path, state: Mapping[str, Any]) -> None:
+        try:
+            written.result()
+            if self._first:
+                self._place(part, final, state)
+        except CheckpointException as error:
+            raise self._unwritten([cause for cause, _ in error.failures.values()]) from error
+        except OSError as error:
+            raise self._unwritten([error]) from error
+
+    def _unwritten(self, causes: Sequence[BaseException]) -> CheckpointError:
+        reasons = {str(getattr(cause, "strerror", None) or cause) for cause in causes}
+        return CheckpointError(f"{self.root}: cannot write ({'; '.join(sorted(reasons))}); earlier checkpoints stay")
+
+    def _place(self, part: Path, final: Path, state: Mapping[str, Any]) -> None:
+        sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
+        with (part / STATE).open("w", encoding="utf-8") as file:
+            json.dump({**state, "files": sizes}, file, sort_keys=True)
+        for path in part.iterdir():
+            _sync(path)
+        _sync(part)
+        self._check()
+        old = sorted(path for path in self.root.glob("*") if re.fullmatch("[0-9]+", path.name))
+        if final in old:
+            _remove(final)
+            old.remove(final)
+        part.rename(final)
+        _sync(self.root)
+        for path in old[: max(0, len(old) + 1 - self._keep)]:
+            _remove(path)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors. Raises CheckpointError where a file is missing or cut short."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        sizes = dict(state.pop("files"))
+        wrong = [name for name, length in sizes.items() if (folder / name).stat().st_size != length]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: no whole checkpoint ({error!r}); {_REMEDY}") from error
+    if wrong:
+        raise CheckpointError(f"{folder}: {wrong[0]} has another length than when it was written; {_REMEDY}")
+    return state
+
+
+def load_tensors(folder: Path, tensors: Tensors) -> None:
+    """Fills `tensors`, in place, from a checkpoint that any number of processes wrote.
+
+    Raises CheckpointError for a checkpoint of other tensors, and for damaged files.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        found: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        saved = {name: tuple(tensor.size) for name, tensor in found.items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        other = sorted(set(saved.items()) ^ set(wanted.items()))
+        if other:
+            name = other[0][0]
+            raise CheckpointError(
+                f"{folder}: a checkpoint of another model: {name!r} is {saved.get(name, 'not there')}, and this model "
+                f"has {wanted.get(name, 'none')}; {_REMEDY}"
+            )
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except CheckpointError:
+        raise
+    except Exception as error:  # of a file's content, by whichever library reads it
+        raise CheckpointError(f"{folder}: not a readable checkpoint ({error!r}); {_REMEDY}") from error
+
+
+_REMEDY = "remove the folder to go on from the checkpoint before it, or from the start"
+
+
+def _remove(folder: Path) -> None:
+    """A checkpoint that is half removed must not look like one."""
+    gone = folder.with_name(f"{PART}{folder.name}")
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
