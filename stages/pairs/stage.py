@@ -218,7 +218,7 @@ def cost(config: PairsConfig, facts: Mapping[str, Any], clock: Clock | None) -> 
     return Cost(
         plan["pairs"],
         "pairs",
-        told=f"{config.draws} draws",
+        told="1 draw" if config.draws == 1 else f"{config.draws} draws",
         bytes=plan["bytes"][config.codec],
         flops=plan.get("flops"),
         seconds=plan["pairs"] / one["images_per_second"] if one else None,
