@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from nfm.pipeline.artifacts.artifact import artifacts_root
@@ -15,7 +16,10 @@ from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Section, StageError
 from nfm.stages.data.config import DataConfig
+from nfm.stages.executors import ray_cluster
+from nfm.stages.trained import launched
 from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.training import TrainingSection
 
 
 def check(nodes: Mapping[str, Node], target: str) -> None:
@@ -38,14 +42,17 @@ def ready(nodes: Mapping[str, Node], target: str) -> None:
     known = facts(nodes)
     left = [node for node in upstream(nodes, target) if not node.made()]
     for node in left:
-        optional(node.stage, "needs", _device)(node.config)
+        optional(node.stage, "needs", partial(_where, node.name))(node.config)
     for node in left:
         _check_room(node, optional(node.stage, "room", lambda *_: 0)(node.config, known))
 
 
-def _device(config: Section) -> None:
-    """Of most stages all that they need is where they compute."""
-    if (device := getattr(config, "device", None)) is not None:
+def _where(name: str, config: Section) -> None:
+    """Of most stages all that they need is where they compute: a device, or a cluster of workers."""
+    if isinstance(config, TrainingSection) and config.workers > 1 and launched.size() == 1:
+        who, without = f"{name}.workers = {config.workers}", f"--set {name}.workers=1, or torchrun"
+        ray_cluster.check_reachable(config.ray_address, who, without)
+    elif (device := getattr(config, "device", None)) is not None:
         pick_device(device)
 
 

@@ -52,7 +52,11 @@ def cli() -> None:
 @config_option
 @set_option
 @compared_options
-@click.option("--ray-address", metavar="ADDRESS", help="The Ray cluster, as --set pairs.ray_address; or RAY_ADDRESS.")
+@click.option(
+    "--ray-address",
+    metavar="ADDRESS",
+    help="The Ray cluster of all stages, as --set pairs.ray_address; or RAY_ADDRESS.",
+)
 def run(
     stage: str, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None,
     ray_address: str | None,
@@ -62,7 +66,8 @@ def run(
 
     overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
-        overrides += (f"pairs.ray_address={ray_address}",)
+        sections = ("pairs", "teacher", "student", "features")
+        overrides += tuple(f"{section}.ray_address={ray_address}" for section in sections)
     artifact = runner.run(builder.build(load(config_path, overrides), target=stage), stage)
     click.echo(_main_output(artifact))
 

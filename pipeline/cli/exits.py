@@ -11,6 +11,7 @@ import traceback
 import click
 
 from nfm.stages.base import StageError, Stopped
+from nfm.stages.trained import launched
 from nfm.storage.errors import Told, WrongUse
 from nfm.storage.errors.masked import masked
 
@@ -35,7 +36,9 @@ def run(command: click.Command) -> None:
             with contextlib.suppress(OSError):  # a pipe that was opened to be sought in
                 stream.reconfigure(errors="backslashreplace")
     try:
-        command(standalone_mode=False)
+        with launched.following() as follows:  # a process of torchrun that is not the first one
+            if not follows:
+                command(standalone_mode=False)
     except click.ClickException as error:
         text = io.StringIO()  # which may repeat an argument
         error.show(file=text)

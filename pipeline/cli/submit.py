@@ -1,4 +1,4 @@
-"""`nfm submit pairs`: print the jobs that make pairs on a cluster, and with --go submit them."""
+"""`nfm submit`: print the jobs that make pairs or train on a cluster, and with --go submit them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import click
 
 from nfm.pipeline.artifacts.artifact import artifacts_root
 from nfm.pipeline.cli.options import Whole, config_option, set_option
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
+    from nfm.pipeline.config import RunConfig
     from nfm.pipeline.submit.slurm import Script, Submission
 
 ARRAY_LIMIT = 1000  # where Slurm does not say; its own default is 1001
@@ -60,23 +61,13 @@ def pairs(
     """
     from nfm.pipeline.config import load
     from nfm.pipeline.submit import ray as submit_ray
-    from nfm.pipeline.submit.slurm import Submission, array_jobs, user_options
+    from nfm.pipeline.submit.slurm import array_jobs, user_options
 
     if not (slurm or ray):
         raise click.UsageError("say where: --slurm, --ray, or both for a Ray cluster inside one Slurm job")
     config = load(config_path, overrides)
-    folder = _next_folder(atomic.digest(atomic.canonical_json(config.model_dump(mode="json")))[:8])
-    submission = Submission(
-        folder=folder,
-        work=Path.cwd(),
-        artifacts=artifacts_root().absolute(),
-        nfm=(sys.executable, "-m", "nfm.pipeline.cli"),
-        config=folder / "config.toml",
-        sets=overrides,
-        threads=config.pairs.threads,
-        before=before,
-        compute=user_options(sbatch),
-        sealing=user_options(sbatch_seal),
+    submission = _submission(
+        config, overrides, config.pairs.threads, before, user_options(sbatch), user_options(sbatch_seal)
     )
     if not slurm:
         _ray_job(submission, config_path, address, go)
@@ -86,17 +77,83 @@ def pairs(
         if ray
         else array_jobs(submission, tasks, max_array or _array_limit(), at_once)
     )
+    _print_or_submit(submission, config_path, scripts, go)
+
+
+def _print_or_submit(submission: Submission, config_path: Path, scripts: Sequence[Script], go: bool) -> None:
     if go:
         _create(submission, config_path, scripts)
         _submit(submission, scripts)
-    else:
-        for script in scripts:
-            click.echo(masked(f"# {submission.folder / script.name}.sbatch\n{script.text}"))
-        ids = {script.name: script.name.upper() for script in scripts}
-        click.echo("# with --go these scripts are written and submitted, each waiting for the ones that it names:")
-        click.echo(masked("\n".join(shlex.join(script.sbatch(submission.folder, ids)) for script in scripts)))
-        if not shutil.which("sbatch"):
-            click.echo("sbatch is not on this machine: --go needs it", err=True)
+        return
+    for script in scripts:
+        click.echo(masked(f"# {submission.folder / script.name}.sbatch\n{script.text}"))
+    ids = {script.name: script.name.upper() for script in scripts}
+    click.echo("# with --go these scripts are written and submitted, each waiting for the ones that it names:")
+    click.echo(masked("\n".join(shlex.join(script.sbatch(submission.folder, ids)) for script in scripts)))
+    if not shutil.which("sbatch"):
+        click.echo("sbatch is not on this machine: --go needs it", err=True)
+
+
+def _training(stage: str) -> click.Command:
+    """`nfm submit STAGE` of a stage that trains."""
+
+    @click.command(stage, help=f"Train the {stage} in one Slurm job of many processes, and make what it needs first.")
+    @config_option
+    @set_option
+    @click.option("--nodes", default=1, type=Whole(1, 1_000_000), show_default=True, help="Nodes of the job.")
+    @click.option("--per-node", default=1, type=Whole(1, 1024), show_default=True, help="Processes a node: its GPUs.")
+    @click.option("--threads", default=1, type=Whole(1, 1024), show_default=True, help="CPU cores of each process.")
+    @click.option(
+        "--sbatch", multiple=True, metavar="OPTION", help="Of the job: --sbatch=--gpus-per-node=8. Repeatable."
+    )
+    @click.option(
+        "--before", multiple=True, metavar="LINE", help="First in the script: 'module load cuda'. Repeatable."
+    )
+    @click.option("--go", is_flag=True, help="Submit; without it everything is printed and nothing is written.")
+    def submit_training(
+        config_path: Path, overrides: tuple[str, ...], nodes: int, per_node: int, threads: int, sbatch: tuple[str, ...],
+        before: tuple[str, ...], go: bool,
+    ) -> None:  # fmt: skip
+        from nfm.pipeline.config import load
+        from nfm.pipeline.submit.slurm import user_options
+        from nfm.pipeline.submit.training import training_job
+
+        config = load(config_path, overrides)
+        processes, batch_size = nodes * per_node, getattr(config, stage).batch_size
+        if batch_size % processes:
+            raise Unfit(
+                f"{stage}.batch_size {batch_size} is shared by {nodes} x {per_node} processes: make it a multiple of "
+                f"{processes}"
+            )
+        submission = _submission(config, overrides, threads, before, user_options(sbatch))
+        _print_or_submit(submission, config_path, [training_job(submission, stage, nodes, per_node)], go)
+
+    return submit_training
+
+
+for _stage in ("teacher", "student", "features"):
+    submit.add_command(_training(_stage))
+
+
+def _submission(
+    config: RunConfig, overrides: tuple[str, ...], threads: int, before: tuple[str, ...], compute: tuple[str, ...],
+    sealing: tuple[str, ...] = (),
+) -> Submission:  # fmt: skip
+    from nfm.pipeline.submit.slurm import Submission
+
+    folder = _next_folder(atomic.digest(atomic.canonical_json(config.model_dump(mode="json")))[:8])
+    return Submission(
+        folder=folder,
+        work=Path.cwd(),
+        artifacts=artifacts_root().absolute(),
+        nfm=(sys.executable, "-m", "nfm.pipeline.cli"),
+        config=folder / "config.toml",
+        sets=overrides,
+        threads=threads,
+        before=before,
+        compute=compute,
+        sealing=sealing,
+    )
 
 
 def _next_folder(digest: str) -> Path:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from nfm.pipeline.submit.slurm import Script, Submission, directive, nfm, script
+from nfm.pipeline.submit.slurm import HEAD, Script, Submission, directive, nfm, script
 
 STOP_SECONDS = 15  # Ray's own 3 s are less than a driver may need to let its actors finish a batch
 
@@ -47,8 +47,10 @@ def allocation(submission: Submission, nodes: int) -> Script:
         "--signal=B:USR1@120",
         *submission.compute,
     ]
-    text = _CLUSTER.replace("@RAY@", shlex.join(_ray(submission))).replace(
-        "@RUN@", _run(submission, "pairs.ray_address=", '"$address"')
+    text = (
+        _CLUSTER.replace("@HEAD@", HEAD)
+        .replace("@RAY@", shlex.join(_ray(submission)))
+        .replace("@RUN@", _run(submission, "pairs.ray_address=", '"$address"'))
     )
     return Script("ray", script(submission, [directive(option) for option in options], text.rstrip("\n")))
 
@@ -78,9 +80,7 @@ def ray_beside(python: str) -> str:
 _CLUSTER = """\
 # A Ray cluster of this job alone. Its port and its folder come from the job's number, and it is ended by ending the
 # `ray start --block` processes that this script began: `ray stop` would end other jobs' clusters on the same node.
-nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
-name=$(scontrol show node "${nodes[0]}" --oneliner | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
-head=$(getent ahostsv4 "$name" | awk '{print $1; exit}') || { echo "$name: no such host" >&2; exit 1; }
+@HEAD@
 if [[ $head == 127.* ]]; then head=$(hostname -I | awk '{print $1}'); fi  # Ray takes no loopback address
 port=$((20000 + SLURM_JOB_ID % 10000))
 address=$head:$port

@@ -22,6 +22,13 @@ FIXED = {  # what the scripts decide, and what to use instead
 }
 
 
+# Sets $nodes, and $head to the address of the first one: its name need not be known to the name service.
+HEAD = """\
+nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+name=$(scontrol show node "${nodes[0]}" --oneliner | sed -n 's/.* NodeAddr=\\([^ ]*\\).*/\\1/p')
+head=$(getent ahostsv4 "$name" | awk '{print $1; exit}') || { echo "$name: no such host" >&2; exit 1; }"""
+
+
 @dataclass(frozen=True)
 class Submission:
     """What all scripts of one submission have in common; paths are absolute.

@@ -147,15 +147,19 @@ def _loopback_allowed() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-REMEDY = "start one with `ray start --head`, or leave pairs.ray_address and RAY_ADDRESS out for a local one"
+REMEDY = "start one with `ray start --head`, or leave ray_address and RAY_ADDRESS out for a local one"
 
 
-def check_reachable(address: str | None) -> None:
-    """Raises StageError where Ray is not installed, or nobody listens at the address; asks for seconds at most."""
+def check_reachable(
+    address: str | None, who: str = 'pairs.executor = "ray"', without: str = "--set pairs.executor=serial"
+) -> None:
+    """Raises StageError where Ray is not installed, or nobody listens at the address; asks for seconds at most.
+
+    `who` wants it, and `without` is how to do without.
+    """
     if importlib.util.find_spec("ray") is None:
         raise Unfit(
-            "pairs.executor = \"ray\" needs Ray, which is not installed: pip install 'nfm-pairs[ray]', or do without "
-            "it: --set pairs.executor=serial"
+            f"{who} needs Ray, which is not installed: pip install 'nfm-pairs[ray]', or do without it: {without}"
         )
     address = address_of(address)
     host, _, port = address.removeprefix("ray://").rpartition(":")

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nfm.stages.base import Inputs, Reporter, Result
 from nfm.stages.trained import costs
@@ -51,6 +51,12 @@ class FeaturesConfig(TrainingSection):
     learning_rate: float = Field(4e-3, gt=0)
     warmup: float = Field(0.1, ge=0, le=1)
     ema: float = Field(0.995, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check_whole_batches(self) -> Self:
+        if self.microbatch is not None:
+            raise ValueError("microbatch: its batch normalisation wants whole batches; leave it out")
+        return self
 
 
 def fits(config: FeaturesConfig, facts: Mapping[str, Any]) -> None:

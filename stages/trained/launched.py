@@ -7,13 +7,14 @@ by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from nfm.stages.base import Inputs, Reporter, Unfit
+from nfm.stages.base import Inputs, Reporter, StageError, Unfit
 from nfm.stages.trained.machine import pick_device
 
 PATIENCE = timedelta(days=7)  # the others wait while the first process makes what a training needs
@@ -35,6 +36,7 @@ def following() -> Iterator[bool]:
     if size() == 1:
         yield False
         return
+    _join()
     if rank() > 0:
         _follow()
         yield True
@@ -53,7 +55,6 @@ def lead(train: Callable[..., None], make: Any, config: Any, inputs: Inputs, out
 def _follow() -> None:
     import torch.distributed as dist
 
-    _join()
     while True:
         told: list[Any] = [None]
         dist.broadcast_object_list(told, src=0)
@@ -61,13 +62,28 @@ def _follow() -> None:
             dist.destroy_process_group()
             return
         train, make, config, inputs, out = told[0]
-        train(make, config, inputs, out, Silent(), _device(config.device))
+        with _listening(Silent()) as report:
+            train(make, config, inputs, out, report, _device(config.device))
+
+
+@contextmanager
+def _listening(report: Silent) -> Iterator[Silent]:
+    """A launcher passes signals on to all of its processes: whoever hears one first makes all of them stop."""
+
+    def stop(*_: Any) -> None:
+        report.stopping = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield report
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tell(what: Any) -> None:
     import torch.distributed as dist
 
-    _join()
     dist.broadcast_object_list([what], src=0)
     if what is None:
         dist.destroy_process_group()
@@ -79,7 +95,11 @@ def _join() -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise Unfit(f"WORLD_SIZE is {size()} and {name} is not set: start the command with torchrun, or set it")
-    parallel.join(_device(pick_device("auto")), rank(), size(), "env://", PATIENCE)
+    try:
+        parallel.join(_device(pick_device("auto")), rank(), size(), "env://", PATIENCE)
+    except TimeoutError as error:
+        at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise StageError(f"{error}; is MASTER_ADDR:MASTER_PORT, {at}, an address of the first process?") from error
 
 
 def _device(name: str) -> str:

@@ -226,6 +226,14 @@ def seen_of(old_checkpoint: bytes) -> int:
     return int(unpack(old_checkpoint)[1]["examples_seen"])
 
 
+def newest_checkpoint(out: Path) -> int:
+    """The examples seen of the newest checkpoint, 0 where there is none."""
+    from nfm.trainers.training.checkpoint_folder import newest
+
+    found = newest(out / CHECKPOINTS)
+    return int(found.name) if found else 0
+
+
 def kept_files(out: Path) -> list[str]:
     """What a finished training leaves beside its weights."""
     states = [path for path in sorted((out / CHECKPOINTS).rglob("*")) if path.is_file()]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nfm.trainers.models.batch_norm import BatchNorm2d
 from nfm.trainers.models.sizes import check_sides
 from nfm.trainers.training.randomness import Randomness
 
@@ -63,6 +64,6 @@ def classification_loss(model: nn.Module, batch: Any, random: Randomness) -> tup
 def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
     return [
         nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
+        BatchNorm2d(channels_out),
         nn.ReLU(inplace=True),
     ]

@@ -47,9 +47,8 @@ class CheckpointFolder:
         self._pending: Future[None] | None = None
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, or None. What a killed process left half written is not one."""
-        found = [path for path in self.root.glob("*") if re.fullmatch("[0-9]+", path.name)]
-        return max(found, key=lambda path: int(path.name), default=None)
+        """The newest checkpoint, or None."""
+        return newest(self.root)
 
     def save(self, tensors: Tensors, state: Mapping[str, Any], examples_seen: int) -> None:
         """Takes a copy of the tensors now and writes it in the background; raises what went wrong with the last one."""
@@ -105,7 +104,7 @@ class CheckpointFolder:
             _sync(path)
         _sync(part)
         self._check()
-        old = sorted(path for path in self.root.glob("*") if re.fullmatch("[0-9]+", path.name))
+        old = _whole(self.root)
         if final in old:
             _remove(final)
             old.remove(final)
@@ -113,6 +112,15 @@ class CheckpointFolder:
         _sync(self.root)
         for path in old[: max(0, len(old) + 1 - self._keep)]:
             _remove(path)
+
+
+def newest(root: Path) -> Path | None:
+    """The newest checkpoint in a folder, or None. What a killed process left half written is not one."""
+    return max(_whole(root), key=lambda path: int(path.name), default=None)
+
+
+def _whole(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("*") if re.fullmatch("[0-9]+", path.name))
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -15,19 +15,15 @@ from nfm.trainers.training import parallel
 
 def parts_of(batch: Any, most: int | None, device: torch.device) -> Iterator[tuple[Any, Tensor | None, float, bool]]:
     """Microbatches of at most `most` records: (part, its places in the whole batch, its share of ours, the last?)."""
+    if parallel.size() == 1 and most is None:
+        yield batch, None, 1.0, True
+        return
     count = _length(batch)
-    places = getattr(batch, "place", None)
-    if places is None and parallel.size() > 1:
-        places = np.arange(count) + parallel.rank() * count
-    step = most or count
-    alone = parallel.size() == 1 and step >= count
-    for start in range(0, count, step):
-        where = slice(start, min(start + step, count))
-        if alone:
-            yield batch, None, 1.0, True
-            return
-        chosen = torch.from_numpy(np.arange(count) if places is None else np.asarray(places))[where].to(device)
-        yield _rows(batch, where), chosen, (where.stop - start) / count, where.stop == count
+    own = getattr(batch, "place", None)
+    places = torch.from_numpy(np.arange(count) + parallel.rank() * count if own is None else np.asarray(own))
+    for start in range(0, count, most or count):
+        where = slice(start, min(start + (most or count), count))
+        yield _rows(batch, where), places[where].to(device), (where.stop - start) / count, where.stop == count
 
 
 def _length(batch: Any) -> int:

@@ -21,20 +21,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 Sharding = Literal["ddp", "fsdp"]
+MEETING = timedelta(minutes=10)
 
 
-def join(device: str | torch.device, rank: int, size: int, address: str, patience: timedelta) -> None:
-    """Meets the other processes at `address` (tcp://host:port); NCCL for CUDA devices, gloo for everything else.
+def join(device: str | torch.device, rank: int, size: int, address: str, patience: timedelta = MEETING) -> None:
+    """Meets the other processes at `address` (env://, tcp://host:port), by NCCL for CUDA devices and gloo for others.
 
-    A process that does not answer within `patience` is an error in the others.
+    Raises TimeoutError where they do not meet within ten minutes. Later one may let the others wait for `patience`.
     """
     if dist.is_initialized():
         return
+    try:
+        store, _, _ = next(dist.rendezvous(address, rank, size, timeout=MEETING))
+    except (dist.DistError, RuntimeError) as error:
+        raise TimeoutError(f"process {rank} of {size} did not meet the others at {address}: {error}") from error
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=address, rank=rank, world_size=size, timeout=patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
 
 
 def rank() -> int:
@@ -94,7 +99,7 @@ def shared(objective: Objective, sharding: Sharding, device: torch.device) -> nn
     if sharding == "fsdp":
         shard(objective, device)
         return objective
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def part_of_step(objective: nn.Module, last: bool) -> AbstractContextManager[Any]:

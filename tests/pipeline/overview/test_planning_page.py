@@ -11,7 +11,9 @@ import pytest
 from tests.support.lab import Lab
 
 HOME = Path(__file__).parents[3]
-BLOCKS = re.findall(r"```\n\$ nfm (plan .*)\n((?:.*\n)+?)```\n", (HOME / "docs/planning.md").read_text(encoding="utf-8"))
+BLOCKS = re.findall(
+    r"```\n\$ nfm (plan .*)\n((?:.*\n)+?)```\n", (HOME / "docs/planning.md").read_text(encoding="utf-8")
+)
 SURE = {command: shown for command, shown in BLOCKS if "--rate" in command}  # others time the machine
 
 

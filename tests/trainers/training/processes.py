@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 from nfm.trainers.loop import How, train
+from nfm.trainers.models.cnn import FeatureNet, classification_loss
 from nfm.trainers.models.sit import SiT
 from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
 from nfm.trainers.training import parallel
@@ -93,11 +94,18 @@ def velocity(model: nn.Module, batch: Part, random: Randomness) -> tuple[Tensor,
     return error.square().mean(), {}
 
 
+def classification(model: FeatureNet, batch: Part, random: Randomness) -> tuple[Tensor, dict[str, Any]]:
+    wide = replace(batch, image=batch.image.repeat(1, 1, 2, 2) * batch.noise.repeat_interleave(2, 2).repeat(1, 1, 1, 2))
+    return classification_loss(model, wide, random)
+
+
 def train_one(run: Run, folder: Path) -> None:
     torch.manual_seed(0)
     model: nn.Module
     if run.model == "teacher":
         model, loss = TarFlow(SHAPE, classes=3, patch=2, channels=8, blocks=2, layers=2, head_size=4), likelihood
+    elif run.model == "features":
+        model, loss = FeatureNet((1, 8, 8), classes=3, width=4, feature_size=8), classification
     else:
         model, loss = SiT(SHAPE, 3, patch=2, width=8, depth=2, head_size=4), velocity
     for name, parameter in model.named_parameters():  # some begin with zeros, which would hide the others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from nfm.trainers.loop import How
 from tests.trainers.training.processes import BATCH, Run, done
 
 FSDP = How(sharding="fsdp")
+pytestmark = pytest.mark.seconds(120)  # processes that import torch
 WAYS = {
     "two": (2, How()),
     "four": (4, How()),
@@ -18,16 +20,17 @@ WAYS = {
     "four-fsdp": (4, FSDP),
     "microbatches": (1, How(microbatch=3)),
     "two-microbatches": (2, How(microbatch=3)),
-    "two-fsdp-microbatches": (2, How(sharding="fsdp", microbatch=3)),
     "recomputed": (1, How(recompute=True)),
-    "two-fsdp-recomputed": (2, How(sharding="fsdp", recompute=True)),
+    "two-all": (2, How(sharding="fsdp", microbatch=3, recompute=True)),
 }
-FEW = ("two", "four-fsdp")
-ALL = [("teacher", torch.float64, way) for way in WAYS] + [
-    (model, dtype, way)
-    for model, dtype in (("teacher", torch.float32), ("student", torch.float64), ("student", torch.float32))
-    for way in FEW
-]
+FULL = bool(os.environ.get("NFM_FULL"))
+F32, F64 = torch.float32, torch.float64
+ALL = [("teacher", F64, "two"), ("teacher", F64, "two-all"), ("teacher", F32, "two-fsdp"), ("features", F64, "two")]
+if FULL:  # `make test-all`
+    ALL += [("teacher", F64, way) for way in WAYS if way not in ("two", "two-all")]
+    ALL += [("student", F64, "two"), ("student", F64, "four-fsdp"), ("student", F32, "two")]
+    ALL += [("teacher", F32, "four"), ("features", F64, "four")]
+THEN = {"ddp": (4, How()), "fsdp": (4, FSDP), "alone": (1, How())} if FULL else {"alone": (1, How())}
 
 
 def name_of(model: str, dtype: torch.dtype, way: str) -> str:
@@ -36,19 +39,17 @@ def name_of(model: str, dtype: torch.dtype, way: str) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    runs = []
-    for model, dtype in dict.fromkeys((model, dtype) for model, dtype, _ in ALL):
-        runs.append(Run(name_of(model, dtype, "alone"), model=model, dtype=dtype))
-    for model, dtype, way in ALL:
-        runs.append(Run(name_of(model, dtype, way), *WAYS[way], model, dtype))
-    runs.append(Run(name_of("teacher", torch.float32, "two-fsdp"), *WAYS["two-fsdp"]))
-    for way in ("two", "two-fsdp"):
-        runs.append(Run(f"stopped-{way}", 2, WAYS[way][1], steps=20))
-        runs.append(Run(f"again-{way}", 2, WAYS[way][1], after=f"stopped-{way}"))
-    for processes, way, then in ((4, How(), "ddp"), (4, FSDP, "fsdp"), (1, How(), "alone")):
-        before = f"stopped-at-two-for-{then}"
-        runs.append(Run(before, 2, FSDP if then != "ddp" else How(), dtype=torch.float64, steps=20))
-        runs.append(Run(f"went-on-{then}", processes, way, dtype=torch.float64, after=before))
+    runs = [
+        Run(name_of(model, dtype, "alone"), model=model, dtype=dtype)
+        for model, dtype in dict.fromkeys((model, dtype) for model, dtype, _ in ALL)
+    ]
+    runs += [Run(name_of(model, dtype, way), *WAYS[way], model, dtype) for model, dtype, way in ALL]
+    runs.append(Run("stopped", 2, FSDP, steps=20))
+    runs.append(Run("again", 2, FSDP, after="stopped"))
+    for then, (processes, how) in THEN.items():
+        before = f"stopped-for-{then}"
+        runs.append(Run(before, 2, how, dtype=F64, steps=20))
+        runs.append(Run(f"went-on-{then}", processes, how, dtype=F64, after=before))
     return done(runs, tmp_path_factory.mktemp("parallel"))
 
 
@@ -74,23 +75,23 @@ def test_any_number_of_processes_and_microbatches_gives_the_same_weights(trained
 
 
 def test_the_log_is_that_of_one_process(trained):
-    alone = trained[name_of("teacher", torch.float64, "alone")]["lines"]
-    for way in WAYS:
-        lines = trained[name_of("teacher", torch.float64, way)]["lines"]
+    alone = trained[name_of("teacher", F64, "alone")]["lines"]
+    for way in [way for model, dtype, way in ALL if (model, dtype) == ("teacher", F64)]:
+        lines = trained[name_of("teacher", F64, way)]["lines"]
         assert len(lines) == len(alone) == 5
         for line, expected in zip(lines, alone, strict=True):
             for key in ("images_seen", "learning_rate", "loss", "grad_norm", "power"):
                 assert line[key] == pytest.approx(expected[key], rel=1e-10), (way, key)
 
 
-@pytest.mark.parametrize("way", ["two", "two-fsdp"])
-def test_stopped_and_resumed_by_as_many_processes_equals_undisturbed_bit_for_bit(trained, way):
-    stopped, again = trained[f"stopped-{way}"], trained[f"again-{way}"]
-    assert BATCH * 20 <= stopped["seen"] <= BATCH * 21  # all stop at the same step, which may be the next one
-    assert farthest(again, trained[name_of("teacher", torch.float32, way)]) == 0.0
+def test_stopped_and_resumed_by_as_many_processes_equals_undisturbed_bit_for_bit(trained):
+    assert (
+        BATCH * 20 <= trained["stopped"]["seen"] <= BATCH * 21
+    )  # all stop at the same step, which may be the next one
+    assert farthest(trained["again"], trained[name_of("teacher", F32, "two-fsdp")]) == 0.0
 
 
-@pytest.mark.parametrize("then", ["ddp", "fsdp", "alone"])
-def test_stopped_with_two_and_resumed_with_four_or_one_goes_on_with_the_same_sequence(trained, then):
-    assert trained[f"stopped-at-two-for-{then}"]["seen"] < 50 * BATCH
-    assert farthest(trained[f"went-on-{then}"], trained[name_of("teacher", torch.float64, "alone")]) < 1e-11
+@pytest.mark.parametrize("then", THEN)
+def test_stopped_with_two_and_resumed_with_others_goes_on_with_the_same_sequence(trained, then):
+    assert trained[f"stopped-for-{then}"]["seen"] < 50 * BATCH
+    assert farthest(trained[f"went-on-{then}"], trained[name_of("teacher", F64, "alone")]) < 1e-11

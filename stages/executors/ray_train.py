@@ -1,0 +1,223 @@
+"""A training on the workers of a Ray cluster, by Ray Train's TorchTrainer.
+
+Ray Train starts the processes, and all of them again when one dies: they go on from the newest checkpoint, which lies
+in the artifact. This process shows what the first of them tells, and tells it when to stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nfm.stages.base import Inputs, Reporter, StageError, Stopped
+from nfm.stages.executors.ray_cluster import cluster
+from nfm.stages.trained.launched import Silent
+
+LOOKS_EVERY = 0.5  # seconds between two looks at the training
+UNSEEN = 30.0  # seconds without a look after which nothing more is written: somebody else may have taken over
+STARTS = 5  # in a row that may end before a new checkpoint
+
+News = list[tuple[str, tuple[Any, ...], dict[str, Any]]]  # calls of a reporter: method, arguments, figures
+
+
+class Line:
+    """Between a training and the process that watches it: an actor that keeps what each has to tell the other."""
+
+    def __init__(self) -> None:
+        self._news: News = []
+        self._stop = False
+        self._looked = time.monotonic()
+        self._outcome: Exception | None = None
+        self._starts: list[int] = []
+
+    def begin(self, seen: int) -> bool:
+        """Whether the processes may begin, which have a checkpoint of `seen` examples."""
+        again = bool(self._starts)
+        self._starts = [*(before for before in self._starts if before == seen), seen]
+        if len(self._starts) > STARTS and self._outcome is None:
+            self._outcome = StageError(
+                f"training was begun {STARTS} times in a row from the checkpoint of {seen:,} examples, and each time a "
+                "worker died before the next one; see the Ray logs for the reason (out of memory is the usual one: set "
+                "microbatch, recompute or sharding), or save more often; checkpoints stay, run the same command again"
+            )
+        elif again:
+            self._news.append(("say", (f"a worker died; training begins again from {seen:,} examples",), {}))
+        return self._outcome is None
+
+    def tell(self, news: News) -> bool:
+        """Takes news from the training, and says whether it is to stop."""
+        self._news += news
+        return self._stop
+
+    def end(self, outcome: Exception) -> None:
+        """The training ended otherwise than with its last step; what is told first counts."""
+        self._outcome = self._outcome or outcome
+
+    def unseen(self) -> float:
+        """Seconds since the watching process looked last."""
+        return time.monotonic() - self._looked
+
+    def look(self, stop: bool) -> News:
+        """Gives the news since the last look."""
+        self._looked, self._stop = time.monotonic(), stop
+        news, self._news = self._news, []
+        return news
+
+    def outcome(self) -> Exception | None:
+        return self._outcome
+
+
+class Reports:
+    """The reporter of the first process: all that it is told goes down the line, a few times a second."""
+
+    ending = False
+
+    def __init__(self, line: Any) -> None:
+        self.stopping = False
+        self._line = line
+        self._news: News = []
+        self._asked: Any = None
+        self._sent = 0.0
+
+    def progress(self, done: int, total: int, unit: str, workers: Any = (), **figures: Any) -> None:
+        self._news = [item for item in self._news if item[0] != "progress"]
+        self._add("progress", (done, total, unit, workers), figures)
+
+    def say(self, text: str) -> None:
+        self._add("say", (text,), {})
+
+    def log(self, kind: str, **values: Any) -> None:
+        self._add("log", (kind,), values)
+
+    def check_lock(self) -> None:
+        import ray
+
+        unseen = ray.get(self._line.unseen.remote())
+        if unseen > UNSEEN:
+            raise StageError(
+                f"the process that watches the training has not been seen for {unseen:.0f} s: nothing more is written, "
+                "since another one may have taken the work over"
+            )
+
+    def flush(self) -> None:
+        import ray
+
+        ray.get(self._line.tell.remote(self._news))
+
+    def _add(self, what: str, arguments: tuple[Any, ...], figures: dict[str, Any]) -> None:
+        import ray
+
+        self._news.append((what, arguments, figures))
+        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+            self.stopping, self._asked = ray.get(self._asked), None
+        if self._asked is None and time.monotonic() - self._sent >= LOOKS_EVERY:
+            self._asked = self._line.tell.remote(self._news)
+            self._news, self._sent = [], time.monotonic()
+
+
+def fit(make: Any, config: Any, inputs: Inputs, out: Path, report: Reporter) -> None:
+    """Train on `config.workers` processes of the cluster until done; what dies begins again from the last checkpoint.
+
+    Raises Stopped when the reporter is stopping, and StageError when training cannot go on.
+    """
+    import ray
+
+    threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
+    work = (make, config, {role: Path(path).absolute() for role, path in inputs.items()}, out.absolute())
+    with cluster(config.ray_address, config.workers, threads, config.device) as share, _notes(out) as notes:
+        line: Any = ray.remote(Line).options(num_cpus=0).remote()
+        report.say(f"training on {config.workers} workers, {share} each; the cluster has {share.left()}")
+        failed: list[BaseException] = []
+        thread = threading.Thread(
+            target=_train, args=(work, line, share, notes, failed), name="nfm-ray-train", daemon=True
+        )
+        thread.start()
+        while True:
+            thread.join(LOOKS_EVERY)
+            over = not thread.is_alive()
+            report.check_lock()
+            for what, arguments, figures in ray.get(line.look.remote(report.stopping)):
+                getattr(report, what)(*arguments, **figures)
+            if over:
+                break
+        if outcome := ray.get(line.outcome.remote()):
+            raise outcome
+    if failed:
+        raise StageError(f"training on Ray failed: {_first_line(failed[0])}") from failed[0]
+
+
+@contextlib.contextmanager
+def _notes(out: Path) -> Iterator[Path]:
+    """Where Ray Train keeps notes of its own: all nodes must see it. Our checkpoints lie beside it."""
+    folder = out.absolute() / "ray-train"
+    shutil.rmtree(folder, ignore_errors=True)
+    before = os.environ.get("RAY_CHDIR_TO_TRIAL_DIR")
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in configs count from where the command was given
+    try:
+        yield folder
+    finally:
+        if before is None:
+            del os.environ["RAY_CHDIR_TO_TRIAL_DIR"]
+        else:
+            os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _train(work: tuple[Any, ...], line: Any, share: Any, notes: Path, failed: list[BaseException]) -> None:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    needs = {"CPU": share.cpus, **({"GPU": 1} if share.gpus else {})}
+    try:
+        TorchTrainer(
+            _worker,
+            train_loop_config={"work": work, "line": line},
+            scaling_config=ScalingConfig(
+                num_workers=work[1].workers, use_gpu=bool(share.gpus), resources_per_worker=needs
+            ),
+            run_config=RunConfig(
+                name="training", storage_path=str(notes), failure_config=FailureConfig(max_failures=-1)
+            ),
+        ).fit()
+    except BaseException as error:  # raised by the thread that waits
+        failed.append(error)
+
+
+def _worker(given: dict[str, Any]) -> None:
+    """One process of the training, on whatever node it is. A process that dies makes Ray Train begin all of them again;
+    an error of ours ends the training, since it would come again."""
+    import ray
+    import ray.train
+    import ray.train.torch
+    import torch.distributed as dist
+
+    from nfm.stages.trained.training import newest_checkpoint, train_here
+
+    (make, config, inputs, out), line = given["work"], given["line"]
+    first = ray.train.get_context().get_world_rank() == 0
+    begins = [ray.get(line.begin.remote(newest_checkpoint(out))) if first else None]
+    dist.broadcast_object_list(begins, src=0)
+    if not begins[0]:
+        return
+    report = Reports(line) if first else Silent()
+    try:
+        train_here(make, config, inputs, out, report, str(ray.train.torch.get_device()))
+    except Stopped as stopped:  # of all processes at the same step
+        ray.get(line.end.remote(stopped))
+    except StageError as error:
+        ray.get(line.end.remote(error))
+        raise
+    finally:
+        if isinstance(report, Reports):
+            report.flush()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [text for text in str(error).splitlines() if text.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
