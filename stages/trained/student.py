@@ -154,14 +154,14 @@ def cost(config: StudentConfig, facts: Mapping[str, Any], clock: Clock | None) -
 
 
 def trials(config: StudentConfig, facts: Mapping[str, Any]) -> list[Trial]:
-    """The student and, where its architecture has a depth, one of depth 1, to be timed."""
+    """The student and, where its architecture has a depth, shallower ones, to be timed."""
     shape, classes = facts["image_shape"], facts.get("classes", 0)
 
     def trial(of: StudentConfig) -> Trial:
         return Trial(flops(of, shape), lambda: (build(sizes_of(of, shape, classes)), _loss(of)))
 
-    shallow = [config.model_copy(update={"depth": 1})] if "depth" in ARCHITECTURES[config.arch].fields else []
-    return [trial(of) for of in (config, *shallow)]
+    shallower = (-(-config.depth // 4), 1) if "depth" in ARCHITECTURES[config.arch].fields else ()
+    return [trial(config.model_copy(update={"depth": depth})) for depth in dict.fromkeys((config.depth, *shallower))]
 
 
 def flops(config: StudentConfig, image_shape: Sequence[int]) -> float:

@@ -143,8 +143,9 @@ def cost(config: TeacherConfig, facts: Mapping[str, Any], clock: Clock | None) -
 
         return TarFlow(**_architecture(of, shape, classes)), _loss(config)
 
-    shallow = config.model_copy(update={"blocks": 1, "layers": 1})
-    trials = [Trial(costs.teacher_flops(shape, of), partial(make, of)) for of in (config, shallow)]
+    sizes = [{}, {"blocks": 1}, {"blocks": 1, "layers": 1}]
+    shallower = [config.model_copy(update=less) for less in sizes]
+    trials = [Trial(costs.teacher_flops(shape, of), partial(make, of)) for of in shallower]
     parameters = costs.teacher_parameters(shape, classes, config)
     return cost_of_training(NAME, config, config.images, "images", facts, parameters, trials, clock)
 

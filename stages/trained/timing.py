@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from nfm.stages.trained.training import Precision
 
 SECONDS = 2.5  # of one measurement with all that it makes, 3 s with what ends late
-STEP_SECONDS = 0.4  # what a step that is timed is to take, by what it multiplies
+STEP_SECONDS = 0.6  # what a step that is timed is to take, by what it multiplies
+LEAST_BATCH = 8  # of fewer, what a step does once weighs too much
 LONGEST = 1.0  # of a step; where even the smallest is longer, products alone are timed
 EFFICIENCY = 0.25  # of the rate of matrix products; small models with attention and norms reached 0.2 to 0.35 on CPUs
 LARGE = 0.6  # the same of models so large that one layer's step is too long to be timed
@@ -115,15 +116,17 @@ def cost_of_training(
 
 
 def fitting(trials: Sequence[Trial], passes: int, batch_size: int, rate: float) -> tuple[Trial, int] | None:
-    """What can be timed, and in which batch: the first whose batch is short at `rate` FLOP/s, else fewer of the last.
+    """What can be timed, and in which batch: the first with a batch that is short at `rate` FLOP/s and large enough to
+    stand for the whole; else the last, in a batch of any size.
 
     `passes` is how many forward passes a step is worth. None where even a batch of one takes far too long.
     """
-    for trial in trials:
-        if passes * trial.flops * batch_size <= STEP_SECONDS * rate * EFFICIENCY:
-            return trial, batch_size
+    sizes = [int(STEP_SECONDS * EFFICIENCY * rate / (passes * trial.flops)) for trial in trials]
+    for trial, size in zip(trials, sizes):
+        if size >= min(batch_size, LEAST_BATCH):
+            return trial, min(batch_size, size)
     one = passes * trials[-1].flops / rate
-    return None if one > LONGEST else (trials[-1], max(1, int(STEP_SECONDS * EFFICIENCY / one)))
+    return None if one > LONGEST else (trials[-1], max(1, sizes[-1]))
 
 
 @contextmanager
@@ -208,21 +211,21 @@ def rate_of_calls(trials: Sequence[Trial], batch_size: int, device: str, precisi
 def matrix_rate(device: str, precision: Precision) -> float:
     """FLOP/s of products of square matrices as training in this precision makes them, of a size that suits the device.
 
-    The best of three; sizes double until a product takes a few hundredths of a second.
+    The best of many in a few tenths of a second, for others may be at work on the machine; sizes double until a product
+    takes a hundredth of a second.
     """
     import torch
 
-    size, rate = 256, 0.0
+    size, rate, began = 256, 0.0, time.perf_counter()
     while True:
-        a = torch.randn(size, size, device=device)
-        best = math.inf
+        a, taken = torch.randn(size, size, device=device), list[float]()
         with precision_context(torch.device(device).type, precision), torch.no_grad():
-            for _ in range(3):
+            while len(taken) < 3 or (min(taken) > 0.01 and time.perf_counter() < began + 0.3):
                 started = time.perf_counter()
                 (a @ a)[0, 0].item()
-                best = min(best, time.perf_counter() - started)
-        rate = max(rate, 2 * size**3 / best)
-        if best > 0.01 or size == 8192:
+                taken.append(time.perf_counter() - started)
+        rate = max(rate, 2 * size**3 / min(taken))
+        if min(taken) > 0.01 or size == 8192:
             return rate
         size *= 2
 

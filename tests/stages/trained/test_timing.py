@@ -117,9 +117,11 @@ def test_what_does_not_fit_into_memory_follows_from_products() -> None:
 def test_the_largest_that_is_short_is_timed() -> None:
     whole, part = slow(0.0, 1e9), slow(0.0, 1e8)
     short = timing.STEP_SECONDS * timing.EFFICIENCY
-    assert fitting([whole, part], 3, 10, 3e10 / short) == (whole, 10)
-    assert fitting([whole, part], 3, 10, 3e9 / short) == (part, 10)
-    assert fitting([whole, part], 3, 10, 0.6e9 / short) == (part, 2)
+    assert fitting([whole, part], 3, 10, 3.01e10 / short) == (whole, 10)
+    assert fitting([whole, part], 3, 10, 2.41e10 / short) == (whole, 8), "a smaller batch of the whole"
+    assert fitting([whole, part], 3, 10, 2.39e10 / short) == (part, 10)
+    assert fitting([whole, part], 3, 4, 1.21e10 / short) == (whole, 4), "all of a small batch"
+    assert fitting([whole, part], 3, 10, 0.61e9 / short) == (part, 2)
     assert fitting([whole, part], 3, 10, 1e9) == (part, 1)
     assert fitting([whole, part], 3, 10, 1e8) is None
 
