@@ -1,7 +1,7 @@
-"""A run's graph, built from its config: every node with all that it reads; also the nodes of `nfm compare`.
+"""Builds the graph of a run from its config: every node with its inputs, also for `nfm compare`.
 
-`student:nfm:soften=0.5@1` is the variant `nfm:soften=0.5` with `student.seed = 1`. Each is an artifact of its own, so
-a comparison that is stopped goes on, and one that grows makes only what is new.
+`student:nfm:soften=0.5@1` is the variant `nfm:soften=0.5` with `student.seed = 1`. Each node is an artifact of its own.
+So a stopped comparison can continue, and a larger one makes only what is new.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from nfm.stages.pairs import stage as pairs
 from nfm.stages.report import stage as report
 from nfm.stages.trained import potential, student
 
-# Options that do not concern a model stand at their defaults in its evaluation, which they would make anew.
+# Options that do not affect a model get their defaults in its evaluation; otherwise it would be made again.
 OF_TEACHERS = ("baselines", "guidance")
 OF_STUDENTS = ("baselines", "nfe", "solver", "grid", "reference", "student_guidance", "curvature_trajectories")
 
 
 class Builder:
-    """The graph of a run in the making: every method adds a node with all that it reads, once, and names it."""
+    """A graph under construction. Every method adds a node with all its inputs, once, and returns its name."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -38,7 +38,7 @@ class Builder:
             self.main = Variant(config.pairs.coupling, knobs.soften, knobs.permuted, knobs.mixture)
 
     def add(self, name: str, section: Section, roles: Mapping[str, str], given: Mapping[str, Artifact] = {}) -> str:
-        """A node that reads the nodes of `roles`, by their names, and the artifacts of `given`."""
+        """Adds a node that reads the nodes in `roles`, by name, and the artifacts in `given`."""
         if name not in self.nodes:
             stage = STAGES[name.partition(":")[0]]
             inputs = {role: self.nodes[node] for role, node in roles.items()}
@@ -49,7 +49,7 @@ class Builder:
         return self.add("potential", self.config.potential, {"data": "data"})
 
     def pairs(self, coupling: str) -> str:
-        """The store of a coupling: `pairs` for the run's own."""
+        """The store of a coupling; its name is `pairs` for the run's own coupling."""
         with _blaming("pairs"):
             section = pairs.for_coupling(self.config.pairs, coupling)
         roles: dict[str, str] = {}
@@ -67,7 +67,7 @@ class Builder:
         return self.add(name, section, roles, given)
 
     def student(self, variant: Variant, seed: int | None = None) -> str:
-        """The student of a variant: `student` for the run's own; with a seed, a name that tells it."""
+        """The student of a variant; its name is `student` for the run's own. With a seed, the name includes it."""
         roles = {"pairs": self.pairs(variant.coupling)}
         roles |= {f"pairs:{other}": self.pairs(other) for other in sorted(variant.mixture)}
         if seed is None and variant == self.main:
@@ -77,12 +77,12 @@ class Builder:
         return self.add(f"student:{variant}" if seed is None else f"student:{variant}@{seed}", section, roles)
 
     def measured_on(self) -> dict[str, str]:
-        """What every evaluation reads of the data: this run's classifier where distances are taken in its features."""
+        """What every evaluation reads of the data: this run's classifier, if distances use its features."""
         own = self.config.evaluate.features == "cnn"
         return {"data": "data", "features": "features"} if own else {"data": "data"}
 
     def uses_teacher(self, targets: Iterable[str]) -> bool:
-        """Whether any store that these nodes come from, however far back, is made by the teacher."""
+        """Whether the teacher made any store that these nodes depend on, directly or indirectly."""
         needed = (node for target in targets for node in upstream(self.nodes, target))
         return any(node.stage is pairs and "teacher" in node.inputs for node in needed)
 
@@ -98,10 +98,10 @@ class Builder:
 
 
 def build(config: RunConfig, store: Artifact | None = None, target: str = "") -> dict[str, Node]:
-    """All nodes of a run by name; `store` takes the place of the pairs stage (a student alone).
+    """All nodes of a run by name. `store` replaces the pairs stage (to train only a student).
 
-    `target` is a stage that is wanted even where nothing else in the run needs it: `potential`, `compare`. Raises
-    ConfigError where it needs an evaluation that this machine cannot make.
+    `target` is a stage to add even if nothing else in the run needs it: `potential`, `compare`. Raises ConfigError if
+    it needs an evaluation that this machine cannot do.
     """
     graph = Builder(config)
     if store is not None:
@@ -132,11 +132,11 @@ def build(config: RunConfig, store: Artifact | None = None, target: str = "") ->
 
 
 def _add_comparison(graph: Builder) -> str:
-    """Add `compare` with all that it reads to a run's graph.
+    """Adds `compare` with all its inputs to the graph of a run.
 
-    Stores come first among its inputs, since all of them must be of one order, and of these the ones that read a
-    student last; then the evaluations, all of the first seed before those of the next: a comparison that is stopped
-    early has its first seeds.
+    Stores come first, because all must have the same order; stores that read a student come last among them. Then come
+    the evaluations, all of the first seed before those of the next. So a comparison that is stopped early has its first
+    seeds.
     """
     section = graph.config.compare
     if not section.couplings:
@@ -183,7 +183,7 @@ def _can_evaluate(config: RunConfig) -> None:
 
 @contextmanager
 def _blaming(field: str) -> Iterator[None]:
-    """A variant that cannot be, told as an error of the config's field that asks for it."""
+    """Turns an impossible variant into an error of the config field that asks for it."""
     try:
         yield
     except ValueError as error:

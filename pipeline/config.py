@@ -1,4 +1,4 @@
-"""The config file: one TOML a run, validated, with `--set section.key=value` on top."""
+"""The config file: one TOML file for a run, checked, with `--set section.key=value` on top."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ConfigError(WrongUse):
 
 
 class RunConfig(BaseModel):
-    """A section a stage; what a config file leaves out keeps the stage's default."""
+    """One section for each stage. Fields that a config file leaves out have the stage's defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,7 +48,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _can_be_evaluated(self) -> Self:
-        """What no evaluation of this run could do, told before anything is trained."""
+        """Refuses evaluations that cannot work, before anything is trained."""
         measured, values = self.evaluate, math.prod(image_shape(self.data) or (0,))
         planar = image_shape(self.data) == POINT
         if measured.features == "none" and values > EXACT_VALUES:
@@ -75,13 +75,13 @@ class RunConfig(BaseModel):
 
 
 def image_shape(data: DataConfig) -> tuple[int, int, int] | None:
-    """[C, H, W], where the config alone tells; None where the input decides."""
+    """[C, H, W] if the config alone determines it; None if the input does."""
     shape_of = getattr(SOURCES[data.source], "shape_of", None)
     return shape_of(data) if shape_of else None
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read and validate a config file; `overrides` are `section.key=value` with a TOML value or a bare word."""
+    """Reads and checks a config file. `overrides` are `section.key=value` with a TOML value or a plain word."""
     path = local_path(path)
     raw = _read(path)
     for override in overrides:
@@ -93,7 +93,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's tables. TOML is UTF-8 whatever the locale; some editors begin it with a byte-order mark."""
+    """The tables of the file. TOML is UTF-8 for any locale; some editors add a byte-order mark at the start."""
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
@@ -130,11 +130,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _explained(problems: Iterable[Any]) -> Iterator[str]:
-    """A line a field, with all that is said of it, and the nearest known key where one was misspelt."""
+    """One line for each field with everything wrong about it, and the nearest known key for a misspelt one."""
     of_fields: dict[str, list[str]] = {}
     for problem in problems:
         where, said = _field(problem["loc"]), str(problem["msg"]).removeprefix("Value error, ")
-        if not where:  # of sections that do not fit each other, which the message names
+        if not where:  # of sections that do not fit each other; the message names them
             yield said
         elif len(where) == 1 and isinstance(problem["input"], dict) and problem["type"] == "value_error":
             yield f"{where[0]}: {said}"  # of fields that do not fit each other
@@ -149,7 +149,7 @@ def _explained(problems: Iterable[Any]) -> Iterator[str]:
 
 
 def _field(place: Iterable[Any]) -> list[str]:
-    """The words of a place in the config, without the names that the checker has for kinds of values."""
+    """The words of a position in the config, without the checker's names for kinds of values."""
     words: list[str] = [str(part) for part in place]
     field = RunConfig.model_fields.get(words[0]) if words else None
     names = getattr(field.annotation, "model_fields", {}) if field is not None else {}

@@ -1,8 +1,8 @@
 """The stage graph: data -> {features, teacher} -> pairs -> student -> evaluate -> report.
 
-A *node* is a stage in a run. A coupling beside the run's own has pairs and student nodes of its own,
-`pairs:independent` and `student:independent`, which differ from the main ones in the coupling alone. Semidiscrete OT
-reads a `potential` of the data, reflow the student of another coupling. Nodes are made in builder.py.
+A *node* is a stage in a run. Another coupling than the run's own has its own pairs and student nodes,
+`pairs:independent` and `student:independent`, which differ from the main ones only in the coupling. Semidiscrete OT
+reads a `potential` of the data, reflow the student of another coupling. builder.py makes the nodes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STAGES: dict[str, ModuleType] = {
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of one run with the nodes that it reads, by role."""
+    """One stage of one run, with the nodes that it reads, by role."""
 
     name: str
     stage: ModuleType
@@ -40,14 +40,14 @@ class Node:
     given: Mapping[str, Artifact]
 
     def artifact(self) -> Artifact | None:
-        """Where this node's output lives; None while an input is missing, since its content decides the place."""
+        """Where the output of this node is. None while an input is missing, because its content decides the place."""
         folder = self.folder()
         if folder is None:
             return None
         return Artifact(folder, optional(self.stage, "manifest_name", lambda *_: "manifest.json")(self.config, folder))
 
     def made(self) -> bool:
-        """Whether the artifact is there and finished."""
+        """Whether the artifact exists and is finished."""
         artifact = self.artifact()
         return artifact is not None and artifact.done
 
@@ -59,19 +59,19 @@ class Node:
         return artifacts_root() / self.stage.NAME / self.fingerprint(inputs)[:12]
 
     def fingerprint(self, inputs: Mapping[str, Artifact]) -> str:
-        """What decides this node's result, given its finished inputs, as SHA-256."""
+        """The SHA-256 of what decides this node's result, given its finished inputs."""
         contents = {role: manifest_of(artifact)["content_digest"] for role, artifact in inputs.items()}
         identity = {**contents, **self.external()}
         return fingerprint(self.stage.NAME, self.stage.VERSION, self.config.semantic(), identity)
 
     def external(self) -> dict[str, str]:
-        """Digests of what lies outside every artifact: the data's source files, a custom coupling's code."""
+        """Digests of what is outside all artifacts: the source files of the data, the code of a custom coupling."""
         if self.stage is data:
             return {"source": _source(self.config)["digest"]}
         return dict(optional(self.stage, "external", lambda _: {})(self.config))
 
     def input_artifacts(self) -> dict[str, Artifact] | None:
-        """The finished artifacts that this node reads, by role; None when one is missing."""
+        """The finished artifacts that this node reads, by role; None if one is missing."""
         found = dict(self.given)
         for role, node in self.inputs.items():
             artifact = node.artifact()
@@ -82,7 +82,7 @@ class Node:
 
 
 def upstream(nodes: Mapping[str, Node], target: str) -> list[Node]:
-    """The target and everything it needs, inputs first."""
+    """The target and everything that it needs, inputs first."""
     if target not in nodes:
         raise ConfigError(f"this run has no stage {target}; it has {', '.join(nodes)}")
     seen: dict[str, Node] = {}
@@ -97,7 +97,7 @@ def upstream(nodes: Mapping[str, Node], target: str) -> list[Node]:
 
 
 def manifest_of(artifact: Artifact) -> dict[str, Any]:
-    """The manifest, read once a process: committed files never change."""
+    """The manifest, read once in each process, because committed files never change."""
     return _manifest(artifact.path.resolve(), artifact.manifest_name)
 
 
@@ -112,5 +112,5 @@ def _source(config: Any) -> dict[str, Any]:
 
 
 def optional(stage: ModuleType, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-    """A stage's own answer where it gives one."""
+    """A function of the stage, or the default if the stage has none."""
     return getattr(stage, name, default)

@@ -1,7 +1,7 @@
-"""Whether the sections of a run fit each other and the data, asked before anything is made from them.
+"""Checks that the sections of a run fit each other and the data, before anything is made from them.
 
-A stage that minds has `fits(config, facts)`, which raises Unfit. What is known of the data grows: its config tells the
-shape of some sources' images, the finished data stage all of it.
+A stage with such rules has `fits(config, facts)`, which raises Unfit. The facts of the data grow: the config gives the
+shape of some sources' images, the finished data stage gives everything.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def check_fits(nodes: Iterable[Node], known: Mapping[str, Any]) -> None:
 
 
 def ready(nodes: Mapping[str, Node], target: str) -> None:
-    """The same before a run; also raises StageError for what the stages will ask for and is not here.
+    """The same before a run. Also raises StageError for anything that the stages need and that is missing here.
 
-    A stage says so in `needs(config)`, and in `room(config, facts)` how many bytes it writes.
+    A stage checks this in `needs(config)`. `room(config, facts)` returns how many bytes it will write.
     """
     check(nodes, target)
     known = facts(nodes)
@@ -48,7 +48,7 @@ def ready(nodes: Mapping[str, Node], target: str) -> None:
 
 
 def _where(name: str, config: Section) -> None:
-    """Of most stages all that they need is where they compute: a device, or a cluster of workers."""
+    """Checks where a stage computes, which is all that most stages need: a device, or a cluster of workers."""
     if isinstance(config, TrainingSection) and config.workers > 1 and launched.size() == 1:
         who, without = f"{name}.workers = {config.workers}", f"--set {name}.workers=1, or torchrun"
         ray_cluster.check_reachable(config.ray_address, who, without)
@@ -57,7 +57,7 @@ def _where(name: str, config: Section) -> None:
 
 
 def _check_room(node: Node, size: int) -> None:
-    """Raises StageError where the disk has less room than the artifact still needs."""
+    """Raises StageError if the disk has less space than the artifact still needs."""
     root, folder = artifacts_root(), node.folder()
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder is not None else 0
     where = next(path for path in (root, *root.absolute().parents) if path.exists())
@@ -70,7 +70,7 @@ def _check_room(node: Node, size: int) -> None:
 
 
 def facts(nodes: Mapping[str, Node]) -> dict[str, Any]:
-    """What is known of the data: its stage's metrics once it ran, else the shape where the config alone tells it."""
+    """What is known about the data: the metrics of its finished stage, else the shape if the config determines it."""
     node = nodes.get("data")
     if node is None:
         return {}

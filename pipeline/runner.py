@@ -1,4 +1,4 @@
-"""Run a stage and whatever it needs that is missing, each under its lock, spec first and manifest last."""
+"""Runs a stage and everything missing that it needs, each under its lock, with the spec first and the manifest last."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from nfm.storage.files import atomic
 
 
 def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None) -> Artifact:
-    """Bring `target` and its inputs to completion, inputs first; what is complete is only named."""
+    """Makes `target` and its inputs, inputs first. What is complete is only reported."""
     stop = stop or StopRequest()
     with stop.listening():
         arrived: dict[str, Artifact] = {}
-        with stop.at_once():  # the name of a data set is made from its files, which may take minutes to read
+        with stop.at_once():  # the name of a data set depends on its files, which may take minutes to read
             prechecks.ready(nodes, target)
         for node in upstream(nodes, target):
             arrived[node.name] = _bring(node, stop)
@@ -43,7 +43,7 @@ def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None)
 
 
 def _check_arrived(target: Node, node: Node, arrived: Mapping[str, Artifact]) -> None:
-    """Lets the target refuse an input as soon as it is there, before hours of work are done on the others."""
+    """Lets the target refuse an input when it is made, before hours of work on the others."""
     check = optional(target.stage, "check_arrived", lambda *_: None)
     ready = {role: arrived[of.name].reference for role, of in target.inputs.items() if of.name in arrived}
     for role in [role for role, of in target.inputs.items() if of.name == node.name]:
@@ -51,13 +51,13 @@ def _check_arrived(target: Node, node: Node, arrived: Mapping[str, Artifact]) ->
 
 
 def _bring(node: Node, stop: StopRequest) -> Artifact:
-    """The node's finished artifact, made now where it is missing."""
-    with stop.at_once():  # its name is made from the content of all source files, which may take minutes to read
+    """The finished artifact of a node; it is made now if it is missing."""
+    with stop.at_once():  # its name depends on all source files, which may take minutes to read
         artifact = node.artifact()
     if artifact is None:
         raise ArtifactError(f"{node.name}: an input vanished while the run went on; run it again")
     if artifact.done:
-        _standing(artifact, artifact.path.name)  # the folder is named by the fingerprint, which took its inputs to make
+        _standing(artifact, artifact.path.name)  # the folder is named by the fingerprint, which includes the inputs
         click.echo(f"{node.name}: {artifact.name} is up to date ({headline(artifact)})", err=True)
     else:
         artifact = _execute(node, artifact, stop)
@@ -65,11 +65,11 @@ def _bring(node: Node, stop: StopRequest) -> Artifact:
 
 
 def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
-    """One stage, from its spec to its manifest."""
+    """Runs one stage, from its spec to its manifest."""
     inputs = node.input_artifacts() or {}
     artifact.path.mkdir(parents=True, exist_ok=True)
     with Lock(artifact.path) as lock, never_begun(artifact):
-        # Asked again now that nobody else writes here: a store's next generation may have got another number.
+        # Asked again under the lock: the next generation of a store may have another number by now.
         artifact = node.artifact() or artifact
         if artifact.done:
             return artifact
@@ -77,7 +77,7 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         spec = prepare(node, artifact, inputs)
         console = Console(node.name, artifact.path / "events", stop, lock)
         started = time.time()
-        # A stage that keeps nothing of a stopped run need not look out for stops.
+        # A stage that keeps nothing of a stopped run need not check for stops.
         anew = getattr(node.stage, "STARTS_ANEW", False)
         console.say(f"{'making' if not resumed else 'beginning anew' if anew else 'resuming'} {artifact.name}")
         console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
@@ -108,7 +108,7 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
 
 @contextlib.contextmanager
 def never_begun(artifact: Artifact) -> Iterator[None]:
-    """Work that turns out to be wrong use leaves no artifact behind; what was begun before stays. Under its lock."""
+    """If the work turns out to be wrong use, no artifact is left, unless it existed before. Call under its lock."""
     begun = artifact.started
     try:
         yield
@@ -119,7 +119,10 @@ def never_begun(artifact: Artifact) -> Iterator[None]:
 
 
 def prepare(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """The artifact's `spec.json`, written now unless it stands; leftovers of killed writers go. Call under its lock."""
+    """The `spec.json` of the artifact, written now if it is missing. Removes temporary files of killed writers.
+
+    Call under its lock.
+    """
     atomic.clear_temporaries(artifact.path)
     if artifact.started:
         return _standing(artifact, node.fingerprint(inputs))
@@ -127,7 +130,7 @@ def prepare(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> d
 
 
 def _standing(artifact: Artifact, fingerprint: str) -> dict[str, Any]:
-    """The artifact's `spec.json` as it stands. Raises where it is damaged, or its fingerprint begins otherwise."""
+    """The existing `spec.json`. Raises if it is damaged, or if its fingerprint does not fit the folder."""
     spec = artifact.spec
     if not str(spec.get("fingerprint")).startswith(fingerprint):
         raise ArtifactError(f"{artifact.path / 'spec.json'} holds another fingerprint; move that folder away")
@@ -135,7 +138,7 @@ def _standing(artifact: Artifact, fingerprint: str) -> dict[str, Any]:
 
 
 def provenance(spec: Mapping[str, Any], config: dict[str, Any], started: float) -> dict[str, Any]:
-    """What a manifest says of its making: inputs, the whole config, code, versions and times."""
+    """What a manifest says about how it was made: inputs, the whole config, code, versions and times."""
     finished = time.time()
     return {
         **{key: spec[key] for key in ("stage", "version", "fingerprint", "inputs")},
@@ -149,7 +152,7 @@ def provenance(spec: Mapping[str, Any], config: dict[str, Any], started: float) 
 
 
 def seal_store(artifact: Artifact) -> Artifact:
-    """Seal the complete draws of a store, for instance after its run was stopped; the newest seal if nothing is new."""
+    """Seals the complete draws of a store, for example after a stop. Returns the newest seal if nothing is new."""
     from nfm.stages.pairs import stage
     from nfm.stages.stores import repair
 
@@ -172,7 +175,7 @@ def seal_store(artifact: Artifact) -> Artifact:
 
 
 def specification(node: Node, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
-    """`spec.json`: what decides the result, written before the work begins; it holds no time, host or path."""
+    """`spec.json`: what decides the result. It is written before the work begins and has no time, host or path."""
     references = {}
     for role, found in inputs.items():
         manifest = manifest_of(found)
@@ -189,7 +192,7 @@ def specification(node: Node, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def headline(artifact: Artifact) -> str:
-    """The figures that a stage puts first in its metrics, as one line."""
+    """The first figures in a stage's metrics, as one line."""
     metrics = manifest_of(artifact).get("metrics", {})
     plain = [(key, value) for key, value in metrics.items() if isinstance(value, int | float | str)]
     return ", ".join(f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain[:4])
@@ -197,7 +200,7 @@ def headline(artifact: Artifact) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of what computes and writes, for the manifest."""
+    """Versions of the packages that compute and write, for the manifest."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in ("nfm-pairs", "numpy", "torch", "pyarrow", "ray", "pydantic", "safetensors"):
         try:
@@ -209,7 +212,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of the code that runs, with `+` behind it where files differ; None outside a repository."""
+    """The commit of the running code, with `+` if files differ; None outside a repository."""
     here = Path(__file__).resolve().parent
     commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--untracked-files=no"])
     try:

@@ -1,8 +1,8 @@
-"""What every stage shares: its config section, the reporter it speaks to, and the result it returns.
+"""What all stages share: the config section, the reporter for progress, and the result.
 
-A stage is a function `run(config, inputs, out, report) -> Result`. It knows neither the graph nor the manifest:
-the pipeline gives it the folders of its inputs and an output folder that holds `spec.json`, and publishes the
-manifest after it returned. `run` resumes from whatever an earlier, killed run left in the output folder.
+A stage is a function `run(config, inputs, out, report) -> Result`. It knows neither the graph nor the manifest. The
+pipeline gives it the folders of its inputs and an output folder with `spec.json`, and writes the manifest after `run`
+returns. If an earlier run was killed, `run` continues from what is in the output folder.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ Inputs = Mapping[str, Path]
 
 
 class StageError(Told):
-    """A stage cannot be done; the message names the file or field, the value and the remedy."""
+    """A stage cannot be done. The message names the file or field, the value and the remedy."""
 
 
 class Unfit(StageError, WrongUse):  # noqa: N818 - it reads as what it says
-    """What a config or an option says does not fit its data, its stage or the rest of it."""
+    """A setting that does not fit the data, the stage or other settings."""
 
 
-class Stopped(Exception):  # noqa: N818 - it is no error: the work is kept and the next run goes on from it
+class Stopped(Exception):  # noqa: N818 - not an error: the work is kept and the next run continues it
     """The user asked to stop; everything needed to resume is on disk."""
 
 
 def operational(default: Any, **constraints: Any) -> Any:
-    """A config field that decides how or where work is done, never its result: left out of the fingerprint."""
+    """A config field about how or where work is done, never about its result. It is left out of the fingerprint."""
     return Field(default, json_schema_extra={"operational": True}, **constraints)
 
 
@@ -49,14 +49,14 @@ def _local(text: str) -> str:
         raise ValueError(error.reason) from None
 
 
-LocalField = Annotated[str, AfterValidator(_local)]  # a config field that names a path of this machine
+LocalField = Annotated[str, AfterValidator(_local)]  # a config field for a path of this machine
 
 
-Guidance = Annotated[float, Field(ge=-100, le=100)]  # beyond, images are noise or overflow
+Guidance = Annotated[float, Field(ge=-100, le=100)]  # outside this range, images are noise or overflow
 
 
 def one_of(table: Mapping[str, Any]) -> BeforeValidator:
-    """A config field that holds a name of `table`, whatever the table has when the config is read."""
+    """A config field that holds a name of `table`. The table is read when the config is."""
 
     def known(name: Any) -> str:
         if isinstance(name, str) and name in table:
@@ -68,25 +68,25 @@ def one_of(table: Mapping[str, Any]) -> BeforeValidator:
 
 
 def call(function: str, *arguments: Any, **options: Any) -> Any:
-    """What the function gives that is named as `module:function`, imported now: tables name what imports torch."""
+    """The result of a function named as `module:function`. It is imported here, because the module may import torch."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)(*arguments, **options)
 
 
 def added(default: Any, **constraints: Any) -> Any:
-    """A config field newer than its section: left out of the fingerprint at its default, so old ones stand."""
+    """A config field that was added later. At its default it is left out of the fingerprint, so old ones stay valid."""
     return Field(default, json_schema_extra={"added": True}, **constraints)
 
 
 class Section(BaseModel):
-    """One table of the config file; unknown keys are errors, and so are numbers that no field could mean."""
+    """One table of the config file. Unknown keys and numbers that no field allows are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Where numbers are meant, true and false are not 1 and 0; a whole number has TOML's 64 bits."""
+        """Refuses true and false as numbers, and whole numbers beyond the 64 bits of TOML."""
         parts = list(_parts(value))
         if any(type(part) is bool for part in parts) and bool not in _types(cls.model_fields[str(info.field_name)]):
             raise ValueError("true and false are no value of this field")
@@ -114,7 +114,7 @@ class Section(BaseModel):
         return value
 
     def semantic(self) -> dict[str, Any]:
-        """The fields that change the stage's result, as the fingerprint sees them."""
+        """The fields that change the result of the stage; they go into the fingerprint."""
         values = self.model_dump(mode="json")
         for name, info in type(self).model_fields.items():
             marks = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
@@ -124,7 +124,7 @@ class Section(BaseModel):
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """The value, and whatever it holds."""
+    """The value and all values inside it."""
     yield value
     if isinstance(value, dict):
         value = list(value.values())
@@ -133,7 +133,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _types(field: FieldInfo) -> set[Any]:
-    """The types that a field may hold somewhere."""
+    """The types that a field may hold, also nested."""
     found, left = set(), [field.annotation]
     while left:
         kind = left.pop()
@@ -143,26 +143,26 @@ def _types(field: FieldInfo) -> set[Any]:
 
 
 class Reporter(Protocol):
-    """Where a stage says what it does: progress for people, lines in events for the record."""
+    """Receives what a stage reports: progress for the user, and lines for the event log."""
 
     @property
     def stopping(self) -> bool:
-        """True once the user asked to stop; a stage then saves and raises `Stopped`."""
+        """True if the user asked to stop. The stage then saves and raises `Stopped`."""
         ...
 
     @property
     def ending(self) -> bool:
-        """True once no new unit of work is to begin, though those in hand are finished; also when `stopping`."""
+        """True if no new unit of work may begin; units in progress are finished. Also true if `stopping`."""
         ...
 
     def check_lock(self) -> None:
-        """Raises when another process took the artifact over; to be asked before a file is replaced."""
+        """Raises if another process has taken over the artifact. Call it before replacing a file."""
         ...
 
     def progress(
         self, done: int, total: int, unit: str, workers: Sequence[Mapping[str, Any]] = (), **figures: Any
     ) -> None:
-        """`done` of `total` units, with a row for each worker (see `executors.tally`) and any further figures."""
+        """`done` of `total` units, with a row for each worker (see `executors.tally`) and any other figures."""
         ...
 
     def say(self, text: str) -> None: ...
@@ -172,11 +172,11 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage hands to the pipeline for the manifest.
+    """What a stage returns to the pipeline for the manifest.
 
-    `payload` are the files, in order, whose SHA-256 make the content digest; `files` are listed beside them;
-    `digests` holds (sha256, bytes) of files that were hashed while they were written; `extra` goes to the top
-    level of the manifest. `content_digest` overrides the digest over `payload` where the stage's store has its own.
+    The SHA-256 of the files in `payload`, in order, make the content digest. `files` are listed as well. `digests`
+    holds (sha256, bytes) of files that were hashed while they were written. `extra` goes to the top level of the
+    manifest. `content_digest` replaces the digest over `payload` if the stage's store has its own.
     """
 
     payload: Sequence[str]
@@ -190,7 +190,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that an audit found wrong, with the file that it concerns and the remedy."""
+    """One fault that an audit found, with its file and the remedy."""
 
     file: str
     problem: str

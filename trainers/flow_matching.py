@@ -11,7 +11,7 @@ from nfm.trainers.training.randomness import Randomness
 
 
 def sample_times(random: Randomness) -> Tensor:
-    """Logit-normal times [B] in (0, 1), one a record: sigmoid(n), n ~ Normal(-0.2, 1)."""
+    """Logit-normal times [B] in (0, 1), one for each record: sigmoid(n), n ~ Normal(-0.2, 1)."""
     return torch.sigmoid(random.normal() - 0.2)
 
 

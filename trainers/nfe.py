@@ -1,6 +1,7 @@
-"""What the solvers cost: evaluations of the velocity an interval. It imports no torch, so that a config can be checked.
+"""The cost of solvers: evaluations of the velocity for each interval. It needs no torch, so configs can be checked
+fast.
 
-The solvers themselves, by the same names, are in `solvers`.
+The solvers themselves, with the same names, are in `solvers`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """A solver's cost: NFE = per_interval * N - saved, as `spelled` for people."""
+    """The cost of a solver: NFE = per_interval * N - saved. `spelled` is its text for users."""
 
     per_interval: int
     saved: int
@@ -23,7 +24,7 @@ COSTS = {
     "rk4": Cost(4, 0, "4N evaluations"),
 }
 GRIDS = ("uniform", "square")  # of times: t = u or t = u^2
-EULER_UP_TO = 5  # evaluations; Heun above
+EULER_UP_TO = 5  # evaluations; Heun for more
 
 
 def pick_solver(solver: str, nfe: int) -> str:
@@ -34,9 +35,10 @@ def pick_solver(solver: str, nfe: int) -> str:
 
 
 def intervals(solver: str, nfe: int) -> int:
-    """The number of intervals N for which that solver takes `nfe` evaluations.
+    """The number of intervals N for which this solver takes `nfe` evaluations.
 
-    Raises ValueError for an unknown solver, and for an NFE that it cannot have, naming the nearest that it can.
+    Raises ValueError for an unknown solver, and for an NFE that it cannot have; the message names the nearest possible
+    one.
     """
     if solver not in COSTS:
         raise ValueError(f"solver = {solver!r} is unknown; there are {', '.join(COSTS)}")

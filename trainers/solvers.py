@@ -1,6 +1,6 @@
 """Solvers of dx/dt = velocity(x, t) from noise at t = 1 to image at t = 0, their times, and curvature.
 
-Solvers are pure functions of one signature: a velocity, noise z [B, ...] and descending times.
+Solvers are pure functions with one signature: a velocity, noise z [B, ...] and descending times.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +76,7 @@ def rk4(velocity: Velocity, z: Tensor, times: Sequence[float]) -> Tensor:
     return x
 
 
-# By the names that `nfe` has the costs of.
+# With the same names as their costs in `nfe`.
 SOLVERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4}
 GRIDS = {"uniform": uniform_times, "square": square_times}
 
@@ -98,10 +98,10 @@ def sample(velocity: Velocity, z: Tensor, nfe: int, solver: str, grid: str = "sq
 
 @torch.no_grad()
 def dopri5(velocity: Velocity, z: Tensor, rtol: float = 1e-5, atol: float = 1e-5) -> tuple[Tensor, int]:
-    """The reference: images from noise z [B, ...] by adaptive Dormand-Prince 5(4), and the NFE that it took.
+    """The reference solver: images from noise z [B, ...] by adaptive Dormand-Prince 5(4), and the NFE that it took.
 
-    One step serves the whole batch, so an image depends on its batch within the tolerances.
-    Raises ImportError, with the remedy, when torchdiffeq is missing.
+    The whole batch shares its steps, so an image depends on its batch within the tolerances. Raises ImportError, with
+    the remedy, if torchdiffeq is missing.
     """
     try:
         from torchdiffeq import odeint
@@ -109,7 +109,7 @@ def dopri5(velocity: Velocity, z: Tensor, rtol: float = 1e-5, atol: float = 1e-5
         raise ImportError("dopri5 needs torchdiffeq, which is not installed: `pip install torchdiffeq`") from error
     counted = Counted(velocity)
     times = torch.tensor([1.0, 0.0], dtype=torch.float64, device=z.device)
-    # A step that ends at t = 0 exactly: by default the last one goes beyond it, where no network was trained.
+    # The last step ends exactly at t = 0. By default it would go beyond, where no network was trained.
     options = {"step_t": times[1:]}
     path = odeint(lambda t, x: counted(x, float(t)), z, times, rtol=rtol, atol=atol, method="dopri5", options=options)
     return path[-1], counted.nfe
@@ -119,8 +119,8 @@ def dopri5(velocity: Velocity, z: Tensor, rtol: float = 1e-5, atol: float = 1e-5
 def curvature(velocity: Velocity, z: Tensor, steps: int = 128) -> Tensor:
     """kappa = E int (1/d) || v(x_t, t) - (x_1 - x_0) ||^2 dt along generated paths: a float64 scalar.
 
-    Paths are `steps` uniform Euler steps from z [B, ...]; the mean is over paths and dimensions, and 0
-    means straight. On that grid x_1 - x_0 is the path's mean velocity, so the integral is v's variance.
+    Paths are `steps` uniform Euler steps from z [B, ...]. The mean is over paths and dimensions; 0 means straight. On
+    this grid x_1 - x_0 is the mean velocity of the path, so the integral is the variance of v.
     """
     x = z
     mean = torch.zeros_like(z, dtype=torch.float64)

@@ -1,4 +1,7 @@
-"""Artifacts: one folder a fingerprint, `spec.json` first, a manifest last, nothing committed ever changes."""
+"""Artifacts: one folder for each fingerprint.
+
+`spec.json` is written first, the manifest last; committed files never change.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +25,26 @@ __all__ = [
 
 
 class ArtifactError(Told):
-    """An artifact is missing, unreadable or in the way; the message says which and what to do."""
+    """An artifact is missing, unreadable or in the way. The message says which one and what to do."""
 
 
 class WrongArtifact(ArtifactError, WrongUse):  # noqa: N818 - it reads as what it says
-    """What was named is no artifact, or one of another kind than the command takes."""
+    """What was named is not an artifact, or is one of the wrong kind for the command."""
 
 
 def fingerprint(stage: str, version: int, config: dict[str, Any], inputs: dict[str, str]) -> str:
-    """SHA-256 of the canonical JSON of what decides a result: stage, its version, semantic config, input content."""
+    """SHA-256 of the canonical JSON of what decides a result: stage, its version, semantic config, content of the
+    inputs.
+    """
     body = {"stage": stage, "version": version, "config": config, "inputs": inputs}
     return atomic.digest(atomic.canonical_json(body))
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A folder `<root>/<stage>/<fingerprint, 12 hex>`, and which of its manifests counts.
+    """A folder `<root>/<stage>/<fingerprint, 12 hex>` and the one of its manifests that is meant.
 
-    A store that somebody else made may be anywhere, also on an object store; `path` is then a path of `as_path`.
+    A store from somebody else may be anywhere, also on an object store. Then `path` is a path of `as_path`.
     """
 
     path: Path
@@ -59,7 +64,7 @@ class Artifact:
 
     @property
     def name(self) -> str:
-        """`stage/fingerprint` under the root, the whole path or the URL elsewhere."""
+        """`stage/fingerprint` under the root; elsewhere the whole path or the URL."""
         if is_remote(self.path):
             return str(self.path)
         path = self.path.resolve()
@@ -68,7 +73,7 @@ class Artifact:
 
     @property
     def reference(self) -> Path:
-        """What a later stage is given: the folder, or the manifest itself where it is one generation of several."""
+        """What a later stage gets: the folder, or the manifest if it is one generation of several."""
         return self.path if self.manifest_name == "manifest.json" else self.path / self.manifest_name
 
     def manifest(self) -> dict[str, Any]:
@@ -82,7 +87,9 @@ class Artifact:
 
 
 def find(reference: str | Path) -> Artifact:
-    """The artifact that a user names: a folder or URL, a manifest, `stage/fingerprint`, or a unique prefix of one."""
+    """The artifact that a user names: a folder or URL, a manifest, `stage/fingerprint`, or the unique
+    beginning of one.
+    """
     root, given = artifacts_root(), as_path(reference)
     text, remote = str(given), is_remote(given)
     for path in (given,) if remote else (given, root / given):
@@ -106,7 +113,7 @@ def find(reference: str | Path) -> Artifact:
 
 
 def check_store(artifact: Artifact) -> None:
-    """Raises WrongArtifact for what is no pair store; what is damaged is for its reader to say."""
+    """Raises WrongArtifact for anything but a pair store. Damage is reported by its reader."""
     with contextlib.suppress(StorageError):
         if "store" not in artifact.spec:
             raise WrongArtifact(
@@ -115,13 +122,13 @@ def check_store(artifact: Artifact) -> None:
 
 
 def newest_manifest(path: Path) -> str:
-    """The name of the newest manifest in a folder (stores have one a generation)."""
+    """The name of the newest manifest in a folder. A store has one for each generation."""
     names = [name for name in names_in(path) if name.startswith("manifest") and name.endswith(".json")]
     return names[-1] if names else "manifest.json"
 
 
 def open_spec(path: Path, body: dict[str, Any]) -> dict[str, Any]:
-    """Create `spec.json`, or check that the one that is there is of the same work; returns the one that stands."""
+    """Creates `spec.json`, or checks that the existing one is of the same work. Returns the valid one."""
     path.mkdir(parents=True, exist_ok=True)
     if atomic.create_json(path / "spec.json", body):
         return body
@@ -132,7 +139,10 @@ def open_spec(path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def publish(path: Path, result: Result, provenance: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest: hashes what was not hashed while it was written, create-if-absent, last of all."""
+    """Writes the manifest, after hashing files that are not hashed yet.
+
+    It is the last file, and created only if absent.
+    """
     names = [*result.payload, *result.files]
     unknown = [name for name in names if name not in result.digests]
     hashed = dict(zip(unknown, parallel(lambda name: atomic.hash_file(path / name), unknown)))

@@ -1,4 +1,4 @@
-"""Lineage: from an artifact back to the data, by the references that its spec and manifest hold."""
+"""Lineage: from an artifact back to the data, by the references in its spec and manifest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _MANIFEST = re.compile(r"manifest(\.g\d{4,9})?\.json", re.ASCII)
 
 @dataclass(frozen=True)
 class Reference:
-    """What a spec says of an input: `stage/fingerprint` under the root, or a whole path or URL; manifest; content."""
+    """An input in a spec: `stage/fingerprint` under the root, or a whole path or URL; its manifest; its
+    content digest.
+    """
 
     artifact: str
     manifest: str
@@ -27,7 +29,10 @@ class Reference:
 
 
 def references(artifact: Artifact) -> dict[str, Reference]:
-    """The inputs that a spec names, by role. Raises StorageError for names that are none, or that lead elsewhere."""
+    """The inputs that a spec names, by role.
+
+    Raises StorageError for invalid names and for names that lead elsewhere.
+    """
     stated, path = artifact.spec.get("inputs", {}), artifact.path / "spec.json"
     if not isinstance(stated, dict) or not all(isinstance(one, dict) for one in stated.values()):
         raise StorageError(f"{path}: its inputs are no references; restore it from a copy")
@@ -52,25 +57,25 @@ def inputs_of(artifact: Artifact) -> dict[str, Artifact]:
 
 
 def _referred(reference: Reference) -> Artifact:
-    """The artifact of a reference; a store that was repaired has the same content under a later manifest."""
+    """The artifact of a reference. A repaired store has the same content under a later manifest."""
     where = reference.artifact
     named = Artifact(as_path(where) if is_url(where) else artifacts_root() / where, reference.manifest)
     if not named.done:
         for name in names_in(named.path):
             if not (name.startswith("manifest") and name.endswith(".json")):
                 continue
-            with contextlib.suppress(StorageError):  # a damaged one is not what was read
+            with contextlib.suppress(StorageError):  # a damaged one is not the one that was read
                 if atomic.read_json(named.path / name).get("content_digest") == reference.content_digest:
                     return Artifact(named.path, name)
     return named
 
 
 def ancestors(artifact: Artifact) -> list[Artifact]:
-    """The artifact and everything it was made from, inputs first, each once."""
+    """The artifact and everything that it was made from, inputs first, each once."""
     seen: dict[str, Artifact] = {}
 
     def visit(found: Artifact) -> None:
-        with contextlib.suppress(StorageError):  # a damaged spec: the audit of that artifact says so
+        with contextlib.suppress(StorageError):  # the audit of that artifact reports a damaged spec
             for needed in inputs_of(found).values() if found.started else ():
                 visit(needed)
         seen.setdefault(str(found.reference), found)
@@ -83,13 +88,13 @@ def dependants(artifact: Artifact) -> Iterator[Artifact]:
     """The artifacts under the root that were made from this one."""
     for path in specs(artifacts_root()):
         other = Artifact(path.parent)
-        with contextlib.suppress(StorageError):  # a damaged spec: nobody can say what it was made from
+        with contextlib.suppress(StorageError):  # a damaged spec: its inputs are unknown
             if any(reference.artifact == artifact.name for reference in references(other).values()):
                 yield other
 
 
 def tree(artifact: Artifact, indent: str = "", role: str = "") -> Iterator[str]:
-    """The lineage as indented lines: role, artifact, content, when and by which code it was made."""
+    """The lineage as indented lines: role, artifact, content, and when and by which code it was made."""
     lead = f"{indent}{role + ': ' if role else ''}{artifact.name}"
     if not artifact.done:
         yield f"{lead}  (not finished)" if artifact.started else f"{lead}  (missing)"
@@ -112,7 +117,7 @@ def tree(artifact: Artifact, indent: str = "", role: str = "") -> Iterator[str]:
 
 
 def as_json(artifact: Artifact) -> list[dict[str, Any]]:
-    """The same for machines: one object an artifact, inputs first."""
+    """The lineage for programs: one object for each artifact, inputs first."""
     return [
         {"artifact": found.name, "manifest": found.manifest_name, "inputs": found.spec.get("inputs", {}),
          "content_digest": found.manifest()["content_digest"] if found.done else None}

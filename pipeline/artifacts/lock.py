@@ -1,8 +1,9 @@
-"""An exclusive lock on an artifact's folder that outlives no holder.
+"""An exclusive lock on the folder of an artifact, which does not outlive its holder.
 
-The lock is a file that names its holder and carries a heartbeat counter. It is stale when its holder is known to be
-dead (same machine, same process namespace), or when the counter has not moved for 60 s on the observer's own clock,
-so that clocks of different hosts never matter. Taking over a stale lock is create-if-absent too: one taker wins.
+The lock is a file that names its holder and has a heartbeat counter. It is stale if its holder is known to be dead
+(same machine, same process namespace), or if the counter has not changed for 60 s on the observer's own clock. So the
+clocks of different hosts do not matter. A stale lock is also taken over by create-if-absent, so only one process
+succeeds.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ STALE_SECONDS = 60.0
 
 
 class Held(Told):
-    """Somebody else works on the artifact; the message says who and what to do."""
+    """Another process works on the artifact. The message says which one and what to do."""
 
 
 class Lock:
-    """`with Lock(folder):` holds `folder/lock.json` with a heartbeat; raises `Held` when a live holder has it."""
+    """`with Lock(folder):` holds `folder/lock.json` with a heartbeat. Raises `Held` if a live holder has it."""
 
     def __init__(self, folder: Path, stale_seconds: float = STALE_SECONDS):
         self.path = folder / "lock.json"
@@ -60,7 +61,7 @@ class Lock:
     ) -> None:
         try:
             self._release()
-        except KeyboardInterrupt:  # a second signal, while the first one's stop was all but done
+        except KeyboardInterrupt:  # a second signal, when the first one's stop was almost complete
             self._release()
             raise
 
@@ -71,7 +72,7 @@ class Lock:
             self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raises `Held` when another process took the lock over, for instance while this one was suspended."""
+        """Raises `Held` if another process took over the lock, for example while this one was suspended."""
         holder = self._read()
         if holder.get("id") != self._body["id"]:
             self.lost = True
@@ -82,7 +83,10 @@ class Lock:
             )
 
     def _take_over_if_stale(self) -> bool:
-        """True: the lock is ours now. False: it went away, try again. Raises `Held` while its holder lives."""
+        """Returns True if the lock is now ours, False if it disappeared (try again).
+
+        Raises `Held` while its holder lives.
+        """
         seen = self._read()
         if not seen:
             return False
@@ -105,14 +109,14 @@ class Lock:
             if self._read().get("id") == seen["id"] and not self._taker_lives(marker):
                 marker.unlink(missing_ok=True)
             return False
-        still_stale = self._read().get("id") == seen["id"]  # asked again now that the marker keeps others out
+        still_stale = self._read().get("id") == seen["id"]  # checked again now that the marker keeps others out
         if still_stale:
             atomic.write_json(self.path, self._body)
         marker.unlink(missing_ok=True)
         return still_stale
 
     def _taker_lives(self, marker: Path) -> bool:
-        """A taker needs milliseconds; one whose marker is older than 10 s died in between."""
+        """A takeover needs milliseconds. A process whose marker is older than 10 s has died during it."""
         try:
             return time.time() - marker.stat().st_mtime < 10
         except FileNotFoundError:
@@ -126,7 +130,7 @@ class Lock:
         return seen["space"] == self._body["space"] and _born(seen["pid"]) != seen["born"]
 
     def _read(self) -> dict[str, Any]:
-        """What the lock says; nothing where there is none. Its names become names of files, so they are looked at."""
+        """The contents of the lock; empty if there is none. Its names are checked, because they become file names."""
         try:
             seen = atomic.read_json(self.path)
         except StorageError:
@@ -141,7 +145,7 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(StorageError, OSError):  # a full or failing disk: the next beat tries again
+            with contextlib.suppress(StorageError, OSError):  # a full or failing disk: the next heartbeat tries again
                 if self._read().get("id") != self._body["id"]:
                     self.lost = True
                     return
@@ -150,7 +154,7 @@ class Lock:
 
 
 def _process_space() -> str:
-    """Names the machine's boot and process namespace: inside it, process numbers can be compared."""
+    """Identifies the machine's boot and process namespace. Process numbers can be compared only within it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + os.readlink(
             "/proc/self/ns/pid"
@@ -160,7 +164,7 @@ def _process_space() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """The start time of a process in clock ticks since boot; None when there is none, or a dead one not yet reaped."""
+    """The start time of a process in clock ticks since boot; None if there is no such process or only a zombie."""
     try:
         state, *facts = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if state in "ZX" else facts[18]

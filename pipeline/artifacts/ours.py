@@ -1,4 +1,7 @@
-"""Which folders are artifacts: those with a `spec.json` of ours. The root may hold a user's own folders as well."""
+"""Finds the folders that are artifacts: those with a `spec.json` of ours.
+
+The root may also hold a user's own folders.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from pathlib import Path
 from nfm.storage.errors import StorageError
 from nfm.storage.files.small_files import read_bytes
 
-KEYS = {"store", "stage", "fingerprint", "digest"}  # every spec of ours has some of them
+KEYS = {"store", "stage", "fingerprint", "digest"}  # every spec of ours has at least one of them
 FINGERPRINT = re.compile("[0-9a-f]{12}")
 
 
 def is_foreign(spec: Path) -> bool:
-    """Whether a `spec.json` is somebody else's, JSON that says nothing of what ours say. A damaged one may be ours."""
+    """Whether a `spec.json` belongs to another program: valid JSON without any of our keys.
+
+    A damaged one may be ours.
+    """
     try:
         body = json.loads(read_bytes(spec))
     except (StorageError, OSError, ValueError):

@@ -61,7 +61,7 @@ def run(
     stage: str, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None,
     ray_address: str | None,
 ) -> None:  # fmt: skip
-    """Run a stage and whatever it needs that is missing."""
+    """Run a stage and everything that it needs and that is missing."""
     from nfm.pipeline import builder, runner
 
     overrides += overrides_of(couplings, seeds, stage)
@@ -80,7 +80,7 @@ def run(
 def status(
     config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None, as_json: bool
 ) -> None:
-    """Show a line a stage: state, fingerprint, size, key figures."""
+    """Show one line for each stage: state, fingerprint, size, main figures."""
     from nfm.pipeline import builder, overview
 
     config = load(config_path, (*overrides, *overrides_of(couplings, seeds)))
@@ -116,7 +116,7 @@ def audit(
     artifact: Path | None, config_path: Path | None, overrides: tuple[str, ...], level: Level | None, sample: int,
     digests: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """Prove that artifacts are what their manifests say, back to the data; exit 1 on any finding."""
+    """Check that artifacts are what their manifests say, back to the data; exit 1 on any finding."""
     from nfm.pipeline.upkeep import audit as auditing
 
     if (artifact is None) == (config_path is None):
@@ -158,7 +158,7 @@ def lineage(artifact: Path, as_json: bool) -> None:
 @config_option
 @set_option
 def student(store: Path, config_path: Path, overrides: tuple[str, ...]) -> None:
-    """Train a student alone, from any store."""
+    """Train only a student, from any store."""
     from nfm.pipeline import builder, runner
 
     artifact = runner.run(builder.build(load(config_path, overrides), store=find(store)), "student")
@@ -168,7 +168,7 @@ def student(store: Path, config_path: Path, overrides: tuple[str, ...]) -> None:
 @cli.command("ls")
 @json_option
 def list_artifacts(as_json: bool) -> None:
-    """List every artifact: stage, state, size, age, what depends on it."""
+    """List every artifact: stage, state, size, age, and what depends on it."""
     from nfm.pipeline import overview
 
     rows = overview.inventory()
@@ -204,7 +204,7 @@ def sample(
     from nfm.stages.trained.sampling import sample_grid
 
     found = find(artifact)
-    found.manifest()  # an unfinished artifact has none, and says so
+    found.manifest()  # raises for an unfinished artifact, which has no manifest
     sample_grid(found.path, found.spec.get("stage", "pairs"), count, nfe, seed, output, solver, grid, guidance)
     click.echo(str(output))
 
@@ -212,7 +212,7 @@ def sample(
 @cli.command()
 @click.argument("artifact", type=PLACE)
 def repair(artifact: Path) -> None:
-    """Set the bad shards of a store aside, so that the pairs stage encodes them again."""
+    """Move the bad shards of a store aside, so that the pairs stage encodes them again."""
     from nfm.pipeline.upkeep.repair import repair_store
 
     moved = repair_store(find(artifact))

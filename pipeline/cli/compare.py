@@ -1,4 +1,4 @@
-"""`nfm compare`: the same student on the pairs of every coupling, evaluated alike, in one table."""
+"""`nfm compare`: the same student on the pairs of each coupling, with the same evaluation, in one table."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def compare(
     config_path: Path, couplings: list[str] | None, seeds: list[int] | None, overrides: tuple[str, ...],
     output: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Train the same student on every coupling's pairs and tabulate distance, curvature and speed.
+    """Train the same student on the pairs of each coupling and tabulate distance, curvature and speed.
 
-    Makes what is missing: stores, students, evaluations. Stopped or killed, the same command goes on; with a coupling
-    or a seed more, only the new ones are made. Without --couplings and --seeds the config's [compare] table holds.
+    Makes what is missing: stores, students, evaluations. After a stop or a kill, the same command continues. With
+    another coupling or seed, only the new ones are made. Without --couplings and --seeds, the [compare] table of the
+    config applies.
     """
     from nfm.pipeline import builder, runner
     from nfm.pipeline.config import load
@@ -59,7 +60,9 @@ def compare(
 
 
 def _check_folder(output: Path, node: Node, force: bool) -> None:
-    """Raise at once, not after hours, where the comparison could not be put: unwritable, or another one's place."""
+    """Raises now, not after hours, if the result could not be written: a read-only folder, or one with another
+    comparison.
+    """
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output):
         pass
@@ -72,7 +75,7 @@ def _check_folder(output: Path, node: Node, force: bool) -> None:
 
 
 def _held(folder: Path) -> str | None:
-    """The comparison that lies in a folder, by its artifact; None where there is none."""
+    """The comparison in a folder, by its artifact; None if there is none."""
     from nfm.stages.evaluation import compare as stage
 
     unknown = "a comparison that names no artifact" if (folder / stage.TABLE).exists() else None
@@ -80,7 +83,7 @@ def _held(folder: Path) -> str | None:
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """What the folder says of itself; nothing where that is missing or was edited."""
+    """What the folder says about its contents; empty if that is missing or was edited."""
     try:
         return atomic.read_json(folder / ORIGIN)
     except (FileNotFoundError, StorageError):
@@ -88,13 +91,15 @@ def _origin(folder: Path) -> dict[str, Any]:
 
 
 def _copy(made: Artifact, output: Path) -> None:
-    """What the artifact lists, its inputs by content, and the command that made it, to be committed together."""
+    """Copies the files of the artifact, with its inputs by content and the command that made it, to be committed
+    together.
+    """
     manifest = made.manifest()
     names = [file["path"] for file in manifest["files"]]
     for name in set(_origin(output).get("files", ())).difference(names):  # of the comparison that this one replaces
         (output / Path(name).name).unlink(missing_ok=True)
     told = {key: manifest[key] for key in ("fingerprint", "content_digest", "inputs")}
-    # First of all: a copy that is cut off is then known for what it is, and the same command completes it.
+    # Written first: an interrupted copy can then be recognised, and the same command completes it.
     atomic.write_json(output / ORIGIN, {"artifact": made.name, **told, "files": names})
     for name in names:
         shutil.copyfile(inside(made.path, name), output / name)

@@ -1,4 +1,4 @@
-"""`--couplings` and `--seeds`: what `compare` takes, so do those who plan it, run it or show how far it is."""
+"""`--couplings` and `--seeds`, for `compare` and for the commands that plan, run or show a comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Seeds(click.ParamType):
-    """Whole numbers with commas between them."""
+    """Whole numbers separated by commas."""
 
     name = "SEEDS"
 
@@ -24,7 +24,7 @@ class Seeds(click.ParamType):
 
 
 class Couplings(click.ParamType):
-    """Variants with commas between them; which there are is the config's to say."""
+    """Variants separated by commas. The config decides which ones exist."""
 
     name = "COUPLINGS"
 
@@ -52,7 +52,7 @@ def compared_options(command: Command) -> Command:
 
 
 def overrides_of(couplings: list[str] | None, seeds: list[int] | None, stage: str = "compare") -> tuple[str, ...]:
-    """The same as overrides of the config. Raises UsageError where a stage that compares nothing is asked for."""
+    """The options as overrides of the config. Raises UsageError for a stage that compares nothing."""
     given = {"couplings": couplings, "seeds": seeds}
     named = {key: value for key, value in given.items() if value is not None}
     if named and stage != "compare":

@@ -15,7 +15,7 @@ from nfm.stages.trained import launched
 from nfm.storage.errors import Told, WrongUse
 from nfm.storage.errors.masked import masked
 
-# What the base install is without, by the extra that brings it.
+# Packages that the base install lacks, by the extra that installs them.
 EXTRAS = {
     **dict.fromkeys(("torch", "scipy", "sklearn", "PIL", "safetensors", "torchdiffeq", "tqdm", "webdataset"), "train"),
     **dict.fromkeys(("zarr", "numcodecs"), "zarr"),
@@ -26,21 +26,21 @@ EXTRAS = {
 
 
 def run(command: click.Command) -> None:
-    """Run a command: the errors that people can act on become one message and an exit code."""
-    # By default idle OpenMP threads spin so long that two processes on the same cores cost each other most of their
-    # speed (a factor of 5 to 15 measured on 2 cores); spinning briefly keeps the speed of one alone.
+    """Runs a command. Errors that a user can act on become one message and an exit code."""
+    # By default, idle OpenMP threads spin so long that two processes on the same cores slow each other down (by a
+    # factor of 5 to 15 measured on 2 cores). With a short spin, a single process keeps its speed.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    for stream in (sys.stdout, sys.stderr):  # what a locale, or UTF-8, has no letter for is escaped and no error
+    for stream in (sys.stdout, sys.stderr):  # escape what the output's encoding cannot show, instead of an error
         if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):  # a pipe that was opened to be sought in
+            with contextlib.suppress(OSError):  # a pipe that was opened for seeking
                 stream.reconfigure(errors="backslashreplace")
     try:
         with launched.following() as follows:  # a process of torchrun that is not the first one
             if not follows:
                 command(standalone_mode=False)
     except click.ClickException as error:
-        text = io.StringIO()  # which may repeat an argument
+        text = io.StringIO()  # may repeat an argument
         error.show(file=text)
         click.echo(masked(text.getvalue()), err=True, nl=False)
         sys.exit(2)
@@ -58,13 +58,13 @@ def run(command: click.Command) -> None:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
             _fail(StageError(f"{error.name} is not installed here: pip install 'nfm-pairs[{extra}]' brings it"), 1)
-        # A fault of ours, told as Python would, but for secrets.
+        # A fault of ours: shown as Python would, but without secrets.
         click.echo(masked(traceback.format_exc()), err=True, nl=False)
         sys.exit(1)
 
 
 def _output_fails() -> bool:
-    """Whether it is standard output that cannot be written; it is then let go, or Python would say so once more."""
+    """Whether standard output cannot be written. It is then closed, otherwise Python would report the error again."""
     try:
         sys.stdout.flush()
     except OSError:

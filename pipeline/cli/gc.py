@@ -1,4 +1,4 @@
-"""`nfm gc`: list or remove what nobody needs."""
+"""`nfm gc`: lists or removes what is not needed."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 def gc(dry_run: bool, configs: tuple[Path, ...], days: float, yes: bool, as_json: bool) -> None:
     """Remove files of killed attempts, quarantined shards, and artifacts that nothing depends on.
 
-    Students, evaluations, comparisons and reports stay, and all that they were made from. Pair stores stay until -c
-    names the configs in use: then those go that none of them reaches, no student here was trained on and no submission
-    lists.
+    Students, evaluations, comparisons and reports are kept, and everything that they were made from. Pair stores are
+    kept unless -c names the configs in use. Then those stores are removed that none of these configs reaches, that no
+    student here was trained on and that no submission lists.
     """
     from nfm.pipeline.artifacts.artifact import artifacts_root
     from nfm.pipeline.config import load

@@ -1,4 +1,4 @@
-"""Options that many commands share; how they take a place from a user, by the rule of nfm.storage.files.places."""
+"""Options that many commands share. They read a place from the user as nfm.storage.files.places does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nfm.storage.files.paths import as_path, local_path
 
 
 class Place(click.ParamType):
-    """A path or a URL; also an artifact's name, which reads as a path."""
+    """A path or a URL, or the name of an artifact, which looks like a path."""
 
     name = "PLACE"
 
@@ -27,7 +27,7 @@ class Place(click.ParamType):
 
 
 class LocalPath(click.Path):
-    """A path of this machine; takes the options of click.Path."""
+    """A path of this machine, with the options of click.Path."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
@@ -44,7 +44,7 @@ LOCAL_PATH = LocalPath()
 
 
 class OutputFile(LocalPath):
-    """A file to write, whose ending says what is inside; another is refused before any work."""
+    """A file to write. Its ending must fit the contents; this is checked before any work."""
 
     def __init__(self, endings: Collection[str]) -> None:
         super().__init__(dir_okay=False)
@@ -59,21 +59,21 @@ class OutputFile(LocalPath):
         return found
 
 
-MANY = 10**12  # of things that are counted, where nothing smaller ends them
+MANY = 10**12  # upper limit of counts that have no smaller one
 
 
 class Whole(click.IntRange):
-    """A whole number; every option that takes one says from where to where."""
+    """A whole number. Every option of this kind states its range."""
 
     def __init__(self, least: int, most: int) -> None:
         super().__init__(least, most)
 
 
 class Number(click.FloatRange):
-    """A number between two others, which nan and inf are not, though click's own range takes nan for every one."""
+    """A number in a range; nan and inf are refused. click's own range accepts nan."""
 
     def __init__(self, least: float, most: float, above: bool = False) -> None:
-        """`above`: the least itself is no value."""
+        """With `above`, the least value itself is not allowed."""
         super().__init__(least, most, min_open=above)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
@@ -96,7 +96,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="For machines
 
 
 def picture_option(default: str) -> Any:
-    """Where a command's picture goes."""
+    """Where to write the picture of a command."""
     written = OutputFile(PICTURE)
     told = "The picture, in the format of its ending."
     return click.option("-o", "--output", default=default, show_default=True, type=written, help=told)

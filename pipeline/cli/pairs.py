@@ -1,4 +1,4 @@
-"""`nfm pairs`: look into pair stores, check, seal, convert and extend them; most of it works on URLs too."""
+"""`nfm pairs`: inspect, check, seal, convert and extend pair stores; most of it also works on URLs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAIN_SECONDS = 15.0
 
 @click.group()
 def pairs() -> None:
-    """Look into pair stores, check, convert and extend them.
+    """Inspect, check, convert and extend pair stores.
 
     STORE is an artifact, a folder, one of its manifests, or a URL such as s3://bucket/store.
     """
@@ -48,10 +48,10 @@ def info(store: Path, as_json: bool) -> None:
 @click.argument("store", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="For machines, with every figure.")
 def report(store: Path, as_json: bool) -> None:
-    """Measure a store's pairs anew: transport cost, how near the noise is to N(0, I), which images are paired.
+    """Measure the pairs of a store again: transport cost, how near the noise is to N(0, I), which images are paired.
 
-    The store stays as it is. Its teacher and data, which tell nll on held-out rows, are looked for among the artifacts
-    by their content.
+    The store is not changed. Its teacher and data are searched among the artifacts by their content; nll on held-out
+    rows needs them.
     """
     from nfm.stages.pairs import coupling_report
 
@@ -81,7 +81,9 @@ def report(store: Path, as_json: bool) -> None:
     help="Who decodes the noise; auto looks for the store's own among the artifacts.",
 )  # fmt: skip
 def head(store: Path, count: int, draw: int, output: Path, teacher: Path) -> None:
-    """Draw the first pairs of a store: image, noise, decoded noise; a histogram of z; the records of worst nll."""
+    """Draw the first pairs of a store: image, noise, decoded noise; a histogram of z; the records with the
+    worst nll.
+    """
     from nfm.stages.stores import head as pairs_head
 
     where = _where(store)
@@ -131,8 +133,8 @@ def seal(store: Path) -> None:
 def export(store: Path, target: Path, layout: str | None, codec: str | None, generation: int | None) -> None:
     """Write a store to TARGET, a folder or URL, in another layout or codec.
 
-    Every shard is checked before it is converted. Stopped or killed, the same command goes on where it was; run
-    again after the store grew, it adds the new draws.
+    Every shard is checked before it is converted. After a stop or a kill, the same command continues. If the store has
+    grown since then, it adds the new draws.
     """
     from nfm.stages.stores import export as pairs_export
 
@@ -151,7 +153,7 @@ def export(store: Path, target: Path, layout: str | None, codec: str | None, gen
 @click.argument("name")
 @click.argument("file", type=LocalPath(exists=True, dir_okay=False))
 def add_field(store: Path, name: str, file: Path) -> None:
-    """Add a field NAME from FILE.npy, which has a value a source row, to a finished store.
+    """Add a field NAME from FILE.npy, with one value for each source row, to a finished store.
 
     Readers join it by image row: store.batches(..., fields=["NAME"]).
     """
@@ -162,7 +164,7 @@ def add_field(store: Path, name: str, file: Path) -> None:
 
 
 def _where(store: Path) -> Path:
-    """A URL as it is, anything else as the artifact that it names."""
+    """A URL unchanged; anything else as the artifact that it names."""
     if is_remote(store):
         return store
     artifact = find(store)
@@ -171,7 +173,10 @@ def _where(store: Path) -> Path:
 
 
 def _any_generation(store: Path) -> Path:
-    """As `_where`, but the folder, whose newest generation is not meant; a manifest that was named stays that one."""
+    """As `_where`, but a folder stays a folder instead of its newest generation.
+
+    A named manifest stays that manifest.
+    """
     return store if is_remote(store) or store.suffix == ".json" else find(store).path
 
 
@@ -182,12 +187,12 @@ def _by_content(stage: str, digest: str) -> Path | None:
             if atomic.read_json(path).get("content_digest") == digest:
                 return Artifact(path.parent).path
         except StorageError:
-            continue  # damaged: its audit says so
+            continue  # damaged, which its audit reports
     return None
 
 
 class _Progress:
-    """A line that is written over on a terminal, and one every 15 seconds elsewhere."""
+    """A line that is rewritten on a terminal; elsewhere a new line every 15 seconds."""
 
     def __init__(self) -> None:
         self._started = self._told = time.monotonic()

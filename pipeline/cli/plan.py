@@ -1,4 +1,4 @@
-"""`nfm plan`: what a run would do and what it costs; of pairs also how long any number of workers would take."""
+"""`nfm plan`: what a run would do and what it costs; for pairs also the time with any number of workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nfm submit`: print the jobs that make pairs or train on a cluster, and with --go submit them."""
+"""`nfm submit`: prints the jobs that make pairs or train on a cluster, and submits them with --go."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nfm.pipeline.config import RunConfig
     from nfm.pipeline.submit.slurm import Script, Submission
 
-ARRAY_LIMIT = 1000  # where Slurm does not say; its own default is 1001
+ARRAY_LIMIT = 1000  # if Slurm does not say; its own default is 1001
 
 
 @click.group()
@@ -56,8 +56,8 @@ def pairs(
 ) -> None:  # fmt: skip
     """Make pairs on a cluster: --slurm, --ray, or both for a Ray cluster inside one Slurm job.
 
-    All nodes must see the same files under the same paths, this environment included. What is committed stays:
-    submitted again, only what is missing is made.
+    All nodes must see the same files under the same paths, including this environment. Committed shards are kept:
+    submit again to make only what is missing.
     """
     from nfm.pipeline.config import load
     from nfm.pipeline.submit import ray as submit_ray
@@ -157,7 +157,7 @@ def _submission(
 
 
 def _next_folder(digest: str) -> Path:
-    """`submissions/DIGEST-NUMBER`, a number above all that are there: the digest is the config's."""
+    """`submissions/DIGEST-NUMBER` with the digest of the config and a number above all existing ones."""
     root = artifacts_root().absolute() / "submissions"
     taken = [int(match[1]) for path in root.glob(f"{digest}-*") if (match := re.search(r"-(\d+)$", path.name))]
     return root / f"{digest}-{max(taken, default=0) + 1:03d}"
@@ -179,7 +179,9 @@ def _array_limit() -> int:
 
 
 def _create(submission: Submission, config_path: Path, scripts: Sequence[Script]) -> None:
-    """The submission's folder with its scripts and a copy of the config: what is queued does not change any more."""
+    """Writes the folder of the submission with its scripts and a copy of the config, so that queued jobs do
+    not change.
+    """
     if scripts and not shutil.which("sbatch"):
         raise StageError("sbatch: not found; submit from a node of the cluster, or leave --go out to see the scripts")
     try:
@@ -192,7 +194,7 @@ def _create(submission: Submission, config_path: Path, scripts: Sequence[Script]
 
 
 def _submit(submission: Submission, scripts: Sequence[Script]) -> None:
-    """One `sbatch` a script; when one is refused, those before it are cancelled again."""
+    """Runs one `sbatch` for each script. If one is refused, the earlier jobs are cancelled."""
     ids: dict[str, str] = {}
     for script in scripts:
         command = script.sbatch(submission.folder, ids)

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 @set_option
 @click.option("-o", "--output", required=True, type=LocalPath(dir_okay=False), help="Where it goes.")
 def worklist(config_path: Path, overrides: tuple[str, ...], output: Path) -> None:
-    """Freeze the numbered list of shards that a store lacks, for the tasks of an array.
+    """Write the fixed, numbered list of missing shards of a store, for the tasks of an array.
 
-    Makes what the pairs are made from (data, teacher) where it is missing. A list is never changed: a file that is
-    there already is kept where it still holds all that is pending, and refused where it does not.
+    Makes the inputs of the pairs (data, teacher) if they are missing. A list is never changed: an existing file is kept
+    if it has all pending shards, and refused if not.
     """
     from nfm.pipeline import builder, prechecks, runner
     from nfm.pipeline.config import load
@@ -44,10 +44,10 @@ def worklist(config_path: Path, overrides: tuple[str, ...], output: Path) -> Non
 @click.option("--task", required=True, type=Whole(0, MANY), help="Which task this is, from 0.")
 @click.option("--of", required=True, type=Whole(1, MANY), help="How many tasks share the list.")
 def encode(file: Path, task: int, of: int) -> None:
-    """Encode the shards of a worklist that fall to one task: those whose number mod --of is --task.
+    """Encode the shards of a worklist that belong to one task: those whose number mod --of is --task.
 
-    Exit 0 when all of them are committed, 1 when some failed three times, 130 when stopped: SIGTERM and SIGINT drop
-    the shard in hand, SIGUSR1 finishes it. The same command goes on with what is left.
+    Exit 0 when all of them are committed, 1 when some failed three times, 130 when stopped: SIGTERM and SIGINT drop the
+    current shard, SIGUSR1 finishes it. The same command continues with the remaining shards.
     """
     from nfm.pipeline.console import Console, StopRequest
     from nfm.pipeline.runner import versions
@@ -82,7 +82,10 @@ def encode(file: Path, task: int, of: int) -> None:
 
 
 def _prepared(node: Node) -> tuple[Path, dict[str, Path]]:
-    """(the store's folder, its inputs by role): `spec.json` is written, under the lock, where it is not there yet."""
+    """(the folder of the store, its inputs by role).
+
+    `spec.json` is written, under the lock, if it does not exist yet.
+    """
     from nfm.pipeline import runner
     from nfm.pipeline.artifacts.artifact import ArtifactError
     from nfm.pipeline.artifacts.lock import Lock

@@ -1,4 +1,4 @@
-"""What a run tells: a live table on a terminal, plain lines elsewhere, and the same figures as lines in `events/`."""
+"""The output of a run: a live table on a terminal, plain lines elsewhere, and the same figures in `events/`."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from nfm.storage.errors.masked import masked, masked_in
 from nfm.storage.files.paths import inside
 
 __all__ = ["Console", "StopRequest", "last_progress"]
-FIRST_SECONDS = 5.0  # of a stage's first count: until then its rate says little
+FIRST_SECONDS = 5.0  # of a stage's first count; its rate is not reliable earlier
 PLAIN_SECONDS = 30.0
-LOGGED_WORKERS = 64  # rows in an event; the shares are the medians of all
+LOGGED_WORKERS = 64  # rows in an event; the shares are medians over all workers
 EVENT_SECONDS = 30.0
 DRAW_SECONDS = 0.25
 
@@ -39,21 +39,21 @@ Workers = Sequence[Mapping[str, Any]]
 
 
 class StopRequest:
-    """Set by signals; stages ask for it between units of work.
+    """Set by signals. Stages check it between units of work.
 
-    SIGINT and SIGTERM drop the work in hand at the next good place, SIGUSR1 finishes it and begins nothing new.
-    Where there is nothing to save, inside `at_once`, they need no such place.
+    SIGINT and SIGTERM drop the current work at the next good place. SIGUSR1 finishes it and starts nothing new. Inside
+    `at_once`, where there is nothing to save, the first two stop anywhere.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.asked_to_end = False
-        self.messages = 0  # written to the terminal so far, past whatever is drawn there
+        self.messages = 0  # messages written so far, outside of the live table
         self._at_once = False
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Handle the signals for the time of a run; a second SIGINT or SIGTERM stops at once."""
+        """Handles the signals during a run. A second SIGINT or SIGTERM stops at once."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
@@ -67,7 +67,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Work that leaves nothing to save: the first SIGINT or SIGTERM raises KeyboardInterrupt wherever it is."""
+        """For work that leaves nothing to save: the first SIGINT or SIGTERM raises KeyboardInterrupt immediately."""
         before, self._at_once = self._at_once, True
         try:
             yield
@@ -88,13 +88,13 @@ class StopRequest:
             self._tell("asked to end: the work in hand is finished, nothing new begins; the next run goes on")
 
     def _tell(self, text: str) -> None:
-        # Not through sys.stderr, which the signal may have interrupted in the middle of a line.
+        # Not through sys.stderr: the signal may have interrupted it in the middle of a line.
         os.write(2, f"\n{text}\n".encode())
         self.messages += 1
 
 
 class Console:
-    """The reporter of one stage's run: implements `nfm.stages.base.Reporter`."""
+    """The reporter of one run of a stage. Implements `nfm.stages.base.Reporter`."""
 
     def __init__(
         self, stage: str, events: Path, stop: StopRequest, lock: Lock | None = None,
@@ -102,7 +102,7 @@ class Console:
     ):  # fmt: skip
         inside(events.parent, events.name).mkdir(exist_ok=True)
         self.stage = stage
-        # Workers of one store on several hosts write beside each other, each to a file of its own.
+        # Workers of one store on several hosts write at the same time, each to its own file.
         name = f"{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
         self._events = (events / name).open("a", buffering=1, encoding="utf-8")
         self._stop = stop
@@ -125,13 +125,13 @@ class Console:
         return self._stop.asked_to_end or self.stopping
 
     def check_lock(self) -> None:
-        """Raises `Held` when another process took the artifact over: nothing may be written to it then."""
+        """Raises `Held` if another process took over the artifact. Then nothing may be written to it."""
         if self._lock is not None:
             self._lock.check()
 
     def say(self, text: str) -> None:
         self.finish()
-        self._drawn = float("-inf")  # the table comes back with the next progress
+        self._drawn = float("-inf")  # the table is drawn again at the next progress
         click.echo(f"{self.stage}: {masked(legible(text))}", err=True)
 
     def log(self, kind: str, **values: Any) -> None:
@@ -141,9 +141,9 @@ class Console:
             )
 
     def progress(self, done: int, total: int, unit: str, workers: Workers = (), **figures: Any) -> None:
-        """`done` of `total` units, with a row for each worker and further figures.
+        """`done` of `total` units, with a row for each worker and other figures.
 
-        The rate is that of the last minutes; what a count's first call has is not counted, an earlier run did it.
+        The rate is over the last minutes. Units in the first call are not counted, because an earlier run did them.
         """
         now = self._clock()
         if self._count is None:
@@ -152,7 +152,7 @@ class Console:
             self._count, self._began, self._first, self._rate = (unit, total), now, done, Rate(done, now)
         self._done = done
         self._rate.add(done, now)
-        # A count that has just begun has no rate: its line waits for one, though not for ever.
+        # A new count has no rate yet. Its line waits for one, but not for ever.
         late = 0.0 if done > self._first else PLAIN_SECONDS
         logs = now - self._logged >= EVENT_SECONDS + late or done == total
         tells = now - self._told >= PLAIN_SECONDS + late
@@ -206,7 +206,7 @@ class Console:
         live.draw([bar, *worker_lines(workers, lines - 2)])
 
     def finish(self) -> None:
-        """Take the table away, so that lines can follow; the next progress draws it again."""
+        """Removes the table, so that lines can follow. The next progress draws it again."""
         if self._live is not None:
             if self._messages != self._stop.messages:
                 self._messages = self._stop.messages

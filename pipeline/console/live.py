@@ -1,4 +1,4 @@
-"""A few lines at the bottom of a terminal that are drawn again in place."""
+"""A few lines at the bottom of a terminal that are redrawn in place."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _ERASE_LINE, _ERASE_BELOW = "\x1b[K", "\x1b[J"
 
 
 class Live:
-    """Lines on a terminal. Between calls the cursor stands at the start of the line below them."""
+    """Lines on a terminal. Between calls the cursor is at the start of the line below them."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
         self._drawn: list[str] = []
 
     def size(self) -> tuple[int, int]:
-        """(columns, lines) of the terminal now; of a usual one where it cannot be asked."""
+        """(columns, lines) of the terminal now; a usual size if it is unknown."""
         try:
             found = os.get_terminal_size(self._stream.fileno())
         except (OSError, ValueError):
@@ -28,24 +28,24 @@ class Live:
         return (found.columns, found.lines) if found.columns > 0 and found.lines > 0 else (80, 24)
 
     def draw(self, lines: Sequence[str]) -> None:
-        """Show these lines in place of those drawn before, cut to what the terminal holds."""
+        """Replaces the lines drawn before by these, cut to the size of the terminal."""
         columns, rows = self.size()
         new = [line[: columns - 1] for line in lines[: max(rows - 1, 1)]]
         self._write(self._back() + "".join(f"{line}{_ERASE_LINE}\n" for line in new) + _ERASE_BELOW)
         self._drawn = new
 
     def clear(self) -> None:
-        """Take the lines away."""
+        """Removes the lines."""
         if self._drawn:
             self._write(self._back() + _ERASE_BELOW)
             self._drawn = []
 
     def forget(self) -> None:
-        """Leave what was drawn as it is: somebody else has written below it."""
+        """Leaves the drawn lines as they are, after other output below them."""
         self._drawn = []
 
     def _back(self) -> str:
-        """To the first drawn line. A terminal that was made narrower has wrapped them since."""
+        """Moves to the first drawn line. If the terminal became narrower, the lines have wrapped."""
         columns = self.size()[0]
         rows = sum(max(1, -(-len(line) // columns)) for line in self._drawn)
         return f"\r\x1b[{rows}A" if rows else "\r"
@@ -56,7 +56,7 @@ class Live:
 
 
 def worker_lines(workers: Sequence[Mapping[str, Any]], most: int) -> list[str]:
-    """A table with a line a worker, at most `most` lines in all, the last of them saying how many are left out."""
+    """A table with one line for each worker, at most `most` lines in all. The last one says how many are left out."""
     if not workers or most < 2:
         return []
     shown = list(workers) if len(workers) <= most - 1 else list(workers)[: most - 2]

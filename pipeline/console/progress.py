@@ -1,4 +1,4 @@
-"""How far work is that goes on now, perhaps in many processes, as its folder tells."""
+"""The progress of running work, perhaps in many processes, read from its folder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nfm.stages.pairs import progress
 from nfm.storage.errors import StorageError
 from nfm.storage.files.small_files import read_tail
 
-FRESH_SECONDS = 90.0  # they tell every 30: a process that told nothing for so long is dead, or waits
+FRESH_SECONDS = 90.0  # processes report every 30 s; one that is silent for so long is dead or waits
 TAIL_BYTES = 1 << 18
 
 
 def figures(artifact: Artifact, draws: int | None = None) -> str:
-    """How far the work on an unfinished artifact is; of a pair store with `draws` draws, by its commits.
+    """The progress of an unfinished artifact; for a pair store with `draws` draws, from its commits.
 
-    Processes that write to one store each have their own events: shards and pairs are counted where they are
-    committed, so that nothing is counted twice, and the rates of those at work are added up.
+    Each process that writes to a store has its own events. Shards and pairs are counted by commits, so that none is
+    counted twice; the rates of running processes are added.
     """
     events = artifact.path / "events"
     running = [event for event in _newest(events) if time.time() - event["time"] <= FRESH_SECONDS]
@@ -41,7 +41,7 @@ def figures(artifact: Artifact, draws: int | None = None) -> str:
 
 
 def last_progress(events: Path) -> str:
-    """How far the work in a folder came, by the last PROGRESS line of its newest events."""
+    """The progress of the work in a folder, from the last PROGRESS line of its newest events."""
     for path in sorted(events.glob("*.jsonl"), reverse=True):
         for event in _backwards(path):
             if event["kind"] == "PROGRESS":
@@ -61,11 +61,11 @@ def _newest(events: Path) -> Iterator[dict[str, Any]]:
 
 
 def _backwards(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a process, newest first, as far as the end of its file holds them; half a line is passed over."""
+    """The events of a process, newest first, as far as the end of its file has them. An incomplete line is skipped."""
     try:
         lines = read_tail(path, TAIL_BYTES, root=path.parent.parent).splitlines()
     except (StorageError, OSError):
-        return  # no log: progress is told without it
+        return  # no log: progress is shown without it
     for line in reversed(lines):
         try:
             event = json.loads(line)

@@ -1,4 +1,4 @@
-"""How fast work goes on now, from counts as they come."""
+"""The current speed of work, from counts as they come."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections import deque
 
 WINDOW_SECONDS = 180.0
 WIDEST_SECONDS = 3600.0  # a pause is forgotten after an hour
-_SAMPLE_SECONDS = 1.0  # counts that come faster are passed over
+_SAMPLE_SECONDS = 1.0  # counts that come faster are ignored
 
 
 class Rate:
-    """Units a second over the last minutes, from `first` units on, which an earlier run had done.
+    """Units per second over the last minutes. An earlier run did the first `first` units.
 
-    Where counts come in steps that are far apart, as whole shards do, the window widens to several steps.
+    If counts come in steps that are far apart, such as whole shards, the window grows to several steps.
     """
 
     def __init__(self, first: int, now: float):
         self._samples = deque([(now, first)])
 
     def add(self, done: int, now: float) -> None:
-        """`done` units in all at this time; a count that stood still tells nothing new."""
+        """`done` units in total at this time. A count without change adds nothing."""
         at, before = self._samples[-1]
         if done > before and (now - at >= _SAMPLE_SECONDS or len(self._samples) == 1):
             self._samples.append((now, done))
 
     def per_second(self, done: int, now: float) -> float:
-        """The rate at this time, `done` units being done; 0 as long as nothing is."""
+        """The rate at this time, with `done` units done; 0 as long as there is none."""
         while len(self._samples) > 2 and self._samples[1][0] <= now - self._window(now):
             self._samples.popleft()
         at, before = self._samples[0]

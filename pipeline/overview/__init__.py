@@ -1,4 +1,4 @@
-"""What is there: `nfm status`, `ls` and `pairs info` as rows for people and machines."""
+"""What exists: `nfm status`, `ls` and `pairs info`, as rows for users and programs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from nfm.stages.stores import info
 from nfm.storage.errors import StorageError
 
 Row = dict[str, Any]
-SHOWN = 3  # names of those that need an artifact
+SHOWN = 3  # dependent artifacts shown by name
 
 
 def status(nodes: Mapping[str, Node]) -> list[Row]:
-    """A row a stage: state, artifact, size on disk, the figures that its manifest puts first."""
+    """One row for each stage: state, artifact, size on disk, and the first figures in its manifest."""
     rows = []
     for node in nodes.values():
         artifact = node.artifact()
@@ -41,7 +41,7 @@ def status(nodes: Mapping[str, Node]) -> list[Row]:
 
 
 def inventory() -> list[Row]:
-    """A row an artifact under the root."""
+    """One row for each artifact under the root."""
     rows = []
     for spec in specs(artifacts_root()):
         artifact = Artifact(spec.parent, newest_manifest(spec.parent))
@@ -67,9 +67,9 @@ def state_of(artifact: Artifact) -> str:
 
 
 def store_info(artifact: Artifact) -> Row:
-    """A store's recipe and the figures of its pinned generation."""
+    """The recipe of a store and the figures of its pinned generation."""
     check_store(artifact)
-    artifact.manifest()  # an unfinished or damaged artifact says so
+    artifact.manifest()  # raises for an unfinished or damaged artifact
     return {"store": artifact.name, **info.info(artifact.reference)}
 
 

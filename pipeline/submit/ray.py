@@ -1,4 +1,4 @@
-"""Making pairs on Ray as text: a job for a cluster that is there, or a cluster inside one Slurm allocation."""
+"""Text for making pairs on Ray: a job for an existing cluster, or a cluster inside one Slurm allocation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from nfm.pipeline.submit.slurm import HEAD, Script, Submission, directive, nfm, script
 
-STOP_SECONDS = 15  # Ray's own 3 s are less than a driver may need to let its actors finish a batch
+STOP_SECONDS = 15  # Ray's own 3 s may be too short for a driver whose actors finish a batch
 
 
 def job_command(submission: Submission, address: str | None, name: str) -> list[str]:
-    """`ray job submit` of `nfm run pairs`: the cluster sees the same file system and has the same environment."""
+    """`ray job submit` of `nfm run pairs`. The cluster must see the same files and have the same environment."""
     variables = {"NFM_ARTIFACTS": str(submission.artifacts), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
     line = f"cd -- {shlex.quote(str(submission.work))} && exec {_run(submission)}"
     return [
@@ -34,7 +34,7 @@ def job_command(submission: Submission, address: str | None, name: str) -> list[
 
 
 def allocation(submission: Submission, nodes: int) -> Script:
-    """One Slurm job of `nodes` nodes in which a Ray cluster of its own is started, used and ended."""
+    """One Slurm job of `nodes` nodes that starts, uses and ends its own Ray cluster."""
     logs = str(submission.logs).replace("%", "%%")
     options = [
         "--job-name=nfm-ray",
@@ -66,7 +66,7 @@ def _ray(submission: Submission) -> list[str]:
 
 
 def watch(name: str, address: str | None) -> Mapping[str, str]:
-    """How to look at a Ray job and how to stop it."""
+    """How to watch a Ray job and how to stop it."""
     at = f" --address {shlex.quote(address)}" if address else ""
     return {"watch": f"ray job logs{at} --follow {name}", "cancel": f"ray job stop{at} {name}"}
 

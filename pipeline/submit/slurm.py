@@ -1,6 +1,6 @@
-"""Making pairs on a Slurm cluster as text: scripts, their options and dependencies; nothing here writes or submits.
+"""Text for making pairs on Slurm: scripts, their options and dependencies. Nothing here writes or submits.
 
-A submission is three kinds of jobs: `prepare` freezes the worklist, arrays encode its shards, `seal` seals the store.
+A submission has three kinds of jobs: `prepare` writes the worklist, arrays encode its shards, `seal` seals the store.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nfm.stages.base import Unfit
 
-PLAIN = re.compile(r"[\w./:=%@+,-]*")  # what a `#SBATCH` line takes without quotes
+PLAIN = re.compile(r"[\w./:=%@+,-]*")  # allowed in a `#SBATCH` line without quotes
 FIXED = {  # what the scripts decide, and what to use instead
     "array": "--tasks, --max-array and --at-once",
     "dependency": "nothing: jobs wait for each other already",
@@ -31,11 +31,11 @@ head=$(getent ahostsv4 "$name" | awk '{print $1; exit}') || { echo "$name: no su
 
 @dataclass(frozen=True)
 class Submission:
-    """What all scripts of one submission have in common; paths are absolute.
+    """What all scripts of one submission have in common. Paths are absolute.
 
-    `nfm` is the command as arguments, `config` the config's copy in `folder`, `before` lines of the user's own that
-    make the environment (`module load cuda`), `compute` and `sealing` the user's options of `sbatch` for the jobs that
-    compute and for the one that seals.
+    `nfm` is the command as arguments. `config` is the copy of the config in `folder`. `before` are the user's own lines
+    that prepare the environment (`module load cuda`). `compute` and `sealing` are the user's `sbatch` options for the
+    jobs that compute and for the one that seals.
     """
 
     folder: Path
@@ -60,21 +60,23 @@ class Submission:
 
 @dataclass(frozen=True)
 class Script:
-    """One job: its script, and by kind (afterok, afterany) the names of the jobs that it waits for."""
+    """One job: its script, and the names of the jobs that it waits for, by kind (afterok, afterany)."""
 
     name: str
     text: str
     waits: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def sbatch(self, folder: Path, ids: Mapping[str, str]) -> list[str]:
-        """The command that submits it, `ids` being what the jobs that it waits for were given."""
+        """The command that submits it. `ids` are the numbers of the jobs that it waits for."""
         waits = [":".join([kind, *(ids[name] for name in names)]) for kind, names in self.waits.items()]
         dependency = [f"--dependency={','.join(waits)}"] if waits else []
         return ["sbatch", "--parsable", *dependency, str(folder / f"{self.name}.sbatch")]
 
 
 def array_jobs(submission: Submission, tasks: int, limit: int, at_once: int = 0) -> list[Script]:
-    """Prepare, one array for every `limit` tasks, and the job that seals when all of these ended, however they did."""
+    """The prepare job, one array for every `limit` tasks, and the job that seals when all of these have ended in any
+    way.
+    """
     parts = [(start, min(limit, tasks - start)) for start in range(0, tasks, limit)]
     names = [f"array-{number}" for number in range(len(parts))]
     arrays = [
@@ -143,7 +145,7 @@ def script(submission: Submission, options: Sequence[str], *lines: str) -> str:
 
 
 def _options(submission: Submission, name: str, log: str, own: Sequence[str], *fixed: str) -> list[str]:
-    """Ours first: of an option that is given twice, `sbatch` takes the last."""
+    """Our options, then the user's: if an option is given twice, `sbatch` uses the last."""
     logs = str(submission.logs).replace("%", "%%")
     ours = [
         f"--job-name=nfm-{name}",
@@ -157,20 +159,20 @@ def _options(submission: Submission, name: str, log: str, own: Sequence[str], *f
 
 
 def directive(option: str) -> str:
-    """An option of `sbatch` as a `#SBATCH` line takes it. Raises StageError for what the scripts decide themselves."""
+    """An `sbatch` option as a `#SBATCH` line. Raises StageError for options that the scripts decide."""
     name, sign, value = option.partition("=")
     if "\n" in option or not option.startswith("-"):
         raise Unfit(f"--sbatch {option!r}: write one option of sbatch, for instance --sbatch=--time=04:00:00")
     if not sign or PLAIN.fullmatch(value):
         return option
     if value[:1] in "\"'" and value[-1:] == value[:1]:
-        return option  # quoted already
+        return option  # already quoted
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'{name}="{escaped}"'
 
 
 def user_options(options: Sequence[str]) -> tuple[str, ...]:
-    """The user's options, checked: those that the scripts decide are refused with what to use instead."""
+    """The user's options. Those that the scripts decide are refused, with what to use instead."""
     for option in options:
         directive(option)
         if fixed := _fixed(option):
@@ -179,7 +181,9 @@ def user_options(options: Sequence[str]) -> tuple[str, ...]:
 
 
 def _fixed(option: str) -> str | None:
-    """Which of FIXED an option sets; sbatch takes `-a0-3` for `--array=0-3`, and long names cut short."""
+    """The entry of FIXED that an option sets. sbatch also accepts `-a0-3` for `--array=0-3`, and shortened
+    long names.
+    """
     if not option.startswith("--"):
         return {"a": "array", "d": "dependency", "o": "output"}.get(option[1:2])
     name = re.split(r"[=\s]", option[2:], maxsplit=1)[0]
@@ -187,7 +191,7 @@ def _fixed(option: str) -> str | None:
 
 
 def nfm(submission: Submission, *arguments: object, config: bool = False, sets: Sequence[str] = ()) -> str:
-    """An `nfm` command as a shell line, with the run's config and overrides where it takes them."""
+    """An `nfm` command as a shell line, with the config and overrides of the run if it needs them."""
     words = [*submission.nfm, *map(str, arguments)]
     if config:
         words += ["-c", str(submission.config)]

@@ -1,9 +1,9 @@
-"""Audit: walk the lineage back to the data and prove that every artifact is what its manifest says.
+"""The audit: follows the lineage back to the data and checks that every artifact is what its manifest says.
 
-It reads only. Level `quick` recomputes fingerprints and digests of manifests and looks at sizes; `default` hashes
-every file and checks the pairs' keys against their source; `deep` encodes a seeded sample of pairs again with the
-teacher and decodes it back. What it reads may be anybody's: it runs no code that a store names unless it is told to,
-and of artifacts outside the root it writes receipts only beside those that its user named.
+It only reads. Level `quick` recomputes fingerprints and digests of manifests and checks sizes. `default` hashes every
+file and checks the keys of the pairs against their source. `deep` encodes a seeded sample of pairs again with the
+teacher and decodes it. Artifacts may come from anybody. So no code that a store names is run unless the user allows it,
+and outside the root receipts are written only beside artifacts that the user named.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Level = Literal["quick", "default", "deep"]
 
 @dataclass(frozen=True)
 class Audited:
-    """The outcome for one artifact: what was looked at, what was found, and statements of confidence."""
+    """The result for one artifact: what was checked, what was found, and statements of confidence."""
 
     artifact: str
     manifest: str
@@ -52,7 +52,7 @@ def audit(
     deep_sample: int = 300,
     allowed: custom.Allowed = custom.NOBODYS,
 ) -> list[Audited]:
-    """Audit these artifacts and all their ancestors, inputs first, each once; a receipt is kept beside each.
+    """Audits these artifacts and all their ancestors, inputs first, each once. A receipt is kept beside each.
 
     `allowed` are the custom functions that `deep` may run.
     """
@@ -66,7 +66,7 @@ def audit(
 
 
 def own_code(config: RunConfig) -> frozenset[str]:
-    """The digests of the custom functions that a run's own config names, of their files as they are now."""
+    """The digests of the custom functions in a run's config, from their files as they are now."""
     sections = [node.config for node in build(config).values()]
     return frozenset(
         digest
@@ -85,7 +85,7 @@ def finished(config: RunConfig) -> list[Artifact]:
 
 
 def _manifests_of(node: Node) -> list[Artifact]:
-    """The artifact of a node; where its own manifest cannot be read, all that its folder holds, damaged ones too."""
+    """The artifact of a node. If its own manifest is unreadable, all in its folder, including damaged ones."""
     try:
         found = node.artifact()
         return [found] if found is not None else []
@@ -94,12 +94,12 @@ def _manifests_of(node: Node) -> list[Artifact]:
     try:
         folder = node.folder()
     except (StorageError, ArtifactError):
-        return []  # the manifest of an input: it is found there
+        return []  # the manifest of an input, which is reported there
     return [Artifact(folder, path.name) for path in sorted(folder.glob("manifest*.json"))] if folder else []
 
 
 def as_text(results: Sequence[Audited]) -> str:
-    """The table for people."""
+    """The results as a table."""
     lines = []
     for result in results:
         verdict = f"{len(result.findings)} FINDINGS" if result.findings else "clean"
@@ -118,7 +118,7 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
     try:
         spec, body = artifact.spec, artifact.manifest()
         files, size = _extent(body)
-        if "stage" in spec:  # else a store that was made without the pipeline: it has files, but no identity
+        if "stage" in spec:  # otherwise the store was made without the pipeline: it has files but no identity
             findings += _check_identity(artifact, spec, body)
         findings += _check_files(artifact.path, body.get("files", []), hashed=level != "quick")
         if STAGES[spec.get("stage", pairs.NAME)] is pairs:
@@ -137,7 +137,7 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
 
 
 def _extent(body: dict[str, Any]) -> tuple[int, int]:
-    """(files, bytes) that a manifest vouches for; a large store lists its shards beside it and states their totals."""
+    """(files, bytes) that a manifest covers. A large store lists its shards in another file and states their totals."""
     files = body.get("files", [])
     shards = body.get("shards", [])
     listed = [*files, *shards] if isinstance(shards, list) else files
@@ -146,7 +146,7 @@ def _extent(body: dict[str, Any]) -> tuple[int, int]:
 
 
 def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, Any]) -> list[Finding]:
-    """Recompute the fingerprint and the content digest, and ask the inputs whether they still are what was read."""
+    """Recomputes the fingerprint and the content digest, and checks that the inputs are still those that were read."""
     findings = []
     path, again = (
         str(artifact.path / artifact.manifest_name),
@@ -154,7 +154,7 @@ def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, An
     )
     contents = {role: reference.content_digest for role, reference in references(artifact).items()}
     key = fingerprint(spec["stage"], spec["version"], spec["config"], {**contents, **spec["external"]})
-    # Under the root a folder is named by its fingerprint; a store elsewhere may have any name.
+    # Under the root a folder is named by its fingerprint. A store elsewhere may have any name.
     placed = artifact.path.name == key[:12] or Path(artifact.name).is_absolute()
     if not (key == spec["fingerprint"] == body["fingerprint"] and placed):
         findings.append(Finding(path, "the fingerprint is not the one of its spec and folder", again))
@@ -174,7 +174,7 @@ def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, An
 
 
 def _content(artifact: Artifact) -> str | None:
-    """The content digest that a manifest states; None where it cannot be read, which its own audit says."""
+    """The content digest in a manifest; None if it is unreadable, which its own audit reports."""
     try:
         return artifact.manifest()["content_digest"]
     except (StorageError, ArtifactError, KeyError):
@@ -182,7 +182,7 @@ def _content(artifact: Artifact) -> str | None:
 
 
 def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> list[Finding]:
-    """Sizes, and with `hashed` the SHA-256, of every file that the manifest lists."""
+    """Checks the size, and with `hashed` the SHA-256, of every file that the manifest lists."""
 
     def check(file: dict[str, Any]) -> Finding | None:
         path = folder / file["path"]
@@ -207,7 +207,7 @@ def _under_root(folder: Path) -> bool:
 
 
 def _keep_receipt(folder: Path, result: Audited, level: Level) -> None:
-    """A dated receipt beside the artifact; a folder that cannot be written to loses only that."""
+    """Writes a dated receipt beside the artifact. If the folder is read-only, only the receipt is lost."""
     if is_remote(folder) or not folder.is_dir() or not os.access(folder, os.W_OK):
         return
     try:

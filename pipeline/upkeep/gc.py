@@ -1,7 +1,7 @@
-"""Garbage: what killed attempts and repairs left behind, and the artifacts that nothing depends on.
+"""Garbage: leftovers of killed attempts and repairs, and artifacts that nothing depends on.
 
-A killed gc leaves every artifact whole or visibly unfinished: its manifests go first, then its commits, then the rest,
-and its `spec.json` last.
+If gc is killed, every artifact is either complete or visibly unfinished: its manifests are removed first, then its
+commits, then the rest, and its `spec.json` last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nfm.storage.files import atomic
 from nfm.storage.files.paths import size_of
 
 Say = Callable[[str], None]
-BESIDE = ("events", "audits", "failed")  # what a store's own check of its files passes over
+BESIDE = ("events", "audits", "failed")  # folders that a store's own check of its files ignores
 WHY = {
     "attempt": "its worker was killed before the commit",
     "temporary": "its writer was killed",
@@ -35,27 +35,27 @@ WHY = {
 
 @dataclass(frozen=True)
 class Garbage:
-    """One thing that may go: an artifact, or leftovers in one; `name` is relative to the root."""
+    """One thing that may be removed: an artifact, or leftovers in one. `name` is relative to the root."""
 
     kind: str  # attempt, temporary, quarantine, artifact or remains
     name: str
-    folder: Path  # of the artifact that it is, or lies in
+    folder: Path  # of the artifact, or of the artifact that holds the leftovers
     files: int
     bytes: int
     reason: str
-    paths: tuple[Path, ...] = ()  # of leftovers; an artifact goes with all that is in its folder
+    paths: tuple[Path, ...] = ()  # of leftovers; an artifact is removed with its whole folder
 
 
 @dataclass
 class Listing:
-    """What may go, in the order in which it goes, and what stays though people may wonder: (name, reason)."""
+    """What may be removed, in order of removal, and what is kept although users may not expect it: (name, reason)."""
 
     going: list[Garbage] = field(default_factory=list)
     staying: list[tuple[str, str]] = field(default_factory=list)
 
 
 def listing(configs: Sequence[RunConfig], older_than: float) -> Listing:
-    """All garbage under the root; `older_than` in seconds. Reads only."""
+    """All garbage under the root. `older_than` is in seconds. Only reads."""
     found = Listing()
     held = gc_needed.survey(configs, older_than)
     for one in held:
@@ -69,10 +69,10 @@ def listing(configs: Sequence[RunConfig], older_than: float) -> Listing:
 
 
 def remove(found: Iterable[Garbage], older_than: float, say: Say) -> list[Garbage]:
-    """Remove garbage under the locks of its artifacts, and return what went.
+    """Removes garbage under the locks of its artifacts. Returns what was removed.
 
-    What became needed since it was listed stays, and so does what somebody works on; `say` is told. Raises OSError
-    where a file cannot be removed.
+    What became needed since the listing is kept, and so is what another process works on; `say` reports it. Raises
+    OSError if a file cannot be removed.
     """
     gone, waiting = list[Garbage](), list(found)
     while waiting:
@@ -85,13 +85,13 @@ def remove(found: Iterable[Garbage], older_than: float, say: Say) -> list[Garbag
         except lock.Held as error:
             say(f"stays: {error}")
         if not (folder / "spec.json").exists():
-            with contextlib.suppress(OSError):  # somebody begins it anew
+            with contextlib.suppress(OSError):  # another process starts it again
                 folder.rmdir()
     return gone
 
 
 def as_text(found: Listing) -> str:
-    """The list for people, with sizes and reasons."""
+    """The list as text, with sizes and reasons."""
     lines = [f"{one.kind:10}  {units.size(one.bytes):>9}  {one.name}  ({one.reason})" for one in found.going]
     lines += [f"{'stays':10}  {'':9}  {name}  ({reason})" for name, reason in found.staying]
     return "\n".join(lines)
@@ -108,18 +108,18 @@ def total(found: Sequence[Garbage]) -> str:
 
 
 def _leftovers(folder: Path, store: bool) -> list[Garbage]:
-    """What may go from an artifact that stays."""
+    """What may be removed from an artifact that is kept."""
     prefix, found = f"{folder.parent.name}/{folder.name}", list[Garbage]()
     now = time.time()
     for part in [folder / name for name in BESIDE] if store else [folder]:
         for path in _files(part):
             if not atomic.is_temporary(path):
                 continue
-            with contextlib.suppress(FileNotFoundError):  # published just now
+            with contextlib.suppress(FileNotFoundError):  # published a moment ago
                 facts, name = path.lstat(), f"{prefix}/{path.relative_to(folder)}"
                 if now - facts.st_mtime >= IDLE_SECONDS:
                     found.append(Garbage("temporary", name, folder, 1, facts.st_size, WHY["temporary"], (path,)))
-    with contextlib.suppress(StorageError):  # it became unreadable since it was looked at
+    with contextlib.suppress(StorageError):  # it became unreadable since it was checked
         for one in leftovers.leftovers(folder) if store else ():
             if now - one.since >= IDLE_SECONDS:
                 name, count = f"{prefix}/{one.name}", len(one.files)
@@ -139,7 +139,7 @@ def _whole(held: Standing) -> Garbage:
 
 
 def _dependants_first(unneeded: Sequence[Standing]) -> list[Standing]:
-    """The order in which each goes before what it was made from."""
+    """The order in which each artifact is removed before those that it was made from."""
     waiting, ordered = {held.name: held for held in unneeded}, list[Standing]()
     while waiting:
         needed = {name for held in waiting.values() for name in held.inputs}
@@ -150,11 +150,11 @@ def _dependants_first(unneeded: Sequence[Standing]) -> list[Standing]:
 
 
 def _take(folder: Path, batch: list[Garbage], older_than: float, say: Say, check: Callable[[], None]) -> list[Garbage]:
-    """Remove what was listed of one folder, asked again now that its lock is ours."""
+    """Removes what was listed of one folder, after checking it again under its lock."""
     if batch[0].kind in ("artifact", "remains"):
         user = gc_needed.user_of(batch[0].name)
         why = f"{user} was made from it" if user else ""
-        if (folder / "spec.json").exists():  # else only the folder tells its age, and our lock has just changed that
+        if (folder / "spec.json").exists():  # otherwise only the folder shows its age, which our lock has just changed
             why = why or gc_needed.recently(folder, older_than, time.time())
         if why:
             say(f"stays: {batch[0].name}: {why}")
@@ -176,12 +176,15 @@ def _is_store(folder: Path) -> bool:
 
 
 def _remove_artifact(folder: Path, check: Callable[[], None]) -> None:
-    """Manifests, commits, the rest, `spec.json`: whatever is killed in between is no finished artifact."""
+    """Removes manifests, commits, the rest, then `spec.json`.
+
+    If it is killed in between, the artifact is not finished.
+    """
     check()
     _unlink(folder.glob("manifest*.json"))
     _flush(folder)
     commits = folder / "commits"
-    if commits.is_dir() and not commits.is_symlink():  # what a link leads to is not this artifact's
+    if commits.is_dir() and not commits.is_symlink():  # files behind a link do not belong to this artifact
         _unlink(path for path in commits.iterdir() if path.is_symlink() or not path.is_dir())
         _flush(commits)
     check()
@@ -192,12 +195,12 @@ def _remove_artifact(folder: Path, check: Callable[[], None]) -> None:
             os.rmdir(os.path.join(inside, name))
     _flush(folder)
     last.unlink(missing_ok=True)
-    _unlink(folder.glob("lock.*.taken"))  # of takers that were killed, as are these:
+    _unlink(folder.glob("lock.*.taken"))  # of killed takeovers, as are these:
     atomic.clear_temporaries(folder)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, and every link, which is not followed, not even the folder's own."""
+    """Every file below a folder, and every link. Links are not followed, even if the folder is one."""
     if folder.is_symlink():
         return
     for inside, folders, names in os.walk(folder):
@@ -211,7 +214,7 @@ def _unlink(files: Iterable[Path]) -> None:
 
 
 def _remove_empty(folder: Path, root: Path) -> None:
-    """Remove a folder that is empty now, and those above it, below `root`; the store's own folders stay."""
+    """Removes an empty folder, and empty folders above it, below `root`. The store's own folders stay."""
     own = {root / name for name in ("shards", "index", "commits", "fields")}
     while folder != root and folder not in own and root in folder.parents:
         try:
@@ -222,7 +225,9 @@ def _remove_empty(folder: Path, root: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Make removals durable before others begin: after a power cut a manifest must not come back over a hole."""
+    """Makes removals durable before others begin: after a power cut, a manifest must not reappear without
+    its shards.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

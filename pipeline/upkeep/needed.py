@@ -1,4 +1,4 @@
-"""Which artifacts are needed, and why; what is left nobody depends on."""
+"""Which artifacts are needed, and why. Nothing depends on the others."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from nfm.storage.files import atomic
 
 SUBMISSIONS = "submissions"
 END_PRODUCTS = ("student", "evaluate", "report", "compare")
-IDLE_SECONDS = 3600.0  # what was written to more recently may be in the making: not every worker takes the lock
-BEATING_SECONDS = 86400.0  # generous, since another host's clock may be off
+IDLE_SECONDS = 3600.0  # changed more recently: it may be in progress, as not every worker takes the lock
+BEATING_SECONDS = 86400.0  # generous, because the clock of another host may be wrong
 
 
 @dataclass
 class Standing:
-    """An artifact as gc sees it; `why` is the reason for which it stays, empty when there is none."""
+    """An artifact as gc sees it. `why` is the reason to keep it; empty if there is none."""
 
     path: Path
     stage: str = ""
@@ -36,7 +36,7 @@ class Standing:
     inputs: list[str] = field(default_factory=list)  # names of the artifacts that it was made from
     store: bool = False
     damage: str = ""
-    told: bool = True  # whether anything says what it was made from
+    told: bool = True  # whether any file says what it was made from
     locked: bool = False
     why: str = ""
 
@@ -46,11 +46,11 @@ class Standing:
 
 
 def survey(configs: Sequence[RunConfig], older_than: float, now: float | None = None) -> list[Standing]:
-    """Every artifact under the root with the reason for which it stays.
+    """Every artifact under the root with the reason to keep it.
 
-    It stays when it is damaged, locked by a live holder, an end product, made without the pipeline, reached by a
-    config, on the list of a submission, changed within `older_than` seconds, or when something that stays was made
-    from it. Without any config pair stores stay as well: who reads them elsewhere cannot be seen from here.
+    An artifact is kept if it is damaged, locked by a live holder, an end product, made without the pipeline, reached by
+    a config, listed by a submission, changed within `older_than` seconds, or if something that is kept was made from
+    it. Without any config, pair stores are kept too, because readers elsewhere are unknown.
     """
     found = {_name(path): _look(path) for path in _folders()}
     queued = _queued()
@@ -69,7 +69,7 @@ def survey(configs: Sequence[RunConfig], older_than: float, now: float | None = 
 
 
 def recently(path: Path, older_than: float, now: float) -> str:
-    """Why an artifact is too young to go, empty when it is not."""
+    """Why an artifact is too young to be removed; empty if it is not."""
     changed, written, sealed = _times(path)
     if now - changed < older_than:
         return f"changed within {older_than / 86400:g} days"
@@ -79,12 +79,12 @@ def recently(path: Path, older_than: float, now: float) -> str:
 
 
 def of_lock(name: str) -> bool:
-    """Whether a file is a lock, the marker of one who takes it over, or a temporary of either."""
+    """Whether a file is a lock, the marker of a takeover, or a temporary file of either."""
     return name.startswith("lock.") or (atomic.is_temporary(name) and "-lock." in name)
 
 
 def user_of(name: str) -> str:
-    """An artifact that was made from the one of this name, empty when there is none now."""
+    """An artifact that was made from the one of this name; empty if there is none now."""
     for path in _folders():
         other = Standing(path)
         if _describe(other, ["spec"]) and name in other.inputs:
@@ -93,7 +93,7 @@ def user_of(name: str) -> str:
 
 
 def lives(folder: Path) -> bool:
-    """Whether somebody holds a folder's lock, by reading alone; where that is unsure, somebody does."""
+    """Whether a process holds the lock of a folder, by reading only. In doubt, the answer is yes."""
     lock = Lock(folder)
     try:
         seen = lock._read()
@@ -108,31 +108,31 @@ def lives(folder: Path) -> bool:
 
 
 def _folders() -> list[Path]:
-    """The folders of artifacts, whole or not; hidden ones are the pipeline's own, others are their user's."""
+    """The folders of artifacts, complete or not. Hidden ones belong to the pipeline, others to the user."""
     root = artifacts_root().resolve()
     return [path for path in sorted(root.glob("[!.]*/[!.]*")) if path.is_dir() and _is_ours(path)]
 
 
 def _is_ours(path: Path) -> bool:
-    """By its `spec.json`; what lacks one, of a run or a gc that was killed, by its name."""
+    """Whether a folder is ours, by its `spec.json`; without one (after a killed run or gc), by its name."""
     if (path / "spec.json").exists():
         return path.parent.name != SUBMISSIONS and not ours.is_foreign(path / "spec.json")
     return path.parent.name in STAGES and ours.FINGERPRINT.fullmatch(path.name) is not None
 
 
 def _queued() -> dict[str, str]:
-    """Stores that tasks of a submission may be about to complete, by name: the submission. They hold no lock."""
+    """Stores that tasks of a submission may be about to complete: name -> submission. Such tasks hold no lock."""
     found = {}
     for file in sorted(artifacts_root().glob(f"{SUBMISSIONS}/*/worklist.json")):
         try:
             found[_name(Path(atomic.read_json(file)["store"]))] = f"{SUBMISSIONS}/{file.parent.name}"
         except (StorageError, KeyError, TypeError):
-            continue  # damaged: its tasks refuse it as well
+            continue  # damaged: its tasks refuse it too
     return found
 
 
 def _name(path: Path) -> str:
-    """`stage/fingerprint`: it says what the content is wherever links and moves have put the folder."""
+    """`stage/fingerprint`, which identifies the content wherever links and moves have put the folder."""
     return f"{path.parent.name}/{path.name}"
 
 
@@ -153,7 +153,7 @@ def _look(path: Path) -> Standing:
 
 
 def _describe(held: Standing, sources: Sequence[str]) -> bool:
-    """Fill in stage, config and inputs by the first file that can be read; False when none can."""
+    """Fills in stage, config and inputs from the first readable file. Returns False if none is readable."""
     for file in (file for source in sources for file in sorted(held.path.glob(f"{source}*.json"))):
         try:
             body = atomic.read_json(file)
@@ -189,9 +189,10 @@ def _own_reason(held: Standing, reached: Sequence[_Reach], queued: Mapping[str, 
 
 @dataclass(frozen=True)
 class _Reach:
-    """A folder that a config leads to; None where an input is missing or unreadable, whose content decides the place.
+    """A folder that a config leads to. None if an input is missing or unreadable, because its content decides the
+    place.
 
-    Then every artifact of this stage and config counts that was made from the inputs' folders, as far as known.
+    Then every artifact of this stage and config counts that was made from the folders of the inputs, as far as known.
     """
 
     folder: str | None
@@ -218,12 +219,12 @@ def _folder(node: Node) -> str | None:
     try:
         found = node.folder()
     except (StorageError, ArtifactError, StageError, OSError, KeyError):
-        return None  # an input is damaged, or the source's files are not here
+        return None  # an input is damaged, or the files of the source are not here
     return _name(found) if found is not None else None
 
 
 def _spread(found: dict[str, Standing]) -> None:
-    """What stays keeps what it was made from."""
+    """Artifacts that are kept also keep what they were made from."""
     waiting = [held for held in found.values() if held.why]
     while waiting:
         held = waiting.pop()
@@ -235,9 +236,9 @@ def _spread(found: dict[str, Standing]) -> None:
 
 
 def _times(path: Path) -> tuple[float, float, float]:
-    """When anything in an artifact changed last; when work was written last, and when a manifest was."""
+    """The times of the last change of any file, of the last change by work, and of the last change of a manifest."""
     sealed = 0.0
-    changed = written = 0.0 if (path / "spec.json").exists() else path.stat().st_mtime  # perhaps a run begins there
+    changed = written = 0.0 if (path / "spec.json").exists() else path.stat().st_mtime  # a run may be starting there
     for folder, _, names in os.walk(path):
         records = Path(folder) != path and Path(folder).relative_to(path).parts[0] in ("events", "audits")
         for name in names:
@@ -246,7 +247,7 @@ def _times(path: Path) -> tuple[float, float, float]:
             try:
                 at = os.lstat(os.path.join(folder, name)).st_mtime
             except FileNotFoundError:
-                at = time.time()  # it went away just now: somebody is at work
+                at = time.time()  # it has just disappeared: another process is at work
             changed = max(changed, at)
             if name.startswith("manifest") and folder == str(path):
                 sealed = max(sealed, at)

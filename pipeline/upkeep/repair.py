@@ -1,4 +1,4 @@
-"""Repair: bad shards and manifests are set aside, never deleted, so that the pairs stage makes them again."""
+"""Repair: bad shards and manifests are moved aside, never deleted, so that the pairs stage makes them again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nfm.storage.files.paths import inside
 
 
 def repair_store(artifact: Artifact) -> list[str]:
-    """Move bad shards, and before them the manifests that list them, to `quarantine/`; returns what was bad.
+    """Moves bad shards, after the manifests that list them, to `quarantine/`. Returns what was bad.
 
     The pairs stage then encodes exactly these again and seals a new generation. On the same kind of device the bytes
-    come out the same, and so does the content digest, by which what was made from the store finds it again. A manifest
-    that cannot be read is set aside as well: what it sealed is sealed again from the commits.
+    are the same, and so is the content digest. Artifacts that were made from the store find it again by this digest. An
+    unreadable manifest is also moved aside: its contents are sealed again from the commits.
     """
     check_store(artifact)
     with Lock(artifact.path):
@@ -31,7 +31,7 @@ def repair_store(artifact: Artifact) -> list[str]:
 
 def _set_aside(root: Path, files: Iterable[Path], aside: Path) -> None:
     for file in files:
-        for path in (file, aside):  # raises where a link would take files out of the store, or into it
+        for path in (file, aside):  # raises if a link would lead out of the store, or into it
             inside(root, str(path.parent.relative_to(root)))
         target = aside / file.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)

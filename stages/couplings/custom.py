@@ -1,7 +1,7 @@
-"""A user's own coupling, `module:function`: where its file is, its digest, and the function loaded from those bytes.
+"""A user's own coupling, `module:function`: its file, the digest of the file, and the function loaded from it.
 
-Whoever sends a store sends the name of a function with it, and perhaps the module beside it. So nothing here imports a
-module but `load`, which encoding alone calls; an audit does where its user has said that the code may run (`Allowed`).
+A store that somebody sends names such a function, and the module may be beside it. So nothing here imports a module
+except `load`, which only encoding calls. An audit calls it only if the user has allowed this code (`Allowed`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ _MOST_SOURCE = 16 << 20  # bytes of a module
 
 @dataclass(frozen=True)
 class Allowed:
-    """The custom functions that an audit may run, by the SHA-256 of their files, and whom it tells before it does."""
+    """The custom functions that an audit may run, by the SHA-256 of their files.
+
+    `say` announces each before it runs.
+    """
 
     digests: frozenset[str] = frozenset()
     say: Callable[[str], None] = lambda _: None
@@ -40,9 +43,9 @@ NOBODYS = Allowed()
 
 
 def source_file(named: str | None) -> Path:
-    """The file of the module that `module:function` names, on Python's path or in the current folder; nothing is run.
+    """The file of the module in `module:function`, on Python's path or in the current folder. Nothing is run.
 
-    Raises StageError where it is not spelled so or the module is not found.
+    Raises StageError if the text has another form, or if the module is not found.
     """
     module, _, function = (named or "").partition(":")
     if not module or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
@@ -59,9 +62,10 @@ def source_file(named: str | None) -> Path:
 
 
 def _find(module: str) -> ModuleSpec | None:
-    """Where an import would find the module; one of that name that is imported already may be of another file.
+    """The file that an import of the module would use. A module of the same name that is already imported may be
+    another.
 
-    The way leads from folder to folder: importlib's own search would import, and so run, every package on it.
+    It searches folder by folder. importlib's own search would import, and so run, every package on the way.
     """
     top, *rest = module.split(".")
     specs = (finder.find_spec(top, None) for finder in sys.meta_path)
@@ -69,13 +73,13 @@ def _find(module: str) -> ModuleSpec | None:
     for part in rest:
         if found is None or found.submodule_search_locations is None:
             return None
-        # By its last name: asked for the whole one, a package without __init__.py looks for its parent's module.
+        # By the last part of its name: with the whole name, a package without __init__.py would import its parent.
         found = PathFinder.find_spec(part, list(found.submodule_search_locations))
     return found
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of the module's file, which decides the pairs; what it imports is not in it."""
+    """SHA-256 of the module's file. What the module imports is not included."""
     return atomic.digest(_source(file))
 
 
@@ -87,13 +91,15 @@ def _source(file: Path) -> bytes:
 
 
 def announced(file: str | None, named: str, sha256: str) -> str:
-    """Whose code is about to run, in a line."""
+    """One line that says whose code is about to run."""
     return f"{FIELD} = {named!r} runs the code of {file}, SHA-256 {sha256}"
 
 
 def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
-    """The function, from the bytes of `file` that have this digest. Raises StageError where they have another, where
-    the module cannot be executed, and, by the function's name, where a call of it fails.
+    """The function, loaded from the bytes of `file`, which must have this digest.
+
+    Raises StageError if they have another, or if the module cannot be executed. A later call that fails raises it too,
+    with the function's name.
     """
     module, function = named.split(":")
     source = _source(file)
@@ -109,7 +115,7 @@ def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
     sys.modules[module] = loaded
     try:
         with _importable(_root(file, module)):
-            # From the bytes that were hashed: bytecode beside the file may be of another.
+            # From the hashed bytes: a bytecode file beside it may be of another version.
             exec(compile(source, str(file), "exec"), loaded.__dict__)
     except BaseException as error:
         del sys.modules[module]
@@ -125,9 +131,9 @@ def load(file: Path, named: str, sha256: str) -> Callable[..., Any]:
 
     def function_of_shard(*arguments: Any) -> Any:
         try:
-            with _importable(_root(file, module)):  # for what it imports when it is called
+            with _importable(_root(file, module)):  # for imports inside the function
                 return found(*arguments)
-        except (Exception, SystemExit) as error:  # which would end the command with its code and no word
+        except (Exception, SystemExit) as error:  # SystemExit would end the command without a message
             raise StageError(f"{FIELD} = {named!r}: the function raised {_told(error)}; mend it in {file}") from error
 
     return function_of_shard
@@ -151,7 +157,7 @@ def _root(file: Path, module: str) -> Path:
 
 @contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Imports find modules of this folder too, behind all others."""
+    """Adds this folder at the end of Python's path."""
     path = str(folder)
     sys.path.append(path)
     try:

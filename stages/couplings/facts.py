@@ -1,6 +1,6 @@
-"""The table of couplings: all that the rest of the program asks about one stands in its record here.
+"""The table of couplings: everything that the rest of the program needs to know about each.
 
-A new coupling is a record of this table and a file of its own, which `load` names.
+A new coupling is one record in this table and one file, which `load` names.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _ESTIMATES = "nfm.stages.pairs.estimate"
 
 @dataclass(frozen=True)
 class CouplingFacts:
-    """What holds of a coupling by construction, and how its pairs are made.
+    """What is true of a coupling by construction, and how its pairs are made.
 
-    `noise`: "eps" is drawn for each record, "dealt" is drawn for a group of minibatch OT and given out in it, "made"
-    from the image. `image`: the "row" of the slot, a row that is "chosen" for the noise, or "generated" from it.
+    `noise`: "eps" is drawn for each record; "dealt" is drawn for a group of minibatch OT and assigned within it; "made"
+    is computed from the image. `image`: the "row" of the slot, a row "chosen" for the noise, or "generated" from it.
 
     Functions are named as `module:function` and imported when they are called, since they import torch:
     `load(spec, source, setup)` gives the coupling (see `trainers.couplings.coupling.Coupling`), `recorded(config,
@@ -34,9 +34,9 @@ class CouplingFacts:
     exact: tuple[str, ...]
     approximate: tuple[str, ...] = ()
     load: str = ""
-    made_with: Literal["teacher", "potential", "student"] | None = None  # the artifact that it needs beside the data
-    code: bool = False  # whether a user's function, `pairs.custom`, makes the noise
-    options: tuple[str, ...] = ()  # the fields of [pairs] that are this coupling's alone
+    made_with: Literal["teacher", "potential", "student"] | None = None  # the artifact that it needs besides the data
+    code: bool = False  # whether the user's function in `pairs.custom` makes the noise
+    options: tuple[str, ...] = ()  # the fields of [pairs] that only this coupling uses
     recorded: str | None = None
     flops: str | None = None
     timed: str | None = None
@@ -45,7 +45,7 @@ class CouplingFacts:
 
     @property
     def gaussian(self) -> bool:
-        """Whether the noise is N(0, I) as it is made."""
+        """Whether the noise is exactly N(0, I) when it is made."""
         return self.noise != "made"
 
 
@@ -94,12 +94,12 @@ SPARE = (("#4d7c0f", "#a3d65c"), ("#7a4b3a", "#d9a28c"), ("#3b4a9e", "#9aa8f0"),
 
 
 def facts_of(coupling: str) -> CouplingFacts:
-    """Of a coupling that is not known here, nothing is exact."""
+    """The facts of a coupling. For an unknown one, nothing is assumed."""
     return FACTS.get(coupling, UNKNOWN)
 
 
 def colours_of(coupling: str) -> tuple[str, str]:
-    """Of its lines, on a light and on a dark page; couplings whose records name none share the spare ones out."""
+    """The colours of its lines on a light and on a dark page. A coupling without its own gets a spare one."""
     if (own := facts_of(coupling).colours) is not None:
         return own
     without = [name for name, facts in FACTS.items() if facts.colours is None]

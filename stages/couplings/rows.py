@@ -7,10 +7,10 @@ from nfm.storage import StoreSpec
 
 
 def slot_is_row(spec: StoreSpec) -> bool:
-    """Whether slot s holds what belongs to source row s; a generated image has the label of that row.
+    """Whether slot s belongs to source row s. A generated image has the label of that row.
 
-    Of a coupling that is not known here nobody can tell. A store whose noise is dealt in groups, and whose recipe does
-    not say how, was made by another program, which may have chosen rows.
+    For an unknown coupling this cannot be known. A store with noise dealt in groups, whose recipe does not say how, was
+    made by another program, which may have chosen rows.
     """
     facts = facts_of(spec.coupling)
     if facts.noise == "dealt" and spec.coupling_options is None:

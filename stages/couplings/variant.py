@@ -1,4 +1,4 @@
-"""What a student trains on: a coupling, softened, mixed with others or permuted by the reader; one word names it.
+"""What a student trains on: a coupling, which the reader may soften, mix with others or permute. One word names it.
 
 `nfm`, `nfm:soften=0.5`, `nfm:independent=0.2` (a fifth of the pairs from the independent store), `nfm:permuted`.
 """
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 from nfm.stages.couplings.facts import FACTS
 
-LEAST, MOST = 0.0001, 0.9999  # a share that a mixture can deal out; beyond, a variant is another one in all but name
+LEAST, MOST = 0.0001, 0.9999  # the smallest and the largest share of a mixture
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A coupling's store and the reader's knobs; `mixture` gives the shares of other couplings' stores."""
+    """A coupling with the options of its reader. `mixture` gives the shares of the stores of other couplings."""
 
     coupling: str
     soften: float = 0.0
@@ -33,7 +33,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """The variant of that spelling. Raises ValueError, which says what is wrong with it."""
+        """The variant that a text names. Raises ValueError, which says what is wrong with it."""
         coupling, *options = text.strip().split(":")
         knobs: dict[str, float] = {}
         for option in options:
@@ -49,7 +49,7 @@ class Variant:
             if not sign or math.isnan(number):
                 raise ValueError(f"{text!r}: {option!r} is no option; write soften=0.5, permuted or COUPLING=0.2")
             knobs[name] = number
-        _known([coupling])  # not of a store at hand: anybody may write one, of a coupling of her own
+        _known([coupling])  # not checked for an existing store, which may have any user's coupling
         soften = knobs.pop("soften", 0.0)
         return cls(coupling, soften, "permuted" in options, knobs)
 
@@ -61,7 +61,7 @@ class Variant:
 
 
 def check_knobs(soften: float, mixture: Mapping[str, float]) -> None:
-    """What holds of a reader's knobs whatever store it reads. Raises ValueError with the value and the remedy."""
+    """Checks the reader's options, for any store. Raises ValueError with the value and the remedy."""
     _known(mixture)
     if not 0 <= soften <= MOST:
         raise ValueError(f"soften is {soften}, it lies in [0, {MOST}]; near 1 the pairs are independent")

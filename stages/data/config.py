@@ -15,12 +15,11 @@ from nfm.stages.data.sources.folder import Colour
 class DataConfig(Section):
     """[data]: which images, and how they are cut, split and ordered.
 
-    Of latents (float arrays of source `npz`, stored as they are), `image_scale` says what to divide by before
-    `image_decoder` makes pictures of them; both are passed on to the store's readers and change nothing here.
-    `images` and `labels` name the arrays of source `npz` ("data", "labels"; labels "" leaves them out), `axes` says
-    what their axes are, `first_label` which number the file gives to the first class.
-    `background` is what transparent pixels of source `images` lie over (docs/data.md).
-    `points` is how many the planar sources make from `seed`, held-out ones included.
+    For latents (float arrays of source `npz`, stored unchanged), `image_scale` is the number to divide by before
+    `image_decoder` turns them into pictures. Both are only passed on to readers. `images` and `labels` name the arrays
+    of source `npz` ("data", "labels"; labels "" means none). `axes` says what their axes are, `first_label` which
+    number the first class has in the file. `background` is the colour behind transparent pixels of source `images`
+    (docs/data.md). `points` is the number of points that the planar sources make from `seed`, including held-out ones.
     """
 
     source: Annotated[str, one_of(SOURCES)] = "digits"
@@ -44,6 +43,6 @@ class DataConfig(Section):
     axes: Axes | None = added(None)
     first_label: int | None = added(None)
     background: Colour = added("white")
-    name: str | None = None  # stands in dataset.json, which the content digest covers
+    name: str | None = None  # written to dataset.json, which the content digest covers
     licence: str | None = operational(None)
     origin: str | None = operational(None)

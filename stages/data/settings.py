@@ -1,7 +1,7 @@
-"""Settings of [data] that cannot stand, refused by name, and those that another one outdoes, told.
+"""Refuses settings of [data] that cannot work, and reports settings that another one overrides.
 
-What is refused of any data set is asked whenever its artifact is named; the rest when it is made, so that data sets
-made before keep their names.
+Checks that hold for all data run whenever the artifact is named. The others run only when the data is made, so that
+older data sets keep their names.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nfm.storage.format import untrusted
 
 SHOWN = 8
 WHEN_MADE = ("image_size", "channels", "path", "debian_package")
-ANYBODYS = ("seed", "threads")  # of sources and of what is done with any source's images
+ANYBODYS = ("seed", "threads")  # settings that apply to every source
 REASONS = {
     "background": "has no transparent pixels; leave it out",
     "points": "has the images that it has; data.limit cuts them",
@@ -26,7 +26,7 @@ REASONS = {
 
 
 def check_owners(config: DataConfig, when_made: bool = False) -> None:
-    """Refuses a setting that only other sources read; at its default it says nothing."""
+    """Refuses a setting that only other sources read, unless it has its default."""
     owners: dict[str, list[str]] = {}
     for source in SOURCES:
         for field in settings_of(source):
@@ -45,7 +45,7 @@ def check_owners(config: DataConfig, when_made: bool = False) -> None:
 
 
 def check_settings(config: DataConfig, source: Source, report: Reporter) -> None:
-    """Refuses settings that would do nothing, or name no class; tells of those that another one outdoes."""
+    """Refuses settings that would have no effect or name no class. Reports those that another setting overrides."""
     check_owners(config, when_made=True)
     if config.images == "":
         raise Unfit('data.images = "" names no array: leave it out for the array "data"')
@@ -62,7 +62,7 @@ def check_settings(config: DataConfig, source: Source, report: Reporter) -> None
 def tell_untrained(
     config: DataConfig, source: Source, train: np.ndarray, heldout: np.ndarray, report: Reporter
 ) -> None:
-    """Tells of classes that the usable rows of `train` lack, and which of them are held out."""
+    """Reports classes without a usable row in `train`, and which of them are held out."""
 
     def images(rows: np.ndarray | slice) -> np.ndarray:
         labels = source.labels[rows]
@@ -70,7 +70,7 @@ def tell_untrained(
 
     lacking = images(train) == 0
     if config.classes is None:
-        lacking &= images(slice(None)) > 0  # of a number that no image has, the source has told
+        lacking &= images(slice(None)) > 0  # the source has already reported numbers without images
     if not lacking.any():
         return
     held = lacking & (images(heldout) > 0)
@@ -97,7 +97,7 @@ def _check_classes(classes: Sequence[str], source: Source) -> None:
 
 
 def check_names(config: DataConfig, classes: Sequence[str]) -> None:
-    """Names that a reader of the data set would refuse, by the reader's own rule; `classes` are the source's."""
+    """Refuses names that a reader of the data set would refuse. `classes` are the names of the source."""
     try:
         for field in ("name", "image_decoder"):
             if (value := getattr(config, field)) is not None:

@@ -1,4 +1,4 @@
-"""What a source of images is, and the few array operations that sources share."""
+"""The interface of a source of images, and array operations that sources share."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
 
 HASH_CHUNK = 1 << 20
-BOMB_BYTES, BOMB_RATIO = 1 << 30, 500  # nothing but one value repeated is packed so tightly
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 500  # only a repeated value can be packed so tightly
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Rows of a source in the order asked for; a rejected position holds zeros and has its reason here."""
+    """Rows of a source in the requested order. A rejected position holds zeros, and its reason is in `rejected`."""
 
-    images: np.ndarray  # [n, C, H, W] uint8, or float16 or float32 where the source holds floats
+    images: np.ndarray  # [n, C, H, W] uint8, or float16 or float32 if the source holds floats
     rejected: dict[int, str] = field(default_factory=dict)  # position -> reason
-    skipped: dict[str, Any] = field(default_factory=dict)  # reason -> paths of the input that are no rows, see `tree`
-    notes: dict[str, int] = field(default_factory=dict)  # what was decided for how many images
+    skipped: dict[str, Any] = field(default_factory=dict)  # reason -> paths of the input that are not rows, see `tree`
+    notes: dict[str, int] = field(default_factory=dict)  # decision -> number of images that it was made for
 
 
 class Source(Protocol):
-    """Records in the source's own order; `load` brings the pixels of chosen rows.
+    """Records in the source's own order. `load` reads the pixels of chosen rows.
 
-    A class may have a static `shape_of(config)`: [C, H, W] of its images where [data] alone tells, else None.
+    A class may have a static `shape_of(config)`: [C, H, W] of its images if [data] alone determines it, else None.
     """
 
     name: str
@@ -47,19 +47,19 @@ class Source(Protocol):
     classes: list[str]
 
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
-        """Pixels of `rows`, in that order; `scratch` is an empty folder for arrays too large for memory."""
+        """The pixels of `rows`, in that order. `scratch` is an empty folder for arrays too large for memory."""
         ...
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
-        """Digest of the content that the source reads: {digest, files, bytes}; never of paths or times.
+        """The digest of the content that the source reads: {digest, files, bytes}. Paths and times do not matter.
 
-        `known` is a folder where digests of unchanged files are kept, so that asking again costs no reading.
+        `known` is a folder that keeps digests of unchanged files, so that they are not read again.
         """
         ...
 
 
 def box_average(images: np.ndarray, factor: int) -> np.ndarray:
-    """Means of factor x factor boxes, rounded half up; [n, C, H, W] uint8 -> [n, C, H/factor, W/factor]."""
+    """Means of factor x factor boxes, rounded half up: [n, C, H, W] uint8 -> [n, C, H/factor, W/factor]."""
     if factor == 1:
         return images
     n, c, h, w = images.shape
@@ -71,7 +71,7 @@ def box_average(images: np.ndarray, factor: int) -> np.ndarray:
 
 
 def check_keys(where: str | Path, keys: Iterable[str]) -> None:
-    """Refuses a key, made of names of files and folders, that is no UTF-8."""
+    """Refuses a key that is not UTF-8. Keys are made of file and folder names."""
     if odd := next((key for key in keys if not is_utf8(key)), None):
         raise StageError(f"{where}: {odd!r} is not UTF-8, which a key must be: rename the file or folder")
 
@@ -86,11 +86,11 @@ def check_unpacked(where: str | Path, packed: int, unpacked: int) -> None:
 
 
 def scratch_array(scratch: Path, shape: tuple[int, ...], dtype: str = "uint8", name: str = "images.raw") -> np.ndarray:
-    """A zeroed array in a mapped file of `scratch`, its disk space reserved before the first write."""
+    """A zeroed array in a mapped file of `scratch`. Its disk space is reserved before the first write."""
     path, size = scratch / name, math.prod(shape) * np.dtype(dtype).itemsize
     try:
         with open(path, "w+b") as file:
-            # Writing to a map on a full disk would kill the process with SIGBUS instead of raising.
+            # On a full disk, a write to a map would kill the process with SIGBUS instead of raising an error.
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
     except OSError as error:
         raise StageError(
@@ -102,26 +102,26 @@ def scratch_array(scratch: Path, shape: tuple[int, ...], dtype: str = "uint8", n
 def digest_files(
     files: Iterable[tuple[str, Path]], open_file: Any = open, threads: int = 8, known: Path | None = None
 ) -> dict[str, Any]:
-    """SHA-256 over (name, size, SHA-256 of the content) of files, sorted by name; files are read in threads.
+    """SHA-256 over (name, size, SHA-256 of the content) of files, sorted by name. Several threads read the files.
 
-    With `known`, the answer for files of the same names, sizes, inodes and change times is taken from there.
+    With `known`, the result for files with the same names, sizes, inodes and change times is taken from that folder.
     """
     ordered = sorted(files)
     if known is None:
         return _read_and_digest(ordered, open_file, threads)
     note = known / f"{_signature(ordered)}.json"
-    with contextlib.suppress(StorageError, KeyError, TypeError):  # a note that is no note is written anew
+    with contextlib.suppress(StorageError, KeyError, TypeError):  # an unreadable note is written again
         noted: dict[str, Any] = atomic.read_json(note)["identity"]
         if isinstance(noted["digest"], str):
             return noted
     identity = _read_and_digest(ordered, open_file, threads)
-    with contextlib.suppress(StorageError):  # a folder that cannot be written to costs only the next reading
+    with contextlib.suppress(StorageError):  # if the folder is read-only, the next call has to read the files again
         atomic.write_json(note, {"identity": identity})
     return identity
 
 
 def _signature(files: Sequence[tuple[str, Path]]) -> str:
-    """Changes whenever a file's content may have: of names, places, sizes, inodes and change times."""
+    """A digest that changes whenever a file may have changed: names, places, sizes, inodes and change times."""
     together = hashlib.sha256()
     for name, path in files:
         try:
@@ -135,7 +135,7 @@ def _signature(files: Sequence[tuple[str, Path]]) -> str:
 
 
 def _read_and_digest(ordered: Sequence[tuple[str, Path]], open_file: Any, threads: int) -> dict[str, Any]:
-    over = threading.Event()  # a thread in the middle of a large file would outlive the stop of this one
+    over = threading.Event()  # stops the threads; one in a large file would otherwise outlive this call
 
     def hash_one(item: tuple[str, Path]) -> tuple[str, int, str]:
         name, path = item

@@ -1,7 +1,7 @@
-"""The data stage: images or latents in, shards with keys and labels out, in a seeded random order.
+"""The data stage reads images or latents and writes shards with keys and labels, in a seeded random order.
 
-A held-out part, the source's own test set or else a seeded fraction, is written apart and never becomes
-pairs. Records that cannot be used are set aside in `rejected.parquet` with the reason.
+A held-out part (the source's own test set, or else a seeded fraction) is written separately and never becomes pairs.
+Records that cannot be used are listed in `rejected.parquet` with the reason.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nfm.storage.format.order import permute
 
 NAME = "data"
 VERSION = 1
-STARTS_ANEW = True  # a run that was stopped leaves nothing to go on from, so a stop may come anywhere in it
+STARTS_ANEW = True  # a stopped run leaves nothing to continue, so it may stop anywhere
 
 WRITE_CHUNK = 1024
 NAMED_REJECTS = 3
@@ -41,7 +41,7 @@ PRODUCTS = ("train", "heldout", "train.parquet", "heldout.parquet", "rejected.pa
 
 Chunk = tuple[np.ndarray, np.ndarray, list[str]]  # images [n, C, H, W] as stored, labels [n], keys
 
-# Licence and origin of inputs that we recognise by the digest of their content, wherever they lie.
+# Licence and origin of known inputs, by the digest of their content, wherever the files are.
 KNOWN: dict[str, dict[str, Any]] = {
     "a99ec17e1eff8dc9479a239228d75b0cf69e35db87870a51daf5aecf9e977067": {
         "name": "digits",
@@ -62,7 +62,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that the config names, its records listed but not loaded."""
+    """The source in the config. Its records are listed but not loaded."""
     source = _source(config)
     check_names(config, source.classes)
     return source
@@ -76,15 +76,15 @@ def _source(config: DataConfig) -> Source:
 
 
 def source_identity(config: DataConfig, known: Path | None = None) -> dict[str, Any]:
-    """Digest of the input's content: {digest, files, bytes}. Part of the data stage's fingerprint.
+    """The digest of the input's content: {digest, files, bytes}. Part of the fingerprint of the data stage.
 
-    `known` is a folder that remembers digests of unchanged files.
+    `known` is a folder that keeps digests of unchanged files.
     """
     return open_source(config).digest(known)
 
 
 def split_rows(source: Source, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of (train, heldout) in seeded random order; `limit` cuts it before the fraction is taken."""
+    """The rows of (train, heldout) in seeded random order. `limit` applies before the fraction is taken."""
 
     def shuffled(rows: np.ndarray, split: str) -> np.ndarray:
         return rows[permute(np.arange(len(rows)), len(rows), f"data/{split}/{config.seed}")][: config.limit]
@@ -92,13 +92,13 @@ def split_rows(source: Source, config: DataConfig) -> tuple[np.ndarray, np.ndarr
     order, test = shuffled(np.flatnonzero(~source.test), "train"), np.flatnonzero(source.test)
     if len(test):
         return order, shuffled(test, "heldout")
-    # At least one row on either side, so that a tiny source still has both.
+    # At least one row on either side, so that a tiny source has both.
     count = min(max(round(config.heldout * len(order)), 1), len(order) - 1) if config.heldout else 0
     return order[count:], order[:count]
 
 
 def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Write the images as shards; leftovers of a killed run are removed and the work starts anew."""
+    """Writes the images as shards. What a killed run left is removed, and the work starts from the beginning."""
     if report.stopping:
         raise Stopped
     for leftover in (*PRODUCTS, "scratch"):
@@ -157,7 +157,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         files=list(writer.files),
         digests=payload | writer.files,
         metrics=metrics,
-        # Beside the dataset, not in it: paths that hold no image leave the content digest alone.
+        # Not in the dataset itself: paths that hold no image do not change the content digest.
         extra={"dataset": about | {"source": identity}}
         | {name: told for name in ("skipped", "notes") if (told := getattr(loaded, name))},
     )
@@ -180,7 +180,7 @@ def _reported(chunks: Iterator[Chunk], done: int, total: int, report: Reporter) 
 
 
 def _set_aside(rejected: Sequence[tuple[str, str]], total: int, fraction: float, table: Path) -> None:
-    """Write the table of rejected records, which must outlast a failure; fail if they are too many."""
+    """Writes the table of rejected records, which must remain after a failure. Fails if there are too many."""
     columns = {"key": [key for key, _ in rejected], "reason": [reason for _, reason in rejected]}
     pq.write_table(pa.table(columns), table)
     if len(rejected) > fraction * total:
@@ -193,7 +193,7 @@ def _set_aside(rejected: Sequence[tuple[str, str]], total: int, fraction: float,
 
 
 def _about(config: DataConfig, source: Source, identity: dict[str, Any]) -> dict[str, Any]:
-    """Name, licence, origin, class names: what the config says, else what is known of this very content."""
+    """Name, licence, origin and class names: from the config, else from what is known about this content."""
     said = {key: value for key in ("name", "licence", "origin", "classes") if (value := getattr(config, key))}
     unknown = {"name": source.name, "licence": "unknown", "origin": "unknown", "classes": source.classes}
     unknown |= {key: getattr(source, key) for key in ("licence", "origin") if hasattr(source, key)}

@@ -1,4 +1,4 @@
-"""What axes of plots have in common: limits that hold the data, labels enough to read them."""
+"""What the axes of plots have in common: limits that include the data, and enough labels to read them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEWEST, MOST = 3, 8  # labels of a logarithmic axis
 
 
 def compact(value: float, _: Any = None) -> str:
-    """1,500 as 1.5k."""
+    """A short number: 1,500 as 1.5k."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
@@ -23,7 +23,7 @@ def compact(value: float, _: Any = None) -> str:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers within 0 < low < high, at least three: 1, 10, 100; or 1, 2, 5; or as fine as it takes."""
+    """Round numbers within 0 < low < high, at least three: 1, 10, 100; or 1, 2, 5; or finer ones if needed."""
     for steps in _STEPS:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
@@ -38,9 +38,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def make_log(axis: Any, values: Iterable[float], aside: float = 0.0) -> None:
-    """Make an axis logarithmic, wide enough for these values, with labels as plain numbers.
+    """Makes an axis logarithmic, wide enough for these values, with plain numbers as labels.
 
-    `aside` is the share of the axis that is kept free at its upper end, for text beside the points.
+    `aside` is the share of the axis that stays free at its upper end, for text beside the points.
     """
     from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
@@ -62,7 +62,7 @@ def _plain(value: float, _: Any = None) -> str:
 
 
 def robust_limits(series: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Limits that leave out the first steps' peak, which would press the rest of the curve flat."""
+    """Limits without the peak of the first steps, which would make the rest of the curve look flat."""
     tails = np.concatenate([np.asarray(values, float)[len(values) // 20 :] for values in series])
     tails = tails[np.isfinite(tails)]
     if not len(tails):
@@ -73,24 +73,24 @@ def robust_limits(series: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def marked(points: int) -> dict[str, Any]:
-    """Style of a line that would not be seen, or hardly, without marks at its points."""
+    """Style for a line with so few points that it needs marks to be seen."""
     return {"marker": "o", "ms": 4} if points <= 3 else {}
 
 
 def noise_edges(*values: np.ndarray) -> np.ndarray:
-    """Edges of a histogram around 0 that holds all finite values, at least from -5 to 5."""
+    """Edges of a histogram around 0 that includes all finite values, at least from -5 to 5."""
     furthest = max((float(np.abs(found[np.isfinite(found)]).max(initial=0)) for found in values), default=0.0)
     end = max(math.ceil(furthest * 1.001), 5)
     return np.linspace(-end, end, BINS + 1)
 
 
 def density(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Of a histogram; divided by the number of all values, so that what lies outside is missing, not spread."""
+    """The density of a histogram. It is divided by the number of all values, also those outside."""
     return np.histogram(values, edges)[0] / (max(values.size, 1) * np.diff(edges))
 
 
 def density_span(values: np.ndarray, edges: np.ndarray) -> tuple[float, float]:
-    """What a logarithmic axis has to hold: from below the density of one value to the highest bar, or 1."""
+    """The range of a logarithmic axis: from below the density of one value to the highest bar, or 1."""
     lowest = 0.3 / (max(values.size, 1) * float(edges[1] - edges[0]))
     return min(lowest, 0.1), max(float(density(values, edges).max()), 1.0)
 
@@ -101,9 +101,9 @@ def normal(at: np.ndarray) -> np.ndarray:
 
 
 def mark_solvers(axes: Any, taken: Mapping[str, Iterable[int]], ink: str) -> None:
-    """A line between the NFE where Euler ends and where another solver begins, with their names beside it.
+    """Draws a line between the NFE where Euler ends and where another solver begins, with both names beside it.
 
-    `axes` are logarithmic along NFE. Nothing is drawn where the NFE of the solvers do not lie apart.
+    `axes` are logarithmic along NFE. Nothing is drawn if the NFE of the solvers overlap.
     """
     spans = sorted((min(found), max(found), name) for name, nfe in taken.items() if (found := list(nfe)))
     for (_, end, before), (begin, _, after) in pairwise(spans):

@@ -1,4 +1,4 @@
-"""Which class an image of a grid is of: rows of one class each, or of classes in order."""
+"""Arranges the images of a grid by class: rows of one class each, or classes in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-COLUMNS, WIDEST = 8, 16  # images a row; of one class
+COLUMNS, WIDEST = 8, 16  # images in a row; in a row of one class
 
 
 class GridRow(NamedTuple):
@@ -16,9 +16,9 @@ class GridRow(NamedTuple):
 
 
 def rows_of(labels: Sequence[int] | np.ndarray | None, count: int, columns: int = COLUMNS) -> list[GridRow]:
-    """The rows of a grid of `count` images: a class a row where most classes have several, else classes in order.
+    """The rows of a grid of `count` images: one class in each row if most classes have several, else classes in order.
 
-    Without labels, or with -1 for all, the images stay in their order and the rows have no titles.
+    Without labels, or with -1 for all, the images keep their order and the rows have no titles.
     """
     classes = np.full(count, -1) if labels is None else np.asarray(labels)[:count]
     order = np.argsort(classes, kind="stable")

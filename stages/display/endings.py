@@ -1,4 +1,4 @@
-"""One rule for files that a user names: the ending says what is inside, and one that says something else is refused."""
+"""Checks the names of files that a user gives: the ending must fit the contents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nfm.storage.files import atomic
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Pillow's name of the format by ending, and how it is saved: small images have edges that JPEG's usual settings blur.
+# Pillow's format for each ending and how to save it. JPEG's default settings would blur the edges of small images.
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
@@ -25,7 +25,7 @@ _DESCRIPTION = 0x010E  # ImageDescription, of EXIF
 
 
 def check_ending(path: Path, endings: Collection[str]) -> None:
-    """Raises ValueError unless the file's name ends in one of these, in either case."""
+    """Raises ValueError unless the file name ends in one of these, in upper or lower case."""
     if path.suffix.lower() not in endings:
         *rest, last = endings
         allowed = f"{', '.join(rest)} or {last}" if rest else last
@@ -34,7 +34,7 @@ def check_ending(path: Path, endings: Collection[str]) -> None:
 
 
 def write_picture(path: Path, picture: Image, description: str = "") -> None:
-    """Write an RGB picture in the format of the file's ending; what the picture shows goes into its metadata."""
+    """Writes an RGB picture in the format of the file's ending. `description` goes into its metadata."""
     from PIL.Image import Exif
     from PIL.PngImagePlugin import PngInfo
 

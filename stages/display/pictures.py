@@ -16,17 +16,17 @@ from nfm.stages.display.points import INK, are_points, scatter
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FONT_PIXELS = 16  # a row of a grid is at least so high
+FONT_PIXELS = 16  # smallest height of a row in a grid
 SHOWN_PERCENTILES = (1.0, 99.0)
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Images in [-1, 1] to uint8, rounded and clipped; values that are not finite become black."""
+    """Images in [-1, 1] as uint8, rounded and clipped. Values that are not finite become black."""
     return np.clip(np.rint((np.nan_to_num(images, nan=-1.0) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def false_colours(latents: np.ndarray) -> np.ndarray:
-    """Latents [N, C, H, W] as uint8 pictures [N, 3 or 1, H, W], see FALSE_COLOURS; nothing is decoded."""
+    """Latents [N, C, H, W] as uint8 pictures [N, 3 or 1, H, W], see FALSE_COLOURS. Nothing is decoded."""
     shown = np.nan_to_num(np.asarray(latents, np.float32), posinf=0.0, neginf=0.0)
     shown = shown[:, :3] if shown.shape[1] >= 3 else shown.mean(axis=1, keepdims=True)
     low, high = (np.percentile(shown, q, axis=(0, 2, 3), keepdims=True) for q in SHOWN_PERCENTILES)
@@ -39,12 +39,14 @@ FALSE_COLOURS = (
 
 
 def in_false_colours(image_dtype: str, channels: int) -> bool:
-    """Whether images are shown so: latents, and pixels of so many channels that they are neither grey nor RGB."""
+    """Whether images are shown in false colours: latents, and pixels with a number of channels that is not
+    grey or RGB.
+    """
     return image_dtype != "uint8" or channels not in (1, 3)
 
 
 def as_pixels(images: np.ndarray, image_dtype: str) -> np.ndarray:
-    """What to show of images in model space, given the dtype of their store: pixels, or latents in false colours."""
+    """Images in model space for display, given the dtype of their store: pixels, or latents in false colours."""
     return false_colours(images) if in_false_colours(image_dtype, images.shape[1]) else to_uint8(images)
 
 
@@ -55,11 +57,11 @@ def save_grid(
     image_dtype: str = "uint8",
     labels: Sequence[int] | np.ndarray | None = None,
 ) -> None:
-    """Write images [N, C, H, W], uint8 or floats in model space, as one picture in the format of the path's ending.
+    """Writes images [N, C, H, W], uint8 or floats in model space, as one picture in the format of the path's ending.
 
-    Each pixel is `scale` wide, more where a title would not fit beside a row. With `labels` the rows are by class and
-    say which. `image_dtype` is that of the store: of latents the file holds false colours, and says so in its
-    metadata. Images of two values are points, drawn as such.
+    Each pixel is `scale` wide, or more if a title would not fit beside a row. With `labels` the rows are sorted by
+    class and have titles. `image_dtype` is that of the store: latents are shown in false colours, which the file's
+    metadata says. Images of two values are drawn as points.
     """
     if are_points(images.shape[1:]) and images.dtype != np.uint8:
         write_picture(path, scatter(images))
@@ -71,7 +73,7 @@ def save_grid(
 
 
 def _grid(images: np.ndarray, rows: Sequence[GridRow], scale: int, gap: int = 1) -> Image:
-    """uint8 images [N, C, H, W] in rows on white, their titles left of them; one channel is shown grey."""
+    """uint8 images [N, C, H, W] in rows on white, with titles on their left. One channel is shown as grey."""
     from PIL import Image, ImageDraw, ImageFont
 
     _, channels, height, width = images.shape
@@ -97,5 +99,5 @@ def _grid(images: np.ndarray, rows: Sequence[GridRow], scale: int, gap: int = 1)
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """A picture of that media type inside a page."""
+    """A picture of this media type, embedded in a page."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,4 @@
-"""Plots of the report, each drawn for a light and for a dark page."""
+"""The plots of the report, each drawn for a light and for a dark page."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ DARK = Theme(
 
 
 def curves(lines: Mapping[str, Curve], x: str, y: str, alt: str) -> str:
-    """Lines over what was seen, named in a legend; `NAME training` and `NAME held-out` share a colour."""
+    """Lines over the number of images or pairs seen, with a legend.
+
+    `NAME training` and `NAME held-out` share a colour.
+    """
 
     def draw(axes: Any, theme: Theme) -> None:
         for i, (name, (seen, values)) in enumerate(lines.items()):
@@ -79,7 +82,7 @@ def curves(lines: Mapping[str, Curve], x: str, y: str, alt: str) -> str:
 
 
 def noise_histogram(samples: Mapping[str, np.ndarray], alt: str) -> str:
-    """Density of noise values by coupling against N(0, 1), linear and logarithmic side by side."""
+    """The density of noise values by coupling, compared with N(0, 1): a linear and a logarithmic plot side by side."""
     edges = noise_edges(*samples.values())
     at = (edges[1:] + edges[:-1]) / 2
 
@@ -105,7 +108,7 @@ def noise_histogram(samples: Mapping[str, np.ndarray], alt: str) -> str:
 
 
 def points_of_the_plane(sets: Mapping[str, np.ndarray], alt: str) -> str:
-    """Points [n, 2] by name, the same scale both ways."""
+    """Points [n, 2] by name, with the same scale on both axes."""
 
     def draw(axes: Any, theme: Theme) -> None:
         panel(axes, sets, [theme.colour("nfm", 0), theme.colour("independent", 1), *theme.others])
@@ -122,9 +125,10 @@ def distance_by_nfe(
     measure: str,
     solvers: Mapping[str, Iterable[int]],
 ) -> str:
-    """A distance, called `measure`, against NFE for students; `levels` are horizontal: {label: (series name, value)}.
+    """A distance, called `measure`, against NFE for students. `levels` are horizontal lines: {label: (series name,
+    value)}.
 
-    `solvers` are the NFE that each took: where one becomes another is marked.
+    `solvers` are the NFE of each solver; the change from one to the next is marked.
     """
 
     def draw(axes: Any, theme: Theme) -> None:
@@ -149,7 +153,7 @@ def _picture(panels: Sequence[Panel], alt: str, inches: tuple[float, float] = PA
 
 
 def png(panels: Sequence[Panel], inches: tuple[float, float] = PANEL_INCHES) -> bytes:
-    """The panels beside each other on white, for files."""
+    """The panels side by side on white, for files."""
     return _drawn(
         panels, LIGHT, inches, {"format": "png", "dpi": 150, "facecolor": "white", "metadata": {"Software": None}}
     )
@@ -163,7 +167,7 @@ def _drawn(panels: Sequence[Panel], theme: Theme, inches: tuple[float, float], f
     import matplotlib
     from matplotlib.figure import Figure
 
-    # A fixed salt, no date and no version: the same figures give the same page.
+    # A fixed salt, no date and no version, so that the same figures give the same page.
     settings: dict[str, Any] = {"svg.hashsalt": "nfm", "font.size": 10, "axes.spines.top": False}
     settings |= {
         "axes.spines.right": False,
@@ -187,7 +191,7 @@ def legend(axes: Any, theme: Theme, **place: Any) -> None:
 
 
 def _themed(light_svg: bytes, dark_svg: bytes, alt: str) -> str:
-    """A plot drawn twice; the browser shows the one that fits its colour scheme."""
+    """A plot drawn twice. The browser shows the one that fits its colour scheme."""
     dark, light = data_uri("image/svg+xml", dark_svg), data_uri("image/svg+xml", light_svg)
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'

@@ -1,4 +1,4 @@
-"""Images of two values are points of a plane, drawn as such: a file needs Pillow alone, a panel matplotlib."""
+"""Draws images of two values as points of a plane. A file needs only Pillow, a panel needs matplotlib."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SIDE, MARGIN, DOT = 480, 64, 2  # pixels
 
 
 def are_points(shape: Sequence[int]) -> bool:
-    """Whether an image of this shape is two values."""
+    """Whether an image of this shape has two values."""
     return math.prod(shape) == 2
 
 
 def coordinates(images: np.ndarray) -> np.ndarray:
-    """[n, 2] of images of two values; those that are not finite are left out."""
+    """The points [n, 2] of images of two values, without those that are not finite."""
     flat = np.asarray(images, np.float32).reshape(-1, 2)
     return flat[np.isfinite(flat).all(axis=1)]
 
 
 def reach(*sets: np.ndarray) -> float:
-    """Half the side of a square around 0 that holds all these points, a whole number."""
+    """Half the side of a square around 0 that includes all these points, a whole number."""
     furthest = max((float(np.abs(points).max()) for points in sets if len(points)), default=0.0)
     return float(max(math.ceil(1.05 * furthest), 1))
 
 
 def scatter(images: np.ndarray) -> Image:
-    """The points as a picture with axes and ticks on white, the same scale both ways."""
+    """The points as a picture with axes and ticks on white, with the same scale on both axes."""
     from PIL import Image, ImageDraw, ImageFont
 
     points = coordinates(images)
@@ -60,7 +60,7 @@ def scatter(images: np.ndarray) -> Image:
 
 
 def panel(axes: Any, sets: Mapping[str, np.ndarray], colours: Sequence[str]) -> None:
-    """Points [n, 2] by name into matplotlib axes, the same scale both ways; the legend is the caller's."""
+    """Draws points [n, 2] by name into matplotlib axes, with the same scale on both axes and no legend."""
     for (name, points), colour in zip(sets.items(), colours):
         axes.scatter(*points.T, s=24 if len(points) <= 100 else 6, color=colour, alpha=0.7, lw=0, label=name)
     far = reach(*sets.values())

@@ -7,9 +7,9 @@ from typing import Any
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[Any]], numbers: bool = False) -> str:
-    """Columns under their names, two spaces apart; None is shown as a dash.
+    """Columns under their names, two spaces apart. None is shown as a dash.
 
-    With `numbers` all columns but the first end in line, as numbers should.
+    With `numbers` all columns except the first are aligned to the right.
     """
     lines = [list(header), *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]

@@ -1,4 +1,4 @@
-"""Bytes and seconds as people read them."""
+"""Bytes and seconds in readable units."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def size(count: float, digits: int = 3) -> str:
-    """Bytes in the unit that suits, to so many significant figures: `15.9 MB`; of terabytes one figure more."""
+    """Bytes in a suitable unit, to so many significant figures: `15.9 MB`. Terabytes have one figure more."""
     for unit in ("B", "kB", "MB", "GB"):
         rounded = float(f"{count:.{digits}g}")
         if rounded < 1000:  # 999.9 kB are 1 MB
@@ -16,12 +16,12 @@ def size(count: float, digits: int = 3) -> str:
 
 
 def megabytes(count: float) -> str:
-    """Bytes in one unit, for figures that are compared: `0.5 MB`."""
+    """Bytes in megabytes, for figures that are compared: `0.5 MB`."""
     return f"{count / 1e6:,.1f} MB"
 
 
 def about(seconds: float) -> str:
-    """An estimated time in the unit that suits, years at most: `6.7 min`."""
+    """An estimated time in a suitable unit, at most years: `6.7 min`."""
     for length, unit in ((365 * 86400, "years"), (86400, "days"), (3600, "h"), (60, "min")):
         if seconds > 1.5 * length:
             return f"{seconds / length:,.1f} {unit}"
@@ -29,7 +29,7 @@ def about(seconds: float) -> str:
 
 
 def ratio(value: float, digits: int = 2) -> str:
-    """A ratio with at least so many significant figures and decimals; a tiny one has an exponent: `1.5e-04`."""
+    """A ratio with at least so many significant figures and decimals. A tiny one has an exponent: `1.5e-04`."""
     if 0 < abs(value) < 1e-3:
         return f"{value:.{digits - 1}e}"
     decimals = digits - 1 - math.floor(math.log10(abs(value))) if value else digits
@@ -37,7 +37,7 @@ def ratio(value: float, digits: int = 2) -> str:
 
 
 def age(seconds: float) -> str:
-    """How long ago, in whole units: `3 d`."""
+    """An age in whole units: `3 d`."""
     for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
@@ -45,7 +45,7 @@ def age(seconds: float) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """A time to the second, as short as it goes on a line of progress: `75` -> `1m15s`."""
+    """A time to the second, short enough for a progress line: `75` -> `1m15s`."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(int(seconds), 60)

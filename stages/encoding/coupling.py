@@ -1,4 +1,4 @@
-"""The coupling that a store's recipe names, loaded where it is used, from inputs that are what the recipe says."""
+"""Loads the coupling that a store's recipe names, and checks that its inputs are the ones in the recipe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 def load_coupling(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
-    """The coupling of a store, on the setup's device. Raises StageError when what it is made with is another one."""
+    """The coupling of a store, on the device of `setup`.
+
+    Raises StageError if its teacher, potential or code is another one.
+    """
     if not (load := facts_of(spec.coupling).load):
         raise StageError(f"{setup.store}: coupling {spec.coupling!r} is not known here; install a newer nfm-pairs")
     loaded: Coupling = call(load, spec, source, setup)
@@ -28,14 +31,14 @@ def load_coupling(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupli
 
 
 def of_shard(coupling: Coupling, draw: int, shard: int) -> Coupling:
-    """The coupling as it is for one shard: a custom one has the shard's own random numbers."""
+    """The coupling for one shard: a custom coupling gets the random numbers of this shard."""
     from nfm.trainers.couplings.coupling import Custom
 
     return coupling.at(draw, shard) if isinstance(coupling, Custom) else coupling
 
 
 def as_teacher(coupling: Coupling) -> NFM | None:
-    """The coupling, if it is a teacher's."""
+    """The coupling if it uses a teacher, else None."""
     from nfm.trainers.couplings.coupling import NFM
 
     return coupling if isinstance(coupling, NFM) else None
@@ -80,12 +83,12 @@ def load_nfm(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
         )
     model, facts = teacher.load(weights.parent, setup.device)
     if setup.compile:
-        model.compile(dynamic=False)  # the batch shape is the store's
+        model.compile(dynamic=False)  # all batches of a store have the same shape
     return NFM(model, facts["eta"], facts["sigma_f"], setup.device, autocast_dtype(setup.precision))
 
 
 def load_reflow(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
-    """A trained student's samples, by the solver that the recipe states."""
+    """The samples of a trained student, by the solver in the recipe."""
     from nfm.stages.trained.sampling import student_sampler
     from nfm.trainers.couplings.coupling import Generated
 
@@ -101,7 +104,7 @@ def _options(spec: StoreSpec) -> dict[str, Any]:
 
 
 def _checked(setup: Setup, content: str | None, kind: str) -> Path:
-    """The folder of what the pairs are made with, whose files are those that the recipe means."""
+    """The folder that the pairs are made with, after checking that its files are the ones in the recipe."""
     folder = Path(setup.maker or "")
     manifest = atomic.read_json(folder / "manifest.json")
     if manifest["content_digest"] != content:

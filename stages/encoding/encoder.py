@@ -1,4 +1,4 @@
-"""`encode_shard`: from a shard's descriptor to its commit, wherever it runs."""
+"""`encode_shard` turns the description of a shard into its commit, on any machine."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ Records = dict[str, np.ndarray]
 
 
 class Encoder:
-    """Encodes shards of one store: source images mapped, coupling (and its teacher) loaded once.
+    """Encodes shards of one store. Source images are mapped, and the coupling (with its teacher) is loaded once.
 
-    Whoever uses one sets the threads: an actor for good, anybody else within `with threads(setup.threads)`.
-    `batch_size` is the one that fits into memory, which may be less than the setup's; of the last shard, `timing` says
-    where its time went, and `noise_error`, of a store's very first shard, how far z is from a float64 reference (RMS).
+    The caller sets the threads: an actor once, others within `with threads(setup.threads)`. `batch_size` fits into
+    memory, and may be smaller than the setup's. `timing` says where the time of the last shard went. `noise_error` is
+    the RMS error of z against a float64 reference, measured on the first shard of a store.
     """
 
     def __init__(self, setup: Setup):
@@ -48,13 +48,13 @@ class Encoder:
         self.batch_size = setup.batch_size
         self.timing = Timing()
         self.noise_error: float | None = None
-        self._shard: tuple[tuple[int, int], Records] | None = None  # the last one that `encode_slots` made whole
+        self._shard: tuple[tuple[int, int], Records] | None = None  # the last one that `encode_slots` completed
 
     def encode_shard(self, job: ShardJob, stopping: Callable[[], bool] = lambda: False) -> Commit:
-        """Encode one shard and commit it; returns the commit that stands, ours or an earlier one.
+        """Encodes one shard and commits it. Returns the valid commit, which may be an earlier one.
 
-        Reading, encoding and writing overlap, a thread each. Raises InterruptedError when `stopping()` turns true
-        between batches: nothing is published then.
+        Reading, encoding and writing overlap, in one thread each. Raises InterruptedError if `stopping()` becomes true
+        between batches; then nothing is published.
         """
         read, encode, wait, wall = Stopwatch(), Stopwatch(), Stopwatch(), Stopwatch()
         sources = Ahead(read.over(self._read(job.draw, job.shard)))
@@ -89,17 +89,20 @@ class Encoder:
                 raise InterruptedError
             with busy:
                 records = self._records(job.draw, source)
-                if (job.draw, job.shard, source.slots[0]) == (0, 0, 0):  # once a store: float64 is slow
+                # only once for a store, because float64 is slow
+                if (job.draw, job.shard, source.slots[0]) == (0, 0, 0):
                     self.noise_error = reference.against_reference(self.coupling, self.source, source, records["noise"])
                     if facts_of(self.spec.coupling).code:
                         reference.check_repeatable(records["noise"], self._records(job.draw, source)["noise"])
-                if self.spec.codec == "float16":  # torch rounds to the same bits as numpy, several times as fast
+                if self.spec.codec == "float16":  # torch gives the same bits as numpy, several times as fast
                     records["noise"] = torch.from_numpy(records["noise"]).half().numpy()
             yield from _batches(records, self.setup.batch_size)
 
     def encode_slots(self, draw: int, slots: np.ndarray) -> Records:
-        """The records of at most `batch_size` slots, the same whatever their number: z is computed at the full batch
-        size, and with its whole shard where the coupling is of a shard.
+        """The records of at most `batch_size` slots.
+
+        They do not depend on the number of slots. z is computed at the full batch size, or with its whole shard if the
+        coupling needs the shard.
         """
         if self.coupling.scope == "record":
             return self._records(draw, self._sources(draw, slots))
@@ -127,7 +130,7 @@ class Encoder:
         return of_slots.records(self.source, source, found)
 
     def _in_batches(self, source: Sources) -> Found:
-        """The pairs of the slots. A batch that does not fit into memory is halved, for all that follow as well."""
+        """The pairs of the slots. If a batch does not fit into memory, it and all later ones are halved."""
         while True:
             size = self.batch_size
             try:
@@ -142,10 +145,10 @@ class Encoder:
             free_memory(self.setup.device)
 
     def _coupled(self, coupling: Coupling, source: Sources, part: slice, size: int) -> Found:
-        """The pairs of a part of the slots, padded to `size` rows: a fixed shape keeps each row's bits the same.
+        """The pairs of some slots, padded to `size` rows: with a fixed shape the bits of each row stay the same.
 
-        A coupling that chooses the image knows images as the source has them, so a pair is flipped as a whole: the
-        noise is handed over mirrored and taken back so.
+        A coupling that chooses the image knows only images that are not flipped. So a pair is flipped as a whole: the
+        noise is mirrored on the way in and again on the way out.
         """
         import torch
 
@@ -158,7 +161,7 @@ class Encoder:
         return found._replace(noise=mirrored(found.noise, flip)) if turned else found
 
     def decode_error(self, draw: int, slots: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """RMS over each record of decode(sigma_f z) minus x + eta eps', in float32; `noise` is z [n, C, H, W]."""
+        """RMS of each record of decode(sigma_f z) minus x + eta eps', in float32. `noise` is z [n, C, H, W]."""
         source = self._sources(draw, slots)
         return reference.decode_error(self.coupling, self.source, source, noise, self.store)
 
@@ -167,13 +170,13 @@ class Encoder:
 
 
 def _whole(sources: Iterator[Sources], stopping: Callable[[], bool]) -> Iterator[Sources]:
-    """All of a shard as one; InterruptedError when it is to stop while they are read."""
+    """All parts of a shard, joined. Raises InterruptedError if it is stopped while they are read."""
     parts = []
     for source in sources:
         if stopping():
             raise InterruptedError
         parts.append(source)
-    if parts:  # none: reading was cancelled
+    if parts:  # none if reading was cancelled
         yield of_slots.joined(parts)
 
 
@@ -184,7 +187,7 @@ def _batches(records: Records, size: int) -> Iterator[Records]:
 
 
 def _pad(array: np.ndarray, count: int) -> np.ndarray:
-    """`count` repetitions of the last row behind the array."""
+    """The array, followed by `count` copies of its last row."""
     return np.concatenate([array, np.repeat(array[-1:], count, axis=0)]) if count else array
 
 
@@ -195,7 +198,7 @@ def _versions() -> dict[str, Any]:
 
 
 def _device_kind(device: str) -> str:
-    """The kind of device, never the host: a GPU's model name or the CPU's instruction set."""
+    """The kind of device, never the host: the model name of a GPU or the instruction set of a CPU."""
     import torch
 
     if device.startswith("cuda"):

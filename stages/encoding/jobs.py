@@ -1,9 +1,9 @@
-"""Where shards are encoded: every executor runs the same `Encoder.encode_shard` and yields an outcome a shard.
+"""The interface of executors: each runs the same `Encoder.encode_shard` and yields one outcome for each shard.
 
-An executor is a function `run(setup, jobs, workers, halt) -> Iterator[Outcome | None]`; None is a tick: nothing ended
-for about a second, and the caller may look around. A shard that fails by itself `TRIES` times is yielded with its
-traceback and the rest goes on. When `halt.stopping` turns true the executor ends early: what is committed stays, what
-is in flight is dropped; when `halt.ending` does, shards in hand are finished and no other is begun.
+An executor is a function `run(setup, jobs, workers, halt) -> Iterator[Outcome | None]`. It yields None if nothing has
+finished for about a second, so that the caller can do something else. A shard that fails `TRIES` times is yielded with
+its traceback, and the rest continues. If `halt.stopping` becomes true, the executor ends early: committed shards stay,
+unfinished ones are dropped. If `halt.ending` becomes true, started shards are finished and no other is started.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ TRIES = 3
 
 
 class Halt(Protocol):
-    """What an executor asks between units of work; a stage's reporter is one."""
+    """What an executor asks between shards. The reporter of a stage has these properties."""
 
     @property
     def stopping(self) -> bool:
-        """Drop the shards in hand."""
+        """Whether to drop the started shards."""
         ...
 
     @property
     def ending(self) -> bool:
-        """Finish the shards in hand, begin no other; true as well when `stopping` is."""
+        """Whether to finish the started shards and start no other; also true if `stopping` is."""
         ...
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to encode: `attempt` makes its files' names unique.
+    """One shard to encode. `attempt` makes the names of its files unique.
 
-    `tries` counts its own failures, `deaths` how often the process that worked on it died.
+    `tries` counts its own failures, `deaths` the deaths of processes that worked on it.
     """
 
     draw: int
@@ -50,13 +50,13 @@ class ShardJob:
         return shard_name(self.draw, self.shard)
 
     def again(self, failed: bool = False, died: bool = False) -> ShardJob:
-        """The same shard under a new attempt."""
+        """The same shard as a new attempt."""
         return replace(self, attempt=new_attempt(), tries=self.tries + failed, deaths=self.deaths + died)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one shard from its beginning to its commit, and how long its reading, encoding and writing worked.
+    """Seconds of one shard from start to commit, and the seconds that reading, encoding and writing worked.
 
     The three overlap, so their sum may exceed `wall`.
     """
@@ -69,7 +69,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The commit that now stands for the shard, or the traceback of its last failure; by which worker, and when."""
+    """The valid commit of the shard, or the traceback of its last failure; by which worker, and when."""
 
     job: ShardJob
     commit: Commit | None = None

@@ -1,4 +1,4 @@
-"""Work in threads that keeps a little ahead of who consumes it, and stopwatches that tell where time goes."""
+"""Threads that work a little ahead of their consumer, and stopwatches that show where time goes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-_LOOK_SECONDS = 0.1  # how often who waits for the other side asks whether that is still wanted
+_LOOK_SECONDS = 0.1  # how often a waiting thread checks whether it should stop
 
 
 class Stopwatch:
@@ -28,7 +28,7 @@ class Stopwatch:
         self.seconds += time.perf_counter() - self._since
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; the seconds that each took to come are added."""
+        """The items; the time that each took is added."""
         iterator = iter(items)
         while True:
             with self:
@@ -40,10 +40,10 @@ class Stopwatch:
 
 
 class Ahead(Iterator[T], Generic[T]):
-    """An iterator over `items`, which a thread of its own makes in their order, at most `depth` ahead.
+    """An iterator over `items`, which its own thread makes in order, at most `depth` ahead.
 
-    What the thread raises is raised by `next`. After `cancel` the thread ends when the item in hand is made, and
-    whoever waits for another gets StopIteration. `with running(...)` ends several in a chain.
+    An exception in the thread is raised by `next`. After `cancel` the thread ends when it has made the current item,
+    and a waiting caller gets StopIteration. `with running(...)` ends several in a chain.
     """
 
     def __init__(self, items: Iterable[T], depth: int = 2) -> None:
@@ -61,14 +61,14 @@ class Ahead(Iterator[T], Generic[T]):
         raise StopIteration
 
     def wait(self, seconds: float) -> bool:
-        """Whether `take` has an answer by now, or within some time."""
+        """Waits up to `seconds`; returns whether `take` has an answer."""
         if self._arrived is None:
             with suppress(queue.Empty):
                 self._arrived = self._made.get(timeout=seconds)
         return self._arrived is not None
 
     def take(self) -> T:
-        """The next item, or StopIteration at the end; only after `wait` said yes."""
+        """The next item; StopIteration at the end. Call it only after `wait` returned True."""
         assert self._arrived is not None
         (kind, value), self._arrived = self._arrived, None
         if kind == "item":
@@ -77,11 +77,11 @@ class Ahead(Iterator[T], Generic[T]):
         raise StopIteration if kind == "end" else value
 
     def cancel(self) -> None:
-        """Let the thread end; returns at once."""
+        """Tells the thread to end, and returns at once."""
         self._cancelled.set()
 
     def join(self) -> None:
-        """Wait for the thread's end, which `cancel` or the last item brings."""
+        """Waits until the thread ends, after `cancel` or the last item."""
         self._thread.join()
 
     def _produce(self) -> None:
@@ -109,9 +109,10 @@ class Ahead(Iterator[T], Generic[T]):
 
 @contextmanager
 def running(*stages: Ahead[Any]) -> Iterator[None]:
-    """Ends the stages with the block: nothing of theirs runs on, unless the block is left by an interrupt.
+    """Ends the stages at the end of the block, so that no thread continues. An interrupt does not wait for them.
 
-    Who interrupts twice wants to be gone at once, not after the batch in hand: threads are daemons and are left then.
+    A user who interrupts twice wants to leave at once, not after the current batch. The threads are daemons and are
+    left running.
     """
     try:
         yield

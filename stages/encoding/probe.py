@@ -1,4 +1,4 @@
-"""A short probe of a teacher: the batch size at which encoding is fastest, and what its precision costs in accuracy."""
+"""A short test of a teacher: the batch size at which encoding is fastest, and the error of its precision."""
 
 from __future__ import annotations
 
@@ -21,38 +21,39 @@ if TYPE_CHECKING:
     from nfm.trainers.models.tarflow import TarFlow
 
 SIZES = tuple(2**power for power in range(11))  # 1 to 1024
-SECONDS = 3.0  # of comparing; the first two batches of each size come before
-SLOW_BATCH = 1.0  # seconds: nothing is gained beyond, and a stop waits for the batch in hand
-WITHIN = 0.04  # of the best rate: less than the noise between two runs
+SECONDS = 3.0  # for the comparison; the first two batches of each size come before it
+SLOW_BATCH = 1.0  # seconds: larger batches are not faster, and a stop waits for the current batch
+WITHIN = 0.04  # of the best rate; two runs differ by more than that
 ROUNDS = 5
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """The batch size to encode with, and the images a second at every size that was timed (sizes as text, for JSON)."""
+    """The batch size to use, and images per second for every size that was timed (sizes are text, for JSON)."""
 
     batch_size: int
     rates: dict[str, float]
 
     @property
     def rate(self) -> float:
-        """Images a second at the proposed size."""
+        """Images per second at the proposed size."""
         return self.rates[str(self.batch_size)]
 
 
 def propose(encode: Callable[[int], object], sizes: Sequence[int], seconds: float) -> Proposal:
-    """The smallest size within a few percent of the best rate; `encode(size)` encodes a batch and waits for its end.
+    """The smallest size within a few percent of the best rate. `encode(size)` encodes a batch and waits for its end.
 
-    Sizes are tried in ascending order until one is slow, falls far behind or does not fit into memory; those worth it
-    then take turns for about `seconds`. Raises what `encode` raises, out of memory only where no size fits.
+    Sizes are tried in ascending order until one is slow, much slower than a smaller one, or too large for memory. The
+    promising ones are then timed in turn for about `seconds`. Raises what `encode` raises; out of memory only if no
+    size fits.
     """
     times: dict[int, list[float]] = {}
     behind = 0
     for size in sorted(sizes):
         try:
             if not times:
-                encode(size)  # a process's very first batch also loads kernels
+                encode(size)  # the first batch of a process also loads kernels
             times[size] = _warm(encode, size)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -64,7 +65,7 @@ def propose(encode: Callable[[int], object], sizes: Sequence[int], seconds: floa
             break
         best = max(tried / min(taken) for tried, taken in times.items())
         behind = behind + 1 if size / min(times[size]) < 0.75 * best else 0
-        if min(times[size]) > SLOW_BATCH or behind == 2:  # one size behind the smaller ones may be chance
+        if min(times[size]) > SLOW_BATCH or behind == 2:  # a single size that is slower than smaller ones may be chance
             break
     contenders = [size for size, taken in times.items() if size / min(taken) > 0.75 * best]
     deadline = time.perf_counter() + seconds
@@ -88,10 +89,10 @@ def for_teacher(
     seconds: float = SECONDS,
     sizes: Sequence[int] = SIZES,
 ) -> Proposal:
-    """The batch size for a teacher, given as its stage's folder or as a model that is on `device`.
+    """The batch size for a teacher, given as the folder of its stage or as a model on `device`.
 
-    Timed as the encoder calls it, on `threads` CPU threads, but not compiled: compiling for every size would take
-    minutes, and the sizes rank alike.
+    It is timed as the encoder runs it, on `threads` CPU threads, but not compiled: compiling for every size would take
+    minutes, and the order of the sizes would be the same.
     """
     from nfm.trainers.couplings.coupling import NFM
 
@@ -108,13 +109,13 @@ def for_teacher(
 
 
 def encoding(coupling: NFM, image_shape: Sequence[int], classes: int) -> Callable[[int], object]:
-    """A function that encodes a batch of so many random images and brings the noise back, as the encoder does."""
+    """A function that encodes a batch of random images of a given size and returns the noise, as the encoder does."""
 
     inputs = inputs_like(image_shape, classes, 1)
 
     def encode(size: int) -> object:
         nonlocal inputs
-        if size > len(inputs[0]):  # in ascending order, so that what is timed later makes no random numbers
+        if size > len(inputs[0]):  # sizes ascend, so later timings make no random numbers
             inputs = inputs_like(image_shape, classes, size)
         pairs = coupling(*(part[:size] for part in inputs))
         return [part.float().cpu() for part in pairs if part is not None]  # on a GPU this waits for the end
@@ -123,7 +124,7 @@ def encoding(coupling: NFM, image_shape: Sequence[int], classes: int) -> Callabl
 
 
 def inputs_like(image_shape: Sequence[int], classes: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random (images in [-1, 1], labels, eps) of a batch, as a coupling takes them; the same at every call."""
+    """Random (images in [-1, 1], labels, eps) of a batch, as a coupling takes them. They are the same in every call."""
     import torch
 
     generator = torch.Generator().manual_seed(SEED)
@@ -133,7 +134,7 @@ def inputs_like(image_shape: Sequence[int], classes: int, count: int) -> tuple[T
 
 
 def _warm(encode: Callable[[int], object], size: int) -> list[float]:
-    """Seconds of batches after a first one, which counts only where it is slow itself; several where they are short."""
+    """Seconds of batches after a warm-up batch, which counts only if it is slow itself. Short ones are repeated."""
     if (first := _seconds(encode, size)) > SLOW_BATCH:
         return [first]
     return [_seconds(encode, size) for _ in range(1 if first > 0.05 else 3)]

@@ -1,4 +1,4 @@
-"""How far pairs are from what they should be: z against float64, decoded against its image, and made twice."""
+"""Checks of accuracy: z against float64, z decoded against its image, and the same pairs made twice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFERENCE_IMAGES = 4
 
 
 def against_reference(coupling: Coupling, source: ImageDataset, slots: Sources, noise: np.ndarray) -> float | None:
-    """RMS of z of the first images minus the same computed in float64; None where that does not fit into memory."""
+    """RMS of z of the first images minus z computed in float64; None if float64 does not fit into memory."""
     import torch
 
     teacher = as_teacher(coupling)
@@ -43,9 +43,9 @@ def against_reference(coupling: Coupling, source: ImageDataset, slots: Sources, 
 def noise_error(
     model: TarFlow, eta: float, sigma_f: float, images: Tensor, labels: Tensor, eps: Tensor, noise: Tensor
 ) -> float:
-    """RMS of `noise` (z as it was encoded) minus the same computed by a float64 copy of the model, on its device.
+    """RMS of `noise` (z as it was encoded) minus z computed by a float64 copy of the model, on the model's device.
 
-    All of a few images: images, eps and noise [n, C, H, W], labels int64 [n].
+    All arguments are of a few images: images, eps and noise [n, C, H, W], labels int64 [n].
     """
     import torch
 
@@ -58,7 +58,7 @@ def noise_error(
 
 
 def check_repeatable(noise: np.ndarray, again: np.ndarray) -> None:
-    """Raises StageError unless a function of one's own, called twice with the same arguments, gave the same noise."""
+    """Raises StageError unless a user's function gave the same noise in two calls with the same arguments."""
     if differ := int((noise != again).sum()):
         raise StageError(
             "pairs.custom: called twice with the same images, labels and random numbers, the function gave other "
@@ -70,7 +70,7 @@ def check_repeatable(noise: np.ndarray, again: np.ndarray) -> None:
 def decode_error(
     coupling: Coupling, source: ImageDataset, slots: Sources, noise: np.ndarray, store: Path
 ) -> np.ndarray:
-    """RMS over each record of decode(sigma_f z) minus x + eta eps', in float32; `noise` is z [n, C, H, W]."""
+    """RMS of each record of decode(sigma_f z) minus x + eta eps', in float32. `noise` is z [n, C, H, W]."""
     import torch
 
     teacher = as_teacher(coupling)

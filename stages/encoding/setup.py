@@ -1,4 +1,4 @@
-"""What an encoder needs to begin: it travels to wherever shards are encoded."""
+"""What an encoder needs to start. It is sent to wherever shards are encoded."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from nfm.stages.trained.training import Precision
 
 @dataclass(frozen=True)
 class Setup:
-    """Folders of the store and its inputs, and how to compute.
+    """The folders of the store and its inputs, and how to compute.
 
-    `device` "auto" is chosen where the encoder runs. `batch_size` is the shape that every batch is padded to. `maker`
-    is what other couplings than the teacher's are made with: the folder of the potential or of the student, or the
-    file of a custom coupling; the store's recipe says what its content must be.
+    `device` "auto" is resolved where the encoder runs. Every batch is padded to `batch_size`. `maker` is what a
+    coupling without a teacher needs: the folder of the potential or of the student, or the file of a custom coupling.
+    The store's recipe says what its content must be.
     """
 
     store: str

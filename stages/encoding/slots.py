@@ -1,4 +1,4 @@
-"""Slots of a store on their way: what they are made from, what the coupling found, and the records that it makes."""
+"""The data of slots on their way: their sources, the pairs that a coupling made, and the final records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Array = np.ndarray
 
 
 class Sources(NamedTuple):
-    """What slots are encoded from: image as stored, already flipped; label, -1 for none; flip; eps'; all over n."""
+    """What slots are encoded from, each over n: image as stored (already flipped), label (-1: none), flip, eps'."""
 
     slots: Array
     image: Array
@@ -33,7 +33,7 @@ class Sources(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A coupling's `Pairs`, as arrays; see there."""
+    """`Pairs` of a coupling as arrays; see there."""
 
     noise: Array
     nll: Array | None
@@ -43,14 +43,14 @@ class Found(NamedTuple):
 
 
 def read(spec: StoreSpec, source: ImageDataset, draw: int, slots: Array) -> Sources:
-    """Slots are rows of the shuffled source."""
+    """The sources of slots, which are rows of the shuffled data set."""
     flip = drawn_flips(spec, draw, slots)
     image = mirrored(source.images(slots), flip)
     return Sources(slots, image, source.labels(slots), flip, drawn_eps(spec, draw, slots))
 
 
 def drawn_flips(spec: StoreSpec, draw: int, slots: Array) -> Array:
-    """Which of these slots are flipped, bool [n]: none where the store does not flip."""
+    """Which of these slots are flipped, bool [n]; none if the store does not flip."""
     return philox.flips(spec.seed, draw, slots) if spec.flips else np.zeros(len(slots), bool)
 
 
@@ -71,22 +71,25 @@ def found(pairs: Pairs, count: int) -> Found:
 
 
 def joined(parts: Sequence[Sources]) -> Sources:
-    """One after another."""
+    """The parts joined in order."""
     return Sources(*map(np.concatenate, zip(*parts)))
 
 
 def together(parts: Sequence[Found]) -> Found:
-    """One after another; what is None is so in all parts."""
+    """The parts joined in order. A field that is None is None in all parts."""
     return Found(*(None if field[0] is None else np.concatenate(field) for field in zip(*parts)))  # type: ignore[arg-type]
 
 
 def mirrored(images: Array, flip: Array) -> Array:
-    """Images, or noises, [n, C, H, W]: those with a flip are mirrored left to right."""
+    """Images or noises [n, C, H, W]; those with a flip are mirrored left to right."""
     return np.where(flip[:, None, None, None], images[..., ::-1], images)
 
 
 def records(source: ImageDataset, sources: Sources, found: Found) -> dict[str, Array]:
-    """The records of these slots: each has its own row's label, and its image unless the coupling found another."""
+    """The records of these slots.
+
+    Each has the label of its own row, and its own image unless the coupling chose another.
+    """
     count = len(sources.slots)
     image, row = sources.image, sources.slots
     if found.row is not None:
@@ -108,7 +111,7 @@ def records(source: ImageDataset, sources: Sources, found: Found) -> dict[str, A
 
 
 def stored(images: Array, dtype: str) -> Array:
-    """Generated images, float32 in the data's range, in the dtype of the source: uint8 as a file of pixels has them.
+    """Generated images, float32 in the data's range, in the dtype of the source. uint8 is as in a file of pixels.
 
     Raises StageError for images that are not finite.
     """

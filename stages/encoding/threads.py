@@ -1,4 +1,4 @@
-"""With how many threads this process computes: bits depend on the number."""
+"""The number of threads that this process computes with. Results depend on it, bit by bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with this many threads for a while: bits depend on the number, this process's own work included."""
+    """Computes with this many threads inside the block, and then with the number from before."""
     import torch
 
     before = torch.get_num_threads()

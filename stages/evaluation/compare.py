@@ -1,6 +1,6 @@
-"""Compare: the same student on every coupling's pairs, as one table over NFE, seeds and metrics, with plots.
+"""Compares the same student on the pairs of each coupling: one table over NFE, seeds and metrics, with plots.
 
-It measures nothing itself: it reads the evaluations, the students' training logs and the stores' manifests.
+It measures nothing itself. It reads the evaluations, the training logs of the students and the manifests of the stores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ TABLE, TEXT, DISTANCES = "compare.json", "compare.txt", "distances.json"
 class CompareConfig(Section):
     """The `[compare]` table: variants of couplings (see `variant`), each trained once with every seed.
 
-    `nfm:soften=0.5@0+1+2` gives a variant seeds of its own: three for the closest two, one for the others.
+    `nfm:soften=0.5@0+1+2` gives a variant its own seeds: for example three for the two closest variants, one for the
+    others.
     """
 
     couplings: tuple[str, ...] = ()
@@ -51,7 +52,7 @@ class CompareConfig(Section):
         return seeds
 
     def students(self) -> Iterator[tuple[Variant, int]]:
-        """(variant, seed) of every student, all of the first seed before those of the next."""
+        """(variant, seed) of every student: all students of the first seed, then those of the next."""
         entries = [(variant, seeds or self.seeds) for variant, seeds in map(_entry, self.couplings)]
         for turn in range(max((len(seeds) for _, seeds in entries), default=0)):
             for variant, seeds in entries:
@@ -76,7 +77,9 @@ def _check_seeds(seeds: tuple[int, ...]) -> None:
 
 
 def run(config: CompareConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Gather `evaluate:VARIANT@SEED`, `evaluate:teacher`, `student:VARIANT@SEED` and `pairs:COUPLING` to one table."""
+    """Collects `evaluate:VARIANT@SEED`, `evaluate:teacher`, `student:VARIANT@SEED` and `pairs:COUPLING` in
+    one table.
+    """
     from nfm.stages.evaluation import compare_plots
 
     stores = same_order(_stores(inputs))
@@ -98,16 +101,15 @@ def run(config: CompareConfig, inputs: Inputs, out: Path, report: Reporter) -> R
 
 
 def check_arrived(role: str, ready: Inputs) -> None:
-    """Refuses stores of another order before hours of training that would not compare."""
+    """Refuses stores of different orders early, before hours of training that could not be compared."""
     if role.startswith("pairs:"):
         same_order(_stores(ready))
 
 
 def same_order(stores: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
-    """The stores' manifests, by name.
+    """The manifests of the stores, by name.
 
-    Raises StageError unless their order keys are the same: students that are compared see the same images in the same
-    order.
+    Raises StageError unless their order keys are equal: compared students must see the same images in the same order.
     """
     manifests = {name: PairStore.open(path).manifest for name, path in stores.items()}
     keys = {name: str(manifest["order_key"]) for name, manifest in manifests.items()}

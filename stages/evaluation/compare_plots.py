@@ -1,4 +1,6 @@
-"""The comparison's plots as PNG: distance against NFE, loss against pairs seen, curvature, speed against distance."""
+"""The plots of a comparison as PNG: distance against NFE, loss against pairs seen, curvature, speed against
+distance.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,13 @@ from nfm.stages.evaluation.table import DISTANCE
 from nfm.stages.trained.sampling import REFERENCE
 
 DASHES = ("-", "--", "-.", ":")
-MARKERS = ("o", "s", "^", "D", "v")  # five against four dashes: twenty variants of a coupling look different
-FAR = 8  # times below all students: a level is then told in the legend alone
+MARKERS = ("o", "s", "^", "D", "v")  # five, with four dash styles: twenty variants of a coupling look different
+FAR = 8  # a level so many times below all students is shown only in the legend
 WIDE, ROW = (9.2, 4.2), 0.36  # inches
 
 
 class Style(NamedTuple):
-    """How a variant is drawn in every plot: its coupling's colour, with dashes and a marker of its own."""
+    """How a variant is drawn in every plot: in the colour of its coupling, with its own dashes and marker."""
 
     colour: str
     dashes: str
@@ -34,14 +36,14 @@ class Style(NamedTuple):
 
 
 def draw(body: Row) -> dict[str, bytes]:
-    """File names and their PNGs."""
+    """The plots as PNG, by file name."""
     styles = _styles(list(body["seeds"]))
     plots = {
         "distance.png": png([_distance(body, styles)], WIDE),
         "loss.png": png([_loss(body, styles)], WIDE),
         "curvature.png": png([_curvature(body, styles)], (6.4, 1.1 + ROW * len(body["curvature"]))),
     }
-    # Speeds of different machines do not belong into one plot.
+    # Speeds of different machines must not share a plot.
     if len(body["machines"]) == 1 and any("images_per_second" in row["speeds"] for row in body["rows"]):
         plots["speed.png"] = png([_speed(body, styles)], WIDE)
     return plots
@@ -58,7 +60,7 @@ def _styles(variants: list[str]) -> dict[str, Style]:
 
 
 def _distance(body: Row, styles: Mapping[str, Style]) -> Panel:
-    """Logarithmic both ways, since distances at one evaluation are tens of times those at many."""
+    """Both axes are logarithmic, because distances at one evaluation are tens of times those at many."""
     key = body["distance"]
 
     def panel(axes: Any, theme: Theme) -> None:
@@ -91,13 +93,13 @@ def _distance(body: Row, styles: Mapping[str, Style]) -> Panel:
 
 
 def _loss(body: Row, styles: Mapping[str, Style]) -> Panel:
-    """A line a student; those of one variant that differ in the seed alone look the same."""
+    """One line for each student. Students of one variant that differ only in the seed look the same."""
 
     def panel(axes: Any, theme: Theme) -> None:
         named: set[str] = set()
         for line in body["losses"]:
             name, (seen, losses) = line["variant"], np.array(line["curve"], float).T
-            # A mark at every point of a short line, at some of a long one.
+            # Mark every point of a short line, but only some of a long one.
             every = {} if marked(len(seen)) else {"markevery": 0.15}
             style = {**styles[name].line(), "ms": 4, "lw": 1.3, **every}
             axes.plot(seen, losses, label=None if name in named else name, **style)
@@ -126,7 +128,7 @@ def _curvature(body: Row, styles: Mapping[str, Style]) -> Panel:
 
 
 def _speed(body: Row, styles: Mapping[str, Style]) -> Panel:
-    """Images a second against distance, a point a sampler with its NFE; up and to the left is better."""
+    """Images per second against distance, with a point for each sampler and NFE. Up and to the left is better."""
     key = body["distance"]
 
     def panel(axes: Any, theme: Theme) -> None:
@@ -162,13 +164,13 @@ def _speed(body: Row, styles: Mapping[str, Style]) -> Panel:
 
 
 def _beyond(body: Row, row: Row) -> bool:
-    """Whether a level lies so far below all students that the axis would show little else than the gap."""
+    """Whether a level is so far below all students that the axis would show mostly the gap."""
     lowest = min(mean(student, body["distance"]) for student in body["rows"])
     return mean(row, body["distance"]) <= lowest / FAR
 
 
 def _ends(value: float, spread: float | None) -> tuple[float, float]:
-    """Of an error bar."""
+    """The two ends of an error bar."""
     return value - (spread or 0.0), value + (spread or 0.0)
 
 

@@ -1,4 +1,4 @@
-"""The comparison as JSON: means and spreads over seeds of what was measured, losses, facts of the stores."""
+"""A comparison as JSON: means and spreads of the measurements over seeds, losses, and facts of the stores."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from nfm.storage.files import atomic
 Row = dict[str, Any]
 Evaluations = Mapping[str, Mapping[str, Any]]  # by `VARIANT@SEED` and `teacher`: bodies of evaluation.json
 
-SETS = ("w2_points", "w2_sets")  # of how many points, and how often, an exact W2 was measured
-# What says which measurement a row is; every other number in it is a metric, or a speed.
+SETS = ("w2_points", "w2_sets")  # the number and the size of the sets for an exact W2
+# Columns that identify the measurement of a row. Every other number in it is a metric or a speed.
 IDENTITY = ("name", "model", "coupling", "sampler", "nfe", "guidance", "samples", "parameters", "kid_size", *SETS)
 RATES = tuple(name for name in SPEEDS if name != "batch")
-REPORTED = ("auc", "auc_error", "transport_cost", "nll_train", "nll_heldout")  # of a store's coupling report
+# copied from the coupling report of a store
+REPORTED = ("auc", "auc_error", "transport_cost", "nll_train", "nll_heldout")
 
 
 def body(
     students: Iterable[tuple[Variant, int]], evaluations: Evaluations, folders: Mapping[str, Path],
     stores: Mapping[str, Mapping[str, Any]],
 ) -> Row:  # fmt: skip
-    """`compare.json`: rows of students by variant and sampler, of the teacher and the floor, curvature and losses."""
+    """`compare.json`: the rows of students by variant and sampler, of the teacher and the floor; curvature
+    and losses.
+    """
     seeds: dict[str, list[int]] = {}
     for variant, seed in students:
         seeds.setdefault(str(variant), []).append(seed)
@@ -55,13 +58,13 @@ def body(
 
 
 def distances(body: Row) -> Row:
-    """What the comparison found out, without anything that depends on the machine or the moment."""
+    """The results of a comparison, without anything that depends on the machine or the time."""
     bare = {key: [_without_speeds(row) for row in body[key]] for key in ("rows", "teacher")}
     return {**bare, "floor": _without_speeds(body["floor"]), "curvature": body["curvature"], "seeds": body["seeds"]}
 
 
 def figures(body: Row) -> dict[str, float]:
-    """The headline of the manifest: every student's distance at the fewest evaluations."""
+    """The summary for the manifest: each student's distance at the smallest NFE."""
     rows = [row for row in body["rows"] if row["sampler"] != REFERENCE]
     fewest = min(row["nfe"] for row in rows)
     return {f"{row['variant']} at NFE {fewest}": mean(row, body["distance"]) for row in rows if row["nfe"] == fewest}
@@ -72,22 +75,22 @@ def mean(row: Row, metric: str) -> float:
 
 
 def _rows(variant: str, measured: Mapping[int, Mapping[str, Row]]) -> list[Row]:
-    """A variant's rows, a sampler each; the evaluation gives its rows the same names for every seed."""
+    """The rows of a variant, one for each sampler. Rows have the same names for every seed."""
     names = [name for name, row in next(iter(measured.values())).items() if row["model"] == "student"]
     return [_row(variant, {seed: found[name] for seed, found in measured.items()}) for name in names]
 
 
 def _row(variant: str | None, by_seed: Mapping[int | None, Row]) -> Row:
-    """One sampler's figures over seeds; those of a single measurement have no spread.
+    """The figures of one sampler over seeds. A single measurement has no spread.
 
-    Speeds of several machines have no mean that says anything, and are left out.
+    Speeds measured on different machines are left out, because their mean would mean nothing.
     """
     one = next(iter(by_seed.values()))
     machines = sorted({row["machine"] for row in by_seed.values()})
     rates = [key for key in RATES if one.get(key)] if len(machines) == 1 else []
     numbers = [key for key, value in one.items() if isinstance(value, int | float) and key not in (*IDENTITY, *SPEEDS)]
     told = {key: one.get(key) for key in ("sampler", "nfe", "guidance", "samples", "parameters")}
-    if told["sampler"] == REFERENCE:  # what it took, which differs by seed
+    if told["sampler"] == REFERENCE:  # the number of evaluations, which depends on the seed
         told["nfe"] = math.ceil(np.mean([row["nfe"] for row in by_seed.values()]))
     return {
         "variant": variant,
@@ -102,7 +105,7 @@ def _row(variant: str | None, by_seed: Mapping[int | None, Row]) -> Row:
 
 
 def _spread(values: Mapping[int | None, float | None]) -> Row:
-    """Mean and standard deviation (of a sample: divided by n - 1) over seeds, and the values themselves."""
+    """Mean and sample standard deviation (n - 1) over seeds, and the values themselves."""
     found = np.array([value for value in values.values() if value is not None], float)
     spread = float(found.std(ddof=1)) if len(found) > 1 else None
     by_seed = {str(seed): value for seed, value in values.items() if seed is not None}
@@ -114,7 +117,7 @@ def _without_speeds(row: Row) -> Row:
 
 
 def _by_name(evaluation: Mapping[str, Any]) -> dict[str, Row]:
-    """The rows of an evaluation, each with its machine: a resumed evaluation may have been on another for some."""
+    """The rows of an evaluation, each with its machine: an evaluation may have continued on another one."""
     return {row["name"]: {**row, "machine": row.get("machine") or evaluation["machine"]} for row in evaluation["rows"]}
 
 
@@ -126,7 +129,7 @@ def _curvature(variant: str, by_seed: Mapping[int, Mapping[str, Any]]) -> Row:
 
 
 def _loss(variant: str, seed: int, folder: Path) -> Row:
-    """The training log's loss by pairs seen, with what the training took."""
+    """The loss in the training log by pairs seen, and the cost of the training."""
     points = {line["pairs_seen"]: line["loss"] for line in read_lines(folder / METRICS)}
     facts = atomic.read_json(folder / "manifest.json")["metrics"]
     told = {key: facts[key] for key in ("pairs_seen", "pairs_per_second", "parameters")}

@@ -1,4 +1,4 @@
-"""The comparison as aligned text and as sentences."""
+"""A comparison as aligned text and sentences."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from nfm.stages.evaluation.table import DISTANCE, Column, columns_of
 from nfm.stages.trained.sampling import REFERENCE
 
 MOST_DECIMALS, TINY = 6, 1e-3
-HALF_AT_NFE = 7  # where nfm is held against half of the independent coupling's distance above the floor
+HALF_AT_NFE = 7  # the NFE at which nfm is compared with half of the independent coupling's distance above the floor
 MOST_DIGITS = 12
 
 
 def as_text(body: Row) -> str:
-    """Distance by NFE with a line a variant, all metrics and speeds of every sampler, curvature, stores, sentences."""
+    """Distance by NFE for each variant, all metrics and speeds of every sampler, curvature, stores and conclusions."""
     measured = [_by_nfe(body), f"{_full(body)}\n{_machines(body)}", _straightness(body)]
     parts = [*measured, _sources(body), " ".join(body["conclusions"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def conclusions(body: Row) -> list[str]:
-    """Who is best at each NFE, whether nfm halves the distance above the floor, and how much straighter its paths are.
+    """The best variant at each NFE, whether nfm halves the distance above the floor, and how much straighter its paths
+    are.
 
-    The permuted controls take no part, nor does the reference solver, whose evaluations are what its tolerance took.
+    Permuted controls are left out. So is the reference solver, because its tolerance decides its evaluations.
     """
     key, unit = body["distance"], DISTANCE[body["distance"]]
     rows = [row for row in body["rows"] if not _control(row) and row["sampler"] != REFERENCE]
@@ -65,13 +66,13 @@ def conclusions(body: Row) -> list[str]:
 
 
 def _against_half(share: float) -> str:
-    """The share as ratios are told, or with as many digits as it takes not to look like the other side of a half."""
+    """A ratio with the usual digits, or with enough digits to show on which side of one half it is."""
     told = (ratio_text(share, digits) for digits in range(2, MOST_DIGITS))
     return next((text for text in told if (float(text) <= 0.5) == (share <= 0.5)), repr(share))
 
 
 def _share(name: str, coupling: str) -> float:
-    """Which part of a variant's pairs is of that coupling."""
+    """The share of a variant's pairs that comes from this coupling."""
     variant = Variant.parse(name)
     return 1 - math.fsum(variant.mixture.values()) if variant.coupling == coupling else variant.mixture.get(coupling, 0)
 
@@ -85,7 +86,7 @@ def _aside(body: Row) -> str:
 
 
 def label(row: Row) -> str:
-    """What a row is called in tables and plots."""
+    """The name of a row in tables and plots."""
     if row["model"] == "student":
         return str(row["variant"])
     guided = f", guidance {row['guidance']:g}" if row.get("guidance") else ""
@@ -93,7 +94,10 @@ def label(row: Row) -> str:
 
 
 def _by_nfe(body: Row) -> str:
-    """A line a variant and a column an NFE, the best of each column marked; teacher and floor below."""
+    """One line for each variant, one column for each NFE.
+
+    The best of each column is marked; teacher and floor are below.
+    """
     key, columns = body["distance"], list(dict.fromkeys(_column(row) for row in body["rows"]))
     cells: dict[str, dict[str, Row]] = {}
     for row in body["rows"]:
@@ -123,7 +127,7 @@ def _column(row: Row) -> str:
 
 
 def _full(body: Row) -> str:
-    """Every row with all that was measured, by the evaluation's columns; its machine's number where there are more."""
+    """All rows with all columns of an evaluation; with the number of the machine if there are several."""
     rows = [*body["rows"], *body["teacher"], body["floor"]]
     means = [_means(row) for row in rows]
     columns = [column for column in columns_of(means) if column.key not in ("model", "coupling")]
@@ -138,7 +142,7 @@ def _full(body: Row) -> str:
 
 
 def _machines(body: Row) -> str:
-    """Whose the speeds are."""
+    """The machines on which the speeds were measured."""
     machines = body["machines"]
     if len(machines) == 1:
         return f"Speeds are of {machines[0]}."
@@ -150,7 +154,7 @@ def _machines(body: Row) -> str:
 
 
 def _means(row: Row) -> Row:
-    """The row as one evaluation would have it, with means in place of single values."""
+    """The row in the form of a single evaluation, with means in place of single values."""
     measured = {**row["metrics"], **row["speeds"]}
     return {**row, **{key: found["mean"] for key, found in measured.items()}}
 
@@ -173,7 +177,7 @@ def _straightness(body: Row) -> str:
 
 
 def _sources(body: Row) -> str:
-    """What the coupling reports of the stores say, and which stores have none."""
+    """The coupling reports of the stores, and which stores have none."""
     reported = {name: store for name, store in body["stores"].items() if any(key in store for key in REPORTED)}
     lacking = [name for name in body["stores"] if name not in reported]
     missing = f"No coupling report: {', '.join(lacking)}; `nfm pairs report STORE` measures one." if lacking else ""
@@ -199,7 +203,7 @@ def _figure(found: Row, digits: int = 4) -> str:
 
 
 def shown(value: float, digits: int = 4) -> str:
-    """A number with the decimals that give it `digits` significant figures; a tiny one with an exponent."""
+    """A number with `digits` significant figures. A tiny one has an exponent."""
     return f"{value:.{digits - 1}e}" if 0 < abs(value) < TINY else f"{value:,.{_decimals(value, digits)}f}"
 
 

@@ -1,4 +1,4 @@
-"""The config section [evaluate], and which columns of an evaluation are speeds."""
+"""The config section [evaluate], and the columns of an evaluation that are speeds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ SPEEDS = ("images_per_second", "batch", "latency_seconds")
 
 
 class EvaluateConfig(Section):
-    """The `[evaluate]` table; `baselines` are variants whose students are trained and measured beside.
+    """The `[evaluate]` table. `baselines` are variants whose students are also trained and measured.
 
-    With `guidance` the teacher has guided rows beside its plain ones; with `student_guidance` the students' rows are
-    guided, and with `reference` they have a row more, of adaptive dopri5. `features` is where distances are taken: this
-    run's classifier, Inception-v3 from `inception_weights`, or none, for points of the plane.
+    `guidance` adds guided rows for the teacher. `student_guidance` guides the rows of students. `reference` adds a row
+    for students with adaptive dopri5. `features` is where distances are measured: this run's classifier, Inception-v3
+    from `inception_weights`, or none, for points of the plane.
     """
 
     baselines: tuple[str, ...] = ()

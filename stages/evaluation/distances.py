@@ -1,4 +1,4 @@
-"""What every row is compared with, the training set, and the distances of images to it by name."""
+"""The training set as the reference of every row, and the distances of images to it, by name."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from nfm.trainers.metrics.prdc import Manifold
 
 PROJECTIONS = 128  # random directions of the sliced distance
-NEAREST_SAMPLES = 1000  # samples whose nearest training image is looked for
-EXACT_POINTS = 1000  # points of an exact assignment, which takes their cube: more points are measured as several sets
-EXACT_VALUES = 4  # values an image has at most, where points are compared without features
-CHUNK = 5000  # training images held at a time
-KEPT_BYTES = 1 << 28  # features of a training set up to this size are kept for the process's next evaluation
-# The features that were taken last, by what they were taken from: a comparison evaluates many students on one set.
+NEAREST_SAMPLES = 1000  # samples for which the nearest training image is searched
+EXACT_POINTS = 1000  # points of one exact assignment, whose time grows as their cube; more points form several sets
+EXACT_VALUES = 4  # values of an image, at most, if points are compared without features
+CHUNK = 5000  # training images in memory at a time
+KEPT_BYTES = 1 << 28  # larger features of a training set are not kept for the next evaluation
+# The last computed features, by their inputs: a comparison evaluates many students on one training set.
 _kept: dict[tuple[Any, ...], np.ndarray] = {}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The training set: features, balls and pixels are taken once, when a row first needs them.
+    """The training set. Its features, manifolds and pixels are computed once, when a row first needs them.
 
-    Manifolds and pixels are of `count` seeded training images, as many as a row has samples: precision, recall,
+    Manifolds and pixels use `count` seeded training images, as many as the samples of a row: precision, recall,
     density, coverage and the Wasserstein distances depend on both numbers.
     """
 
@@ -95,7 +95,7 @@ class Reference:
         return module.extract(self.network, images)
 
     def distances(self, images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """All distances of images [N, C, H, W], as a file would hold them, that were asked for with labels [N]."""
+        """All distances of images [N, C, H, W], in the form of a file, that were requested with labels [N]."""
         found = in_model_space(images)
         if self.config.features == "none":
             return {"samples": len(images), **self._of_points(found), **self._of_pixels(found)}
@@ -114,7 +114,7 @@ class Reference:
             "kid_error": error,
             "kid_size": size,
         }
-        # Too few samples say nothing: the columns are left empty.
+        # Too few samples give no reliable value: the columns stay empty.
         enough = len(found) >= fewest_for_infinity(found.shape[1])
         row["fd_infinity"] = fd_infinity(found, self.gaussian, seed=self.config.seed) if enough else None
         if min(len(found), len(self.subset)) >= FEWEST:
@@ -124,16 +124,17 @@ class Reference:
         return row
 
     def _of_points(self, found: np.ndarray) -> dict[str, Any]:
-        """W2 in the mean over disjoint sets of points, each against its own of the training set, and the mean's error.
+        """The mean of W2 over disjoint sets of points, each compared with its own training points, and the error of the
+        mean.
 
-        One set would not do: of separate modes, a set has a few points more or fewer than its share, and moving them
-        costs more than what a good sampler does wrong.
+        One set is not enough. If the modes are separate, a set has a few points too many or too few in each, and moving
+        them costs more than the errors of a good sampler.
         """
         from nfm.trainers.metrics.wasserstein import wasserstein2
 
         points = min(len(found), len(self.pixels))
         size = min(points, EXACT_POINTS)
-        # The subset is sorted by row, and rows are in a seeded random order: any part of it is as good as another.
+        # The subset is sorted by row, and rows are in a seeded random order. So any part of it will do.
         sets = [slice(start, start + size) for start in range(0, points - size + 1, size)]
         each = [wasserstein2(found[part], self.pixels[part]) for part in sets]
         row = {"w2": float(np.mean(each)), "w2_points": size, "w2_sets": len(sets)}
@@ -164,5 +165,5 @@ class Reference:
 
 
 def in_model_space(images: np.ndarray) -> np.ndarray:
-    """Pixels [N, C, H, W] as the models see them, float32 in [-1, 1]; latents as they are."""
+    """Pixels [N, C, H, W] as models see them, float32 in [-1, 1]. Latents are unchanged."""
     return images.astype(np.float32) / np.float32(127.5) - 1 if images.dtype == np.uint8 else images.astype(np.float32)

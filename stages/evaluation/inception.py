@@ -1,4 +1,4 @@
-"""Inception features, in which a distance is called FID: from a weights file on this machine, for natural images."""
+"""Inception features, for the distance called FID. They need a local weights file and suit natural images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 
 
 def find_weights(path: str | None) -> Path:
-    """The weights file that the config names. Raises StageError when it names none, or one that is not there."""
+    """The weights file in the config. Raises StageError if none is named or if it does not exist."""
     if path is None:
         raise Unfit(
             f'evaluate.features = "inception" needs evaluate.inception_weights: the path of {WEIGHTS}, '
@@ -31,7 +31,7 @@ def find_weights(path: str | None) -> Path:
 
 
 def weights_sha256(path: str | None) -> str:
-    """SHA-256 of the weights file, read once a process unless the file changes. Raises StageError as `find_weights`."""
+    """SHA-256 of the weights file, read once in each process unless the file changes. Raises as `find_weights`."""
     file = find_weights(path)
     found = file.stat()
     return _sha256(file.resolve(), found.st_size, found.st_mtime_ns)
@@ -44,7 +44,7 @@ def _sha256(file: Path, size: int, modified_ns: int) -> str:
 
 
 def load(weights: str | None, source: ImageDataset, device: str) -> nn.Module:
-    """The network for the images of `source`. Raises StageError with the remedy when it cannot be had."""
+    """The network for the images of `source`. Raises StageError with the remedy if it cannot be loaded."""
     file = find_weights(weights)
     channels = source.image_shape[0]
     if source.dtype != "uint8" or channels not in (1, 3):

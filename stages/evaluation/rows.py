@@ -1,4 +1,4 @@
-"""One row of the evaluation: distances of a sampler's images to the training set, its speeds, a student's curvature."""
+"""One row of the evaluation: the distances of a sampler's images to the training set, speeds, and curvature."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Bench:
 
     @functools.cached_property
     def machine(self) -> str:
-        """What speeds are measured on; it says nothing of where that stands."""
+        """A description of the machine for speeds, without anything that identifies it."""
         import torch
 
         kind = torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else self.device
@@ -70,11 +70,11 @@ class Bench:
 
     @property
     def count(self) -> int:
-        """Images a row: distances of few images are larger, so every row, the floor too, has the same number."""
+        """Images of a row. The same for all rows, also the floor, because distances of few images are larger."""
         return min(self.config.samples, len(self.heldout))
 
     def check(self) -> None:
-        """Raise StageError at once for what the first row, or a later one, would stumble over."""
+        """Raises StageError now for anything that would make a row fail later."""
         if self.config.features != "none":
             _ = self.reference.network
         elif (values := int(np.prod(self.source.image_shape))) > EXACT_VALUES:
@@ -84,13 +84,13 @@ class Bench:
             )
 
     def floor(self) -> Row:
-        """The distances of as many real images that the training set does not hold: a perfect sampler's."""
+        """The distances of as many real images that are not in the training set: what a perfect sampler would get."""
         rows = np.arange(self.count)
         found = self.reference.distances(self.heldout.images(rows), self.heldout.labels(rows))
         return {"name": "floor", "model": "floor", **dict.fromkeys(NOT_SAMPLED), **found, "machine": self.machine}
 
     def sampler(self, sampler: Sampler, picture: Path) -> Row:
-        """A sampler's distances, best throughput and latency; its first images go to `picture`."""
+        """A sampler's distances, best throughput and latency. Its first images go to `picture`."""
         config = self.config
         parts: list[np.ndarray] = []
         shown: list[np.ndarray] = []
@@ -99,14 +99,14 @@ class Bench:
             if self.report.stopping:
                 raise Stopped
             _refuse_broken(sampler.name, images, config)
-            # Pixels are measured as the bytes that a file would hold, latents as they are.
+            # Pixels are measured as the bytes of a file, latents unchanged.
             parts.append(to_uint8(images) if self.source.dtype == "uint8" else images)
             if len(shown) * config.batch_size < SHOWN:
                 shown.append(images)
             self.report.progress(sum(len(part) for part in parts), self.count, "images", row=sampler.name)
         data = io.BytesIO()
         first = np.concatenate(shown)[:SHOWN]
-        # Points are kept as they are, to be drawn in the plane.
+        # Points are kept unchanged, to be drawn in the plane.
         kept = first if are_points(self.source.image_shape) else as_pixels(first, self.source.dtype)
         own = self.source.labels(np.arange(len(first)) % len(self.source))
         np.savez_compressed(data, images=kept, labels=own)
@@ -119,7 +119,7 @@ class Bench:
         return {**described, **found, **self._speed(sampler), "machine": self.machine}
 
     def curvature(self, role: str) -> Row:
-        """How far a student's paths, never guided, are from straight, per dimension, on 128 uniform Euler steps."""
+        """How far a student's paths (never guided) are from straight, per dimension, with 128 uniform Euler steps."""
         import torch
 
         from nfm.trainers.solvers import curvature
@@ -142,7 +142,7 @@ class Bench:
         }
 
     def _speed(self, sampler: Sampler) -> Row:
-        """Images a second at the best of a few batch sizes, and seconds for one image (median of five)."""
+        """Images per second at the best of a few batch sizes, and seconds for one image (median of five)."""
         rates = {batch: batch / self._seconds(sampler, batch, repeats=1) for batch in self.config.speed_batches}
         best = max(rates, key=lambda batch: rates[batch])
         latency = self._seconds(sampler, 1, repeats=5)
@@ -153,7 +153,7 @@ class Bench:
 
         noise, labels = initial(self.source, np.arange(batch), 0, self.device)
         taken = []
-        for _ in range(repeats + 1):  # the first one warms up
+        for _ in range(repeats + 1):  # the first run is a warm-up
             started = time.perf_counter()
             with torch.no_grad():
                 sampler.decode(noise, labels).float().cpu()
@@ -162,7 +162,7 @@ class Bench:
 
 
 def _refuse_broken(row: str, images: np.ndarray, config: EvaluateConfig) -> None:
-    """Raise StageError for values that are not finite: others in their place would make a distance of their own."""
+    """Raises StageError for values that are not finite. Replacing them would change the distance."""
     broken = int((~np.isfinite(images.reshape(len(images), -1))).any(axis=1).sum())
     if broken:
         raise StageError(

@@ -1,8 +1,8 @@
-"""Evaluate: distances of samples to the training set, speeds and curvature, with the floor beside them.
+"""The evaluation: distances of samples to the training set, speeds and curvature, and the floor.
 
-Distances are taken in the features of this run's own classifier (stage `features`), and then never called FID; in those
-of Inception-v3 (FID); or, of images of few values, without any (exact W2). A row is written when it is measured, so
-that a stopped evaluation goes on with the next one.
+Distances use the features of this run's own classifier (stage `features`), and are then never called FID; or those of
+Inception-v3 (FID); or no features, for images of few values (exact W2). A row is written when it is measured, so that a
+stopped evaluation continues with the next row.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ if TYPE_CHECKING:
 NAME = "evaluate"
 VERSION = 2
 TABLE, TEXT, DISTANCES, ROWS, SAMPLES = "evaluation.json", "evaluation.txt", "distances.json", "rows", "samples"
-OF_THE_MOMENT = (*SPEEDS, "machine")  # columns that are of a machine and a moment: never in the content digest
+OF_THE_MOMENT = (*SPEEDS, "machine")  # columns that depend on the machine and the time: never in the content digest
 
 
 def external(config: EvaluateConfig) -> dict[str, str]:
-    """What decides the result and is neither config nor artifact: the Inception weights, by their SHA-256."""
+    """What decides the result but is neither config nor artifact: the SHA-256 of the Inception weights."""
     if config.features != "inception":
         return {}
     return {"inception_weights": weights_sha256(config.inception_weights)}
 
 
 def check(config: EvaluateConfig) -> None:
-    """Raise StageError for what is missing on this machine, before days of training lead to it."""
+    """Raises StageError for anything missing on this machine, before days of training."""
     if config.features == "inception":
         find_weights(config.inception_weights)
     if config.reference:
@@ -62,9 +62,10 @@ def check(config: EvaluateConfig) -> None:
 
 
 def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Measure every sampler against the training set and write the table as JSON and text.
+    """Measures every sampler against the training set and writes the table as JSON and text.
 
-    Every row is of the same number of images, `samples` or as many as are held out: the distances' bias depends on it.
+    Every row has the same number of images: `samples`, or the number of held-out images. The bias of distances depends
+    on it.
     """
     from nfm.stages.evaluation.rows import Bench
 

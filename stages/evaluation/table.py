@@ -1,4 +1,4 @@
-"""The columns of an evaluation, for its text and the report alike, and which of them is its distance."""
+"""The columns of an evaluation, for its text and for the report, and which of them is its distance."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 Line = Mapping[str, Any]  # one row of evaluation.json; figures that a row cannot have are null or absent
 
-# The distances by which rows are compared, by the key that a row holds one of.
+# The distances for comparing rows. Each row has exactly one of these keys.
 DISTANCE = {"fd_cnn": "FD-CNN", "fid": "FID", "w2": "W2"}
 
 
 class Column(NamedTuple):
-    """A figure of a row, times `scale`; `spelled` is its format in text."""
+    """A figure of a row, times `scale`. `spelled` is its format in text."""
 
     title: str
     key: str
@@ -58,9 +58,9 @@ COLUMNS = (
 
 
 def distance_key(of: EvaluateConfig | Line) -> str:
-    """Which of `DISTANCE` an evaluation of this config has, or this row of its table holds.
+    """The key in `DISTANCE` of an evaluation with this config, or of this row.
 
-    Raises ValueError for a row that holds none.
+    Raises ValueError for a row without one.
     """
     if not isinstance(of, Mapping):
         return {"cnn": "fd_cnn", "inception": "fid", "none": "w2"}[of.features]
@@ -71,12 +71,12 @@ def distance_key(of: EvaluateConfig | Line) -> str:
 
 
 def columns_of(rows: Sequence[Line]) -> list[Column]:
-    """The columns in which some row has a value."""
+    """The columns in which at least one row has a value."""
     return [column for column in COLUMNS if any(column.value(row) is not None for row in rows)]
 
 
 def as_text(body: dict[str, Any]) -> str:
-    """The evaluation as aligned columns, curvature below."""
+    """The evaluation as aligned columns, with curvature below."""
     columns = columns_of(body["rows"])
     cells = [[_spelled(column, row) for column in columns] for row in body["rows"]]
     text = aligned([column.title for column in columns], cells)

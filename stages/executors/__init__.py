@@ -1,6 +1,6 @@
-"""Where shards are encoded, and what becomes of workers: a table, and a file an executor.
+"""The table of executors: where shards are encoded, and how lost workers are handled.
 
-A new executor is a line of the table and a file of its own, with a function as `encoding.jobs` describes it.
+A new executor is one line in the table and one file with a function as described in `encoding.jobs`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 class Executor:
     """`run`, as `module:function`, is called with (setup, jobs, workers, halt) and yields outcomes.
 
-    One of a Ray `cluster` also takes `address` and `say`. Where tasks elsewhere encode, `later`, the pairs stage only
-    seals what they committed; `again` says what a person does about shards that are missing.
+    An executor with a Ray `cluster` also takes `address` and `say`. With `later`, other tasks encode, and the pairs
+    stage only seals what they committed. `again` tells the user what to do about missing shards.
     """
 
     run: str

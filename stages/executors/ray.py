@@ -1,8 +1,8 @@
-"""The Ray executor: one actor a GPU or CPU share; descriptors go in, commits come out, images never do.
+"""The Ray executor: one actor for each GPU or share of CPUs. It sends shard descriptions and gets commits, no images.
 
-The driver owns the attempts. An actor that dies (a killed process, a lost node, Ray's memory monitor) is replaced and
-its shards start again; a shard that fails by itself is tried `TRIES` times, one that kills its worker `DEATHS` times.
-A cluster that this process did not start is left running, and so is everything on it that is not ours.
+The driver manages the attempts. If an actor dies (a killed process, a lost node, Ray's memory monitor), it is replaced
+and its shards start again. A shard that fails is tried `TRIES` times; one whose worker dies, `DEATHS` times. A cluster
+that this process did not start keeps running, with everything on it that is not ours.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nfm.stages.executors.ray_cluster import cluster
 from nfm.stages.executors.ray_crew import IN_FLIGHT, Crew, Landing
 
 DEATHS = 5
-LOSSES = 10  # with whole nodes as well, which one shard may run out of memory
+LOSSES = 10  # including lost nodes, which a single shard may run out of memory
 PATIENCE_SECONDS = 600.0
 
 
@@ -32,11 +32,11 @@ def run(
     say: Callable[[str], None] = lambda text: None,
     patience: float = PATIENCE_SECONDS,
 ) -> Iterator[Outcome | None]:
-    """Encode the jobs, drawn as they are needed, on `workers` actors of a cluster; 0 means as many as it carries.
+    """Encodes the jobs on `workers` actors of a cluster; 0 means as many as fit. Jobs are taken as they are needed.
 
-    The cluster is the one that this process is connected to, else the one at `address` or RAY_ADDRESS, else a local
-    one that is made for it. `say` hears what a person should know. Raises StageError when no cluster answers, when no
-    actor is ready for `patience` seconds, when one cannot begin, and when one after another dies.
+    The cluster is the one that this process is connected to, else the one at `address` or RAY_ADDRESS, else a new local
+    one. `say` gets messages for the user. Raises StageError if no cluster answers, if no actor is ready for `patience`
+    seconds, if an actor cannot start, or if one actor after another dies.
     """
     backlog = _Backlog(jobs)
     if halt.ending or not backlog.refill(1):
@@ -52,9 +52,9 @@ def run(
 def on_a_worker(
     work: Callable[..., Any], device: str, threads: int, address: str | None, *arguments: Any, **options: Any
 ) -> Any:
-    """`work(*arguments, device=..., **options)` on one worker's share of a cluster, where its devices are.
+    """Runs `work(*arguments, device=..., **options)` on the share of one worker in a cluster, where its devices are.
 
-    Raises StageError when no worker had room within ten minutes, and what `work` raises.
+    Raises StageError if no worker had room within ten minutes, and what `work` raises.
     """
     import ray
 
@@ -71,10 +71,10 @@ def on_a_worker(
 
 
 class _Backlog:
-    """Jobs that wait: few are drawn from their source before they are needed.
+    """Waiting jobs. They are taken from their source only shortly before they are needed.
 
-    `suspects` were in hand when their actor died. They wait until another shard is done or none is left: so it shows
-    whether one shard kills actors, or whatever they work on.
+    `suspects` are jobs whose actor died. They wait until another shard is done, or none is left. This shows whether a
+    single shard kills actors, or every shard does.
     """
 
     def __init__(self, jobs: Iterable[ShardJob]):
@@ -83,7 +83,7 @@ class _Backlog:
         self.suspects: list[ShardJob] = []
 
     def refill(self, count: int) -> bool:
-        """Draw until this many wait; false when none does."""
+        """Takes jobs until this many wait. Returns False if none waits."""
         while len(self.waiting) < count and (job := next(self._source, None)) is not None:
             self.waiting.append(job)
         if not self.waiting:
@@ -91,7 +91,7 @@ class _Backlog:
         return bool(self.waiting)
 
     def release(self) -> None:
-        """Let the suspects try again."""
+        """Lets the suspects try again."""
         self.waiting.extend(self.suspects)
         self.suspects.clear()
 
@@ -102,7 +102,7 @@ class _Backlog:
 
 
 class _Production:
-    """From jobs to outcomes, through whatever happens to the actors."""
+    """Turns jobs into outcomes, whatever happens to the actors."""
 
     def __init__(self, crew: Crew, backlog: _Backlog, halt: Halt, say: Callable[[str], None]):
         self.crew, self.backlog, self.halt, self.say = crew, backlog, halt, say
@@ -126,7 +126,7 @@ class _Production:
                 yield outcome
 
     def _settle(self, landing: Landing) -> Outcome | None:
-        """What a call's answer means: an outcome, or another attempt later."""
+        """Interprets the answer to a call: an outcome, or another attempt later."""
         import ray
 
         job, result, worker = landing.call, landing.result, landing.seat.name
@@ -155,7 +155,7 @@ class _Production:
         return Outcome(job, commit=commit, worker=worker, timing=timing)
 
     def _died(self, job: ShardJob, landing: Landing) -> Outcome | None:
-        """The actor died with this shard in hand: it starts again later, or is set aside as the reason."""
+        """Handles a shard whose actor died: it starts again later, or is set aside as the cause."""
         self._lose(landing, job.name)
         job = job.again(died=not _with_its_node(landing.result))
         self.losses[job.name] += 1
@@ -167,7 +167,7 @@ class _Production:
         return None
 
     def _lose(self, landing: Landing, what: str) -> None:
-        """Give up the seat of a dead actor; what was queued there starts again first."""
+        """Removes a dead actor. Jobs that were queued there start again first."""
         seat = landing.seat
         self.backlog.waiting.extendleft(job.again() for job in reversed(self.crew.remove(seat)))
         self.say(f"lost Ray actor {seat.name}: {_reason(landing.result)}; its shards start again elsewhere")
@@ -180,7 +180,10 @@ class _Production:
             ) from landing.result
 
     def _not_begun(self, landing: Landing) -> None:
-        """An actor that cannot load its teacher ends the run, unless others can: then its node is at fault."""
+        """Handles an actor that could not load its teacher: the run ends, unless other actors could.
+
+        Then the node is at fault.
+        """
         seat = landing.seat
         self.crew.remove(seat)
         where = f" on {seat.host}" if seat.host else ""
@@ -204,10 +207,10 @@ def _reason(error: Any) -> str:
 
 
 def _plain(error: Exception) -> str:
-    """Ray's text without the colours of a terminal."""
+    """Ray's message without terminal colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
 
 
 def _with_its_node(error: Any) -> bool:
-    """Whether the whole node left, which no shard is to blame for."""
+    """Whether the whole node was lost, which is not the fault of a shard."""
     return bool(getattr(error, "preempted", False)) or "node has died" in str(error)

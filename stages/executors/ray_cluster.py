@@ -1,4 +1,4 @@
-"""The cluster of the Ray executor: connected to or made, what an actor takes of it, and how many it carries."""
+"""The cluster of the Ray executor: connects to one or starts one, and says how many actors fit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 from nfm.stages.base import StageError, Unfit
 
 ANSWER_SECONDS = 5.0
-STORE_BYTES = 80 * 2**20  # images never enter Ray's object store
+STORE_BYTES = 80 * 2**20  # small, because images never enter Ray's object store
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one actor takes of a node."""
+    """The resources that one actor takes of a node."""
 
     cpus: int
     gpus: int
@@ -33,25 +33,25 @@ class Share:
 
     @property
     def remedy(self) -> str:
-        """What to do where no node has so much."""
+        """What to do if no node has so much."""
         device = "pairs.device = 'cpu'" if self.gpus else "fewer pairs.threads"
         return f"set {device}, or add a node that has {self}"
 
     def fits(self, resources: Mapping[str, float]) -> int:
-        """How many shares these resources are."""
+        """How many such shares fit into these resources."""
         counts = [resources.get("CPU", 0) // self.cpus]
         if self.gpus:
             counts.append(resources.get("GPU", 0) // self.gpus)
         return int(min(counts))
 
     def free(self) -> dict[str, float]:
-        """What nobody uses on the whole cluster now."""
+        """The free resources of the whole cluster."""
         import ray
 
         return ray.available_resources()
 
     def left(self) -> str:
-        """What is free of what there is, for people: `1 of 8 CPUs free`."""
+        """The free part of all resources, for messages: `1 of 8 CPUs free`."""
         import ray
 
         free, whole = ray.available_resources(), ray.cluster_resources()
@@ -60,23 +60,23 @@ class Share:
 
 
 def carried(share: Share) -> int:
-    """How many shares the nodes of the cluster hold at present, whoever uses them."""
+    """How many shares fit on the nodes of the cluster, used or free."""
     import ray
 
     return sum(share.fits(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
 
 def address_of(stated: str | None) -> str:
-    """Where the cluster is: the address that was stated, else RAY_ADDRESS, else `local` for one that is made."""
+    """The address of the cluster: the given one, else RAY_ADDRESS, else `local`, which starts one."""
     return stated or os.environ.get("RAY_ADDRESS") or "local"
 
 
 @contextmanager
 def cluster(address: str | None, workers: int, threads: int, device: str) -> Iterator[Share]:
-    """Connect to a cluster, or make a local one that ends with us; yields what an actor takes of it.
+    """Connects to a cluster, or starts a local one that ends with this process. Yields the share of one actor.
 
-    An initialised Ray is used as it is, else the one at `address` or RAY_ADDRESS. The caller's signal handlers stay.
-    Raises StageError when no cluster answers.
+    It uses a Ray that is already initialised, else the one at `address` or RAY_ADDRESS. The caller's signal handlers
+    are kept. Raises StageError if no cluster answers.
     """
     import ray
 
@@ -97,7 +97,7 @@ def cluster(address: str | None, workers: int, threads: int, device: str) -> Ite
 
 
 def _make(workers: int, threads: int, device: str) -> None:
-    """A local cluster with CPUs for the workers asked for, else for all cores, and the GPUs that torch sees."""
+    """Starts a local cluster, with CPUs for the requested workers or else all cores, and the GPUs that torch sees."""
     import torch
 
     gpus = torch.cuda.device_count() if device == "auto" or device.startswith("cuda") else 0
@@ -113,14 +113,14 @@ def _make(workers: int, threads: int, device: str) -> None:
 
 
 def _logs() -> str:
-    """Where a Ray of this machine keeps what its processes say."""
+    """The folder in which Ray on this machine keeps the output of its processes."""
     return os.path.join(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray", "session_latest", "logs")
 
 
 def start_local(cpus: int, gpus: int = 0) -> None:
-    """Start a Ray of this process's own; all of it listens on the loopback address alone, and needs no network.
+    """Starts a Ray for this process. It listens only on the loopback address and needs no network.
 
-    Its workers are as nice as this process. By Ray's default they are nicer by 15, and starve beside others' work.
+    Its workers have the niceness of this process. Ray's default adds 15, which makes them starve on a busy machine.
     """
     import ray
 
@@ -133,9 +133,10 @@ def start_local(cpus: int, gpus: int = 0) -> None:
 
 @contextmanager
 def _loopback_allowed() -> Iterator[None]:
-    """Ray replaces a loopback address of its node by the host's own, unless it holds that it makes no clusters here.
+    """Makes Ray keep the loopback address of its node, by telling it that it makes no clusters here.
 
-    All its processes bind to the address of their node, and to every interface where that is no loopback address.
+    Otherwise Ray replaces this address by the host's. All its processes bind to the address of their node, and to every
+    interface if that is not a loopback address.
     """
     from ray._private import ray_constants
 
@@ -153,9 +154,9 @@ REMEDY = "start one with `ray start --head`, or leave ray_address and RAY_ADDRES
 def check_reachable(
     address: str | None, who: str = 'pairs.executor = "ray"', without: str = "--set pairs.executor=serial"
 ) -> None:
-    """Raises StageError where Ray is not installed, or nobody listens at the address; asks for seconds at most.
+    """Raises StageError if Ray is not installed, or if nothing answers at the address. It takes seconds at most.
 
-    `who` wants it, and `without` is how to do without.
+    `who` is the setting that needs Ray, and `without` is how to avoid it.
     """
     if importlib.util.find_spec("ray") is None:
         raise Unfit(
@@ -163,7 +164,7 @@ def check_reachable(
         )
     address = address_of(address)
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if port.isdigit():  # Ray itself would try for minutes, deaf to signals
+    if port.isdigit():  # Ray itself would try for minutes and ignore signals
         try:
             socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
         except (OSError, OverflowError) as error:
@@ -180,7 +181,7 @@ def _connect(address: str) -> None:
         OSError,
         RuntimeError,
         ValueError,
-    ) as error:  # OSError: a ConnectionError, or no token where one is asked for
+    ) as error:  # OSError: a ConnectionError, or a missing token
         raise StageError(f"cannot connect to the Ray cluster at {address!r}: {_first_line(error)}; {REMEDY}") from error
 
 
@@ -194,7 +195,10 @@ def _quiet() -> dict[str, Any]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ray takes seconds to start and looks at nobody: a stop ends it here. The caller's handlers hear it and stay."""
+    """Makes a stop end Ray's start, which takes seconds and ignores signals.
+
+    The caller's handlers still run, and stay.
+    """
     import ray
 
     if threading.current_thread() is not threading.main_thread():

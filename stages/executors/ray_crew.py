@@ -1,4 +1,4 @@
-"""The actors of the Ray executor: what each asks of the cluster, what is in flight where, who is hired and who is lost.
+"""The actors of the Ray executor: their resources, their calls in progress, and who is started, lost or replaced.
 
 An actor goes through three states: *asked for* (its resources are not granted yet), *placed* (its process runs and
 loads the teacher), *ready* (it takes shards, at most `IN_FLIGHT` at once).
@@ -19,19 +19,20 @@ from nfm.stages.executors.ray_cluster import Share, carried
 from nfm.storage.ledger.commits import Commit
 
 IN_FLIGHT = 2
-LOOK_SECONDS = 1.0  # how often the cluster is asked for nodes that came or went
-FIRST_WORD, NEXT_WORD = 10.0, 30.0  # seconds until somebody is told that actors wait for resources, and again
-REST_SECONDS = 60.0  # how long nobody is hired after an actor could not begin while others work
+LOOK_SECONDS = 1.0  # how often to check for nodes that came or left
+# seconds until the first message that actors wait for resources, and between messages
+FIRST_WORD, NEXT_WORD = 10.0, 30.0
+REST_SECONDS = 60.0  # how long to start no actor after one could not start while others work
 
 
 class Worker:
-    """What runs inside an actor: a teacher loaded once, then shard after shard."""
+    """The code inside an actor: it loads a teacher once, then encodes one shard after another."""
 
     def __init__(self) -> None:
         self.ending = False
 
     def place(self) -> str:
-        """The node's address; answered once the resources are granted."""
+        """The address of the node. It answers when the resources are granted."""
         import ray
 
         return ray.util.get_node_ip_address()
@@ -43,19 +44,19 @@ class Worker:
         self.encoder = Encoder(setup)
 
     def encode(self, job: ShardJob) -> tuple[Commit, Timing] | None:
-        """The commit that stands and where the time went; None for a shard that was not begun before the end."""
+        """The valid commit and where the time went; None for a shard that had not started when the end came."""
         if self.ending:
             return None
         return self.encoder.encode_shard(job), self.encoder.timing
 
     def end(self) -> None:
-        """Begin no other shard; runs beside `encode`."""
+        """Makes it start no other shard. Runs in parallel with `encode`."""
         self.ending = True
 
 
 @dataclass
 class Seat:
-    """One actor and the calls that it has not answered yet, in order; a call is a job or the method's name."""
+    """One actor and its calls without an answer, in order. A call is a job, or the name of a method."""
 
     number: int
     actor: Any
@@ -65,7 +66,7 @@ class Seat:
 
     @property
     def name(self) -> str:
-        """Short, and the same for an actor's successor."""
+        """A short name, which the actor's successor gets too."""
         return f"{self.host or 'unplaced'}/{self.number}"
 
     @property
@@ -75,7 +76,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class Landing:
-    """A call that was answered: with its value, or with Ray's error."""
+    """A call with its answer: a value, or an error of Ray."""
 
     seat: Seat
     call: ShardJob | str
@@ -83,10 +84,10 @@ class Landing:
 
 
 class Crew:
-    """Actors for a setup: `workers` of them, or as many as the cluster carries at the time when it is 0.
+    """The actors for a setup: `workers` of them, or if that is 0, as many as fit on the cluster at the time.
 
-    `wanted` is that number as of the last look. `say` hears of actors that wait for resources; StageError when none
-    is ready for `patience` seconds.
+    `wanted` is this number when it was last computed. `say` gets messages about actors that wait for resources. Raises
+    StageError if none is ready for `patience` seconds.
     """
 
     def __init__(self, setup: Setup, workers: int, share: Share, say: Callable[[str], None], patience: float):
@@ -96,12 +97,12 @@ class Crew:
         self.workers, self.share, self.say, self.patience = workers, share, say, patience
         self.seats: dict[int, Seat] = {}
         self.wanted = self._count()
-        remote: Any = ray.remote  # its stubs do not know concurrency groups
+        remote: Any = ray.remote  # its type stubs do not know concurrency groups
         self._hire = remote(
             num_cpus=share.cpus,
             num_gpus=share.gpus,
             max_restarts=0,
-            concurrency_groups={"control": 1},  # for `end`, which does not wait for `encode`
+            concurrency_groups={"control": 1},  # so that `end` does not wait for `encode`
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(setup.threads)}},
         )(Worker).remote
         self._started = self._last_ready = time.monotonic()
@@ -119,7 +120,7 @@ class Crew:
         return any(seat.ready for seat in self.seats.values())
 
     def muster(self, jobs: int) -> None:
-        """Hire who is missing for `jobs` shards, let go who waits for a node that left, and say who waits."""
+        """Starts missing actors for `jobs` shards, stops those that wait for a lost node, and reports waiting ones."""
         now = time.monotonic()
         if now < self._next_look or self._ended:
             return
@@ -135,7 +136,10 @@ class Crew:
         self._tell_who_waits(now)
 
     def send(self, waiting: deque[ShardJob]) -> None:
-        """Give jobs to ready actors, to idle ones first; at the end of the list none holds one back from another."""
+        """Gives jobs to ready actors, idle ones first.
+
+        Near the end of the list no actor queues a job that another could do.
+        """
         for depth in range(1, IN_FLIGHT + 1):
             for seat in self.seats.values():
                 scarce = depth > 1 and len(waiting) < len(self.seats)
@@ -144,7 +148,7 @@ class Crew:
                     seat.calls.append((seat.actor.encode.remote(job), job))
 
     def landed(self, seconds: float = 1.0) -> Landing | None:
-        """The next call that is answered within some time; the calls of an actor land in order."""
+        """The next call that is answered within `seconds`. The calls of one actor are answered in order."""
         import ray
 
         first = {seat.calls[0][0]: seat for seat in self.seats.values() if seat.calls}
@@ -161,7 +165,7 @@ class Crew:
         return None
 
     def greet(self, landing: Landing) -> None:
-        """Take note that an actor was placed or is ready."""
+        """Records that an actor was placed or is ready."""
         seat = landing.seat
         if landing.call == "place":
             seat.host = landing.result
@@ -172,11 +176,11 @@ class Crew:
             self.say(f"the first Ray actor is ready after {time.monotonic() - self._started:.1f} s, on {seat.host}")
 
     def rest(self) -> None:
-        """Hire nobody for a while."""
+        """Starts no actor for a while."""
         self._rest_until = time.monotonic() + REST_SECONDS
 
     def remove(self, seat: Seat) -> list[ShardJob]:
-        """Give a seat up; returns the jobs that were in flight there."""
+        """Removes an actor. Returns the jobs that were in progress there."""
         import ray
 
         del self.seats[seat.number]
@@ -185,7 +189,7 @@ class Crew:
         return seat.jobs
 
     def end(self) -> None:
-        """Let the actors finish the shards in hand and begin no other."""
+        """Lets the actors finish their current shards and start no other."""
         if not self._ended:
             self._ended = True
             for seat in self.seats.values():
@@ -196,7 +200,7 @@ class Crew:
             self.remove(seat)
 
     def _count(self) -> int:
-        """How many actors there should be now; never none, since an autoscaler must see that somebody asks."""
+        """How many actors there should be now; at least one, because an autoscaler must see a request."""
         return self.workers or max(1, carried(self.share))
 
     def _seat_one(self) -> None:
@@ -206,10 +210,10 @@ class Crew:
         seat.calls.append((seat.actor.begin.remote(self.setup), "begin"))
 
     def _room_for_one_more(self) -> bool:
-        """Whether to ask for another actor: always for a number that was asked for, else where resources are free.
+        """Whether to ask for another actor: up to a requested number always, otherwise only if resources are free.
 
-        So many that the cluster would carry may be other people's now; asking for them all would make an autoscaler
-        add nodes for ever.
+        Other users may need the rest of the cluster. A request for all actors that could fit would make an autoscaler
+        add nodes without end.
         """
         unplaced = sum(not seat.host for seat in self.seats.values())
         return bool(self.workers) or not self.seats or self.share.fits(self.share.free()) > unplaced
@@ -231,7 +235,7 @@ class Crew:
             self.say(f"waiting for {self._state(unplaced)}")
 
     def _state(self, unplaced: int) -> str:
-        """What was asked for, what there is, and the remedy where no node would ever do."""
+        """What was asked for, what there is, and the remedy if no node can ever have it."""
         remedy = "" if carried(self.share) else f"; no node is large enough: {self.share.remedy}"
         actors = f"{unplaced} Ray actor{'s' * (unplaced != 1)}"
         return f"{actors} of {self.share} each: the cluster has {self.share.left()}{remedy}"

@@ -1,4 +1,4 @@
-"""The serial executor: every shard in this process, one after another; for debugging and as a task of an array."""
+"""The serial executor: encodes all shards in this process, one after another. For debugging, and for array tasks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TICK_SECONDS = 1.0
 
 
 def run(setup: Setup, jobs: Iterable[ShardJob], workers: int, halt: Halt) -> Iterator[Outcome | None]:
-    """Encode the jobs in order; `workers` is one whatever it says."""
+    """Encodes the jobs in order, always with one worker."""
     with threads(setup.threads):
         outcomes = Ahead(_outcomes(setup, jobs, halt), depth=1)
         with running(outcomes):

@@ -1,7 +1,7 @@
-"""The slurm executor: task i of n encodes the shards of a frozen list whose number mod n is i, serially, without Ray.
+"""The slurm executor: task i of n encodes the shards of a fixed list whose number mod n is i, in series, without Ray.
 
-The list never changes, so tasks that begin at different times agree on who does what without speaking to each other.
-A task that begins again skips what is committed; a shard that two tasks encode at once still gets one commit.
+The list never changes. So tasks that start at different times agree on their work without communication. A task that
+starts again skips committed shards. If two tasks encode the same shard, it still gets only one commit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nfm.storage.ledger import commits
 
 
 def share(names: Sequence[str], task: int, of: int) -> list[str]:
-    """What task `task` of `of` encodes: each name falls to exactly one task."""
+    """The names for task `task` of `of`. Each name belongs to exactly one task."""
     return list(names[task::of])
 
 
@@ -28,7 +28,7 @@ def open_names(store: str | Path, names: Iterable[str]) -> list[str]:
 
 
 def run(setup: Setup, jobs: Iterable[ShardJob], workers: int, halt: Halt) -> Iterator[Outcome | None]:
-    """Encode the jobs of one task in this process, in order, leaving out what others committed before their turn."""
+    """Encodes the jobs of one task in this process, in order. Skips those that others have committed meanwhile."""
     return serial.run(setup, _still_open(setup.store, jobs, halt), workers, halt)
 
 

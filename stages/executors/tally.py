@@ -1,4 +1,4 @@
-"""What each worker did with its time so far."""
+"""How each worker has used its time so far."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from nfm.stages.encoding.jobs import Outcome, Timing
 
-GONE_SECONDS, GONE_SHARDS = 120.0, 4  # the longer of both: a time, and that of so many shards
+# a worker is gone after the longer of two times: these seconds, or the time of so many shards
+GONE_SECONDS, GONE_SHARDS = 120.0, 4
 
 
 @dataclass
@@ -22,9 +23,9 @@ class _Worked:
 
 
 class Tally:
-    """Adds up outcomes; `rows` has a worker each: shards, pairs/s and shares of the time since it began.
+    """Adds up outcomes. `rows` has one row for each worker: shards, pairs/s and shares of the time since it started.
 
-    `read`, `encode` and `write` overlap; `wait` is the share without any shard in hand.
+    `read`, `encode` and `write` overlap. `wait` is the share of time without a shard.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -42,11 +43,11 @@ class Tally:
         worked.spent = Timing(old.wall + new.wall, old.read + new.read, old.encode + new.encode, old.write + new.write)
 
     def rows(self) -> list[dict[str, Any]]:
-        """For `Reporter.progress`: rates and shares as of now, of the workers that are there."""
+        """For `Reporter.progress`: the current rates and shares of the workers that are still there."""
         return [self._row(name, worked) for name, worked in sorted(self._workers.items()) if not self._left(worked)]
 
     def _left(self, worked: _Worked) -> bool:
-        """Whether a worker was not heard of for so long that it must be gone."""
+        """Whether a worker has sent nothing for so long that it must be gone."""
         return self._clock() - worked.last > max(GONE_SECONDS, GONE_SHARDS * worked.spent.wall / worked.shards)
 
     def _row(self, name: str, worked: _Worked) -> dict[str, Any]:

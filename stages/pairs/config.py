@@ -1,4 +1,4 @@
-"""The config section [pairs]: which coupling, how its store is cut, and where it is encoded."""
+"""The config section [pairs]: the coupling, the sizes of the store, and where it is encoded."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ PLAIN_BATCH = 256  # of "auto", where there is no teacher to run
 
 
 class PairsConfig(Section):
-    """The `[pairs]` table; every draw pairs each training image with new noise, flips drawn anew.
+    """The `[pairs]` table. Every draw pairs each training image with new noise; flips are also drawn again.
 
-    `layout` and `codec` say how records lie on disk and how the noise is rounded, see docs/pairs-store.md; a finished
-    store is converted by `nfm pairs export`. `batch_size` "auto"
-    takes what a short probe proposes when the store begins; it stands in spec.json from then on, since last bits of the
-    noise depend on it. A generation may lack up to `max_missing` pairs, of shards that fail; its manifest lists them.
-    `report` = false seals without a coupling report, which `nfm pairs report` makes at any time.
+    `layout` and `codec` say how records are stored and how the noise is rounded, see docs/pairs-store.md; `nfm pairs
+    export` converts a finished store. With `batch_size` "auto" a short test chooses it when the store begins. It is
+    then kept in spec.json, because the last bits of the noise depend on it. A generation may lack up to `max_missing`
+    pairs of shards that fail; its manifest lists them. `report` = false seals without a coupling report; `nfm pairs
+    report` can make one at any time.
 
-    Options of single couplings, see docs/couplings.md: `group_size` is minibatch-ot's; `custom` names a function;
-    the student of the coupling `reflow_of`, or the artifact `student`, generates the images of reflow.
+    Options of single couplings, see docs/couplings.md: `group_size` is for minibatch-ot; `custom` names a function;
+    reflow generates its images with the student of the coupling `reflow_of`, or with the artifact `student`.
     """
 
     coupling: Annotated[str, one_of(FACTS)] = "nfm"

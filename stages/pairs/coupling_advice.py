@@ -1,4 +1,4 @@
-"""A coupling report for people: its figures in lines, and a sentence with a remedy for each that is bad."""
+"""A coupling report for users: its figures as lines, and a sentence with a remedy for each bad one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 from nfm.stages.couplings.facts import facts_of
 
 Report = Mapping[str, Any]
-AUC = 0.6  # above, a student meets noise that is visibly not its store's
+AUC = 0.6  # above this, a student's initial noise visibly differs from its store's
 OVERFITTED = 0.05  # nats per dimension between held-out and training rows
-ERRORS = 5.0  # standard errors beyond which a figure is no accident
-MOMENT = 0.05  # RMS over dimensions of a mean, or of a variance minus 1, beyond what sampling gives
-SCALES = (0.2, 3.0)  # root mean squares of images, in which eta and the models' sizes mean what they should
-UNEVEN = 0.05  # of chi^2, beyond what sampling gives
+ERRORS = 5.0  # standard errors beyond which a figure is not chance
+MOMENT = 0.05  # RMS over dimensions of a mean, or of a variance minus 1, beyond the effect of sampling
+SCALES = (0.2, 3.0)  # root mean squares of images for which eta and the models' sizes are meant
+UNEVEN = 0.05  # of chi^2, beyond the effect of sampling
 
 
 def lines(report: Report) -> dict[str, str]:
-    """The report's figures by the names that people see; what could not be measured is left out."""
+    """The figures of the report by the names that users see, without those that could not be measured."""
     noise, expected = report["noise"], report["noise_expected"]
     found = {
         "measured": f"{report['pairs']:,} pairs of {report['shards']} shards",
@@ -48,7 +48,7 @@ def lines(report: Report) -> dict[str, str]:
 
 
 def advice(report: Report) -> list[str]:
-    """A sentence for each figure that is bad, with its remedy; empty when all is well."""
+    """A sentence with a remedy for each bad figure; empty if there is none."""
     found = (_of_scale(report), _of_auc(report), _of_moments(report), _of_nll(report), _of_rows(report))
     return [text for text in found if text]
 
@@ -75,7 +75,7 @@ def _nll(report: Report) -> dict[str, str]:
 
 
 def _wrong_scale(report: Report) -> bool:
-    """Whether the images are floats far from the scale of the noise; pixels never are. Older reports do not say."""
+    """Whether the images are floats far from the scale of the noise. Older reports do not tell."""
     image = report.get("image", {"dtype": "uint8"})
     return image["dtype"] != "uint8" and not SCALES[0] <= image["size"] <= SCALES[1]
 
@@ -96,7 +96,7 @@ def _of_scale(report: Report) -> str | None:
 
 
 def better_teacher(report: Report) -> str:
-    """What to do about noise of a teacher that is not N(0, I)."""
+    """What to do if the noise of a teacher is not N(0, I)."""
     return "mend the images' scale first" if _wrong_scale(report) else "train the teacher longer"
 
 

@@ -1,7 +1,8 @@
-"""What a store's pairs measure: how near noise and image are, how near the noise is to N(0, I), which rows are paired.
+"""Measures the pairs of a store: the distance of noise and image, how near the noise is to N(0, I), which rows are
+paired.
 
-A student samples from N(0, I), and can be no better than the match of its store's noise to that. The report is made
-when a generation is sealed, and by `nfm pairs report` for any store.
+A student samples from N(0, I). It cannot be better than the match between its store's noise and N(0, I). The report is
+made when a generation is sealed, and by `nfm pairs report` for any store.
 """
 
 from __future__ import annotations
@@ -30,33 +31,33 @@ if TYPE_CHECKING:
 __all__ = ["advice", "contents_of", "lines", "measure", "measure_at"]
 Stop = Callable[[], bool]
 SEED = 0
-CLASSES = 100  # reported one by one, of those with at least so many records of the sample:
+CLASSES = 100  # classes reported separately, among those with at least so many records in the sample:
 CLASS_RECORDS = 64
 HELDOUT_ROWS = 2048
-HELDOUT_FLOPS = 1e13  # on a processor: half a minute to a minute of two cores
-FEWEST_HELDOUT = 32  # rows, below which their mean says little
-BATCH_FLOPS, BATCH_BYTES = {"cpu": 2e11, "cuda": 1e13}, 32 << 20  # of held-out images at a time
+HELDOUT_FLOPS = 1e13  # on a CPU: half a minute to a minute on two cores
+FEWEST_HELDOUT = 32  # rows; with fewer, their mean says little
+BATCH_FLOPS, BATCH_BYTES = {"cpu": 2e11, "cuda": 1e13}, 32 << 20  # for one batch of held-out images
 
 
 def contents_of(where: str | Path) -> dict[str, str]:
-    """The content digests of what a store was made from, by the stage: data, and the teacher if there was one."""
+    """The content digests of what a store was made from, by stage: data, and teacher if there was one."""
     spec = PairStore.open(where).spec
     return {"data": spec.source} | ({"teacher": spec.teacher} if spec.teacher else {})
 
 
 def measure_at(where: str | Path, inputs: Inputs) -> dict[str, Any]:
-    """`measure` of a store by its folder, URL or manifest."""
+    """`measure` of a store, given by folder, URL or manifest."""
     return measure(PairStore.open(where), inputs)
 
 
 def measure(store: PairStore, inputs: Inputs, report: Reporter | None = None, device: str = "auto") -> dict[str, Any]:
-    """The coupling report of a generation, in JSON's types: finite numbers, or None where there is nothing to measure.
+    """The coupling report of a generation, in JSON's types: finite numbers, or None if nothing can be measured.
 
-    Of a bounded, seeded sample: `transport_cost`, mean |z - x|^2 / d, beside the mean over all ways to pair the same
-    noises and images; moments of z and Kolmogorov-Smirnov on projections, whole and by class, beside those of as many
-    fresh normal vectors; the two-sample `auc`. `rows` is of all pairs where the index can be read. `nll_heldout` needs
-    the teacher and the data among the inputs, and time for 32 rows. Raises StageError for noise that is not finite;
-    Stopped soon after `report` says that it is stopping.
+    It uses a limited, seeded sample. `transport_cost` is mean |z - x|^2 / d, with the mean over all ways to pair the
+    same noises and images. There are moments of z and Kolmogorov-Smirnov on projections, for all and by class, with
+    those of as many new normal vectors; and the two-sample `auc`. `rows` covers all pairs if the index can be read.
+    `nll_heldout` needs the teacher and the data in the inputs, and time for 32 rows. Raises StageError for noise that
+    is not finite, and Stopped soon after `report` says that it is stopping.
     """
     import torch
 
@@ -101,20 +102,20 @@ def measure(store: PairStore, inputs: Inputs, report: Reporter | None = None, de
 
 
 def _unless(stop: Stop) -> None:
-    """Raises Stopped when it is time to."""
+    """Raises Stopped if the user asked to stop."""
     if stop():
         raise Stopped
 
 
 def _scale(store: PairStore, x: np.ndarray) -> dict[str, Any]:
-    """Of the images, as students get them: dtype in the store, lowest and highest value, root mean square."""
+    """The images as students get them: dtype in the store, lowest and highest value, root mean square."""
     power = sum(float(np.square(part, dtype=np.float64).sum()) for part in np.array_split(x, -(-len(x) // 1024)))
     size = math.sqrt(power / x.size)
     return {"dtype": store.spec.field("image").dtype, "low": float(x.min()), "high": float(x.max()), "size": size}
 
 
 def _transport(sample: Sample) -> dict[str, float]:
-    """Cost per dimension of the pairs, and the mean cost over all permutations of the sample's noises."""
+    """The cost per dimension of the pairs, and the mean cost over all permutations of the sample's noises."""
     x, z, size = sample.image, sample.noise, sample.image.shape[1]
     parts = [slice(start, start + 1024) for start in range(0, len(x), 1024)]
     paired = sum(float(np.square(z[part] - x[part], dtype=np.float64).sum()) for part in parts) / x.size
@@ -124,7 +125,7 @@ def _transport(sample: Sample) -> dict[str, float]:
 
 
 def _gaussianity(z: torch.Tensor) -> dict[str, float]:
-    """Moments of the dimensions and Kolmogorov-Smirnov of projections of z [n, D]."""
+    """Moments of the dimensions, and Kolmogorov-Smirnov of projections, of z [n, D]."""
     from nfm.trainers.metrics.gaussianity import deviation, projected
 
     ks = projected(z, SEED)
@@ -132,7 +133,7 @@ def _gaussianity(z: torch.Tensor) -> dict[str, float]:
 
 
 def _by_class(z: torch.Tensor, fresh: torch.Tensor, labels: np.ndarray, stop: Stop) -> list[dict[str, Any]]:
-    """The same of each class, with what as many fresh vectors give as `expected`; of the largest classes only."""
+    """The same for each of the largest classes; `expected` has the figures of as many new normal vectors."""
     found, counts = np.unique(labels, return_counts=True)
     large = sorted(found[counts >= CLASS_RECORDS].tolist(), key=lambda label: -counts[found == label][0])[:CLASSES]
     rows = []
@@ -145,10 +146,10 @@ def _by_class(z: torch.Tensor, fresh: torch.Tensor, labels: np.ndarray, stop: St
 
 
 def _rows(store: PairStore) -> dict[str, Any] | None:
-    """How often the source's rows are paired; None where the images are no rows of the source.
+    """How often the rows of the source are paired; None if the images are not rows of the source.
 
-    `chi2` is sum_j (p_j - 1/N)^2 N over the N rows; drawing the same number of pairs uniformly gives `chi2_expected`,
-    which is 0 where slots are rows: there chi^2 is of what is excluded alone.
+    `chi2` is sum_j (p_j - 1/N)^2 N over the N rows. The same number of uniformly drawn pairs gives `chi2_expected`. It
+    is 0 if slots are rows; then only excluded pairs contribute to chi^2.
     """
     if facts_of(store.spec.coupling).image == "generated":
         return None
@@ -167,7 +168,7 @@ def _rows(store: PairStore) -> dict[str, Any] | None:
 
 
 def _nll(store: PairStore, sample: Sample, inputs: Inputs, device: str, stop: Stop) -> dict[str, float | None]:
-    """The teacher's nats per dimension, without the constant, on rows that it was trained on and on held-out ones."""
+    """The teacher's nats per dimension, without the constant, on rows of its training set and on held-out rows."""
     known = sample.nll[np.isfinite(sample.nll)]
     mean, error = _mean_and_error(known)
     body: dict[str, float | None] = {"nll_train": mean, "nll_train_error": error}
@@ -183,9 +184,10 @@ def _nll(store: PairStore, sample: Sample, inputs: Inputs, device: str, stop: St
 
 
 def _heldout_nll(store: PairStore, inputs: Inputs, device: str, stop: Stop) -> np.ndarray:
-    """nll of held-out rows, noised as the store's images were: float64 [n], empty where nothing was held out.
+    """nll of held-out rows, with noise added as for the images of the store: float64 [n]; empty if nothing was held
+    out.
 
-    Empty, too, where the teacher is so large that less than `FEWEST_HELDOUT` rows are within `HELDOUT_FLOPS`.
+    Also empty if the teacher is so large that less than `FEWEST_HELDOUT` rows fit into `HELDOUT_FLOPS`.
     """
     import torch
 
@@ -210,13 +212,13 @@ def _heldout_nll(store: PairStore, inputs: Inputs, device: str, stop: Stop) -> n
 
 
 def heldout_rows(there: int, flops: float, device: str) -> int:
-    """How many of the held-out rows are measured, at `flops` each: 0 when that is too few to say anything."""
+    """How many held-out rows are measured, at `flops` each; 0 if that would be too few."""
     affordable = HELDOUT_ROWS if device != "cpu" else int(HELDOUT_FLOPS / flops)
     return min(there, HELDOUT_ROWS, affordable) if affordable >= FEWEST_HELDOUT else 0
 
 
 def heldout_batch(flops: float, values: int, device: str) -> int:
-    """Rows of `values` numbers each at a time: activations, too, grow about as the arithmetic does."""
+    """Rows of `values` numbers in one batch. The memory of activations grows about as the FLOPs do."""
     most = BATCH_FLOPS["cpu" if device == "cpu" else "cuda"]
     return max(1, min(128, int(most / flops), BATCH_BYTES // (4 * values)))
 
@@ -233,7 +235,7 @@ def _image_shape(store: PairStore) -> tuple[int, int, int]:
 
 
 def _jsonable(value: Any) -> Any:
-    """The same with floats of six digits, and None for those that are not finite."""
+    """The same with floats of six digits, and None for floats that are not finite."""
     if isinstance(value, dict):
         return {key: _jsonable(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The records that a coupling report looks at: a bounded, seeded sample, from a bounded number of shards."""
+"""The records for a coupling report: a limited, seeded sample from a limited number of shards."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nfm.storage.format.spec import parse_name
 from nfm.storage.reading.selection import read_parts
 
 PAIRS, SHARDS = 20_000, 64
-VALUES = 1 << 26  # of the noise in all: 256 MiB of float32
+VALUES = 1 << 26  # of all noise: 256 MiB of float32
 PARTS_COUNTED = 2048  # index parts that are read to count rows
 
 
 @dataclass(frozen=True)
 class Sample:
-    """n records: image and noise float32 [n, D]; label int64 [n], -1 for none; nll [n], nan where there is none."""
+    """n records: image and noise float32 [n, D]; label int64 [n], -1 for none; nll [n], nan for none."""
 
     image: np.ndarray
     noise: np.ndarray
@@ -30,10 +30,10 @@ class Sample:
 
 
 def draw_sample(store: PairStore, seed: int) -> Sample:
-    """At most 20,000 pairs of at most 64 shards, each slot at most once.
+    """At most 20,000 pairs from at most 64 shards, each slot at most once.
 
-    An image that came twice, with the noises of two draws, which a teacher makes alike, would let a classifier know
-    held-out records from those that it was trained on.
+    If an image came twice, with the similar noises of two draws, a classifier could recognise held-out records from
+    those that it was trained on.
     """
     random = np.random.default_rng(seed)
     size = int(np.prod(store.spec.image_shape))
@@ -41,7 +41,7 @@ def draw_sample(store: PairStore, seed: int) -> Sample:
     ends = np.cumsum([entry["records"] for _, _, entry in shards])
     count = min(PAIRS, max(1, VALUES // size), int(ends[-1]))
     picked = np.sort(random.choice(ends[-1], count, replace=False))
-    own = np.split(picked, np.searchsorted(picked, ends))  # and an empty part behind the last end
+    own = np.split(picked, np.searchsorted(picked, ends))  # with an empty part after the last end
     parts = [
         _of_shard(store, draw, shard, entry, places - (end - entry["records"]))
         for (draw, shard, entry), end, places in zip(shards, ends.tolist(), own)
@@ -66,7 +66,7 @@ def _shards(store: PairStore, random: np.random.Generator) -> list[tuple[int, in
 def _of_shard(
     store: PairStore, draw: int, shard: int, entry: Any, at: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Image, noise, label and nll of a shard's records at these places."""
+    """Image, noise, label and nll of these records of a shard."""
     stored = store.gather(draw, at + store.spec.slots_of(shard).start)
     index = read_parts(store.root, [entry], ["label", "nll"])
     image = convert.to_float32(stored["image"], store.value_range).reshape(len(at), -1)
@@ -78,8 +78,8 @@ def _of_shard(
 def row_counts(store: PairStore, seed: int) -> tuple[np.ndarray, bool]:
     """(how often each source row is paired, int64 [rows]; whether all pairs were counted).
 
-    Couplings that take each row once a draw need no reading: what their generation lacks is known. Of the others, the
-    index is read, of very large stores a seeded part of it.
+    Couplings that use each row once in a draw need no reading: what the generation lacks is known. For others the index
+    is read; for very large stores a seeded part of it.
     """
     rows, draws = store.spec.rows, store.draws
     if slot_is_row(store.spec):

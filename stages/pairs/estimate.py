@@ -1,4 +1,4 @@
-"""What making a store of pairs takes, before anything is there: shards, bytes by codec, FLOPs, hours by workers."""
+"""The cost of a store of pairs before it is made: shards, bytes by codec, FLOPs, hours by number of workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nfm.stages.trained.timing import Clock
 from nfm.storage import StoreSpec, layouts
 
 CODECS = ("float32", "float16", "int8")
-INDEX_BYTES = (2500, 13.5)  # of a shard's index part: fixed, and a record; measured at 64 to 65,536 records
+INDEX_BYTES = (2500, 13.5)  # of a shard's index part: fixed, and for each record; measured at 64 to 65,536 records
 COMMIT_BYTES = 1200
 LARGE_LAYER = 2e9  # FLOPs of an image in one layer: of more, one layer is timed, not a block of them
 
@@ -60,7 +60,7 @@ def estimate(
     committed: int = 0,
     clock: Clock | None = None,
 ) -> dict[str, Any]:
-    """The plan of a generation of which `committed` pairs are there, JSON's types; nothing is counted one by one.
+    """The plan of a generation with `committed` pairs done, in JSON's types. Pairs are not counted one by one.
 
     `facts` are the data's: images, image_shape, and classes and image_dtype where they are told; and the sections by
     name. `rate` is pairs a second of one worker; None: one is timed here, where there is a clock and
@@ -102,7 +102,7 @@ def estimate(
 
 
 def as_text(plan: Mapping[str, Any]) -> str:
-    """The plan for people."""
+    """The plan as text."""
     sizes = (f"{codec} {units.size(count)}" for codec, count in plan["bytes"].items())
     there = f"; {plan['committed']:,} are committed, time is for the rest" if plan["committed"] else ""
     lines = [
@@ -123,7 +123,7 @@ def as_text(plan: Mapping[str, Any]) -> str:
 
 
 def bytes_of_draw(spec: StoreSpec) -> int:
-    """Bytes on disk of one draw: payload, index and commits."""
+    """The bytes on disk of one draw: payload, index and commits."""
     whole, rest = divmod(spec.rows, spec.rows_per_shard)
     layout = layouts.of(spec)
     payload = whole * layout.shard_bytes(spec, spec.rows_per_shard) + (layout.shard_bytes(spec, rest) if rest else 0)

@@ -1,4 +1,4 @@
-"""From outcomes to a store that can be sealed: what is pending, progress, failures set aside, what may be missing."""
+"""From outcomes to a store that can be sealed: pending shards, progress, failed shards, and what may be missing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nfm.storage.format.spec import StoreSpec, parse_name
 from nfm.storage.ledger import seal
 
 _LISTED = 5
-_LOOKED_AT = 1000  # tracebacks of shards that failed, at most
+_LOOKED_AT = 1000  # tracebacks of failed shards, at most
 _OUR_CLASS = re.compile(r"^nfm\.[\w.]+: ")
-_TAIL_BYTES = 1 << 16  # of a traceback, of which the last line is told
+_TAIL_BYTES = 1 << 16  # of a traceback, whose last line is reported
 
 
 def pending(out: Path, spec: StoreSpec, draws: int) -> list[str]:
@@ -29,21 +29,21 @@ def pending(out: Path, spec: StoreSpec, draws: int) -> list[str]:
 
 
 def jobs(names: Iterable[str]) -> Iterator[ShardJob]:
-    """A fresh attempt at each."""
+    """A new attempt for each."""
     return (ShardJob(*parse_name(name), new_attempt()) for name in names)
 
 
 def records_of(spec: StoreSpec, names: Iterable[str]) -> int:
-    """Pairs that these shards hold."""
+    """The number of pairs in these shards."""
     return sum(len(spec.slots_of(parse_name(name)[1])) for name in names)
 
 
 def produce(
     out: Path, outcomes: Iterable[Outcome | None], batch_size: int, report: Reporter, done: int, total: int
 ) -> list[Outcome]:
-    """Takes an executor's outcomes as they come, `done` of `total` pairs being there; returns the failures.
+    """Handles the outcomes of an executor, with `done` of `total` pairs complete at the start. Returns the failures.
 
-    A shard that failed is set aside: its traceback stands in `failed/NAME.txt` until a later run has made it.
+    The traceback of a failed shard is written to `failed/NAME.txt`, until a later run makes the shard.
     """
     failures: list[Outcome] = []
     told: set[str] = set()
@@ -74,7 +74,7 @@ def produce(
 
 
 def failure_path(out: Path, name: str) -> Path:
-    """Where the traceback of a shard that was set aside stands."""
+    """The path of a failed shard's traceback."""
     return out / "failed" / f"{name}.txt"
 
 
@@ -88,12 +88,12 @@ def reasons(out: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def all_failed(out: Path, names: Iterable[str]) -> bool:
-    """Whether each of these was tried and set aside; what was only not reached yet may not be left out."""
+    """Whether each of these was tried and failed. Shards that were not tried yet may not be left out."""
     return all(failure_path(out, name).exists() for name in names)
 
 
 def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, again: str) -> StageError:
-    """The error of a store that lacks more than it may; `again` is what retries them."""
+    """The error for a store that lacks more than it may. `again` is how to retry."""
     shards: dict[str, list[str]] = {}
     for name, reason in reasons(out, names[:_LOOKED_AT]).items():
         shards.setdefault(reason, []).append(name)
@@ -114,9 +114,9 @@ def _some(names: list[str]) -> str:
 
 
 def _set_aside(out: Path, outcome: Outcome, report: Reporter, told: set[str]) -> None:
-    """Keeps the traceback; its last line is said once, however many shards fail by it."""
+    """Keeps the traceback. Its last line is reported only once, however many shards fail with it."""
     error = masked(outcome.error or "no message")
-    inside(out, "failed")  # raises where a link would take the traceback out of the store
+    inside(out, "failed")  # raises if a link would lead out of the store
     atomic.write_bytes(failure_path(out, outcome.job.name), error.encode())
     reason = _last_line(error)
     if reason not in told:
@@ -133,5 +133,5 @@ def _reason(path: Path, out: Path) -> str:
 
 
 def _last_line(text: str) -> str:
-    """What a traceback ends with; of our own errors, their sentence alone."""
+    """The last line of a traceback; for our own errors, only their message."""
     return _OUR_CLASS.sub("", (text.strip().splitlines() or ["no message"])[-1])

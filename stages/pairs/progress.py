@@ -1,4 +1,4 @@
-"""How far a pair store is, by listing alone, while any number of processes write to it."""
+"""The progress of a pair store, by listing its files, while any number of processes write to it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nfm.storage.format.spec import parse_name, read_spec
 
 
 def committed(out: Path, draws: int) -> dict[str, int]:
-    """Counts of the first `draws` draws: shards and pairs that are committed and that there will be, shards failed.
+    """Counts for the first `draws` draws: committed and total shards and pairs, and failed shards.
 
-    `failed` counts shards that were set aside with their traceback and that have no commit since.
+    `failed` counts shards that have a traceback and still no commit.
     """
     spec = read_spec(out)
     done = _shards(names_in(out / "commits"), ".json", draws, spec.shards_per_draw)
@@ -32,7 +32,7 @@ def _shards(files: list[str], suffix: str, draws: int, shards: int) -> set[tuple
         try:
             draw, shard = parse_name(file.removesuffix(suffix))
         except StorageError:
-            continue  # a temporary
+            continue  # a temporary file
         if file.endswith(suffix) and draw < draws and shard < shards:
             found.add((draw, shard))
     return found

@@ -1,4 +1,4 @@
-"""What decides the pairs of each coupling: its options, its inputs, and what its store's recipe says of them."""
+"""What decides the pairs of each coupling: its options, its inputs, and the recipe of its store."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ from nfm.trainers.nfe import GRIDS, pick_solver
 if TYPE_CHECKING:
     from nfm.stages.pairs.config import PairsConfig
 
-MAKERS = ("teacher", "potential", "student")  # what a coupling may be made with, by the word of the recipe
-HELD_BYTES, HELD = 4 << 30, 16  # advised for a shard of such a coupling, and bytes a value: image, eps, noise, float32
-BALANCED = 0.75  # of the size asked for: what is divided into groups that are alike may be somewhat less
+MAKERS = ("teacher", "potential", "student")  # what a coupling may be made with, by its name in the recipe
+# advised for a shard of such a coupling, and bytes for each value: image, eps, noise, float32
+HELD_BYTES, HELD = 4 << 30, 16
+BALANCED = 0.75  # of the requested size: equal groups may be somewhat smaller
 
 
 def store_spec(config: PairsConfig, inputs: Inputs, custom_sha256: str | None = None) -> StoreSpec:
-    """The recipe that the config and its inputs give. Raises Unfit for options that do not fit the data.
+    """The recipe that follows from the config and its inputs. Raises Unfit for options that do not fit the data.
 
-    `custom_sha256` is the digest that a store of a custom coupling has recorded; by default that of the file here.
+    `custom_sha256` is the digest recorded by a store of a custom coupling; by default that of the file here.
     """
     source = ImageDataset.open(inputs["data"], "train")
     check_flips(config, source.dtype)
@@ -60,7 +61,7 @@ def store_spec(config: PairsConfig, inputs: Inputs, custom_sha256: str | None = 
 
 
 def planned_spec(config: PairsConfig, facts: Mapping[str, Any], codec: str) -> StoreSpec:
-    """The same as far as sizes depend on it, before the inputs are there. Raises Unfit as `store_spec` does."""
+    """The same before the inputs exist, as far as sizes need it. Raises Unfit as `store_spec` does."""
     dtype = facts.get("image_dtype", "uint8")
     check_flips(config, dtype)
     fields = pair_fields(tuple(facts["image_shape"]), codec, dtype, label=bool(facts.get("classes", 1)))
@@ -92,7 +93,7 @@ def _spec(config: PairsConfig, rows: int, fields: Any, **facts: Any) -> StoreSpe
 
 
 def options(config: PairsConfig, custom_sha256: str | None = None) -> dict[str, Any] | None:
-    """For the recipe: what else decides the pairs; of reflow the solver that "auto" stands for."""
+    """What else decides the pairs, for the recipe. For reflow it has the solver that "auto" means."""
     recorded = facts_of(config.coupling).recorded
     return call(recorded, config, custom_sha256) if recorded else None
 
@@ -102,12 +103,12 @@ def minibatch_ot_options(config: PairsConfig, _: str | None) -> dict[str, Any]:
 
 
 def custom_options(config: PairsConfig, sha256: str | None) -> dict[str, Any]:
-    """The function and the digest of its file. Raises Unfit where there is none."""
+    """The function and the digest of its file. Raises Unfit if there is none."""
     return {"function": config.custom, "sha256": sha256 or custom.digest(custom.source_file(config.custom))}
 
 
 def reflow_options(config: PairsConfig, _: str | None) -> dict[str, Any]:
-    """How the student samples. Raises StageError for a solver, an NFE and a grid that do not go together."""
+    """How the student samples. Raises StageError if solver, NFE and grid do not fit together."""
     with blaming("config section [pairs], reflow_solver and reflow_nfe"):
         solver = pick_solver(config.reflow_solver, config.reflow_nfe)
     if config.reflow_grid not in GRIDS:
@@ -117,7 +118,7 @@ def reflow_options(config: PairsConfig, _: str | None) -> dict[str, Any]:
 
 
 def maker(config: PairsConfig, inputs: Inputs) -> str | None:
-    """The absolute path of what an encoder loads beside the data and the teacher, if anything."""
+    """The absolute path of what an encoder loads besides the data and the teacher, if anything."""
     facts = facts_of(config.coupling)
     if facts.code:
         return str(custom.source_file(config.custom))
@@ -125,9 +126,9 @@ def maker(config: PairsConfig, inputs: Inputs) -> str | None:
 
 
 def small_groups(spec: StoreSpec, inputs: Inputs) -> str | None:
-    """A line where the groups that noises are dealt out in are smaller than asked for: a shard has few of a class.
+    """A warning if the groups in which noises are dealt are smaller than requested, because a shard has few of a class.
 
-    Slots are in random order, so the first shard speaks for all.
+    Slots are in random order, so the first shard is typical.
     """
     if facts_of(spec.coupling).noise != "dealt":
         return None
@@ -158,10 +159,11 @@ def _size(count: int) -> str:
 
 
 def pair_flops(config: PairsConfig, facts: Mapping[str, Any]) -> float:
-    """FLOPs of one pair from the sizes in the data's `facts` and, where there, the sections `teacher` and `student`.
+    """FLOPs of one pair, from the sizes in the `facts` of the data and, if given, in the sections `teacher` and
+    `student`.
 
-    Of optimal transport these are the products <x, z>; the assignment, whose time grows as the cube of the group,
-    is not in them. 0 where nothing is computed, or where a size is not known.
+    For optimal transport it counts the products <x, z> but not the assignment, whose time grows as the cube of the
+    group. It is 0 if nothing is computed or a size is unknown.
     """
     flops = facts_of(config.coupling).flops
     return float(call(flops, config, facts)) if flops else 0.0

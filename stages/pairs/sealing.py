@@ -1,4 +1,7 @@
-"""The coupling report in a sealing: a store is whole without one, so that nothing of it may keep the manifest away."""
+"""Adds the coupling report when a store is sealed.
+
+A store is complete without it, so no failure here may stop the seal.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from nfm.storage.files import atomic
 from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import manifests, seal
 
-BEGUN = "coupling-report.begun.json"  # in the store while the report is made; afterwards, if that was killed
+BEGUN = "coupling-report.begun.json"  # in the store while the report is made; it remains if that process was killed
 OPTIONAL = ("torch", "scipy")
 LATER = "`nfm pairs report` measures the store at any time"
 
@@ -20,12 +23,12 @@ LATER = "`nfm pairs report` measures the store at any time"
 def of_sealing(
     out: Path, body: dict[str, Any], inputs: Inputs, report: Reporter | None, device: str = "auto"
 ) -> dict[str, dict[str, Any]]:
-    """`{"coupling_report": ...}` for the manifest `body`, or nothing, and then a line says why.
+    """`{"coupling_report": ...}` for the manifest `body`; or nothing, after a message that says why.
 
-    Nothing where torch or scipy is not installed, where the report fails or is stopped, and where one of these same
-    pairs was begun before and never came to its end: killed for its memory or its time, it would be again.
+    There is no report if torch or scipy is not installed, if the report fails or is stopped, or if an earlier report of
+    the same pairs never finished: it was killed for its memory or time, and would be again.
     """
-    if seal.manifest_path(out, body["generation"]).exists():  # sealed before, and it stays as it is
+    if seal.manifest_path(out, body["generation"]).exists():  # sealed before: it stays as it is
         return {}
     mark, begun = out / BEGUN, {"content_digest": body["content_digest"]}
     if mark.exists() and atomic.read_json(mark).get("content_digest") == body["content_digest"]:
@@ -39,7 +42,7 @@ def of_sealing(
         found = {"coupling_report": coupling_report.measure(store, inputs, report, device)}
     except Stopped:
         _say(report, "the coupling report was stopped")
-        return {}  # the mark stays: the next sealing of these pairs is for the manifest
+        return {}  # the marker stays, so that the next seal of these pairs skips the report
     except Exception as error:
         found = {}
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in OPTIONAL:

@@ -1,4 +1,4 @@
-"""Pairs: send every training image through the coupling, once a draw, into the store's shards."""
+"""The pairs stage: sends every training image through the coupling, once in each draw, into the shards of the store."""
 
 from __future__ import annotations
 
@@ -45,27 +45,27 @@ VERSION = 1
 
 
 def input_roles(config: PairsConfig) -> tuple[str, ...]:
-    """What the coupling is made from."""
+    """The inputs that the coupling is made from."""
     maker = facts_of(config.coupling).made_with
     return ("data", maker) if maker else ("data",)
 
 
 def for_coupling(config: PairsConfig, coupling: str) -> PairsConfig:
-    """The section for that coupling; options of other couplings are at their defaults, so that they move nothing."""
+    """The section for this coupling. Options of other couplings get their defaults, so that they change nothing."""
     others = (name for owner, facts in FACTS.items() if owner != coupling for name in facts.options)
     defaults = {name: PairsConfig.model_fields[name].default for name in others}
     return PairsConfig.model_validate({**config.model_dump(), **defaults, "coupling": coupling})
 
 
 def fits(config: PairsConfig, facts: Mapping[str, Any]) -> None:
-    """Raises Unfit where options do not fit each other or the data, as far as `facts` tell of it."""
+    """Raises Unfit if options do not fit each other or the data, as far as `facts` describe it."""
     options(config)
     if {"images", "image_shape"} <= facts.keys():
         planned_spec(config, facts, config.codec)
 
 
 def needs(config: PairsConfig) -> None:
-    """Raises StageError for what is not there that a run will ask for: the Ray cluster, the device."""
+    """Raises StageError if something that a run needs is missing: the Ray cluster or the device."""
     executor = EXECUTORS[config.executor]
     if executor.cluster:
         ray_cluster.check_reachable(config.ray_address)
@@ -75,7 +75,7 @@ def needs(config: PairsConfig) -> None:
 
 
 def room(config: PairsConfig, facts: Mapping[str, Any]) -> int:
-    """Bytes of the store on disk, 0 as long as nothing is known of the data."""
+    """The bytes of the store on disk; 0 if nothing is known about the data yet."""
     from nfm.stages.pairs.estimate import bytes_of_draw
 
     if not {"images", "image_shape"} <= facts.keys():
@@ -84,12 +84,12 @@ def room(config: PairsConfig, facts: Mapping[str, Any]) -> int:
 
 
 def external(config: PairsConfig) -> dict[str, str]:
-    """Digests of what decides the pairs and is in no artifact: the file of a custom coupling."""
+    """Digests of what decides the pairs but is not in an artifact: the file of a custom coupling."""
     return {"custom": custom.digest(custom.source_file(config.custom))} if facts_of(config.coupling).code else {}
 
 
 def manifest_name(config: PairsConfig, out: Path) -> str:
-    """The manifest of the newest generation that is what the config asks for, else the next one's name."""
+    """The manifest of the newest generation that fits the config, else the name of the next one."""
     for number in reversed(generations.numbers(out)):
         manifest = manifests.raw(out, number)
         lacking = sum(shard["records"] for shard in manifest.get("excluded", ()))
@@ -99,12 +99,12 @@ def manifest_name(config: PairsConfig, out: Path) -> str:
 
 
 def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
-    """For `spec.json`: the store's recipe, and the batch shape with the probe that proposed it."""
+    """For `spec.json`: the recipe of the store, and the batch shape with the test that chose it."""
     spec = store_spec(config, inputs)
     if config.batch_size != "auto":
         return {"store": spec.to_dict(), "encoding": {"batch_size": config.batch_size}}
     if "teacher" not in inputs:
-        # A coupling that chooses reads every image of a class for each batch: the larger, the fewer times.
+        # A coupling that chooses images reads a whole class for each batch. Larger batches mean fewer reads.
         size = spec.rows_per_shard if facts_of(spec.coupling).image == "chosen" else PLAIN_BATCH
         return {"store": spec.to_dict(), "encoding": {"batch_size": size}}
     from nfm.stages.encoding import probe
@@ -113,7 +113,8 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
     how: dict[str, Any] = {"precision": config.precision, "threads": config.threads}
     sizes = [size for size in probe.SIZES if size <= spec.rows_per_shard]
     address = address_of(config.ray_address)
-    if EXECUTORS[config.executor].cluster and address != "local":  # where the workers are, which may have other devices
+    # on the workers' machine, which may have other devices
+    if EXECUTORS[config.executor].cluster and address != "local":
         from nfm.stages.executors import ray
 
         found = ray.on_a_worker(probe.for_teacher, config.device, config.threads, address, *facts, sizes=sizes, **how)
@@ -125,11 +126,11 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
 def recipe(
     manifest: Mapping[str, Any], inputs: Inputs, found: StoreSpec, recorded: Mapping[str, str] = {}
 ) -> StoreSpec:
-    """The recipe that a store should have by its inputs; of an export, in the layout and codec it was exported to.
+    """The recipe that a store should have, given its inputs. An export has the layout and codec of its export.
 
-    The file of a custom coupling is no input: its digest is the one of `recorded`, which is `external` as the
-    fingerprint has it, and holds when pairs are made anew; of a store without, that of the store. Raises StageError
-    where neither has one: what module is here now says nothing of the one that the pairs were made with.
+    The file of a custom coupling is not an input. Its digest is taken from `recorded` (the `external` part of the
+    fingerprint), which is right when pairs are made again, or else from the store. Raises StageError if neither has
+    one: the module that is here now may not be the one that made the pairs.
     """
     sha256 = recorded.get("custom", (found.coupling_options or {}).get("sha256"))
     config = PairsConfig(**manifest["config"])
@@ -143,7 +144,7 @@ def recipe(
 
 
 def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Encode the shards that have no commit yet, then seal the generation."""
+    """Encodes the shards that have no commit yet, then seals the generation."""
     spec = read_spec(out)
     total, shards = spec.rows * config.draws, spec.shards_per_draw * config.draws
     lacking = making.pending(out, spec, config.draws)
@@ -169,7 +170,7 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
 
 
 def announce(spec: StoreSpec, setting: Setup, report: Reporter | custom.Allowed) -> None:
-    """Says whose code is about to run, where encoding runs somebody's."""
+    """Says whose code is about to run, if encoding runs a user's function."""
     if facts_of(spec.coupling).code:
         told = spec.coupling_options or {}
         report.say(custom.announced(setting.maker, str(told.get("function")), str(told.get("sha256"))))
@@ -183,10 +184,10 @@ def seal(
     report: Reporter | None = None,
     device: str = "auto",
 ) -> Result:
-    """The generation that holds these draws, from its commits; raises where commits or their files are missing.
+    """Seals the generation of these draws from its commits. Raises if commits or their files are missing.
 
-    `excluded` names shards that may be missing, with the reasons that the manifest is to give. With `inputs`, the
-    manifest has a coupling report of these pairs, made on `device`, unless what keeps it away is told.
+    `excluded` names shards that may be missing, with the reasons for the manifest. With `inputs`, the manifest gets a
+    coupling report of these pairs, made on `device`; if that is not possible, a message says why.
     """
     body = generations.build(out, read_spec(out), draws, excluded)
     if inputs is not None:
@@ -228,7 +229,7 @@ def cost(config: PairsConfig, facts: Mapping[str, Any], clock: Clock | None) -> 
 
 
 def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
-    """The encoder's setup; paths are absolute, since workers run elsewhere, and so is the device theirs to choose."""
+    """The setup of the encoder. Paths are absolute, because workers run elsewhere; they also choose the device."""
     teacher = inputs.get("teacher")
     weights = None
     if teacher is not None:
@@ -249,7 +250,7 @@ def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
 
 
 def _batch_size(config: PairsConfig, out: Path) -> int:
-    """The store's batch shape, which its spec fixed; of a store from before that, or an export, the config's."""
+    """The batch shape in the store's spec. Older stores and exports have none; then the config's."""
     stated = atomic.read_json(out / "spec.json").get("encoding", {}).get("batch_size", config.batch_size)
     return PLAIN_BATCH if stated == "auto" else int(stated)
 

@@ -1,4 +1,4 @@
-"""A worklist: the shards that a store lacks, numbered and frozen for the tasks of an array, with all that they need."""
+"""A worklist: the missing shards of a store, numbered and fixed for the tasks of an array, with all that these need."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Worklist:
-    """A store, its inputs by role, how to encode, and the names of its pending shards: the number is the position."""
+    """A store, its inputs by role, how to encode, and the names of its pending shards.
+
+    A shard's number is its position.
+    """
 
     store: str
     fingerprint: str
@@ -32,10 +35,10 @@ class Worklist:
 
 
 def freeze(config: PairsConfig, inputs: Inputs, out: Path, file: Path) -> Worklist:
-    """Write the list of the shards that are pending in the store `out`, or keep the one that is there already.
+    """Writes the list of pending shards in the store `out`, or keeps an existing list.
 
-    Tasks may have begun by a list that is there (a planning job that was requeued), so it is kept where it serves the
-    same store and holds all that is pending. Raises StageError where it does not.
+    Tasks may already use an existing list (after a planning job was requeued). It is kept if it is for the same store
+    and has all pending shards. Otherwise raises StageError.
     """
     worklist = Worklist(
         store=str(out.resolve()),
@@ -58,7 +61,7 @@ def freeze(config: PairsConfig, inputs: Inputs, out: Path, file: Path) -> Workli
 
 
 def load(file: str | Path) -> Worklist:
-    """Read a list. Raises StorageError where it is damaged and StageError where its store is gone or another one."""
+    """Reads a list. Raises StorageError if it is damaged, StageError if its store is missing or another one."""
     body = atomic.read_json(file)
     if body.get("schema", 0) > SCHEMA:
         raise NewerSchema(f"{file}: schema {body['schema']} is newer than this version of nfm reads; upgrade nfm-pairs")
@@ -82,10 +85,10 @@ def load(file: str | Path) -> Worklist:
 
 
 def encode(worklist: Worklist, task: int, of: int, report: Reporter) -> dict[str, int]:
-    """Encode what falls to task `task` of `of`; returns how many shards fell to it and how many it committed.
+    """Encodes the shards of task `task` of `of`. Returns how many shards it had and how many it committed.
 
-    Raises Stopped when it was asked to stop and shards of the task are left, StageError when shards failed three times
-    (set aside in `failed/`, the others are committed).
+    Raises Stopped if the user asked to stop and shards are left. Raises StageError if shards failed three times; they
+    are listed in `failed/`, and the others are committed.
     """
     if not 0 <= task < of:
         raise Unfit(f"--task {task} --of {of}: tasks count from 0 to {of - 1}")

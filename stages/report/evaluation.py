@@ -1,4 +1,4 @@
-"""The evaluation as the report shows it: table, plot and grids from `evaluation.json` and its samples."""
+"""The evaluation in the report: table, plot and grids from `evaluation.json` and its samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEANT = {
 
 
 class Evaluation:
-    """`evaluation.json` and the samples beside it, as table, plot and grids."""
+    """`evaluation.json` and its samples, as table, plot and grids."""
 
     def __init__(self, root: Path, samples: int):
         self.root, self.samples = root, samples
@@ -59,7 +59,7 @@ class Evaluation:
         return paragraph(text) + measured + self._plot() + self._curvature()
 
     def grids(self, model: str) -> list[str]:
-        """A grid for every row of that model that has samples, by NFE, couplings beside each other."""
+        """A grid for each row of this model with samples, sorted by NFE, couplings side by side."""
         lines = [line for line in self.rows if line["model"] == model]
         lines.sort(key=lambda line: -(line.get("nfe") or 0))
         figures = []
@@ -95,7 +95,7 @@ class Evaluation:
         if not lines:
             return ""
         levels = {_row_title(line): (line["model"], line[self.key]) for line in self.rows if line["model"] != "student"}
-        taken: dict[str, list[int]] = {}  # which solver took which NFE, as the rows have it
+        taken: dict[str, list[int]] = {}  # the NFE of each solver in the rows
         for line in self.rows:
             if line["model"] == "student":
                 taken.setdefault(str(line["sampler"]), []).append(line["nfe"])
@@ -118,7 +118,7 @@ def _solvers(taken: Mapping[str, list[int]]) -> str:
 
 
 def _samples(file: Path, root: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Images with their labels, which files from before they were kept lack."""
+    """Images with their labels, or without for older files."""
     try:
         with opened(file, root) as source, np.load(source, allow_pickle=False) as arrays:
             return np.asarray(arrays["images"]), np.asarray(arrays["labels"]) if "labels" in arrays else None

@@ -1,4 +1,4 @@
-"""HTML of the report: one self-contained page, every picture a data URI, readable in light and dark."""
+"""The HTML of the report: one self-contained page with pictures as data URIs, readable in light and dark."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ img { display: block; max-width: 100%; height: auto; } img.pixels { image-render
 
 
 def page(title: str, lead: Iterable[str], sections: Sequence[tuple[str, str]]) -> str:
-    """The whole document; `sections` are (heading, html body) in order, and the navigation names them."""
+    """The whole document. `sections` are (heading, html body) in order; the navigation lists them."""
     links = "".join(f'<a href="#{_anchor(heading)}">{escape(heading)}</a>' for heading, _ in sections)
     bodies = "\n".join(
         f'<section id="{_anchor(heading)}"><h2>{escape(heading)}</h2>\n{body}\n</section>' for heading, body in sections
@@ -77,7 +77,7 @@ def row(figures: Iterable[str]) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], best: Iterable[int] = ()) -> str:
-    """A table of cells; numbers stand right, None is a dash, the rows numbered in `best` are tinted."""
+    """A table of cells. Numbers are aligned to the right, None is a dash, rows with numbers in `best` are tinted."""
     lines = [list(cells) for cells in rows]
     marked = set(best)
     numeric = [any(is_number(line[i]) for line in lines) for i in range(len(columns))]
@@ -97,7 +97,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], best: Iterable[
 
 
 def column_texts(cells: Sequence[Any]) -> list[str]:
-    """The HTML of a column's cells; its fractions share as many decimals as show 4 digits of the largest."""
+    """The HTML of a column's cells. Fractions share the number of decimals that shows 4 digits of the largest."""
     floats = [abs(float(cell)) for cell in cells if is_number(cell) and np.isfinite(cell)]
     largest = max(floats, default=0.0)
     decimals = SIGNIFICANT - 1 - math.floor(math.log10(largest)) if largest else 0
@@ -137,9 +137,9 @@ def figure(picture: str, bold: str, caption: str = "") -> str:
 
 
 def image_grid(images: np.ndarray, alt: str, columns: int = 8, labels: np.ndarray | None = None) -> str:
-    """Images [n, C, H, W] uint8 as a crisp PNG in raster order; the first channel alone unless C is 3.
+    """Images [n, C, H, W] uint8 as a sharp PNG in reading order; only the first channel unless C is 3.
 
-    With labels there is a PNG a row, and before it the class or classes that the row shows.
+    With labels there is a PNG for each row, after the class or classes that the row shows.
     """
     rows = rows_of(labels, len(images), columns)
     if not any(title for title, _ in rows):
@@ -160,7 +160,7 @@ def _raster(images: np.ndarray, alt: str, columns: int) -> str:
     large = shown.repeat(factor, axis=1).repeat(factor, axis=2)
     h, w, rows = h * factor, w * factor, -(-n // columns)
     columns = min(columns, n)
-    # The gaps are transparent, so that the page's own colour shows between the images.
+    # The gaps are transparent, so that the colour of the page shows between the images.
     sheet = np.zeros((rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 4), np.uint8)
     for i, image in enumerate(large):
         top, left = i // columns * (h + GAP), i % columns * (w + GAP)
@@ -173,7 +173,7 @@ def _raster(images: np.ndarray, alt: str, columns: int) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number as people read it: whole ones with separators, others to `digits` significant figures."""
+    """A readable number: whole ones with separators, others with `digits` significant figures."""
     if isinstance(value, int | np.integer):
         return f"{value:,}"
     if value and not 1e-4 <= abs(value) < 1e6:

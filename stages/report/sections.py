@@ -1,4 +1,4 @@
-"""The report's sections, one function each: from input folders to HTML, in the order of the pipeline."""
+"""The sections of the report, one function each: from input folders to HTML, in the order of the pipeline."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def pairs(stores: Mapping[str, PairStore], seed: int) -> str:
 
 
 def _coupling_reports(reports: Mapping[str, Mapping[str, Any] | None]) -> str:
-    """The stores' coupling reports beside each other, a line a figure; advice where one is bad."""
+    """The coupling reports of the stores side by side, one line for each figure, with advice for bad ones."""
     known = {name: dict(report) for name, report in reports.items() if report}
     if not known:
         return ""
@@ -149,7 +149,7 @@ def students(roots: Mapping[str, Path], evaluation: Evaluation | None) -> str:
 
 
 def read_manifests(inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """The manifest of every input in pipeline order; of a store, the pinned generation's."""
+    """The manifest of every input in pipeline order; of a store, the manifest of the pinned generation."""
     found = {}
     for role in sorted(inputs, key=lambda role: (ORDER.index(role.split(":")[0]), role)):
         if role.split(":")[0] == "pairs":
@@ -160,7 +160,7 @@ def read_manifests(inputs: Inputs) -> dict[str, dict[str, Any]]:
 
 
 def _curve(lines: Iterable[Mapping[str, Any]], key: str) -> plots.Curve:
-    """(seen, values) by what was seen; a resumed run may log a point twice, then the last one counts."""
+    """(seen, values) of a log. A resumed run may log a point twice; then the last one counts."""
     points: dict[float, float] = {}
     for line in lines:
         seen = line.get("images_seen", line.get("pairs_seen"))

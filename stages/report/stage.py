@@ -28,7 +28,7 @@ class ReportConfig(Section):
 
 
 def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Write `report.html` from the artifacts in `inputs`; "pairs:COUPLING" and "student:VARIANT" are baselines."""
+    """Writes `report.html` from the artifacts in `inputs`. "pairs:COUPLING" and "student:VARIANT" are baselines."""
     if "data" not in inputs:
         raise StageError(f"the report needs the data artifact among its inputs, it got {sorted(inputs)}")
     manifests = sections.read_manifests(inputs)
@@ -62,11 +62,11 @@ def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Re
 
 
 def _variant(role: str, manifest: Mapping[str, Any], couplings: Mapping[str, str]) -> str:
-    """What a student trained on; one from before there were variants does not say, then its store does."""
+    """What a student was trained on. For a student older than variants, its store says so."""
     return str(manifest["metrics"].get("variant") or couplings.get(role.replace("student", "pairs"), role))
 
 
 def _distinct(names: Mapping[str, str]) -> dict[str, str]:
-    """The names by role, with the role behind where two share one."""
+    """The names by role. If two roles share a name, the role is added."""
     taken = list(names.values())
     return {role: name if taken.count(name) == 1 else f"{name} ({role})" for role, name in names.items()}

@@ -1,4 +1,4 @@
-"""What the records of a shard must have of their source: rows, images, labels, and groups of noises dealt out again."""
+"""Compares the records of a shard with their source: rows, images, labels, and groups of dealt noises."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from nfm.storage.format import codecs
 from nfm.storage.format.index import read_index
 from nfm.storage.format.spec import StoreSpec, parse_name
 
-CHUNK, CHUNK_BYTES = 1024, 8 << 20  # records in memory at a time, and what their values take as float32
-REDONE = 1024  # records of a group of minibatch-ot that is assigned anew, at most
+CHUNK, CHUNK_BYTES = 1024, 8 << 20  # records in memory at a time, and bytes of their values as float32
+REDONE = 1024  # records of a minibatch-ot group that is assigned again, at most
 Array = np.ndarray
 
 
 def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Mapping[str, Any], exported: bool) -> list[str]:
-    """What is wrong with a shard, given its entry in a manifest; empty when it is its source's.
+    """What is wrong with a shard, given its entry in a manifest; empty if it fits its source.
 
-    Of every coupling the label of slot s is that of row s. The image is that of row s too; but semidiscrete-ot chose
-    a row of the same class, which the index tells, and reflow generated one. Where the noise is eps, it is each slot's
-    own; the noises of a group of minibatch-ot are the group's eps, each once, so that z has eps's marginal exactly,
-    and one seeded group is assigned anew. (An export rounds noises anew: not told of it.)
+    For every coupling, slot s has the label of row s. It also has the image of row s, except that semidiscrete-ot chose
+    a row of the same class, which the index names, and reflow generated an image. If the noise is eps, it is that of
+    the slot. The noises of a minibatch-ot group are the group's eps, each used once, so that z has exactly the
+    distribution of eps; one seeded group is assigned again. (This is not checked in an export, which rounds noises
+    again.)
     """
     (draw, number), records = parse_name(entry["name"]), entry["records"]
     shard = layouts.open_shard(spec, [root / file.path for file in layouts.files(spec, entry)], records)
@@ -68,23 +69,24 @@ def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Mapping[s
 def _groups(
     spec: StoreSpec, source: ImageDataset, shard: layouts.Shard, place: tuple[int, int], slots: Array, group: Array
 ) -> list[str]:
-    """What is wrong with the groups of a shard, (draw, number): other ones than `minibatch_ot.groups` makes, with
-    other noises than their eps, or not assigned.
+    """What is wrong with the groups of a shard, (draw, number).
+
+    They may differ from those of `minibatch_ot.groups`, have other noises than their eps, or not be assigned.
     """
     from nfm.trainers.couplings.minibatch_ot import groups
 
     found, most = [], int((spec.coupling_options or {})["group_size"])
     members = groups(source.labels(slots), most)
-    of = np.empty(len(slots), np.int64)  # the group of each record, by its number
+    of = np.empty(len(slots), np.int64)  # the number of each record's group
     for at, own in enumerate(members):
         of[own] = at
     if not np.array_equal(group, np.array([slots[own[0]] for own in members])[of]):
         found.append(f"groups are not of one class and at most {most} records each, of a class alike")
-    # The sum over a group of a digest of each noise is the same for every order of them.
+    # The sum of digests of the noises in a group is the same for every order.
     stored, drawn = np.zeros(len(members), np.uint64), np.zeros(len(members), np.uint64)
     several = [at for at, own in enumerate(members) if len(own) > 1]
     looked = int(np.random.default_rng(place).choice(several)) if several else -1
-    kept: list[tuple[Array, ...]] = []  # of the group that is looked at: image, noise, eps
+    kept: list[tuple[Array, ...]] = []  # of the group that is checked: image, noise, eps
     for part in _parts(spec, len(slots)):
         noise, eps = shard.read("noise", part.start, part.stop), _eps(spec, place[0], slots[part])
         np.add.at(stored, of[part], _digests(noise))
@@ -100,8 +102,9 @@ def _groups(
 
 
 def _assigned(spec: StoreSpec, draw: int, slots: Array, images: Array, noise: Array, eps: Array) -> bool:
-    """Whether a group's noises, as stored, cost its images no more than the assignment of what was drawn for them;
-    of a group too large for that, whether they cost less than if they had been left as they were drawn.
+    """Whether the noises of a group, as stored, cost no more than the assignment of the drawn noises.
+
+    For a group too large for that: whether they cost less than in the order in which they were drawn.
     """
     import torch
 
@@ -112,13 +115,13 @@ def _assigned(spec: StoreSpec, draw: int, slots: Array, images: Array, noise: Ar
     if len(slots) > REDONE:
         return products[0] > products[1]
     chosen = assignment(torch.from_numpy(images), torch.from_numpy(drawn_eps(spec, draw, slots)))
-    # Equal images may have changed noises, which changes the sum's rounding.
+    # Equal images may have swapped noises, which changes the rounding of the sum.
     best = float((flat * eps[chosen].reshape(flat.shape)).sum())
     return products[0] >= best - 1e-9 * float(np.abs(flat).sum())
 
 
 def _eps(spec: StoreSpec, draw: int, slots: Array) -> Array:
-    """What was drawn for these slots, as the codec stores it."""
+    """The noises drawn for these slots, as the codec stores them."""
     return codecs.pack(drawn_eps(spec, draw, slots), spec.codec, spec.noise_step)[0]
 
 

@@ -1,4 +1,4 @@
-"""What an audit asks of a pair store beyond its own files: is it its source's, and are its pairs its coupling's?"""
+"""The audit of a pair store beyond its own files: does it fit its source, and do its pairs fit its coupling?"""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from nfm.storage.format.spec import StoreSpec, parse_name, read_spec, shard_name
 from nfm.storage.ledger import seal
 
 MEAN_BOUND, VARIANCE_BOUNDS = 0.1, (0.8, 1.25)
-# Root mean square over a record of the stored noise minus the noise encoded again. A codec rounds to 2^-11 relative
-# (float16); bf16 products on another device or batch size move z by a few hundredths.
+# RMS over a record of the stored noise minus the noise encoded again. A float16 codec rounds to 2^-11 relative; bf16
+# products on another device or with another batch size move z by a few hundredths.
 NOISE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
-# Root mean square, in image units, of the stored noise decoded minus x + eta eps'. Rounding is amplified by the flow;
-# noise of another image decodes to another image, several tenths away.
+# RMS, in image units, of the decoded stored noise minus x + eta eps'. The flow amplifies rounding. Noise of another
+# image decodes to another image, several tenths away.
 DECODE_TOLERANCE = {"float32": 0.05, "bfloat16": 0.2}
-# Root mean square, in image units, of a student's image minus the same generated again; a pixel's step is 0.008.
+# RMS, in image units, of a student's image minus the same image generated again. A pixel's step is 0.008.
 IMAGE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
-AMPLIFIED = 10  # how much of what an int8 codec rounds away may come back in image units, a factor
+AMPLIFIED = 10  # how much the flow may amplify the rounding of an int8 codec, as a factor
 
 
 def audit(
@@ -43,11 +43,11 @@ def audit(
     sample: int,
     allowed: custom.Allowed = custom.NOBODYS,
 ) -> tuple[list[Finding], list[str]]:
-    """The store by itself, its recipe, keys, labels and images against its inputs, and at `deep` the pairs anew.
+    """Checks the store itself; its recipe, keys, labels and images against its inputs; and at `deep` makes pairs again.
 
-    `inputs` are those that are there; what needs a missing one is left out, since its absence is a finding already.
-    A custom function is somebody's code, which a store only names: it is run where `allowed` has its digest, else a
-    statement says that it was not.
+    `inputs` are the existing ones. Checks that need a missing input are skipped, as its absence is already a finding. A
+    custom function is code that the store only names. It runs only if `allowed` has its digest; otherwise a statement
+    says that it did not.
     """
     findings = verify(store, level)
     root, generation = pinned(store)
@@ -66,7 +66,7 @@ def audit(
         return findings, []
     if facts_of(found.coupling).code and (found.coupling_options or {}).get("sha256") not in allowed.digests:
         return findings, [_not_run(found, allowed)]
-    # Wherever the pairs were encoded, the device that is here encodes them again.
+    # The pairs are encoded on the device of this machine, wherever they were made.
     try:
         encoder = stage.setup(config.model_copy(update={"device": "auto"}), inputs, root)
         stage.announce(found, encoder, allowed)
@@ -90,9 +90,9 @@ def _not_run(spec: StoreSpec, allowed: custom.Allowed) -> str:
 
 
 def against_source(root: Path, manifest: dict[str, Any], inputs: Inputs) -> list[Finding]:
-    """Images, labels and image rows of every record against the data artifact; the marginals of z.
+    """Compares images, labels and image rows of every record with the data artifact, and checks the distribution of z.
 
-    A draw must hold the labels of the source's rows, once each: those of slot s are row s's whatever the coupling.
+    A draw must have the labels of the source's rows, once each: for any coupling, slot s has the label of row s.
     """
     spec, source = read_spec(root), ImageDataset.open(inputs["data"], "train")
     remedy = "its bytes are as committed, so the encoder had other images: move the store away and make it again"
@@ -129,17 +129,17 @@ def _made_elsewhere(spec: StoreSpec) -> list[str]:
 def encode_again(
     root: Path, manifest: dict[str, Any], setup: Setup, count: int, seed: int = 0
 ) -> tuple[list[Finding], list[str]]:
-    """Encode a seeded sample of pairs again and, with a teacher, decode them, each against what must come out.
+    """Makes a seeded sample of pairs again, decodes them if there is a teacher, and compares the results.
 
-    The noise encoded anew must be the stored noise, to the last bit unless a teacher made it; the image of the same
-    row, or generated anew, the stored image; flip, group and nll those of the index; and the stored noise of a teacher
-    must decode to x + eta eps' in float32.
-    Zero bad of n is at most 3/n bad with 95 % confidence (the rule of three).
+    The new noise must equal the stored noise, exactly unless a teacher made it. The image of the row, or the image
+    generated again, must equal the stored image. flip, group and nll must be those of the index. The stored noise of a
+    teacher must decode to x + eta eps' in float32. If none of n is bad, at most 3/n are bad with 95 % confidence (the
+    rule of three).
     """
     spec, total = read_spec(root), manifest["records"]
     store, encoder = PairStore.open(root, manifest["generation"]), Encoder(setup)
     picked = _held(spec, manifest, np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
-    rounding = (spec.noise_step or 0.0) / 12**0.5  # RMS of what a step rounds away
+    rounding = (spec.noise_step or 0.0) / 12**0.5  # RMS of the rounding error of a step
     findings: list[Finding] = []
     encoded, decoded = [np.zeros(0)], [np.zeros(0)]
     for draw in range(manifest["draws"]):
@@ -175,13 +175,13 @@ def encode_again(
 def _same_columns(
     listed: dict[str, np.ndarray], places: np.ndarray, again: dict[str, np.ndarray], setup: Setup
 ) -> np.ndarray:
-    """bool [n]: whether the index has, at these places, what was found again; nats a dimension move as the noise."""
+    """bool [n]: whether the index has the same values at these places. nll may differ as much as the noise."""
     same = (listed["flip"][places] == again["flip"]) & (listed["group"][places] == again["group"])
     return same & np.isclose(listed["nll"][places], again["nll"], 0, NOISE_TOLERANCE[setup.precision], equal_nan=True)
 
 
 def _held(spec: StoreSpec, manifest: dict[str, Any], picked: np.ndarray) -> np.ndarray:
-    """Numbers of the records that a generation holds, as places in all draws: those behind excluded ones move up."""
+    """The numbers of the records that a generation holds, as positions in all draws without the excluded records."""
     places = np.sort(picked)
     for shard in sorted(manifest.get("excluded", ()), key=lambda shard: parse_name(shard["name"])):
         first = parse_name(shard["name"])[0] * spec.rows + shard["slots"][0]

@@ -1,4 +1,4 @@
-"""What users do to a finished store: export it to another layout or codec, add a field to it."""
+"""Operations on a finished store: export to another layout or codec, and add a field."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(
     generation: int | None,
     progress: Progress,
 ) -> list[str]:
-    """Export a store, by default in its own layout and codec; returns what there is to say of it."""
+    """Exports a store, by default in its own layout and codec. Returns lines for the user."""
     store = PairStore.open(where, generation)
     layout, codec = layout or store.spec.layout, codec or store.spec.codec
     manifest = export(store, target, layout, codec, progress)
@@ -53,7 +53,7 @@ def _loss(before: str, after: str, manifest: dict[str, Any], values: int) -> str
 
 
 def add_field(where: str | Path, name: str, file: Path) -> RowField:
-    """Add a row-scoped field from an .npy file with a value a source row; never unpickles."""
+    """Adds a row-scoped field from an .npy file with one value for each source row. Never unpickles."""
     store = PairStore.open(where)
     try:
         values = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -63,7 +63,7 @@ def add_field(where: str | Path, name: str, file: Path) -> RowField:
         raise StageError(f"{file}: one array [rows, ...] is needed; write it with numpy.save")
     rows = store.spec.rows
     if not slot_is_row(store.spec):
-        # The source may have more rows than a draw has slots; those that the pairs name must be there.
+        # The source may have more rows than a draw has slots. The rows that the pairs name must exist.
         named = int(max(part.as_py() for part in store.index(["row"])["row"].combine_chunks().unique()))
         rows = max(len(values), named + 1)
     if len(values) != rows:

@@ -1,4 +1,6 @@
-"""`nfm pairs head`: a picture of a store's first pairs, of the values of z, and of the records of worst nll."""
+"""`nfm pairs head`: a picture of the first pairs of a store, of the values of z, and of the records with
+the worst nll.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Head:
-    """What is shown: arrays over n records, images in model space; `decoded` is None without a teacher."""
+    """What is shown: arrays over n records, images in model space. `decoded` is None without a teacher."""
 
     image: Array  # float32 [n, C, H, W]
     noise: Array
@@ -40,15 +42,15 @@ class Head:
 
 
 def teacher_of(where: str | Path) -> str | None:
-    """The content digest of the teacher that made the store's noise; None for couplings without one."""
+    """The content digest of the teacher that made the store's noise; None for couplings without a teacher."""
     return PairStore.open(where).spec.teacher
 
 
 def draw(where: str | Path, count: int, draw: int, teacher: Path | None, output: Path) -> str:
-    """Write the picture to `output` and return a small table of the same records.
+    """Writes the picture to `output` and returns a small table of the same records.
 
-    The first slots of a draw are a sample: slots are in a seeded random order. `teacher` is the folder of the store's
-    own teacher, which decodes sigma_f z. Raises StageError for another teacher.
+    The first slots of a draw are a sample, because slots are in a seeded random order. `teacher` is the folder of the
+    store's own teacher, which decodes sigma_f z. Raises StageError for another teacher.
     """
     store = PairStore.open(where)
     table = store.index(["key", "slot", "label", "nll", "flip"], draw=draw)
@@ -68,7 +70,7 @@ def draw(where: str | Path, count: int, draw: int, teacher: Path | None, output:
 def _records(
     store: PairStore, draw: int, slots: Array, rows: Array, columns: dict[str, list[Any]], nll: Array, decode: Any
 ) -> Head:
-    """The records at some rows of a draw's index, of which these are the slots."""
+    """The records at some rows of a draw's index; `slots` are their slots."""
     stored = store.gather(draw, slots[rows])
     image = convert.to_float32(stored["image"], store.value_range)
     noise = codecs.unpack(stored["noise"], store.spec.noise_step)
@@ -131,7 +133,7 @@ def _number(nll: float) -> str | None:
 
 
 def _picture(store: PairStore, draw: int, first: Head, worst: Head, values: Array) -> Image:
-    """Pairs in columns, below them the histogram and the worst records."""
+    """Pairs in columns, with the histogram and the worst records below."""
     from matplotlib.figure import Figure
 
     rows = 2 + (first.decoded is not None)
@@ -160,7 +162,7 @@ def _picture(store: PairStore, draw: int, first: Head, worst: Head, values: Arra
 
 
 def _plane(store: PairStore, draw: int, first: Head, worst: Head, values: Array) -> Image:
-    """Pairs of points: images and noises in one plane, a line from each to its own; beside it the histogram."""
+    """Pairs of points: images and noises in one plane, connected by lines, with the histogram beside it."""
     from matplotlib.figure import Figure
 
     sheet = Figure(figsize=(13.0, 5.0), facecolor="white", layout="constrained")

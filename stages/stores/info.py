@@ -1,4 +1,4 @@
-"""What a pair store says of itself: recipe, generation, sizes, moments; from a folder, a manifest or a URL."""
+"""The description of a pair store: recipe, generation, sizes, moments; from a folder, a manifest or a URL."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nfm.storage.ledger.row_fields import RowField, row_field_names
 
 RECIPE = ("coupling", "layout", "codec", "noise_step", "image_scale", "image_decoder", "rows", "rows_per_shard", "eta",
           "sigma_f", "seed", "flips", "classes", "teacher", "source")  # fmt: skip
-ENCODED = ("precision", "batch_sizes", "noise_error")  # how its commits say that they were made
+ENCODED = ("precision", "batch_sizes", "noise_error")  # what the commits say about the encoding
 ONLY_WHERE_SET = ("noise_step", "image_scale", "image_decoder")
 
 
 def info(where: str | Path) -> dict[str, Any]:
-    """The recipe of a store and the figures of its pinned generation, by the names that people see."""
+    """The recipe of a store and the figures of its pinned generation, by the names that users see."""
     store = PairStore.open(where)
     spec, body = store.spec, store.manifest
     size = body.get("bytes") or sum(shard["bytes"] for shard in body["shards"])
@@ -50,7 +50,7 @@ def info(where: str | Path) -> dict[str, Any]:
 
 
 def _reported(report: dict[str, Any] | None, where: str | Path) -> dict[str, Any]:
-    """The coupling report that a manifest carries, with advice; how to get one where it has none."""
+    """The coupling report in a manifest, with advice; or how to make one."""
     if report is None:
         return {"coupling report": f"none in this manifest; `nfm pairs report {where}` measures the pairs"}
     said = {f"advice {number}": text for number, text in enumerate(coupling_advice.advice(report), 1)}

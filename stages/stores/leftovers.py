@@ -1,4 +1,4 @@
-"""What killed attempts and repairs leave in a pair store: of no harm, and of no use once somebody has looked at it."""
+"""Files that killed attempts and repairs leave in a pair store. They are harmless, and nothing reads them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MANIFEST = re.compile(r"manifest\.g(\d{4,})\.json")
 
 @dataclass(frozen=True)
 class Leftover:
-    """Files of a store that belong together and go together; `since` is when the last of them changed (Unix time)."""
+    """Files of a store that are removed together. `since` is the last change of any of them (Unix time)."""
 
     kind: str  # attempt, temporary or quarantine
     name: str  # relative to the store
@@ -30,9 +30,9 @@ class Leftover:
 
 
 def leftovers(store: Path) -> list[Leftover]:
-    """All that may go from a store, by attempt and by repair; nothing while it has a manifest that cannot be read.
+    """Everything that may be removed from a store, by attempt and by repair; nothing while a manifest is unreadable.
 
-    Raises StorageError when its recipe is unreadable, and NewerSchema.
+    Raises StorageError if its recipe is unreadable, and NewerSchema.
     """
     if damaged_manifests(store):
         return []
@@ -40,9 +40,9 @@ def leftovers(store: Path) -> list[Leftover]:
 
 
 def _orphans(store: Path) -> list[Leftover]:
-    """Temporaries, and the files of attempts without a commit.
+    """Temporary files, and the files of attempts without a commit.
 
-    An attempt's files have one age: its payload may lie still while its index part is being written.
+    All files of an attempt get the same age: its payload may be unchanged while its index part is being written.
     """
     groups: dict[str, list[Path]] = {}
     doubtful: dict[str, bool] = {}
@@ -53,7 +53,7 @@ def _orphans(store: Path) -> list[Leftover]:
             if shard not in doubtful:
                 doubtful[shard] = _unreadable(store, shard)
             if doubtful[shard]:
-                continue  # `nfm repair` decides: nobody can say which attempt was committed
+                continue  # left to `nfm repair`: it is unknown which attempt was committed
         name = match[1] if match is not None else file
         groups.setdefault(name, []).append(store / file)
     kinds = {name: "temporary" if atomic.is_temporary(name) else "attempt" for name in groups}
@@ -70,14 +70,14 @@ def _unreadable(store: Path, shard: str) -> bool:
 
 
 def _quarantined(store: Path) -> list[Leftover]:
-    """What each repair set aside.
+    """The files that each repair set aside.
 
-    A manifest stays until a later generation is sealed: its number must never come back with other content, and
-    the next number follows from what is there.
+    A manifest stays until a later generation is sealed. Its number must never be used for other content, and the next
+    number follows from the existing ones.
     """
     newest = max(seal.numbers(store), default=0)
     found, quarantine = [], store / "quarantine"
-    # What a link leads to is not the store's.
+    # Files behind a link do not belong to the store.
     folders = [] if quarantine.is_symlink() else sorted(quarantine.glob("*"))
     for folder in folders:
         if folder.is_symlink():
@@ -91,7 +91,7 @@ def _quarantined(store: Path) -> list[Leftover]:
 
 
 def _set_aside_at(folder: Path) -> float | None:
-    """When a repair filled its folder, by the folder's name; moved files keep their own times."""
+    """When a repair filled its folder, by the folder's name: moved files keep their own times."""
     try:
         return float(calendar.timegm(time.strptime(folder.name, "%Y%m%dT%H%M%SZ")))
     except ValueError:
@@ -99,7 +99,7 @@ def _set_aside_at(folder: Path) -> float | None:
 
 
 def _leftover(kind: str, name: str, files: list[Path], since: float | None = None) -> Leftover | None:
-    """None when the files went away while they were listed."""
+    """Files as a `Leftover`; None if they were removed while they were listed."""
     facts = {}
     for path in files:
         try:

@@ -1,4 +1,4 @@
-"""Looking after a pair store: what is complete, what is bad, and which files a shard has."""
+"""Maintenance of a pair store: what is complete, what is bad, and which files a shard has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nfm.storage.ledger import commits, manifests, seal
 
 
 def pinned(store: str | Path) -> tuple[Path, int]:
-    """(folder, generation) of a store given as its folder or URL (the newest generation) or as a manifest."""
+    """(folder, generation) of a store, given as its folder or URL (newest generation) or as a manifest."""
     root = as_path(store)
     if root.suffix == ".json" and size_of(root) is not None:
         return root.parent, int(atomic.read_json(root)["generation"])
@@ -26,7 +26,7 @@ def pinned(store: str | Path) -> tuple[Path, int]:
 
 
 def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> list[Finding]:
-    """What is wrong with a store by itself, or with the one generation whose manifest `store` is."""
+    """What is wrong with a store itself, or with the one generation whose manifest `store` is."""
     root, generation = pinned(store)
     whole = root == as_path(store)
     found = storage_verify.verify(root, None if whole else generation, level)
@@ -34,7 +34,7 @@ def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> lis
 
 
 def unfinished(store: str | Path) -> str:
-    """What killed attempts left in a store, in a sentence; empty when there is nothing."""
+    """A sentence about what killed attempts left in a store; empty if they left nothing."""
     root, _ = pinned(store)
     left = storage_verify.orphans(root)
     size = sum(size_of(root / name) or 0 for name in left)
@@ -42,7 +42,7 @@ def unfinished(store: str | Path) -> str:
 
 
 def sealable(out: Path) -> tuple[int, dict[str, str]]:
-    """(draws, shards that may be missing with reasons) of the next generation: never less than the newest one has."""
+    """(draws, shards that may be missing, with reasons) of the next generation: at least what the newest one has."""
     found = seal.numbers(out)
     if not found:
         return complete_draws(out), {}
@@ -53,7 +53,7 @@ def sealable(out: Path) -> tuple[int, dict[str, str]]:
 
 
 def complete_draws(out: Path) -> int:
-    """The number of leading draws whose shards are all committed; StageError where there is none."""
+    """The number of leading draws with all shards committed. Raises StageError if there is none."""
     draws = _complete_draws(out)
     if not draws:
         raise StageError(f"{out}: no draw is complete yet; run the pairs stage again")
@@ -69,7 +69,7 @@ def _complete_draws(out: Path) -> int:
 
 
 def damaged_manifests(out: Path) -> list[Path]:
-    """The manifests that cannot be read, with their lists of shards: the store can be sealed again from its commits."""
+    """The unreadable manifests with their lists of shards. The store can be sealed again from its commits."""
     damaged = []
     for number in seal.numbers(out):
         try:
@@ -82,7 +82,7 @@ def damaged_manifests(out: Path) -> list[Path]:
 
 
 def bad_shards(out: Path) -> list[str]:
-    """The shards that a commit or a manifest names and that are not, whole, what was committed and sealed."""
+    """The shards named by a commit or manifest whose files are not exactly what was committed and sealed."""
     spec, sealed = read_spec(out), dict[str, set[str]]()
     for number in seal.numbers(out):
         for entry in seal.load(out, number)["shards"]:
@@ -98,8 +98,8 @@ def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
             return False
         index = StoredFile(commit.index, commit.index_sha256, commit.index_bytes)
         pairs = zip(layouts.files(spec, commit), layouts.files(spec, commit, sealed=False))
-        # Sealing moves the files of some layouts: they are in the first place, which no other file may take, or still
-        # in the second.
+        # In some layouts, sealing moves files. They are in their final place, which no other file may use, or still in
+        # the first one.
         files = [final if size_of(out / final.path) is not None else staged for final, staged in pairs]
         return all(_is(out, file) for file in [*files, index])
     except StorageError:
@@ -107,15 +107,15 @@ def _whole(out: Path, spec: StoreSpec, name: str, sealed: set[str]) -> bool:
 
 
 def _is(out: Path, file: StoredFile) -> bool:
-    path = inside(out, file.path)  # what a link leads to elsewhere is no file of the store
+    path = inside(out, file.path)  # a file behind a link out of the store does not count
     return size_of(path) == file.bytes and atomic.hash_file(path) == (file.sha256, file.bytes)
 
 
 def files_of_shards(out: Path, names: list[str]) -> list[Path]:
-    """What must go for these shards to be made again, in the order in which it must go.
+    """What must be removed so that these shards are made again, in the order of removal.
 
-    First the manifests that list them, so that a repair that is killed leaves no seal over a hole; then what sealing
-    placed elsewhere, which only the commits lead to; then these; then payloads and index parts of any attempt.
+    First the manifests that list them, so that a killed repair leaves no sealed store with a hole. Then files that
+    sealing moved, which only the commits name. Then the commits. Then payloads and index parts of all attempts.
     """
     spec, bad = read_spec(out), set(names)
     manifests = [

@@ -1,4 +1,4 @@
-"""The table of student architectures: a new one is a record here and a file of its own, which `build` names."""
+"""The table of student architectures. A new one is one record here and one file, which `build` names."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from nfm.stages.base import StageError, call
 from nfm.trainers.models.sizes import check_patch, check_unet_width, check_width
 
-FIRST = "sit"  # of weights that do not say what they are of
+FIRST = "sit"  # the architecture of weights that do not name one
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`build`, as `module:class`, takes image_shape, classes and the `fields` of [student] that it is made with.
+    """`build`, as `module:class`, takes image_shape, classes and the given `fields` of [student].
 
-    The network that it gives is called as `network(x, t, label)`, x [B, C, H, W], t [B], label int64 [B], -1: none.
-    `check(config, image_shape)` raises ValueError for sizes that do not fit, image_shape None where it is not known.
-    `defaults` are of the fields that nobody states. What it costs, torch counts.
+    The network is called as `network(x, t, label)` with x [B, C, H, W], t [B], label int64 [B] (-1: none).
+    `check(config, image_shape)` raises ValueError for sizes that do not fit; image_shape is None if unknown. `defaults`
+    are for fields that the config does not set. torch counts the FLOPs.
     """
 
     build: str
@@ -37,7 +37,7 @@ def _check_unet(config: Any, image_shape: Sequence[int] | None) -> None:
     check_unet_width(config.width)
 
 
-# A U-Net of a transformer's width would cost tens of times as much, hence its defaults.
+# A U-Net with the default width of a transformer would cost tens of times as much, so it has its own defaults.
 ARCHITECTURES = {
     "sit": Architecture("nfm.trainers.models.sit:SiT", ("width", "depth", "patch", "head_size"), _check_sit),
     "unet": Architecture("nfm.trainers.models.unet:UNet", ("width", "depth"), _check_unet, {"width": 32, "depth": 1}),
@@ -45,14 +45,14 @@ ARCHITECTURES = {
 
 
 def sizes_of(config: Any, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
-    """What is stored beside the weights; those without `arch` are of the first architecture."""
+    """The sizes to store beside the weights. Weights without `arch` are of the first architecture."""
     named = {} if config.arch == FIRST else {"arch": config.arch}
     own = {name: getattr(config, name) for name in ARCHITECTURES[config.arch].fields}
     return {**named, "image_shape": list(image_shape), "classes": classes, **own}
 
 
 def build(sizes: Mapping[str, Any]) -> Any:
-    """The network of these sizes, untrained. Raises StageError for an architecture that is not known here."""
+    """The untrained network of these sizes. Raises StageError for an unknown architecture."""
     own = dict(sizes)
     name = own.pop("arch", FIRST)
     if not isinstance(name, str) or name not in ARCHITECTURES:

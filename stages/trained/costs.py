@@ -54,15 +54,15 @@ class Counted(NamedTuple):
 
 
 def tokens_of(image_shape: Sequence[int], patch: int) -> tuple[int, int]:
-    """(tokens, features of a token) of images [C, H, W] in patches that tile them."""
+    """(tokens, features of a token) for images [C, H, W] in patches."""
     channels, height, width = image_shape
     return (height // patch) * (width // patch), channels * patch**2
 
 
 def teacher_flops(image_shape: Sequence[int], config: Any) -> float:
-    """FLOPs to encode one image: 12 width^2 weights a layer, attention, embedding and head.
+    """FLOPs to encode one image: 12 width^2 weights in each layer, attention, embedding and head.
 
-    By arithmetic: causal attention is half of what torch counts, since fused kernels skip what is masked.
+    Computed by formula: torch counts twice the work of causal attention, but fused kernels skip what is masked.
     """
     (tokens, features), width = tokens_of(image_shape, config.patch), config.channels
     weights = 12 * config.layers * width**2 + 3 * features * width

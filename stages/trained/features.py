@@ -1,6 +1,7 @@
-"""Features: a small classifier of the data set's own labels, whose features the evaluation measures distances in.
+"""Features: a small classifier of the data set's labels. The evaluation measures distances between its features.
 
-Data without labels is classified by how it was turned (Gidaris, Singh and Komodakis 2018, arXiv 1803.07728).
+For data without labels, it learns by how many quarters an image was turned (Gidaris, Singh and Komodakis 2018, arXiv
+1803.07728).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ TURNS = 4  # classes of data without labels
 
 
 class FeaturesConfig(TrainingSection):
-    """The `[features]` table; `images` is the number of training images seen in all."""
+    """The `[features]` table. `images` is the total number of training images seen."""
 
     images: int = Field(300_000, ge=1)
     learning_rate: float = Field(4e-3, gt=0)
@@ -60,7 +61,7 @@ class FeaturesConfig(TrainingSection):
 
 
 def fits(config: FeaturesConfig, facts: Mapping[str, Any]) -> None:
-    """Raises Unfit where the data, as far as `facts` tell of it, is not what the classifier takes."""
+    """Raises Unfit if the classifier cannot take the data, as far as `facts` describe it."""
 
     def sizes() -> None:
         if "image_shape" in facts:
@@ -150,7 +151,7 @@ def extract(network: FeatureNet, images: np.ndarray) -> np.ndarray:
 
 
 def classify(network: FeatureNet, found: np.ndarray) -> np.ndarray:
-    """The labels int64 [N] that the network gives to images with the features [N, F] that `extract` found."""
+    """The labels int64 [N] that the network gives to images with these features [N, F] of `extract`."""
     import torch
 
     with torch.inference_mode():
@@ -171,7 +172,10 @@ def _forward(network: FeatureNet, images: np.ndarray, what: str, batch_size: int
 
 
 def _turned(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Each image [C, H, W] turned by its number of quarters; where the sides differ, flipped in one of four ways."""
+    """Each image [C, H, W] turned by its number of quarters.
+
+    Non-square images are flipped in one of four ways instead.
+    """
     import torch
 
     out = torch.empty_like(images)

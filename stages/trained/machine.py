@@ -13,12 +13,12 @@ from typing import Any
 
 from nfm.stages.base import Unfit
 
-# Of torch's allocator on a CPU; of cuBLAS, and of CUDA itself below torch's allocator.
+# Messages of torch's CPU allocator, of cuBLAS, and of CUDA below torch's allocator.
 _WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on; nothing that tells where it stands."""
+    """A description of the machine, without anything that identifies it."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
 
 
 def pick_device(name: str) -> str:
-    """`auto` is CUDA where there is one. Raises Unfit for a device that is none, or is not here."""
+    """`auto` is CUDA if this machine has it. Raises Unfit for an invalid or missing device."""
     import torch
 
     if name == "auto":
@@ -49,7 +49,7 @@ def pick_device(name: str) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a device or on this machine."""
+    """Whether an allocation failed, on a device or in main memory."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -58,7 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: str) -> None:
-    """What a failed batch left goes back to the device."""
+    """Returns the memory of a failed batch to the device."""
     import torch
 
     gc.collect()

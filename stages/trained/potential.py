@@ -1,4 +1,7 @@
-"""The potential: one dual vector a class, by which semidiscrete transport gives every noise an image of its class."""
+"""The potential: one dual vector for each class.
+
+Semidiscrete transport uses it to assign an image of the class to a noise.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +33,15 @@ if TYPE_CHECKING:
 NAME = "potential"
 VERSION = 1
 VECTORS, FACTS = "potential.safetensors", "potential.json"
-CHECKPOINT = "checkpoint.safetensors"  # the class in hand
-FINISHED = "finished.safetensors"  # as CHECKPOINT is of the class in hand
+CHECKPOINT = "checkpoint.safetensors"  # the class in progress
+FINISHED = "finished.safetensors"  # the finished classes
 
 
 class PotentialConfig(Section):
-    """The `[potential]` table; `samples` is the budget of noises a class, `chi2` ends a class before it is spent.
+    """The `[potential]` table. `samples` is the number of noises for each class; `chi2` can end a class earlier.
 
-    With n noises, chi^2 of N images comes down to about (N - 1) / n at best: the budget of a large class is what
-    decides. `gamma` scales the steps, see `semidiscrete.fit`.
+    With n noises, the chi^2 of N images falls to about (N - 1) / n at best. So the budget decides for a large class.
+    `gamma` scales the steps, see `semidiscrete.fit`.
     """
 
     seed: int = Field(0, ge=0)
@@ -52,7 +55,10 @@ class PotentialConfig(Section):
 
 
 def run(config: PotentialConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Fit the classes one after another; each is kept when it is finished, and the one in hand goes on where it was."""
+    """Fits the classes one after another.
+
+    Each is saved when it is finished; an unfinished one continues from its checkpoint.
+    """
     from nfm.trainers.couplings.semidiscrete import Ascent
 
     train = ImageDataset.open(inputs["data"], "train")
@@ -85,9 +91,9 @@ def cost(config: PotentialConfig, facts: Mapping[str, Any], clock: Clock | None)
 
 
 def load_coupling(folder: Path, source: ImageDataset, device: str = "cpu") -> SemidiscreteOT:
-    """The coupling of a fitted potential; images are read from `source`, the split that it was fitted on, when needed.
+    """The coupling of a fitted potential. Images are read from `source`, the split that it was fitted on, when needed.
 
-    Raises StageError when the files are damaged or `source` is other data.
+    Raises StageError if the files are damaged or `source` is other data.
     """
     from nfm.trainers.checkpoint import CheckpointError, unpack
     from nfm.trainers.couplings.semidiscrete import SemidiscreteOT
@@ -108,13 +114,13 @@ def load_coupling(folder: Path, source: ImageDataset, device: str = "cpu") -> Se
 
 
 def rows_by_label(source: ImageDataset) -> dict[int, np.ndarray]:
-    """The rows of each class that has any, ascending; data without classes is the one class -1."""
+    """The rows of each class that has any, ascending. Data without classes is the single class -1."""
     labels = source.labels(np.arange(len(source)))
     return {int(label): np.flatnonzero(labels == label) for label in np.unique(labels)}
 
 
 def class_targets(source: ImageDataset, rows: np.ndarray, device: str) -> Targets:
-    """These rows' images as targets, read from the data set's shards block by block."""
+    """The images of these rows as targets, read from the shards of the data set block by block."""
     import torch
 
     from nfm.trainers.couplings.semidiscrete_targets import Targets
@@ -135,7 +141,7 @@ def _fit(
     device: str,
     report: Reporter,
 ) -> None:
-    """Fit one class from where it was, and keep it. Raises Stopped after saving."""
+    """Fits one class from its saved state and saves it. Raises Stopped after saving."""
     from nfm.trainers.couplings.semidiscrete import fit
 
     place = list(rows).index(label)
@@ -169,7 +175,9 @@ def _fit(
 
 
 class _Work:
-    """What is done so far: the finished classes in one file, the state of the one in hand in another, saved oftener."""
+    """What is done so far: finished classes in one file, the state of the current class in another, which is saved more
+    often.
+    """
 
     def __init__(self, out: Path, report: Reporter, rows: Mapping[int, np.ndarray]) -> None:
         self._folder, self._report, self._rows = out, report, rows
@@ -179,11 +187,11 @@ class _Work:
         self._load()
 
     def begun(self, label: int) -> State | None:
-        """The state from which this class goes on, if it was in hand."""
+        """The saved state of this class, if it is the current one."""
         return self._begun[1] if self._begun is not None and self._begun[0] == label else None
 
     def finish(self, label: int, fitted: Fitted) -> None:
-        """Keep a class's potential and what is known of it."""
+        """Saves the potential of a class and its figures."""
         self.finished[label] = fitted.potential
         self.facts[label] = {
             "rows": len(fitted.potential),
@@ -197,7 +205,7 @@ class _Work:
         self._write(FINISHED, {str(label): vector for label, vector in self.finished.items()}, {"facts": facts})
 
     def save(self, begun: tuple[int, State]) -> None:
-        """Replace the checkpoint of the class in hand."""
+        """Replaces the checkpoint of the current class."""
         label, state = begun
         tensors = {"potential": state.potential, "average": state.average}
         self._write(CHECKPOINT, tensors, {"label": label, **state.figures()})
@@ -230,7 +238,7 @@ class _Work:
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, Any]]]:
-        """The tensors and facts of a file, none where there is no file. Raises StageError for one that is no such."""
+        """The tensors and facts of a file; none if there is no file. Raises StageError if the file is invalid."""
         from nfm.trainers.checkpoint import CheckpointError, unpack
 
         path = self._folder / name
@@ -252,7 +260,7 @@ def _publish(work: _Work, train: ImageDataset, config: PotentialConfig, out: Pat
     from nfm.trainers.checkpoint import pack
 
     (out / CHECKPOINT).unlink(missing_ok=True)
-    # In one order of keys, whether a class was finished in this run or read from the checkpoint.
+    # In a fixed order of keys, whether a class was finished in this run or read from the checkpoint.
     facts = {str(label): dict(sorted(work.facts[label].items())) for label in sorted(work.facts)}
     body = {"data": train.content_digest, "split": train.split, "classes": facts}
     atomic.write_bytes(out / VECTORS, pack({str(label): work.finished[label] for label in sorted(work.finished)}, {}))

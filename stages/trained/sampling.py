@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4"]
 GridName = Literal["square", "uniform"]
 SOLVERS, GRIDS = get_args(SolverName), get_args(GridName)
-REFERENCE = "dopri5"  # whose own error control decides its evaluations
-TOLERANCE = 1e-5  # of the reference, relative and absolute
+REFERENCE = "dopri5"  # its error control decides the number of evaluations
+TOLERANCE = 1e-5  # of the reference solver, relative and absolute
 
 # noise [B, C, H, W] and labels [B] -> images [B, C, H, W] in [-1, 1]
 Decode = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
 class Sampler(NamedTuple):
-    """A way to make images, with what stands beside every figure of it; `name` serves as a file's too.
+    """A way to make images, with the facts shown beside its figures. `name` is also used in file names.
 
-    Of the reference solver `nfe` is 0 and `taken` is a list to which every batch adds the evaluations that it took.
+    For the reference solver `nfe` is 0, and every batch appends its number of evaluations to the list `taken`.
     """
 
     name: str
@@ -64,10 +64,10 @@ def student_sampler(
     grid: str = "square",
     guidance: float = 0.0,
 ) -> Sampler:
-    """The student at `nfe` evaluations of its velocity, each with and without labels where there is guidance.
+    """The student with `nfe` evaluations of its velocity. With guidance, each is done with and without labels.
 
-    Its row is named after the variant of its manifest. Raises ValueError for an NFE that the solver cannot have,
-    StageError for guidance of a student that cannot be without labels.
+    Its row is named after the variant in its manifest. Raises ValueError for an NFE that the solver cannot have,
+    StageError for guidance of a student that cannot run without labels.
     """
     from nfm.trainers import solvers
 
@@ -83,9 +83,9 @@ def student_sampler(
 
 
 def reference_sampler(folder: Path, device: str, precision: Precision, guidance: float = 0.0) -> Sampler:
-    """The student's own limit: adaptive dopri5 to a tolerance of 1e-5, which takes the evaluations that it needs.
+    """The limit of the student itself: adaptive dopri5 with a tolerance of 1e-5 and as many evaluations as it needs.
 
-    Raises StageError for guidance of a student that cannot be without labels, or where torchdiffeq is missing.
+    Raises StageError for guidance of a student that cannot run without labels, or if torchdiffeq is missing.
     """
     from nfm.trainers import solvers
 
@@ -98,7 +98,7 @@ def reference_sampler(folder: Path, device: str, precision: Precision, guidance:
         try:
             with precision_context(noise.device.type, precision):
                 images, nfe = solvers.dopri5(velocity(model, labels, guidance), noise, TOLERANCE, TOLERANCE)
-        except AssertionError as error:  # torchdiffeq's own: no step is small enough
+        except AssertionError as error:  # raised by torchdiffeq if no step is small enough
             raise StageError(
                 f"row {name}: {REFERENCE} cannot reach its tolerance of {TOLERANCE} ({error}); "
                 'use evaluate.precision = "float32", or leave evaluate.reference out'
@@ -110,15 +110,15 @@ def reference_sampler(folder: Path, device: str, precision: Precision, guidance:
 
 
 def find_reference_solver() -> None:
-    """Raise StageError with the remedy where torchdiffeq is missing."""
+    """Raises StageError with the remedy if torchdiffeq is missing."""
     if importlib.util.find_spec("torchdiffeq") is None:
         raise Unfit("evaluate.reference = true needs torchdiffeq, which is not installed: pip install torchdiffeq")
 
 
 def teacher_sampler(folder: Path, guidance: float, score: bool, device: str, precision: Precision) -> Sampler:
-    """The teacher's inverse, with its score step (one evaluation more and a gradient) or without.
+    """The inverse of the teacher, with or without its score step (one more evaluation and a gradient).
 
-    Its NFE counts passes through the whole flow: one for the inverse, whose tokens come one after another.
+    Its NFE counts passes through the whole flow: one for the inverse, which computes its tokens one after another.
     """
     from nfm.trainers.models.tarflow import denoise
 
@@ -136,10 +136,10 @@ def teacher_sampler(folder: Path, guidance: float, score: bool, device: str, pre
 
 
 def velocity(model: Any, labels: torch.Tensor, guidance: float = 0.0) -> Callable[[torch.Tensor, Any], torch.Tensor]:
-    """The student as the solvers want it: velocity(x, t) for these labels, in float32.
+    """The student in the form that solvers need: velocity(x, t) for these labels, in float32.
 
-    With guidance g it is v + g (v - v without labels), the two taken in one pass (Ho & Salimans 2022,
-    arXiv 2207.12598, whose guided model is the same combination).
+    With guidance g it is v + g (v - v without labels), both computed in one pass (Ho & Salimans 2022, arXiv 2207.12598,
+    with the same combination).
     """
     import torch
 
@@ -177,7 +177,7 @@ def evaluations_per_second(
 
 
 def _student(folder: Path, device: str, guidance: float) -> tuple[nn.Module, str]:
-    """A finished student that can be sampled with this guidance, and what its rows are named after."""
+    """A finished student that can be sampled with this guidance, and the name of its rows."""
     model = student.load(folder, device)
     if guidance:
         _can_be_guided(folder)
@@ -185,7 +185,7 @@ def _student(folder: Path, device: str, guidance: float) -> tuple[nn.Module, str
 
 
 def variant_of(folder: Path) -> str:
-    """What a finished student was trained on: its variant, or the coupling of one made before there were variants."""
+    """What a finished student was trained on: its variant, or its coupling if it is older than variants."""
     metrics = atomic.read_json(folder / "manifest.json")["metrics"]
     return metrics.get("variant") or metrics["coupling"]
 
@@ -209,7 +209,7 @@ def _can_be_guided(folder: Path) -> None:
 def draw(
     decode: Decode, source: ImageDataset, count: int, seed: int, batch_size: int, device: str
 ) -> Iterator[np.ndarray]:
-    """Batches of `count` images: the i-th has noise (seed, i) and the label of training row i, for every sampler."""
+    """Batches of `count` images. For every sampler, image i has noise (seed, i) and the label of training row i."""
     import torch
 
     for start in range(0, count, batch_size):
@@ -220,7 +220,7 @@ def draw(
 
 
 def initial(source: ImageDataset, slots: np.ndarray, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Initial noises [B, C, H, W] and labels [B] of samples number `slots`."""
+    """Initial noises [B, C, H, W] and labels [B] of the samples with the numbers `slots`."""
     import torch
 
     shape = source.image_shape
@@ -240,9 +240,9 @@ def sample_grid(
     grid: str = "square",
     guidance: float = 0.0,
 ) -> None:
-    """Draw `count` images of a finished student or teacher, classes in turn, as one picture that says which is which.
+    """Draws `count` images of a finished student or teacher, class by class, as one picture with titles.
 
-    Its format is that of the path's ending.
+    The format is that of the path's ending.
     """
     import torch
 
@@ -266,5 +266,5 @@ def sample_grid(
 
 
 def image_dtype_of(folder: Path) -> str:
-    """The dtype of the images that a finished teacher or student learned from: floats are latents."""
+    """The dtype of the images that a finished teacher or student was trained on. Floats mean latents."""
     return atomic.read_json(folder / "manifest.json")["metrics"].get("image_dtype", "uint8")

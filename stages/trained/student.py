@@ -1,7 +1,7 @@
-"""The student: a network that learns the velocity between the images and the noises of a pair store.
+"""The student: a network that learns the velocity between the images and noises of a pair store.
 
-It reads pair stores and nothing else; that a teacher made the pairs is a line in a store's manifest. What the reader
-does to the pairs (softening, a mixture of stores, the permuted control) makes the variant that it is a student of.
+It reads only pair stores. Whether a teacher made the pairs is just an entry in a store's manifest. The reader may
+soften the pairs, mix stores, or permute noises as a control; this makes the variant of the student.
 """
 
 from __future__ import annotations
@@ -50,12 +50,15 @@ VERSION = 1
 
 
 class StudentConfig(TrainingSection):
-    """The `[student]` table; `pairs` is the number of pairs seen in all.
+    """The `[student]` table. `pairs` is the total number of pairs seen.
 
-    Of arch "sit", `width` is the tokens' and `depth` the blocks; of "unet", the channels at full resolution (32 where
-    nothing is said) and the residual blocks a level (1), and `patch` and `head_size` are not used. `soften`, `mixture`
-    (coupling -> share of the pairs, read from `pairs:<coupling>`) and `permuted` (each image gets the noise of the next
-    pair of its batch: the control that keeps the noises and forgets the coupling) change what the reader yields.
+    With arch "sit", `width` is that of the tokens and `depth` the number of blocks. With "unet", `width` is the number
+    of channels at full resolution (default 32) and `depth` the residual blocks at each level (default 1); `patch` and
+    `head_size` are not used.
+
+    Three fields change what the reader yields. `soften` mixes new noise in. `mixture` gives other couplings their share
+    of the pairs, read from `pairs:<coupling>`. `permuted` gives each image the noise of the next pair in its batch: a
+    control that keeps the noises but not the coupling.
     """
 
     pairs: int = Field(240_000, ge=1)
@@ -72,7 +75,7 @@ class StudentConfig(TrainingSection):
     @model_validator(mode="before")
     @classmethod
     def _sizes_of_the_arch(cls, values: Any) -> Any:
-        """What nobody states is as the architecture has it."""
+        """Sets fields that the config leaves out to the defaults of the architecture."""
         known = ARCHITECTURES.get(str(values.get("arch"))) if isinstance(values, dict) else None
         return {**known.defaults, **values} if known else values
 
@@ -85,12 +88,12 @@ class StudentConfig(TrainingSection):
 
 
 def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
-    """Raises Unfit where sizes do not fit each other or the data, as far as `facts` tell of it."""
+    """Raises Unfit if sizes do not fit each other or the data, as far as `facts` describe it."""
 
     def sizes() -> None:
         ARCHITECTURES[config.arch].check(config, facts.get("image_shape"))
 
-    # What a mixture has an epoch is its reader's to say.
+    # The reader of a mixture knows how many pairs an epoch has.
     known = {key: value for key, value in facts.items() if key != "images"} if config.mixture else facts
     check_section(NAME, config, known, sizes)
 
@@ -190,7 +193,7 @@ def _loss(config: StudentConfig) -> Loss:
 
 
 def load(folder: Path, device: str = "cpu") -> nn.Module:
-    """The trained student, of whatever architecture, in evaluation mode."""
+    """The trained student of any architecture, in evaluation mode."""
     state, architecture = read_weights(folder)
     model = build(architecture)
     model.load_state_dict(state)
@@ -199,7 +202,7 @@ def load(folder: Path, device: str = "cpu") -> nn.Module:
 
 
 def _mixed(store: PairStore, config: StudentConfig, inputs: Inputs) -> PairStore | Mixture:
-    """The store, or the mixture of it with those of `pairs:<coupling>`, which have their shares of the pairs."""
+    """The store, or its mixture with the stores `pairs:<coupling>`, which have their shares of the pairs."""
     if not config.mixture:
         return store
     members = [(store, 1 - sum(config.mixture.values()))]

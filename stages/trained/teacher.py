@@ -1,4 +1,4 @@
-"""The teacher: a TarFlow trained by maximum likelihood on x + eta eps', its sigma_f, and what it samples."""
+"""The teacher: a TarFlow trained by maximum likelihood on x + eta eps', its sigma_f, and its samples."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ FACTS, SAMPLES = "teacher.json", "samples.png"
 
 
 class TeacherConfig(TrainingSection):
-    """The `[teacher]` table; `images` is the number of training images seen in all, flips and noise drawn anew."""
+    """The `[teacher]` table.
+
+    `images` is the total number of training images seen, each with a new flip and new noise.
+    """
 
     images: int = Field(360_000, ge=1)
     patch: int = Field(4, ge=1)
@@ -64,7 +67,7 @@ class TeacherConfig(TrainingSection):
 
 
 def fits(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
-    """Raises Unfit where sizes do not fit each other or the data, as far as `facts` tell of it."""
+    """Raises Unfit if sizes do not fit each other or the data, as far as `facts` describe it."""
 
     def sizes() -> None:
         check_channels(config.channels, config.head_size)
@@ -192,9 +195,9 @@ def _weights(folder: Path, device: str) -> tuple[TarFlow, dict[str, Any]]:
 def likelihood(
     model: TarFlow, split: ImageDataset, rows: range, config: TeacherConfig, batch_size: int = 256
 ) -> tuple[float, float]:
-    """(E[f^2] per dimension, bits per dimension) on these rows with record-keyed noise, labels given.
+    """(E[f^2] per dimension, bits per dimension) on these rows, with labels and with noise that depends on the record.
 
-    Bits of latents are of their density, not of 8-bit steps: they may be negative.
+    The bits of latents are of their density, not of 8-bit steps, so they may be negative.
     """
     import torch
 
@@ -215,7 +218,7 @@ def likelihood(
 def encode_rows(
     model: TarFlow, split: ImageDataset, rows: np.ndarray, eta: float, seed: int, purpose: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """f(x + eta eps) of these rows with their labels, and the log-determinants; eps is a function of (seed, row)."""
+    """f(x + eta eps) of these rows with their labels, and the log-determinants. eps is a function of (seed, row)."""
     import torch
 
     device = next(model.parameters()).device
@@ -226,7 +229,7 @@ def encode_rows(
 
 
 def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, path: Path, image_dtype: str) -> None:
-    """A grid of 64 samples, a class after another."""
+    """A grid of 64 samples, class after class."""
     import torch
 
     from nfm.stages.display.pictures import save_grid

@@ -179,7 +179,7 @@ class DatasetWriter:
 
 
 class ImageDataset:
-    """One split of a dataset of images, open for reading. Rows 0 to n - 1 are in the order in which they were read in."""
+    """One split of a dataset of images, open for reading. Rows 0 to n - 1 are in the order in which they were read."""
 
     generation = None
     draws = 1
@@ -217,8 +217,9 @@ class ImageDataset:
     @classmethod
     @checked()
     def open(cls, root: str | Path, split: str = "train") -> ImageDataset:
-        """Opens a split. Raises StorageError if there is no such dataset or split, NewerSchema if a newer version wrote
-        it.
+        """Opens a split.
+
+        Raises StorageError if there is no such dataset or split, NewerSchema if a newer version wrote it.
         """
         root = local_path(root)
         body = read_record(root)

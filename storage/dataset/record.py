@@ -26,7 +26,7 @@ def read_record(root: Path) -> dict[str, Any]:
 
 
 def check_record(path: Path, body: dict[str, Any]) -> dict[str, Any]:
-    """Checks what `path` holds or will hold. Reader and writer use the same rule, so every written file can be opened."""
+    """Checks what `path` holds or will hold. Reader and writer share the rule, so every written file can be opened."""
     check_format(path, body)
     needed = {"name", "image_shape", "value_range", "classes", "rows_per_block", "splits"}
     if lacking := needed - set(body):

@@ -27,9 +27,7 @@ _MOST = 2**63 - 1
 
 
 class WrongArgument(StorageError, WrongUse, ValueError):  # noqa: N818 - as the other errors, it says what is wrong
-    """An argument with a value that is not allowed: its `name`, what is wrong, and what a Python caller may pass as
-    well.
-    """
+    """An argument with a value that is not allowed: its `name`, what is wrong, and what else Python may pass."""
 
     def __init__(self, name: str, said: str, otherwise: str = "") -> None:
         super().__init__(name, said, otherwise)

@@ -1,8 +1,8 @@
-"""Copies of remote shards on this machine: hash-checked on arrival, named by their content, bounded in size.
+"""Local copies of remote shards: checked by hash on arrival, named by their content, limited in size.
 
-By default every process has a folder of its own, which goes when it ends; readers share nothing. A folder that is
-given explicitly is kept, and any number of processes may use it: a file appears whole, by a rename, under its SHA-256,
-so that two that fetch the same shard write the same file.
+By default every process has its own folder, which is removed when the process ends. A folder that is given explicitly
+is kept, and any number of processes may use it. A file appears complete, by a rename, under its SHA-256; so two
+processes that fetch the same shard write the same file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _EVICTED_MOST = 20  # times that other processes may evict a file between its ar
 
 
 class Wanted(NamedTuple):
-    """A file to have here: where it is, its SHA-256 (hex) and its size in bytes."""
+    """A file to fetch: its place, its SHA-256 (hex) and its size in bytes."""
 
     path: Path
     sha256: str
@@ -42,14 +42,15 @@ class Wanted(NamedTuple):
 
 
 class ShardCache:
-    """Fetches files to a folder and keeps the ones used last, up to `max_bytes`.
+    """Fetches files into a folder and keeps the most recently used ones, up to `max_bytes`.
 
-    `folder`: by default one for this process alone, under `$NFM_CACHE` or the user's cache folder. It is removed when
-    the process ends (after a kill, by the next process that makes one). `max_bytes`: by default `$NFM_CACHE_BYTES`, or
-    half of what the disk could give it.
+    `folder`: by default a folder for this process alone, under `$NFM_CACHE` or the user's cache folder. It is removed
+    when the process ends; after a kill, the next process that makes one removes it. `max_bytes`: by default
+    `$NFM_CACHE_BYTES`, or half of what is free on the disk plus what the cache holds.
 
-    A file that is evicted loses its name. Whoever has it mapped goes on reading it, and its room is free when the last
-    map is gone. Threads may share a cache, and then fetch a file once; after a fork the child begins with a new one.
+    Eviction removes the name of a file. A process that has the file mapped can go on reading it; the disk space is free
+    when the last map is closed. Threads may share a cache and then fetch each file once. After a fork the child starts
+    with a new cache.
     """
 
     @checked()
@@ -64,7 +65,7 @@ class ShardCache:
         self._lock = threading.Lock()
         self._arrived = threading.Condition()
         self._fetching: dict[str, threading.Lock] = {}
-        self._kept: dict[str, int] = {}  # bytes of what is being fetched or opened, which this process does not evict
+        self._kept: dict[str, int] = {}  # bytes of files being fetched or opened, which this process does not evict
         self._keepers: Counter[str] = Counter()
         self.evictions = 0  # files that this process has evicted so far
 
@@ -73,7 +74,7 @@ class ShardCache:
 
     @property
     def folder(self) -> Path:
-        """Where the files are."""
+        """The folder that holds the files."""
         with self._lock:
             if self._folder is None:
                 try:
@@ -84,37 +85,40 @@ class ShardCache:
 
     @property
     def max_bytes(self) -> int:
-        """The bound as of now."""
+        """The current limit in bytes."""
         if self._max_bytes is not None:
             return self._max_bytes
-        # As others fill the disk this shrinks, so that n such caches end with n / (n + 1) of it.
+        # The limit falls when others fill the disk: n such caches together end at n / (n + 1) of it.
         return (shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._files())) // 2
 
     @checked(sha256=text, bytes=whole())
     def local(self, path: Path, sha256: str, bytes: int) -> Path:
-        """The file as a local one: itself, or its copy here, fetched if need be. To read it, use `opened`.
+        """A local path of the file: itself, or its copy, fetched if needed. To read the file, use `opened`.
 
-        Raises MissingShard, CorruptShard (what arrives is not what was committed, three times) and StorageError (the
-        object store fails; the disk is full; the file is larger than the bound).
+        Raises MissingShard; CorruptShard (three downloads differ from what was committed); StorageError (the object
+        store fails, the disk is full, or the file is larger than the limit).
         """
         return self.together([Wanted(path, sha256, bytes)])[0]
 
     @checked(files=checked_later)
     def together(self, files: Sequence[Wanted]) -> list[Path]:
-        """The same for files that are needed at once: none of them is evicted for another. As `local`."""
+        """Like `local`, for files that are needed together: none of them is evicted for another."""
         with self._keeping(files):
             return [self._have(file) for file in files]
 
     @checked(sha256=text)
     def holds(self, sha256: str) -> bool:
-        """Whether a file is here now. Who keeps files mapped lets go of the others when `evictions` has grown."""
+        """Whether a file is in the cache now.
+
+        Readers ask this when `evictions` has grown, and close maps of evicted files.
+        """
         return (self.folder / sha256).exists()
 
     @checked(files=checked_later, opener=function)
     def opened(self, files: Sequence[Wanted], opener: Callable[[list[Path]], T]) -> T:
-        """`opener` of the local files, which stay until it has opened or mapped them; it does nothing else.
+        """Calls `opener` with the local files, which are not evicted until it returns. It should only open or map them.
 
-        Another process that shares the folder may evict one all the same, which is then fetched again. As `local`.
+        Another process that shares the folder may still evict one; it is then fetched again. Raises as `local` does.
         """
         if not any(is_remote(file.path) for file in files):
             return opener([file.path for file in files])
@@ -133,9 +137,10 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _keeping(self, files: Sequence[Wanted]) -> Iterator[None]:
-        """Files that are not evicted meanwhile, and have room: all of them or none, so that no two wait for each other.
+        """Protects files from eviction and reserves room for them.
 
-        Waits until what other threads keep leaves that room.
+        All of them are protected at once, or none: so two threads never wait for each other. Waits until the files that
+        other threads protect leave enough room.
         """
         mine = {_name(file): file.bytes for file in files if is_remote(file.path)}
         if not mine:
@@ -159,7 +164,7 @@ class ShardCache:
     def _fits(self, mine: Mapping[str, int], path: Path) -> bool:
         total, bound = sum(mine.values()), self.max_bytes
         if total > bound:
-            if all(map(self.holds, mine)):  # nothing is to be fetched
+            if all(map(self.holds, mine)):  # nothing has to be fetched
                 return True
             raise StorageError(
                 f"{path}: needs {total} bytes of cache, {self.folder} is bounded to {bound}; raise NFM_CACHE_BYTES, or "
@@ -192,8 +197,8 @@ class ShardCache:
         raise CorruptShard(f"{file.path}: {problem}, {_TRIES} times; run `nfm pairs verify` on its store")
 
     def _make_room(self) -> None:
-        """Evicts what was used longest ago, until there is room for all that is kept, here already or not."""
-        own = f"{TEMPORARY}{os.getpid()}-"  # what this process is fetching is counted in full, so not as it stands
+        """Evicts the least recently used files until there is room for all protected ones, present or not."""
+        own = f"{TEMPORARY}{os.getpid()}-"  # downloads of this process are already counted at their full size
         others = [found for found in self._files() if not found[0].startswith(own) and found[0] not in self._kept]
         excess = sum(size for _, size, _ in others) + sum(self._kept.values()) - self.max_bytes
         for name, size, _ in sorted(others, key=lambda found: found[2]):
@@ -205,7 +210,7 @@ class ShardCache:
                 excess -= size
 
     def _files(self) -> list[tuple[str, int, int]]:
-        """(name, bytes, time of last use in ns) of what is here."""
+        """(name, bytes, time of last use in ns) of each file in the cache."""
         found = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -216,13 +221,13 @@ class ShardCache:
 
 
 def _name(file: Wanted) -> str:
-    if not re.fullmatch("[0-9a-f]{64}", file.sha256):  # it becomes the name of a file
+    if not re.fullmatch("[0-9a-f]{64}", file.sha256):  # it becomes a file name
         raise CorruptShard(f"{file.path}: {file.sha256!r} is no SHA-256; run `nfm pairs verify` on its store")
     return file.sha256
 
 
 def default_cache() -> ShardCache:
-    """The cache of this process, made when it is first asked for."""
+    """The default cache of this process, made at the first call."""
     global _default
     with _default_lock:
         if _default is None:
@@ -236,7 +241,7 @@ _default_lock = threading.Lock()
 
 
 def _after_fork() -> None:
-    """A child has no threads, so its caches begin with free locks, in folders of its own."""
+    """A child process has no threads, so its caches start with free locks and new folders."""
     global _default_lock
     _default_lock = threading.Lock()
     for cache in _caches:
@@ -247,7 +252,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _used(target: Path, size: int) -> bool:
-    """Whether a file is here, whole; it is then the one used last."""
+    """Whether the complete file is here. If so, it becomes the most recently used."""
     try:
         if target.stat().st_size != size:
             return False
@@ -259,7 +264,7 @@ def _used(target: Path, size: int) -> bool:
 
 
 def _arrive(file: Wanted, target: Path) -> str | None:
-    """Downloads a file to its name; what is wrong with what arrived, None when it is right."""
+    """Downloads a file. Returns what is wrong with the download, or None if it is right."""
     temporary = target.parent / temporary_name(file.sha256)
     sha, size = hashlib.sha256(), 0
     try:

@@ -1,4 +1,4 @@
-"""Folders for local copies of remote files: one for each process, removed when it ends; or a given one, which is kept."""
+"""Folders for local copies of remote files: one for each process, removed when it ends, or a given one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def own_folder() -> Path:
     _held.append(handle)
     folder = lock.with_suffix("")
     folder.mkdir()
-    # unlike atexit, this also runs in multiprocessing's children
+    # Unlike atexit, this also runs in multiprocessing's children.
     Finalize(None, _remove, (folder, lock), exitpriority=0)
     return folder
 
@@ -72,7 +72,7 @@ def _remove_if_dead(lock: Path) -> None:
     with contextlib.suppress(OSError):
         handle = os.open(lock, os.O_RDWR)
         try:
-            # the kernel releases it when its process ends, in any way
+            # The kernel releases it when its process ends, in any way.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove(lock.with_suffix(""), lock)
         finally:

@@ -79,8 +79,9 @@ class HashingFile:
         return StoredFile(str(self.path), self.sha256, self.bytes)
 
     def write(self, data: bytes | memoryview) -> int:
-        """Appends all of `data` (any contiguous buffer). Returns its size in bytes. The caller may then reuse the
-        buffer.
+        """Appends all of `data` (any contiguous buffer).
+
+        Returns its size in bytes. The caller may then reuse the buffer.
         """
         view = memoryview(data).cast("B")
         hashed = self._hash(view)

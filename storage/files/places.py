@@ -17,7 +17,7 @@ _SCHEMED = re.compile(
 )
 _FINGERPRINT = re.compile(r"(?:pairs/)?([0-9a-f]{4,64})")  # or its beginning
 _FILES, _BUCKETS = ("file", "local"), ("s3", "s3a", "gs", "gcs")
-# no local file name begins with one of these by accident
+# No local file name begins with one of these by accident.
 _SCHEMES = ("file", *_BUCKETS, "memory", "az", "abfs", "http", "https")
 SECRETS = (
     "a URL with a key, a password or a token, which would be written to manifests and logs; leave it out of the URL: "

@@ -1,4 +1,4 @@
-"""Codecs of the noise: floats as they are, or whole numbers of steps, with what exceeds their range clipped."""
+"""Codecs of the noise: floats, or whole numbers of steps with values beyond their range clipped."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from nfm.storage.errors import StorageError
 
 @dataclass(frozen=True)
 class Codec:
-    """The dtype of the stored noise; `step` is the default step of those that store whole numbers of steps."""
+    """How the noise is stored: its dtype, and for integer types the default `step`."""
 
     dtype: str
     step: float | None = None
 
     @property
     def limit(self) -> int:
-        """The largest number of steps, of either sign: the lowest integer is left out, for symmetry."""
+        """The largest number of steps, positive or negative. The lowest integer is not used, for symmetry."""
         return int(np.iinfo(self.dtype).max)
 
 
 CODECS = {
-    "float16": Codec("float16"),  # error 10 times below the 8-bit image's own rounding
+    "float16": Codec("float16"),  # its error is 10 times below the rounding of an 8-bit image
     "float32": Codec("float32"),
     "int8": Codec("int8", 1 / 20),  # +-6.35
 }
 
 
 def pack(noise: npt.NDArray[Any], codec: str, step: float | None = None) -> tuple[npt.NDArray[Any], int]:
-    """(the noise as stored, same shape; how many values were clipped to the codec's range).
+    """(the noise as stored, same shape; the number of values clipped to the codec's range).
 
-    `step` defaults to the codec's. What a float codec cannot hold becomes infinite; a codec of steps raises
+    `step` defaults to the codec's. A float codec stores values beyond its range as infinity. An integer codec raises
     StorageError for noise that is not finite.
     """
     kind = CODECS[codec]
@@ -54,7 +54,7 @@ def pack(noise: npt.NDArray[Any], codec: str, step: float | None = None) -> tupl
 
 
 def unpack(stored: npt.NDArray[Any], step: float | None) -> npt.NDArray[np.float32]:
-    """float32 of the same shape: floats keep their values, steps become `step` times their number."""
+    """float32 of the same shape: floats keep their values, integers are multiplied by `step`."""
     values = np.asarray(stored).astype(np.float32)
     if step is not None:
         np.multiply(values, np.float32(step), out=values)

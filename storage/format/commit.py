@@ -1,4 +1,4 @@
-"""What a commit says, and how it is read: nothing in it is believed before it was checked."""
+"""The contents of a commit, and how they are checked when a commit is read."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _PAYLOAD = re.compile(rf"shards/(d\d{{3}}-s\d{{5}})\.({ATTEMPT})(\.tar)?", re.AS
 class Commit:
     """The record that makes a shard exist. `payload` and `index` are paths relative to the store.
 
-    In layout zarr the payload is a folder, and `parts` has its files: field, sha256, bytes. `payload_sha256` is
-    then the content digest of the parts.
+    In layout zarr the payload is a folder, and `parts` lists its files: field, sha256, bytes. Then `payload_sha256` is
+    the content digest of the parts.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Commit:
     records: int
     keys_digest: str
     moments: Moments
-    clipped: int = 0  # values of the noise beyond the codec's range
+    clipped: int = 0  # noise values beyond the codec's range
     parts: tuple[Mapping[str, Any], ...] = ()
     precision: str = "float32"
     batch_size: int | None = None
@@ -47,7 +47,7 @@ class Commit:
     seconds: float = 0.0
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     device: str = "cpu"
-    noise_error: float | None = None  # RMS of the noise against a float64 reference, where it was measured
+    noise_error: float | None = None  # RMS error of the noise against a float64 reference, if it was measured
 
 
 _KNOWN = frozenset(field.name for field in dataclasses.fields(Commit))
@@ -55,9 +55,9 @@ _NEEDED = tuple(field.name for field in dataclasses.fields(Commit) if field.defa
 
 
 def check_files(where: str, body: Mapping[str, Any], name: str, prefix: str) -> tuple[Mapping[str, Any], ...]:
-    """Checks what a commit (prefix `payload_`) or a manifest says of a shard's files; returns the parts.
+    """Checks what a commit (prefix `payload_`) or a manifest says about the files of a shard. Returns the parts.
 
-    Paths must be those that an attempt writes: nothing that is read here leads out of the store.
+    Only paths that an attempt can write are allowed, so no path leads out of the store.
     """
     payload = untrusted.text(f"{where}: payload", body["payload"], most=200)
     match = _PAYLOAD.fullmatch(payload)
@@ -82,7 +82,7 @@ def check_files(where: str, body: Mapping[str, Any], name: str, prefix: str) -> 
 
 
 def parse(path: Path, name: str, body: Mapping[str, Any]) -> Commit:
-    """The commit of the shard `name` from what `path` holds. Raises StorageError or NewerSchema."""
+    """The commit of the shard `name`, from the contents of `path`. Raises StorageError or NewerSchema."""
     check_format(path, body)
     where = str(path)
     again = "set it aside and run the pairs stage again"

@@ -1,8 +1,7 @@
-"""Stored numbers to float32, once: uint8 images to the value range they stand for, float16 exactly, int8 by its
-step.
+"""Converts stored numbers to float32: uint8 images to their value range, float16 exactly, int8 by its step.
 
-Each conversion takes a few passes of numpy over the numbers. Made over a few ten thousand at a time, all but the first
-read and the last write stay in a core's own cache, and one thread comes near the memory's speed.
+Each conversion takes a few passes of numpy. The numbers are converted in chunks that stay in a core's cache, so that
+one thread comes near the speed of memory.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_CHUNK = 65536  # numbers: 256 KiB of float32 and what it is made from fit the second cache of any recent core
-_TORCH_CHUNK = 32704  # numbers: below torch's grain of 32768 it stays on the calling thread
-_FLOAT16_INFINITY = 0x7C00  # bits from here on are no finite number
+_CHUNK = 65536  # numbers: 256 KiB of float32 and their source fit into the second-level cache of recent cores
+_TORCH_CHUNK = 32704  # numbers: below torch's grain size of 32768, so it stays on the calling thread
+_FLOAT16_INFINITY = 0x7C00  # from these bits on, a number is not finite
 _SIGN_EXPONENT_MANTISSA = np.int32(-0x70002000)  # 0x8FFFE000
 _FLOAT16_BIAS = np.float32(2.0**112)
 
@@ -24,7 +23,7 @@ Floats = npt.NDArray[np.float32]
 
 
 def scale_of(value_range: tuple[float, float]) -> tuple[float, float]:
-    """(a, b) such that a * v + b, in float32, takes the uint8 values v = 0..255 to the value range."""
+    """(a, b) such that a * v + b, in float32, maps the uint8 values v = 0..255 to the value range."""
     low, high = value_range
     return (high - low) / 255.0, low
 
@@ -37,12 +36,11 @@ def to_float32(
     *,
     torch: bool = False,
 ) -> Floats:
-    """float32 of the same shape, in `out` if given, which must not overlap `stored`.
+    """float32 of the same shape, in `out` if given. `out` must not overlap `stored`.
 
-    uint8 goes to `value_range`; int8 and int16 are multiplied by `step` where there is one; all others keep their
-    values, float16 bit for bit. With `torch=True` torch widens float16, twice as fast and to the same bits (its
-    kernels use the processor's instruction; a signalling NaN becomes a quiet one): for readers whose consumer has
-    torch anyway.
+    uint8 is mapped to `value_range`. int8 and int16 are multiplied by `step` if there is one. All others keep their
+    values, float16 bit for bit. With `torch=True` torch converts float16, twice as fast and to the same bits, except
+    that a signalling NaN becomes a quiet one. Use it if the consumer needs torch anyway.
     """
     if out is None:
         out = np.empty(stored.shape, np.float32)
@@ -78,10 +76,10 @@ def _from_steps(stored: Array, out: Floats, step: float) -> None:
 
 
 def _from_float16(stored: Array, out: Floats) -> None:
-    """Float16 to float32 without rounding, twice as fast as numpy's own where all is finite.
+    """Float16 to float32 without rounding, twice as fast as numpy for finite values.
 
-    The bits are moved to float32's places, sign included, and the product with 2^112 mends the exponent's offset
-    (127 - 15), subnormals too. Infinities and NaNs have no place in this; a chunk that holds one is numpy's.
+    The bits are moved to their places in float32, and a product with 2^112 corrects the exponent's offset (127 - 15),
+    also for subnormals. This is wrong for infinities and NaNs, so numpy converts a chunk that has one.
     """
     for part, target in _chunks(stored, out, _CHUNK):
         places, bits = part.view(np.int16), target.view(np.int32)
@@ -104,6 +102,6 @@ def _from_float16_by_torch(stored: Array, out: Floats) -> None:
 
 
 def _chunks(stored: Array, out: Floats, numbers: int) -> Iterator[tuple[Array, Floats]]:
-    source, target = stored.reshape(-1), out.reshape(-1)  # contiguous: views
+    source, target = stored.reshape(-1), out.reshape(-1)  # contiguous, so these are views
     for start in range(0, source.size, numbers):
         yield source[start : start + numbers], target[start : start + numbers]

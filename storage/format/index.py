@@ -1,4 +1,4 @@
-"""The index part of a shard: one row a record, as Parquet, beside the payload."""
+"""The index part of a shard: a Parquet file beside the payload, with one row for each record."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ Array = npt.NDArray[Any]
 
 INDEX_SCHEMA = pa.schema(
     [
-        ("key", pa.string()),  # d000-000000123: draw and slot
+        ("key", pa.string()),  # draw and slot: d000-000000123
         ("slot", pa.int64()),
         ("row", pa.int64()),  # row of the image in the source
         ("draw", pa.int32()),
         ("flip", pa.bool_()),
-        ("label", pa.int64()),  # -1 when the store has no labels
-        ("group", pa.int64()),  # -1 when there is none
-        ("nll", pa.float32()),  # nats per dimension; NaN when the coupling has none
+        ("label", pa.int64()),  # -1 if the store has no labels
+        ("group", pa.int64()),  # -1 if there is none
+        ("nll", pa.float32()),  # nats per dimension; NaN if the coupling has none
     ]
 )
 
 
 def record_keys(draw: int, slots: Iterable[int]) -> list[str]:
-    """The keys of records: d000-000000123."""
+    """The keys of records, such as d000-000000123."""
     return [f"d{draw:03d}-{slot:09d}" for slot in slots]
 
 
 def keys_digest(draw: int, slots: Iterable[int]) -> str:
-    """SHA-256 over the records' keys, one a line, in their order."""
+    """SHA-256 over the records' keys in order, one a line."""
     return digest("\n".join(record_keys(draw, slots)).encode())
 
 
 def index_rows(draw: int, arrays: Mapping[str, Array]) -> pa.Table:
-    """Rows from arrays over n records: `slot`, and optionally `row`, `flip`, `label`, `group` and `nll`."""
+    """Index rows from arrays over n records: `slot`, and optionally `row`, `flip`, `label`, `group` and `nll`."""
     slot = arrays["slot"]
     count = len(slot)
     columns: dict[str, Any] = {
@@ -68,7 +68,7 @@ def index_rows(draw: int, arrays: Mapping[str, Array]) -> pa.Table:
 
 
 def write_index(path: Path, parts: Sequence[pa.Table]) -> StoredFile:
-    """Publishes the rows of `parts`, durable on return. Raises StorageError when the disk is full."""
+    """Writes the rows of `parts`; durable on return. Raises StorageError if the disk is full."""
     sink = pa.BufferOutputStream()
     pq.write_table(pa.concat_tables(parts), sink, compression="zstd")
     with HashingFile(path) as file:
@@ -85,10 +85,10 @@ def _opened(path: Path, sha256: str | None) -> Any:
 def read_index(
     path: str | Path, columns: Sequence[str] | None = None, records: int | None = None, sha256: str | None = None
 ) -> pa.Table:
-    """The rows of one part, or some columns of them; of `records` rows where given.
+    """The rows of one index part, or some of its columns. There must be `records` rows, if given.
 
-    What comes from an object store must have the SHA-256 given. Raises MissingShard or CorruptShard; another number of
-    rows is seen before anything is read.
+    A file from an object store must have the given SHA-256. Raises MissingShard or CorruptShard. The number of rows is
+    checked before anything is read.
     """
     path = as_path(path)
     try:

@@ -12,15 +12,15 @@ from nfm.storage.errors import StorageError
 from nfm.storage.format import untrusted
 
 Moments = dict[str, float | int | None]
-# What values of float32 can have at most; beyond, moments could not be pooled in float64.
+# The largest possible moments of float32 values. Larger ones could not be pooled in float64.
 _MOST = {"mean": 3.5e38, "min": 3.5e38, "max": 3.5e38, "var": 1.3e77, "skewness": 1e18, "kurtosis": 1e18}
-_CACHED = 8192  # values at a time: they stay in cache, and products stay below BLAS's threads
-_COUNTED = 1 << 16  # from this many values on, numbers of 16 bits or less are counted by their bits: half the time
-_PIECE = 1 << 18  # values that are counted at a time
+_CACHED = 8192  # values at a time: few enough for the cache and for BLAS to stay on one thread
+_COUNTED = 1 << 16  # from this size on, numbers of 16 bits or less are counted by value, in half the time
+_PIECE = 1 << 18  # values counted at a time
 
 
 class MomentSums:
-    """Running power sums in float64; the noise is near mean 0 and variance 1, so raw sums lose nothing."""
+    """Running power sums in float64. As the noise has mean near 0 and variance near 1, raw sums lose no precision."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -30,8 +30,9 @@ class MomentSums:
         self._max = -np.inf
 
     def add(self, values: np.ndarray[Any, Any], step: float | None = None) -> None:
-        """Adds all values of an array of any shape, those of integers times `step`; non-finite ones are counted
-        and left out.
+        """Adds all values of an array of any shape.
+
+        Integers are multiplied by `step`. Values that are not finite are only counted.
         """
         flat = np.asarray(values).reshape(-1)
         scale = 1.0 if step is None else step
@@ -70,7 +71,7 @@ class MomentSums:
         self._max = max(self._max, float(part.max()))
 
     def result(self) -> Moments:
-        """See `from_raw`; everything is None when there was no finite value."""
+        """The moments, see `from_raw`. Everything is None if there was no finite value."""
         if not self.count:
             return dict.fromkeys(("mean", "var", "min", "max", "skewness", "kurtosis"), None) | {
                 "nonfinite": self.nonfinite
@@ -81,7 +82,7 @@ class MomentSums:
 def from_raw(raw: np.ndarray[Any, Any], low: float, high: float, nonfinite: int) -> Moments:
     """Central moments from E[z], E[z^2], E[z^3], E[z^4].
 
-    `var` divides by n; `kurtosis` is E[(z - mean)^4] / var^2, 3 for a Gaussian; None where var is 0.
+    `var` divides by n. `kurtosis` is E[(z - mean)^4] / var^2, which is 3 for a Gaussian, and None if var is 0.
     """
     m1, m2, m3, m4 = (float(value) for value in raw)
     var = max(m2 - m1 * m1, 0.0)
@@ -99,7 +100,7 @@ def from_raw(raw: np.ndarray[Any, Any], low: float, high: float, nonfinite: int)
 
 
 def check_moments(where: str, moments: Any) -> None:
-    """Raises StorageError unless these are moments, as read from a file."""
+    """Raises StorageError unless these are valid moments, as read from a file."""
     for name, value in untrusted.mapping(where, moments).items():
         if value is not None and abs(untrusted.real(f"{where} {name}", value)) > _MOST.get(name, math.inf):
             raise StorageError(f"{where}: {name} is {value}, which no float32 values have")

@@ -1,4 +1,4 @@
-"""npy 1.0 headers of a fixed length (numpy.lib.format), so that where the data begins does not depend on the shape."""
+"""npy 1.0 headers of a fixed length (numpy.lib.format), so that the data begins at the same offset for any shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NPY_HEADER = 128  # bytes
 
 
 def npy_header(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """The header of a little-endian array of the field `name`. Raises StorageError for a shape that has no room."""
+    """The header of a little-endian array of the field `name`. Raises StorageError if the shape is too long for it."""
     text = f"{{'descr': '{dtype.newbyteorder('<').str}', 'fortran_order': False, 'shape': {shape!r}, }}"
     room = NPY_HEADER - 10
     if len(text) >= room:

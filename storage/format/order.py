@@ -1,9 +1,8 @@
-"""The order in which an epoch reads its records: a keyed bijection, so no permutation is ever stored.
+"""The order in which an epoch reads its records: a keyed bijection, so that no permutation is stored.
 
-A Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations", 1988) permutes the smallest
-power of two that holds 0..n-1; values that fall outside are permuted again until they fall inside (cycle
-walking, Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), which takes fewer than two rounds
-on average.
+A Feistel network (Luby and Rackoff, "How to construct pseudorandom permutations", 1988) permutes the smallest power of
+two that holds 0..n-1. Results outside 0..n-1 are permuted again until they fall inside (cycle walking: Black and
+Rogaway, "Ciphers with arbitrary finite domains", 2002). This takes fewer than two rounds on average.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _ROUNDS = 12
 def order_key(source: str, rows: int, draws: int, excluded: Sequence[Sequence[int]] = ()) -> str:
     """The identity of an order: the same for every coupling, codec and layout of the same source content.
 
-    `excluded` are the slots that are not there, as (draw, first, after the last).
+    `excluded` lists the missing slots as (draw, first, after the last).
     """
     body: dict[str, Any] = {"source": source, "rows": rows, "draws": draws}
     return digest(canonical_json(body | ({"excluded": [list(slots) for slots in excluded]} if excluded else {})))
 
 
 def permute(index: Rows, n: int, key: str | bytes) -> Rows:
-    """Where the keyed bijection of 0..n-1 sends each value of `index`: int64, same shape."""
+    """The images of `index` under the keyed bijection of 0..n-1: int64, same shape."""
     index = np.asarray(index, np.int64)
     if index.size and (int(index.min()) < 0 or int(index.max()) >= n):
         raise IndexError(f"positions {int(index.min())}..{int(index.max())} are outside 0..{n - 1}")
@@ -58,7 +57,7 @@ def _round_keys(key: str | bytes) -> npt.NDArray[np.uint64]:
 
 
 def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """A bijection of 0..2^bits-1; the halves differ by one bit when `bits` is odd."""
+    """A bijection of 0..2^bits-1. If `bits` is odd, the halves differ by one bit."""
     widths = (bits // 2, bits - bits // 2)
     low = np.uint64(widths[0])
     masks = [np.uint64(2**width - 1) for width in widths]
@@ -70,9 +69,7 @@ def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: npt.NDArray[np.uin
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, 2014): every bit of the result hangs on every bit
-    of x.
-    """
+    """The final step of splitmix64 (Steele, Lea and Flood, 2014): every bit of the result depends on every bit of x."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -81,7 +78,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 class Windows:
     """One epoch of windowed order: like `permute`, but neighbours come from few files.
 
-    The shards, of `counts` records each, are permuted, each `size` of them in a row form a window, and records are
+    The shards, with `counts` records each, are permuted. Every `size` consecutive shards form a window, and records are
     permuted inside it.
     """
 
@@ -90,11 +87,12 @@ class Windows:
         self._key = key
         self._shards = permute(np.arange(len(counts)), len(counts), f"{key}:shards")
         self._ends = np.cumsum(counts[self._shards])
-        self._firsts = self._ends - counts[self._shards]  # position at which each shard, in the new order, would start
-        self._numbers = (np.cumsum(counts) - counts)[self._shards]  # of the first record of each
+        # the position at which each shard, in the new order, would start
+        self._firsts = self._ends - counts[self._shards]
+        self._numbers = (np.cumsum(counts) - counts)[self._shards]  # the number of the first record of each
 
     def __call__(self, positions: Rows) -> Rows:
-        """The records at these positions, by number: they are counted through the shards in their own order."""
+        """The numbers of the records at these positions, counted through the shards in their stored order."""
         positions = np.asarray(positions, np.int64)
         out = np.empty_like(positions)
         window_of = np.searchsorted(self._ends, positions, side="right") // self._size
@@ -109,14 +107,14 @@ class Windows:
 
 
 def shard_counts(rows: int, rows_per_shard: int) -> Rows:
-    """Records of each shard: all but the last are full."""
+    """The number of records of each shard. All but the last are full."""
     starts = np.arange(0, rows, rows_per_shard, dtype=np.int64)
     return np.minimum(rows - starts, rows_per_shard)
 
 
 @dataclass(frozen=True)
 class Order:
-    """How the records of an epoch are mixed: a function of (order key, seed, epoch) alone."""
+    """How the records of an epoch are mixed: a function of (order key, seed, epoch) only."""
 
     key: str
     seed: int = 0
@@ -129,13 +127,13 @@ class Order:
 
     @property
     def name(self) -> str:
-        """What a reader's state must agree on to go on in the same order."""
+        """A text that a reader's state stores. Two readers with the same text read in the same order."""
         return f"windowed:{self.window}" if self.shuffle == "windowed" else self.shuffle or "none"
 
     def epoch(self, epoch: int, counts: Rows) -> Callable[[Rows], Rows]:
-        """What takes the positions of an epoch over shards of `counts` records to the records that stand there.
+        """A function from positions in an epoch to the records at these positions; the shards have `counts` records.
 
-        Both are int64 arrays of one shape; records are numbered through the shards in their order.
+        Both are int64 arrays of the same shape. Records are numbered through the shards in order.
         """
         key = f"{self.key}:{self.seed}:{epoch}"
         if self.shuffle == "full":

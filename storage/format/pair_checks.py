@@ -1,4 +1,4 @@
-"""What somebody hands over as pairs, checked against the recipe of her store before any of it is kept."""
+"""Checks pairs that a user passes to `PairWriter` against the recipe of the store, before any of them is kept."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.spec import Field, StoreSpec
 
 Array = npt.NDArray[Any]
-OPTIONAL = ("row", "flip", "nll")  # columns of the index, beside the fields
+OPTIONAL = ("row", "flip", "nll")  # columns of the index that are not fields
 _FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def checked(spec: StoreSpec, given: Mapping[str, Any]) -> dict[str, Array]:
-    """The arrays of a batch, each of n records: those of the spec's fields but `slot`, and the columns in `OPTIONAL`.
+    """The arrays of a batch of n records: the spec's fields except `slot`, and the columns in `OPTIONAL`.
 
-    Values may be numpy arrays, torch tensors and whatever else `np.asarray` takes; None stands for a column that is
-    not given. A single record has no axis of records. The noise comes back as float32. Raises StorageError, which
-    names the field, the record in the batch and the remedy.
+    Values may be numpy arrays, torch tensors or anything else that `np.asarray` accepts. None means that a column is
+    not given. A single record has no first axis. The noise is returned as float32. Raises StorageError, which names the
+    field, the record in the batch and the remedy.
     """
     there = {name: _array(name, value) for name, value in given.items() if value is not None}
     fields = [field for field in spec.fields if field.role != "slot"]
@@ -59,7 +59,7 @@ def checked(spec: StoreSpec, given: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def _array(name: str, value: Any) -> Array:
-    """A copy, so that the caller may use her array again; of a tensor on any device, without its gradient."""
+    """A copy of the array or tensor (any device, no gradient), so that the caller may reuse it."""
     detached = value.detach() if callable(getattr(value, "detach", None)) else value
     on_host = detached.cpu() if callable(getattr(detached, "cpu", None)) else detached
     try:
@@ -71,7 +71,7 @@ def _array(name: str, value: Any) -> Array:
 
 
 def _shaped(field: Field, array: Array, single: bool) -> Array:
-    """[n, *shape] of an array that has no first axis where the batch is a single record."""
+    """The array as [n, *shape]; a single record gets its first axis here."""
     if single and array.shape == field.shape:
         return array[None]
     if array.ndim == len(field.shape) + 1 and array.shape[1:] == field.shape and not single:
@@ -93,7 +93,7 @@ def _image(spec: StoreSpec, image: Array) -> Array:
         return image
     low, high = spec.value_range
     image = _floats("image", image)
-    # Latents may lie anywhere; a spec says so with a wide range.
+    # Latents may have any values. Their spec should state a wide range.
     told = f"is outside value_range [{low:g}, {high:g}] of the spec; scale the images, or state their range in the spec"
     _no(~np.isfinite(image), "image", image, "is not finite; leave the record out")
     _no((image < low) | (image > high), "image", image, told)
@@ -142,7 +142,7 @@ def _exact(field: Field, array: Array) -> Array:
 
 
 def _no(wrong: Array, name: str, array: Array, told: str) -> None:
-    """Raises StorageError for the first value that is wrong, if any."""
+    """Raises StorageError for the first wrong value, if there is one."""
     if wrong.any():
         at = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
         value = untrusted.shown(array[at].item())

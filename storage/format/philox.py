@@ -1,11 +1,10 @@
-"""Randomness of a record: functions of (seed, draw, slot) alone, whatever worker, batch or order asks for
-them.
+"""Random numbers of a record: functions of (seed, draw, slot) only. The worker, the batch and the order do not matter.
 
-Bits are Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) as numpy ships
-it. The key is (seed, purpose), the 256-bit counter starts at (0, slot, draw, 0) and its first word counts
-blocks from 1. Normals are Box-Muller (1958) in float64, rounded to float32. Logarithm, sine and cosine are
-series of our own made of additions, products and square roots, which IEEE 754 rounds the same on every
-machine; a library's differ in the last bit between processors, and `nfm audit --deep` compares bytes.
+Bits are Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), from numpy. The key is
+(seed, purpose). The 256-bit counter starts at (0, slot, draw, 0), and its first word counts blocks from 1. Normals are
+Box-Muller (1958) in float64, rounded to float32. Logarithm, sine and cosine are series made of additions, products and
+square roots, which IEEE 754 rounds the same on every machine. Library functions differ in the last bit between
+processors, and `nfm audit --deep` compares bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 _WORD = 2**64
-_CHUNK_WORDS = 32768  # float64 temporaries of a chunk stay within a core's cache
+_CHUNK_WORDS = 32768  # float64 temporaries of a chunk fit into a core's cache
 # log m = 2 f (1 + s/3 + s^2/5 + ...) with f = (m - 1) / (m + 1), s = f^2 <= 0.0295
 _LOG = [2.0 / (2 * k + 1) for k in range(10)]
 # Taylor series on [-pi/2, pi/2]; the first term left out is below 3e-16
@@ -38,7 +37,10 @@ def words(seed: int, draw: int, slots: npt.NDArray[np.int64], count: int, purpos
 
 
 def raw(seed: int, purpose: str, counters: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.uint64]:
-    """uint64 [n, count]: the words after each counter [n, 4], whose first word is 0 and counts the blocks."""
+    """The `count` words after each counter: uint64 [n, count].
+
+    Counters are [n, 4]; their first word is 0 and counts blocks.
+    """
     if not 0 <= seed < _WORD:
         raise ValueError(f"seed {seed} is outside 0..2^64-1")
     generator = np.random.Philox(key=seed | _purpose(purpose) << 64)
@@ -47,7 +49,7 @@ def raw(seed: int, purpose: str, counters: npt.NDArray[np.uint64], count: int) -
     out = np.empty((len(counters), count), np.uint64)
     for row, start in enumerate(counters):
         counter[:] = start
-        generator.state = state  # ten times faster than a generator a record
+        generator.state = state  # ten times faster than a new generator for each record
         out[row] = generator.random_raw(count)
     return out
 
@@ -59,7 +61,7 @@ def _purpose(name: str) -> int:
 def normals(
     seed: int, draw: int, slots: npt.NDArray[np.int64], size: int, purpose: str = "eps"
 ) -> npt.NDArray[np.float32]:
-    """Standard normals, float32 [n, size]; row i depends on (seed, draw, slots[i], purpose) alone."""
+    """Standard normals, float32 [n, size]. Row i depends only on (seed, draw, slots[i], purpose)."""
     pairs = -(-size // 2)
     out = np.empty((len(slots), size), np.float32)
     rows = max(1, _CHUNK_WORDS // max(1, 2 * pairs))
@@ -75,9 +77,9 @@ def flips(seed: int, draw: int, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.
 
 
 def box_muller(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
-    """uint64 [n, 2k] -> normals float64 [n, 2k]: word 2j gives the radius, word 2j+1 the angle of a pair.
+    """Normals float64 [n, 2k] from uint64 [n, 2k]: word 2j gives the radius, word 2j+1 the angle of a pair.
 
-    The angle is uniform on [-pi/2, pi/2] and the top bit of its word mirrors the cosine, which covers the
+    The angle is uniform on [-pi/2, pi/2]. The top bit of its word changes the sign of the cosine, which covers the
     circle.
     """
     radius = _sqrt_minus_two_log(((bits[:, 0::2] >> np.uint64(11)) + np.uint64(1)) * 2.0**-53)
@@ -106,7 +108,7 @@ def _sqrt_minus_two_log(uniform: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def _horner(coefficients: list[float], x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The polynomial with these coefficients, lowest first."""
+    """The polynomial with these coefficients, lowest degree first."""
     value = np.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         value *= x

@@ -23,7 +23,7 @@ FORMAT = 1
 ROLES = ("image", "noise", "label", "slot")
 IMAGE_DTYPES = ("uint8", "float16", "float32")
 SPEC = "spec.json"
-DRAFT = "spec.draft.json"  # of a store whose writer does not know its source yet
+DRAFT = "spec.draft.json"  # for a store whose writer does not know its source yet
 
 _DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
 _DTYPES += ("float16", "float32", "float64")
@@ -31,10 +31,10 @@ _MOST_FIELDS = 64
 _MOST_AXES = 16
 _MOST_ROWS = 10**9  # keys have nine digits
 _MOST_SHARDS = 100_000  # names end at shard 99999
-_MOST_VALUE = 1e6  # of a value range: far from where float32 ends
+_MOST_VALUE = 1e6  # of a value range; float32 ends far above it
 _MOST_RECORD = 1 << 28  # bytes of one record
 _MOST_OPTIONS = 64
-# Left out of the JSON where they are None.
+# Left out of the JSON if they are None.
 _LATER = ("noise_step", "image_scale", "image_decoder", "potential", "student", "coupling_options")
 
 
@@ -67,7 +67,7 @@ class Field:
 
     @cached_property
     def bytes_per_record(self) -> int:
-        """Bytes of one record of this field, headers left out."""
+        """Bytes of one record of this field, without headers."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
@@ -83,10 +83,10 @@ def pair_fields(
 
 
 class Sizes(Protocol):
-    """What a recipe asks of its layout."""
+    """What a recipe needs from its layout."""
 
     def check(self, spec: StoreSpec) -> None:
-        """Raises StorageError for sizes that the layout cannot have."""
+        """Raises StorageError for sizes that the layout does not allow."""
         ...
 
 
@@ -94,36 +94,36 @@ _layouts: Mapping[str, Sizes] = {}
 
 
 def use_layouts(table: Mapping[str, Sizes]) -> None:
-    """Says which layouts there are: `layouts` does, which knows this file, when nfm.storage is imported."""
+    """Registers the layouts. `layouts` imports this file, so it calls this when nfm.storage is imported."""
     global _layouts
     _layouts = table
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreSpec:
-    """What every shard of a store has in common. Lives in spec.json under the key `store`.
+    """What all shards of a store have in common. It is stored in spec.json under the key `store`.
 
-    Raises StorageError for a value of another kind or out of range, NewerSchema for a format of the future.
+    Raises StorageError for a value of a wrong type or out of range, NewerSchema for a newer format.
     """
 
     rows: int  # records of one draw
     rows_per_shard: int
     fields: tuple[Field, ...]
     coupling: str
-    source: str  # content digest of the data the images come from
-    rows_per_block: int = 256  # records of one tar sample of layout blocks, of one inner chunk of layout zarr
+    source: str  # content digest of the data that the images come from
+    rows_per_block: int = 256  # records of one tar sample (layout blocks) or of one inner chunk (layout zarr)
     codec: str = "float16"  # of the noise
-    noise_step: float | None = None  # the noise is this times the stored integer; None: the codec's own, or floats
-    value_range: tuple[float, float] = (-1.0, 1.0)  # what the uint8 images 0 and 255 stand for
-    image_scale: float | None = None  # what float images (latents) are divided by before `image_decoder`
-    image_decoder: str | None = None  # who makes pictures of float images
+    noise_step: float | None = None  # noise = noise_step * stored integer; None: the codec's own step, or floats
+    value_range: tuple[float, float] = (-1.0, 1.0)  # the values of the uint8 pixels 0 and 255
+    image_scale: float | None = None  # float images (latents) are divided by it before `image_decoder`
+    image_decoder: str | None = None  # what turns float images into pictures
     flips: bool = False
     seed: int = 0
     eta: float | None = None
     sigma_f: float | None = None
-    teacher: str | None = None  # content digest, as are these two
+    teacher: str | None = None  # content digest; so are the next two
     potential: str | None = None
-    student: str | None = None  # that made the images
+    student: str | None = None  # the student that made the images
     coupling_options: Mapping[str, Any] | None = None  # what else decides the pairs: text, numbers, true and false
     classes: int | None = None
     layout: str = "blocks"
@@ -160,10 +160,10 @@ class StoreSpec:
     ) -> StoreSpec:
         """The recipe of pairs that were made elsewhere, for `PairWriter`. `origin` says in words where they come from.
 
-        `image_shape` is usually (C, H, W). `value_range`: for uint8 images the values that 0 and 255 stand for, for
+        `image_shape` is usually (C, H, W). `value_range`: for uint8 images the values of the pixels 0 and 255; for
         float images the range that their values must lie in. `classes=None` means that there are no labels. `source` is
         a content digest of the images; without it the writer computes one. Other arguments are the fields of
-        `StoreSpec`. Raises StorageError, which names the argument, for a value that cannot be.
+        `StoreSpec`. Raises StorageError for an invalid value and names the argument.
         """
         if not isinstance(origin, str) or not origin.strip():
             raise StorageError(
@@ -190,7 +190,7 @@ class StoreSpec:
         return dataclasses.replace(self, source=source)
 
     def field(self, name: str) -> Field:
-        """The field called `name`. Raises StorageError when the store has none."""
+        """The field called `name`. Raises StorageError if the store has no such field."""
         for field in self.fields:
             if field.name == name:
                 return field
@@ -202,16 +202,16 @@ class StoreSpec:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Shape of one image, usually (C, H, W)."""
+        """The shape of one image, usually (C, H, W)."""
         return self.field("image").shape
 
     @property
     def shards_per_draw(self) -> int:
-        """Number of shards of one draw; the last may be short."""
+        """The number of shards of one draw. The last one may be short."""
         return -(-self.rows // self.rows_per_shard)
 
     def slots_of(self, shard: int) -> range:
-        """The slots that shard number `shard` of any draw holds, in the order of its records."""
+        """The slots of shard number `shard` in any draw, in the order of its records."""
         if not 0 <= shard < self.shards_per_draw:
             raise StorageError(f"shard {shard}: a draw here has shards 0 to {self.shards_per_draw - 1}")
         start = shard * self.rows_per_shard
@@ -227,7 +227,7 @@ class StoreSpec:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> StoreSpec:
-        """The recipe from `to_dict`'s result or from a whole spec.json; unknown keys are ignored."""
+        """The recipe from the result of `to_dict` or from a whole spec.json. Unknown keys are ignored."""
         recipe = body["store"] if isinstance(body.get("store"), Mapping) else body
         found = untrusted.integer("store spec: format", recipe.get("format", FORMAT), 1)
         if found > FORMAT:
@@ -301,7 +301,7 @@ class StoreSpec:
 
 
 def _options(given: Any) -> dict[str, Any]:
-    """The coupling's options, each one value of JSON."""
+    """The options of the coupling; each must be a single JSON value."""
     where = "store spec: coupling_options"
     options = dict(untrusted.mapping(where, given))
     if len(options) > _MOST_OPTIONS:
@@ -316,7 +316,7 @@ def _options(given: Any) -> dict[str, Any]:
 
 
 def check_format(path: Path, body: Mapping[str, Any]) -> None:
-    """Refuses a file of a later format. Raises NewerSchema, or StorageError where the format is no number."""
+    """Refuses a file of a newer format. Raises NewerSchema, or StorageError if the format is not a number."""
     if untrusted.integer(f"{path}: format", body.get("format", FORMAT)) > FORMAT:
         raise NewerSchema(f"{path}: format {body['format']}, this nfm-pairs reads up to {FORMAT}; install a newer one")
 
@@ -340,7 +340,7 @@ def read_spec(root: str | Path) -> StoreSpec:
 
 
 def check_folder(root: Path, order: str) -> None:
-    """Refuses a folder that has something else in it; `order` says what to do with a new one."""
+    """Refuses a folder that has other contents; `order` says what to do for a new store."""
     names = [name for name in names_in(root) if not is_temporary(name)]
     if names and SPEC not in names and DRAFT not in names:
         raise StorageError(f"{root}: there is something else already ({names[0]}); {order} a new or empty folder")

@@ -1,4 +1,4 @@
-"""Values that were read from a file, checked: whatever JSON may hold, only StorageError comes out."""
+"""Checks values that were read from a file. Whatever JSON value comes in, only StorageError is raised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from nfm.storage.errors import StorageError
 
-_SHOWN = 60  # characters of a wrong value in a message
+_SHOWN = 60  # longest shown part of a wrong value in a message
 _HEX = re.compile(r"[0-9a-f]{64}")
 PLAIN = r"[^\x00-\x1f]*"
 Value = TypeVar("Value")
@@ -39,7 +39,7 @@ def real(where: str, value: Any) -> float:
 
 
 def text(where: str, value: Any, pattern: str = PLAIN, most: int = 1000) -> str:
-    """Text of at most `most` characters, all of which `pattern` matches."""
+    """Text of at most `most` characters that matches `pattern`."""
     if not isinstance(value, str) or len(value) > most or re.fullmatch(pattern, value) is None:
         kind = (
             "text without tabs, line ends and other control characters" if pattern == PLAIN else f"text like {pattern}"
@@ -56,7 +56,7 @@ def truth(where: str, value: Any) -> bool:
 
 
 def sha256(where: str, value: Any) -> str:
-    """A SHA-256 digest, as 64 hex digits."""
+    """A SHA-256 digest as 64 hex digits."""
     if not isinstance(value, str) or _HEX.fullmatch(value) is None:
         raise _wrong(where, value, "a SHA-256 digest of 64 hex digits")
     return value
@@ -77,14 +77,14 @@ def sequence(where: str, value: Any, most: int) -> Sequence[Any]:
 
 
 def mapping(where: str, value: Any) -> Mapping[str, Any]:
-    """An object with keys."""
+    """A JSON object."""
     if not isinstance(value, Mapping):
         raise _wrong(where, value, "an object with keys")
     return value
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, whatever it is."""
+    """A value as short text for a message."""
     if isinstance(value, list | tuple | Mapping):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and abs(value) >= 10**_SHOWN:

@@ -25,35 +25,35 @@ from nfm.storage.layouts.zarr import Zarr
 from nfm.storage.layouts.zarr_writer import remove_folder
 
 Array = npt.NDArray[Any]
-Entry = Mapping[str, Any]  # a shard in a manifest
+Entry = Mapping[str, Any]  # the entry of a shard in a manifest
 
 
 class Shard(Protocol):
-    """A shard open for reading, mapped where its layout allows it."""
+    """A shard open for reading; mapped into memory if its layout allows it."""
 
     records: int
     fields: tuple[Field, ...]
-    addresses: dict[str, int]  # where the mapped file of a field begins in this process's memory
+    addresses: dict[str, int]  # the address in this process's memory at which the file of a field begins
     maps: list[Mapped]  # of all files
 
     def read(self, name: str, start: int, stop: int) -> Array:
-        """Records start to stop of one field as stored, as a new array [stop - start, *shape]."""
+        """Records start to stop of one field, as stored, in a new array [stop - start, *shape]."""
         ...
 
 
 class Writer(Protocol):
-    """A shard being written: a context manager that leaves nothing behind on an error."""
+    """A shard being written: a context manager that leaves nothing behind after an error."""
 
     @property
     def path(self) -> Path: ...
 
     @property
     def written(self) -> int:
-        """Records so far."""
+        """The number of records so far."""
         ...
 
     def append(self, arrays: Mapping[str, Array]) -> None:
-        """Adds n records: for every field an array [n, *shape] of the field's dtype, and no other names."""
+        """Adds n records: an array [n, *shape] of the right dtype for every field, and no other names."""
         ...
 
     def close(self) -> Any: ...
@@ -64,10 +64,11 @@ class Writer(Protocol):
 
 
 class Layout(Protocol):
-    """How the records of a shard lie in its files. A layout is one file with such an object, and a line of `LAYOUTS`.
+    """How the records of a shard lie in its files. A new layout is one file with such an object, and a line in
+    `LAYOUTS`.
 
-    The payload of a shard is a tar, or `by_field` a folder with one file a field, which sealing places elsewhere.
-    Without `holes` a sealed store has every shard.
+    The payload of a shard is a tar. If `by_field`, it is a folder with one file for each field, which sealing moves to
+    its final place. Without `holes` a sealed store must have every shard.
     """
 
     @property
@@ -85,14 +86,14 @@ class Layout(Protocol):
         ...
 
     def offsets(self, fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int) -> dict[str, Array]:
-        """Where row rows[i] of a shard of records[i] records begins in the file of a field: int64 [n] by field.
+        """The byte offset of row rows[i] in a shard of records[i] records: int64 [n] for each field.
 
-        A field that is implied by the position has none.
+        A field that follows from the position is left out.
         """
         ...
 
     def text(self, name: str) -> Text | None:
-        """How a field is parsed that is stored as text, None of numbers."""
+        """How to parse a field that is stored as text; None for a field of numbers."""
         ...
 
     def shard_bytes(self, spec: StoreSpec, records: int) -> int:
@@ -100,30 +101,31 @@ class Layout(Protocol):
         ...
 
     def check(self, spec: StoreSpec) -> None:
-        """Raises StorageError for sizes that the layout cannot have."""
+        """Raises StorageError for sizes that the layout does not allow."""
         ...
 
     def rows_per_block(self, spec: StoreSpec) -> int:
-        """The records of a block when pairs of that recipe are converted to this layout."""
+        """The records of a block, if pairs of this recipe are converted to this layout."""
         ...
 
     def placed(self, spec: StoreSpec, name: str) -> list[str]:
-        """Where sealing puts the files of a shard, relative to the store; nowhere when they stay where they are."""
+        """Where sealing puts the files of a shard, relative to the store; empty if they stay where they are."""
         ...
 
     def metadata(self, spec: StoreSpec, draws: int) -> dict[str, bytes]:
-        """The files that a sealed store has for stock readers beside its shards, by relative path, byte for byte."""
+        """The extra files of a sealed store for stock readers, by relative path, byte for byte."""
         ...
 
     def stock_arrays(self, spec: StoreSpec, files: Sequence[Path], draw: int, shard: int) -> Stock:
-        """(field, records [n, *shape]) of a shard as stock readers see them, the records of a field in their order.
+        """(field, records [n, *shape]) of a shard as stock readers see it; the records of a field come in order.
 
-        No code of ours parses. Raises whatever they raise, and CorruptShard for what they would not notice.
+        None of our code parses here. Raises what the stock readers raise, and CorruptShard for faults that they would
+        miss.
         """
         ...
 
     def check_stock_reader(self) -> None:
-        """Raises StorageError when the package that reads stock arrays is not installed."""
+        """Raises StorageError if the package that reads stock arrays is not installed."""
         ...
 
 
@@ -137,17 +139,17 @@ def of(spec: StoreSpec) -> Layout:
 
 
 def payload_name(spec: StoreSpec, name: str, attempt: str) -> str:
-    """Where an attempt writes its shard, relative to the store: a tar, or the folder of the fields' files."""
+    """Where an attempt writes its shard, relative to the store: a tar, or a folder with one file for each field."""
     return f"shards/{name}.{attempt}" + ("" if of(spec).by_field else ".tar")
 
 
 def writer(spec: StoreSpec, root: Path, name: str, attempt: str) -> Writer:
-    """Begins to write the shard `name` under an attempt's name."""
+    """Begins to write the shard `name` under the name of an attempt."""
     return of(spec).writer(spec, root / payload_name(spec, name, attempt), name)
 
 
 def closed(writer: Writer) -> tuple[StoredFile, tuple[dict[str, Any], ...]]:
-    """Makes a shard durable: (the payload as a whole, its parts by field where it is several files)."""
+    """Makes a shard durable. Returns (the whole payload, its parts by field if it is several files)."""
     found = writer.close()
     if isinstance(found, StoredFile):
         return found, ()
@@ -159,10 +161,10 @@ def closed(writer: Writer) -> tuple[StoredFile, tuple[dict[str, Any], ...]]:
 
 
 def files(spec: StoreSpec, entry: Entry | Commit, sealed: bool = True) -> list[StoredFile]:
-    """The payload files of a shard in the order of the fields, from its commit or from its entry of a manifest.
+    """The payload files of a shard in the order of the fields, from its commit or its entry in a manifest.
 
-    With `sealed=False` where its attempt wrote them; sealing moves those of some layouts. Raises StorageError when
-    they are not those of the spec's layout.
+    With `sealed=False` the paths are those where its attempt wrote them; some layouts move files when sealing. Raises
+    StorageError if the files do not fit the layout of the spec.
     """
     name, payload, sha256, size, parts = _described(entry)
     if not of(spec).by_field:
@@ -202,9 +204,9 @@ def remove(payload: Path, parts: Sequence[Mapping[str, Any]]) -> None:
 
 
 def seal(root: str | Path, spec: StoreSpec, draws: int, entries: Sequence[Entry | Commit]) -> None:
-    """Puts committed files where stock readers look for them, and describes them there, where the layout has that.
+    """Moves committed files to where stock readers look for them, and adds their metadata, if the layout does that.
 
-    Idempotent, and may be killed at any point; files of earlier generations stay as they are.
+    It may be repeated, and killed at any point. Files of earlier generations stay unchanged.
     """
     if not of(spec).by_field:
         return
@@ -222,7 +224,7 @@ def seal(root: str | Path, spec: StoreSpec, draws: int, entries: Sequence[Entry 
 
 
 def open_shard(spec: StoreSpec, paths: Sequence[Path], records: int) -> Shard:
-    """Opens a shard from its files, in the order of `files`; they are local. Raises MissingShard or CorruptShard."""
+    """Opens a shard from its local files, in the order of `files`. Raises MissingShard or CorruptShard."""
     for path in paths:
         if is_remote(path):
             raise StorageError(f"{path}: a shard is mapped from a local file; fetch it first")

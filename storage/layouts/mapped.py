@@ -1,4 +1,4 @@
-"""Files mapped into this process's memory."""
+"""Files mapped into the memory of this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nfm.storage.files.small_files import plain
 
 
 class Mapped(NamedTuple):
-    """Where the map of a file lies."""
+    """The address and size of a mapped file."""
 
     path: Path
     address: int
@@ -21,12 +21,12 @@ class Mapped(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, buffer: mmap.mmap) -> Mapped:
-        """The place of a map."""
+        """The position of a map."""
         return cls(path, np.frombuffer(buffer, np.uint8).ctypes.data, len(buffer))
 
 
 def map_file(path: Path, expected: int, what: str) -> mmap.mmap:
-    """A file of `expected` bytes, which `what` take, mapped to be read.
+    """Maps a file for reading. It must have `expected` bytes, the size of `what`.
 
     Raises MissingShard, CorruptShard or StorageError.
     """
@@ -43,5 +43,5 @@ def map_file(path: Path, expected: int, what: str) -> mmap.mmap:
 
 
 def corrupt(path: Path, what: str) -> CorruptShard:
-    """The error for a shard whose bytes are not those of its layout."""
+    """The error for a shard whose bytes do not fit its layout."""
     return CorruptShard(f"{path}: {what}; truncated or altered, run `nfm audit` on its store")

@@ -1,4 +1,4 @@
-"""A shard's tar being written, from portions of any size; ustar headers, so that offsets are arithmetic."""
+"""Writes the tar of a shard from batches of any size. Headers are ustar, so that offsets can be computed."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def strides(field: Field) -> tuple[int, ...]:
 
 
 def member_bytes(size: int) -> int:
-    """What a member of `size` bytes takes in a tar: its header, and itself padded."""
+    """The bytes that a member of `size` bytes takes in a tar: its header and its padded data."""
     return TAR_HEADER + size + -size % TAR_HEADER
 
 
 def tar_header(name: str, size: int) -> bytes:
-    """The 512 bytes before a member: no time, no owner. Raises StorageError when they cannot be written."""
+    """The 512 bytes before a member, without time or owner. Raises StorageError if they cannot be written."""
     member = tarfile.TarInfo(name)
     member.size = size
     try:
@@ -50,7 +50,7 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 class Blocker:
-    """Records on their way to a file: checked, and handed on as blocks of `rows_per_block`, the last one shorter.
+    """Checks records on their way to a file, and passes them on as blocks of `rows_per_block`; the last may be shorter.
 
     Raises StorageError for a wrong field, shape or dtype, and for too many or too few records.
     """
@@ -67,7 +67,7 @@ class Blocker:
         self._buffers: dict[str, Array] = {}
 
     def add(self, arrays: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-        """The blocks that are full with these n records; each is valid until the next."""
+        """The blocks that these n records fill. Each is valid until the next one is requested."""
         count = self._check(arrays)
         start = 0
         while start < count:
@@ -75,7 +75,7 @@ class Blocker:
             self.taken += taken
             piece = {field.name: arrays[field.name][start : start + taken] for field in self._fields}
             start += taken
-            if taken == self._rows:  # a whole block as it came: nothing to collect
+            if taken == self._rows:  # the batch is exactly one block: nothing to copy
                 yield {f.name: np.ascontiguousarray(piece[f.name], stored(f)) for f in self._fields}
                 continue
             self._collect(piece, taken)
@@ -83,7 +83,7 @@ class Blocker:
                 yield self._emptied()
 
     def rest(self) -> Iterator[dict[str, Array]]:
-        """The last block where it is short. Raises StorageError when records are missing."""
+        """The last block, if it is short. Raises StorageError if records are missing."""
         if self.taken != self._records:
             raise StorageError(f"{self._path}: {self.taken} records, {self._records} were announced")
         if self._held:
@@ -119,10 +119,10 @@ class Blocker:
 
 
 class TarWriter:
-    """One tar being written, block by block; the file gets its name only when all `records` records are durable.
+    """Writes one tar, block by block. The file gets its name only when all `records` records are durable.
 
-    As a context manager it closes on a clean exit and leaves nothing behind on an error. Raises StorageError as
-    `Blocker` does, and when the disk is full.
+    As a context manager it closes on a clean exit and leaves nothing behind after an error. Raises StorageError as
+    `Blocker` does, and if the disk is full.
     """
 
     def __init__(self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int) -> None:
@@ -138,16 +138,16 @@ class TarWriter:
 
     @property
     def written(self) -> int:
-        """Records so far."""
+        """The number of records so far."""
         return self._blocker.taken
 
     def append(self, arrays: Mapping[str, Array]) -> None:
-        """Adds n records: for every field an array [n, *shape] of the field's dtype, and no other names."""
+        """Adds n records: an array [n, *shape] of the right dtype for every field, and no other names."""
         for block in self._blocker.add(arrays):
             self._write(block)
 
     def close(self) -> StoredFile:
-        """Publishes the shard. Raises StorageError, leaving nothing, when records are missing."""
+        """Publishes the shard. If records are missing it raises StorageError and leaves nothing behind."""
         if self.payload is None:
             try:
                 for block in self._blocker.rest():
@@ -161,7 +161,7 @@ class TarWriter:
         return self.payload
 
     def discard(self) -> None:
-        """Gives up: removes the temporary file."""
+        """Removes the temporary file."""
         self._file.discard()
 
     def __enter__(self) -> Self:
@@ -177,14 +177,14 @@ class TarWriter:
 
 
 class Text(NamedTuple):
-    """A field that is stored as text: its bytes a record, and what makes values [n] of uint8 [n, bytes]."""
+    """A field that is stored as text: its bytes for each record, and a function from uint8 [n, bytes] to values [n]."""
 
     bytes: int
     parse: Callable[[Array], Array]
 
 
 class TarLayout:
-    """What the layouts have in common whose shard is one tar, which stays where it was written."""
+    """What the layouts have in common whose shard is one tar. The tar stays where it was written."""
 
     by_field = False
     holes = True
@@ -194,26 +194,26 @@ class TarLayout:
         return None
 
     def check(self, spec: StoreSpec) -> None:
-        """Any sizes will do."""
+        """All sizes are allowed."""
 
     def rows_per_block(self, spec: StoreSpec) -> int:
-        """Blocks may be of any size."""
+        """Blocks may have any size."""
         return spec.rows_per_block
 
     def placed(self, spec: StoreSpec, name: str) -> list[str]:
-        """Sealing moves nothing."""
+        """Sealing moves no file."""
         return []
 
     def metadata(self, spec: StoreSpec, draws: int) -> dict[str, bytes]:
-        """Stock readers need the tars alone."""
+        """None: stock readers need only the tars."""
         return {}
 
     def check_stock_reader(self) -> None:
-        """They are tarfile and numpy."""
+        """Nothing to check: tarfile and numpy are always there."""
 
 
 def stock_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, data) of every member of a tar, by tarfile. Raises CorruptShard for what is no plain file."""
+    """(name, data) of every member of a tar, by tarfile. Raises CorruptShard for a member that is not a plain file."""
     size = path.stat().st_size
     with tarfile.open(path, "r:") as archive:
         for member in archive:
@@ -223,7 +223,7 @@ def stock_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def stock_array(data: bytes) -> Array:
-    """The array of an npy file, by numpy. Raises whatever numpy raises, or CorruptShard."""
+    """The array of an npy file, by numpy. Raises what numpy raises, or CorruptShard."""
     array = np.load(io.BytesIO(data), allow_pickle=False)
     if not isinstance(array, np.ndarray):
         raise CorruptShard("a member is no npy file")

@@ -1,8 +1,8 @@
-"""Layout `blocks`: a tar sample holds a block of records, and the shard is still one strided array a field.
+"""Layout `blocks`: a tar sample holds a block of records, and each field of a shard is still one strided array.
 
-A tar sample holds its records as KEY.FIELD.npy, one member a field, in a fixed order. Every member is a 512-byte
-tar header, a 128-byte npy header and the array, padded to 512 bytes, so that every offset is arithmetic. Only the
-last block may be short.
+A tar sample holds its records as KEY.FIELD.npy, one member for each field, in a fixed order. Every member is a 512-byte
+tar header, a 128-byte npy header and the array, padded to 512 bytes. So every offset can be computed. Only the last
+block may be short.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def shard_bytes(fields: Sequence[Field], records: int, rows_per_block: int = 256
 
 
 def record_offsets(fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int = 256) -> dict[str, Array]:
-    """Byte offsets, int64 [n] by field: where row rows[i] of a shard of records[i] records begins."""
+    """The byte offset of row rows[i] in a shard of records[i] records: int64 [n] for each field."""
     block, row = np.divmod(rows, rows_per_block)
     in_block = np.minimum(records - block * rows_per_block, rows_per_block)
     at = block * _block_bytes(fields, rows_per_block) + TAR_HEADER + NPY_HEADER
@@ -55,11 +55,11 @@ def record_offsets(fields: Sequence[Field], records: Array, rows: Array, rows_pe
 
 
 class ShardWriter(TarWriter):
-    """Writes one shard; the file gets its name only when all `records` records are durable.
+    """Writes one shard. The file gets its name only when all `records` records are durable.
 
-    As a context manager it closes on a clean exit and leaves nothing behind on an error. `key` prefixes the
-    names of the members. Raises StorageError for a wrong field, shape or dtype, for too many or too few
-    records, and when the disk is full.
+    As a context manager it closes on a clean exit and leaves nothing behind after an error. Member names begin with
+    `key`. Raises StorageError for a wrong field, shape or dtype, for too many or too few records, and if the disk is
+    full.
     """
 
     def __init__(
@@ -83,17 +83,16 @@ class ShardWriter(TarWriter):
 
 
 class MappedShard:
-    """A shard as arrays, mapped into memory: nothing is read before it is asked for.
+    """A shard as arrays, mapped into memory: data is read only on access.
 
-    Opening checks the size and the headers of the first and the last block. Raises MissingShard or
-    CorruptShard.
+    Opening checks the size, and the headers of the first and the last block. Raises MissingShard or CorruptShard.
     """
 
     def __init__(self, path: str | Path, fields: Sequence[Field], records: int, rows_per_block: int = 256) -> None:
         self.path = Path(path)
         self.fields = tuple(fields)
         self.records = records
-        # The last block is mapped on its own, full or not: one path for every shard.
+        # The last block is mapped separately even if it is full, so that all shards are handled the same.
         self._rows_per_block = min(rows_per_block, records)
         self._last = (records - 1) // self._rows_per_block
         expected = shard_bytes(self.fields, records, self._rows_per_block)
@@ -108,7 +107,7 @@ class MappedShard:
         return self.records
 
     def read(self, name: str, start: int, stop: int) -> Array:
-        """Records start to stop of one field, as a new array [stop - start, *shape]."""
+        """Records start to stop of one field, in a new array [stop - start, *shape]."""
         if not 0 <= start <= stop <= self.records:
             raise StorageError(f"{self.path}: records {start} to {stop} asked for, it holds {self.records}")
         out = np.empty((stop - start, *self._tail[name].shape[1:]), self._tail[name].dtype)
@@ -155,7 +154,7 @@ def _block_bytes(fields: Sequence[Field], records: int) -> int:
 
 
 class Blocks(TarLayout):
-    """The layout as an object of the table, see `Layout`."""
+    """The layout as an object for `LAYOUTS`, see `Layout`."""
 
     def writer(self, spec: StoreSpec, path: Path, name: str) -> ShardWriter:
         """Begins to write the shard `name`."""
@@ -167,7 +166,7 @@ class Blocks(TarLayout):
         return MappedShard(paths[0], spec.fields, records, spec.rows_per_block)
 
     def offsets(self, fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int) -> dict[str, Array]:
-        """Where rows begin, see `record_offsets`."""
+        """The offsets of rows, see `record_offsets`."""
         return record_offsets(fields, records, rows, rows_per_block)
 
     def shard_bytes(self, spec: StoreSpec, records: int) -> int:

@@ -1,7 +1,8 @@
-"""Layout `samples`: one record a tar sample, as WebDataset's convention has it, and still one strided array a field.
+"""Layout `samples`: a tar sample holds one record, as is usual for WebDataset. Each field is still one strided array.
 
-A sample's members are KEY.FIELD.npy in the order of the fields, and KEY.cls for the label (decimal, of fixed width);
-KEY is d000-000000123, draw and slot. The slot is implied by the position. All samples have the same size.
+The members of a sample are KEY.FIELD.npy in the order of the fields, and KEY.cls for the label (decimal, of fixed
+width). KEY is draw and slot: d000-000000123. The slot is not stored, as it follows from the position. All samples have
+the same size.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ from nfm.storage.layouts.tar_base import (
 )
 
 LABEL_BYTES = 20  # the longest int64
-_DIGITS = 9  # of the slot in a key
+_DIGITS = 9  # digits of the slot in a key
 _SLOT_AT = len("d000-")
-_CHECKSUM_AT = 148  # ustar: six octal digits
-_PIECE = 8 << 20  # bytes rendered at a time
+_CHECKSUM_AT = 148  # position of ustar's checksum: six octal digits
+_PIECE = 8 << 20  # bytes built at a time
 
 
 @dataclass(frozen=True)
 class _Member:
     field: Field
-    text: bool  # the label, in decimal
+    text: bool  # whether it is the label, in decimal
     header: int  # where its tar header begins in the sample
     data: int
     bytes: int
@@ -70,13 +71,13 @@ def shard_bytes(fields: Sequence[Field], records: int) -> int:
 
 
 def record_offsets(fields: Sequence[Field], rows: Array) -> dict[str, Array]:
-    """Byte offsets, int64 [n] by field: where rows of a shard begin; none for the slot, which is not stored."""
+    """The byte offsets of rows in a shard: int64 [n] for each field. The slot has none, because it is not stored."""
     members, size = _members(fields)
     return {member.field.name: rows * size + member.data for member in members}
 
 
 def _template(fields: Sequence[Field], draw: int) -> npt.NDArray[np.uint8]:
-    """The sample of slot 0 of a draw, its data all zero: every header but for the slot's digits and the sums."""
+    """The sample of slot 0 of a draw with zeros as data. Only the digits of the slot and the checksums differ later."""
     members, size = _members(fields)
     sample = bytearray(size)
     for member in members:
@@ -88,7 +89,7 @@ def _template(fields: Sequence[Field], draw: int) -> npt.NDArray[np.uint8]:
 
 
 def _number(samples: npt.NDArray[np.uint8], members: Sequence[_Member], slots: Array) -> None:
-    """Writes the slots' digits into the headers of samples [n, bytes] that are copies of the template."""
+    """Writes the digits of the slots into the headers of samples [n, bytes] that are copies of the template."""
     digits = slots[:, None] // 10 ** np.arange(_DIGITS - 1, -1, -1) % 10
     for member in members:
         name = member.header + _SLOT_AT
@@ -100,13 +101,13 @@ def _number(samples: npt.NDArray[np.uint8], members: Sequence[_Member], slots: A
 
 
 def label_text(labels: Array) -> npt.NDArray[np.uint8]:
-    """Labels int64 [n] in decimal, uint8 [n, LABEL_BYTES], blanks before them."""
+    """Labels int64 [n] in decimal: uint8 [n, LABEL_BYTES], padded with leading blanks."""
     text = b"".join(b"%*d" % (LABEL_BYTES, label) for label in labels.tolist())
     return np.frombuffer(text, np.uint8).reshape(-1, LABEL_BYTES)
 
 
 def parse_labels(text: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Labels int64 [n] from `label_text`'s result. Raises CorruptShard for anything else."""
+    """Labels int64 [n] from the result of `label_text`. Raises CorruptShard for anything else."""
     digits = np.where((text >= 48) & (text < 58), text, 48).astype(np.int64) - 48
     powers = 10 ** np.arange(LABEL_BYTES - 1, -1, -1, dtype=np.uint64)
     values = digits @ powers.astype(np.int64)
@@ -117,7 +118,7 @@ def parse_labels(text: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 
 class SampleWriter(TarWriter):
-    """Writes one shard of consecutive slots from `first_slot`; what `ShardWriter` promises holds here too."""
+    """Writes one shard of consecutive slots from `first_slot` on. Otherwise as `ShardWriter`."""
 
     def __init__(self, path: str | Path, fields: Sequence[Field], records: int, draw: int, first_slot: int) -> None:
         template = _template(fields, draw)
@@ -142,7 +143,7 @@ class SampleWriter(TarWriter):
 
 
 class MappedSamples:
-    """A shard as arrays, mapped into memory; opening checks the size, and the headers of the first and last record.
+    """A shard as arrays, mapped into memory. Opening checks the size, and the headers of the first and the last record.
 
     Raises MissingShard or CorruptShard.
     """
@@ -169,7 +170,7 @@ class MappedSamples:
         return self.records
 
     def read(self, name: str, start: int, stop: int) -> Array:
-        """Records start to stop of one field, as a new array [stop - start, *shape]."""
+        """Records start to stop of one field, in a new array [stop - start, *shape]."""
         if not 0 <= start <= stop <= self.records:
             raise StorageError(f"{self.path}: records {start} to {stop} asked for, it holds {self.records}")
         if name == "slot":
@@ -195,7 +196,7 @@ class MappedSamples:
 
 
 class Samples(TarLayout):
-    """The layout as an object of the table, see `Layout`."""
+    """The layout as an object for `LAYOUTS`, see `Layout`."""
 
     def writer(self, spec: StoreSpec, path: Path, name: str) -> SampleWriter:
         """Begins to write the shard `name`."""
@@ -208,7 +209,7 @@ class Samples(TarLayout):
         return MappedSamples(paths[0], spec.fields, records)
 
     def offsets(self, fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int) -> dict[str, Array]:
-        """Where rows begin, see `record_offsets`."""
+        """The offsets of rows, see `record_offsets`."""
         return record_offsets(fields, rows)
 
     def text(self, name: str) -> Text | None:

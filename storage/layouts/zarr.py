@@ -1,4 +1,6 @@
-"""Layout `zarr` as an object of the table: a store is one array a field and draw, and a shard one file a field."""
+"""Layout `zarr` as an object for `LAYOUTS`: each field of a draw is one array, and a shard has one file for
+each field.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from nfm.storage.layouts.tar_base import Array, Stock
 from nfm.storage.layouts.zarr_shard import MappedZarr
 from nfm.storage.layouts.zarr_writer import ZarrWriter
 
-_MOST_CHUNKS = 1 << 16  # of one shard; its index is read whole
+_MOST_CHUNKS = 1 << 16  # of one shard; its index is read as a whole
 
 
 class Zarr:
@@ -35,7 +37,7 @@ class Zarr:
         return MappedZarr(paths, spec.fields, records, spec.rows_per_shard, spec.rows_per_block)
 
     def offsets(self, fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int) -> dict[str, Array]:
-        """Where rows begin, each field in its own file."""
+        """The offsets of rows, each field in its own file."""
         return zarr_shard.record_offsets(fields, rows, rows_per_block)
 
     def text(self, name: str) -> None:
@@ -48,7 +50,7 @@ class Zarr:
         return sum(zarr_shard.shard_bytes(field, records, *sizes) for field in spec.fields)
 
     def check(self, spec: StoreSpec) -> None:
-        """A shard is whole chunks. Raises StorageError."""
+        """Raises StorageError unless a shard consists of whole chunks."""
         if spec.rows_per_shard % spec.rows_per_block:
             whole = -(-spec.rows_per_shard // spec.rows_per_block) * spec.rows_per_block
             raise StorageError(
@@ -59,7 +61,7 @@ class Zarr:
             raise StorageError(f"store spec: more than {_MOST_CHUNKS} chunks a shard; raise rows_per_block")
 
     def rows_per_block(self, spec: StoreSpec) -> int:
-        """The largest block up to the spec's own that divides its shards."""
+        """The largest block, up to the spec's own, that divides a shard evenly."""
         sizes = range(1, min(spec.rows_per_block, spec.rows_per_shard) + 1)
         return max(rows for rows in sizes if spec.rows_per_shard % rows == 0)
 
@@ -72,7 +74,7 @@ class Zarr:
         return zarr_metadata.documents(spec, draws)
 
     def stock_arrays(self, spec: StoreSpec, files: Sequence[Path], draw: int, shard: int) -> Stock:
-        """(field, records) by zarr, through links in a folder of its own: files may wait to be sealed, or be copies."""
+        """(field, records) by zarr. It reads links in a temporary folder, because files may be unsealed or copies."""
         import zarr
 
         slots = spec.slots_of(shard)
@@ -89,6 +91,6 @@ class Zarr:
                     yield field.name, np.asarray(array[start : min(start + spec.rows_per_block, slots.stop)])
 
     def check_stock_reader(self) -> None:
-        """It is zarr. Raises StorageError."""
+        """Raises StorageError if zarr is not installed."""
         if find_spec("zarr") is None:
             raise StorageError("the deep level reads with the package zarr, which is not here; install nfm-pairs[zarr]")

@@ -1,4 +1,4 @@
-"""The zarr.json files of a store in layout `zarr`: functions of its recipe alone, so that they can be checked."""
+"""The zarr.json files of a store in layout `zarr`. They depend only on its recipe, so they can be checked."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 def documents(spec: StoreSpec, draws: int) -> dict[str, bytes]:
     """Every zarr.json of a store of `draws` draws, by its path relative to the store.
 
-    One group a draw, in it one array a field: [rows, *shape], one store shard a Zarr shard. The root's attributes
-    hold the recipe, the arrays' what their numbers mean.
+    Each draw is a group, which has one array for each field: [rows, *shape]. One store shard is one Zarr shard. The
+    attributes of the root hold the recipe; those of the arrays say what their numbers mean.
     """
     found = {"zarr.json": _rendered(_group({"nfm": spec.to_dict()}))}
     for draw in range(draws):
@@ -26,7 +26,7 @@ def documents(spec: StoreSpec, draws: int) -> dict[str, bytes]:
 
 
 def chunk_path(field: Field, draw: int, shard: int) -> str:
-    """Where a sealed store has the file of a field of one shard: d000/noise/c/12/0/0/0."""
+    """Where a sealed store has the file of one field of one shard: d000/noise/c/12/0/0/0."""
     return f"d{draw:03d}/{field.name}/c/{shard}" + "/0" * len(field.shape)
 
 
@@ -63,12 +63,12 @@ def _bytes(field: Field) -> dict[str, Any]:
 
 
 def _meaning(spec: StoreSpec, field: Field) -> dict[str, Any]:
-    """What the numbers of a field stand for."""
+    """What the numbers of a field mean."""
     facts: dict[str, Any] = {"role": field.role}
     if field.role == "noise":
         facts |= {"codec": spec.codec, "noise_step": spec.noise_step}  # noise = noise_step * stored
     elif field.role == "image" and field.dtype == "uint8":
-        facts |= {"value_range": list(spec.value_range)}  # what 0 and 255 stand for
+        facts |= {"value_range": list(spec.value_range)}  # the values of the pixels 0 and 255
     elif field.role == "image":
         facts |= {"image_scale": spec.image_scale, "image_decoder": spec.image_decoder}
     return facts

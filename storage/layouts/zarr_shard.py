@@ -1,9 +1,9 @@
-"""Layout `zarr`: a shard is one Zarr v3 shard file a field, written as a stream and mapped through its index.
+"""Layout `zarr`: a shard has one Zarr v3 shard file for each field, written as a stream and mapped through its index.
 
-A file is inner chunks of `rows_per_block` records, each followed by its crc32c, then the index: offset and size of
-every chunk (uint64, little-endian) and the index's own crc32c. The last chunk of a draw is padded with zeros, as Zarr
-has it; chunks beyond it are marked missing. Chunks lie where arithmetic says, so that a batch is one gather; the index
-must say the same.
+A file holds inner chunks of `rows_per_block` records, each followed by its crc32c, then the index: offset and size of
+every chunk (uint64, little-endian), and the crc32c of the index. The last chunk of a draw is padded with zeros, as Zarr
+requires; chunks after it are marked missing. The positions of chunks can be computed, so a batch is one gather. The
+index must agree with them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nfm.storage.layouts.mapped import Mapped, corrupt, map_file
 from nfm.storage.layouts.tar_base import Array, stored
 
 CRC = 4  # bytes
-_ENTRY = 16  # bytes of the index a chunk
+_ENTRY = 16  # bytes of the index for each chunk
 _MISSING = 2**64 - 1
 
 
@@ -33,7 +33,7 @@ def shard_bytes(field: Field, records: int, rows_per_shard: int, rows_per_block:
 
 
 def record_offsets(fields: Sequence[Field], rows: Array, rows_per_block: int) -> dict[str, Array]:
-    """Byte offsets, int64 [n] by field: where rows of a shard begin in the field's own file."""
+    """The byte offsets of rows in the file of each field: int64 [n] for each field."""
     block, row = np.divmod(rows, rows_per_block)
     return {field.name: block * chunk_bytes(field, rows_per_block) + row * field.bytes_per_record for field in fields}
 
@@ -41,7 +41,7 @@ def record_offsets(fields: Sequence[Field], rows: Array, rows_per_block: int) ->
 class MappedZarr:
     """The files of a shard as arrays, mapped into memory.
 
-    Opening checks their sizes, the check sums of their indexes and that every chunk is where it belongs. Raises
+    Opening checks their sizes, the checksums of their indexes, and that every chunk is in its place. Raises
     MissingShard or CorruptShard.
     """
 
@@ -59,7 +59,7 @@ class MappedZarr:
         self.maps: list[Mapped] = []
         self._rows = rows_per_block
         self._paths = {field.name: Path(path) for field, path in zip(fields, paths, strict=True)}
-        self._chunks: dict[str, Array] = {}  # [chunks, rows, *shape], strided over the check sums
+        self._chunks: dict[str, Array] = {}  # [chunks, rows, *shape], strided over the checksums
         for field in self.fields:
             self._map(field, rows_per_shard)
 
@@ -67,7 +67,7 @@ class MappedZarr:
         return self.records
 
     def read(self, name: str, start: int, stop: int) -> Array:
-        """Records start to stop of one field, as a new array [stop - start, *shape]."""
+        """Records start to stop of one field, in a new array [stop - start, *shape]."""
         if not 0 <= start <= stop <= self.records:
             raise StorageError(f"{self._paths[name]}: records {start} to {stop} asked for, it holds {self.records}")
         field = next(field for field in self.fields if field.name == name)
@@ -96,12 +96,12 @@ class MappedZarr:
 
 
 def crc32c(data: Any) -> bytes:
-    """The check sum (Castagnoli's) of bytes or of a contiguous array, as it is stored."""
+    """The crc32c checksum (Castagnoli) of bytes or of a contiguous array, as it is stored."""
     return struct.pack("<I", google_crc32c.value(data))
 
 
 def chunk_bytes(field: Field, rows: int) -> int:
-    """Size of a chunk, its check sum included."""
+    """Size of a chunk, including its checksum."""
     return rows * field.bytes_per_record + CRC
 
 
@@ -111,7 +111,7 @@ def index_bytes(rows_per_shard: int, rows_per_block: int) -> int:
 
 
 def index_of(sizes: Sequence[int], chunks: int) -> bytes:
-    """The index of a shard of `chunks` chunks, of which the first ones have these sizes and follow each other."""
+    """The index of a shard of `chunks` chunks. The first ones have these sizes and lie one after the other."""
     index = np.full((chunks, 2), _MISSING, "<u8")
     index[: len(sizes), 1] = np.array(sizes, "<u8")
     index[: len(sizes), 0] = np.cumsum([0, *sizes[:-1]]) if sizes else 0

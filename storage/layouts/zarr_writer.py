@@ -1,4 +1,4 @@
-"""Writes one shard of layout `zarr`: a Zarr v3 shard file a field, as a stream, hashed on the way."""
+"""Writes one shard of layout `zarr`: a Zarr v3 shard file for each field, as a stream, hashed on the way."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from nfm.storage.layouts.zarr_shard import CRC, crc32c, index_of
 
 
 class ZarrWriter:
-    """Writes the files of one shard as `folder`/FIELD; they get their names when all records are durable.
+    """Writes the files of one shard as `folder`/FIELD. They get their names when all records are durable.
 
-    As a context manager it closes on a clean exit and leaves nothing behind on an error. Raises StorageError as
-    `Blocker` does, and when the disk is full.
+    As a context manager it closes on a clean exit and leaves nothing behind after an error. Raises StorageError as
+    `Blocker` does, and if the disk is full.
     """
 
     def __init__(
@@ -48,16 +48,19 @@ class ZarrWriter:
 
     @property
     def written(self) -> int:
-        """Records so far."""
+        """The number of records so far."""
         return self._blocker.taken
 
     def append(self, arrays: Mapping[str, Array]) -> None:
-        """Adds n records: for every field an array [n, *shape] of the field's dtype, and no other names."""
+        """Adds n records: an array [n, *shape] of the right dtype for every field, and no other names."""
         for block in self._blocker.add(arrays):
             self._write(block)
 
     def close(self) -> list[StoredFile]:
-        """Publishes the files, in the order of the fields. Raises StorageError, leaving nothing, when records lack."""
+        """Publishes the files, in the order of the fields.
+
+        If records are missing it raises StorageError and leaves nothing.
+        """
         if not self.payloads:
             try:
                 for block in self._blocker.rest():
@@ -72,7 +75,7 @@ class ZarrWriter:
         return self.payloads
 
     def discard(self) -> None:
-        """Gives up: removes what this attempt has written, published or not."""
+        """Removes what this attempt has written, published or not."""
         for file in self._files.values():
             file.discard()
             if file.published:
@@ -104,7 +107,7 @@ class ZarrWriter:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes the empty folder of a local attempt; object stores have none."""
+    """Removes the empty folder of a local attempt. Object stores have no folders."""
     if not is_remote(folder):
         with contextlib.suppress(OSError):
             folder.rmdir()

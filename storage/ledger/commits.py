@@ -1,7 +1,7 @@
 """Commits: a shard exists when its commit exists, and the first commit of a name wins.
 
-A worker writes the payload and its index part under names of its own attempt, both durable, and only then
-publishes the commit. Killed before that, it leaves files nobody refers to; two workers on one shard leave one
+A worker writes the payload and its index part under names of its own attempt. When both are durable, it publishes the
+commit. If it is killed before that, it leaves files that nothing refers to. Two workers on the same shard leave one
 commit.
 """
 
@@ -26,9 +26,9 @@ _CHUNK = 1024  # commits in memory at a time
 
 
 def publish(root: str | Path, commit: Commit) -> Commit:
-    """Commits a shard if nobody has; returns the commit that stands, which may be an earlier one.
+    """Commits a shard if nobody has done so. Returns the valid commit, which may be an earlier one.
 
-    A losing attempt's own files are removed. Raises MissingShard when the files of `commit` are not there.
+    The files of a losing attempt are removed. Raises MissingShard if the files of `commit` do not exist.
     """
     root = as_path(root)
     path = commit_path(root, commit.name)
@@ -36,11 +36,11 @@ def publish(root: str | Path, commit: Commit) -> Commit:
     for file, size in (*(staged or [(commit.payload, commit.payload_bytes)]), (commit.index, commit.index_bytes)):
         if size_of(root / file) != size:
             earlier = read(root, commit.name)
-            if earlier is not None:  # ours, sealed since, or another's, who then removed our files
+            if earlier is not None:  # our own, sealed since then; or another worker's, who then removed our files
                 return earlier
             raise MissingShard(f"{root / file}: not there with {size} bytes; write the shard before its commit")
     body = dataclasses.asdict(commit)
-    if body["noise_error"] is None:  # not measured: the commit reads as those of old
+    if body["noise_error"] is None:  # not measured: written as in earlier versions
         del body["noise_error"]
     if create_json(path, {"format": FORMAT, **body}):
         return commit
@@ -54,12 +54,12 @@ def publish(root: str | Path, commit: Commit) -> Commit:
 
 
 def commit_path(root: str | Path, name: str) -> Path:
-    """Where the commit of the shard `name` stands."""
+    """The path of the commit of the shard `name`."""
     return as_path(root) / "commits" / f"{name}.json"
 
 
 def read(root: str | Path, name: str) -> Commit | None:
-    """The commit of the shard `name`, None when there is none. Raises StorageError when it is damaged."""
+    """The commit of the shard `name`, None if there is none. Raises StorageError if it is damaged."""
     path = commit_path(root, name)
     if not exists(path):
         return None
@@ -67,7 +67,7 @@ def read(root: str | Path, name: str) -> Commit | None:
 
 
 def names(root: str | Path, draws: int) -> list[str]:
-    """The shards of draws 0 to `draws` - 1 that have a commit, in order: the folder is listed, nothing is read."""
+    """The shards of draws 0 to `draws` - 1 that have a commit, in order. It only lists the folder."""
     files = listing.names(as_path(root), "commits")
     found = (file[:-5] for file in files if _IS_COMMIT(file))
     return sorted(name for name in found if parse_name(name)[0] < draws)
@@ -77,14 +77,14 @@ _IS_COMMIT = re.compile(r"d\d{3}-s\d{5}\.json", re.ASCII).fullmatch
 
 
 def committed(root: str | Path, draws: int) -> dict[str, Commit]:
-    """The commits of draws 0 to `draws` - 1, by name, in order: all in memory at once, see `read_many`."""
+    """The commits of draws 0 to `draws` - 1 by name, in order. All are in memory at once; compare `read_many`."""
     return {commit.name: commit for commit, _ in read_many(root, names(root, draws))}
 
 
 def read_many(root: str | Path, names: Sequence[str]) -> Iterator[tuple[Commit, str]]:
-    """The commits of these shards, each with the SHA-256 of its file, a part of them in memory at a time.
+    """The commits of these shards, each with the SHA-256 of its file; only some are in memory at a time.
 
-    One that has gone is left out. Raises StorageError when one is damaged.
+    A missing one is left out. Raises StorageError if one is damaged.
     """
     where = as_path(root)
     with listing.Folder(where, "commits") as folder:
@@ -95,7 +95,7 @@ def read_many(root: str | Path, names: Sequence[str]) -> Iterator[tuple[Commit, 
                 try:
                     return parse(path, name, signed_json.checked(path, data, signed=True)), digest(data)
                 except StorageError:
-                    pass  # of an object store it may have been damaged on the way; else it is damaged again
+                    pass  # damaged on the way from an object store; otherwise the next read fails too
             commit = read(where, name)
             return None if commit is None else (commit, hash_file(path)[0])
 

@@ -18,15 +18,15 @@ from nfm.storage.ledger.shard_list import Entry, ShardList, texts
 
 @dataclass(frozen=True)
 class DrawShards:
-    """The shards of one draw, by their number; `entries` has those that are there, in order."""
+    """The shards of one draw by their number; `entries` has the existing ones in order."""
 
     entries: Sequence[Entry]
-    numbers: Rows | None  # of the entries; None: all, from 0
-    absent: Mapping[int, str]  # why the others are not there
+    numbers: Rows | None  # of the entries; None means all, from 0
+    absent: Mapping[int, str]  # why the others are missing
     where: str
 
     def __getitem__(self, number: int) -> Entry:
-        """The entry of a shard. Raises MissingShard for one that the generation lacks."""
+        """The entry of a shard. Raises MissingShard if the generation lacks it."""
         if self.numbers is None:
             return self.entries[number]
         at = int(np.searchsorted(self.numbers, number))
@@ -36,7 +36,7 @@ class DrawShards:
 
 
 class Presence:
-    """The shards of a generation, by draw. Raises StorageError when a manifest does not list what it should."""
+    """The shards of a generation, by draw. Raises StorageError if a manifest does not list what it should."""
 
     def __init__(self, where: str, spec: StoreSpec, manifest: Mapping[str, Any]) -> None:
         self._where, self._spec = where, spec
@@ -61,15 +61,15 @@ class Presence:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard of every draw is there."""
+        """Whether every shard of every draw exists."""
         return not self._absent
 
     def numbers(self) -> dict[int, Rows] | None:
-        """The numbers of the shards that are there, ascending, by draw; None where all are."""
+        """The numbers of the existing shards, ascending, by draw; None if all exist."""
         return None if self.complete else {draw: self._numbers(draw) for draw in range(self._draws)}
 
     def of(self, draw: int) -> DrawShards:
-        """The shards of a draw. Raises StorageError for a draw that the generation has not."""
+        """The shards of a draw. Raises StorageError if the generation has no such draw."""
         if not 0 <= draw < self._draws:
             raise StorageError(
                 f"{self._where}: draw {draw} is outside 0..{self._draws - 1} of generation {self._generation}"
@@ -94,7 +94,7 @@ def expected_names(spec: StoreSpec, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def excluded_problems(spec: StoreSpec, manifest: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the list of the shards that a generation lacks."""
+    """What is wrong with the list of excluded shards in a manifest."""
     holes = manifest.get("excluded", ())
     if not holes:
         return []

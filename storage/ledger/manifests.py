@@ -1,4 +1,4 @@
-"""Manifests: where they stand, and how they are read; nothing in one is believed before it was checked."""
+"""Manifests: where they are, and how they are read and checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ENTRY = {"name", "payload", "sha256", "bytes", "index", "index_sha256", "index_
 
 
 def manifest_path(root: str | Path, generation: int) -> Path:
-    """Where the manifest of a generation stands."""
+    """The path of the manifest of a generation."""
     return as_path(root) / f"manifest.g{generation:04d}.json"
 
 
@@ -33,14 +33,14 @@ def numbers(root: str | Path) -> list[int]:
 
 
 def next_number(root: str | Path) -> int:
-    """The number the next generation gets; the first is 1. One that a repair set aside never returns."""
+    """The number of the next generation; the first is 1. A number that a repair set aside is not used again."""
     quarantine = as_path(root) / "quarantine"
     aside = [number for name in names_in(quarantine) for number in numbers(quarantine / name)]
     return max([*numbers(root), *aside], default=0) + 1
 
 
 def load(root: str | Path, generation: int) -> dict[str, Any]:
-    """The manifest of a generation, with any extra keys; `shards` is a sequence of entries, wherever they are listed.
+    """The manifest of a generation, with any extra keys. `shards` is a sequence of entries, wherever they are stored.
 
     Raises StorageError or NewerSchema.
     """
@@ -48,7 +48,7 @@ def load(root: str | Path, generation: int) -> dict[str, Any]:
 
 
 def raw(root: str | Path, generation: int) -> dict[str, Any]:
-    """The manifest as it is written: `shards` may refer to a file beside it, which is not read."""
+    """The manifest as it is written. `shards` may refer to another file, which is not read."""
     path = manifest_path(root, generation)
     if not exists(path):
         listed = ", ".join(map(str, numbers(root))) or "none"
@@ -82,20 +82,20 @@ def whole(root: str | Path, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def newest(root: str | Path) -> tuple[int, dict[str, Any]] | None:
-    """(number, manifest) of the newest generation, None when the store has never been sealed."""
+    """(number, manifest) of the newest generation; None if the store has never been sealed."""
     found = numbers(root)
     return (found[-1], load(root, found[-1])) if found else None
 
 
 def files_of(root: str | Path, generation: int) -> list[Path]:
-    """The files of a generation at the store's root: its manifest, then its lists of shards, by their names alone."""
+    """The files of a generation at the root of the store, found by name: its manifest, then its lists of shards."""
     where, path = as_path(root), manifest_path(root, generation)
     lists = [name for name in names_in(where) if is_list_name(name) and name.startswith(f"{path.stem}.")]
     return [path for path in (path, *(where / name for name in lists)) if exists(path)]
 
 
 def _check_later(path: Path, body: Mapping[str, Any]) -> None:
-    """What generations of old do not state."""
+    """Checks keys that older generations do not have."""
     for key in ("bytes", "shard_count", "clipped"):
         if key in body:
             untrusted.integer(f"{path}: {key}", body[key])

@@ -1,4 +1,4 @@
-"""`PairWriter`: a pair store of pairs that somebody has herself, of another teacher, a simulation, a script."""
+"""`PairWriter` makes a pair store from a user's own pairs: from another teacher, a simulation or a script."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nfm.storage.format.spec import DRAFT, SPEC, StoreSpec, check_folder, parse_
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
 
-_MARK = "writer"  # in spec.json: whether the writer computed the source's digest or was given it
+_MARK = "writer"  # in spec.json: whether the writer computed the digest of the source or was given it
 _STEP = 1 << 24  # bytes of images that are read back at a time
 
 
@@ -32,14 +32,14 @@ class PairWriter:
 
     Make `spec` with `StoreSpec.external`. Each draw is written in the order of its slots, from `next_slot(draw)` on.
     Records stay in memory until there are `spec.rows_per_shard` of them; then they are committed as a shard. The end of
-    the block seals the store when all `draws` are complete, and raises StorageError when rows are missing.
+    the block seals the store if all `draws` are complete, and raises StorageError if rows are missing.
 
-    After an error, an interrupt or a kill, what is committed stays. Open a writer with the same spec, and it goes on
-    from there. Open it with more draws than the store has, and it adds them.
+    Committed shards stay after an error, an interrupt or a kill. A new writer with the same spec continues from there.
+    A new writer with more draws than the store has adds them.
 
-    When the spec names no source, the writer computes a digest of the images and labels in their order. Then every draw
+    If the spec names no source, the writer computes a digest of the images and labels in their order. Then every draw
     must have the images of draw 0, and stores of the same images and labels can be mixed as aligned ones. Raises
-    StorageError when another store is at `path`.
+    StorageError if another store is at `path`.
     """
 
     @arguments.checked(spec=arguments.instance(StoreSpec), draws=arguments.whole(1, 1000))
@@ -62,8 +62,8 @@ class PairWriter:
     ) -> None:  # fmt: skip
         """Adds one record, or a batch of them along a first axis, at the next slots of a draw.
 
-        All are numpy arrays or torch tensors. `image` has the spec's dtype and shape. `noise` is of floats of the same
-        shape, with unit variance. `label` is a whole number below `classes`. `row` (the image's row in the source, by
+        All are numpy arrays or torch tensors. `image` has the spec's dtype and shape. `noise` has the same shape, in
+        floats with unit variance. `label` is a whole number below `classes`. `row` (the image's row in the source, by
         default the slot), `flip` and `nll` may be left out. Raises StorageError, which names the field and the record,
         before it keeps anything of the batch.
         """
@@ -89,18 +89,18 @@ class PairWriter:
             at.chunks.append(part | {"slot": np.arange(at.slot, at.slot + stop - start)})
             at.slot, start = at.slot + stop - start, stop
             if at.slot == slots.stop:
-                chunks, at.chunks, at.slot = at.chunks, [], slots.start  # where to go on should this fail
+                chunks, at.chunks, at.slot = at.chunks, [], slots.start  # the state to return to if this fails
                 self._commit(draw, slots.start // self.spec.rows_per_shard, chunks)
                 at.slot = slots.stop
 
     @arguments.checked()
     def next_slot(self, draw: int = 0) -> int:
-        """The slot of the next record that `write` takes for a draw; the number of rows when there is none."""
+        """The slot of the next record of a draw; the number of rows if the draw is complete."""
         return self._of(draw).slot
 
     @arguments.checked()
     def written(self, draw: int = 0) -> int:
-        """How many records of a draw are committed, and safe."""
+        """The number of records of a draw that are committed and safe."""
         self._of(draw)
         numbers = (parse_name(name) for name in self._done)
         return sum(len(self.spec.slots_of(shard)) for of, shard in numbers if of == draw)
@@ -116,7 +116,7 @@ class PairWriter:
             self._closed = True
 
     def close(self) -> None:
-        """Seals the store; the end of a `with` block does it. Raises StorageError when rows are missing."""
+        """Seals the store; a `with` block does this at its end. Raises StorageError if rows are missing."""
         if self._closed:
             return
         if missing := seal.pending(self.root, self.spec, self.draws):
@@ -132,7 +132,7 @@ class PairWriter:
         self._closed = True
 
     def _begin(self) -> None:
-        """Makes the store, or finds that the one that is there is this one."""
+        """Makes the store, or checks that the existing one is the same."""
         check_folder(self.root, "write to")
         draft = self.root / DRAFT
         if not exists(self.root / SPEC):
@@ -161,7 +161,8 @@ class PairWriter:
 
     def _refuse(self, there: StoreSpec, here: StoreSpec) -> None:
         ours, theirs = here.to_dict(), there.to_dict()
-        names = sorted(ours | theirs, key=lambda key: key == "fields")  # where these differ, others tell it better
+        # fields last: a difference in another key explains more
+        names = sorted(ours | theirs, key=lambda key: key == "fields")
         name = next(key for key in names if ours.get(key) != theirs.get(key))
         raise StorageError(
             f"{self.root}: another store is there: its {name} is {untrusted.shown(theirs.get(name))}, the spec's is "
@@ -182,7 +183,7 @@ class PairWriter:
         return self.spec.rows
 
     def _commit(self, draw: int, shard: int, chunks: list[dict[str, Array]]) -> None:
-        """Makes a shard durable, unless an earlier run of this writer has: repaired stores have such holes."""
+        """Makes a shard durable, unless an earlier run has. A repaired store may lack shards in the middle."""
         name = shard_name(draw, shard)
         if name in self._done:
             return
@@ -201,7 +202,7 @@ class PairWriter:
             self._hash(chunks)
 
     def _check_images(self, draw: int, shard: int, chunks: list[dict[str, Array]]) -> None:
-        """Refuses a draw whose images are not those of draw 0, of which the source's digest is made."""
+        """Refuses a draw whose images are not those of draw 0, from which the digest of the source is made."""
         if shard_name(0, shard) not in self._done:
             raise StorageError(f"{self.root}: draw {draw} is ahead of draw 0; write the same slots of draw 0 first")
         first = self.spec.slots_of(shard).start
@@ -221,7 +222,7 @@ class PairWriter:
             self._hash([part for _, part in self._read_back(0, self._hashed)])
 
     def _hash(self, chunks: list[dict[str, Array]]) -> None:
-        """Adds the next shard of draw 0 to the source's digest, in which batches and shards do not matter."""
+        """Adds the next shard of draw 0 to the digest of the source. It does not depend on batches or shards."""
         for chunk in chunks:
             for name, digest in self._digests.items():
                 digest.update(np.ascontiguousarray(chunk[name]).data)
@@ -231,7 +232,7 @@ class PairWriter:
         return [name for name in ("image", "label") if self.spec.has(name)]
 
     def _read_back(self, draw: int, shard: int) -> Iterator[tuple[int, dict[str, Array]]]:
-        """(first slot, image and label as stored) of a committed shard, some records at a time."""
+        """(first slot, image and label as stored) of a committed shard, a few records at a time."""
         name = shard_name(draw, shard)
         commit = commits.read(self.root, name)
         if commit is None:
@@ -261,7 +262,7 @@ class PairWriter:
 
 
 class _Draw:
-    """A draw that is being written: the next slot, and the records of the shard that is not full yet."""
+    """A draw that is being written: the next slot, and the records of the incomplete shard."""
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
@@ -269,7 +270,7 @@ class _Draw:
 
 
 def _described(spec: StoreSpec) -> dict[str, Any]:
-    """What decides, beside their bytes, which images and labels these are."""
+    """What identifies these images and labels, besides their bytes."""
     image = spec.field("image")
     return {
         "dtype": image.dtype,

@@ -1,7 +1,9 @@
-"""Row-scoped fields: one value a source row (a caption embedding), added to a finished store, joined by image row.
+"""Row-scoped fields: one value for each source row (a caption embedding), added to a finished store.
 
-fields/<name>/s00000.<attempt>.npy    plain npy 1.0 files of `rows_per_file` rows each
-fields/<name>/field.json              last, create-if-absent: dtype, shape, rows, the files with their SHA-256
+They are joined to records by image row.
+
+    fields/<name>/s00000.<attempt>.npy    plain npy 1.0 files of `rows_per_file` rows each
+    fields/<name>/field.json              written last, only if absent: dtype, shape, rows, the files with their SHA-256
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ class FieldFile:
 
 
 class RowField:
-    """A field of a store, mapped: `gather` joins it to any source rows. Files of a URL come through `cache`."""
+    """A field of a store, mapped into memory: `gather` joins it to source rows.
+
+    Files of a URL are fetched to `cache`.
+    """
 
     def __init__(self, folder: Path, body: Mapping[str, Any], cache: ShardCache | None = None) -> None:
         self.folder = folder
@@ -69,7 +74,7 @@ class RowField:
     @classmethod
     @checked()
     def open(cls, root: str | Path, name: str, cache: ShardCache | None = None) -> RowField:
-        """The field `name` of the store at `root`. Raises StorageError when there is none, NewerSchema."""
+        """The field `name` of the store at `root`. Raises StorageError if there is none, or NewerSchema."""
         folder = _folder(root, name)
         if FIELD not in names_in(inside(as_path(root), f"{FIELDS}/{name}")):
             known = ", ".join(row_field_names(root)) or "none"
@@ -78,9 +83,9 @@ class RowField:
 
     @checked()
     def gather(self, rows: npt.ArrayLike, out: Array | None = None) -> Array:
-        """The values at these source rows (any order, [n] integers) as [n, *shape], in `out` if given.
+        """The values at these source rows ([n] integers, in any order) as [n, *shape], in `out` if given.
 
-        Raises IndexError for a row outside, MissingShard or CorruptShard (naming the file) for a bad file.
+        Raises IndexError for a row out of range, MissingShard or CorruptShard (naming the file) for a bad file.
         """
         wanted = np.asarray(rows, np.int64)
         if out is None:
@@ -106,7 +111,7 @@ class RowField:
             yield self.gather(np.arange(start, min(start + rows, self.rows)))
 
     def opened(self, part: FieldFile, opener: Callable[[Path], T]) -> T:
-        """`opener` of one of the field's files, fetched and hash-checked first where the store is a URL.
+        """Calls `opener` with one of the field's files, which is first fetched and checked if the store is a URL.
 
         Raises MissingShard, naming the file.
         """
@@ -150,7 +155,7 @@ def _mapped(path: Path) -> mmap.mmap:
 
 @checked()
 def row_field_names(root: str | Path) -> list[str]:
-    """The fields that the store at `root` has, sorted; folders without a field.json are unfinished and left out."""
+    """The names of the fields of the store at `root`, sorted. Unfinished ones (without a field.json) are left out."""
     folder = inside(as_path(root), FIELDS)
     names = [name for name in names_in(folder) if re.fullmatch(_NAME, name)]
     return [name for name in names if FIELD in names_in(inside(as_path(root), f"{FIELDS}/{name}"))]
@@ -168,9 +173,9 @@ def write_row_field(
 ) -> RowField:
     """Adds a field to a finished store from arrays [n, *shape] in the order of source rows; durable on return.
 
-    `rows` is their number in all (default: the records of a draw). Killed before its end, it leaves nothing that a
-    reader sees. Raises StorageError for another number of rows, shape or dtype, for a store of generated images, and
-    when the store has a field of this name with other values; a field never changes.
+    `rows` is the total number of rows (default: the records of a draw). If it is killed, readers see no new field.
+    Raises StorageError for a wrong number of rows, shape or dtype, for a store of generated images, and if the store
+    has a field of this name with other values; a field never changes.
     """
     spec, folder = read_spec(root), _folder(root, name)
     if spec.student is not None:
@@ -197,14 +202,14 @@ def write_row_field(
         }
         created = publish_row_field(folder, body)
     finally:
-        if not created:  # an error, or the very same field was added before
+        if not created:  # an error, or the same field was added before
             for path in (folder / file for file in names_in(folder) if f".{attempt}." in file):
                 remove(path)
     return RowField.open(root, name)
 
 
 def publish_row_field(folder: Path, body: Mapping[str, Any]) -> bool:
-    """Makes a field exist; False when the very same one does already. Raises StorageError for another one."""
+    """Makes a field exist. Returns False if the same field already exists. Raises StorageError if another one does."""
     if create_json(folder / FIELD, body):
         return True
     there = _checked(folder.parent.parent, body["name"])
@@ -256,7 +261,7 @@ def _pieces(
 
 
 def _checked(root: Path, name: str) -> dict[str, Any]:
-    """A field.json whose every number and name can be trusted. Raises StorageError, NewerSchema."""
+    """The contents of a field.json, fully checked. Raises StorageError or NewerSchema."""
     path = root / FIELDS / name / FIELD
     body = read_json(path, root=root)
     check_format(path, body)

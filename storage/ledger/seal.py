@@ -1,4 +1,4 @@
-"""Generations: manifests that pin the draws and commits a reader sees; a store grows by new ones only."""
+"""Generations: manifests that fix the draws and commits a reader sees. A store grows only by new generations."""
 
 from __future__ import annotations
 
@@ -28,33 +28,32 @@ _MOST_REASON = 1000  # characters
 
 
 def names_of(spec: StoreSpec, draws: int) -> list[str]:
-    """The names of all shards of `draws` draws, in their order. Raises StorageError beyond two million."""
+    """The names of all shards of `draws` draws, in order. Raises StorageError for more than two million."""
     if draws * spec.shards_per_draw > MOST:
         raise StorageError(f"{draws} draws of {spec.shards_per_draw} shards are too many for one generation")
     return [shard_name(draw, shard) for draw in range(draws) for shard in range(spec.shards_per_draw)]
 
 
 def pending(root: str | Path, spec: StoreSpec, draws: int) -> list[str]:
-    """The shards of draws 0 to `draws` - 1 that have no commit yet, in order, from the names of the commits."""
+    """The shards of draws 0 to `draws` - 1 without a commit, in order. It uses only the names of the commits."""
     done = set(commits.names(root, draws))
     return [name for name in names_of(spec, draws) if name not in done]
 
 
 def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The manifest of draws 0 to `draws` - 1, to be published; the newest itself if it holds exactly that.
+    """The manifest of draws 0 to `draws` - 1, to be published; the newest one itself if it holds exactly that.
 
-    Of `excluded` (name: reason) those that are not committed are left out, and the manifest says so. `content_digest`
-    is over the payload digests alone, in order; `records` counts all draws; `moments` are pooled. A long list of
-    shards is written beside the manifest, which refers to it. Files are placed where the layout has that, see
-    `layouts.seal`.
+    Shards in `excluded` (name: reason) that are not committed are left out, and the manifest lists them.
+    `content_digest` is over the payload digests alone, in order; `records` counts all draws; `moments` are pooled. A
+    long list of shards is written to a file beside the manifest. Some layouts also move files, see `layouts.seal`.
 
-    Raises MissingShard, listing what is pending, or naming a file that was committed and is not there; StorageError
-    where a draw would be empty, and for a hole in layout zarr.
+    Raises MissingShard, which lists pending shards or names a committed file that is missing. Raises StorageError if a
+    draw would be empty, and for a missing shard in layout zarr.
     """
     if draws < 1:
         raise StorageError(f"{root}: draws = {draws}; seal at least one")
     where = as_path(root)
-    number = next_number(root)  # before the newest is looked at: of two who seal at once, one finds the other's
+    number = next_number(root)  # before reading the newest: if two processes seal at once, one then finds the other's
     names, holes = _present(where, spec, draws, excluded or {})
     held: list[Commit] = []
     there = folder.shard_files(where)
@@ -80,7 +79,7 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
 
 
 def seal(root: str | Path, draws: int, excluded: Mapping[str, str] | None = None, **provenance: Any) -> dict[str, Any]:
-    """Publishes the generation of `draws` draws, unless the newest holds exactly that; returns its manifest.
+    """Publishes the generation of `draws` draws, unless the newest one holds exactly that. Returns its manifest.
 
     `provenance` adds keys to the manifest. For tests and for stores made without the pipeline.
     """
@@ -95,7 +94,7 @@ def seal(root: str | Path, draws: int, excluded: Mapping[str, str] | None = None
 
 
 def remove_lost_attempts(root: str | Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """Removes what killed attempts left of these shards, now that each of them is sealed under one attempt."""
+    """Removes files of killed attempts for these shards, which are all sealed now."""
     where = as_path(root)
     kept = {file for entry in entries for file in (entry["payload"], entry["index"])}
     names = {entry["name"] for entry in entries}
@@ -111,14 +110,14 @@ def _remove(path: Path) -> None:
         return
     for part in names_in(path):
         remove(path / part)
-    if not is_remote(path):  # an object store has no folders
+    if not is_remote(path):  # object stores have no folders
         path.rmdir()
 
 
 def _present(
     root: Path, spec: StoreSpec, draws: int, excluded: Mapping[str, str]
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """(the shards that a generation holds, what its manifest says of those that it lacks)."""
+    """(the shards that a generation holds, the manifest's list of those that it lacks)."""
     names, lacking = names_of(spec, draws), pending(root, spec, draws)
     if missing := [name for name in lacking if name not in excluded]:
         more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
@@ -147,12 +146,12 @@ def _hole(spec: StoreSpec, name: str, reason: str) -> dict[str, Any]:
 
 
 def _slots(holes: list[dict[str, Any]]) -> list[list[int]]:
-    """What the order key says of the shards that a generation lacks: draw, first slot, slot after the last."""
+    """The missing shards for the order key: draw, first slot, slot after the last."""
     return [[parse_name(hole["name"])[0], *hole["slots"]] for hole in holes]
 
 
 def _check_commit(root: Path, spec: StoreSpec, commit: Commit, there: Mapping[str, int]) -> None:
-    """A commit whose files went away must stop the sealing before the store is sealed over the hole."""
+    """Raises if files of a commit are missing: a store must not be sealed without them."""
     if commit.records != len(spec.slots_of(commit.shard)):
         raise StorageError(f"{root}: {commit.name} has {commit.records} records; set its commit aside")
     if there.get(commit.payload) == commit.payload_bytes and there.get(commit.index) == commit.index_bytes:
@@ -170,7 +169,7 @@ def _check_commit(root: Path, spec: StoreSpec, commit: Commit, there: Mapping[st
 
 
 def _newest_like(root: Path, draws: int, holes: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The newest generation, as it is written, where it could be the one that is being built."""
+    """The newest generation as it is written, if it could be the one that is being built."""
     found = numbers(root)
     last = raw(root, found[-1]) if found else None
     if last is None or last["draws"] != draws:
@@ -179,6 +178,6 @@ def _newest_like(root: Path, draws: int, holes: list[dict[str, Any]]) -> dict[st
 
 
 def _agrees(last: Mapping[str, Any], body: Mapping[str, Any]) -> bool:
-    """Whether a manifest, whose shards are these, says the same of them; those of old do not say all."""
+    """Whether a manifest with the same shards also agrees in its other keys. Older ones lack some keys."""
     apart = ("generation", "shards", "excluded")
     return all(last.get(key, body[key]) == body[key] for key in body if key not in apart)

@@ -1,7 +1,7 @@
-"""The shards of a large generation: a Parquet file beside its manifest, read into one table and shown as a sequence.
+"""The shards of a large generation: a Parquet file beside its manifest, read into one table and used as a sequence.
 
-The keys are those of the entries that small manifests hold themselves. The file is named by its content, so that two
-processes that seal the same shards write the same file.
+Its keys are those of the entries in small manifests. The file is named by its content, so two processes that seal the
+same shards write the same file.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from nfm.storage.files.small_files import MOST_INDEX_BYTES, read_bytes
 from nfm.storage.format import untrusted
 from nfm.storage.ledger.shard_list_checks import first_wrong
 
-INLINE = 1000  # entries up to which a manifest holds them itself
+INLINE = 1000  # a manifest holds up to so many entries itself
 MOST = 2_000_000
 _ROW_GROUP = 8192
 _BATCH = 2048  # rows that iteration holds as dicts at a time
-_ROW_BYTES = 8192  # of one row, decoded, at most: 64 parts with everything as long as it may be
+_ROW_BYTES = 8192  # at most, of one decoded row: 64 parts with every text as long as allowed
 _PART = pa.struct([("field", pa.string()), ("sha256", pa.string()), ("bytes", pa.int64())])
 SCHEMA = pa.schema(
     [
@@ -41,16 +41,16 @@ SCHEMA = pa.schema(
         ("index_bytes", pa.int64()),
         ("records", pa.int64()),
         ("commit_sha256", pa.string()),
-        ("parts", pa.list_(_PART)),  # null in the layouts whose payload is one file
+        ("parts", pa.list_(_PART)),  # null in layouts whose payload is one file
     ]
 )
 Entry = Mapping[str, Any]
 
 
 class ShardList(Sequence[Entry]):
-    """The entries of a table of `SCHEMA`, made into dicts when they are asked for; slices share the table.
+    """The entries of a table of `SCHEMA`. They become dicts on access; slices share the table.
 
-    `file` is the name of the file that they were read from, None of a slice.
+    `file` is the name of the file that they were read from; None for a slice.
     """
 
     def __init__(self, table: pa.Table, file: str | None = None) -> None:
@@ -113,12 +113,12 @@ def _dicts(rows: pa.Table) -> list[dict[str, Any]]:
 
 
 class ListWriter:
-    """A list being written, a row group at a time; it gets its name when all is known, else nothing is left."""
+    """Writes a list, one row group at a time. The file gets its name at the end, or is removed."""
 
     def __init__(self, root: Path) -> None:
         self._root, self._count, self._rows = root, 0, list[Entry]()
         self._file = HashingFile(root / "manifest.parquet")
-        # Plain pages: what a reader decodes is never larger than what the file says it is.
+        # Plain pages: decoded data is never larger than the file says.
         self._sink = _Sink(self._file)
         self._parquet = pq.ParquetWriter(
             pa.PythonFile(self._sink, mode="w"), SCHEMA, compression="zstd", use_dictionary=False
@@ -132,7 +132,7 @@ class ListWriter:
             self._flush()
 
     def publish(self, generation: int) -> dict[str, Any]:
-        """Makes the file durable under its name; returns what the manifest says of it."""
+        """Makes the file durable under its name. Returns its reference for the manifest."""
         self._flush()
         self._parquet.close()
         name = list_name(generation, self._file.sha256)
@@ -141,7 +141,7 @@ class ListWriter:
         return {"file": name, "sha256": self._file.sha256, "bytes": self._file.bytes, "count": self._count}
 
     def discard(self) -> None:
-        """Removes what was written so far; harmless after `publish`."""
+        """Removes what was written so far. Does nothing after `publish`."""
         self._sink.deaf = True
         self._parquet.close()
         self._file.discard()
@@ -153,11 +153,11 @@ class ListWriter:
 
 
 class _Sink(io.RawIOBase):
-    """What pyarrow needs of a file, around one that hashes while it writes."""
+    """A file object for pyarrow that writes to a file which is hashed on the way."""
 
     def __init__(self, file: HashingFile) -> None:
         self._to = file
-        self.deaf = False  # to what pyarrow writes when it closes a file that nobody wants
+        self.deaf = False  # ignores what pyarrow writes when it closes a discarded file
 
     def writable(self) -> bool:
         return True
@@ -175,7 +175,7 @@ def list_name(generation: int, sha256: str) -> str:
 
 
 def read_list(root: Path, where: str, generation: int, reference: Entry) -> ShardList:
-    """The shards that a manifest refers to. Raises StorageError for a file that is not, whole, what it names."""
+    """The shards that a manifest refers to. Raises StorageError unless the file is complete and unchanged."""
     sha256 = untrusted.sha256(f"{where}: shards.sha256", reference.get("sha256"))
     size = untrusted.integer(f"{where}: shards.bytes", reference.get("bytes"), 1, MOST_INDEX_BYTES)
     count = untrusted.integer(f"{where}: shards.count", reference.get("count"), 1, MOST)
@@ -230,12 +230,12 @@ def _row(table: pa.Table, number: int) -> str:
 
 
 def is_list_name(name: str) -> bool:
-    """Whether a file at a store's root is, by its name, a generation's list of shards."""
+    """Whether the name of a file at the root of a store is that of a generation's list of shards."""
     return re.fullmatch(r"manifest\.g\d{4,9}\.[0-9a-f]{8}\.parquet", name) is not None
 
 
 def written(root: Path, generation: int, entries: Iterable[Entry]) -> dict[str, Any]:
-    """Writes a list at once; returns what the manifest says of it."""
+    """Writes a whole list. Returns its reference for the manifest."""
     writer = ListWriter(root)
     try:
         for entry in entries:

@@ -1,4 +1,4 @@
-"""Whether a table lists shards: the rules of `manifests._check_entry`, for all rows at once."""
+"""Checks a table of shards by the rules of `manifests._check_entry`, for all rows at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 def first_wrong(table: pa.Table) -> int | None:
-    """The first row that is no shard of a store, None when all are."""
+    """The first row that is not a valid shard; None if all are valid."""
     right = np.ones(table.num_rows, bool)
     for column in table.columns[:-1]:
         right &= ~_true(pc.is_null(column))
@@ -26,7 +26,7 @@ def first_wrong(table: pa.Table) -> int | None:
 
 
 def _files(table: pa.Table) -> Mask:
-    """Names and paths are those that attempts write, digests are digests, sizes are sizes."""
+    """Whether names and paths are those that attempts write, and digests and sizes are valid."""
     name, payload = table["name"], table["payload"]
     right = _matches(name, r"\Ad\d{3}-s\d{5}\z")
     right &= _matches(payload, rf"\Ashards/d\d{{3}}-s\d{{5}}\.{_ATTEMPT}(\.tar)?\z")
@@ -41,7 +41,7 @@ def _files(table: pa.Table) -> Mask:
 
 
 def _parts(column: pa.ChunkedArray, tar: Mask) -> Mask:
-    """A tar has no parts, a folder has some."""
+    """Whether tars have no parts and folders have some."""
     if column.null_count == len(column):
         return tar
     counts = pc.fill_null(pc.list_value_length(column), 0).to_numpy()

@@ -31,10 +31,10 @@ def write_shard(
 ) -> Commit:
     """Writes the payload and the index part of one shard, both durable on return. The result is not published yet.
 
-    Each item of `records` has arrays over n records: every field of the spec (the noise in float32, stored in
-    the spec's codec), `slot` counting through `spec.slots_of(shard)`, and optionally `row` (default: the
-    slot), `flip`, `group` and `nll`. Raises StorageError for wrong slots, shapes and types, for noise that is
-    not finite, and when the disk is full; nothing is left behind then. Moments are of the noise as stored.
+    Each item of `records` has arrays over n records: every field of the spec (the noise in float32; it is stored in the
+    spec's codec), `slot` counting through `spec.slots_of(shard)`, and optionally `row` (default: the slot), `flip`,
+    `group` and `nll`. Raises StorageError for wrong slots, shapes and types, for noise that is not finite, and if the
+    disk is full; then nothing is left behind. Moments are of the noise as stored.
     """
     if not re.fullmatch(ATTEMPT, attempt):
         raise StorageError(f"attempt {attempt!r}: use letters, digits, - and _ only, it becomes part of file names")
@@ -85,7 +85,7 @@ def write_shard(
 
 
 def _fields_of(path: Path, spec: StoreSpec, chunk: Mapping[str, Array], start: int) -> tuple[dict[str, Array], int]:
-    """(the records as stored, how many values of the noise were clipped)."""
+    """(the records as stored, the number of clipped noise values)."""
     missing = [field.name for field in spec.fields if field.name not in chunk]
     if missing:
         raise StorageError(f"{path}: the records lack {', '.join(missing)}; the spec lists them as fields")

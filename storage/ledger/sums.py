@@ -1,4 +1,4 @@
-"""What a generation says of all its shards together, taken one commit at a time."""
+"""The totals of all shards of a generation, computed one commit at a time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _NAMES = ("mean", "var", "min", "max", "skewness", "kurtosis", "nonfinite")
 
 
 class MomentRows:
-    """The moments of many shards, held as plain numbers until they are pooled, all at once and in their order."""
+    """The moments of many shards, kept as plain numbers and then pooled together in order."""
 
     def __init__(self, spec: StoreSpec) -> None:
         self._values = math.prod(spec.field("noise").shape)
         self._rows = array("d")
 
     def add(self, records: int, moments: Moments) -> None:
-        """Takes the moments of one shard."""
+        """Adds the moments of one shard."""
         self._rows.append(float(records))
         self._rows.extend(math.nan if (value := moments.get(name)) is None else float(value) for name in _NAMES)
 
@@ -44,7 +44,7 @@ class MomentRows:
 
 
 class Sums:
-    """What commits say of a generation together: moments, clipped values, and how its pairs were encoded."""
+    """Totals over the commits of a generation: moments, clipped values, and how its pairs were encoded."""
 
     def __init__(self, spec: StoreSpec) -> None:
         self.shards = self.records = self.bytes = 0
@@ -55,7 +55,7 @@ class Sums:
         self._batch_sizes: set[int] = set()
 
     def add(self, commit: Commit) -> None:
-        """Takes the next shard, in their order."""
+        """Adds the next shard; shards come in order."""
         self.shards += 1
         self.records += commit.records
         self.bytes += commit.payload_bytes
@@ -68,7 +68,7 @@ class Sums:
             self._batch_sizes.add(commit.batch_size)
 
     def body(self) -> dict[str, Any]:
-        """The keys of a manifest that sum up its commits."""
+        """The keys of a manifest that summarise its commits."""
         return {
             "moments": self._moments.pooled(),
             "clipped": self._clipped,
@@ -81,9 +81,10 @@ class Sums:
 
 
 class Totals:
-    """The sums, the digest and the list of a generation's shards: a context manager that leaves no file on an error.
+    """The totals, the digest and the list of a generation's shards. A context manager that leaves no file after an
+    error.
 
-    `same` is the manifest given as `last`, as long as it lists the very shards that were added.
+    `same` is the manifest given as `last`, as long as exactly its shards were added.
     """
 
     def __init__(self, root: Path, spec: StoreSpec, count: int, last: dict[str, Any] | None) -> None:
@@ -96,7 +97,7 @@ class Totals:
         self._before = iter(listed)
 
     def add(self, commit: Commit, sha256: str) -> None:
-        """Takes the next shard, whose commit's file has this SHA-256."""
+        """Adds the next shard; `sha256` is that of its commit file."""
         entry = entry_of(commit, sha256)
         self._digest.update(("\n" if self.sums.shards else "").encode() + commit.payload_sha256.encode())
         self.sums.add(commit)
@@ -108,12 +109,12 @@ class Totals:
             self.same = None
 
     def body(self) -> dict[str, Any]:
-        """The keys of a manifest that say what its shards are together; `shards` itself is to be listed."""
+        """The keys of a manifest that describe its shards together, without `shards` itself."""
         facts = {"content_digest": self._digest.hexdigest(), "records": self.sums.records, "shards": None}
         return facts | self.sums.body()
 
     def listed(self, generation: int) -> list[Entry] | dict[str, Any]:
-        """What a manifest says under `shards`: the entries, or where they are, durable."""
+        """The value of `shards` in a manifest: the entries, or a reference to the file that lists them, durable."""
         return self._inline if self._writer is None else self._writer.publish(generation)
 
     def __enter__(self) -> Self:
@@ -125,7 +126,7 @@ class Totals:
 
 
 def entry_of(commit: Commit, sha256: str) -> dict[str, Any]:
-    """What a manifest lists of a shard; `sha256` is that of its commit's file."""
+    """The entry of a shard in a manifest; `sha256` is that of its commit file."""
     entry: dict[str, Any] = {
         "name": commit.name,
         "payload": commit.payload,

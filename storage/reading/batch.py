@@ -1,4 +1,4 @@
-"""What a reader yields, and how it is put together."""
+"""The batches that a reader yields, and how they are made."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _CORE = ("image", "noise", "label", "slot", "draw", "store")
 class Batch:
     """The records of one rank: `image` and `noise` float32 [B, *shape], `label`, `slot`, `draw`, `store` int64 [B].
 
-    They are numpy arrays, or torch tensors when the reader was given a device. With `raw=True` they have the dtypes in
-    which they are stored. `noise` is None for a dataset of images, `label` is -1 where there is none, and `store` is
-    the number of the mixture's member (0 for a single store). `fields` holds the row-scoped fields that were asked for,
-    [B, *shape] by name. `place` is a numpy array, int64 [B]: where each record stands in the batch of all ranks, which
-    is the same for any number of ranks. You may keep a batch and write into it: its memory is used again only when
-    nothing refers to it, or to a view or tensor of it.
+    They are numpy arrays, or torch tensors if the reader was given a device. With `raw=True` they have the dtypes in
+    which they are stored. `noise` is None for a dataset of images, `label` is -1 if there is none, and `store` is the
+    number of the mixture's member (0 for a single store). `fields` holds the requested row-scoped fields, [B, *shape]
+    by name. `place` is a numpy array, int64 [B]: the position of each record in the batch of all ranks, which is the
+    same for any number of ranks. You may keep a batch and write into it: its memory is reused only when nothing refers
+    to it, or to a view or tensor of it.
     """
 
     image: Any
@@ -47,11 +47,11 @@ class Batch:
 
 
 class Assembly:
-    """How a batch comes together: gathered from its sources, joined with row-scoped fields, converted once.
+    """Makes a batch: gathers it from its sources, joins row-scoped fields, and converts it once.
 
-    Members of a mixture that store a field in different types are gathered aside and meet in float32. So does noise
-    that is softened, which is done here whatever the device, so that its bits are the same on all. `records` is the
-    most that a batch holds.
+    If the members of a mixture store a field in different types, each is gathered separately and converted to float32.
+    So is noise that is softened; softening runs on the CPU for every device, so that its bits are always the same. A
+    batch holds at most `records` records.
     """
 
     def __init__(
@@ -96,19 +96,19 @@ class Assembly:
 
     @property
     def allocated(self) -> dict[str, int]:
-        """How many arrays a field of batches has taken so far; of what is converted, of either kind."""
+        """The number of arrays allocated so far, by field, with those before and after a conversion."""
         return {
             name: max(pool.made, self._float32[name].made if name in self._float32 else 0)
             for name, pool in self._stored.items()
         }
 
     def clear(self) -> None:
-        """Lets go of memory that no batch holds."""
+        """Frees memory that no batch uses."""
         for pool in (*self._stored.values(), *self._float32.values()):
             pool.clear()
 
     def fill(self, records: Records) -> dict[str, Any]:
-        """Gathers and converts the records: arrays or tensors by name, which are the caller's."""
+        """Gathers and converts the records. Returns arrays or tensors by name, which the caller owns."""
         count = len(records.slot)
         arrays = {name: pool.lend(count) for name, pool in self._stored.items()}
         arrays["slot"][:], arrays["draw"][:], arrays["store"][:] = records.slot, records.draw, records.store
@@ -127,7 +127,7 @@ class Assembly:
         return arrays if self._upload is None else self._upload.share(arrays)
 
     def batch(self, arrays: dict[str, Any], epoch: int, place: npt.NDArray[np.int64]) -> Batch:
-        """The batch of what `fill` returned."""
+        """The batch made of the result of `fill`."""
         core = {name: arrays.get(name) for name in _CORE}
         return Batch(**core, epoch=epoch, fields={name: arrays[name] for name in self._fields}, place=place)
 
@@ -154,19 +154,19 @@ class Assembly:
 
 
 def _scale(name: str, dtype: np.dtype[Any], source: Source) -> tuple[float, float]:
-    """(a, b) such that a * v + b is the value of a stored v: of pixels and of integer noise; floats are values."""
+    """(a, b) such that a stored v means a * v + b, for pixels and integer noise. Floats keep their values."""
     if name == "image" and dtype == np.uint8:
         return scale_of(source.value_range)
     return (source.noise_step or 1.0 if name == "noise" and dtype.kind == "i" else 1.0), 0.0
 
 
 def _widens(name: str, array: npt.NDArray[Any]) -> bool:
-    """Whether a field is float32 in a batch and something else in the store."""
+    """Whether a field is float32 in a batch but has another type in the store."""
     return array.dtype == np.float16 or (name in ("image", "noise") and array.dtype != np.float32)
 
 
 def _common(sources: Sequence[Source], own: Sequence[Arrays], raw: bool) -> Arrays:
-    """Empty arrays in the types that a batch is gathered in, by name."""
+    """Empty arrays by name, in the types in which a batch is gathered."""
     common = {name: np.empty(0, np.int64) for name in ("label", "slot", "draw", "store")}
     for name in ("image", "noise"):
         found = [arrays[name] for arrays in own if name in arrays]

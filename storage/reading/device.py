@@ -1,4 +1,4 @@
-"""Batches as torch tensors: shared with the host's arrays on the CPU, copied ahead of time elsewhere."""
+"""Batches as torch tensors: on the CPU they share memory with numpy arrays, other devices get copies ahead of time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Upload:
-    """Copies arrays as they are stored to a device and converts them there, which moves the fewest bytes.
+    """Copies arrays to a device as they are stored, and converts them there: this moves the fewest bytes.
 
-    On CUDA the copy runs from page-locked memory on a stream of its own, beside the consumer's kernels. It is over
-    when a call returns, so that memory may be filled again at once; the tensors have their own on the device.
+    On CUDA the copy runs from page-locked memory on its own stream, in parallel with the consumer's kernels. It is
+    complete when a call returns, so that memory may be filled again at once. The tensors have their own memory on the
+    device.
     """
 
     def __init__(self, device: Any) -> None:
@@ -33,20 +34,23 @@ class Upload:
         return self.device.type == "cpu"
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """An array that the device copies fastest from: page-locked for CUDA."""
+        """An array from which copies to the device are fastest: page-locked for CUDA."""
         import torch
 
         array = empty(shape, dtype)
         return array if self._stream is None else torch.from_numpy(array).pin_memory().numpy()
 
     def share(self, arrays: Arrays) -> dict[str, Any]:
-        """CPU tensors over the same memory."""
+        """CPU tensors that share the arrays' memory."""
         import torch
 
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def __call__(self, arrays: Arrays, scales: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
-        """Tensors on the device, ready when this returns: those in `scales` as float32 a v + b, others unchanged."""
+        """Tensors on the device, ready when this returns.
+
+        Those in `scales` are float32 a v + b, others are unchanged.
+        """
         import torch
 
         with torch.cuda.stream(self._stream):
@@ -64,7 +68,7 @@ class Upload:
         return tensors
 
     def hand_over(self, tensors: dict[str, Any]) -> None:
-        """Tells CUDA's allocator that the consumer's stream uses the tensors, so their memory is not reused
+        """Tells CUDA's allocator that the consumer's stream uses the tensors, so that their memory is not reused too
         early.
         """
         import torch
@@ -76,7 +80,7 @@ class Upload:
 
 
 def _there(device: Any) -> Any:
-    """A device that this machine has and that holds values. Raises WrongArgument."""
+    """A device that this machine has and that can hold values. Raises WrongArgument."""
     import torch
 
     try:

@@ -1,4 +1,4 @@
-"""Memory of batches, used again once nobody refers to it: a batch, an array, a view or a tensor made of one."""
+"""Memory for batches. It is reused when no batch, array, view or tensor refers to it any more."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-_SPARE = 8  # arrays kept for later use: a consumer may let go of as many batches at once and none is allocated again
+_SPARE = 8  # arrays kept for later use: a consumer may release so many batches at once without a new allocation later
 _HUGE_PAGE = 2 << 20  # bytes
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """As np.empty; a large array begins where a huge page does: numpy asks the kernel for these, they fill faster."""
+    """As np.empty, but a large array begins at a huge page. numpy requests huge pages, and they fill faster."""
     size = math.prod(shape) * dtype.itemsize
     if size < _HUGE_PAGE:
         return np.empty(shape, dtype)
@@ -26,9 +26,9 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 
 
 class _Loan:
-    """What a lent array has as its base, as do all views and tensors of it: goes with the last of them.
+    """The base of a lent array and of all its views and tensors. It is deleted with the last of them.
 
-    It is no array, or numpy would make views refer to the memory itself and pass it by.
+    It is not an array. Otherwise numpy would let views refer to the memory directly.
     """
 
     __slots__ = ("__array_interface__", "_memory", "_spare")
@@ -39,14 +39,14 @@ class _Loan:
         self._spare = weakref.ref(spare)
 
     def __del__(self) -> None:
-        """In any thread, at any moment: a deque takes this without a lock."""
+        """May run in any thread at any time. A deque is safe for this without a lock."""
         spare = self._spare()
         if spare is not None:
             spare.append(self._memory)
 
 
 class Pool:
-    """Arrays of up to shape[0] records that come back by themselves; `made` counts those that were allocated."""
+    """Arrays of up to shape[0] records that are returned automatically. `made` counts allocated arrays."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Pool:
         self.clear()
 
     def lend(self, records: int) -> Array:
-        """An array of that many records, of which nobody else has any part until its last holder lets go."""
+        """An array of that many records. No one else gets any part of it until its last user releases it."""
         try:
             memory = self._spare.pop()
         except IndexError:
@@ -70,5 +70,5 @@ class Pool:
         return np.asarray(_Loan(memory, self._spare))[:records]
 
     def clear(self) -> None:
-        """Lets go of the memory: what is lent goes with its holders, and does not come back."""
+        """Frees the memory. Lent arrays are freed with their last user and do not return."""
         self._spare: deque[Array] = deque(maxlen=_SPARE)

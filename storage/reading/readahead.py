@@ -1,10 +1,12 @@
-"""Shards brought in before they are gathered: read in large pieces in the order of the file, or fetched if remote.
+"""Brings in shards before they are gathered: reads local files in large pieces, or fetches remote ones.
 
-Gathering from files that are not in memory reads a page here and a page there, at a small part of a disk's rate. In
-windowed order the shards of the next window are known: threads of this file read them through, which leaves them in
-the page cache, while the current window is consumed. What is held is bounded by the two windows: of a shard that came
-from the disk and was consumed, the kernel hears that its pages go first when memory is short, before those of shards
-that were not used yet. Of what had been in memory before it hears nothing, and other epochs and readers lose nothing.
+Gathering from files that are not in memory reads scattered pages, at a small part of the disk's speed. In windowed
+order the shards of the next window are known. While the current window is used, threads read these shards from
+beginning to end, so that they are in the page cache when they are needed.
+
+Memory is limited to about two windows. When a shard that came from the disk has been used, the kernel is told to drop
+its pages first if memory is short. The kernel is not told this about shards that were in memory before, so other epochs
+and readers do not suffer.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ from nfm.storage.reading.stream import Planned, Records, Source
 _PIECE = 4 << 20  # bytes read at a time
 _MADV_COLD, _MADV_POPULATE_READ = 20, 22  # Linux 5.4 and 5.14
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_LOCAL_THREADS = 2  # one file's last piece and the next one's first
-_REMOTE_THREADS = 8  # an object store gives each connection a part of its rate
+_LOCAL_THREADS = 2  # one reads the last piece of a file while the other reads the first piece of the next
+_REMOTE_THREADS = 8  # an object store limits the speed of each connection
 
 Key = tuple[int, int, int]  # store, draw, shard
-_Read = Callable[[], Shard | None] | None  # a weak reference to a shard that came from the disk
+_Read = Callable[[], Shard | None] | None  # a weak reference to a shard that was read from the disk
 
 
 class ReadAhead:
@@ -61,9 +63,9 @@ class ReadAhead:
             thread.start()
 
     def over(self, plans: Iterable[Planned]) -> Iterator[Planned]:
-        """The plans, each once its shards are in; what follows is being brought in up to `batches` plans ahead.
+        """Yields each plan when its shards are in memory. Up to `batches` later plans are prepared meanwhile.
 
-        Raises what went wrong with a shard when its turn comes.
+        If a shard fails, its error is raised when its plan is due.
         """
         ahead: deque[tuple[Planned, list[Key]]] = deque()
         for planned in chain(plans, [None] * self._batches):
@@ -79,7 +81,7 @@ class ReadAhead:
                 self._release(needed)
 
     def stop(self) -> None:
-        """Stops the threads; whoever waits for a shard gets CancelledError."""
+        """Stops the threads. A caller that waits for a shard gets CancelledError."""
         self._stopped.set()
         for future in list(self._found.values()):
             future.cancel()
@@ -101,7 +103,7 @@ class ReadAhead:
             if key not in self._found:
                 future = self._found[key] = Future[_Read]()
                 self._tasks.put((key, future))
-        if self._stopped.is_set():  # after the threads' last task
+        if self._stopped.is_set():  # checked after the last task of the threads
             for key in keys:
                 self._found[key].cancel()
 
@@ -111,7 +113,8 @@ class ReadAhead:
             if not self._wanted[key]:
                 del self._wanted[key]
                 read = self._found.pop(key).result()
-                shard = read() if read is not None else None  # held, or what follows might not be mapped any more
+                # keep a reference, otherwise the shard could be unmapped meanwhile
+                shard = read() if read is not None else None
                 for mapped in shard.maps if shard is not None else ():
                     _madvise(mapped.address, mapped.bytes, _MADV_COLD)
 
@@ -133,9 +136,9 @@ def _bring_in(
 
 
 def read_through(mapped: Mapped, stopped: threading.Event) -> bool:
-    """Has the kernel read a mapped file into memory, in order, without a copy; whether any of it was not there.
+    """Makes the kernel read a mapped file into memory, in order and without a copy. Returns whether some was missing.
 
-    Calls go by ctypes, which lets other threads run meanwhile; Python's own madvise does not. Raises CorruptShard.
+    Calls go through ctypes, which lets other threads run meanwhile; Python's own madvise does not. Raises CorruptShard.
     """
     before = _faults_from_disk()
     _madvise(mapped.address, mapped.bytes, mmap.MADV_SEQUENTIAL)
@@ -151,7 +154,7 @@ def read_through(mapped: Mapped, stopped: threading.Event) -> bool:
 
 def _populate(mapped: Mapped, start: int, size: int) -> None:
     wrong = _madvise(mapped.address + start, size, _MADV_POPULATE_READ) if sys.platform == "linux" else errno.EINVAL
-    if wrong == errno.EINVAL:  # before Linux 5.14: a look at every page does the same
+    if wrong == errno.EINVAL:  # before Linux 5.14: touching every page does the same
         _madvise(mapped.address + start, size, mmap.MADV_WILLNEED)
         piece = (ctypes.c_uint8 * size).from_address(mapped.address + start)
         np.ctypeslib.as_array(piece)[:: mmap.PAGESIZE].max()
@@ -160,11 +163,11 @@ def _populate(mapped: Mapped, start: int, size: int) -> None:
 
 
 def _faults_from_disk() -> int:
-    """Of this thread; 0 where that is not known."""
+    """The page faults of this thread that read from the disk; 0 if unknown."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_majflt if sys.platform == "linux" else 0
 
 
 def _madvise(address: int, size: int, advice: int) -> int:
-    """0, or the number of the error."""
+    """0, or the error number."""
     failed = _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_int(advice))
     return ctypes.get_errno() if failed else 0

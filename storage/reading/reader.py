@@ -1,8 +1,8 @@
-"""Batches from mapped shards: gathered and converted by one thread, ahead of the consumer, into memory used again.
+"""Batches from mapped shards: one thread gathers and converts them ahead of the consumer, and memory is reused.
 
-A reader's state counts what was yielded, never what was prefetched; loaded on any number of ranks, it goes on
-with the record that comes next. A batch stays what it is for as long as anybody holds a part of it; in a loop that
-holds one, the arrays of three take turns.
+The state of a reader counts yielded records, not prefetched ones. It can be loaded on any number of ranks and continues
+with the next record. A batch does not change as long as anything refers to a part of it. A loop that holds one batch
+uses three sets of arrays in turn.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from nfm.storage.reading.stream import Planned, Stream, plan
 class ReadOptions(TypedDict, total=False):
     """The keyword arguments that every `batches` takes.
 
-    - `last`: "drop" (default) or "keep" the batch at the end of an epoch when it is not full.
-    - `rank` and `world_size`: which part of every batch is read; by default those of torch.distributed.
-    - `device`: a torch device; the batches are tensors there instead of numpy arrays.
+    - `last`: "drop" (default) or "keep" the batch at the end of an epoch if it is not full.
+    - `rank` and `world_size`: which part of every batch to read; by default those of torch.distributed.
+    - `device`: a torch device; the batches are then tensors there instead of numpy arrays.
     - `prefetch`: whether a thread reads ahead; on by default.
     - `fields`: names of row-scoped fields to join.
-    - `raw`: leave the dtypes as they are stored, and convert nothing.
-    - `soften`: rho in [0, 1). The noise z becomes sqrt(1 - rho^2) z + rho eps. eps ~ N(0, I) is fresh in every epoch,
-      and the same for a record whichever rank reads it.
+    - `raw`: keep the stored dtypes and convert nothing.
+    - `soften`: rho in [0, 1). The noise z becomes sqrt(1 - rho^2) z + rho eps. eps ~ N(0, I) is new in every epoch, and
+      the same for a record whichever rank reads it.
     """
 
     last: Literal["drop", "keep"]
@@ -62,11 +62,12 @@ class _Filled:
 
 
 class BatchReader:
-    """An iterator of `Batch`; `state_dict` and `load_state_dict` resume it exactly, on any number of ranks.
+    """An iterator of `Batch`. `state_dict` and `load_state_dict` resume it exactly, on any number of ranks.
 
-    `wait_seconds` is how long the caller has waited for batches, in total. Reading begins at the first `next`. It stops
-    at the end, on an error, at `close`, or when nothing refers to the reader any more; a later `next` goes on from the
-    state. With `turns=(skip, step)` it reads every step-th batch after the first `skip`: so workers share a stream.
+    `wait_seconds` is the total time that the caller has waited for batches. Reading begins at the first `next`. It
+    stops at the end, on an error, at `close`, or when nothing refers to the reader any more; a later `next` continues
+    from the state. With `turns=(skip, step)` it reads every step-th batch after the first `skip`, so that workers can
+    share a stream.
     """
 
     @checked(stream=checked_later, turns=checked_later)
@@ -106,13 +107,13 @@ class BatchReader:
         self._filled: Iterator[_Filled] | None = None
         self._stop: weakref.finalize[Any, Any] | None = None
         self._process = os.getpid()
-        self._lock = threading.RLock()  # threads that share a reader take a batch each
+        self._lock = threading.RLock()  # threads that share a reader get different batches
 
     def __iter__(self) -> BatchReader:
         return self
 
     def __len__(self) -> int:
-        """Batches that are still to come, of all its epochs. Raises TypeError when it never ends."""
+        """The number of batches still to come in all epochs. Raises TypeError if it never ends."""
         if self._epochs is None:
             raise TypeError("batches without end have no length: pass epochs=")
         skip, step = self._turns
@@ -150,7 +151,7 @@ class BatchReader:
                 self._filled = self._start()
             self._asked.put(True)
             filled = next(self._filled)
-        except BaseException:  # the end, an error of the thread, or an interrupt: all leave no thread behind
+        except BaseException:  # the end, an error in the thread, or an interrupt: none may leave a thread behind
             self.close()
             raise
         finally:
@@ -165,7 +166,7 @@ class BatchReader:
 
     @property
     def summary(self) -> str:
-        """What an epoch yields, and what it leaves out."""
+        """What an epoch yields and what it leaves out, in words."""
         rows = self._stream.rows(self.epoch)
         left = rows % self._batch_size
         kept = f"the last {left} dropped each epoch (last='keep' reads them)" if self._drop_last else "all of them read"
@@ -173,11 +174,11 @@ class BatchReader:
 
     @property
     def allocated(self) -> dict[str, int]:
-        """How many arrays were allocated so far, by field: a few, unless batches are kept."""
+        """The number of arrays allocated so far, by field. It stays small unless batches are kept."""
         return self._assembly.allocated
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the reader is, and of what: a dict that can be written as JSON."""
+        """The position and the identity of the reader, as a dict that JSON can hold."""
         return {
             **self._stream.identity,
             **({"soften": self._soften} if self._soften else {}),
@@ -188,10 +189,10 @@ class BatchReader:
 
     @checked()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the last batch that the reader with this state yielded.
+        """Continues after the last batch that the reader with this state yielded.
 
-        The number of ranks may differ. So may the batch size: the next batch starts at the next record all the same.
-        Raises StateMismatch when the state is of another store, generation, seed or order.
+        The number of ranks may differ. So may the batch size: the next batch still starts at the next record. Raises
+        StateMismatch if the state is of another store, generation, seed or order.
         """
         self.check(state)
         self.close()
@@ -199,7 +200,7 @@ class BatchReader:
 
     @checked()
     def check(self, state: Mapping[str, Any]) -> None:
-        """Raises StateMismatch unless the state is one of this order of records."""
+        """Raises StateMismatch unless the state belongs to this order of records."""
         softened = float(state.get("soften", 0.0))
         if softened != self._soften:
             raise StateMismatch(
@@ -223,7 +224,7 @@ class BatchReader:
             )
 
     def close(self) -> None:
-        """Stops reading ahead; a batch in hand stays valid."""
+        """Stops reading ahead. Batches that were yielded stay valid."""
         if self._stop is not None:
             self._stop()
         self._forget()
@@ -249,14 +250,15 @@ class BatchReader:
         thread, ready = None, queue.SimpleQueue[_Filled | BaseException | None]()
         if self._prefetch:
             self._asked.put(True)
-            # The threads know the queues only, not the reader: a dropped reader is collected and stops them.
+            # The threads refer only to the queues, not to the reader. So a reader that is dropped is collected and
+            # stops them.
             thread = threading.Thread(target=_read_ahead, args=(batches, ready), name="nfm-reader", daemon=True)
         self._stop = weakref.finalize(self, _stop_threads, self._asked, thread, ahead)
         if thread is None:
             return batches
         thread.start()
         items: Iterator[_Filled | BaseException] = iter(ready.get, None)
-        return map(_received, items)  # which hold on to nothing that they passed on
+        return map(_received, items)  # keeps no reference to yielded items
 
     def _forget(self) -> None:
         self._asked = queue.SimpleQueue()
@@ -264,7 +266,7 @@ class BatchReader:
         self._assembly.clear()
 
     def _forked(self) -> None:
-        """Forgets the threads of the parent process, which a fork does not copy."""
+        """Forgets the threads of the parent process; a fork does not copy them."""
         if self._stop is not None:
             self._stop.detach()
         self._forget()
@@ -283,7 +285,10 @@ def _check_sizes(stream: Stream, batch_size: int, last: str, world_size: int) ->
 
 
 def check_enough(batch_size: int, records: int) -> None:
-    """Raises WrongArgument where not one batch could be filled; a config is asked this before its data is there."""
+    """Raises WrongArgument if not even one batch could be filled.
+
+    Configs are checked with it before their data exists.
+    """
     if batch_size > records:
         raise WrongArgument(
             "batch_size", f"{batch_size} exceeds the {records} records there are: lower it", "pass last='keep'"
@@ -322,10 +327,10 @@ def _stop_threads(asked: queue.SimpleQueue[bool], thread: threading.Thread | Non
 
 
 def find_rank(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:
-    """(rank, world size): torch.distributed's when it is initialised, else the arguments, else (0, 1).
+    """(rank, world size): from torch.distributed if it is initialised, else from the arguments, else (0, 1).
 
-    Raises StorageError when they disagree, and when WORLD_SIZE in the environment is above 1 and nobody said
-    which rank this is: every process would read the same records.
+    Raises StorageError if they disagree, and if WORLD_SIZE in the environment is above 1 but no rank is given: every
+    process would read the same records.
     """
     if (rank is None) != (world_size is None):
         raise WrongArgument("rank", f"is {rank} and world_size is {world_size}: pass both or neither")

@@ -1,4 +1,4 @@
-"""Subsets of a store, chosen by a filter over its index: by label, draw, nll, or any column."""
+"""Subsets of a store, chosen by a filter over its index: by label, draw, nll or any other column."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from nfm.storage.files.paths import inside, is_remote
 from nfm.storage.format.index import INDEX_SCHEMA, read_index
 from nfm.storage.format.order import Rows
 
-Filter: TypeAlias = pc.Expression | Sequence[Any]  # or conditions, as pyarrow.parquet takes them
+Filter: TypeAlias = pc.Expression | Sequence[Any]  # or conditions, in the form of pyarrow.parquet
 _LOCAL_THREADS, _REMOTE_THREADS = 4, 16
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The slots that are read: ascending, by draw; draws without any are left out."""
+    """The selected slots of each draw, ascending. Draws without selected slots are left out."""
 
     text: str
     slots: Mapping[int, npt.NDArray[Any]]
 
     @property
     def draws(self) -> tuple[int, ...]:
-        """The draws with any, ascending."""
+        """The draws with selected slots, ascending."""
         return tuple(sorted(self.slots))
 
     def order_key(self, key: str) -> str:
@@ -43,15 +43,15 @@ class Selection:
         return digest(canonical_json({"order_key": key, "selected": chosen}))
 
     def counts(self, draw: int, rows_per_shard: int) -> Rows:
-        """Selected records of each shard that has any."""
+        """The number of selected records of each shard that has any."""
         counts = np.bincount(self.slots[draw] // rows_per_shard)
         return counts[counts > 0]
 
 
 def select(root: Path, shards: Mapping[int, Sequence[Mapping[str, Any]]], filter: Filter, rows: int) -> Selection:
-    """The records of these shards (manifest entries, by draw) that match, from the columns that the filter names.
+    """The records of these shards (manifest entries by draw) that match. Only the columns of the filter are read.
 
-    Raises ValueError for columns that no index has, StorageError when nothing matches.
+    Raises ValueError for unknown columns, StorageError if nothing matches.
     """
     expression = as_expression(filter)
     text = " ".join(str(expression).split())
@@ -68,7 +68,7 @@ def select(root: Path, shards: Mapping[int, Sequence[Mapping[str, Any]]], filter
 
 
 def as_expression(filter: Filter) -> pc.Expression:
-    """The filter as one expression. Raises ValueError for anything else."""
+    """The filter as one expression. Raises ValueError if it is not a filter."""
     if isinstance(filter, pc.Expression):
         return filter
     try:
@@ -90,7 +90,7 @@ def read_parts(
     columns: Sequence[str] | None,
     expression: pc.Expression | None = None,
 ) -> pa.Table:
-    """Columns of the index parts of some shards, one after another, or those rows that match; read in parallel."""
+    """Columns of the index parts of some shards, one after another, or only the matching rows. Read in parallel."""
 
     def read(part: Mapping[str, Any]) -> pa.Table:
         table = read_index(inside(root, part["index"]), columns, part["records"], part.get("index_sha256"))
@@ -100,7 +100,7 @@ def read_parts(
 
 
 def _columns(expression: pc.Expression, text: str) -> list[str]:
-    """The columns that an expression needs: those without which it does not bind."""
+    """The columns that an expression needs: it cannot be bound without them."""
     whole = INDEX_SCHEMA.empty_table()
     try:
         whole.filter(expression)

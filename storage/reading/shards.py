@@ -1,4 +1,4 @@
-"""The shards of one split or one draw, read as one array by row."""
+"""Reads the shards of one split or one draw as one array of rows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from nfm.storage.format.spec import Field
 from nfm.storage.layouts import LAYOUTS, Shard
 
 Array = npt.NDArray[Any]
-_LARGE_RECORD = 4096  # bytes; from here on a copy a record beats numpy's gather, which copies twice
+_LARGE_RECORD = 4096  # bytes; from here on one copy for each record is faster than numpy's gather, which copies twice
 
 
 class ShardSequence:
     """Rows 0..n-1 over shards of `rows_per_shard` records each (the last may hold fewer).
 
-    `open_shard(number)` opens one; that happens when it is first read. A map holds a file descriptor, so the
-    ones unused for longest are closed beyond a quarter of the process's limit (`ulimit -n`).
+    `open_shard(number)` opens a shard; it is called when the shard is first read. Each map holds a file descriptor.
+    Beyond a quarter of the process's limit (`ulimit -n`), the least recently used ones are closed.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class ShardSequence:
         return self.rows
 
     def empty(self, names: Sequence[str], records: int) -> dict[str, Array]:
-        """Arrays [records, *shape] in the stored dtypes, to gather into."""
+        """Empty arrays [records, *shape] in the stored dtypes, for `gather`."""
         return {name: np.empty((records, *self.fields[name].shape), self.fields[name].dtype) for name in names}
 
     def gather(self, names: Sequence[str], rows: Array, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """The records at `rows` (any order, [n] integers) as arrays [n, *shape], in `out` if given.
+        """The records at `rows` ([n] integers, in any order) as arrays [n, *shape], in `out` if given.
 
-        Raises IndexError for a row outside, MissingShard or CorruptShard (naming the file) for a bad file.
+        Raises IndexError for a row out of range, MissingShard or CorruptShard (naming the file) for a bad file.
         """
         rows = np.asarray(rows, np.int64)
         result = dict(out) if out is not None else self.empty(names, len(rows))
@@ -81,7 +81,7 @@ class ShardSequence:
         offsets = layout.offsets(list(self.fields.values()), records, inside, self.rows_per_block)
         for name in names:
             self._check(name, result[name], len(rows))
-            if name not in offsets:  # implied by the position
+            if name not in offsets:  # it follows from the position
                 result[name][...] = rows
                 continue
             begins = np.array([shard.addresses[name] for shard in held], np.int64)
@@ -91,7 +91,7 @@ class ShardSequence:
                 result[name][...] = text.parse(written)
             else:
                 _gather(begins[which] + offsets[name], result[name])
-        del held  # until here: what is gathered from must stay mapped
+        del held  # until here, all shards that are read must stay mapped
         return result
 
     def _check(self, name: str, out: Array, records: int) -> None:
@@ -112,14 +112,14 @@ class ShardSequence:
             return found
 
     def let_go(self, unwanted: Callable[[int], bool]) -> None:
-        """Closes the shards whose number is unwanted; a gather that goes on keeps its own."""
+        """Closes the shards whose number is unwanted. A running gather keeps its own open."""
         with self._lock:
             for number in [number for number in self._open if unwanted(number)]:
                 del self._open[number]
 
     def _opened(self, number: int) -> Shard:
         found, records = self._open_shard(number), min(self.rows_per_shard, self.rows - number * self.rows_per_shard)
-        if found.records != records:  # or offsets would point outside its map
+        if found.records != records:  # otherwise offsets would point outside its map
             raise CorruptShard(f"shard {number} is listed with {found.records} records, its rows are {records}")
         return found
 
@@ -127,10 +127,9 @@ class ShardSequence:
 def _gather(starts: Array, out: Array) -> None:
     """Fills the rows of `out` with the bytes that begin at the addresses `starts`.
 
-    The shards are separate maps of one address space. Reading them through one window that slides by a byte,
-    from the lowest address up, makes a batch one gather, however many shards it touches (a call a shard costs
-    five times as much at 60 shards). Only addresses of records of shards that the caller holds are ever
-    touched.
+    The shards are separate maps in one address space. One strided view covers the space from the lowest address, with a
+    step of one byte. So a batch is a single gather, however many shards it touches; one call for each shard costs five
+    times as much at 60 shards. Only addresses inside shards that the caller holds are read.
     """
     size = out.nbytes // len(out)
     target = out.reshape(len(out), -1).view(np.uint8)
@@ -148,7 +147,7 @@ _sequences: weakref.WeakSet[ShardSequence] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
-    """A child has no threads: a lock that one of them held would never be free."""
+    """A child process has no threads: a lock that a thread of the parent held would never be released."""
     for sequence in _sequences:
         sequence._begin()
 

@@ -1,7 +1,7 @@
-"""Where the iterations of one dataset begin, agreed on by the processes that read it together.
+"""Where the iterations of a dataset begin, shared by the processes that read it together.
 
-A DataLoader tells its dataset nothing, and its workers are copies, made anew for an iteration or kept. So where the
-iterations began lies in shared memory: the first worker of one writes it down, the others find it there.
+A DataLoader tells its dataset nothing. Its workers are copies, which are new for each iteration or kept. So the starts
+of iterations are in shared memory: the first worker of an iteration writes its start, the others read it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 
 from nfm.storage.errors import StorageError
 
-_KEPT = 32  # iterations whose workers may still be about to begin
+_KEPT = 32  # iterations whose workers may not have begun yet
 _WORKERS = 1024
 
 
 class Start(NamedTuple):
-    """`first` is the first epoch of an iteration, which goes on after `consumed` records of `epoch`.
+    """`first` is the first epoch of an iteration, which continues after `consumed` records of `epoch`.
 
-    A state that one of several workers saved counts its turns: it is for worker `worker` of `workers` alone.
+    A state saved by one of several workers counts only its own batches. It is for worker `worker` of `workers` only.
     """
 
     first: int
@@ -32,52 +32,52 @@ class Start(NamedTuple):
 
 
 class Starts:
-    """The iterations that were begun, and what was asked of the next one; the same for every copy in a worker.
+    """The iterations that were begun, and the requested start of the next one. All workers share it.
 
-    A copy that is pickled by other means than to start a process counts for itself from there on.
+    A copy that is pickled, except to start a process, counts for itself from then on.
     """
 
     def __init__(self) -> None:
         self._asked = torch.full((1 + len(Start._fields),), 0).share_memory_()  # whether, and what
         self._begun = torch.zeros(1, dtype=torch.int64).share_memory_()
-        # A row an iteration: its name, the last epoch of it, its start; and which workers have begun it.
+        # A row for each iteration: its name, its last epoch, its start, and which workers have begun it.
         self._rows = torch.zeros(_KEPT, 3 + len(Start._fields), dtype=torch.int64).share_memory_()
         self._here = torch.zeros(_KEPT, _WORKERS, dtype=torch.bool).share_memory_()
-        self._lock = multiprocessing.get_context("fork").Lock()  # no helper process, as spawn's needs one
+        self._lock = multiprocessing.get_context("fork").Lock()  # unlike spawn's, it needs no helper process
         self._spawns = False
 
     def ask(self, start: Start) -> None:
-        """The next iteration to be begun starts there."""
+        """Requests that the next iteration starts there."""
         with self._lock:
             self._asked.copy_(torch.tensor([1, *start]))
 
     @property
     def asked(self) -> Start | None:
-        """What was asked for and not begun yet."""
+        """The requested start that has not been used yet."""
         with self._lock:
             there, *start = self._asked.tolist()
         return Start(*start) if there else None
 
     @property
     def next_epoch(self) -> int:
-        """The epoch that the next iteration begins with."""
+        """The first epoch of the next iteration."""
         with self._lock:
             return self._next().first
 
     def begin(self, epochs: int | None, own: Start | None = None) -> tuple[Start, int]:
-        """Where a new iteration of `epochs` epochs starts, and its number."""
+        """The start of a new iteration of `epochs` epochs, and its number."""
         with self._lock:
             return self._add((0, 0), epochs, own)
 
     def join(self, name: tuple[int, int], worker: int, epochs: int | None, own: Start | None) -> tuple[Start, int]:
-        """The same for a worker of the iteration of this name; `own` is where this worker's own state says."""
+        """As `begin`, for a worker of the iteration with this name. `own` is the start in this worker's own state."""
         if worker >= _WORKERS:
             raise StorageError(f"num_workers is above {_WORKERS}: pass less")
         with self._lock:
             begun = int(self._begun)
             for number in range(begun - 1, max(-1, begun - 1 - _KEPT), -1):
                 row = self._rows[number % _KEPT].tolist()
-                # A name comes again where the loader's seed does; a worker begins each iteration once.
+                # A name repeats if the loader's seed does. But a worker begins each iteration only once.
                 if (row[0], row[1]) == name and not self._here[number % _KEPT, worker]:
                     start = own or Start(*row[3:])
                     break
@@ -87,7 +87,7 @@ class Starts:
         return start, number
 
     def reached(self, number: int, epoch: int) -> None:
-        """Iteration `number`, which has no end, is in this epoch."""
+        """Records that the endless iteration `number` has reached this epoch."""
         with self._lock:
             if int(self._begun) - number <= _KEPT:
                 row = self._rows[number % _KEPT]
@@ -113,7 +113,7 @@ class Starts:
     def __getstate__(self) -> dict[str, Any]:
         if get_spawning_popen() is None:
             return self.__dict__ | {"_lock": None}
-        if not self._spawns:  # a spawned process takes no lock of the other kind; forked ones take this one too
+        if not self._spawns:  # a spawned process cannot take the fork lock; forked ones take this one too
             self._lock, self._spawns = multiprocessing.get_context("spawn").Lock(), True
         return self.__dict__
 

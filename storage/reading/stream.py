@@ -1,4 +1,4 @@
-"""What a reader reads, one record after another: the positions of an epoch, as records of one store or of several."""
+"""The sequence of records that a reader reads, from one store or from several."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nfm.storage.layouts import Shard
 from nfm.storage.reading.selection import Selection
 
 Arrays = dict[str, npt.NDArray[Any]]
-_CHUNK_RECORDS = 65536  # positions permuted at a time: the work of a call is shared, memory stays bounded
+_CHUNK_RECORDS = 65536  # positions permuted at a time: large enough to be fast, small enough to limit memory
 
 
 class Joined(Protocol):
-    """A field with a value a source row, by slot."""
+    """A field with one value for each source row, read by slot."""
 
     @property
     def dtype(self) -> np.dtype[Any]: ...
@@ -33,7 +33,7 @@ class Joined(Protocol):
 
 
 class Source(Protocol):
-    """Where records lie: the draws of a pair store, or a split of a dataset as its one draw."""
+    """Where records are stored: the draws of a pair store, or a split of a dataset as a single draw."""
 
     @property
     def order_key(self) -> str: ...
@@ -52,20 +52,20 @@ class Source(Protocol):
 
     @property
     def value_range(self) -> tuple[float, float]:
-        """What the uint8 images 0 and 255 stand for."""
+        """The values of the uint8 pixels 0 and 255."""
         ...
 
     @property
     def noise_step(self) -> float | None:
-        """What to multiply integer noise by."""
+        """The factor for integer noise."""
         ...
 
     def __len__(self) -> int:
-        """Records of one draw."""
+        """The number of records of one draw."""
         ...
 
     def empty(self, records: int) -> Arrays:
-        """Buffers for that many records, in the stored dtypes: image, and noise and label where there are any."""
+        """Empty buffers for that many records, in the stored dtypes: image, and noise and label if there are any."""
         ...
 
     def gather(self, draw: int, rows: Rows, out: Arrays) -> Any:
@@ -78,18 +78,18 @@ class Source(Protocol):
         ...
 
     def shard(self, draw: int, number: int) -> Shard:
-        """A shard, fetched if need be, mapped and open."""
+        """A shard, mapped into memory; it is fetched first if needed."""
         ...
 
     def row_field(self, name: str) -> Joined:
-        """A row-scoped field. Raises StorageError where there is none of this name."""
+        """A row-scoped field. Raises StorageError if there is none of this name."""
         ...
 
 
 class Records(NamedTuple):
-    """Which records, int64 [n] each: the member's number (0 where there is one store), its draw, slot and epoch.
+    """A list of records, int64 [n] each: member number (0 for a single store), draw, slot and epoch.
 
-    The epoch is the member's own: a small one of a mixture goes through several while the mixture has one.
+    The epoch is that of the member: a small member goes through several epochs during one epoch of the mixture.
     """
 
     store: Rows
@@ -98,11 +98,11 @@ class Records(NamedTuple):
     epoch: Rows
 
     def take(self, which: Any) -> Records:
-        """Some of them: a slice, a mask or indices."""
+        """Some of the records, by slice, mask or indices."""
         return Records(self.store[which], self.draw[which], self.slot[which], self.epoch[which])
 
     def runs(self) -> Iterator[tuple[int, int, slice]]:
-        """(store, draw, where) of each run of records that lie in one draw of one store."""
+        """(store, draw, where) of each run of consecutive records in the same draw and store."""
         same = (self.store[1:] == self.store[:-1]) & (self.draw[1:] == self.draw[:-1])
         edges = [0, *(np.flatnonzero(~same) + 1).tolist(), len(self.slot)]
         for start, stop in pairwise(edges):
@@ -111,7 +111,7 @@ class Records(NamedTuple):
 
 
 class Stream(Protocol):
-    """The order of a whole training, and where its records lie."""
+    """The order of records for a whole training, and where they are stored."""
 
     @property
     def sources(self) -> Sequence[Source]:
@@ -120,21 +120,21 @@ class Stream(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What a reader's state must agree on to go on in this stream."""
+        """What two states must have in common so that one can continue this stream."""
         ...
 
     @property
     def lookahead(self) -> int:
-        """How many positions ahead shards are brought in: a window's. 0: records are gathered where they lie."""
+        """How many positions ahead shards are brought in: one window. With 0, shards are not brought in ahead."""
         ...
 
     @property
     def least(self) -> int:
-        """Records of the shortest epoch."""
+        """The number of records of the shortest epoch."""
         ...
 
     def rows(self, epoch: int) -> int:
-        """Records of an epoch."""
+        """The number of records of an epoch."""
         ...
 
     def at(self, epoch: int, positions: Rows) -> Records:
@@ -143,9 +143,9 @@ class Stream(Protocol):
 
 
 class StoreStream:
-    """One source: epoch e reads its draw number e mod draws, or the selected records of the selected draws.
+    """One source. Epoch e reads draw number e mod draws, or the selected records of the selected draws.
 
-    `present` has the numbers of the shards that are there, by draw; without it all are. A selection is of these.
+    `present` has the numbers of the existing shards, by draw; without it all exist. A selection refers to these.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class StoreStream:
         ahead = source.remote or shuffle != "full"
         self.lookahead = window * max(int(self._counts(draw).max()) for draw in self.draws) if ahead else 0
         self.least = min(int(self._counts(draw).sum()) for draw in self.draws)
-        self._epoch: tuple[int, Callable[[Rows], Rows]] | None = None  # the one that was read last
+        self._epoch: tuple[int, Callable[[Rows], Rows]] | None = None  # the one that was used last
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -195,7 +195,7 @@ class StoreStream:
         slots = self._epoch[1](positions)
         if self.selection is not None:
             slots = self.selection.slots[draw][slots].astype(np.int64)
-        elif self._present is not None:  # all of them are full but the last one, which no other follows
+        elif self._present is not None:  # all shards are full except the last, which no other follows
             number, inside = np.divmod(slots, self.source.rows_per_shard)
             slots = self._present[draw][number] * self.source.rows_per_shard + inside
         return Records(np.zeros_like(slots), np.full_like(slots, draw), slots, np.full_like(slots, epoch))
@@ -209,7 +209,7 @@ class StoreStream:
 
 @dataclass(frozen=True)
 class Planned:
-    """What one rank reads next, and where all ranks stand after it."""
+    """What one rank reads next, and the position of all ranks after it."""
 
     records: Records
     places: Rows  # of each of them in the batch of all ranks
@@ -227,7 +227,7 @@ def plan(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Planned]:
-    """The batches that follow `consumed` records of `epoch`, up to the end of the last epoch."""
+    """The batches after `consumed` records of `epoch`, up to the end of the last epoch."""
     chunk = max(1, _CHUNK_RECORDS // batch_size) * batch_size
     while epochs is None or epoch < epochs:
         stop = stream.rows(epoch)
@@ -243,10 +243,10 @@ def plan(
 
 
 def part_of(batch: Records, rank: int, world_size: int) -> tuple[Records, Rows]:
-    """The part of a rank, and where each of its records stands in the whole batch, sorted by store, draw and slot.
+    """The part of a rank, sorted by store, draw and slot, and the position of each record in the whole batch.
 
-    Sorted records are gathered in one pass, from few files. Of a mixture every rank gets its share of each member, to
-    a record.
+    Sorted records are gathered in one pass, from few files. In a mixture every rank gets its share of each member, up
+    to one record.
     """
     batch = batch.take(np.lexsort((batch.slot, batch.draw, batch.store)))
     count = len(batch.slot)

@@ -1,4 +1,4 @@
-"""A reader inside torch's DataLoader, for those who have one: workers take turns over the batches."""
+"""A reader for torch's DataLoader. Several workers take turns with the batches."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from nfm.storage.reading.stream import Stream
 
 
 class TorchBatches(IterableDataset[dict[str, Tensor]]):
-    """Batches as dicts of CPU tensors: image, noise, label, slot, draw, store, and the fields asked for.
+    """Batches as dicts of CPU tensors: image, noise, label, slot, draw, store, and the requested fields.
 
-    Batches are whole, so pass `batch_size=None` to the DataLoader. With any number of workers its order is that of
-    the reader; the rank is that of the process that makes the dataset. Every iteration reads the next `epochs` epochs,
-    from epoch 0 on, or from the one last given to `set_epoch`, whether the one before was read to its end or left;
-    after `load_state_dict` it goes on from there. One of `epochs=None` has no end, and the next one begins with the
-    epoch after those that it began. Iterations are counted for the dataset, over its loaders and their workers. Under
-    torchdata's StatefulDataLoader the state is exact.
+    Batches are complete, so pass `batch_size=None` to the DataLoader. The order is that of the reader, for any number
+    of workers. The rank is that of the process that makes the dataset.
 
-    Workers copy every batch through shared memory, which costs many times what reading it does: iterate over
-    `store.batches(device=...)` itself where you can. Of a store at a URL every worker has a cache of its own, unless
-    the store is opened with `cache=ShardCache(folder)`.
+    Every iteration reads the next `epochs` epochs, whether or not the iteration before was read to its end. The first
+    one starts at epoch 0. `set_epoch` sets the epoch of the next iteration; after `load_state_dict` it continues from
+    the state. With `epochs=None` an iteration has no end, and the next one begins with the epoch after the last one
+    that it began. Iterations are counted for the dataset, over all its loaders and their workers. With torchdata's
+    StatefulDataLoader the state is exact.
+
+    Workers copy every batch through shared memory, which takes many times longer than reading it. Iterate over
+    `store.batches(device=...)` directly if you can. For a store at a URL every worker has its own cache, unless the
+    store is opened with `cache=ShardCache(folder)`.
     """
 
     @checked(options=ReadOptions, stream=checked_later)
@@ -43,15 +45,15 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         rank, world_size = find_rank(options.get("rank"), options.get("world_size"))
         self._options: ReadOptions = {**options, "rank": rank, "world_size": world_size}
         self._starts = Starts()
-        self._own: Start | None = None  # where this worker's own state says
+        self._own: Start | None = None  # the start in this worker's own state
         self._iterations = 0  # that this worker began
-        self._turn: list[int] | None = None  # [worker, workers] once this process has yielded a batch
-        self._first = 0  # the epoch with which the present iteration began
+        self._turn: list[int] | None = None  # [worker, workers] after this process has yielded a batch
+        self._first = 0  # the first epoch of the current iteration
         self._running = self._finished = False  # an iteration in this process
-        self._reader = self._open()  # so that wrong options are errors here, not in a worker
+        self._reader = self._open()  # so that wrong options raise an error here, not in a worker
 
     def __len__(self) -> int:
-        """Batches of the next iteration from its beginning. Raises TypeError when it never ends."""
+        """The number of batches of the next iteration, from its beginning. Raises TypeError if it never ends."""
         if self._epochs is None:
             raise TypeError("batches without end have no length: pass epochs=")
         first, each = self._starts.next_epoch, self._batch_size
@@ -63,7 +65,10 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
 
     @checked()
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration begins with, unless a loaded state is in it; as of a DistributedSampler."""
+        """Sets the first epoch of the next iteration, unless a state within it was loaded.
+
+        As in a DistributedSampler.
+        """
         asked = self._starts.asked
         if asked is None or asked.first != epoch:
             self._starts.ask(Start(epoch, epoch))
@@ -72,7 +77,7 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         info = get_worker_info()
         if info is None:
             return self._begun()
-        # Now, not at the first batch: every worker that is kept sees every iteration, in order.
+        # Now, not at the first batch: every kept worker sees every iteration, in order.
         name = info.seed - info.id, self._iterations
         self._iterations += 1
         own, self._own = self._own, None
@@ -80,12 +85,14 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         return self._read(self._begin(start, info.id, info.num_workers), number, [info.id, info.num_workers])
 
     def _begun(self) -> Iterator[dict[str, Tensor]]:
-        """Counts with the first batch: a StatefulDataLoader also makes iterators that it does not use."""
+        """Counts the iteration at its first batch, because a StatefulDataLoader also makes iterators that it does not
+        use.
+        """
         start, number = self._starts.begin(self._epochs)
         yield from self._read(self._begin(start, 0, 1), number, [0, 1])
 
     def _begin(self, start: Start, worker: int, workers: int) -> BatchReader:
-        """The reader of an iteration, which the state tells of from now on."""
+        """The reader of an iteration. From now on the state describes it."""
         several = start.workers > 1
         if several and (start.worker, start.workers) != (worker, workers):
             raise StateMismatch(
@@ -114,7 +121,7 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
             reader.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this process stands, a worker or the only one: the reader's state, and whose turns it counts."""
+        """The state of this process (a worker, or the only process): the reader's state and its turn."""
         state = {**self._reader.state_dict(), "first_epoch": self._first, "turn": self._turn}
         asked = self._own or (None if self._running else self._starts.asked)
         if asked is not None:
@@ -124,9 +131,9 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
 
     @checked()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on from this state, or from one of `store.batches`. Raises StateMismatch.
+        """The next iteration continues from this state, or from a state of `store.batches`. Raises StateMismatch.
 
-        From the state of an iteration that was read to its end, it is the one after that.
+        If the state is from the end of an iteration, the next iteration is the one after it.
         """
         self._reader.check(state)
         first, epoch, consumed = self._starts.next_epoch, int(state["epoch"]), int(state["consumed"])

@@ -1,4 +1,4 @@
-"""Does a store hold what its manifests say? Reads only; names every file that is wrong, and the remedy."""
+"""Checks whether a store holds what its manifests say. It only reads. It names every wrong file and the remedy."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _UNSEALED = "restore it, or run the pairs stage to its end, which seals the stor
 
 
 def verify(store_root: str | Path, generation: int | None = None, level: Level = "quick") -> list[Finding]:
-    """All that is wrong with a store, or with one generation of it; an empty list says it is whole.
+    """Everything that is wrong with a store, or with one generation of it. An empty list means that it is intact.
 
-    `quick`: files exist with their sizes, commits and manifests match their digests and each other, and there is
-    no file that belongs to nothing. `default` also hashes every file and reads the shards: every slot once, keys and
-    labels equal in shard and index, noise finite, moments as committed. `deep` reads every record through the stock
-    readers, too. Shards are checked in parallel; nothing is changed. Files of attempts that were killed are no
-    findings, see `orphans`. Raises StorageError when a stock reader is not installed, nothing else.
+    `quick`: files exist with their sizes, commits and manifests match their digests and each other, and no file is
+    unexplained. `default` also hashes every file and reads the shards: every slot once, keys and labels equal in shard
+    and index, noise finite, moments as committed. `deep` also reads every record through the stock readers. Shards are
+    checked in parallel; nothing is changed. Files of killed attempts are not findings, see `orphans`. Raises
+    StorageError if a stock reader is not installed, and nothing else.
     """
     if level not in LEVELS:
         raise ValueError(f"level {level!r}: use one of {', '.join(LEVELS)}")
@@ -59,7 +59,7 @@ def verify(store_root: str | Path, generation: int | None = None, level: Level =
 
 
 def orphans(store_root: str | Path) -> list[str]:
-    """Files that attempts left when they were killed, relative to the store: of no harm, and of no use."""
+    """Files that killed attempts left, relative to the store. They are harmless and unused."""
     found = survey(as_path(store_root))
     files = check_shards(found, (), False, "quick").files | found.named()
     return surplus(found.root, found.spec, check_fields(found.root, "quick")[0] | files)[1]
@@ -76,7 +76,7 @@ def _manifest_findings(found: Survey, number: int, sums: Sums) -> Iterator[Findi
 
 
 def _list_problems(found: Survey, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """What a manifest lists, against what a generation of these draws must hold."""
+    """Compares the list in a manifest with what a generation of these draws must hold."""
     spec, shards = found.spec, manifest["shards"]
     if problems := excluded_problems(spec, manifest):
         yield problems[0]
@@ -105,7 +105,9 @@ def _list_problems(found: Survey, manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sum_problems(found: Survey, manifest: Mapping[str, Any], sums: Sums) -> Iterator[str]:
-    """What a manifest says of its commits together; nothing where some cannot be read, which is a finding already."""
+    """Compares the totals in a manifest with its commits; no problem if some are unreadable, as that is already a
+    finding.
+    """
     if sums.shards != len(expected_names(found.spec, manifest)):
         return
     body = sums.body()
@@ -120,7 +122,7 @@ def _sum_problems(found: Survey, manifest: Mapping[str, Any], sums: Sums) -> Ite
 
 
 def _metadata_findings(found: Survey, draws: int) -> Iterator[Finding]:
-    """What stock readers are told of a store is a function of its recipe, so every byte of it is known."""
+    """Checks the metadata for stock readers. It depends only on the recipe, so every byte is known."""
     for name, data in layouts.of(found.spec).metadata(found.spec, draws).items():
         path = found.root / name
         if size_of(path) is None:

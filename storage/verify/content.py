@@ -1,4 +1,4 @@
-"""What a shard holds, against its commit and its index part; and all of it again through the stock readers."""
+"""Compares the contents of a shard with its commit and its index part, and reads it again through stock readers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ROWS = 1024  # records in memory at a time
 
 
 def content_problems(spec: StoreSpec, commit: Commit, files: list[Path], index: Path, deep: bool) -> Iterator[str]:
-    """All that contradicts a commit in files that are, byte for byte, those that it names.
+    """Everything in files that contradicts their commit, though their bytes are the committed ones.
 
-    Every slot once and in order, keys and labels equal in shard and index, noise finite, its moments as committed;
-    with `deep` every record is read by tarfile and numpy, or by zarr, too, and must be the one that was mapped.
-    Raises StorageError when a file cannot be opened.
+    It checks that every slot is there once and in order, keys and labels are equal in shard and index, noise is finite,
+    and moments are as committed. With `deep` every record is also read by tarfile and numpy, or by zarr, and must be
+    equal. Raises StorageError if a file cannot be opened.
     """
     slots = spec.slots_of(commit.shard)
     shard, table = layouts.open_shard(spec, files, len(slots)), read_index(index, records=len(slots))
@@ -59,7 +59,7 @@ def _moment_problems(spec: StoreSpec, shard: Shard, commit: Commit) -> Iterator[
 
 
 def close(value: float | None, stated: Any) -> bool:
-    """Whether two moments are the same: sums depend on how the values were batched, by rounding only."""
+    """Whether two moments are equal up to rounding, which depends on how the values were batched."""
     if value is None or not isinstance(stated, int | float):
         return value is stated
     return math.isclose(value, stated, rel_tol=1e-6, abs_tol=1e-7)

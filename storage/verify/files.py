@@ -1,4 +1,4 @@
-"""Which files a store may hold, and whether those it names are there and whole."""
+"""Which files a store may hold, and whether the files that it names exist and are intact."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nfm.storage.ledger.shard_list import is_list_name
 
 Level = Literal["quick", "default", "deep"]
 LEVELS: tuple[Level, ...] = ("quick", "default", "deep")
-# What others keep beside a store's own files, see DESIGN.md: the pipeline's records and what a repair set aside.
+# Folders beside a store's own files: the pipeline's records, and what a repair set aside.
 _BESIDE = ("events", "audits", "failed", "quarantine")
 _LOCKS = r"lock\.json|lock\.[0-9a-f]+\.taken"
 _ATTEMPT = r"(d\d{3}-s(\d{5}))\.[A-Za-z0-9_-]+"
@@ -32,7 +32,7 @@ _ATTEMPT = r"(d\d{3}-s(\d{5}))\.[A-Za-z0-9_-]+"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong: the level of the check that saw it, the file, the problem and the remedy."""
+    """One fault: the level of the check that found it, the file, the problem and the remedy."""
 
     level: Level
     file: str
@@ -44,13 +44,13 @@ class Finding:
 
 
 def finding_of(level: Level, path: Path, error: StorageError, remedy: str) -> Finding:
-    """What a reader said of a file, as a finding about it."""
+    """An error of a reader about a file, as a finding."""
     cause = str(error).split("; ")[0].removeprefix(f"{path}: ")
     return Finding(level, str(path), cause, remedy)
 
 
 def check_file(root: Path, file: StoredFile, level: Level, remedy: str) -> Finding | None:
-    """Whether a file has its size, above `quick` also whether its bytes are what was committed."""
+    """Checks the size of a file, and above `quick` also its hash."""
     path = root / file.path
     found = size_of(path)
     if found is None:
@@ -71,10 +71,10 @@ def check_file(root: Path, file: StoredFile, level: Level, remedy: str) -> Findi
 
 @contextmanager
 def local_copies(root: Path, files: Sequence[StoredFile]) -> Iterator[list[Path]]:
-    """The files of a shard on this machine: themselves, or copies of what an object store holds now.
+    """The files of a shard on this machine: the files themselves, or new copies from an object store.
 
-    No cache is asked, which might have kept whole what is damaged there. Raises StorageError for other bytes than
-    were committed.
+    No cache is used, as it may hold an intact copy of a damaged file. Raises StorageError if the bytes are not the
+    committed ones.
     """
     if not is_remote(root):
         yield [root / file.path for file in files]
@@ -94,17 +94,17 @@ def local_copies(root: Path, files: Sequence[StoredFile]) -> Iterator[list[Path]
 
 
 def leads_outside(root: Path, path: Path) -> bool:
-    """Whether links take a file of the store out of its folder. Object stores have none."""
+    """Whether links lead from a file of the store out of its folder. Object stores have no links."""
     return not is_remote(path) and not path.resolve().is_relative_to(root.resolve())
 
 
 def surplus(
     root: Path, spec: StoreSpec, named: Iterable[str], level: Level = "quick"
 ) -> tuple[list[Finding], list[str]]:
-    """(findings, orphans): files that no rule of the format explains, and those that unfinished attempts left.
+    """(findings, orphans): files that the format does not explain, and files that unfinished attempts left.
 
-    `named` are the files that a manifest, a commit or a field names, relative to the store. A worker that is killed
-    leaves temporary files and whole files of its attempt; they are of no harm and no finding.
+    `named` are the files that a manifest, a commit or a field names, relative to the store. A killed worker leaves
+    temporary files and complete files of its attempt. They are harmless and not findings.
     """
     known, findings, orphans = set(named), [], []
     for file in listing(root):
@@ -119,7 +119,9 @@ def surplus(
 
 
 def listing(root: Path) -> Iterator[str]:
-    """Every file below a store's root but those kept beside it, relative, sorted by folder; links are not followed."""
+    """Every file below the root of a store, relative and sorted by folder. Folders beside the store's files are left
+    out, and links are not followed.
+    """
     if is_remote(root):
         remote = cast(Any, root)
         below = str(remote.path).rstrip("/") + "/"
@@ -136,7 +138,10 @@ def listing(root: Path) -> Iterator[str]:
 
 
 def _explained(root: Path, spec: StoreSpec, file: str) -> bool:
-    """The files at the root, and commits of shards that the spec has; what they hold is another check's."""
+    """Whether a file is one of those at the root, or a commit of a shard of the spec.
+
+    Other checks read the contents.
+    """
     if match := re.fullmatch(r"manifest\.g(\d{4,9})\.json", file):
         return file == seal.manifest_path(root, int(match[1])).name
     if match := re.fullmatch(r"commits/d\d{3}-s(\d{5})\.json", file):
@@ -151,5 +156,5 @@ def _is_orphan(spec: StoreSpec, file: str, known: set[str]) -> bool:
     if match is not None:
         staged = file.endswith(".tar") != layouts.of(spec).by_field or file.startswith("index/")
         return staged and int(match[2]) < spec.shards_per_draw
-    # A field's files come before its field.json, by which it exists; another attempt's may stay beside.
+    # The files of a field are written before field.json makes it exist. Those of another attempt may also be there.
     return re.fullmatch(r"fields/[a-z][a-z0-9_]*/s\d{5}\.[A-Za-z0-9]+\.npy", file) is not None

@@ -1,4 +1,4 @@
-"""The row-scoped fields of a store, against their field.json."""
+"""Checks the row-scoped fields of a store against their field.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AGAIN = "restore it from a copy, or remove the field's folder and add the field
 
 
 def check_fields(root: Path, level: Level) -> tuple[set[str], list[Finding]]:
-    """(the files that the fields name, relative to the store; all that is wrong with them)."""
+    """(the files that the fields name, relative to the store; everything that is wrong with them)."""
     named: set[str] = set()
     findings: list[Finding] = []
     try:
@@ -42,7 +42,7 @@ def check_fields(root: Path, level: Level) -> tuple[set[str], list[Finding]]:
 
 
 def _content_findings(root: Path, field: RowField, files: list[StoredFile], deep: bool) -> Iterator[Finding]:
-    """Whether the files open as what field.json says; with `deep` whether numpy reads what the field gives."""
+    """Checks that the files open as field.json says; with `deep` also that numpy reads the same values."""
     start = 0
     for file, part in zip(files, field.files):
         path = str(root / file.path)

@@ -1,4 +1,6 @@
-"""Every shard of a store against its commit and its manifests, in parallel, a part of them in memory at a time."""
+"""Checks every shard of a store against its commit and its manifests, in parallel; only some are in memory
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +25,21 @@ from nfm.storage.verify.survey import Listed, Survey, read_commit
 AGAIN = "restore it from a copy, or run `nfm repair` on the store and then the pairs stage again"
 REMAKE = "its bytes are as committed: what encoded it was at fault, move the store away and make it again"
 COPY = "restore it from a copy"
-_TOGETHER = 256  # shards that a thread takes at a time where each is quickly looked at
+_TOGETHER = 256  # shards that a thread takes at a time, if the check of each is quick
 Item = TypeVar("Item")
 
 
 @dataclass
 class Checked:
-    """What a look at all shards found."""
+    """The result of checking all shards."""
 
     findings: list[Finding] = field(default_factory=list)
-    files: set[str] = field(default_factory=set)  # that commits name and no manifest does
+    files: set[str] = field(default_factory=set)  # named by commits but by no manifest
     sums: dict[int, Sums] = field(default_factory=dict)  # of the readable commits that each generation lists
 
 
 def check_shards(found: Survey, wanted: Collection[int], unlisted: bool, level: Level) -> Checked:
-    """The findings about the shards that generations `wanted` list, and with `unlisted` about all other commits."""
+    """Findings about the shards that generations `wanted` list, and with `unlisted` about all other commits."""
     checked = Checked()
     with listing.Folder(found.root, "commits") as folder:
 
@@ -78,7 +80,7 @@ def _look(
 
 
 def _is_clean(found: Survey, own: Entry, entries: Sequence[Entry]) -> bool:
-    """Whether a shard is quickly seen to be as it was committed and sealed: plain files, of the sizes stated."""
+    """A quick check that a shard is as it was committed and sealed: plain files of the stated sizes."""
     return (
         not layouts.of(found.spec).by_field
         and "parts" not in own
@@ -122,7 +124,7 @@ def _findings(
 
 
 def _is_sealed(found: Survey, commit: Commit, sha256: str, entries: Sequence[Entry]) -> bool:
-    """Whether a commit is the one that all these manifests list; one that none lists yet only agrees with itself."""
+    """Whether a commit agrees with itself and with its entries in all these manifests; there may be none yet."""
     if commit.parts and commit.payload_sha256 != content_digest(part["sha256"] for part in commit.parts):
         return False
     own = (found.files(commit), commit.payload_sha256, commit.payload_bytes, commit.records)

@@ -1,4 +1,4 @@
-"""What the small files of a store say: its recipe and its manifests, read once, and its commits, one after another."""
+"""The small files of a store: its recipe and its manifests, read once, and its commits, one after another."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ class Listed:
 
 @dataclass(frozen=True)
 class Survey:
-    """A store's small files; the error in place of a manifest that cannot be read."""
+    """The small files of a store. An unreadable manifest is replaced by its error."""
 
     root: Path
     spec: StoreSpec
     manifests: dict[int, dict[str, Any] | StorageError]
-    commits: list[str]  # the shards that have one
+    commits: list[str]  # the shards that have a commit
     sizes: dict[str, int]  # of the plain files in the folders of payloads and index parts
 
     def readable(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The manifests of these generations, those that can be read."""
+        """The readable manifests of these generations."""
         for number in numbers:
             manifest = self.manifests.get(number)
             if isinstance(manifest, dict):
                 yield manifest
 
     def draws(self, numbers: Iterable[int]) -> int:
-        """The draws that the largest of these generations holds."""
+        """The number of draws of the largest of these generations."""
         return max((manifest["draws"] for manifest in self.readable(numbers)), default=0)
 
     def shards(self) -> Iterator[Listed]:
@@ -78,11 +78,11 @@ class Survey:
         return names | self._lists() | set(layouts.of(self.spec).metadata(self.spec, draws))
 
     def all_files(self, source: Entry | Commit) -> set[str]:
-        """The files of a shard where they were written, and where sealing places them."""
+        """The files of a shard, both where they were written and where sealing places them."""
         return {file.path for where in (True, False) for file in self.files(source, where)}
 
     def files(self, source: Entry | Commit, sealed: bool = True) -> list[StoredFile]:
-        """A shard's payload files, then its index part; none where they are not those of the spec's layout."""
+        """The payload files of a shard, then its index part; empty if they do not fit the layout of the spec."""
         try:
             payload = layouts.files(self.spec, source, sealed)
         except StorageError:
@@ -92,7 +92,7 @@ class Survey:
         return [*payload, StoredFile(source.index, source.index_sha256, source.index_bytes)]
 
     def present(self, source: Entry | Commit) -> list[StoredFile]:
-        """The files of a shard where they are: until its draw is sealed, those of layout zarr wait to be placed."""
+        """The files of a shard where they are now. In layout zarr, sealing a draw moves them."""
         placed = self.files(source)
         if isinstance(source, Mapping):
             return placed
@@ -100,7 +100,7 @@ class Survey:
         return [here if size_of(self.root / here.path) is not None else staged for here, staged in pairs]
 
     def _lists(self) -> set[str]:
-        """The lists of shards that manifests name, or might name: those of manifests that cannot be read are kept."""
+        """The lists of shards that manifests name or may name: lists of unreadable manifests are kept."""
         shards = [manifest["shards"] for manifest in self.readable(self.manifests)]
         known = {found.file for found in shards if isinstance(found, ShardList) and found.file is not None}
         unread = tuple(f"manifest.g{at:04d}." for at, body in self.manifests.items() if not isinstance(body, dict))
@@ -111,19 +111,19 @@ class Survey:
 def survey(root: Path) -> Survey:
     """Reads the recipe and the manifests of the store at `root`, and lists its commits and files.
 
-    Raises StorageError when there is no recipe.
+    Raises StorageError if there is no recipe.
     """
     spec = read_spec(root)
     manifests = {number: load(root, number) for number in seal.numbers(root)}
     try:
         names = [name for name in commits.names(root, 1000) if parse_name(name)[1] < spec.shards_per_draw]
     except StorageError:
-        names = []  # a link out of the store, which is a surplus file
+        names = []  # a link out of the store; it is reported as a surplus file
     return Survey(root, spec, manifests, names, listing.shard_files(root))
 
 
 def load(root: Path, number: int) -> dict[str, Any] | StorageError:
-    """The manifest of a generation, or why it cannot be read."""
+    """The manifest of a generation, or the error why it cannot be read."""
     try:
         return seal.load(root, number)
     except StorageError as error:
@@ -133,10 +133,10 @@ def load(root: Path, number: int) -> dict[str, Any] | StorageError:
 def read_commit(
     root: Path, folder: listing.Folder, name: str, entries: Sequence[Entry], trusting: bool
 ) -> tuple[Commit | StorageError | None, str]:
-    """(the commit of a shard, None when there is none, or why it cannot be read; the SHA-256 of its file).
+    """(the commit of a shard, or None if there is none, or the error why it cannot be read; the SHA-256 of its file).
 
-    With `trusting` the text of one that has the SHA-256 of one of these entries needs no digest of its own to be
-    believed; what it says is checked all the same.
+    With `trusting`, a file with the SHA-256 of one of these entries needs no check of its own digest. Its contents are
+    always checked.
     """
     path, data = commits.commit_path(root, name), folder.read(f"{name}.json")
     if data is not None:
@@ -159,7 +159,7 @@ def read_commit(
 
 
 def _by_name(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, Entry]]:
-    """The entries of a manifest in the order of their names, which is its own unless somebody wrote another."""
+    """The entries of a manifest sorted by name. They are already sorted unless another program wrote the manifest."""
     names, shards = texts(manifest["shards"], "name"), manifest["shards"]
     if any(one > two for one, two in pairwise(names)):
         shards = sorted(shards, key=itemgetter("name"))

@@ -1,4 +1,4 @@
-"""What a session of the suite did and found, added up by the function that every case ends with."""
+"""The counts of a session of the suite, added up by the function at the end of every case."""
 
 from __future__ import annotations
 

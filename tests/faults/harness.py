@@ -1,4 +1,4 @@
-"""What the cases of the suite share: a store in the making, three ways to make it, and what must be true afterwards."""
+"""The shared parts of the cases: a store that is being made, three ways to make it, and the checks at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A source that cannot be read: its shards are set aside, the rest is made, and what is mended is made later."""
+"""A source that cannot be read: its shards are set aside, the rest is made, and after a repair the missing ones are
+made.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws added later leave what is there untouched, and who reads the older generation undisturbed."""
+"""Draws that are added later do not change the existing ones or disturb readers of the older generation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk without room and a machine without memory: clear words, nothing half-written, and the work goes on."""
+"""A full disk and a machine without memory: clear messages, no half-written file, and the work continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Two of everything at once: one commit a shard, one driver a store, and what stood still too long stops by itself."""
+"""Two workers or drivers at once: one commit for each shard, one driver for each store; a suspended driver stops
+itself.
+"""
 
 from __future__ import annotations
 

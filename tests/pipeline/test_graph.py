@@ -219,6 +219,6 @@ def test_options_of_the_teacher_leave_the_students_evaluations_where_they_are(he
     assert places("evaluate.nfe=[3]")[0] == teacher
 
 
-def test_a_variant_that_cannot_be_is_told_by_its_field(here: Lab) -> None:
+def test_an_impossible_variant_is_an_error_of_its_config_field(here: Lab) -> None:
     with pytest.raises(ConfigError, match=r"student: nfm:nfm=0.5: nfm is mixed with itself"):
         build(load(here.config, ["student.mixture={nfm = 0.5}"]))

@@ -1,4 +1,4 @@
-"""Sections that do not fit each other or the data are told by the plan and by the first seconds of a run."""
+"""The plan and the first seconds of a run report sections that do not fit each other or the data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZES = {
 
 @pytest.mark.parametrize("override", SIZES)
 @pytest.mark.parametrize("command", ["plan", "run"])
-def test_sizes_are_told_before_anything_is_made(empty: Lab, command: str, override: str) -> None:
+def test_sizes_that_do_not_fit_are_reported_before_anything_is_made(empty: Lab, command: str, override: str) -> None:
     told = empty.nfm(command, "evaluate", "-c", "tiny.toml", "--set", override, exits=2).stderr
     for part in SIZES[override]:
         assert part in told
@@ -32,7 +32,7 @@ def test_what_a_stage_does_not_need_may_have_any_size(empty: Lab) -> None:
     empty.nfm("plan", "features", "-c", "tiny.toml", "--set", "teacher.patch=3", "--set", "student.head_size=48")
 
 
-def test_sizes_of_data_that_only_its_files_tell_are_told_when_it_is_there(empty: Lab) -> None:
+def test_sizes_that_only_the_data_determines_are_checked_once_it_exists(empty: Lab) -> None:
     np.savez(empty.folder / "some.npz", data=np.zeros((40, 1, 6, 6), np.uint8))
     text = empty.config.read_text(encoding="utf-8").replace('source = "digits"', 'source = "npz"\npath = "some.npz"')
     empty.config.write_text(text, encoding="utf-8")

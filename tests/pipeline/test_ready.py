@@ -1,4 +1,4 @@
-"""What a run will need is asked for in its first seconds: clusters, devices, room, code."""
+"""The first seconds of a run check everything that it will need: clusters, devices, disk space, code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_what_is_missing_is_told_before_anything_is_made(empty: Lab, what: str) 
     assert not list(empty.artifacts.glob("[a-z]*"))
 
 
-def test_a_stage_that_needs_none_of_it_runs(empty: Lab) -> None:
+def test_a_stage_runs_without_what_it_does_not_need(empty: Lab) -> None:
     empty.run("data", "teacher.device=cuda:99", "pairs.executor=ray", "pairs.ray_address=127.0.0.1:1")
 
 
@@ -47,7 +47,7 @@ def test_a_store_that_does_not_fit_on_the_disk_is_refused_before_its_teacher_is_
     empty.nfm("plan", "pairs", "-c", "tiny.toml", "--set", "pairs.draws=9", "--rate", "1")  # to look costs nothing
 
 
-def test_where_ray_keeps_its_logs_is_told_as_ray_decides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_rays_logs_is_the_one_that_ray_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._common.utils import get_default_ray_temp_dir
 
     from nfm.stages.executors import ray_cluster

@@ -63,7 +63,7 @@ def test_events_begin_with_start_and_end_with_complete(made: Lab) -> None:
     assert len(set(committed)) == len(committed) == 8
 
 
-def test_a_failure_is_told_in_events_and_releases_the_lock(lab: Lab, root: Path) -> None:
+def test_a_failure_is_written_to_events_and_releases_the_lock(lab: Lab, root: Path) -> None:
     shard = lab.only("data").path / "train/s00000.tar"
     shard.write_bytes(shard.read_bytes()[:-3000])
     fresh = builder.build(load(lab.config, ["teacher.seed=11"]))

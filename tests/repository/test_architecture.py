@@ -1,4 +1,4 @@
-"""The import arrows: pipeline -> stages -> {storage, trainers}; nobody else knows anybody."""
+"""Which folder may import which (pipeline -> stages -> {storage, trainers}), and how large a folder may be."""
 
 from __future__ import annotations
 

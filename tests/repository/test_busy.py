@@ -44,7 +44,7 @@ def test_a_round_that_was_stopped_has_no_tests(tmp_path: Path) -> None:
     assert counted(tmp_path / "report.xml") == {"passed": 0, "failed": 0, "skipped": 0, "failures": []}
 
 
-def test_a_loop_ends_when_who_started_it_was_killed() -> None:
+def test_a_loop_ends_when_its_parent_was_killed() -> None:
     code = "import os, subprocess, sys\n"
     code += f"print(subprocess.Popen([sys.executable, '-S', '-c', {LOOP!r}, str(os.getpid())]).pid, flush=True)\n"
     code += "sys.stdin.read()"

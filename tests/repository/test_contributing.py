@@ -1,4 +1,6 @@
-"""CONTRIBUTING.md is followed to the letter: its toy coupling, executor, source, architecture and layout work."""
+"""The examples of CONTRIBUTING.md work exactly as written: a toy coupling, executor, source, architecture
+and layout.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README and docs say of commands, options, make targets and files is true."""
+"""Commands, options, make targets and files in README and docs exist."""
 
 from __future__ import annotations
 

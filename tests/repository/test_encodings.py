@@ -1,4 +1,4 @@
-"""Text is UTF-8 wherever it is read or written, whatever the locale of the shell: no call leaves it to Python."""
+"""Text is read and written as UTF-8 for any locale: every call names the encoding."""
 
 from __future__ import annotations
 

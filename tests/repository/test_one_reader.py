@@ -1,4 +1,4 @@
-"""Metadata is read by small_files.py alone: a raw read elsewhere is a defect unless its reason stands here."""
+"""Only small_files.py reads metadata. Any other read of a file needs its reason in the list below."""
 
 from __future__ import annotations
 

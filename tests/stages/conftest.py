@@ -1,4 +1,4 @@
-"""What tests of the sources of pairs begin with."""
+"""Fixtures for tests of the sources of pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All commands of `nfm`, for tests that ask something of each."""
+"""All commands of `nfm`, for tests about each of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nfm` in a process of its own, forked from one that has torch loaded: a real pid, no seconds of an import."""
+"""`nfm` in its own process, forked from one that has imported torch: a real pid, without the seconds of an import."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The one server that forks the tests' processes: the standard library starts one for each process of the tests.
+"""The single server that forks the processes of the tests. The standard library starts one for each test process.
 
-It has imported what the children need, so that a child costs no seconds, and four at once do not starve a small
-machine. Nothing of the tests themselves: where the server starts, `tests` may be another package.
+It has already imported what the children need. So a child starts fast, and four at once do not slow down a small
+machine. It imports nothing of the tests themselves, because where the server starts, `tests` may be another package.
 """
 
 from __future__ import annotations

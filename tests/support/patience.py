@@ -1,4 +1,4 @@
-"""How long a test waits before it calls a thing hung: a slow, busy machine is no finding."""
+"""How long a test waits before something counts as hung. A slow, busy machine must not fail a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of what could go on for ever: enough for every run of the tests, and all of it for `make test-all`."""
+"""The sizes of tests that could run for ever: small in every run, full size with `make test-all`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Makes torchvision importable where its build does not fit torch's (a CUDA build beside a processor's torch).
+"""Makes torchvision importable if its build does not fit torch's (a CUDA build with a CPU build of torch).
 
-torchmetrics and torch-fidelity import it whole for transforms that no test of ours uses. Its operators are declared,
-not defined: what would call one still fails.
+torchmetrics and torch-fidelity import it for transforms that our tests do not use. Its operators are declared, not
+defined: calling one still fails.
 """
 
 from __future__ import annotations

@@ -14,24 +14,24 @@ Scope = Literal["record", "shard"]
 
 
 class Pairs(NamedTuple):
-    """What a coupling decides about n records; what is None is as the source has it.
+    """What a coupling decides about n records. A field that is None is as in the source.
 
-    `nll` is the teacher's nats per dimension without the constant. Records of one `group` had their noises dealt out
-    among themselves; a group is named by the place of its first record in the call.
+    `nll` is the teacher's nats per dimension without the constant. Records of the same `group` had their noises dealt
+    among them; a group is named by the position of its first record in the call.
     """
 
     noise: Tensor  # float32 [n, C, H, W] of unit variance
     nll: Tensor | None = None  # float32 [n]
     group: Tensor | None = None  # int64 [n]
-    row: Tensor | None = None  # int64 [n]: the source row whose image takes the place of the slot's own
+    row: Tensor | None = None  # int64 [n]: the source row whose image replaces the slot's own
     image: Tensor | None = None  # float32 [n, C, H, W] in the data's range: a generated image
 
 
 class Coupling(Protocol):
-    """Images, labels and fresh standard normal noise give the pairs.
+    """Images, labels and new standard normal noise give the pairs.
 
-    Of scope "record" a pair is of its record alone, whatever else is in the batch; of scope "shard" it is of all
-    records of its shard, which come in one call, in the order of their slots.
+    With scope "record" a pair depends only on its record, not on the rest of the batch. With scope "shard" it depends
+    on all records of its shard, which come in one call, in the order of their slots.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Coupling(Protocol):
     def __call__(self, images: Tensor, labels: Tensor, eps: Tensor) -> Pairs:
         """images [B, C, H, W] in [-1, 1], labels int64 [B] (-1: none), eps [B, C, H, W] -> pairs.
 
-        Images come flipped already, since the noise of a flipped image is not the flipped noise. Tensors leave on
-        the coupling's own device.
+        Images are already flipped, because the noise of a flipped image is not the flipped noise. Tensors are returned
+        on the coupling's own device.
         """
         ...
 
 
 class Independent:
-    """The noise knows nothing of the image: z = eps."""
+    """The noise is independent of the image: z = eps."""
 
     name = "independent"
     scope: Scope = "record"
@@ -57,7 +57,7 @@ class Independent:
 
 
 class NFM:
-    """The teacher's own noise of each image: z = f(x + eta eps, c) / sigma_f (arXiv 2603.09014)."""
+    """The teacher's noise of each image: z = f(x + eta eps, c) / sigma_f (arXiv 2603.09014)."""
 
     name = "nfm"
     scope: Scope = "record"
@@ -70,7 +70,7 @@ class NFM:
         device: str = "cpu",
         autocast: torch.dtype | None = None,
     ) -> None:
-        """`model` is on `device` already; sigma_f is sqrt(E[f^2]), measured with the teacher."""
+        """`model` is already on `device`; sigma_f is sqrt(E[f^2]), measured with the teacher."""
         if not (math.isfinite(sigma_f) and sigma_f > 0):
             raise ValueError(f"sigma_f = {sigma_f} is no scale of noise; train or measure this teacher again")
         self.model = model.eval()
@@ -88,13 +88,13 @@ class NFM:
 
 
 class Generated:
-    """Reflow (Liu et al. 2022, arXiv 2209.03003): the image is what a trained student makes of the noise."""
+    """Reflow (Liu et al. 2022, arXiv 2209.03003): a trained student generates the image from the noise."""
 
     name = "reflow"
     scope: Scope = "record"
 
     def __init__(self, sample: Callable[[Tensor, Tensor], Tensor], device: str = "cpu") -> None:
-        """`sample` takes noise [B, C, H, W] and labels [B], both on `device`, to images in the data's range."""
+        """`sample` maps noise [B, C, H, W] and labels [B], both on `device`, to images in the data's range."""
         self.sample = sample
         self.device = torch.device(device)
 
@@ -104,7 +104,9 @@ class Generated:
 
 
 class Custom:
-    """The noise that a user's function gives: `function(images, labels, rng)`, arrays of numpy, a shard a call."""
+    """The noise from a user's function: `function(images, labels, rng)`, with numpy arrays and one call for
+    each shard.
+    """
 
     name = "custom"
     scope: Scope = "shard"
@@ -116,19 +118,22 @@ class Custom:
         rngs: Callable[[int, int], np.random.Generator],
         place: tuple[int, int] = (0, 0),
     ) -> None:
-        """`called` is how messages name the function; `rngs` gives the generator of (draw, shard), `place` is these."""
+        """`called` is the function's name in messages.
+
+        `rngs` gives the generator of (draw, shard); `place` is (draw, shard).
+        """
         self.function = function
         self.called = called
         self.rngs = rngs
         self.place = place
 
     def at(self, draw: int, shard: int) -> "Custom":
-        """The same for another shard."""
+        """The same coupling for another shard."""
         return Custom(self.function, self.called, self.rngs, (draw, shard))
 
     def __call__(self, images: Tensor, labels: Tensor, eps: Tensor) -> Pairs:
-        """Raises ValueError for what is no noise: of another shape or dtype, or not finite."""
-        # Copies: what the function does to its arguments is its own affair.
+        """Raises ValueError if the result is not noise: another shape or dtype, or values that are not finite."""
+        # Copies, because the function may change its arguments.
         found = self.function(images.numpy().copy(), labels.numpy().copy(), self.rngs(*self.place))
         if not isinstance(found, np.ndarray):
             raise ValueError(f"{self.called} returned a {type(found).__name__}; return a numpy array, the noise")

@@ -1,5 +1,7 @@
-"""Minibatch optimal transport: the noises of a group of images of one class are dealt out again among them, so that
-the sum of squared distances is the least (Pooladian et al. 2023, arXiv 2304.14772; Tong et al. 2023, arXiv 2302.00482).
+"""Minibatch optimal transport: in each group of images of one class, the noises are assigned again to the images.
+
+The assignment has the smallest sum of squared distances (Pooladian et al. 2023, arXiv 2304.14772; Tong et al. 2023,
+arXiv 2302.00482).
 """
 
 import numpy as np
@@ -10,17 +12,17 @@ from nfm.trainers.couplings.coupling import Pairs, Scope
 
 
 class MinibatchOT:
-    """Exact assignment within groups of one class; each group's noises are its eps, permuted.
+    """Exact assignment within groups of one class. The noises of a group are its eps, permuted.
 
-    Over all groups z is therefore as Gaussian as eps is, and every image is there once; within a group the pairs are
-    the optimal ones. What is approximate is the group: the fewer it has, the nearer the pairs are to independent ones.
+    So over all groups z is as Gaussian as eps, and every image occurs once. Within a group the pairs are optimal. The
+    approximation is the size of the groups: the smaller they are, the more the pairs are like independent ones.
     """
 
     name = "minibatch-ot"
     scope: Scope = "shard"
 
     def __init__(self, group_size: int) -> None:
-        """`group_size`: the most noises that are dealt out together; time grows with its cube, memory its square."""
+        """`group_size`: the largest number of noises in a group. Time grows with its cube, memory with its square."""
         if group_size < 1:
             raise ValueError(f"group_size = {group_size}: a group has at least one noise")
         self.group_size = group_size
@@ -35,9 +37,10 @@ class MinibatchOT:
 
 
 def groups(labels: np.ndarray, group_size: int) -> list[np.ndarray]:
-    """Places [n_g] of the members of each group, ascending: one class each, at most `group_size`, of a class alike.
+    """The positions [n_g] of the members of each group, ascending. A group has one class and at most `group_size`
+    members.
 
-    Data without classes (every label -1) is one class.
+    The groups of a class have nearly the same size. Data without classes (every label -1) is one class.
     """
     found = []
     for label in np.unique(labels):
@@ -47,11 +50,11 @@ def groups(labels: np.ndarray, group_size: int) -> list[np.ndarray]:
 
 
 def assignment(images: Tensor, noises: Tensor) -> np.ndarray:
-    """int64 [n]: the noise of each image, both [n, ...], such that sum |x_i - z_i|^2 is the least.
+    """int64 [n]: the noise of each image, both [n, ...], such that sum |x_i - z_i|^2 is minimal.
 
-    |x - z|^2 = |x|^2 + |z|^2 - 2 <x, z>, and the first two sum to the same for every permutation. Products are in
-    float64, so that the order of sums, which differs between machines and numbers of threads, decides nothing where
-    the optimum is unique. Equal images share out the same noises at the same cost: these they get in ascending order.
+    |x - z|^2 = |x|^2 + |z|^2 - 2 <x, z>, and the sums of the first two are the same for every permutation. Products are
+    in float64. The order of sums differs between machines and numbers of threads; with float64 it does not matter if
+    the optimum is unique. Equal images can exchange their noises at the same cost, so they get them in ascending order.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -63,7 +66,7 @@ def assignment(images: Tensor, noises: Tensor) -> np.ndarray:
 
 
 def _equal(images: np.ndarray) -> list[np.ndarray]:
-    """Places, ascending, of each two or more equal images of [n, d]; -0 is equal to 0, as it is in the products."""
+    """The positions, ascending, of each two or more equal images of [n, d]. -0 equals 0, as in the products."""
     found: dict[bytes, list[int]] = {}
     for place, image in enumerate(images):
         found.setdefault((image + 0.0).tobytes(), []).append(place)

@@ -1,9 +1,9 @@
-"""Semidiscrete optimal transport from N(0, I) to the images of a class: one dual potential, and the choice it makes.
+"""Semidiscrete optimal transport from N(0, I) to the images of a class, by one dual potential.
 
-The potential g maximizes E_z[min_j c(z, y_j) - g_j] + mean_j g_j with c = |z - y|^2 / 2; then z goes to
-argmax_j <z, y_j> + g_j - |y_j|^2 / 2 (Genevay, Cuturi, Peyre and Bach 2016, arXiv 1605.08527; as a coupling of flow
-matching: Mousavi-Hosseini, Zhang, Klein and Cuturi 2025, arXiv 2509.25519). z stays exactly Gaussian; that every image
-is chosen equally often is approximate, and chi^2 says how far off it is.
+The potential g maximizes E_z[min_j c(z, y_j) - g_j] + mean_j g_j with c = |z - y|^2 / 2. Then z is assigned to argmax_j
+<z, y_j> + g_j - |y_j|^2 / 2 (Genevay, Cuturi, Peyre and Bach 2016, arXiv 1605.08527; as a coupling for flow matching:
+Mousavi-Hosseini, Zhang, Klein and Cuturi 2025, arXiv 2509.25519). z stays exactly Gaussian. Images are chosen only
+approximately equally often; chi^2 measures the difference.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from nfm.trainers.couplings.semidiscrete_targets import Targets
 _STARTS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
 _START_NOISES = 2048
 DECAY = 2 / 3  # of the step size, gamma_t ~ t^-DECAY
-FORGETTING = 1  # weight of iterate t in the average ~ t^FORGETTING: the way from the start is soon forgotten
+FORGETTING = 1  # weight of iterate t in the average ~ t^FORGETTING, so that early iterates count little
 
 
 @dataclass(frozen=True)
 class ChiSquared:
     """chi^2 = sum_j (p_j - b_j)^2 / b_j of the shares p_j of the noise that each image gets; b_j = 1 / N.
 
-    Estimated from the counts of `samples` fresh noises without the bias (N - 1) / samples of the plain formula;
-    so it may be below zero. `error` is its standard error.
+    Estimated from the counts of `samples` new noises, without the bias (N - 1) / samples of the plain formula; so it
+    may be below zero. `error` is its standard error.
     """
 
     value: float
@@ -41,7 +41,10 @@ class ChiSquared:
 
 @dataclass(frozen=True)
 class Ascent:
-    """What of a fit changes its result. `gamma` is in the problem's own units, see `fit`; samples are noises."""
+    """The settings of a fit that change its result.
+
+    `gamma` is in the problem's own units, see `fit`; samples are noises.
+    """
 
     samples: int
     batch_size: int
@@ -63,7 +66,7 @@ class Ascent:
 
 @dataclass
 class State:
-    """Where a fit is, float64 [N] both; `step` counts the batches taken, `checked` is the step of `chi2`."""
+    """The state of a fit: two tensors, float64 [N]. `step` counts the batches, `checked` is the step of `chi2`."""
 
     step: int
     potential: Tensor
@@ -72,7 +75,7 @@ class State:
     chi2: ChiSquared | None = None
 
     def figures(self) -> dict[str, Any]:
-        """All but the tensors, as JSON types."""
+        """Everything except the tensors, in JSON's types."""
         return {"step": self.step, "checked": self.checked, "chi2": asdict(self.chi2) if self.chi2 else None}
 
     @staticmethod
@@ -84,7 +87,7 @@ class State:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A finished fit: the potential float64 [N], of mean zero, the noises that it took, and why it stopped."""
+    """A finished fit: the potential float64 [N] with mean zero, the number of noises used, and why it stopped."""
 
     potential: Tensor
     samples: int
@@ -102,16 +105,17 @@ def fit(
     log: Callable[[int, ChiSquared], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Fitted | None:
-    """Averaged stochastic ascent until chi^2 <= target or the budget is spent; None when `stop()` was true first.
+    """Averaged stochastic ascent until chi^2 <= target or the budget is used; None if `stop()` became true first.
 
-    Step t moves g_j by gamma_t (1/N - share of the batch given to j), with
-    gamma_t = gamma r sqrt(N B) t^(-2/3), r = rms |y_j - mean y|: a batch that gives j one noise too many lowers g_j by
-    about gamma r sqrt(N / B), and r is the spread of <z, y_j>, to which g_j is added. The average weighs iterate t by
-    t (Shamir and Zhang 2013, arXiv 1212.1824): the uniform one carries the way from the start along for long.
+    Step t moves g_j by gamma_t (1/N - share of the batch given to j), with gamma_t = gamma r sqrt(N B) t^(-2/3), r =
+    rms |y_j - mean y|. So a batch that gives j one noise too many lowers g_j by about gamma r sqrt(N / B); r is the
+    spread of <z, y_j>, to which g_j is added. The average weighs iterate t by t (Shamir and Zhang 2013, arXiv
+    1212.1824): a uniform average would keep early iterates for long.
 
-    The noise of step t is of (seed, label, t) alone: a fit continued from a saved `state` is an uninterrupted one, bit
-    for bit with the same threads. `save` gets a state whenever the noises seen pass a multiple of `save_every`, and
-    when stopped; `log` the noises seen, each time that chi^2 was measured.
+    The noise of step t depends only on (seed, label, t). So a fit that continues from a saved `state` equals an
+    uninterrupted one, bit by bit with the same number of threads. `save` is called with a state whenever the noises
+    seen pass a multiple of `save_every`, and after a stop; `log` with the noises seen, each time that chi^2 was
+    measured.
     """
     count, batch_size = len(targets), ascent.batch_size
     if count == 1:
@@ -168,9 +172,10 @@ def fit(
 
 
 def starting_offsets(targets: Targets, z: Tensor) -> Tensor:
-    """g_j - |y_j|^2 / 2 to start from, float64 [N]: -k |y_j - mean y|, with the k that suits noises z [n, D] best.
+    """The initial g_j - |y_j|^2 / 2, float64 [N]: -k |y_j - mean y|, with the k that fits noises z [n, D] best.
 
-    <z, y_j - mean y> is normal with deviation |y_j - mean y|: without a malus the images far from the mean take all.
+    <z, y_j - mean y> is normal with standard deviation |y_j - mean y|. Without this penalty the images far from the
+    mean would get all noises.
     """
     found = {k: chi_squared(targets.counts(z, -k * targets.radii)).value for k in _STARTS}
     return -min(found, key=lambda k: found[k]) * targets.radii
@@ -185,12 +190,12 @@ def measure(
     precision: float = 0.1,
     stop: Callable[[], bool] = lambda: False,
 ) -> ChiSquared | None:
-    """chi^2 of a potential, from as many noises as its use asks for; None when `stop()` was true first.
+    """chi^2 of a potential, from as many noises as its use needs; None if `stop()` became true first.
 
-    `noise(i)` is the i-th batch. Enough is a standard error of target / 2 where chi^2 = 0, that is
-    2 sqrt(2 N) / target noises; less, when chi^2 is three standard errors above the target and its error is no more
-    than `precision` times itself; and not many more than `at_most`. The noises of the fit suffice: a potential from n
-    of them has chi^2 of about (N - 1) / n, many times the error sqrt(2 N) / n.
+    `noise(i)` is the i-th batch. It stops at a standard error of target / 2 where chi^2 = 0, that is 2 sqrt(2 N) /
+    target noises; earlier if chi^2 is three standard errors above the target and its error is at most `precision` times
+    itself; and soon after `at_most`. The number of noises in the fit is enough: a potential from n of them has chi^2 of
+    about (N - 1) / n, many times the error sqrt(2 N) / n.
     """
     most = min(math.ceil(2 * math.sqrt(2 * len(targets)) / target), max(at_most, 4096))
     offsets = targets.offsets(potential)
@@ -213,9 +218,8 @@ def measure(
 def chi_squared(counts: Tensor) -> ChiSquared:
     """chi^2 against the uniform distribution from int64 counts [N] of S >= 3 samples, unbiased.
 
-    chi^2 + 1 = N sum p_j^2, estimated by the share of pairs of samples that agree:
-    N sum n_j (n_j - 1) / (S (S - 1)). The error is of this U-statistic (Hoeffding 1948), with sum p_j^3 estimated by
-    triples.
+    chi^2 + 1 = N sum p_j^2, estimated by the share of pairs of samples that agree: N sum n_j (n_j - 1) / (S (S - 1)).
+    The error is that of this U-statistic (Hoeffding 1948), with sum p_j^3 estimated by triples.
     """
     n = counts.double()
     size, samples = len(n), float(n.sum())
@@ -229,9 +233,9 @@ def chi_squared(counts: Tensor) -> ChiSquared:
 
 
 class SemidiscreteOT:
-    """z goes to the image of its class that the class's potential gives it; z is eps itself, untouched.
+    """The potential of a class assigns z to an image of the class. z is eps itself, unchanged.
 
-    What is chosen for a record is of its label and noise alone, see `Targets.decide`.
+    The choice for a record depends only on its label and noise, see `Targets.decide`.
     """
 
     name = "semidiscrete-ot"
@@ -240,10 +244,10 @@ class SemidiscreteOT:
     def __init__(
         self, targets: Callable[[int], Targets], potentials: Mapping[int, Tensor], keep_bytes: int = 1 << 30
     ) -> None:
-        """`targets(label)` are the images of a class, asked for once, when the class is first met.
+        """`targets(label)` gives the images of a class. It is called once, when the class first occurs.
 
-        potentials: float64 [N] by label. keep_bytes: of images in memory, of all classes together; those of the classes
-        used longest ago are given back first, so one call with many records reads less than many with few.
+        potentials: float64 [N] by label. keep_bytes: of images in memory, for all classes together. The least recently
+        used classes are released first, so one call with many records reads less than many calls with few.
         """
         self._make = targets
         self._potentials = dict(potentials)
@@ -260,7 +264,7 @@ class SemidiscreteOT:
         return Pairs(eps, row=row.to(eps.device))
 
     def _of(self, label: int) -> Targets:
-        """The images of a class, in memory if they are to be; it is then the class used last."""
+        """The images of a class, in memory if possible. It becomes the most recently used class."""
         if label not in self._potentials:
             raise ValueError(f"label {label} has no potential; there are those of {sorted(self._potentials)}")
         targets = self._classes.pop(label, None) or self._make(label)
@@ -279,9 +283,9 @@ class SemidiscreteOT:
 
 
 class _Noise:
-    """Batches of N(0, I), functions of (seed, label, step, batch) alone: drawn on the CPU whatever the device is.
+    """Batches of N(0, I) that depend only on (seed, label, step, batch). They are drawn on the CPU for every device.
 
-    On a CPU they are all in the same memory: a batch is gone when the next is drawn.
+    On a CPU all share the same memory: a batch is overwritten when the next is drawn.
     """
 
     def __init__(self, seed: int, label: int, step: int, purpose: str, targets: Targets, size: int) -> None:
@@ -298,4 +302,4 @@ class _Noise:
 
 def _seed(seed: int, label: int, step: int, batch: int, purpose: str) -> int:
     name = f"semidiscrete,{purpose},{seed},{label},{step},{batch}".encode()
-    return int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1  # torch takes 63 bits
+    return int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1  # torch accepts 63 bits

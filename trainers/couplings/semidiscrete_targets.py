@@ -1,4 +1,4 @@
-"""The images of one class as targets of transport: products with noise in blocks, and who wins them."""
+"""The images of one class as targets of transport: products with noise in blocks, and the best image of each noise."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Scores of a block of noise against a block of images. On a CPU they are to stay in a core's own cache until their
-# argmax is taken.
+# Scores of a block of noises against a block of images. On a CPU they should fit into a core's cache until their argmax
+# is taken.
 _NOISES = {"cpu": 256, "cuda": 4096}
 _IMAGES = {"cpu": 2048, "cuda": 16384}
-_PAIR_BYTES = 64 << 20  # of float64 images and noises while close candidates are told apart
+_PAIR_BYTES = 64 << 20  # of float64 images and noises while close candidates are compared
 
 
 class Targets:
     """Images y_j of one class, float32 [N, D], read by `read(start, stop)` in blocks.
 
-    They stay in memory from `keep` to `release` if they take no more than `keep_bytes`, else they are read anew for
-    each batch of noise. `rows` int64 [N] says where they come from. Scores are taken against images less their mean: it
-    shifts all scores of a noise alike, and float32 keeps more of the rest.
+    They stay in memory from `keep` to `release` if they need at most `keep_bytes`; otherwise they are read again for
+    each batch of noise. `rows` int64 [N] are their source rows. Scores use images minus their mean: this shifts all
+    scores of a noise equally, and float32 keeps more digits of the rest.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Targets:
 
     @classmethod
     def of(cls, images: Tensor, rows: Tensor | None = None, device: str = "cpu") -> Targets:
-        """Images that are in memory, float32 [N, ...]."""
+        """Targets from images in memory, float32 [N, ...]."""
         rows = torch.arange(len(images)) if rows is None else rows
         return cls(rows, lambda start, stop: images[start:stop], device)
 
@@ -65,29 +65,31 @@ class Targets:
 
     @property
     def bytes(self) -> int:
-        """What the images take in memory while they are kept."""
+        """The memory of the images while they are kept."""
         return 4 * len(self) * self.dimension if self._kept is not None else 0
 
     def keep(self) -> None:
-        """Reads the images into memory, if they are to fit there."""
+        """Reads the images into memory if they fit."""
         if self._kept is None and 4 * len(self) * self.dimension <= self._keep_bytes:
             self._kept = [block for _, block in self._blocks()]
 
     def release(self) -> None:
-        """Gives the images' memory back; they are read again where they are needed."""
+        """Frees the images' memory. They are read again when they are needed."""
         self._kept = None
 
     def offsets(self, potential: Tensor) -> Tensor:
-        """g_j - |y_j|^2 / 2 of a potential float64 [N], less their largest: float32 keeps what tells them apart."""
+        """g_j - |y_j|^2 / 2 of a potential float64 [N], minus their largest, so that float32 keeps their
+        differences.
+        """
         offsets = potential.to(self.device) - self.half_squares
         return offsets - offsets.max()
 
     def counts(self, z: Tensor, offsets: Tensor) -> Tensor:
-        """How many of the noises z [n, D] each image gets, int64 [N]; in float32."""
+        """The number of noises of z [n, D] that each image gets, int64 [N]; in float32."""
         return torch.bincount(self.best(z, offsets), minlength=len(self))
 
     def best(self, z: Tensor, offsets: Tensor) -> Tensor:
-        """argmax_j <z, y_j> + offsets_j for noises z [n, D], int64 [n], by float32 products."""
+        """argmax_j <z, y_j> + offsets_j for noises z [n, D]: int64 [n], by float32 products."""
         best = torch.empty(len(z), dtype=torch.int64, device=self.device)
         top = torch.full((len(z),), -torch.inf, device=self.device)
         for start, images in self._blocks():
@@ -101,10 +103,11 @@ class Targets:
         return best
 
     def decide(self, z: Tensor, offsets: Tensor) -> Tensor:
-        """`best`, whatever else is in the batch: what float32 cannot tell apart is decided in float64, noise by noise.
+        """As `best`, but independent of the rest of the batch: near ties in float32 are decided in float64, noise by
+        noise.
 
-        The rounding of a float32 score is at most (D + 3) 2^-24 (|z| |y_j| + |offset_j|) (Higham 2002, section 3.1,
-        the sum in any order), so the winner is among the images within twice that of the largest score.
+        The rounding error of a float32 score is at most (D + 3) 2^-24 (|z| |y_j| + |offset_j|) (Higham 2002, section
+        3.1, the sum in any order). So the winner is among the images within twice that of the largest score.
         """
         slack = 2.0**-24 * (self.dimension + 3)
         reach = z.double().norm(dim=1) * float(self.radii.max()) + float(offsets.abs().max())
@@ -129,9 +132,10 @@ class Targets:
         return self._settle(z, offsets, who[~alone], image[~alone], best)
 
     def _settle(self, z: Tensor, offsets: Tensor, who: Tensor, image: Tensor, best: Tensor) -> Tensor:
-        """Fills `best` of the noises `who` with their `image` of the largest float64 score, the first of equals.
+        """Sets `best` of the noises `who` to their `image` with the largest float64 score; the first one if several are
+        equal.
 
-        A noise comes once for each of its candidates.
+        A noise occurs once for each of its candidates.
         """
         top = torch.full((len(z),), -torch.inf, dtype=torch.float64, device=self.device)
         order = torch.argsort(image, stable=True)
@@ -145,7 +149,7 @@ class Targets:
                 part = slice(at, min(at + many, last))
                 y = images[image[part] - start].double()
                 score = (z[who[part]].double() * y).sum(1) + offsets[image[part]]
-                # Of several candidates of one noise in this part the largest counts, then the lowest image.
+                # If this part has several candidates of a noise, the largest score wins, then the lowest image.
                 highest = torch.full_like(top, -torch.inf).scatter_reduce_(0, who[part], score, "amax")
                 wins = (score == highest[who[part]]) & (score > top[who[part]])
                 lowest = torch.full_like(best, len(self)).scatter_reduce_(0, who[part][wins], image[part][wins], "amin")
@@ -154,7 +158,7 @@ class Targets:
         return best
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first image, float32 [n, D] of images less their mean) in order."""
+        """(first image, float32 [n, D] of images minus their mean), in order."""
         if self._kept is not None:
             for number, block in enumerate(self._kept):
                 yield number * self._images, block
@@ -169,7 +173,7 @@ class Targets:
 
 
 def _largest(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(value, index) of the largest of each row; numpy's argmax has vector instructions where torch's has none."""
+    """(value, index) of the largest in each row. numpy's argmax is vectorised, torch's is not."""
     if scores.device.type != "cpu":
         value, index = scores.max(1)
         return value, index

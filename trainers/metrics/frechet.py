@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Features = Tensor | np.ndarray
-FEWEST = 20  # samples that a fit against 1/N is made of
+FEWEST = 20  # samples needed for a fit against 1/N
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Gaussian:
 
     @cached_property
     def root(self) -> Tensor:
-        """The covariance's square root [D, D], taken once: it is most of a distance's cost."""
+        """The square root of the covariance [D, D], computed once: it is the largest part of a distance's cost."""
         return _symmetric_root(self.covariance)
 
 
 def fit(features: Features) -> Gaussian:
-    """The Gaussian of features [N, D]; to be kept where many sets are compared with one."""
+    """The Gaussian of features [N, D]. Keep it to compare many sets with one."""
     x = _checked("features", features)
     return Gaussian(x.mean(dim=0), torch.cov(x.T).reshape(x.shape[1], -1), len(x))
 
@@ -37,9 +37,9 @@ def fit(features: Features) -> Gaussian:
 def frechet_distance(features_a: Features, features_b: Features | Gaussian) -> float:
     """Squared Frechet distance between the Gaussians fitted to features [N, D] and [M, D], in float64.
 
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_b^1/2 C_a C_b^1/2)^1/2) (Dowson & Landau 1982; as FID, Heusel et al.,
-    arXiv 1706.08500, whose inner product has the same trace but is not symmetric). With fewer images than
-    features the covariance is singular; the distance is still defined but grows with the missing ranks.
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_b^1/2 C_a C_b^1/2)^1/2) (Dowson & Landau 1982; as FID: Heusel et al., arXiv
+    1706.08500, whose inner product has the same trace but is not symmetric). With fewer images than features the
+    covariance is singular. The distance is still defined, but grows with the missing ranks.
     """
     if isinstance(features_b, Gaussian):
         a, b = _checked("features_a", features_a), features_b
@@ -48,11 +48,11 @@ def frechet_distance(features_a: Features, features_b: Features | Gaussian) -> f
         a, second = _pair(features_a, features_b)
         b = fit(second)
     centred = (a - a.mean(dim=0)) / (len(a) - 1) ** 0.5
-    if len(a) < a.shape[1]:  # C_a = X^T X has the rank of X: the same eigenvalues, of the smaller matrix
+    if len(a) < a.shape[1]:  # C_a = X^T X has the rank of X: the smaller matrix has the same eigenvalues
         product = centred @ b.covariance @ centred.T
     else:
         product = b.root @ (centred.T @ centred) @ b.root
-    # Eigenvalues below zero are rounding.
+    # Negative eigenvalues are rounding errors.
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
     shift = (a.mean(dim=0) - b.mean).square().sum()
     return float(shift + centred.square().sum() + b.covariance.trace() - 2 * cross)
@@ -61,10 +61,10 @@ def frechet_distance(features_a: Features, features_b: Features | Gaussian) -> f
 def fd_infinity(features: Features, reference: Features | Gaussian, points: int = 15, seed: int = 0) -> float:
     """The Frechet distance that infinitely many samples would have (Chong & Forsyth 2020, arXiv 1911.07023).
 
-    The distance of n samples is nearly linear in 1/n: `points` seeded random subsets of features [N, D], of sizes
-    even from N / 10 (2 D, where that is larger, but at most N / 2) to N, are fitted by a line, whose value at 1/n = 0
-    is returned. The reference keeps its own size, and with it its own, much smaller, bias.
-    Raises ValueError for fewer than `fewest_for_infinity(D)` features: below D the distance is not linear in 1/n.
+    The distance of n samples is nearly linear in 1/n. A line is fitted to `points` seeded random subsets of features
+    [N, D], with evenly spaced sizes from N / 10 (2 D if that is larger, but at most N / 2) to N. Its value at 1/n = 0
+    is returned. The reference keeps its own size, and so its own, much smaller, bias. Raises ValueError for fewer than
+    `fewest_for_infinity(D)` features: below D the distance is not linear in 1/n.
     """
     x = _checked("features", features)
     if len(x) < fewest_for_infinity(x.shape[1]):
@@ -81,20 +81,22 @@ def fd_infinity(features: Features, reference: Features | Gaussian, points: int 
 
 
 def fewest_for_infinity(size: int) -> int:
-    """Samples that the fit against 1/N needs of features of `size` values: half of them still have full rank."""
+    """The number of samples that the fit against 1/N needs for features of `size` values: half of them still have full
+    rank.
+    """
     return max(FEWEST, 2 * size)
 
 
 def kid(
     features_a: Features, features_b: Features, subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Kernel distance (mean, standard error) of features [N, D] and [M, D]; its mean is 0 for equal sources.
+    """Kernel distance (mean, standard error) of features [N, D] and [M, D]. Its mean is 0 for equal sources.
 
-    The mean over random subsets, of min(size, N, M) features each, of the unbiased squared MMD with the
-    kernel (x.y / D + 1)^3 (Binkowski et al., arXiv 1801.01401). The error is the spread over the subsets /
-    sqrt(subsets): it does not tell how much another N features would change the mean.
+    The mean over random subsets, of min(size, N, M) features each, of the unbiased squared MMD with the kernel (x.y / D
+    + 1)^3 (Binkowski et al., arXiv 1801.01401). The error is the spread over the subsets / sqrt(subsets): it does not
+    show how much another N features would change the mean.
     """
-    # Products in float32 and their sums in float64 leave the mean 7 digits, in half of the time.
+    # Products in float32 and sums in float64 give the mean 7 digits, in half of the time.
     a, b = (features.float() for features in _pair(features_a, features_b))
     size = min(size, len(a), len(b))
     random = np.random.default_rng(seed)
@@ -132,7 +134,7 @@ def _checked(name: str, features: Features) -> Tensor:
 
 
 def _symmetric_root(matrix: Tensor) -> Tensor:
-    """Square root of a positive semidefinite matrix; eigenvalues below zero are rounding and become zero."""
+    """The square root of a positive semidefinite matrix. Negative eigenvalues are rounding errors and become zero."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 

@@ -1,4 +1,4 @@
-"""Is a set of noise vectors what N(0, I) would give? Moments of every dimension, Kolmogorov-Smirnov on projections."""
+"""Compares noise vectors with N(0, I): moments of every dimension, and Kolmogorov-Smirnov on projections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROJECTIONS = 64
 
 
 class Deviation(NamedTuple):
-    """How far the dimensions are from a normal one, each figure the root mean square and the worst over dimensions."""
+    """How far the dimensions are from normal: the root mean square and the worst of each figure over dimensions."""
 
     mean: float  # of mean - 0
     mean_worst: float
@@ -29,9 +29,9 @@ class Projected(NamedTuple):
 
 
 def deviation(z: Tensor) -> Deviation:
-    """The moments of each dimension of z [N, D] against those of N(0, 1); N at least 2.
+    """The moments of each dimension of z [N, D] compared with those of N(0, 1); N must be at least 2.
 
-    How large they are for N fresh normal vectors is best asked of such vectors.
+    For comparison, compute them for N new normal vectors too.
     """
     mean = _by_parts(z, torch.zeros(z.shape[1], dtype=torch.float64), 1)
     second, fourth = _by_parts(z, mean, 2), _by_parts(z, mean, 4)

@@ -1,4 +1,4 @@
-"""The distance from each sample to the nearest image of a training set: near zero where images were memorised."""
+"""The distance from each sample to the nearest image of a training set. It is near zero for memorised images."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def nearest(samples: Tensor, chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Distances [N] and row numbers [N] of the images nearest to samples [N, ...], over all rows of `chunks` [*, ...].
 
-    The distance is the root of the mean squared difference per value, so it is in the images' own units whatever
-    their size. Candidates are found by products of a chunk in float32, and the distance to the best is then exact.
+    The distance is the root of the mean squared difference per value, so it is in the units of the images, whatever
+    their size. Candidates are found by float32 products with a chunk; the distance to the best one is then exact.
     """
     x = samples.flatten(1)
     best = torch.full((len(x),), torch.inf, device=x.device)
@@ -21,7 +21,7 @@ def nearest(samples: Tensor, chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     seen = 0
     for chunk in chunks:
         y = chunk.flatten(1).to(x.device)
-        # |x|^2 is the same for every candidate; what is compared is |y|^2 - 2 x.y.
+        # |x|^2 is the same for every candidate, so |y|^2 - 2 x.y is compared.
         values, rows = torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2).min(dim=1)
         better = values < best
         found = rows[better]

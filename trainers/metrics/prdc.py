@@ -1,6 +1,7 @@
 """Precision, recall, density and coverage: how far two sets of features lie in each other's neighbourhoods.
 
-A set's manifold is the union of balls around its members, each as large as the distance to its k-th nearest other.
+The manifold of a set is the union of balls around its members. The radius of each is the distance to its k-th nearest
+other member.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ CHUNK = 1000  # rows of distances held at a time
 
 
 class Manifold(NamedTuple):
-    """A set's members [N, D] and their radii [N], float64; to be kept where many sets are compared with one."""
+    """The members of a set [N, D] and their radii [N], float64. Keep it to compare many sets with one."""
 
     members: Tensor
     radii: Tensor
 
 
 class Prdc(NamedTuple):
-    """Shares in [0, 1], but for density, which is unbounded; near 1 for two samples of one distribution."""
+    """Shares in [0, 1], except density, which is unbounded. All are near 1 for two samples of one distribution."""
 
     precision: float
     recall: float
@@ -32,7 +33,10 @@ class Prdc(NamedTuple):
 
 
 def manifold(features: Tensor | np.ndarray, k: int = K) -> Manifold:
-    """The members' balls of features [N, D], N > k. Raises ValueError for fewer, or values that are not finite."""
+    """The members and radii of features [N, D], N > k.
+
+    Raises ValueError for fewer, or for values that are not finite.
+    """
     x = torch.as_tensor(features).detach().cpu().double()
     if x.dim() != 2 or len(x) <= k:
         raise ValueError(f"features have shape {tuple(x.shape)}; give [N, D] of more than k = {k} rows")
@@ -40,7 +44,7 @@ def manifold(features: Tensor | np.ndarray, k: int = K) -> Manifold:
         raise ValueError("features have values that are not finite")
     parts = []
     for start in range(0, len(x), CHUNK):
-        # |a - b|^2 as products would leave rounding where a member meets itself; each is its own nearest, at 0.
+        # |a - b|^2 computed by products would have a rounding error at the distance of a member to itself, which is 0.
         gaps = _squared(x[start : start + CHUNK], x)
         own = torch.arange(len(gaps))
         gaps[own, start + own] = 0
@@ -49,12 +53,12 @@ def manifold(features: Tensor | np.ndarray, k: int = K) -> Manifold:
 
 
 def prdc(real: Manifold, fake: Manifold, k: int = K) -> Prdc:
-    """All four of the samples `fake` against `real`; both made with the same k, best of as many members.
+    """All four figures of the samples `fake` against `real`. Both need the same k, and should have the same size.
 
-    Precision is the share of samples in the real manifold, recall the share of real members in the samples'
-    (Kynkaanniemi et al. 2019, arXiv 1904.06991). Density counts, over k, in how many real balls a sample lies, and
-    coverage is the share of real balls that hold a sample (Naeem et al. 2020, arXiv 2002.09797): both trust the
-    real balls alone, which outliers among the samples cannot enlarge.
+    Precision is the share of samples in the real manifold, recall the share of real members in the manifold of the
+    samples (Kynkaanniemi et al. 2019, arXiv 1904.06991). Density is the number of real balls that a sample lies in,
+    divided by k; coverage is the share of real balls that contain a sample (Naeem et al. 2020, arXiv 2002.09797). The
+    last two use only the real balls, which outliers among the samples cannot enlarge.
     """
     if real.members.shape[1] != fake.members.shape[1]:
         sizes = real.members.shape[1], fake.members.shape[1]

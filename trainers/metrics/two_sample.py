@@ -1,8 +1,8 @@
-"""A two-sample test by a classifier: can a small network tell a store's noise from fresh N(0, I)?
+"""A two-sample test by a classifier: can a small network distinguish the noise of a store from new N(0, I) noise?
 
-Classifier two-sample tests, Lopez-Paz & Oquab (arXiv 1610.06545). A student samples from N(0, I), so that what the
-network finds is what the student meets for the first time when it samples. The figure is the area under the ROC curve
-on records that the network was not trained on: 0.5 is perfect.
+Classifier two-sample tests, Lopez-Paz & Oquab (arXiv 1610.06545). A student samples from N(0, I). So what the network
+finds is new to the student when it samples. The figure is the area under the ROC curve on records that the network was
+not trained on: 0.5 is perfect.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 
 HELDOUT = 0.3  # of the records
 BATCH = 128  # records of each kind in a step
-PAIRS_SEEN = 40_000  # by the network in all, at most
+PAIRS_SEEN = 40_000  # by the network in total, at most
 EPOCHS = 24
 FEWEST_STEPS = 60
 RATE, DECAY = 2e-3, 1e-3
-LOOKS = 8  # steps between two looks whether to stop
-SMALL = 64  # values of a record, below which it is no image to the network
+LOOKS = 8  # steps between two checks whether to stop
+SMALL = 64  # values of a record; with fewer the network does not treat it as an image
 WIDTH, SQUARES = 16, 64
 
 
 @dataclass(frozen=True)
 class TwoSample:
-    """AUC on `heldout` records and as many of fresh noise, and its standard error; the network saw `trained`."""
+    """AUC on `heldout` records and as many of new noise, and its standard error; trained on `trained` records."""
 
     auc: float
     error: float
@@ -38,11 +38,11 @@ class TwoSample:
 
 
 class Critic(nn.Module):
-    """The logit that noise [B, C, H, W] of labels [B] is a store's, rather than fresh.
+    """The logit that noise [B, C, H, W] with labels [B] comes from a store and is not new.
 
-    Two parts are added. Linear forms of z and of z^2 and their squares see every variance and every covariance, near or
-    far; convolutions see what is local and not Gaussian. Labels move and scale the features of both. Noise of fewer
-    than 64 values goes through a multilayer perceptron in place of the convolutions.
+    It is the sum of two parts. Linear forms of z and of z^2, and their squares, see every variance and covariance at
+    any distance. Convolutions see what is local and not Gaussian. Labels shift and scale the features of both. Noise of
+    fewer than 64 values goes through a multilayer perceptron instead of convolutions.
     """
 
     def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
@@ -53,7 +53,7 @@ class Critic(nn.Module):
         self.powers = nn.Linear(values, SQUARES)
         self.head = nn.Linear(3 * SQUARES + 1, 1)
         if values >= SMALL and min(height, width) >= 4:
-            stride = 1 if max(height, width) <= 16 else 2 if max(height, width) <= 32 else 4  # to bound the cost
+            stride = 1 if max(height, width) <= 16 else 2 if max(height, width) <= 32 else 4  # limits the cost
             self.first: nn.Module = nn.Conv2d(channels, WIDTH, 2 + stride, stride, padding=1)
             self.rest = nn.Sequential(
                 nn.Conv2d(WIDTH, 2 * WIDTH, 3, 2, padding=1), nn.ReLU(),
@@ -80,7 +80,7 @@ class Critic(nn.Module):
             forms, powers = forms + c, powers * (1 + d)
         norm = flat.square().mean(1, keepdim=True).sub(1) * math.sqrt(
             flat.shape[1] / 2
-        )  # fresh noise has mean 0, var 1
+        )  # new noise has mean 0, variance 1
         features = torch.cat([forms.square(), powers, powers.square(), norm], dim=1)
         return (self.rest(F.relu(hidden)) + self.head(features)).squeeze(1)
 
@@ -93,12 +93,11 @@ def two_sample(
     device: str = "cpu",
     stop: Callable[[], bool] = lambda: False,
 ) -> TwoSample | None:
-    """Train a `Critic` on most of the noise z [N, C, H, W] (float32; labels int64 [N], any without classes), test it
-    on the rest; None when `stop()` was true first.
+    """Trains a `Critic` on most of the noise z [N, C, H, W] and tests it on the rest.
 
-    Fresh noise comes with the same labels: a student draws N(0, I) within each class. Records that depend on each other
-    (two draws of one image) must not both be in z. Raises ValueError for fewer than 20 records or values that are not
-    finite.
+    z is float32, labels int64 [N] (any value if there are no classes). None if `stop()` became true first. New noise
+    comes with the same labels, because a student draws N(0, I) within each class. Dependent records (two draws of one
+    image) must not both be in z. Raises ValueError for fewer than 20 records or values that are not finite.
     """
     if len(z) < 20 or not bool(torch.isfinite(z).all()):
         raise ValueError(f"{len(z)} records, {int((~torch.isfinite(z)).sum())} values not finite; give 20 finite ones")
@@ -120,10 +119,10 @@ def two_sample(
 
 
 def area_under_curve(positive: Tensor, negative: Tensor) -> tuple[float, float]:
-    """(AUC, standard error) of scores [m] that should be above scores [n]; ties count half.
+    """(AUC, standard error) of scores [m] that should be above scores [n]. Ties count half.
 
-    The error is DeLong's (Biometrics 44, 1988) by placements. Where it vanishes, at scores that are parted completely,
-    1 / (4 min(m, n)) stands for it, about what one record more or less would change.
+    The error is DeLong's (Biometrics 44, 1988) by placements. It is 0 for completely separated scores; then 1 / (4
+    min(m, n)) is used, about the effect of one record.
     """
     above = _placements(positive.double(), negative.double())
     below = 1 - _placements(negative.double(), positive.double())
@@ -132,7 +131,7 @@ def area_under_curve(positive: Tensor, negative: Tensor) -> tuple[float, float]:
 
 
 def _placements(scores: Tensor, others: Tensor) -> Tensor:
-    """Of each score [m], the share of the others [n] that are below it."""
+    """For each score [m], the share of the others [n] that are below it."""
     ranked = others.sort().values
     low, high = (torch.searchsorted(ranked, scores, right=right) for right in (False, True))
     return (low + high).double() / (2 * len(others))
@@ -148,9 +147,9 @@ def _train(
     device: str,
     stop: Callable[[], bool],
 ) -> bool:
-    """Cross entropy on batches of as many records of z as of fresh noise, which is new in every step.
+    """Trains with cross entropy on batches of as many records of z as of new noise, which differs in every step.
 
-    False when `stop()` was true before the last step.
+    Returns False if `stop()` became true before the last step.
     """
     optimizer = torch.optim.AdamW(critic.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from nfm.trainers.training import parallel
 
@@ -16,9 +14,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or parallel.size() == 1:
             return super().forward(x)
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-        mean, power = all_reduce(moments) / dist.get_world_size()
+        count = x.numel() // x.shape[1] * parallel.size()
+        mean, power = parallel.mean_of_all(torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))]))
         variance = power - mean.square()
         buffers = dict(self.named_buffers())
         with torch.no_grad():

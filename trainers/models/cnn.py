@@ -1,4 +1,4 @@
-"""A small convolutional classifier of an image set's labels; its features measure distances (FD-CNN)."""
+"""A small convolutional classifier of an image set's labels. Its features measure distances (FD-CNN)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from nfm.trainers.training.randomness import Randomness
 class FeatureNet(nn.Module):
     """Logits, and penultimate `features`, of images [B, C, H, W] in [-1, 1] with H, W >= 8.
 
-    Five 3x3 convolutions with batch normalisation, two of them halving the sides, then the mean over
-    positions: the number of features does not depend on the sides. Sized for a minute or two of two processor
-    cores on 60,000 images of 28 pixels.
+    Five 3x3 convolutions with batch normalisation, two of which halve the sides, then the mean over positions. So the
+    number of features does not depend on the sides. Training on 60,000 images of 28 pixels takes a minute or two on two
+    CPU cores.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FeatureNet(nn.Module):
             *_convolution(feature_size, feature_size),
         )
         self.head = nn.Linear(feature_size, classes)
-        # A third faster on processors; torch's stubs leave out this keyword.
+        # A third faster on CPUs. torch's type stubs lack this keyword.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, images: Tensor) -> Tensor:
@@ -55,7 +55,9 @@ class FeatureNet(nn.Module):
 
 
 def classification_loss(model: nn.Module, batch: Any, random: Randomness) -> tuple[Tensor, dict[str, float | Tensor]]:
-    """Cross entropy (nats) of `batch.image` and `batch.label`, and the accuracy, as `loop.train` takes it."""
+    """Cross entropy (nats) of `batch.image` and `batch.label`, and the accuracy, in the form that
+    `loop.train` needs.
+    """
     logits = model(batch.image).float()
     accuracy = (logits.argmax(dim=1) == batch.label).float().mean()
     return F.cross_entropy(logits, batch.label), {"accuracy": accuracy}

@@ -18,7 +18,7 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
 class Block(nn.Module):
-    """A transformer block whose two branches are modulated and gated by the condition (adaLN-zero)."""
+    """A transformer block. The condition shifts, scales and gates its two branches (adaLN-zero)."""
 
     def __init__(self, width: int, head_size: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class SiT(nn.Module):
-    """The student: velocity of x_t at time t (0 = data, 1 = noise), for a label or none."""
+    """The student: the velocity of x_t at time t (0 = data, 1 = noise), with or without a label."""
 
     positions: Tensor
 
@@ -87,7 +87,7 @@ class SiT(nn.Module):
         return F.pixel_shuffle(exact(self.head, h).transpose(1, 2).unflatten(2, self.grid), self.patch)
 
     def _condition(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """What every block is modulated by: SiLU(time + label), [B, 1, width]."""
+        """The condition of every block: SiLU(time + label), [B, 1, width]."""
         time = self.time_out(F.silu(self.time_in(sinusoids(t.to(self.positions.dtype)))))
         null = self.labels.num_embeddings - 1
         if y is None or null == 0:
@@ -96,7 +96,7 @@ class SiT(nn.Module):
         return F.silu(time + self.labels(label))[:, None]
 
     def _initialise(self) -> None:
-        """DiT's start: Xavier everywhere, small embeddings; modulations and head are already zero."""
+        """Initialises as DiT does: Xavier everywhere, small embeddings. Modulations and head are already zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear) and (module.weight.is_meta or module.weight.any()):
                 nn.init.xavier_uniform_(module.weight)
@@ -110,7 +110,7 @@ def _modulate(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def zeroed(layer: Layer) -> Layer:
-    """A layer that begins at zero, so that what it ends begins as nothing, or as the identity beside it."""
+    """A layer that starts at zero, so that its branch adds nothing at first."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

@@ -1,7 +1,7 @@
 """TarFlow: an autoregressive normalizing flow over patches (Zhai et al. 2024, arXiv 2412.06329).
 
-Encoding maps image to noise in one parallel pass; decoding inverts it token by token. Tokens are
-non-overlapping p x p patches in raster order, D = C p^2 features each, channel-major.
+Encoding maps an image to noise in one parallel pass. Decoding inverts it token by token. Tokens are non-overlapping p x
+p patches in raster order with D = C p^2 features each, channel-major.
 """
 
 import math
@@ -32,9 +32,9 @@ class Layer(nn.Module):
         self.contract = nn.Linear(4 * channels, channels)
 
     def forward(self, h: Tensor, cache: Cache | None = None, position: int = 0) -> Tensor:
-        """h [B, T, C] -> [B, T, C]; with a cache, h [B, 1, C] is token `position` alone.
+        """h [B, T, C] -> [B, T, C]. With a cache, h [B, 1, C] is only token `position`.
 
-        Where no gradient is recorded, the result takes the memory of h.
+        If no gradient is recorded, the result uses the memory of h.
         """
         parts = self.qkv(self.attention_norm(h)).chunk(3, dim=-1)
         # [B, heads, T, head_size] each, views
@@ -51,7 +51,8 @@ class Layer(nn.Module):
         return _added(h, self.contract(_gelu(self.expand(self.mlp_norm(h)))))
 
 
-# Large fresh results cost CPUs a page fault every 4 kB: in place, encoding is a fifth to a half faster, bit for bit.
+# New large tensors cost CPUs a page fault for every 4 kB. In place, encoding is a fifth to a half faster, with the same
+# bits.
 def _added(h: Tensor, update: Tensor) -> Tensor:
     return h + update if torch.is_grad_enabled() else h.add_(update)
 
@@ -61,7 +62,7 @@ def _gelu(h: Tensor) -> Tensor:
 
 
 class MetaBlock(nn.Module):
-    """One autoregressive affine map over tokens [B, T, D], in raster order or, if `reverse`, from the end."""
+    """One autoregressive affine map over tokens [B, T, D], in raster order or, if `reverse`, in the opposite order."""
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class MetaBlock(nn.Module):
         self.classes = nn.Parameter(1e-2 * torch.randn(classes, channels)) if classes else None
         self.layers = nn.ModuleList(Layer(channels, head_size) for _ in range(layers))
         self.head = nn.Linear(channels, 2 * features)
-        nn.init.zeros_(self.head.weight)  # the bias keeps its usual start, as in the authors' code
+        nn.init.zeros_(self.head.weight)  # the bias keeps its default start, as in the authors' code
 
     def forward(self, u: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """z = (u - m) exp(-a) [B, T, D] and the log-determinant, mean(-a) over T and D, [B]."""
@@ -90,24 +91,25 @@ class MetaBlock(nn.Module):
         return self._order((u - m) * torch.exp(-a)), -a.mean(dim=(1, 2))
 
     def scale_and_shift(self, u: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Log-scale a and shift m of every token from the tokens before it; all [B, T, D] in block order."""
+        """Log-scale a and shift m of every token from the tokens before it; all are [B, T, D] in block order."""
         h = self.embed(u) + self._order(self.positions, dim=0) + self._class_embedding(y)
         for layer in self.layers:
             h = layer(h)
-        # The outputs are shifted, not the inputs: token t gets what position t-1 produced, token 0 zeros.
+        # The outputs are shifted, not the inputs: token t gets the output of position t-1, token 0 gets zeros.
         a, m = F.pad(exact(self.head, h)[:, :-1], (0, 0, 1, 0)).chunk(2, dim=-1)
         return a, m
 
     def inverse(self, z: Tensor, y: Tensor | None, guidance: float = 0.0) -> Tensor:
         """u from z [B, T, D], token by token in T - 1 steps, with preallocated key and value caches.
 
-        Guidance moves (a, m) away from the label-free prediction, ramped over tokens by (i + 1) / (T - 1).
+        Guidance moves (a, m) away from the prediction without a label, with a weight that grows over tokens as (i + 1)
+        / (T - 1).
         """
         z = self._order(z)
         count, tokens, _ = z.shape
         positions, context = self._order(self.positions, dim=0), self._class_embedding(y)
         guided = guidance != 0 and self.classes is not None
-        if guided:  # the second half of the batch carries the dropped label
+        if guided:  # the second half of the batch has no label
             context = torch.cat([part.expand(count, 1, -1) for part in (context, self._class_embedding(None))])
         caches = [self._empty_cache(count * (1 + guided), z) for _ in self.layers]
         u = z.clone()
@@ -115,7 +117,7 @@ class MetaBlock(nn.Module):
             token = u[:, i : i + 1].repeat(1 + guided, 1, 1)
             h = self.embed(token) + positions[i] + context
             for layer, cache in zip(self.layers, caches):
-                h = layer.forward(h, cache, i)  # never compiled: it would be, again for every position
+                h = layer.forward(h, cache, i)  # not compiled: it would be compiled again for every position
             parameters = exact(self.head, h)
             if guided:
                 conditional, dropped = parameters.chunk(2)
@@ -140,12 +142,12 @@ class MetaBlock(nn.Module):
         mean = self.classes.mean(0, keepdim=True)
         if y is None:
             return mean[None]
-        # A dropped label (-1) is the mean of all classes, with its gradient; it sits in the last row.
+        # A dropped label (-1) is the mean of all classes, with its gradient. It is in the last row.
         return F.embedding(y.where(y >= 0, len(self.classes)), torch.cat([self.classes, mean]))[:, None]
 
 
 class TarFlow(nn.Module):
-    """The teacher: meta-blocks in alternating token order, raster and reversed."""
+    """The teacher: meta-blocks that alternate between raster order and its reverse."""
 
     def __init__(
         self,
@@ -171,10 +173,10 @@ class TarFlow(nn.Module):
         )
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the layers for encoding (`torch.compile`'s arguments): one compilation serves all of them.
+        """Compiles the layers for encoding, with the arguments of `torch.compile`. All layers share one compilation.
 
-        It takes place at the first batch, for its shape; compiling whole blocks took three times as long and gained
-        nothing on CPUs.
+        This happens at the first batch, for its shape. Compiling whole blocks took three times as long and was not
+        faster on CPUs.
         """
         for block in cast("Iterable[MetaBlock]", self.blocks):
             for layer in block.layers:
@@ -185,10 +187,10 @@ class TarFlow(nn.Module):
         return self.encode(x, y)
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Image to noise: x [B, C, H, W] in [-1, 1], y int64 [B], -1 (or None for all) = dropped label.
+        """Image to noise: x [B, C, H, W] in [-1, 1], y int64 [B], -1 (or None for all) = no label.
 
-        Returns z [B, C, H, W] and the log-determinant [B] in nats per dimension, both float32 (float64
-        for a float64 model).
+        Returns z [B, C, H, W] and the log-determinant [B] in nats per dimension, both float32 (float64 for a float64
+        model).
         """
         u = self._patches(x.to(self._dtype))
         logdet = u.new_zeros(len(u))

@@ -1,7 +1,7 @@
 """A small convolutional U-Net that predicts a velocity, for small images and small budgets.
 
 Ho et al. 2020 (DDPM, arXiv 2006.11239): residual blocks on the way down and up, joined by skips. Dhariwal & Nichol 2021
-(arXiv 2105.05233): the condition scales and shifts each block's second norm, attention where the image is smallest.
+(arXiv 2105.05233): the condition scales and shifts the second norm of each block; attention at the smallest resolution.
 """
 
 import math
@@ -16,12 +16,12 @@ from nfm.trainers.models.head import exact
 from nfm.trainers.models.sit import FREQUENCIES, sinusoids, zeroed
 from nfm.trainers.models.sizes import UNET_GROUP, check_unet_width
 
-_HEAD = 64  # channels of an attention head, where there are that many
+_HEAD = 64  # channels of an attention head, if there are that many
 _SMALLEST = 4  # sides up to this are not halved
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a norm that the condition scales and shifts; starts as the identity or a projection."""
+    """Two convolutions and a norm that the condition scales and shifts. It starts as the identity or a projection."""
 
     def __init__(self, inputs: int, outputs: int, condition: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions, beside the identity that it starts as."""
+    """Self-attention over all positions, added to the identity. It starts at zero."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """The student: velocity of x_t at time t (0 = data, 1 = noise), for a label or none."""
+    """The student: the velocity of x_t at time t (0 = data, 1 = noise), with or without a label."""
 
     def __init__(
         self,
@@ -69,7 +69,8 @@ class UNet(nn.Module):
         depth: int = 1,
         multipliers: Sequence[int] = (1, 2, 2),
     ) -> None:
-        """`width` channels at full resolution, times `multipliers` level by level; `depth` blocks a level, each way.
+        """`width` channels at full resolution, times `multipliers` level by level; `depth` blocks at each level, down
+        and up.
 
         A level halves sides above 4, rounded up (28, 14, 7; 14, 7, 4), so small images have fewer levels. `classes` = 0
         makes an unconditional student, which ignores labels.
@@ -99,7 +100,7 @@ class UNet(nn.Module):
         self.head = zeroed(nn.Conv2d(width, channels, 3, padding=1))
         for embedding in (self.labels, self.time_in, self.time_out):
             nn.init.normal_(embedding.weight, std=0.02)
-        # A tenth faster on CPUs, and what tensor cores want.
+        # A tenth faster on CPUs, and best for tensor cores.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
@@ -120,12 +121,12 @@ class UNet(nn.Module):
             for block in blocks.children():
                 h = block(torch.cat([h, skips.pop()], dim=1), condition)
                 h = next(attention)(h) if level == lowest else h
-            if level:  # to the size of the skip that comes next, which is odd where the image's was
+            if level:  # to the size of the next skip, which is odd if the image's was
                 h = self.enlarge[level - 1](F.interpolate(h, skips[-1].shape[2:], mode="nearest"))
         return exact(self.head, F.silu(self.norm(h)))
 
     def _condition(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """What every block is modulated by: SiLU(time + label), [B, 4 width]."""
+        """The condition of every block: SiLU(time + label), [B, 4 width]."""
         time = self.time_out(F.silu(self.time_in(sinusoids(t.to(self.time_in.weight.dtype)))))
         null = self.labels.num_embeddings - 1
         if y is None or null == 0:
@@ -134,5 +135,5 @@ class UNet(nn.Module):
 
 
 def _levels(side: int) -> int:
-    """One, and how often a side is halved until it is small."""
+    """One plus the number of times that a side is halved until it is small."""
     return 1 if side <= _SMALLEST else 1 + _levels(-(-side // 2))

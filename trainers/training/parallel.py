@@ -136,6 +136,28 @@ def mean(figures: Tensor) -> Tensor:
     return figures.cpu()
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, of values and, on the way back, of their gradients."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+def mean_of_all(values: Tensor) -> Tensor:
+    """The mean over all processes, as a part of the graph that gradients go back through."""
+    total: Tensor = _Sum.apply(values)
+    return total / size()
+
+
 def rolled(values: Tensor, places: Any) -> Tensor:
     """Each record's value [n, ...] replaced by that of the record before it in the batch of all processes.
 

@@ -1,4 +1,4 @@
-"""The arrays of an .npz file: what it holds, told from their headers alone, and their rows in pieces."""
+"""The arrays of an .npz file: listed from their headers alone, and read in pieces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIECE_BYTES = 16 << 20
 
 
 class Array(NamedTuple):
-    """One array of a file, its values unread."""
+    """One array of a file; its values are not read."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +35,10 @@ class Array(NamedTuple):
 
 
 def arrays_of(file: Path) -> dict[str, Array]:
-    """The arrays of an .npz file by name. Raises StageError for files that are none, or promise what they lack."""
+    """The arrays of an .npz file by name.
+
+    Raises StageError if it is not such a file, or shorter than its headers say.
+    """
     if file.is_file():
         with file.open("rb") as start:
             if start.read(6) == np.lib.format.MAGIC_PREFIX:
@@ -67,9 +70,10 @@ def read_whole(file: Path, array: Array) -> np.ndarray:
 
 
 def pieces(file: Path, array: Array, scratch: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, rows) of an array from its first row to its last, in memory that does not grow with the file.
+    """(first row, rows) of an array in order, in memory that does not grow with the file.
 
-    The pieces may be written to. An array in Fortran order, whose rows lie nowhere together, is unpacked to `scratch`.
+    The caller may write to the pieces. An array in Fortran order is first unpacked to `scratch`, because its rows are
+    scattered.
     """
     step = max(1, PIECE_BYTES // max(array.row_bytes, 1))
     try:
@@ -84,7 +88,7 @@ def pieces(file: Path, array: Array, scratch: Path) -> Iterator[tuple[int, np.nd
                 else:
                     values = unpacked[start : start + rows].copy()
                 yield start, values
-            stream.read(1)  # its end, where the checksum is compared
+            stream.read(1)  # to the end, so that the checksum is compared
     except UNREADABLE as error:
         raise _unreadable(file, f"array {array.name!r}", error) from error
 
@@ -98,10 +102,10 @@ def _header(name: str, stream: IO[bytes]) -> Array:
 
 
 def _check_size(file: Path, array: Array, info: zipfile.ZipInfo, header: int) -> None:
-    """Whatever the header promises is there, before anything is made of that size."""
+    """Checks that the file is as long as the header says, before memory of that size is used."""
     promised = math.prod(array.shape) * array.dtype.itemsize
     if array.dtype.hasobject:
-        return  # pickled, of any size, and never read
+        return  # pickled: it may have any size and is never read
     if min(array.shape, default=0) < 0 or info.file_size != header + promised:
         raise StageError(
             f"{file}: array {array} is of {promised:,} bytes, the file has {info.file_size - header:,} of it: "
@@ -111,7 +115,7 @@ def _check_size(file: Path, array: Array, info: zipfile.ZipInfo, header: int) ->
 
 
 def _unpacked(array: Array, stream: IO[bytes], scratch: Path) -> np.ndarray:
-    """The array in a mapped file of `scratch`, piece by piece."""
+    """The array in a mapped file of `scratch`, written piece by piece."""
     raw = scratch_array(scratch, (array.shape[0] * array.row_bytes,), name="unpacked.raw")
     for start in range(0, len(raw), PIECE_BYTES):
         _fill(raw[start : start + PIECE_BYTES].data, stream)

@@ -1,4 +1,4 @@
-"""Which axis of an array is what: images are [N, C, H, W] unless `data.axes` says otherwise, and doubt is refused."""
+"""The meaning of the axes: images are [N, C, H, W] unless `data.axes` says otherwise. Doubtful cases are refused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from nfm.stages.base import StageError
 
 Axes = Literal["nchw", "nhwc", "nhw"]
-CHANNELS = (1, 3, 4)  # grey, colours, colours with alpha or a common latent
+CHANNELS = (1, 3, 4)  # grey, colour, colour with alpha or a common latent
 
 
 def image_shape(shape: tuple[int, ...], axes: Axes | None, where: str) -> tuple[int, int, int]:
-    """[C, H, W] of the images in an array of this shape. Raises StageError where that is no array of images."""
+    """[C, H, W] of the images in an array of this shape. Raises StageError if it is not an array of images."""
     if len(shape) == 4 and axes != "nhw":
         found = (shape[3], shape[1], shape[2]) if axes == "nhwc" else shape[1:]
     elif len(shape) == 3 and axes == "nhw":
@@ -39,10 +39,10 @@ def _remedy(shape: tuple[int, ...], axes: Axes | None) -> str:
 
 
 def check_axes(shape: tuple[int, ...], axes: Axes | None, where: str) -> str | None:
-    """Refuses an array whose axes look like [N, H, W, C], unless the config says what they are.
+    """Refuses an array whose axes look like [N, H, W, C], unless the config states the axes.
 
-    Returns what to tell where both readings are as likely, or where the one that the config says looks wrong. A usual
-    number of channels on an axis speaks for a reading, and so do images that are square.
+    Returns a remark if both readings are equally likely, or if the stated one looks wrong. A usual number of channels
+    makes a reading more likely, and so do square images.
     """
     if len(shape) != 4 or shape[1] == shape[2] == shape[3] == 1:
         return None
@@ -68,7 +68,7 @@ def check_axes(shape: tuple[int, ...], axes: Axes | None, where: str) -> str | N
 
 
 def _looks_like(reading: tuple[int, int, int], rather_than: tuple[int, int, int]) -> bool:
-    """Of two readings as [C, H, W], whether the first is likely and the other is not."""
+    """Whether the first of two readings as [C, H, W] is likely and the other is not."""
     usual, square = reading[0] in CHANNELS, reading[1] == reading[2] > 1
     other_usual, other_square = rather_than[0] in CHANNELS, rather_than[1] == rather_than[2]
     return (usual and not (other_usual and other_square)) or (square and not other_square)
@@ -79,7 +79,7 @@ def _told(channels: int, height: int, width: int) -> str:
 
 
 def channels_first(values: np.ndarray, shape: tuple[int, int, int], axes: Axes | None) -> np.ndarray:
-    """Rows of an array as [n, C, H, W]."""
+    """The rows of an array as [n, C, H, W]."""
     channels, height, width = shape
     if axes == "nhwc":
         return values.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)

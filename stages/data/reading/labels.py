@@ -1,4 +1,4 @@
-"""Labels as a file has them: which are taken, how they are counted from 0, and what is refused or told."""
+"""Labels as a file has them: which ones are used, how they are counted from 0, and what is refused or reported."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import numpy as np
 
 from nfm.stages.base import Reporter, StageError
 
-MOST_CLASSES = 10**6  # that a data set may name
-FEW_EMPTY = 16  # numbers without an image are no finding below that: a part of a small data set lacks as many
+MOST_CLASSES = 10**6  # classes of a data set
+FEW_EMPTY = 16  # fewer numbers without an image are not reported: part of a small data set may lack as many
 SHOWN = 8
 
 RENUMBER = "renumber them (np.unique(labels, return_inverse=True)[1])"
 
 
 class Labels(NamedTuple):
-    """Integers [N] as the file has them; `first` is the number of the first class, `names` those the config gives."""
+    """Integers [N] as in the file; `first` is the number of the first class, `names` are the class names of
+    the config.
+    """
 
     values: np.ndarray
     keys: Sequence[str]
@@ -27,11 +29,14 @@ class Labels(NamedTuple):
 
     @property
     def counted(self) -> np.ndarray:
-        """int64 [N], from 0; below 0 what stands before the first class."""
+        """The labels counted from 0, int64 [N]. Those before the first class are below 0."""
         return self.values - self.first
 
     def classes(self) -> list[str]:
-        """The names that the config gives, else the numbers from 0. Raises StageError where no memory holds them."""
+        """The class names of the config, else the numbers from 0.
+
+        Raises StageError if there are too many for memory.
+        """
         if self.names:
             return list(self.names)
         count = int(self.values.max(initial=self.first - 1)) - self.first + 1
@@ -41,7 +46,7 @@ class Labels(NamedTuple):
         return [str(label) for label in range(count)]
 
     def check(self, report: Reporter) -> None:
-        """Refuses numbers that are no count of classes, and tells of classes that have no image."""
+        """Refuses numbers that cannot be classes, and reports classes without an image."""
         if self.names:
             return
         there = np.unique(self.values[self.values >= self.first])
@@ -75,7 +80,7 @@ class Labels(NamedTuple):
             report.say(f"{self.where}: {empty} of {high - low + 1} classes have no image: labels {shown}")
 
     def _odd(self, there: np.ndarray) -> str:
-        """Labels before the first class, and far above the others, each with its images."""
+        """Labels before the first class or far above the others, each with its number of images."""
         odd = [*np.unique(self.values[self.values < self.first]), *_far_above(there)]
         images = [f"label {label} ({(self.values == label).sum()} of {len(self.values)} images)" for label in odd]
         return ", ".join(images[:SHOWN]) + (", ..." if len(images) > SHOWN else "")
@@ -89,10 +94,10 @@ class Labels(NamedTuple):
         )
 
     def outside(self, rows: np.ndarray, count: int) -> dict[int, str]:
-        """Of `rows`, the places whose label is none of `count` classes, with the reason."""
+        """The positions in `rows` whose label is not one of `count` classes, with the reason."""
         values = self.values[rows]
         if not count:
-            # Without classes, -1 is no label at all.
+            # Without classes, -1 means no label.
             places = np.flatnonzero(values != -1)
         else:
             places = np.flatnonzero((values < self.first) | (values >= self.first + count))
@@ -104,7 +109,7 @@ class Labels(NamedTuple):
 
 
 def _far_above(there: np.ndarray) -> list[int]:
-    """Of sorted labels, the highest ones, below which more numbers are empty than taken."""
+    """The highest of these sorted labels, if more numbers below them are empty than used."""
     end = len(there)
     while end > 1 and there[end - 1] - there[0] + 1 - end > max(end, FEW_EMPTY):
         end -= 1
@@ -112,7 +117,7 @@ def _far_above(there: np.ndarray) -> list[int]:
 
 
 def whole_numbers(values: np.ndarray, rows: int, where: str) -> np.ndarray:
-    """Labels as int64 [N]. Raises StageError, with the remedy, for what is no whole number a row."""
+    """Labels as int64 [N]. Raises StageError, with the remedy, unless there is one whole number for each row."""
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
     is_ = f"{where}: labels are {values.dtype} {values.shape}, expected integers [N]"

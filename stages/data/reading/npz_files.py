@@ -1,4 +1,4 @@
-"""Which .npz files of a folder are read: `train_data_batch_*.npz` in the order of their numbers, and `val_data.npz`."""
+"""The .npz files of a folder that are read: `train_data_batch_*.npz` in numeric order, and `val_data.npz`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TRAIN, TEST = "train_data_batch_", "val_data.npz"
 
 
 def files_of(path: str | None) -> list[Path]:
-    """The file that `path` is, or those of the folder that it is, the test set last."""
+    """The file at `path`, or the files of the folder at `path`, the test set last."""
     if path is None:
         raise Unfit('data.source = "npz" needs data.path: an .npz file, or a folder of train_data_batch_*.npz')
     root = Path(path)
@@ -27,7 +27,7 @@ def files_of(path: str | None) -> list[Path]:
 
 
 def check_folder(path: str | None, files: Sequence[Path], report: Reporter) -> None:
-    """Refuses gaps and repetitions in the files' numbers; tells of .npz files beside them that are not read."""
+    """Refuses gaps and repetitions in the numbers of the files. Reports other .npz files, which are not read."""
     folder = Path(path or "")
     if folder.is_file():
         return

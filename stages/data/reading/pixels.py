@@ -1,7 +1,7 @@
-"""One image file as upright L or RGB pixels: what becomes of every mode that Pillow knows (docs/data.md has the table).
+"""One image file as upright L or RGB pixels, for every mode of Pillow (docs/data.md has the table).
 
-A mode is converted where there is one right way to, and set aside with a reason where there is none; so is a mode that
-nobody listed. Colour profiles are not applied to any.
+A mode is converted if there is one right way. Otherwise, and for unknown modes, the image is set aside with a reason.
+Colour profiles are not applied.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image, ImageColor
 
 GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
-# Formats whose 16-bit greys run from black to white; Pillow gives those of PPM, and in older releases of PNG, as I.
+# Formats whose 16-bit greys run from black to white. Pillow gives those of PPM, and in older releases of PNG, as I.
 FULL_RANGE = {"I": ("PNG", "PPM"), **dict.fromkeys(GREY_16, ("PNG", "TIFF", "JPEG2000", "IM"))}
 PLAIN = ("1", "L", "P", "RGB", "RGBX", "YCbCr", "HSV", "CMYK", "LAB")
 ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
-MOST_PIXELS = 178_956_970  # what Pillow refuses by default; it warns from half of it on, and cannot name the file
+MOST_PIXELS = 178_956_970  # Pillow refuses more by default. It warns above half of it, without the file's name.
 ORIENTATION, WHITE_IS_ZERO = 0x0112, 262  # tags of EXIF and of TIFF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,14 +36,17 @@ SIDEWAYS = tuple(UPRIGHT[value] for value in (5, 6, 7, 8))
 
 
 class MisfitError(ValueError):
-    """An image that decodes but does not fit; its message is the reason in the table."""
+    """An image that can be decoded but not used. Its message is the reason in the table."""
 
 
 @contextmanager
 def own_limit() -> Iterator[None]:
-    """Pillow opens images of up to MOST_PIXELS without a word, and raises DecompressionBombError beyond."""
+    """Lets Pillow open images of up to MOST_PIXELS without a warning.
+
+    It raises DecompressionBombError for larger ones.
+    """
     before = Image.MAX_IMAGE_PIXELS
-    with warnings.catch_warnings():  # of all threads: to be entered before they begin
+    with warnings.catch_warnings():  # for all threads, so enter it before they start
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
         try:
@@ -53,10 +56,10 @@ def own_limit() -> Iterator[None]:
 
 
 def converted(opened: Image.Image, channels: int, background: str) -> tuple[Image.Image, list[str]]:
-    """The first frame as an upright L (1 channel) or RGB (3) image, and notes of what was decided on the way.
+    """The first frame as an upright L (1 channel) or RGB (3) image, and notes about decisions on the way.
 
-    Transparent pixels lie over `background` before anything is resized. Raises MisfitError for a mode with no one
-    right conversion, and whatever Pillow raises for a file that it cannot read.
+    Transparent pixels are put over `background` before any resizing. Raises MisfitError for a mode without one right
+    conversion, and what Pillow raises for an unreadable file.
     """
     notes = ["only the first of several frames is taken"] if getattr(opened, "is_animated", False) else []
     depth = _depth(opened)
@@ -68,7 +71,7 @@ def converted(opened: Image.Image, channels: int, background: str) -> tuple[Imag
     elif image.mode not in PLAIN + ALPHA:
         raise MisfitError(f"mode {image.mode} has no one right conversion to 8 bits: save it as 8-bit grey or RGB")
     if image.mode == "LAB":
-        image = image.convert("RGB")  # the only way out that Pillow knows
+        image = image.convert("RGB")  # the only conversion that Pillow offers for this mode
     if image.mode == "CMYK":
         notes.append("CMYK is converted without a colour profile")
     if image.mode in ALPHA or image.has_transparency_data:
@@ -78,7 +81,7 @@ def converted(opened: Image.Image, channels: int, background: str) -> tuple[Imag
 
 
 def fitted(image: Image.Image, height: int, width: int, image_size: int | None) -> np.ndarray:
-    """[C, height, width] uint8: the central square resized to `image_size`, or an image that has this shape already."""
+    """[C, height, width] uint8: the central square resized to `image_size`, or an image that already has this shape."""
     if image_size is None and image.size != (width, height):
         raise MisfitError(f"{image.width}x{image.height} pixels, the others {width}x{height}: set data.image_size")
     if image_size is not None:
@@ -92,23 +95,23 @@ def fitted(image: Image.Image, height: int, width: int, image_size: int | None) 
 
 
 def upright_size(opened: Image.Image) -> tuple[int, int]:
-    """(width, height) as `converted` gives it."""
+    """(width, height) of the result of `converted`."""
     if _turn(opened) is not None:
-        opened.load()  # which turns a TIFF, and leaves the others as they are
+        opened.load()  # this turns a TIFF and does not change other formats
     return opened.size[::-1] if _turn(opened) in SIDEWAYS else opened.size
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the image upright by its EXIF orientation; None where it has none, or none that can be read."""
+    """The transposition that makes the image upright by its EXIF orientation; None if there is none to read."""
     try:
         return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # garbage in a camera's notes, of which a parser may raise anything, is no fault of the pixels
+    except Exception:  # broken metadata can raise anything, and the pixels may still be good
         return None
 
 
 def _depth(opened: Image.Image) -> int:
-    """Bits of a grey or colour value in the file, as Pillow's decoder names them; known before the pixels are read."""
-    tiles = getattr(opened, "tile", ())  # an image that was made, not opened, has none
+    """Bits of a grey or colour value in the file, by the name of Pillow's decoder. The pixels are not read for this."""
+    tiles = getattr(opened, "tile", ())  # only an opened image has tiles
     args: Any = tiles[0][3] if tiles else ""
     raw = str(args[0] if isinstance(args, tuple) and args else args)
     digits = "".join(letter for letter in raw.partition(";")[2] if letter.isdigit())
@@ -116,7 +119,7 @@ def _depth(opened: Image.Image) -> int:
 
 
 def _grey_of_16_bits(image: Image.Image, opened: Image.Image, depth: int) -> Image.Image:
-    """L, or LA where one value is transparent: the file's range onto 0..255, to the nearest."""
+    """L, or LA if one value is transparent: the range of the file scaled to 0..255 and rounded."""
     if opened.format not in FULL_RANGE[image.mode]:
         raise MisfitError(
             f"mode {image.mode} of {opened.format} does not say which values are black and white: save it as 8-bit grey"
@@ -141,7 +144,7 @@ def _with_alpha(image: Image.Image, depth: int) -> Image.Image:
             "save it with an alpha channel"
         )
     if image.mode in ("L", "RGB") and isinstance(transparent, int | tuple):
-        # PNG names a value of the file's few bits, of which the low ones count; Pillow has stretched the pixels to 8.
+        # PNG gives the transparent value in the file's own bits, the low ones. Pillow has scaled the pixels to 8 bits.
         most = 2**depth - 1
         eight = [(value & most) * 255 // most for value in np.atleast_1d(transparent).tolist()]
         image = image.copy()
@@ -150,7 +153,7 @@ def _with_alpha(image: Image.Image, depth: int) -> Image.Image:
 
 
 def _composited(image: Image.Image, background: str) -> tuple[Image.Image, bool]:
-    """RGB of an RGBA image over the background, and whether any of that is seen."""
+    """RGB of an RGBA image over the background, and whether the background is visible anywhere."""
     lowest: Any = image.getchannel("A").getextrema()[0]
     if lowest == 255:
         return image.convert("RGB"), False

@@ -1,4 +1,4 @@
-"""The image files below a folder: hidden names are left out, links are followed, every path not taken is counted."""
+"""The image files below a folder. Hidden names are left out, links are followed, and skipped paths are counted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EMPTY = "a folder without an image"
 
 @dataclass
 class Skipped:
-    """Paths that were not taken: how many by reason, and the first few. A folder that is not entered is one path."""
+    """Skipped paths: their number for each reason, and the first few. A skipped folder counts as one path."""
 
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -39,7 +39,10 @@ class Skipped:
             entry["first"].append(legible(path))
 
     def lines(self, most: int | None = None) -> list[str]:
-        """For people, one a reason; of more than `most`, the commonest and a line on the rest."""
+        """Lines for the user, one for each reason.
+
+        If there are more than `most`, the most frequent ones and a summary.
+        """
         entries = sorted(self.reasons.items())
         if most is not None and len(entries) > most:
             entries = sorted(entries, key=lambda item: -item[1]["paths"])
@@ -54,28 +57,28 @@ class Skipped:
 
 @dataclass(frozen=True)
 class _Place:
-    """A folder: its path below the root, and the true paths of all folders on the way to it, itself last."""
+    """A folder: its path below the root, and the real paths of all folders on the way to it, itself last."""
 
     path: str
     way: tuple[str, ...]
 
 
 class Tree:
-    """Reads folders below `root`, by paths relative to it; `skipped` grows as it goes.
+    """Reads folders below `root`, by relative paths. `skipped` collects what is left out.
 
-    A link to a file is that file. Links to folders are followed after all true folders, so that a folder belongs to
-    the class in which it truly lies, and a folder is read once: reached again from its class it is counted, from
-    another class or split it is refused, and so is a link to a folder that holds the link.
+    A link to a file counts as that file. Links to folders are followed after all real folders, so a folder belongs to
+    the class in which it really lies. A folder is read once. If it is reached again from its own class, it is counted.
+    If it is reached from another class or split, it is refused; so is a link to a folder that contains the link.
     """
 
     def __init__(self, root: Path):
         self.root, self.skipped = root, Skipped()
         self.inner: dict[str, list[str]] = {}  # class folder -> names of the folders directly in it
         self._top = _Place("", (os.path.realpath(root),))
-        self._owners: dict[str, str] = {}  # true path of a folder that was read -> the class folder it was read for
+        self._owners: dict[str, str] = {}  # real path of a folder that was read -> the class folder it was read for
 
     def folders(self, part: str = "") -> list[str]:
-        """The folders directly in `part`, sorted; the files beside them are counted."""
+        """The folders directly in `part`, sorted. Files beside them are counted as skipped."""
         at, found = self._enter(part, self._top) if part else self._top, []
         for path, kind in self._entries(at):
             if kind == "file":
@@ -85,10 +88,10 @@ class Tree:
         return found
 
     def images(self, folders: Sequence[str]) -> dict[str, list[str]]:
-        """The image files below each of these class folders, which `folders` gave, in the order of paths."""
+        """The image files below each of these class folders (from `folders`), ordered by path."""
         found: dict[str, list[str]] = {folder: [] for folder in folders}
         self.inner |= {folder: [] for folder in folders}
-        true: deque[tuple[str, str, _Place]] = deque()  # class folder, path, and the folder that it lies in
+        true: deque[tuple[str, str, _Place]] = deque()  # class folder, path, and the parent folder
         links: deque[tuple[str, str, _Place]] = deque()
         for folder in folders:
             part = os.path.dirname(folder)
@@ -125,7 +128,7 @@ class Tree:
             )
 
     def _enter(self, path: str, parent: _Place) -> _Place:
-        """A folder in `parent`; raises StageError where it is a link that leads back."""
+        """A folder in `parent`. Raises StageError if it is a link that leads back."""
         if not os.path.islink(self.root / path):
             return _Place(path, (*parent.way, os.path.join(parent.way[-1], os.path.basename(path))))
         true = os.path.realpath(self.root / path)
@@ -134,7 +137,7 @@ class Tree:
         return _Place(path, (*parent.way, true))
 
     def _entries(self, at: _Place) -> Iterator[tuple[str, str]]:
-        """(path, "file" or "folder" or "link", one to a folder), sorted; what is none of these is counted."""
+        """(path, "file", "folder" or "link" to a folder), sorted. Anything else is counted as skipped."""
         try:
             with os.scandir(self.root / at.path) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name)
@@ -153,7 +156,7 @@ class Tree:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """file, folder, link (to a folder), or the reason why it is none of them."""
+    """The kind: "file", "folder", "link" (to a folder), or the reason why it is none of them."""
     if not entry.is_symlink():
         return "folder" if entry.is_dir() else "file" if entry.is_file() else SPECIAL
     try:
@@ -166,7 +169,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
 
 
 def opens(path: Path) -> bool:
-    """Whether Pillow knows the content; of a file whose name does not say that it is an image."""
+    """Whether Pillow can open a file whose name does not end like an image's."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -174,7 +177,7 @@ def opens(path: Path) -> bool:
             return True
     except UnidentifiedImageError:
         return False
-    except Exception:  # of a broken image a plugin may raise anything; decoding it gives the reason
+    except Exception:  # a broken image may raise anything; decoding will give the reason
         return True
 
 
@@ -184,11 +187,13 @@ def _ending(path: str) -> str:
 
 @functools.cache
 def _image_endings() -> frozenset[str]:
-    """Of the formats that Pillow opens, and of other images (HEIC, SVG), which are told of as images that fail."""
+    """File endings of the formats that Pillow opens, and of other images (HEIC, SVG), which are reported as
+    unreadable.
+    """
     from PIL import Image
 
     opened = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
-    types = mimetypes.MimeTypes().types_map  # Python's own table, not the machine's
+    types = mimetypes.MimeTypes().types_map  # Python's own table, the same on every machine
     return frozenset(
         opened | {ending for table in types for ending, kind in table.items() if kind.startswith("image/")}
     )

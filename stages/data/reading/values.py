@@ -1,4 +1,4 @@
-"""What the values of images are: those that are not finite, and a range that is worth a sentence."""
+"""Checks the values of images: which are not finite, and whether their range is unusual."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-DARK = 64  # the highest pixel, below which it is told
+DARK = 64  # images whose highest pixel is below this are reported as dark
 
 
 def clear_nonfinite(values: np.ndarray) -> dict[int, str]:
-    """Zeroes, in place, the rows of [n, C, H, W] that hold NaN or infinity; their reasons by row."""
+    """Sets the rows of [n, C, H, W] with NaN or infinity to zero, in place. Returns the reason for each such row."""
     if values.dtype == np.uint8:
         return {}
     reasons: dict[int, str] = {}
@@ -22,7 +22,7 @@ def clear_nonfinite(values: np.ndarray) -> dict[int, str]:
 
 
 class Values:
-    """Lowest, highest and root mean square of all images that it is shown."""
+    """The lowest value, the highest value and the root mean square of all images."""
 
     def __init__(self) -> None:
         self.low, self.high, self.power, self.count = math.inf, -math.inf, 0.0, 0
@@ -36,7 +36,9 @@ class Values:
             self.count += images.size
 
     def remark(self, dtype: str) -> str | None:
-        """Of pixels, that all are dark, as bits or fractions saved as bytes are; of floats, that they are latents."""
+        """A remark on unusual values: pixels that are all dark, bits or fractions stored as bytes, or floats as
+        latents.
+        """
         if dtype == "uint8":
             told = f"uint8 from {self.low:g} to {self.high:g}, where 255 is white: scale the values if they mean more"
             return told if 0 <= self.high < DARK else None

@@ -1,7 +1,7 @@
-"""Where images come from: a source lists its records (keys, labels, test flags) and loads rows as uint8 or floats.
+"""The sources of images. A source lists its records (keys, labels, test flags) and loads rows as uint8 or floats.
 
-The parameters of a source's class are the settings of [data] that it reads, by their names. A new source is a line of
-the table and a file of its own.
+The parameters of a source's class are the settings of [data] that it reads. A new source is one line in the table and
+one file.
 """
 
 import inspect

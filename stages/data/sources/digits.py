@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of 8x8 pixels inside scikit-learn: the default that needs no download."""
+"""The 1,797 handwritten digits of 8x8 pixels in scikit-learn: the default source, which needs no download."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Digits:
         return Loaded(box_average(self.pixels[rows], self.average), self.given.outside(rows, len(self.classes)))
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
-        # The table's content, not the .gz file, whose header differs between releases of scikit-learn.
+        # The digest is of the unpacked table: the header of the .gz file differs between releases of scikit-learn.
         return digest_files([("digits.csv", self.path)], gzip.open, known=known)
 
 
 def _table() -> Path:
-    # The file is read without importing scikit-learn, which takes longer than everything else here.
+    # Reads the file without importing scikit-learn, which would take longer than everything else here.
     spec = importlib.util.find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise Unfit('data.source = "digits" reads the table inside scikit-learn: pip install scikit-learn')

@@ -1,6 +1,6 @@
-"""A folder of class folders of images, optionally below a training and a held-out folder, decoded by Pillow.
+"""A folder of class folders of images, optionally inside a training and a held-out folder. Pillow decodes them.
 
-What is read, what is not, and why: docs/data.md.
+docs/data.md says what is read, what is not, and why.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nfm.stages.data.source import Loaded, box_average, check_keys, digest_files
 from nfm.storage.errors import legible
 from nfm.storage.files.parallel import parallel
 
-# What a folder of this name, in any case, holds where it stands above class folders.
+# What a folder of this name, in upper or lower case, holds if it contains class folders.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "training"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -34,7 +34,7 @@ DECODE_BATCH = 512
 
 
 def _colour(value: Any) -> Any:
-    """One spelling of each colour, so that a fingerprint does not depend on it."""
+    """One spelling for each colour, so that the fingerprint does not depend on the spelling."""
     text = str(value).lower()
     if text not in ("white", "black") and not re.fullmatch("#[0-9a-f]{6}", text):
         raise ValueError('no colour: write "white", "black" or six hexadecimal digits like "#80ff00"')
@@ -45,10 +45,10 @@ Colour = Annotated[str, BeforeValidator(_colour)]
 
 
 class ImageFolder:
-    """Image files by class: keys are paths below the folder, labels the classes' places in sorted order.
+    """Image files by class. Keys are paths below the folder; labels are the positions of the classes in sorted order.
 
-    With `image_size`, the central square of every image is resized to that edge (bicubic, antialiased).
-    Without it, images keep their pixels, and the commonest shape is the one that all must have.
+    With `image_size`, the central square of every image is resized to this edge length (bicubic, antialiased). Without
+    it, images keep their pixels, and all must have the most frequent shape.
     """
 
     name = "images"
@@ -70,7 +70,7 @@ class ImageFolder:
 
         with own_limit():
             files_of, heldout, self.skipped = _listed(self.root, classes or ())
-        # The digest is of files, so a folder without any must not count.
+        # A folder without files must not count, because the digest is of files.
         found = {os.path.basename(folder) for folder, files in files_of.items() if files}
         self.classes = sorted(found) if classes is None else list(classes)
         if unknown := sorted(found - set(self.classes)):
@@ -121,7 +121,7 @@ class ImageFolder:
                 rejected[position] = f"more than {MOST_PIXELS:,} pixels, the most that are read: make it smaller"
             except UnidentifiedImageError:
                 rejected[position] = "not an image that Pillow reads"
-            except Exception as error:  # of a broken file a plugin of Pillow may raise anything
+            except Exception as error:  # a broken file may make a Pillow plugin raise anything
                 rejected[position] = legible(f"unreadable: {error}".replace(str(self.root) + os.sep, ""))
             else:
                 images[position] = box_average(pixels[None], self.average)[0]
@@ -175,7 +175,7 @@ def _root(path: str | None) -> Path:
 
 
 def _listed(root: Path, classes: Collection[str]) -> tuple[dict[str, list[str]], set[str], Skipped]:
-    """The image files of every class folder, which of these folders are held out, and what was not taken."""
+    """The image files of every class folder, the set of held-out folders, and what was skipped."""
     tree = Tree(root)
     top = tree.folders()
     train, heldout = _splits(tree, top, classes)
@@ -192,7 +192,7 @@ def _listed(root: Path, classes: Collection[str]) -> tuple[dict[str, list[str]],
 
 
 def _splits(tree: Tree, top: Sequence[str], classes: Collection[str]) -> tuple[str | None, str | None]:
-    """The training and the held-out folder among those at the top; (None, None) where all of them are classes."""
+    """The training and the held-out folder among the top folders; (None, None) if all are classes."""
     role_of = {name: SPLITS.get(name.casefold()) for name in top}
     if not any(role_of.values()) or (set(top) <= set(classes) and not all(role_of.values())):
         _refuse_near_splits(tree.root, top, classes)
@@ -225,7 +225,7 @@ def _has_image(root: Path, name: str) -> bool:
 
 
 def _refuse_near_splits(root: Path, names: Sequence[str], classes: Collection[str]) -> None:
-    """train2017, test_a: not the names of splits, yet hardly those of classes."""
+    """Refuses names such as train2017 or test_a: they are not split names, and probably not classes."""
     near = [name for name in names if "".join(filter(str.isalpha, name.casefold())) in SPLITS and name not in classes]
     if near:
         raise StageError(

@@ -18,7 +18,8 @@ from nfm.stages.data.reading.values import Values
 from nfm.stages.data.source import Loaded, box_average, check_unpacked, digest_files
 
 TRAIN, TEST = "train", "t10k"
-MAGIC = {"images-idx3": 0x00000803, "labels-idx1": 0x00000801}  # two zero bytes, uint8, number of dimensions
+# two zero bytes, the code of uint8, the number of dimensions
+MAGIC = {"images-idx3": 0x00000803, "labels-idx1": 0x00000801}
 
 KIND_OF = {MAGIC["images-idx3"]: "images", MAGIC["labels-idx1"]: "labels"}
 VALUES = {8: "uint8", 9: "int8", 11: "int16", 12: "int32", 13: "float32", 14: "float64"}
@@ -70,7 +71,7 @@ class Idx:
         return Loaded(box_average(pixels, self.average), self.given.outside(rows, len(self.classes)))
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
-        # Of the unpacked content, so that plain and gzipped files are the same input.
+        # Of the unpacked content, so that plain and gzipped files give the same digest.
         return digest_files(self.files.items(), _open, known=known)
 
     def _read(self, part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +97,7 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
             if len(raw) < header or raw[:4] != magic.to_bytes(4, "big"):
                 raise StageError(f"{path}: {_other_content(raw, magic)}")
             promised = math.prod(np.frombuffer(raw[4:], ">u4").tolist())
-            if isinstance(file, gzip.GzipFile):  # of a plain file, no more is read than there is
+            if isinstance(file, gzip.GzipFile):  # a plain file cannot return more than its size
                 check_unpacked(path, path.stat().st_size, promised)
             raw += _at_most(file, promised + 1)
     except (OSError, EOFError, zlib.error) as error:
@@ -112,7 +113,7 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
 
 
 def _other_content(raw: bytes, magic: int) -> str:
-    """What a file is whose header is not the one expected, and what to do."""
+    """What a file with an unexpected header contains, and what to do."""
     wanted = KIND_OF[magic]
     if len(raw) < 4 or (found := int.from_bytes(raw[:4], "big")) == magic:
         return f"only {len(raw)} bytes, an IDX file of {wanted} begins with more: fetch the file anew"
@@ -132,7 +133,7 @@ def _other_content(raw: bytes, magic: int) -> str:
 
 
 def _at_most(file: IO[bytes], count: int) -> bytes:
-    """Up to `count` bytes; a header that promises more than there is costs no memory."""
+    """Up to `count` bytes. If a header promises more than there is, no memory is wasted."""
     read = bytearray()
     while len(read) < count and (chunk := file.read(min(count - len(read), 1 << 20))):
         read += chunk
@@ -140,8 +141,8 @@ def _at_most(file: IO[bytes], count: int) -> bytes:
 
 
 def _open(path: Path, mode: str = "rb") -> IO[bytes]:
-    """The unpacked content; whether it is gzip data, the file says, not its name."""
-    file = open(path, "rb")  # noqa: SIM115 - handed on
+    """The unpacked content. The first bytes of the file, not its name, decide whether it is gzip data."""
+    file = open(path, "rb")  # noqa: SIM115 - returned open
     packed = file.read(len(GZIP)) == GZIP
     file.seek(0)
     if not packed:
@@ -173,7 +174,7 @@ def _folder(path: str | None, package: str | None) -> Path:
 
 
 def _twins(folder: Path) -> dict[str, list[Path]]:
-    """The files of each part that are there, the plain one first."""
+    """The existing files of each part, the plain one first."""
     names = {f"{part}-{kind}": f"{part}-{kind}-ubyte" for part in (TRAIN, TEST) for kind in MAGIC}
     there = {
         key: [path for path in (folder / name, folder / f"{name}.gz") if path.is_file()] for key, name in names.items()
@@ -182,7 +183,7 @@ def _twins(folder: Path) -> dict[str, list[Path]]:
 
 
 def _refuse_differing_twins(folder: Path) -> None:
-    """A plain file and a gzipped one of the same name must hold the same, as one of them is not read."""
+    """Refuses a plain and a gzipped file of the same name with different contents, as only one of them is read."""
     for paths in _twins(folder).values():
         if len(paths) > 1 and len({digest_files([("", path)], _open)["digest"] for path in paths}) > 1:
             raise StageError(

@@ -1,8 +1,8 @@
 """Arrays in .npz files: the downsampled-ImageNet layout, and images or latents as [N, C, H, W].
 
 `data` is either [N, 3 H W] uint8 with `labels` that start at 1 (downsampled ImageNet), or [N, C, H, W] of uint8,
-float16 or float32, taken as it is, with `labels` that start at 0. Without `labels` the data has no classes. Settings
-name other arrays, another order of axes and another first label.
+float16 or float32, used unchanged, with `labels` that start at 0. Without `labels` the data has no classes. Settings
+can name other arrays, another order of axes and another first label.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ IMAGES, LABELS = "data", "labels"
 
 
 class Npz:
-    """One .npz file, or a folder of `train_data_batch_*.npz`; `val_data.npz` is the test set if present.
+    """One .npz file, or a folder of `train_data_batch_*.npz`. `val_data.npz` is the test set if it exists.
 
-    `images` and `labels` name the arrays; `labels` "" leaves them out.
+    `images` and `labels` name the arrays; `labels` "" means none.
     """
 
     name = "npz"
@@ -78,7 +78,7 @@ class Npz:
         values, done = Values(), 0
         report.progress(done, len(rows), "images read")
         for file, head, start in zip(self.files, self.heads, self.starts.tolist()):
-            # The places in `images` of this file's rows, and those rows, from the first to the last.
+            # The positions in `images` of this file's rows, and the rows themselves, in ascending order.
             places = np.flatnonzero((rows >= start) & (rows < start + head.rows))
             places = places[np.argsort(rows[places], kind="stable")]
             own = rows[places] - start
@@ -101,7 +101,7 @@ class Npz:
         return digest_files(((file.name, file) for file in self.files), known=known)
 
     def _check(self, report: Reporter) -> None:
-        """Refuses doubtful data when it is made, so that data sets made before keep their names; tells what is odd."""
+        """Refuses doubtful data when it is made, so that older data sets keep their names. Reports what is unusual."""
         check_folder(self.path, self.files, report)
         if told := check_axes(self.heads[0].images.shape, self.axes, f"{self.files[0]}: {self.heads[0].images}"):
             report.say(told)
@@ -124,7 +124,7 @@ class Npz:
 
 
 class _Header(NamedTuple):
-    """What one file holds, told without its values."""
+    """What one file contains, read without its values."""
 
     images: Array
     labels: Array | None
@@ -141,11 +141,13 @@ class _Header(NamedTuple):
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What all files have in common."""
+        """What all files must have in common."""
         return self.images.shape[1:], self.dtype, self.labels is not None
 
     def like_labels(self) -> list[Array]:
-        """Arrays that may be labels under another name: one value, or a few, an image, or whole numbers in a row."""
+        """Arrays that may be labels under another name: one or a few values for each image, or whole
+        numbers in a row.
+        """
         return [
             array
             for array in self.others
@@ -193,10 +195,10 @@ def _remedy(array: Array) -> str:
 
 
 def _labels(file: Path, head: _Header) -> np.ndarray:
-    """int64 [N] as the file has them; -1 where there are none."""
+    """int64 [N] as in the file; -1 if there are no labels."""
     if head.labels is None:
         return np.full(head.rows, -1, np.int64)
-    # Asked of the header first: what is no labels is not read.
+    # The header is checked first, so that an array which cannot be labels is not read.
     whole_numbers(np.broadcast_to(np.zeros((), head.labels.dtype), head.labels.shape), head.rows, str(file))
     return whole_numbers(read_whole(file, head.labels), head.rows, str(file))
 

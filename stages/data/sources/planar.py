@@ -1,7 +1,7 @@
-"""Points of the plane as images of two values: distributions whose distances are exact and whose runs take seconds.
+"""Points of the plane as images of two values. Distances between such distributions are exact, and runs take seconds.
 
-A point is an image [1, 1, 2] of float32, a latent to everything behind, so that a teacher of patch 1 has two tokens of
-one coordinate. Both distributions have mean 0 and variance 1 in each coordinate, and no classes.
+A point is an image [1, 1, 2] of float32, which later stages treat as a latent. So a teacher of patch 1 has two tokens
+of one coordinate. Both distributions have mean 0 and variance 1 in each coordinate, and no classes.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from nfm.storage.files.atomic import canonical_json
 from nfm.storage.format import philox
 
 POINT = (1, 1, 2)
-GENERATOR = 1  # raised when the same seed gives other points
+GENERATOR = 1  # increased when the same seed gives other points
 
-SQUARES = 4  # a side of the checkerboard; every other square is filled
-BOARD = 2 * math.sqrt(3)  # its width: a coordinate, uniform over it, has variance 1
+SQUARES = 4  # squares on a side of the checkerboard; every other square is filled
+BOARD = 2 * math.sqrt(3)  # its width: a uniform coordinate then has variance 1
 
 MODES = 8
-SPREAD = 0.15  # standard deviation of a Gaussian over the circle's radius
-RADIUS = 1 / math.sqrt(0.5 + SPREAD**2)  # variance of a coordinate is RADIUS^2 (1/2 + SPREAD^2) = 1
+SPREAD = 0.15  # standard deviation of a Gaussian divided by the radius of the circle
+RADIUS = 1 / math.sqrt(0.5 + SPREAD**2)  # the variance of a coordinate, RADIUS^2 (1/2 + SPREAD^2), is 1
 
 
 class Planar:
-    """Points made from a seed: row i depends on (seed, i) alone, so more points leave the earlier ones as they are."""
+    """Points made from a seed. Row i depends only on (seed, i), so more points do not change the earlier ones."""
 
     name: str
     licence, origin = "made by this program", "made from data.seed by nfm.stages.data.sources.planar"
@@ -68,23 +68,23 @@ class Planar:
 
 
 class Checkerboard(Planar):
-    """Uniform on every other square of a board of 4 x 4, the lower left one among them."""
+    """Uniform on every other square of a 4 x 4 board, including the lower left one."""
 
     name = "checkerboard"
 
     def place(self, rows: np.ndarray) -> np.ndarray:
         uniform = self._uniform(rows, 2)
         x, y = SQUARES * uniform[:, 0], SQUARES // 2 * uniform[:, 1]
-        # y runs over the filled squares of x's column: the even ones in even columns, the odd ones in odd columns.
+        # y covers the filled squares in the column of x: the even ones in even columns, the odd ones in odd columns.
         y += np.floor(y) + np.floor(x) % 2
         return (np.stack([x, y], axis=1) / SQUARES - 0.5) * BOARD
 
 
 class Gaussians(Planar):
-    """Eight equal Gaussians, evenly spaced on a circle, the axes halfway between neighbours.
+    """Eight equal Gaussians, evenly spaced on a circle, with the axes halfway between neighbours.
 
-    A coordinate then takes four places; with the first on the horizontal axis there would be five, and a flow of two
-    tokens, the coordinates, more to bend.
+    A coordinate then has four centres. With a Gaussian on the horizontal axis there would be five, which is harder for
+    a flow with two tokens, the coordinates.
     """
 
     name = "gaussians"

@@ -1,7 +1,9 @@
-"""New processes for these tests, forked from one that has imported torch: four imports at once starve a small machine.
+"""New processes for these tests, forked from one that has already imported torch.
 
-A function runs in a process of its own for each of its calls. Whoever fails first is shown first: what the others say
-then is mostly that he hung up.
+Four imports of torch at once would slow down a small machine.
+
+Each call of a function runs in its own process. The process that failed first is shown first: the errors of the others
+are mostly that it closed the connection.
 """
 
 from __future__ import annotations

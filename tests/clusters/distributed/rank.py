@@ -1,5 +1,5 @@
-"""One process of a group: reads the store in several ways, in no way told which rank it is, trains a little, and leaves
-what it saw in the folder.
+"""One process of a group. It is not told its rank. It reads the store in several ways, trains a little, and saves what
+it saw in the folder.
 """
 
 from __future__ import annotations

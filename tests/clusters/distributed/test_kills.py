@@ -1,4 +1,6 @@
-"""A reader that is killed again and again yields the sequence of one that never was: the benchmark in small."""
+"""A reader that is killed many times yields the same sequence as one that was never killed: a small run of the
+benchmark.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of these tests say when one of them fails: the cause first."""
+"""The error messages of the test processes when one of them fails: the cause comes first."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def test_who_failed_first_is_shown_first_with_every_exit_code(tmp_path: Path) ->
     assert told.endswith("ConnectionError: closed by peer")
 
 
-def test_who_does_not_end_is_named_and_stopped(tmp_path: Path) -> None:
+def test_a_process_that_does_not_end_is_named_and_stopped(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="sleeper: stopped by the test: it had not ended"):
         processes.run(time.sleep, tmp_path, {"sleeper": (3600,)}, patience=0)

@@ -99,7 +99,9 @@ def test_a_state_of_two_processes_is_refused_for_another_seed(group: Path, store
 
 
 @pytest.mark.parametrize("read", ["batches", "as_torch_dataset"])
-def test_a_world_that_nobody_joined_is_an_error(read: str, store: PairStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_world_size_without_an_initialised_process_group_is_an_error(
+    read: str, store: PairStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(StorageError, match=r"WORLD_SIZE is 2.*initialise torch.distributed"):

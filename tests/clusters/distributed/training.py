@@ -1,4 +1,4 @@
-"""What every process of these tests does alike, alone or in a group."""
+"""The part of these tests that every process does in the same way, alone or in a group."""
 
 from __future__ import annotations
 

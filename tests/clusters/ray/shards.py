@@ -1,4 +1,4 @@
-"""Shards for tests of the Ray executor, and somebody who kills the actors that encode them."""
+"""Shards for tests of the Ray executor, and a helper that kills the actors which encode them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Addresses of Ray clusters where nobody answers."""
+"""Addresses of Ray clusters that do not answer."""
 
 from __future__ import annotations
 

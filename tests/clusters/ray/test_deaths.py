@@ -1,4 +1,4 @@
-"""Shards that kill their workers, and workers that die whatever they do."""
+"""Shards that kill their workers, and workers that die with any shard."""
 
 from __future__ import annotations
 

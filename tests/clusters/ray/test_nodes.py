@@ -1,4 +1,4 @@
-"""Nodes that come and go: a cluster that is not ours loses nothing, and neither does the store."""
+"""Nodes join and leave. Neither the store nor a cluster that is not ours loses anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever sends a store may send code with it: looking, auditing, planning, listing and exporting run none of it."""
+"""A store from somebody else may come with code. Looking, auditing, planning, listing and exporting never run it."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def test_an_artifact_that_is_as_it_was_made_is_read_by_all(lab: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("pattern", "kind"), CASES)
-def test_whatever_stands_for_a_file_of_metadata_is_told_or_done_without(
+def test_anything_in_place_of_a_metadata_file_is_reported_or_ignored(
     lab: Path, tmp_path: Path, pattern: str, kind: Callable[[Path, Path], None]
 ) -> None:
     file = sorted((lab / "artifacts").glob(pattern))[0]

@@ -1,4 +1,4 @@
-"""Every command once as a user's shell starts it: the installed script in a process of its own, and its exit code."""
+"""Every command once as a shell starts it: the installed script in its own process, and its exit code."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_a_folder_keeps_its_comparison_unless_it_is_forced(compared: Lab) -> Non
     compared.nfm(*arguments(few, *here))
 
 
-def test_a_folder_that_cannot_be_is_told_before_anything_is_made(empty: Lab) -> None:
+def test_an_output_folder_that_cannot_be_used_is_refused_before_anything_is_made(empty: Lab) -> None:
     told = empty.nfm(*arguments("nfm", "-o", "tiny.toml/table"), exits=1).stderr
     assert "tiny.toml/table: Not a directory" in told
     assert not list(empty.artifacts.glob("*/*/manifest.json"))
@@ -190,7 +190,7 @@ def test_a_config_with_a_compare_table_shows_and_makes_the_comparison(compared: 
     assert lab.committed() == before
 
 
-def test_couplings_that_are_none_are_refused_before_anything_is_made(empty: Lab) -> None:
+def test_unknown_couplings_are_refused_before_anything_is_made(empty: Lab) -> None:
     assert "coupling 'nmf' is unknown" in empty.nfm("compare", "-c", "tiny.toml", "--couplings", "nmf", exits=2).stderr
     assert "name what is compared" in empty.nfm("compare", "-c", "tiny.toml", exits=2).stderr
     assert not empty.artifacts.exists()

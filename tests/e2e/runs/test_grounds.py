@@ -1,4 +1,4 @@
-"""The paper's shape on the 2-D grounds, where distances are exact: the teacher's pairing is what saves steps."""
+"""The paper's result on 2-D distributions with exact distances: the teacher's pairing is what saves steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Who may write what: a lost lock, numbers of generations, digests that no clock enters, stores from elsewhere."""
+"""Who may write what: a lost lock, numbers of generations, digests that do not depend on time, stores from
+elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that foreign metadata gives lead nowhere else: nothing is read, written or removed through them."""
+"""Names in metadata from elsewhere cannot lead out of the folder: nothing is read, written or removed through them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "data/x",
     ],
 )
-def test_a_reference_that_leads_elsewhere_names_the_spec_that_holds_it(root: Path, reference: Any) -> None:
+def test_an_error_about_a_reference_that_leads_elsewhere_names_its_spec(root: Path, reference: Any) -> None:
     found = artifact(root / "features" / "x", inputs={"data": reference})
     with pytest.raises(StorageError, match=r"features/x/spec\.json: .*restore it from a copy"):
         inputs_of(found)
@@ -103,7 +103,7 @@ def _copy_of(found: Artifact, output: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"id": "../../up"}, {"pid": "../../tmp"}, {"host": 3}, {"beat": None}])
-def test_a_lock_that_is_none_of_ours_is_told_and_names_no_file(root: Path, change: dict[str, Any]) -> None:
+def test_a_foreign_lock_is_reported_and_its_names_become_no_files(root: Path, change: dict[str, Any]) -> None:
     found = artifact(root / "features" / "x")
     lock = Lock(found.path)
     atomic.write_json(found.path / "lock.json", {**lock._body, "born": "1", **change})

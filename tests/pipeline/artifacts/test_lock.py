@@ -1,4 +1,4 @@
-"""The lock: one holder at a time, named to others; taken over from the dead and the silent, by one taker."""
+"""The lock: one holder at a time, whose name others see. A dead or silent holder is replaced by exactly one process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_lock_names_its_holder_beats_and_goes_away(tmp_path: Path, fast_heart:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_holder_is_told_at_once_who_has_it(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_at_once_with_the_name_of_the_holder(tmp_path: Path) -> None:
     with Lock(tmp_path):
         started = time.monotonic()
         with pytest.raises(Held, match=rf"process {os.getpid()}, .*wait for it or stop it"), Lock(tmp_path):
@@ -166,7 +166,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_the_heart_goes_on_beating_when_the_disk_was_full(tiny_disk: Path, fast_heart: None) -> None:
+def test_the_heartbeat_continues_after_a_full_disk(tiny_disk: Path, fast_heart: None) -> None:
     with Lock(tiny_disk) as held:
         filler = tiny_disk / "filler"
         with pytest.raises(OSError):

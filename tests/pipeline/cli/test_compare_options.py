@@ -1,4 +1,4 @@
-"""What compare takes, those take who plan it, run it or show how far it is."""
+"""The options of compare also work for the commands that plan, run or show a comparison."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_other_stages_refuse_them(empty: Lab, words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("seeds", ["", "x", "-1", "0,", "1.5", "0,0", "9" * 30, "0];x=[1"])
-def test_seeds_that_are_none_are_refused(empty: Lab, seeds: str) -> None:
+def test_invalid_seeds_are_refused(empty: Lab, seeds: str) -> None:
     told = empty.nfm("status", "-c", "tiny.toml", "--couplings", "nfm", "--seeds", seeds, exits=2).stderr
     assert "seeds" in told
 
 
-def test_couplings_that_are_none_are_refused(empty: Lab) -> None:
+def test_unknown_couplings_are_refused(empty: Lab) -> None:
     for couplings in ("", ",", "nfm,reflux", "nfm:soften=x", 'nfm"]'):
         assert "couplings" in empty.nfm("status", "-c", "tiny.toml", "--couplings", couplings, exits=2).stderr

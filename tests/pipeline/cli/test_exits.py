@@ -1,4 +1,4 @@
-"""How a command ends where nobody takes what it prints."""
+"""How a command ends if its output cannot be written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_full_standard_output_is_called_that() -> None:
     assert told == "nfm: standard output: No space left on device; what was made stays, send the text elsewhere\n"
 
 
-def test_a_reader_that_went_away_is_no_error_to_tell_of() -> None:
+def test_a_closed_output_pipe_is_not_an_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w", encoding="utf-8") as output:

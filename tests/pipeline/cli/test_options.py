@@ -1,4 +1,4 @@
-"""Every option of every command keeps the rules: numbers have a range that nan is not in, wrong use ends with 2."""
+"""Rules for every option of every command: numbers have a range without nan, and wrong use exits with 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every file that a command writes for its user has an ending that says what is inside, or is refused at once."""
+"""Every output file that a user names has an ending that fits its contents, or is refused at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands take places by one rule, a place that is none leaves nothing behind, and no secret of a URL is shown."""
+"""Commands read places by one rule. An invalid place leaves nothing behind, and no secret in a URL is shown."""
 
 from __future__ import annotations
 

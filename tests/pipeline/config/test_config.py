@@ -85,7 +85,7 @@ def test_an_error_names_the_file_the_field_and_the_nearest_key(tmp_path: Path, t
         ),
     ],
 )
-def test_what_no_evaluation_could_do_is_told_before_anything_is_trained(tmp_path: Path, text: str, says: str) -> None:
+def test_an_impossible_evaluation_is_refused_before_anything_is_trained(tmp_path: Path, text: str, says: str) -> None:
     path = written(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load(path)

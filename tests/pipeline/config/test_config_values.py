@@ -1,4 +1,4 @@
-"""Values of the config: every number has a range without nan, true is no 1, and no word of the checker's shows."""
+"""Values of the config: every number has a range without nan, true is not 1, and messages use no internal words."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def spelled(name: str, value: str) -> str:
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_every_number_refuses_what_is_none(config: Path, name: str) -> None:
+def test_every_number_field_refuses_values_that_are_not_numbers(config: Path, name: str) -> None:
     values = ["nan", "inf", "-inf", "true", f"{10**30}", "1e300" if int in FIELDS[name] else "-1e300", '"x"']
     for value in values if name in ANY_WHOLE else [*values, "-1000000"]:
         with pytest.raises(ConfigError) as caught:
@@ -50,13 +50,13 @@ def test_every_number_refuses_what_is_none(config: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, types in FIELDS.items() if bool in types])
-def test_every_switch_refuses_what_is_no_switch(config: Path, name: str) -> None:
+def test_every_boolean_field_refuses_other_values(config: Path, name: str) -> None:
     for value in ("nan", "2", '"x"', "[true]"):
         with pytest.raises(ConfigError, match=name):
             load(config, [f"{name}={value}"])
 
 
-def test_a_mark_at_the_start_of_the_file_is_no_part_of_it(config: Path) -> None:
+def test_a_byte_order_mark_at_the_start_of_the_file_is_ignored(config: Path) -> None:
     config.write_bytes(b'\xef\xbb\xbf[data]\nname = "\xc3\xa9"\n')
     assert load(config).data.name == "é"
 
@@ -69,7 +69,7 @@ def test_a_mark_at_the_start_of_the_file_is_no_part_of_it(config: Path) -> None:
         (None, "cannot be read"),
     ],
 )
-def test_a_file_that_is_no_text_is_refused_with_the_remedy(tmp_path: Path, data: bytes | None, says: str) -> None:
+def test_a_binary_file_is_refused_with_the_remedy(tmp_path: Path, data: bytes | None, says: str) -> None:
     path = tmp_path / "run.toml"
     path.mkdir() if data is None else path.write_bytes(data)
     with pytest.raises(ConfigError, match=says):

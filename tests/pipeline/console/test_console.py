@@ -1,4 +1,4 @@
-"""What a run tells people and machines while it goes on: the same figures on a terminal, in lines and in events."""
+"""The output of a running stage: the same figures on a terminal, in plain lines and in events."""
 
 from __future__ import annotations
 

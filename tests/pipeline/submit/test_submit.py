@@ -1,4 +1,4 @@
-"""What the scripts of a submission promise: who waits for whom, which task does what, and that bash reads them."""
+"""The scripts of a submission: which job waits for which, which task does what, and that bash can read them."""
 
 from __future__ import annotations
 

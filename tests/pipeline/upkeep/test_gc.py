@@ -1,4 +1,4 @@
-"""Garbage goes, all of it; what somebody needs, works on or cannot read stays."""
+"""gc removes all garbage, and keeps what is needed, in use or unreadable."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_files_of_a_shard_whose_commit_is_unreadable_are_left_to_repair(lab: Lab
     assert payload.exists()
 
 
-def test_what_a_repair_set_aside_goes_but_no_number_of_a_generation_comes_back(lab: Lab, root: Path) -> None:
+def test_gc_removes_what_a_repair_set_aside_but_no_generation_number_is_used_again(lab: Lab, root: Path) -> None:
     store = lab.only("pairs")
     payload = sorted(store.path.glob("shards/*.tar"))[3]
     payload.write_bytes(payload.read_bytes()[:-1])
@@ -263,7 +263,7 @@ def test_a_store_that_is_written_to_without_a_lock_stays_at_any_age_asked_for(la
     assert len(lab.all("pairs")) == 1
 
 
-def test_what_somebody_works_on_stays(lab: Lab, root: Path) -> None:
+def test_an_artifact_that_is_in_use_is_kept(lab: Lab, root: Path) -> None:
     lab.drop("report", "evaluate", "student")
     age(root, 8 * DAY)
     left = leave_attempt(lab.only("pairs").path, 2 * HOUR)
@@ -335,7 +335,7 @@ def test_pairs_of_a_configs_data_and_teacher_stay_whatever_they_were_overridden_
     assert len([name for name in left_in(root) if name.startswith("pairs/")]) == 3
 
 
-def test_a_store_of_others_is_no_garbage(lab: Lab, root: Path) -> None:
+def test_a_store_that_somebody_else_made_is_not_garbage(lab: Lab, root: Path) -> None:
     target = root / "pairs" / "exported"
     export.run(lab.only("pairs").path, str(target), "samples", None, None, lambda *_: None)
     age(root, 8 * DAY)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.encode` measures every way, says what did not work, and its parts are what they claim to be."""
+"""`python -m benchmarks.encode` measures every way of encoding, reports failures, and its parts do what they claim."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_the_first_step_goes_towards_the_image_and_the_last_arrives(
     torch.testing.assert_close(second[0], noise + (image - noise) / 8)
 
 
-def test_a_trained_model_leads_from_its_noise_to_its_image(
+def test_sampling_with_a_trained_model_leads_from_the_noise_to_the_image(
     name: str, example: Callable[[str], ModuleType], store: Callable[[str], Path], pairs: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     image, noise, label = pairs

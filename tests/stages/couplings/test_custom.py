@@ -47,7 +47,7 @@ def test_another_file_on_a_worker_is_refused(shop: Shop) -> None:
         ("listed", "returned a list; return a numpy array"),
     ],
 )
-def test_what_is_no_noise_is_refused_by_name(shop: Shop, function: str, said: str) -> None:
+def test_a_result_that_is_not_noise_is_refused_with_the_functions_name(shop: Shop, function: str, said: str) -> None:
     config = shop.config(coupling="custom", custom=f"own_couplings:{function}")
     encoder = Encoder(stage.setup(config, shop.of(config), shop.begin(config)))
     with pytest.raises(ValueError, match=f"own_couplings:{function}.*{said}"):
@@ -127,7 +127,7 @@ def test_a_module_that_is_not_there_is_told_before_anything_begins(shop: Shop, n
         stage.describe(shop.config(coupling="custom", custom=named), shop.inputs)
 
 
-def test_a_function_that_is_not_there_is_told(shop: Shop) -> None:
+def test_a_missing_function_is_reported(shop: Shop) -> None:
     config = shop.config(coupling="custom", custom="own_couplings:nothing")
     with pytest.raises(StageError, match="has no function 'nothing'"):
         Encoder(stage.setup(config, shop.of(config), shop.begin(config)))

@@ -1,4 +1,4 @@
-"""Which files of a folder are images of which class and split, and how every other path is told of."""
+"""Which files of a folder are images, of which class and split, and how every other path is reported."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_every_other_path_is_counted_by_its_reason(tmp_path: Path) -> None:
     }
 
 
-def test_an_image_needs_no_ending_that_says_so(tmp_path: Path) -> None:
+def test_an_image_is_recognised_without_an_image_ending(tmp_path: Path) -> None:
     root = folder(tmp_path, "a/1.png")
     for name in ("n01440764_18", "scan.0001", "UPPER.PNG"):
         shutil.copy(root / "a" / "1.png", root / "a" / name)
@@ -239,7 +239,7 @@ def test_two_links_that_lead_to_each_other_are_refused(tmp_path: Path) -> None:
     refused(root, "a/out/back: the link leads back")
 
 
-def test_a_name_that_is_no_utf_8_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf_8_is_refused_with_a_message(tmp_path: Path) -> None:
     root = folder(tmp_path, "a/1.png")
     os.rename(root / "a" / "1.png", os.fsencode(root / "a") + b"/caf\xe9.png")
     refused(root, r"'a/caf\xe9.png' is not UTF-8", "rename")

@@ -1,4 +1,4 @@
-"""IDX files that are not what they should be: told by name, with what to do, and never taken for something else."""
+"""Invalid IDX files are refused by name with a remedy, and never read as something else."""
 
 from __future__ import annotations
 
@@ -139,9 +139,7 @@ IMAGES_3 = (0x803).to_bytes(4, "big")
     ],
 )
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_what_is_no_idx_file_of_images_is_told_as_what_it_is(
-    tmp_path: Path, start: bytes, says: str, suffix: str
-) -> None:
+def test_a_file_that_is_not_idx_images_is_described(tmp_path: Path, start: bytes, says: str, suffix: str) -> None:
     file = folder(tmp_path, np.arange(ROWS) % 3, suffix) / f"train-images-idx3-ubyte{suffix}"
     raw = start + b"\x7f" * 12 + bytes(10)  # sizes that nothing must be made of
     file.write_bytes(gzip.compress(raw) if suffix else raw)
@@ -156,7 +154,7 @@ def test_gzip_data_within_gzip_is_told(tmp_path: Path) -> None:
         Idx(str(tmp_path))
 
 
-def test_swapped_files_are_told(tmp_path: Path) -> None:
+def test_swapped_files_are_reported(tmp_path: Path) -> None:
     folder(tmp_path, np.arange(ROWS) % 3)
     images, labels = tmp_path / "train-images-idx3-ubyte", tmp_path / "train-labels-idx1-ubyte"
     images.rename(tmp_path / "third")
@@ -177,7 +175,7 @@ def test_a_plain_file_with_too_large_a_header_is_shorter_than_that(tmp_path: Pat
 
 
 @pytest.mark.parametrize("part", ["train", "t10k"])
-def test_a_file_of_no_images_is_told_by_its_name(tmp_path: Path, part: str) -> None:
+def test_a_file_without_images_is_refused_by_name(tmp_path: Path, part: str) -> None:
     folder(tmp_path, np.arange(ROWS) % 3)
     write_idx(tmp_path / f"{part}-images-idx3-ubyte", np.zeros((0, 6, 4), np.uint8))
     write_idx(tmp_path / f"{part}-labels-idx1-ubyte", np.zeros(0, np.uint8))

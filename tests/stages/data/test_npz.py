@@ -1,4 +1,4 @@
-"""Arrays that people have: each is read as what it is, or refused with what to set or to save."""
+"""Arrays of all common kinds are read correctly, or refused with what to set or save."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_channels_first_needs_no_setting(tmp_path: Path, save: Save, shape: tupl
     assert report.said == []
 
 
-def test_axes_that_may_be_either_are_taken_as_documented_and_told(tmp_path: Path, save: Save) -> None:
+def test_ambiguous_axes_are_read_as_documented_and_reported(tmp_path: Path, save: Save) -> None:
     values, report = pixels(ROWS, 4, 4, 4), Recorder()
     np.testing.assert_array_equal(loaded(tmp_path, save(data=values), report)[1].images, values)
     assert [text for text in report.said if "taken as [N, C, H, W]" in text and 'data.axes = "nhwc"' in text]
@@ -104,7 +104,7 @@ def test_axes_that_may_be_either_are_taken_as_documented_and_told(tmp_path: Path
         ((8, 8, 3), "nchw", "8 channels and 8 x 3", '"nhwc" it holds images of 3 channels and 8 x 8'),
     ],
 )
-def test_axes_that_are_set_and_look_wrong_are_taken_and_told(
+def test_axes_that_are_set_but_look_wrong_are_used_and_reported(
     tmp_path: Path, save: Save, shape: tuple[int, ...], axes: str, taken: str, other: str
 ) -> None:
     report = Recorder()
@@ -253,7 +253,7 @@ def test_byte_order_memory_order_and_compression_change_no_value(
     ("low", "high", "told"),
     [(0, 255, "np.rint(data).astype(np.uint8)"), (0, 1, "np.rint(data * 255)"), (-1, 1, "np.rint((data + 1) * 127.5)")],
 )
-def test_floats_are_told_to_be_latents_and_pixels_how_to_become_some(
+def test_floats_are_reported_as_latents_with_the_way_to_save_them_as_pixels(
     tmp_path: Path, save: Save, low: float, high: float, told: str
 ) -> None:
     report, values = Recorder(), np.random.default_rng(0).uniform(low, high, (ROWS, 3, 8, 8)).astype(np.float32)
@@ -267,7 +267,7 @@ def test_floats_are_told_to_be_latents_and_pixels_how_to_become_some(
     assert told in said
 
 
-def test_bits_and_fractions_saved_as_bytes_are_told(tmp_path: Path, save: Save) -> None:
+def test_bits_and_fractions_saved_as_bytes_are_reported(tmp_path: Path, save: Save) -> None:
     report = Recorder()
     loaded(tmp_path, save(data=pixels(ROWS, 3, 8, 8) // 128), report)
     (said,) = report.said

@@ -120,7 +120,7 @@ def test_numbers_without_a_stated_black_and_white_are_set_aside(tmp_path: Path) 
     assert reason(tmp_path / "fits").startswith("mode I;16 of FITS does not say which values are black and white")
 
 
-def test_a_mode_that_nobody_listed_is_set_aside_by_its_name() -> None:
+def test_an_unknown_image_mode_is_set_aside_by_name() -> None:
     class Tomorrow(Image.Image):
         mode = "OKLAB"
 

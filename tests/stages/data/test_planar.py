@@ -1,4 +1,4 @@
-"""The promises of the planar sources: their marginals, their seed, and what moves their identity."""
+"""The promises of the planar sources: their marginals, their seed, and what changes their identity."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def test_what_is_said_of_latents_is_refused_for_pixels_and_stays_out_of_old_fing
     assert DataConfig(image_scale=2.0).semantic()["image_scale"] == 2.0
 
 
-def test_nothing_usable_fails_whatever_the_threshold(tmp_path: Path) -> None:
+def test_data_without_a_usable_image_fails_at_any_threshold(tmp_path: Path) -> None:
     path = image_folder(tmp_path / "in", good=0, bad=3)
     with pytest.raises(StageError):
         make(tmp_path / "out", source="images", path=path, max_rejected=1.0)
@@ -285,7 +285,7 @@ def test_finished_data_with_a_setting_that_did_nothing_keeps_its_name() -> None:
         (["a", "b", " "], r"the name at place 2, counted from 0, is empty"),
     ],
 )
-def test_classes_that_are_none_or_not_told_apart_are_refused(tmp_path: Path, classes: list[str], says: str) -> None:
+def test_empty_and_repeated_class_names_are_refused(tmp_path: Path, classes: list[str], says: str) -> None:
     path = npz(tmp_path, labels=np.arange(30) % 3)
     with pytest.raises(StageError, match=says):
         make(tmp_path / "out", source="npz", path=path, classes=classes)
@@ -296,7 +296,7 @@ def test_an_array_without_a_name_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "out", source="npz", path=npz(tmp_path), images="")
 
 
-def test_a_fraction_beside_a_test_set_is_told_where_it_was_set(tmp_path: Path) -> None:
+def test_a_held_out_fraction_that_a_test_set_overrides_is_reported(tmp_path: Path) -> None:
     path, said = image_folder(tmp_path / "in", good=4, parts=("train", "test")), Recorder()
     make(tmp_path / "out", said, source="images", path=path, heldout=0.05)
     assert said.said == ["data.heldout = 0.05 is not used: the source's own test set of 4 images is held out"]
@@ -305,7 +305,7 @@ def test_a_fraction_beside_a_test_set_is_told_where_it_was_set(tmp_path: Path) -
     assert quiet.said == []
 
 
-def test_of_a_path_and_a_package_the_path_is_read_and_told(tmp_path: Path) -> None:
+def test_a_path_wins_over_a_debian_package_and_is_reported(tmp_path: Path) -> None:
     path, report = str(idx_folder(tmp_path, np.arange(30) % 3)), Recorder()
     make(tmp_path / "out", report, source="idx", path=path, debian_package="fashion")
     assert report.said == [f"data.path = {path!r} is read, data.debian_package = 'fashion' is not"]
@@ -317,7 +317,7 @@ def latin_1(name: bytes) -> str:
 
 
 @pytest.mark.parametrize("source", ["images", "npz", "idx"])
-def test_a_folder_above_whose_name_is_no_utf_8_is_taken(
+def test_a_parent_folder_may_have_a_name_that_is_not_utf_8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     above = tmp_path / latin_1(b"caf\xe9") / "in"
@@ -359,7 +359,9 @@ def test_a_setting_that_no_manifest_can_hold_is_refused_in_print(tmp_path: Path,
         ),
     ],
 )
-def test_a_class_folder_that_is_held_out_alone_is_told(tmp_path: Path, files: tuple[str, ...], says: str) -> None:
+def test_a_class_that_is_only_in_the_held_out_folder_is_reported(
+    tmp_path: Path, files: tuple[str, ...], says: str
+) -> None:
     report = Recorder()
     for file in files:
         picture(tmp_path / "in" / file / "1.png")
@@ -376,7 +378,7 @@ def test_labels_of_a_test_set_that_no_training_image_has_are_told(tmp_path: Path
     assert report.said == ["2 of 5 classes have no training image: '3', '4'; held out are images of '3', '4'"]
 
 
-def test_a_class_that_the_config_names_and_no_image_has_is_told(tmp_path: Path) -> None:
+def test_a_class_of_the_config_without_images_is_reported(tmp_path: Path) -> None:
     report = Recorder()
     path = npz(tmp_path, labels=np.arange(30) % 2)
     make(tmp_path / "out", report, source="npz", path=path, classes=["a", "b", "c"])
@@ -395,7 +397,7 @@ def test_images_that_may_be_set_aside_are_told_by_reason(tmp_path: Path) -> None
     assert one.startswith("set aside: 1 x label 9 is outside")
 
 
-def test_of_many_reasons_the_commonest_are_told(tmp_path: Path) -> None:
+def test_only_the_most_frequent_of_many_reasons_are_shown(tmp_path: Path) -> None:
     report = Recorder()
     labels = np.array([0, 1] * 20 + list(range(2, 20)) + [19])
     path = npz(tmp_path, (len(labels), 1, 6, 5), labels=labels)

@@ -1,4 +1,4 @@
-"""The rows of a grid say which class they are of, and every image is in a row of its own class."""
+"""The rows of a grid state their classes, and every image is in a row of its own class."""
 
 from __future__ import annotations
 

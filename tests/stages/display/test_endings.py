@@ -1,4 +1,4 @@
-"""The ending of a file that a user names is what is inside, or is refused."""
+"""The ending of a file name fits the contents, or the name is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One shard, from images to its commit: memory that does not suffice, overlap, and how far z is from float64."""
+"""One shard, from images to its commit: too little memory, overlap, and the error of z against float64."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved_remembered_and_recorded
         )
 
 
-def test_an_error_that_is_no_lack_of_memory_is_not_tried_again_smaller(prepared: Setup) -> None:
+def test_only_after_out_of_memory_a_smaller_batch_is_tried(prepared: Setup) -> None:
     encoder = Encoder(prepared)
     encoder.coupling.model.blocks[0].positions.data = encoder.coupling.model.blocks[0].positions.data[:3]  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="size of tensor"):

@@ -1,4 +1,4 @@
-"""Work that is done ahead in a thread: the same items, bounded, errors passed on, nothing left running."""
+"""Work ahead in a thread: the same items, bounded, errors passed on, no thread left running."""
 
 from __future__ import annotations
 

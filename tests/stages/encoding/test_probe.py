@@ -1,4 +1,4 @@
-"""The probe proposes a batch size within memory and time, and the loss of precision is told as it is."""
+"""The probe proposes a batch size within memory and time, and reports the true loss of precision."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def test_speeds_are_averaged_over_one_machine_only_and_the_text_names_it(tmp_pat
     assert written[0] == written[1]
 
 
-def test_what_the_reference_solver_took_is_no_number_that_others_are_compared_at(tmp_path: Path) -> None:
+def test_the_nfe_of_the_reference_solver_is_not_a_column_of_the_comparison(tmp_path: Path) -> None:
     found = inputs(tmp_path)
     for seed in (0, 1, 2):
         limit = {**row("limit", "student", "dopri5", 91 + seed, 3.0, 1.0), "w2_points": 50, "w2_sets": 2}

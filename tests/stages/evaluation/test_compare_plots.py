@@ -1,4 +1,4 @@
-"""What stands in the plots of a comparison: labels, marks and limits, read from the axes that were drawn."""
+"""The plots of a comparison: labels, marks and limits, read from the drawn axes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_distance_marks_where_euler_becomes_heun_and_tells_what_lies_outside(bod
     assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
 
 
-def test_a_distance_that_a_logarithm_has_not_is_told_by_name(body: dict[str, Any]) -> None:
+def test_a_distance_without_a_logarithm_is_named(body: dict[str, Any]) -> None:
     rows = [
         {**row, "metrics": {**row["metrics"], "fd_cnn": {"mean": -0.5, "spread": None}}}
         if (row["variant"], row["nfe"]) == ("independent", 7) else row

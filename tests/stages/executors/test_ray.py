@@ -1,4 +1,4 @@
-"""The Ray executor on one node: what happens to an actor costs that attempt alone, and nobody waits in silence."""
+"""The Ray executor on one node: a lost actor costs only its attempt, and waiting is always reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who did how much with its time: shares of the time since a worker began, and only of those that are there."""
+"""The work of each worker: shares of the time since it started, only for workers that are still there."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def test_rates_and_shares_are_of_the_time_since_a_worker_began() -> None:
     }  # fmt: skip
 
 
-def test_a_shard_that_failed_counts_for_nobody() -> None:
+def test_a_failed_shard_counts_for_no_worker() -> None:
     tally = Tally()
     tally.add(Outcome(JOB, error="Traceback", worker="a/0"))
     assert tally.rows() == []
 
 
-def test_who_left_is_no_longer_shown_and_who_has_long_shards_is() -> None:
+def test_a_lost_worker_is_not_shown_and_one_with_long_shards_is() -> None:
     now = [0.0]
     tally = Tally(lambda: now[0])
     tally.add(done("short", 10, Timing(wall=1, encode=1)))

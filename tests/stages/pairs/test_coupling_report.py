@@ -1,4 +1,4 @@
-"""The coupling report of a store: every figure on pairs of which it is known, advice, and the commands that show it."""
+"""The coupling report of a store: figures on pairs with known values, advice, and the commands that show it."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_held_out_rows_stay_within_their_budget_whatever_the_teacher(
     assert rows * flops <= coupling_report.HELDOUT_FLOPS or device != "cpu"
 
 
-def test_another_teacher_or_none_leaves_held_out_rows_alone(make: Make, lineage: dict[str, Path]) -> None:
+def test_held_out_rows_are_measured_only_with_the_teacher_of_the_store(make: Make, lineage: dict[str, Path]) -> None:
     root = make("nfm", normal(300), nll=0.05)
     assert measured(root)["nll_heldout"] is None
     atomic.write_json(lineage["teacher"] / "manifest.json", {"content_digest": "ef" * 32})

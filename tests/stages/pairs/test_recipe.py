@@ -1,4 +1,4 @@
-"""What a store says of its making: fingerprints, makers, recipes old and hostile, and what pairs cost."""
+"""What a store records about how it was made: fingerprints, makers, old and hostile recipes, and the cost of pairs."""
 
 from __future__ import annotations
 

@@ -226,7 +226,7 @@ def test_reflow_with_guidance_and_flips_is_made_again_the_same(shop: Shop) -> No
         ({"reflow_grid": "cube"}, r"pairs\.reflow_grid = 'cube' is unknown; there are uniform, square"),
     ],
 )
-def test_a_solver_that_cannot_do_it_is_told_before_anything_begins(
+def test_a_solver_that_cannot_have_the_nfe_is_refused_before_anything_begins(
     shop: Shop, options: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(StageError, match=said):

@@ -1,4 +1,4 @@
-"""Audits of stores against their source: records and pairs that their coupling does not make are found."""
+"""Audits of stores against their source find records and pairs that their coupling cannot make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What stages cost: what torch counts from shapes alone is what was reckoned by hand and what really is multiplied."""
+"""The cost of stages: torch's count from shapes equals the count by formula and the multiplications that
+really happen.
+"""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_the_permuted_control_gives_each_image_the_next_noise_of_its_batch(
         assert not torch.equal(shuffled, noise)
 
 
-def test_what_every_student_of_before_was_keyed_by_still_stands() -> None:
+def test_the_fingerprints_of_earlier_students_stay_valid() -> None:
     assert StudentConfig().semantic() == {
         "seed": 0, "batch_size": 128, "learning_rate": 1e-3, "warmup": 0.05, "weight_decay": 1e-4, "clip": 1.0,
         "ema": 0.999, "precision": "float32", "pairs": 240_000, "patch": 4, "width": 128, "depth": 6,
@@ -201,7 +201,7 @@ def test_a_mixture_of_stores_of_another_order_is_refused(inputs: dict[str, Path]
         trained(StudentConfig(**TINY | SIT, mixture={"independent": 0.2}), strange, tmp_path / "out")
 
 
-def test_an_error_about_knobs_names_no_coupling_that_nobody_wrote() -> None:
+def test_an_error_about_reader_options_names_only_couplings_of_the_config() -> None:
     for options in ({"mixture": {"independent": 1.2}}, {"soften": 2.0}):
         with pytest.raises(ValidationError) as caught:
             StudentConfig(**options)

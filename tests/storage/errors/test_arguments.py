@@ -1,5 +1,4 @@
-"""Every argument of every public call has a rule, and what breaks one is told with its name, its value and what is
-allowed."""
+"""Every argument of every public call has a rule. An error names the argument, its value and what is allowed."""
 
 from __future__ import annotations
 
@@ -156,7 +155,7 @@ def test_other_calls_tell_as_much(make_store, tmp_path: Path) -> None:
             call()
 
 
-def test_a_device_that_is_not_here_is_told_in_our_words(make_store) -> None:
+def test_a_missing_device_gets_our_message_and_not_that_of_torch(make_store) -> None:
     torch = pytest.importorskip("torch")
     absent = [name for name, there in (("cuda", torch.cuda.is_available()), ("mps", False)) if not there]
     for name in [*absent, "cuda:97"]:

@@ -1,4 +1,4 @@
-"""Messages can be printed whatever the names in them are made of."""
+"""Messages can be printed with any file name in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nfm.storage.errors import NoPlace, StorageError, is_utf8, legible
 
 
 @pytest.mark.parametrize("name", [bytes([byte]) for byte in range(0x80, 0x100)] + [b"caf\xe9/\xff", b"\xed\xb3\xa9"])
-def test_every_odd_byte_of_a_name_is_told_as_it_is(name: bytes) -> None:
+def test_a_message_shows_every_unusual_byte_of_a_name(name: bytes) -> None:
     text = name.decode("utf-8", "surrogateescape")
     told = name.decode("utf-8", "backslashreplace")
     assert not is_utf8(text)
@@ -27,5 +27,5 @@ def test_half_a_character_of_no_byte_can_be_printed_too() -> None:
     assert str(StorageError("\ud800")) == r"\ud800"
 
 
-def test_a_place_is_told_with_its_bytes() -> None:
+def test_a_message_shows_every_byte_of_a_path() -> None:
     assert r"caf\xe9" in str(NoPlace("caf\udce9", "is none"))

@@ -51,7 +51,7 @@ def test_a_secret_is_hidden_wherever_its_url_stands(text: str, shown: str) -> No
 
 
 @pytest.mark.parametrize("text", OPEN)
-def test_what_is_no_secret_stays_as_it_is(text: str) -> None:
+def test_text_without_a_secret_is_not_changed(text: str) -> None:
     assert masked(text) == text
     assert masked(f"{text} {text}") == f"{text} {text}"
 
@@ -80,5 +80,5 @@ def test_hostile_text_costs_little(piece: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), [float("nan")], {"eta": float("nan")}, None, 1, "nan"])
-def test_what_is_no_text_of_a_url_holds_no_secret(value: object) -> None:
+def test_values_that_are_not_text_hold_no_secret(value: object) -> None:
     assert not holds_secret(value)

@@ -38,7 +38,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return as_path(request.getfixturevalue("bucket")) / "store"
 
 
-def test_what_is_missing_is_no_error_and_nothing_remembers_it(folder: Path) -> None:
+def test_a_missing_file_is_not_an_error_and_is_not_cached(folder: Path) -> None:
     file = folder / "sub" / "a"
     assert (names_in(folder), size_of(file), exists(file), exists(folder)) == ([], None, False, False)
     remove(file)
@@ -100,7 +100,7 @@ def test_denied_access_is_named_at_once(code: str, s3: S3, bucket: str, monkeypa
     assert time.monotonic() - began < PATIENCE
 
 
-def test_an_endpoint_that_nobody_answers_at_is_named(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_that_does_not_answer_is_named(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
@@ -135,7 +135,7 @@ def test_a_server_that_recovers_is_not_noticed(s3: S3, bucket: str) -> None:
         assert size_of(file) == len(kind)
 
 
-def test_an_unknown_protocol_and_a_number_that_is_none_say_what_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_protocol_and_an_invalid_number_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match=r"^s4://bucket/x: .*use a folder, s3://"):
         as_path("s4://bucket/x")
     monkeypatch.setenv("NFM_PATIENCE", "long")

@@ -1,4 +1,4 @@
-"""What a user wrote as a place is a path, a URL, or one message with the remedy; never a folder of a URL's name."""
+"""A place that a user wrote is a path, a URL, or one message with the remedy; never a folder named like a URL."""
 
 from __future__ import annotations
 

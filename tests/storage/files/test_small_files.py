@@ -23,7 +23,7 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_file_at_its_bound_is_read_and_one_above_is_told_with_both_sizes(root: Path) -> None:
+def test_a_file_of_the_largest_size_is_read_and_a_larger_one_is_refused_with_both_sizes(root: Path) -> None:
     assert read_bytes(root / "whole", 5) == b"12345"
     with pytest.raises(StorageError, match=r"whole: 5 bytes, where a file of its kind has at most 4; restore it"):
         read_bytes(root / "whole", 4)

@@ -1,4 +1,4 @@
-"""Codecs of the noise: what they keep, what they clip, and that the clipped are counted."""
+"""Codecs of the noise: what they keep, what they clip, and that clipped values are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Record-keyed randomness: published vectors, our own vectors, and independence from how it is asked for."""
+"""Random numbers of a record: published vectors, our own vectors, and independence from batch and order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe of a store reads back as written, tolerates foreign keys and refuses what it cannot mean."""
+"""The recipe of a store reads back as written, ignores unknown keys, and refuses invalid values."""
 
 from __future__ import annotations
 

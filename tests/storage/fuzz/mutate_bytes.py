@@ -1,4 +1,4 @@
-"""What all mutators share: which files there are, names that lead out of the store, bytes spoilt at random."""
+"""What all mutators share: the list of files, names that lead out of the store, random damage to bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tar headers, npy headers, Zarr indexes and Parquet parts that say something else, their check sums right."""
+"""Tar headers, npy headers, Zarr indexes and Parquet parts with wrong contents but right checksums."""
 
 from __future__ import annotations
 

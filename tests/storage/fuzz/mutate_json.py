@@ -1,4 +1,4 @@
-"""JSON of other values, which a right digest vouches for, and JSON that no serialiser writes."""
+"""JSON with other values and a right digest, and JSON that no serialiser writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to spoil a store: at random, and with knowledge of its formats, digests made right again where there are any."""
+"""Ways to damage a store: at random, or with knowledge of its formats, after which digests are made right again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes every digest of a spoilt store right again, so that what it vouches for is believed and read."""
+"""Makes every digest of a damaged store right again, so that readers go on to read its contents."""
 
 from __future__ import annotations
 

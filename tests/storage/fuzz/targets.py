@@ -1,4 +1,4 @@
-"""What is done with a hostile store: everything a reader, a verifier and an exporter would do with it."""
+"""The calls that read a hostile store: everything that a reader, a verifier and an exporter do with it."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_labels_of_any_size_are_text_of_fixed_width(labels: list[int]) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"1 ", b"1-", b"--1", b"1 1", b"x", b"-", b"- 1", b"007", b"+1", b"9" * 20])
-def test_text_that_is_no_label_is_refused(text: bytes) -> None:
+def test_text_that_is_not_a_label_is_refused(text: bytes) -> None:
     with pytest.raises(CorruptShard, match="label"):
         parse_labels(np.frombuffer(text.rjust(LABEL_BYTES), np.uint8).reshape(1, -1))
 

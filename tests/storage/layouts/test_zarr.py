@@ -1,4 +1,4 @@
-"""Layout `zarr`: stock zarr opens a sealed store, ours maps it, and nothing is where the index does not say."""
+"""Layout `zarr`: stock zarr opens a sealed store, our reader maps it, and a wrong index is refused."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def test_moments_count_what_is_not_finite_and_stay_json() -> None:
     atomic.canonical_json(pool([(2, sums.result())]))
 
 
-def test_two_writers_race_one_shard_and_one_commit_stands(tmp_path: Path, small_spec: StoreSpec, records) -> None:
+def test_two_writers_of_one_shard_leave_one_commit(tmp_path: Path, small_spec: StoreSpec, records) -> None:
     write_spec(tmp_path, small_spec)
     returned, barrier = {}, threading.Barrier(4)
 
@@ -202,7 +202,9 @@ HOSTILE = [None, True, -1, 1.5, 2**70, "", "x", "/etc/passwd", "shards/../../x.t
 
 
 @pytest.mark.parametrize("layout", ["blocks", "zarr"])
-def test_a_hostile_commit_is_a_storage_error_and_leads_nowhere(tmp_path: Path, spec_of, records, layout) -> None:
+def test_a_hostile_commit_is_a_storage_error_and_its_paths_are_not_followed(
+    tmp_path: Path, spec_of, records, layout
+) -> None:
     spec = spec_of(layout)
     commits.publish(tmp_path, write_shard(tmp_path, spec, 0, 0, "a1", records(spec, 0, 0)))
     body = json.loads(commits.commit_path(tmp_path, "d000-s00000").read_text())

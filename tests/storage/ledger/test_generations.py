@@ -107,7 +107,7 @@ HOSTILE = [None, True, -1, 0, 1.5, 2**70, "", "x", "../x", [], {}, [{}], [[]], {
 
 
 @pytest.mark.parametrize("layout", ["blocks", "zarr"])
-def test_a_hostile_manifest_is_a_storage_error_and_leads_nowhere(make_store, spec_of, layout: str) -> None:
+def test_a_hostile_manifest_is_a_storage_error_and_its_paths_are_not_followed(make_store, spec_of, layout: str) -> None:
     root = make_store(1, spec_of(layout))
     body = {key: value for key, value in seal.load(root, 1).items() if key != "digest"}
     first, *rest = body["shards"]

@@ -1,4 +1,4 @@
-"""PairWriter: a store of one's own pairs, from batches of any size, which goes on after whatever stopped it."""
+"""PairWriter makes a store from a user's own pairs, in batches of any size, and continues after any interruption."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(tmp_path: Path)
     assert files == sorted(path.suffix for path in (tmp_path / "whole").rglob("*") if path.is_file())
 
 
-def test_of_two_writers_at_once_one_is_told_and_the_store_is_whole(tmp_path: Path) -> None:
+def test_one_of_two_simultaneous_writers_gets_an_error_and_the_store_is_intact(tmp_path: Path) -> None:
     one, other = PairWriter(tmp_path / "both", spec_of()), PairWriter(tmp_path / "both", spec_of())
     one.write(**part(pairs(), 0, 20))
     with pytest.raises(StorageError, match="d000-s00000 was committed by another writer"):

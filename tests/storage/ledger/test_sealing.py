@@ -1,4 +1,4 @@
-"""Before a generation is sealed: what is pending, what has gone, and what it says of how its pairs were encoded."""
+"""Before a generation is sealed: what is pending, what is missing, and what it records about the encoding."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_generation_says_how_its_pairs_were_encoded(make_store, small_spec: St
 
 
 @pytest.mark.parametrize("value", [-1.0, "x", True, [1]])
-def test_a_noise_error_that_is_none_is_refused(make_store, value: Any) -> None:
+def test_an_invalid_noise_error_is_refused(make_store, value: Any) -> None:
     root = make_store(draws=1, sealed=False)
     path = commits.commit_path(root, "d000-s00000")
     body = atomic.read_json(path)

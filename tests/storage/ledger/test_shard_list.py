@@ -1,4 +1,4 @@
-"""A generation of many shards lists them in a file beside its manifest, and nobody who uses the store can tell."""
+"""A generation of many shards lists them in a file beside its manifest; users of the store see no difference."""
 
 from __future__ import annotations
 

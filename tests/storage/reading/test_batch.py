@@ -1,4 +1,4 @@
-"""What a device receives is what the host would see."""
+"""Batches on a device are equal to those on the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dataset's iterations go on with the next epoch, whoever iterates: no loop reads one draw for ever."""
+"""Each iteration of a dataset continues with the next epoch, in any process: no loop reads one draw for ever."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class TestStarts:
 
 
 @pytest.mark.parametrize("epoch", [-1, 1.5, float("nan"), True, "1", None])
-def test_an_epoch_that_is_none_is_refused(make_store, epoch):
+def test_an_invalid_epoch_is_refused(make_store, epoch):
     dataset = PairStore.open(make_store()).as_torch_dataset(5)
     with pytest.raises(ValueError, match=r"epoch is .*: it must be a whole number, at least 0"):
         dataset.set_epoch(epoch)

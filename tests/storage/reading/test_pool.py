@@ -1,4 +1,6 @@
-"""A batch is its holder's: nothing that refers to its memory ever changes, and a steady loop allocates nothing."""
+"""A batch belongs to its holder: nothing changes memory that is still referred to, and a steady loop
+allocates nothing.
+"""
 
 from __future__ import annotations
 
@@ -209,7 +211,7 @@ def test_memory_is_let_go_of_beyond_some_spare_and_when_the_reader_ends(pool):
 
 @pytest.mark.parametrize("megabytes", [0, 1, 3, 6])
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "int64"])
-def test_memory_of_any_size_is_an_array_of_its_own(megabytes, dtype):
+def test_memory_of_any_size_is_a_separate_array(megabytes, dtype):
     records = (megabytes << 20) // (8 * np.dtype(dtype).itemsize)
     found = empty((records, 8), np.dtype(dtype))
     assert (found.shape, found.dtype) == ((records, 8), np.dtype(dtype))

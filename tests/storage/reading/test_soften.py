@@ -1,4 +1,4 @@
-"""Softened noise: the formula, and an eps that hangs on the record and the epoch alone, whoever reads it."""
+"""Softened noise: the formula, and an eps that depends only on the record and the epoch."""
 
 from __future__ import annotations
 

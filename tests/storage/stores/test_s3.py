@@ -119,7 +119,7 @@ def test_of_two_writers_of_a_shard_on_s3_one_is_committed(bucket: str, small_spe
     assert names_in(as_path(root) / "index") == [f"d000-s00000.{winner.attempt}.parquet"]
 
 
-def test_two_who_seal_at_once_agree(bucket: str, small_spec: StoreSpec, records: Any) -> None:
+def test_two_processes_that_seal_at_once_agree(bucket: str, small_spec: StoreSpec, records: Any) -> None:
     root, sealed = f"{bucket}/store", []
     write_spec(root, small_spec)
     fill(root, small_spec, records, range(1))

@@ -122,7 +122,7 @@ def test_a_store_may_itself_be_a_link(tmp_path: Path) -> None:
     "file",
     ["spec.json", "manifest.g0002.json", "shards/d000-s00000.fixture1.tar", "index/d001-s00001.fixture1.parquet"],
 )
-def test_a_pipe_in_the_place_of_a_file_makes_nobody_wait(tmp_path: Path, file: str) -> None:
+def test_a_pipe_in_place_of_a_file_does_not_block(tmp_path: Path, file: str) -> None:
     root = store(tmp_path)
     (root / file).unlink()
     os.mkfifo(root / file)

@@ -160,7 +160,7 @@ def test_an_older_generation_is_verified_by_its_number(make_store, small_spec: S
     assert len(verify(root)) == 1
 
 
-def test_a_store_that_was_never_sealed_or_is_none_says_so(make_store, tmp_path: Path) -> None:
+def test_a_store_that_is_missing_or_never_sealed_is_reported(make_store, tmp_path: Path) -> None:
     root = make_store(draws=1, sealed=False)
     (finding,) = verify(root)
     assert "seals the store" in finding.remedy
@@ -170,7 +170,7 @@ def test_a_store_that_was_never_sealed_or_is_none_says_so(make_store, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["blocks", "samples", "zarr"])
-def test_a_store_behind_a_url_is_verified_alike(name: str) -> None:
+def test_a_store_at_a_url_is_verified_like_a_local_one(name: str) -> None:
     """At every level, by streams and copies: no cache may stand between the check and what is stored."""
     memory = fsspec.filesystem("memory")
     url = f"memory://verified/{name}"

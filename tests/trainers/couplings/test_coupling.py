@@ -63,7 +63,7 @@ def test_noise_and_nll_leave_as_float32(double: bool) -> None:
 
 
 @pytest.mark.parametrize("sigma_f", [0.0, math.nan, -1.0])
-def test_a_sigma_f_that_is_no_scale_is_refused(sigma_f: float) -> None:
+def test_a_sigma_f_that_is_not_positive_and_finite_is_refused(sigma_f: float) -> None:
     with pytest.raises(ValueError, match="sigma_f"):
         NFM(teacher(), 0.1, sigma_f)
 

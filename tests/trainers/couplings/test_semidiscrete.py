@@ -1,4 +1,6 @@
-"""The semidiscrete potential: POT's answer, an honest chi^2, exact resume, and choices that no batch changes."""
+"""The semidiscrete potential: equal to POT's, an unbiased chi^2, exact resume, and choices that do not depend on the
+batch.
+"""
 
 from __future__ import annotations
 

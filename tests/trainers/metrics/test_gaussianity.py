@@ -1,4 +1,4 @@
-"""Moments of dimensions and Kolmogorov-Smirnov on projections, against scipy and against noise of known faults."""
+"""Moments of dimensions and Kolmogorov-Smirnov on projections, compared with scipy and on noise with known faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two-sample classifier: it finds what moments do not show, and finds nothing where there is nothing."""
+"""The two-sample classifier finds differences that moments do not show, and none if there is none."""
 
 from __future__ import annotations
 
