@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -84,12 +84,26 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Reads and checks a config file. `overrides` are `section.key=value` with a TOML value or a plain word."""
     path = local_path(path)
     raw = _read(path)
-    for override in overrides:
-        _apply(raw, override)
+    given = dict(_apply(raw, override) for override in overrides)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"config {path}: " + "\n  ".join(_explained(error.errors()))) from None
+        of_whom: dict[str, list[Any]] = {}
+        for problem in error.errors():
+            of_whom.setdefault(_to_blame(problem["loc"], given, path), []).append(problem)
+        raise ConfigError(
+            "\n".join(f"{who}: " + "\n  ".join(_explained(problems)) for who, problems in of_whom.items())
+        ) from None
+
+
+def _to_blame(place: tuple[Any, ...], given: Mapping[tuple[str, ...], str], path: Path) -> str:
+    """Where a wrong value was written: an option, or the file with the options of the same section beside it."""
+    if (told := given.get(place[:2])) is not None:
+        return told
+    beside = [told for where, told in given.items() if place in ((), where[:1])]
+    if beside and place and place[0] not in RunConfig.model_fields:
+        return beside[0]  # no section of that name, which the option brought in
+    return f"config {path}" + (f" with {', '.join(beside)}" if beside else "")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -114,7 +128,19 @@ def _config_hint(path: Path) -> str:
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}" if known else ""
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+class Override(str):
+    """An override of the config that another option than `--set` makes: `told` is that option, as a user writes it."""
+
+    told: str
+
+    def __new__(cls, text: str, told: str) -> Self:
+        made = super().__new__(cls, text)
+        made.told = told
+        return made
+
+
+def _apply(raw: dict[str, Any], override: str) -> tuple[tuple[str, ...], str]:
+    """Puts an override into the config; returns its section and key, and the option as it was given."""
     key, sign, text = override.partition("=")
     parts = key.strip().split(".")
     if not sign or len(parts) != 2 or not all(parts):
@@ -127,6 +153,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not isinstance(section, dict):
         raise ConfigError(f"--set {override}: {parts[0]} is no section of the config")
     section[parts[1]] = value
+    return tuple(parts), getattr(override, "told", f"--set {override}")
 
 
 def _explained(problems: Iterable[Any]) -> Iterator[str]:

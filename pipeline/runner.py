@@ -22,7 +22,7 @@ from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.console import Console, StopRequest
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Stopped
-from nfm.stages.display.units import clock
+from nfm.stages.display.units import clock, figure
 from nfm.storage.errors import WrongUse
 from nfm.storage.files import atomic
 
@@ -195,7 +195,9 @@ def headline(artifact: Artifact) -> str:
     """The first figures in a stage's metrics, as one line."""
     metrics = manifest_of(artifact).get("metrics", {})
     plain = [(key, value) for key, value in metrics.items() if isinstance(value, int | float | str)]
-    return ", ".join(f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}" for key, value in plain[:4])
+    return ", ".join(
+        f"{key} {figure(value, 5)}" if isinstance(value, float) else f"{key} {value}" for key, value in plain[:4]
+    )
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nfm.storage import layouts as layouts
-from nfm.storage.errors import CorruptShard, MissingShard, StorageError
+from nfm.storage.errors import CorruptShard, MissingShard, NoPlace, StorageError
 from nfm.storage.errors.arguments import checked, instance, one_of
 from nfm.storage.files.atomic import HashingFile, create_json, hash_file, read_json
 from nfm.storage.files.cache import Wanted
@@ -79,7 +79,7 @@ def export(
     for entry in entries:
         found = done.get(entry["name"])
         if found is not None and not found.attempt.startswith(_origin(entry)):
-            raise StorageError(f"{root}: {entry['name']} was exported from other pairs; choose another folder")
+            raise NoPlace(str(root), f"{entry['name']} was exported from other pairs; choose another folder")
     pending = [entry for entry in entries if entry["name"] not in done]
     job = _Conversion(source, root, spec, sum(entry["records"] for entry in entries), progress)
     job.run(pending, threads or os.cpu_count() or 1)
@@ -111,7 +111,7 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
             "have no holes; complete the store first, or export it in layout blocks or samples"
         )
     if _within(root, source.root):
-        raise StorageError(f"{root}: inside the store that is exported, {source.root}; export into a folder of its own")
+        raise NoPlace(str(root), f"inside the store that is exported, {source.root}; export into a folder of its own")
     mine = {"store": spec.to_dict(), "inputs": _inputs(source), "exported": {"order_source": source.spec.source}}
     check_folder(root, "export into")
     if (encoding := read_json(source.root / SPEC).get("encoding")) is not None:
@@ -120,7 +120,7 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
         there = read_json(root / SPEC)
         there.pop("digest", None)
         if "exported" not in there or StoreSpec.from_dict(there) != spec or there.get("inputs") != mine["inputs"]:
-            raise StorageError(f"{root}: another store is there; export into a new or empty folder")
+            raise NoPlace(str(root), "another store is there; export into a new or empty folder")
 
 
 def _within(path: Path, folder: Path) -> bool:

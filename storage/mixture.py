@@ -125,6 +125,7 @@ class MixtureStream:
         self.sources = [member.source for member in members]
         self.aligned = len({(member.order_key, len(member.draws)) for member in members}) == 1
         self.least = members[0].least if self.aligned else sum(member.rows(0) for member in members)
+        self.most = members[0].most if self.aligned else self.least
         # The member that ends its window first decides: no member reads more than one of its windows ahead.
         ahead = [int(member.lookahead / (1 if self.aligned else weight)) for member, weight in zip(members, weights)]
         self.lookahead = min((positions for positions in ahead if positions), default=0)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nfm.storage import layouts
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, by
 from nfm.storage.errors.arguments import checked, whole
 from nfm.storage.files.atomic import read_json
 from nfm.storage.files.cache import ShardCache, Wanted, default_cache
@@ -101,6 +101,10 @@ class PairStore:
                 f"complete with `nfm pairs seal {root}`"
             )
         return cls(root, spec, newest[1], cache)
+
+    def __repr__(self) -> str:
+        spec, named = self.spec, f"PairStore({str(self.root)!r}, generation={self.generation})"
+        return f"{named}: {self.draws} draws of {spec.rows:,} {spec.coupling} pairs, {by(spec.image_shape)}"
 
     def __enter__(self) -> PairStore:
         return self

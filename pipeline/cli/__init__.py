@@ -32,7 +32,7 @@ from nfm.pipeline.cli.pairs import pairs
 from nfm.pipeline.cli.plan import plan
 from nfm.pipeline.cli.submit import submit
 from nfm.pipeline.cli.worklist import encode, worklist
-from nfm.pipeline.config import load
+from nfm.pipeline.config import Override, load
 from nfm.stages.couplings.custom import Allowed
 from nfm.stages.trained.sampling import GRIDS, SOLVERS
 
@@ -66,25 +66,28 @@ def run(
 
     overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
+        told = f"--ray-address {ray_address}"
         sections = ("pairs", "teacher", "student", "features")
-        overrides += tuple(f"{section}.ray_address={ray_address}" for section in sections)
+        overrides += tuple(Override(f"{section}.ray_address={ray_address}", told) for section in sections)
     artifact = runner.run(builder.build(load(config_path, overrides), target=stage), stage)
     click.echo(_main_output(artifact))
 
 
 @cli.command()
+@click.argument("stage", type=click.Choice(STAGE_NAMES), required=False)
 @config_option
 @set_option
 @compared_options
 @json_option
 def status(
-    config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None, as_json: bool
-) -> None:
-    """Show one line for each stage: state, fingerprint, size, main figures."""
+    stage: str | None, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None,
+    seeds: list[int] | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Show one line for each stage: state, fingerprint, size, main figures. With STAGE, of it and what it needs."""
     from nfm.pipeline import builder, overview
 
-    config = load(config_path, (*overrides, *overrides_of(couplings, seeds)))
-    rows = overview.status(builder.build(config))
+    config = load(config_path, (*overrides, *overrides_of(couplings, seeds, stage or "compare")))
+    rows = overview.status(builder.build(config, target=stage or ""), stage)
     click.echo(json.dumps(rows, indent=2) if as_json else overview.as_text(rows))
 
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from nfm.pipeline.config import Override
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -57,4 +59,7 @@ def overrides_of(couplings: list[str] | None, seeds: list[int] | None, stage: st
     named = {key: value for key, value in given.items() if value is not None}
     if named and stage != "compare":
         raise click.UsageError(f"--{' and --'.join(named)}: of the stage compare, not of {stage}; leave it out")
-    return tuple(f"compare.{key}={json.dumps(value)}" for key, value in named.items())
+    return tuple(
+        Override(f"compare.{key}={json.dumps(value)}", f"--{key} {','.join(map(str, value))}")
+        for key, value in named.items()
+    )

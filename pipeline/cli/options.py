@@ -44,7 +44,7 @@ LOCAL_PATH = LocalPath()
 
 
 class OutputFile(LocalPath):
-    """A file to write. Its ending must fit the contents; this is checked before any work."""
+    """A file to write in a folder that is there; its ending says what is inside. Refused before any work."""
 
     def __init__(self, endings: Collection[str]) -> None:
         super().__init__(dir_okay=False)
@@ -56,6 +56,8 @@ class OutputFile(LocalPath):
             check_ending(found, self.endings)
         except ValueError as error:
             self.fail(str(error), param, ctx)
+        if not found.parent.is_dir():
+            self.fail(f"{found}: there is no folder {found.parent}: make it, or name another", param, ctx)
         return found
 
 

@@ -14,7 +14,7 @@ from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, check_stor
 from nfm.pipeline.cli.options import PLACE, LocalPath, Whole, json_option, picture_option
 from nfm.stages.display.units import clock, size
 from nfm.stages.stores.export import LAYOUTS
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, by
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import is_remote
 
@@ -160,7 +160,7 @@ def add_field(store: Path, name: str, file: Path) -> None:
     from nfm.stages.stores import export as pairs_export
 
     field = pairs_export.add_field(_where(store), name, file)
-    click.echo(f"{field.name}: {field.rows:,} rows of {field.dtype.name} {list(field.shape)} in {field.folder}")
+    click.echo(f"{field.name}: {field.rows:,} rows of {field.dtype.name}, {by(field.shape)} each, in {field.folder}")
 
 
 def _where(store: Path) -> Path:

@@ -100,6 +100,7 @@ def _training(stage: str) -> click.Command:
     @click.command(stage, help=f"Train the {stage} in one Slurm job of many processes, and make what it needs first.")
     @config_option
     @set_option
+    @click.option("--slurm", is_flag=True, help="As one Slurm job. On Ray: nfm run, with workers and --ray-address.")
     @click.option("--nodes", default=1, type=Whole(1, 1_000_000), show_default=True, help="Nodes of the job.")
     @click.option("--per-node", default=1, type=Whole(1, 1024), show_default=True, help="Processes a node: its GPUs.")
     @click.option("--threads", default=1, type=Whole(1, 1024), show_default=True, help="CPU cores of each process.")
@@ -111,13 +112,15 @@ def _training(stage: str) -> click.Command:
     )
     @click.option("--go", is_flag=True, help="Submit; without it everything is printed and nothing is written.")
     def submit_training(
-        config_path: Path, overrides: tuple[str, ...], nodes: int, per_node: int, threads: int, sbatch: tuple[str, ...],
-        before: tuple[str, ...], go: bool,
+        config_path: Path, overrides: tuple[str, ...], slurm: bool, nodes: int, per_node: int, threads: int,
+        sbatch: tuple[str, ...], before: tuple[str, ...], go: bool,
     ) -> None:  # fmt: skip
         from nfm.pipeline.config import load
         from nfm.pipeline.submit.slurm import user_options
         from nfm.pipeline.submit.training import training_job
 
+        if not slurm:
+            raise click.UsageError(f"say where: --slurm; on Ray, nfm run {stage} --set {stage}.workers=8 does it")
         config = load(config_path, overrides)
         processes, batch_size = nodes * per_node, getattr(config, stage).batch_size
         if batch_size % processes:

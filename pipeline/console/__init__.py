@@ -180,7 +180,7 @@ class Console:
         workers: int, figures: Mapping[str, Any],
     ) -> None:  # fmt: skip
         words = [f"{done:,} of {total:,} {unit}"]
-        words += [f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"] if rate > 0 else []
+        words += [units.rate(rate, unit)] if rate > 0 else []
         words += [f"{units.clock(left)} left"] if left is not None else []
         words += [f"{key} {_figure(value)}" for key, value in figures.items()]
         if shares:
@@ -220,4 +220,4 @@ class Console:
 
 
 def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return units.figure(value) if isinstance(value, float) else str(value)

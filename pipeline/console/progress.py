@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nfm.pipeline.artifacts.artifact import Artifact
-from nfm.stages.display.units import clock
+from nfm.stages.display import units
 from nfm.stages.pairs import progress
 from nfm.storage.errors import StorageError
 from nfm.storage.files.small_files import read_tail
@@ -29,14 +29,14 @@ def figures(artifact: Artifact, draws: int | None = None) -> str:
     rate = sum(event.get("per_second", 0.0) for event in running)
     if draws is None or "store" not in artifact.spec:
         left = max((event.get("seconds_left") or 0.0 for event in running), default=0.0)
-        speed = f", {rate:,.4g} {running[0]['unit']}/s, {clock(left)} left" if rate and left else ""
+        speed = f", {units.rate(rate, running[0]['unit'])}, {units.clock(left)} left" if rate and left else ""
         return last_progress(events) + speed
     count = progress.committed(artifact.path, draws)
     words = [f"{count[some]:,} of {count[f'all_{some}']:,} {some}" for some in ("pairs", "shards")]
     words += [f"{count['failed']:,} failed"] if count["failed"] else []
     if rate:
         left = (count["all_pairs"] - count["pairs"]) / rate
-        words += [f"{rate:,.4g} pairs/s", f"{clock(left)} left"]
+        words += [units.rate(rate, "pairs"), f"{units.clock(left)} left"]
     return ", ".join(words)
 
 

@@ -11,7 +11,7 @@ from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_r
 from nfm.pipeline.artifacts.lineage import dependants
 from nfm.pipeline.artifacts.ours import specs
 from nfm.pipeline.console import progress
-from nfm.pipeline.graph import Node
+from nfm.pipeline.graph import Node, upstream
 from nfm.pipeline.runner import headline
 from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
@@ -22,10 +22,13 @@ Row = dict[str, Any]
 SHOWN = 3  # dependent artifacts shown by name
 
 
-def status(nodes: Mapping[str, Node]) -> list[Row]:
-    """One row for each stage: state, artifact, size on disk, and the first figures in its manifest."""
+def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
+    """One row for each stage: state, artifact, size on disk, and the first figures in its manifest.
+
+    With `target`, rows of that stage and of those that it needs.
+    """
     rows = []
-    for node in nodes.values():
+    for node in upstream(nodes, target) if target else nodes.values():
         artifact = node.artifact()
         state = "waiting" if artifact is None else state_of(artifact) if artifact.done or artifact.started else "-"
         rows.append(

@@ -6,6 +6,7 @@ except `load`, which only encoding calls. An audit calls it only if the user has
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -21,10 +22,12 @@ import numpy as np
 
 from nfm.stages.base import StageError, Unfit
 from nfm.storage.errors import StorageError
+from nfm.storage.errors.arguments import nearest
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import read_bytes
 
 FIELD = "pairs.custom"
+ARGUMENTS = ("images", "labels", "rng")
 _MOST_SOURCE = 16 << 20  # bytes of a module
 
 
@@ -59,6 +62,53 @@ def source_file(named: str | None) -> Path:
             f"{module.split('.')[0]} is, or set PYTHONPATH"
         )
     return Path(found.origin).resolve()
+
+
+def check(file: Path, named: str) -> None:
+    """Raises Unfit where the text of the module shows that it has no such function, or one that takes other arguments.
+
+    Nothing is run: a name that is imported, assigned or made in another way passes here, and `load` says the rest.
+    """
+    name = named.partition(":")[2]
+    try:
+        text = ast.parse(_source(file), str(file))
+    except (SyntaxError, ValueError) as error:
+        raise Unfit(f"{FIELD} = {named!r}: {file} is no Python: {error}; mend it") from error
+    made = {found.name: found for found in _statements(text) if isinstance(found, ast.FunctionDef)}
+    if name in made:
+        _check_arguments(made[name].args, file, named)
+    elif not any(_may_name(found, name) for found in _statements(text)):
+        near = nearest(name, made)
+        raise Unfit(f"{FIELD} = {named!r}: {file} has no function {name!r}{near}; define it or name another")
+
+
+def _statements(block: ast.AST) -> Iterator[ast.AST]:
+    """What is executed, or may be, when a module is imported: not the bodies of functions and classes."""
+    for found in ast.iter_child_nodes(block):
+        yield found
+        if not isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            yield from _statements(found)
+
+
+def _may_name(found: ast.AST, name: str) -> bool:
+    if isinstance(found, ast.Name):  # assigned, or deleted: then `load` says so
+        return found.id == name and not isinstance(found.ctx, ast.Load)
+    if isinstance(found, ast.alias):
+        return found.name == "*" or (found.asname or found.name.partition(".")[0]) == name
+    if isinstance(found, ast.Call):
+        return isinstance(found.func, ast.Name) and found.func.id in ("exec", "globals", "setattr", "vars")
+    return getattr(found, "name", None) in (name, "__getattr__")
+
+
+def _check_arguments(takes: ast.arguments, file: Path, named: str) -> None:
+    places = len(takes.posonlyargs) + len(takes.args)
+    must = places - len(takes.defaults)
+    alone = [one.arg for one, default in zip(takes.kwonlyargs, takes.kw_defaults) if default is None]
+    if must > len(ARGUMENTS) or (places < len(ARGUMENTS) and takes.vararg is None) or alone:
+        raise Unfit(
+            f"{FIELD} = {named!r}: the function in {file} takes ({ast.unparse(takes)}); it is called with "
+            f"({', '.join(ARGUMENTS)}), in this order"
+        )
 
 
 def _find(module: str) -> ModuleSpec | None:

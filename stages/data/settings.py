@@ -53,6 +53,8 @@ def check_settings(config: DataConfig, source: Source, report: Reporter) -> None
         _check_classes(config.classes, source)
     if config.path is not None and config.debian_package is not None:
         report.say(f"data.path = {config.path!r} is read, data.debian_package = {config.debian_package!r} is not")
+    if config.limit is not None and config.limit > (count := int((~source.test).sum())):
+        report.say(f"data.limit = {config.limit:,} is more than there are: all {count:,} images are taken")
     if "heldout" in config.model_fields_set and (count := int(source.test.sum())):
         report.say(
             f"data.heldout = {config.heldout:g} is not used: the source's own test set of {count:,} images is held out"

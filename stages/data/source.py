@@ -8,6 +8,7 @@ import math
 import os
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nfm.stages.base import Reporter, StageError, Unfit
-from nfm.storage.errors import StorageError, is_utf8
+from nfm.storage.errors import StorageError, is_utf8, legible
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
 
@@ -70,10 +71,13 @@ def box_average(images: np.ndarray, factor: int) -> np.ndarray:
     return ((2 * boxes.sum(axis=(3, 5), dtype=np.uint32) + area) // (2 * area)).astype(np.uint8)
 
 
-def check_keys(where: str | Path, keys: Iterable[str]) -> None:
-    """Refuses a key that is not UTF-8. Keys are made of file and folder names."""
-    if odd := next((key for key in keys if not is_utf8(key)), None):
-        raise StageError(f"{where}: {odd!r} is not UTF-8, which a key must be: rename the file or folder")
+def keys_of(where: str | Path, names: Sequence[str]) -> list[str]:
+    r"""Names of files and folders as keys, which are UTF-8: other bytes are written out, as in `caf\xe9.png`."""
+    keys = [name if is_utf8(name) else legible(name) for name in names]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key, count in Counter(keys).items() if count > 1)
+        raise StageError(f"{where}: {twice} is the key of two names, one of which is no UTF-8: rename that one")
+    return keys
 
 
 def check_unpacked(where: str | Path, packed: int, unpacked: int) -> None:

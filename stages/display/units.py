@@ -1,8 +1,19 @@
-"""Bytes and seconds in readable units."""
+"""Counts, rates, bytes and seconds as people read them."""
 
 from __future__ import annotations
 
 import math
+
+
+def figure(value: float, digits: int = 4) -> str:
+    """A measured number to so many significant figures, with an exponent below 1/1000 and from 10^15 on: `1,235`."""
+    rounded = f"{value:.{digits}g}"
+    return f"{float(rounded):,.15g}" if 1e-3 <= abs(value) < 1e15 else rounded
+
+
+def rate(value: float, unit: str) -> str:
+    """So many a second: `1,000 images/s`, below ten with two figures."""
+    return f"{value:,.0f} {unit}/s" if value >= 10 else f"{figure(value, 2)} {unit}/s"
 
 
 def size(count: float, digits: int = 3) -> str:

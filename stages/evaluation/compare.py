@@ -96,7 +96,6 @@ def run(config: CompareConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     plots = compare_plots.draw(body)
     for name, picture in plots.items():
         atomic.write_bytes(out / name, picture)
-    report.say(f"\n{text}")
     return Result(payload=[DISTANCES], metrics=compare_rows.figures(body), files=[TABLE, TEXT, *plots])
 
 

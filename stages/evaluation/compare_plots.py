@@ -20,16 +20,18 @@ from nfm.stages.trained.sampling import REFERENCE
 
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v")  # five, with four dash styles: twenty variants of a coupling look different
+HATCHES = ("", "//", "\\\\", "xx", "..", "--", "||", "++", "oo", "**")  # of bars
 FAR = 8  # a level so many times below all students is shown only in the legend
 WIDE, ROW = (9.2, 4.2), 0.36  # inches
 
 
 class Style(NamedTuple):
-    """How a variant is drawn in every plot: in the colour of its coupling, with its own dashes and marker."""
+    """How a variant is drawn in every plot: in the colour of its coupling, with its own dashes, marker and hatching."""
 
     colour: str
     dashes: str
     marker: str
+    hatch: str
 
     def line(self) -> dict[str, Any]:
         return {"color": self.colour, "ls": self.dashes, "marker": self.marker, "ms": 5, "lw": 1.7}
@@ -55,7 +57,8 @@ def _styles(variants: list[str]) -> dict[str, Style]:
     for name in variants:
         coupling = Variant.parse(name).coupling
         number = count[coupling] = count.get(coupling, -1) + 1
-        found[name] = Style(colours_of(coupling)[0], DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)])
+        found[name] = Style(colours_of(coupling)[0], DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)],
+                            HATCHES[number % len(HATCHES)])  # fmt: skip
     return found
 
 
@@ -116,8 +119,10 @@ def _curvature(body: Row, styles: Mapping[str, Style]) -> Panel:
     def panel(axes: Any, theme: Theme) -> None:
         for place, row in enumerate(body["curvature"]):
             found = row["value"]
-            axes.barh(place, found["mean"], xerr=found["spread"], color=styles[row["variant"]].colour, height=0.62,
-                      error_kw={"lw": 1.2, "capsize": 3, "ecolor": theme.ink})  # fmt: skip
+            style = styles[row["variant"]]
+            bar = {"color": style.colour, "height": 0.62, "error_kw": {"lw": 1.2, "capsize": 3, "ecolor": theme.ink}}
+            filled = {"hatch": style.hatch, "edgecolor": "white", "lw": 0} if style.hatch else {}
+            axes.barh(place, found["mean"], xerr=found["spread"], **bar, **filled)
         axes.set_yticks(range(len(body["curvature"])), [row["variant"] for row in body["curvature"]])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
@@ -134,6 +139,7 @@ def _speed(body: Row, styles: Mapping[str, Style]) -> Panel:
     def panel(axes: Any, theme: Theme) -> None:
         along: list[float] = []
         up: list[float] = []
+        points: dict[Any, list[tuple[Row, float, float]]] = {}
         for name, rows in _by_variant(body).items():
             rows = [row for row in sorted(rows, key=lambda row: row["nfe"]) if "images_per_second" in row["speeds"]]
             speeds = [row["speeds"]["images_per_second"]["mean"] for row in rows]
@@ -141,8 +147,15 @@ def _speed(body: Row, styles: Mapping[str, Style]) -> Panel:
             axes.plot(means, speeds, label=name, **styles[name].line())
             along, up = [*along, *means], [*up, *speeds]
             for row, x, y in zip(rows, means, speeds):
-                axes.annotate(f"NFE {row['nfe']}", (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8,
-                              color=styles[name].colour)  # fmt: skip
+                group = REFERENCE if row["sampler"] == REFERENCE else row["nfe"]
+                points.setdefault(group, []).append((row, x, y))
+        # Variants at one NFE are as fast as each other: a label each would lie on the next one's.
+        for found in points.values():
+            counts = [row["nfe"] for row, _, _ in found]
+            told = " to ".join(map(str, sorted({min(counts), max(counts)})))
+            _, *rightmost = max(found, key=lambda point: point[1])
+            axes.annotate(f"NFE {told}", rightmost, xytext=(7, -3), textcoords="offset points", fontsize=8,
+                          color=theme.ink)  # fmt: skip
         for number, row in enumerate(row for row in body["teacher"] if "images_per_second" in row["speeds"]):
             speed = row["speeds"]["images_per_second"]["mean"]
             style = {"color": theme.series["teacher"], "ls": "", "marker": MARKERS[number % len(MARKERS)], "ms": 7}

@@ -50,7 +50,7 @@ COLUMNS = (
     Column("sliced W2", "sliced_wasserstein", spelled=".4f"),
     Column("agreement", "agreement", spelled=".3f"),
     Column("nearest", "nearest", spelled=".4f"),
-    Column("images/s", "images_per_second", spelled=".0f"),
+    Column("images/s", "images_per_second", spelled=",.0f"),
     Column("at batch", "batch"),
     Column("latency, ms", "latency_seconds", 1000, ".1f"),
     Column("parameters", "parameters", spelled=","),

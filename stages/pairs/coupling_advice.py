@@ -48,9 +48,9 @@ def lines(report: Report) -> dict[str, str]:
 
 
 def advice(report: Report) -> list[str]:
-    """A sentence with a remedy for each bad figure; empty if there is none."""
-    found = (_of_scale(report), _of_auc(report), _of_moments(report), _of_nll(report), _of_rows(report))
-    return [text for text in found if text]
+    """A sentence for each figure that is bad, with its remedy; empty when all is well."""
+    of_all = (_of_scale, _of_auc, _of_mean, _of_variance, _of_nll, _of_rows)
+    return [text for of_one in of_all if (text := of_one(report))]
 
 
 def _rows(report: Report) -> dict[str, str]:
@@ -110,20 +110,29 @@ def _of_auc(report: Report) -> str | None:
         return f"{told}; noise of coupling {coupling} is N(0, I) as it is made: `nfm audit --deep` the store"
     if auc < AUC:
         return None
-    if facts_of(coupling).code:
-        return f"{told}: mend the custom function, or soften the student (student.soften = 0.5)"
-    return f"{told}: {better_teacher(report)}, or soften the student (student.soften = 0.5)"
+    mended = better_teacher(report) if _made_with(report) == "teacher" else _own(report)
+    return f"{told}: {mended}, or soften the student (student.soften = 0.5)"
 
 
-def _of_moments(report: Report) -> str | None:
-    noise, expected = report["noise"], report["noise_expected"]
-    for name, what in (("mean", "mean differs from 0"), ("var", "variance differs from 1")):
-        if noise[name] > MOMENT + 2 * expected[name]:
-            return (
-                f"z's {what} by {noise[name]:.3f} (RMS over dimensions, {expected[name]:.3f} from sampling alone): "
-                + (better_teacher(report) if _made_with(report) == "teacher" else "look at how the noise is made")
-            )
-    return None
+def _of_mean(report: Report) -> str | None:
+    return _of_moment(report, "mean", "mean differs from 0", "take its mean off")
+
+
+def _of_variance(report: Report) -> str | None:
+    return _of_moment(report, "var", "variance differs from 1", "divide it by its standard deviation")
+
+
+def _of_moment(report: Report, name: str, what: str, remedy: str) -> str | None:
+    found, expected = report["noise"][name], report["noise_expected"][name]
+    if found <= MOMENT + 2 * expected:
+        return None
+    mended = better_teacher(report) if _made_with(report) == "teacher" else f"{_own(report)}, or {remedy}"
+    return f"z's {what} by {found:.3f} (RMS over dimensions, {expected:.3f} from sampling alone): {mended}"
+
+
+def _own(report: Report) -> str:
+    """Who made noise that no teacher of ours made."""
+    return "mend the custom function" if facts_of(str(report.get("coupling"))).code else "look at how the noise is made"
 
 
 def _of_nll(report: Report) -> str | None:

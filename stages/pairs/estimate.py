@@ -116,8 +116,8 @@ def as_text(plan: Mapping[str, Any]) -> str:
         untold = [["time", f"not known: {plan['no_time']}; --rate says it"]] if "no_time" in plan else []
         return aligned(["of the pairs", ""], [*lines, *untold])
     one = plan["worker"]
-    speed = f", {one['flops_per_second'] / 1e12:.3g} TFLOP/s" if "flops_per_second" in one else ""
-    lines.append(["a worker", f"{one['images_per_second']:.3g} images/s{speed}: {one['how']}"])
+    speed = f", {units.figure(one['flops_per_second'] / 1e12, 3)} TFLOP/s" if "flops_per_second" in one else ""
+    lines.append(["a worker", f"{units.rate(one['images_per_second'], 'images')}{speed}: {one['how']}"])
     hours = [[f"{int(count):,}", units.about(3600 * taken)] for count, taken in plan["hours"].items()]
     return "\n\n".join([aligned(["of the pairs", ""], lines), aligned(["workers", "time"], hours)])
 

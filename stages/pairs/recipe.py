@@ -103,8 +103,12 @@ def minibatch_ot_options(config: PairsConfig, _: str | None) -> dict[str, Any]:
 
 
 def custom_options(config: PairsConfig, sha256: str | None) -> dict[str, Any]:
-    """The function and the digest of its file. Raises Unfit if there is none."""
-    return {"function": config.custom, "sha256": sha256 or custom.digest(custom.source_file(config.custom))}
+    """The function and the digest of its file. Raises Unfit where it cannot be called as it is said to be."""
+    if sha256 is None:
+        file = custom.source_file(config.custom)
+        custom.check(file, str(config.custom))
+        sha256 = custom.digest(file)
+    return {"function": config.custom, "sha256": sha256}
 
 
 def reflow_options(config: PairsConfig, _: str | None) -> dict[str, Any]:

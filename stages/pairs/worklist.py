@@ -56,7 +56,7 @@ def freeze(config: PairsConfig, inputs: Inputs, out: Path, file: Path) -> Workli
     lacking = set(worklist.shards) - set(found.shards)
     if other or lacking:
         what = f"is the list of {found.store}" if other else f"lacks {len(lacking)} shards that are pending now"
-        raise StageError(f"{file}: exists and {what}; a list is never changed, choose another file for the new one")
+        raise Unfit(f"{file}: exists and {what}; a list is never changed, choose another file for the new one")
     return found
 
 

@@ -19,6 +19,7 @@ from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.report.html import code, figure, folded, heading, image_grid, number, paragraph, row, table
 from nfm.stages.trained.training import read_lines
 from nfm.storage import ImageDataset, PairStore
+from nfm.storage.errors import by
 from nfm.storage.files.atomic import read_json
 from nfm.storage.format.codecs import unpack
 from nfm.storage.format.order import permute
@@ -51,9 +52,8 @@ def data(root: Path, manifest: Mapping[str, Any], samples: int, seed: int) -> st
     train = ImageDataset.open(root, "train")
     about = manifest.get("dataset") or {}
     chosen = permute(np.arange(min(samples, len(train))), len(train), f"report/{seed}")
-    shape = "x".join(map(str, train.image_shape))
     planar = are_points(train.image_shape)
-    what = "points of the plane" if planar else f"images of {shape} (channels, height, width)"
+    what = "points of the plane" if planar else f"images of {by(train.image_shape)} (channels, height, width)"
     text = f"{about.get('name', 'images')}: {len(train):,} training {what}."
     if about:
         text += f" Licence: {about.get('licence')}. Origin: {about.get('origin')}."

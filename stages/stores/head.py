@@ -19,6 +19,7 @@ from nfm.stages.display.points import are_points, coordinates, panel
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs.recipe import content
 from nfm.storage import PairStore
+from nfm.storage.errors import by
 from nfm.storage.format import codecs, convert
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def _plane(store: PairStore, draw: int, first: Head, worst: Head, values: Array)
 
 def _title(store: PairStore, draw: int) -> str:
     spec = store.spec
-    size = "x".join(map(str, spec.image_shape))
+    size = by(spec.image_shape)
     what = "points of the plane" if are_points(spec.image_shape) else f"records of {size}"
     title = f"{spec.coupling} pairs, draw {draw} of {store.draws}, {len(store.slots(draw)):,} {what}"
     return f"{title}, noise in {spec.codec}, layout {spec.layout}"

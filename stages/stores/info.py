@@ -7,6 +7,7 @@ from typing import Any
 
 from nfm.stages.pairs import coupling_advice
 from nfm.storage import PairStore
+from nfm.storage.errors import by
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.row_fields import RowField, row_field_names
 
@@ -24,9 +25,9 @@ def info(where: str | Path) -> dict[str, Any]:
     excluded = body.get("excluded", ())
     recipe = {key: getattr(spec, key) for key in RECIPE}
     shown = {key: value for key, value in recipe.items() if value is not None or key not in ONLY_WHERE_SET}
-    fields = ", ".join(f"{field.name} {field.dtype}{list(field.shape)}" for field in spec.fields)
+    fields = ", ".join(_field(field.name, field.dtype, field.shape) for field in spec.fields)
     row_fields = [RowField.open(store.root, name) for name in row_field_names(store.root)]
-    joined = ", ".join(f"{field.name} {field.dtype.name}{list(field.shape)}" for field in row_fields)
+    joined = ", ".join(_field(field.name, field.dtype.name, field.shape) for field in row_fields)
     origin = (spec.coupling_options or {}).get("origin")
     return {
         "generations": ", ".join(seal.manifest_path(".", n).name for n in seal.numbers(store.root)),
@@ -47,6 +48,10 @@ def info(where: str | Path) -> dict[str, Any]:
         **{key.replace("_", " "): body[key] for key in ENCODED if body.get(key) is not None},
         **_reported(body.get("coupling_report"), where),
     }
+
+
+def _field(name: str, dtype: str, shape: tuple[int, ...]) -> str:
+    return f"{name} {dtype} {by(shape)}" if shape else f"{name} {dtype}"
 
 
 def _reported(report: dict[str, Any] | None, where: str | Path) -> dict[str, Any]:

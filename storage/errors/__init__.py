@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from nfm.storage.errors.masked import masked
@@ -59,6 +60,11 @@ class NoPlace(StorageError, WrongUse):
     def __str__(self) -> str:
         where, reason, named = self.args
         return f"{named}{where}: {reason}"
+
+
+def by(shape: Iterable[int]) -> str:
+    """A shape as people read it, channels first: `3x64x64`; that of a single number in words."""
+    return "x".join(map(str, shape)) or "one value"
 
 
 def _printable(text: str) -> str:

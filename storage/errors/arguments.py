@@ -92,7 +92,7 @@ def one_of(choices: Collection[Any]) -> Rule:
     def rule(name: str, value: Any) -> Any:
         if (value is None or isinstance(value, str)) and value in choices:
             return value
-        raise wrong(name, value, " or ".join(map(repr, choices)) + _nearest(value, choices))
+        raise wrong(name, value, " or ".join(map(repr, choices)) + nearest(value, choices))
 
     return rule
 
@@ -247,7 +247,7 @@ def checked(*, options: type | None = None, **own: Rule) -> Callable[[Callable[P
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in kwargs:
                 if name not in rules:
-                    said = f"{call.__qualname__} has no argument {name!r}{_nearest(name, known)}"
+                    said = f"{call.__qualname__} has no argument {name!r}{nearest(name, known)}"
                     raise TypeError(f"{said}; it takes {', '.join(known)}")
             bound = signature.bind(*args, **kwargs)
             given = bound.arguments
@@ -264,7 +264,8 @@ def checked(*, options: type | None = None, **own: Rule) -> Callable[[Callable[P
     return decorate
 
 
-def _nearest(value: Any, choices: Iterable[Any]) -> str:
+def nearest(value: Any, choices: Iterable[Any]) -> str:
+    """What may have been meant, for the end of a message; empty where nothing is near."""
     words = [choice for choice in choices if isinstance(choice, str)]
     near = difflib.get_close_matches(value, words, 1) if isinstance(value, str) else []
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -79,7 +80,10 @@ def stated_path(variable: str, remedy: str = "name a folder of this machine") ->
 def artifacts_root() -> Path:
     """The folder of all artifacts: `NFM_ARTIFACTS`, else `artifacts/` in the current folder."""
     remedy = "name a folder; a finished store goes to an object store by `nfm pairs export STORE URL`"
-    return stated_path("NFM_ARTIFACTS", remedy) or Path("artifacts")
+    root = stated_path("NFM_ARTIFACTS", remedy) or Path("artifacts")
+    if root.exists() and not root.is_dir():
+        raise NoPlace(str(root), "a file, where artifacts need a folder; let NFM_ARTIFACTS name one")
+    return root
 
 
 def store_named(where: str | Path) -> Path:
@@ -168,11 +172,12 @@ def _remote(where: str, scheme: str, rest: str) -> Path:
 
     known = set(fsspec.available_protocols())
     if not known.issuperset(scheme.split("::")):
-        others = ", ".join(sorted(name for name in known.difference(_SCHEMES) if name.isalnum()))
+        near = difflib.get_close_matches(scheme, known, 1)
+        meant = f" (did you mean {near[0]}://?)" if near else ""
         raise NoPlace(
             where,
-            f"{scheme}:// is no known scheme; use a folder, s3://bucket/..., gs://bucket/..., file:///path, "
-            f"memory://..., or another of fsspec's ({others})",
+            f"{scheme}:// is no known scheme{meant}; use a folder, s3://bucket/..., gs://bucket/..., file:///path or "
+            "another scheme that fsspec has here",
         )
     if scheme in _BUCKETS and not rest.partition("/")[0].strip():
         raise NoPlace(where, f"names no bucket; write {scheme}://bucket/...")

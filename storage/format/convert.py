@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nfm.storage.errors import by
+
 _CHUNK = 65536  # numbers: 256 KiB of float32 and their source fit into the second-level cache of recent cores
 _TORCH_CHUNK = 32704  # numbers: below torch's grain size of 32768, so it stays on the calling thread
 _FLOAT16_INFINITY = 0x7C00  # from these bits on, a number is not finite
@@ -45,7 +47,7 @@ def to_float32(
     if out is None:
         out = np.empty(stored.shape, np.float32)
     if out.shape != stored.shape or out.dtype != np.float32:
-        raise ValueError(f"out is {out.dtype} {out.shape}: pass float32 {stored.shape}")
+        raise ValueError(f"out is {out.dtype} {by(out.shape)}: pass float32 {by(stored.shape)}")
     if not (stored.flags.c_contiguous and out.flags.c_contiguous):
         flat = to_float32(np.ascontiguousarray(stored), value_range, None, step, torch=torch)
         np.copyto(out, flat)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, by
 from nfm.storage.format import codecs, untrusted
 from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.spec import Field, StoreSpec
@@ -58,6 +59,36 @@ def checked(spec: StoreSpec, given: Mapping[str, Any]) -> dict[str, Array]:
     return arrays
 
 
+class RowImages:
+    """Remembers a check sum of the image and label of every source row that a batch named: a row is one image.
+
+    Eight bytes a row of the source. What an earlier writer of the same store named is not known.
+    """
+
+    def __init__(self, spec: StoreSpec) -> None:
+        self._seen = np.full(spec.rows, -1, np.int64)
+
+    def take(self, arrays: Mapping[str, Array]) -> None:
+        """Raises StorageError where a row has another image, or label, than it had before; else remembers them."""
+        if "row" not in arrays:
+            return
+        rows, sums, here = arrays["row"], self._sums(arrays), dict[int, int]()
+        for number, (row, before, found) in enumerate(zip(rows.tolist(), self._seen[rows].tolist(), sums)):
+            if here.setdefault(row, found if before < 0 else before) != found:
+                raise StorageError(
+                    f"row: {row} in record {number} of the batch was given before with another image or label; a row "
+                    "is one image of the source, so give each its own, or leave row out"
+                )
+        self._seen[rows] = sums
+
+    @staticmethod
+    def _sums(arrays: Mapping[str, Array]) -> list[int]:
+        images, labels = arrays["image"], arrays.get("label", np.zeros(len(arrays["image"]), np.int64))
+        flips = arrays.get("flip", np.zeros(len(images), bool))
+        plain = ((image[..., ::-1] if flip else image).tobytes() for image, flip in zip(images, flips))
+        return [zlib.crc32(image, int(label) & 0xFFFFFFFF) for image, label in zip(plain, labels)]
+
+
 def _array(name: str, value: Any) -> Array:
     """A copy of the array or tensor (any device, no gradient), so that the caller may reuse it."""
     detached = value.detach() if callable(getattr(value, "detach", None)) else value
@@ -76,9 +107,9 @@ def _shaped(field: Field, array: Array, single: bool) -> Array:
         return array[None]
     if array.ndim == len(field.shape) + 1 and array.shape[1:] == field.shape and not single:
         return array
-    of_one = "of one number a record" if field.shape == () else f"of {list(field.shape)} a record"
     raise StorageError(
-        f"{field.name}: shape {list(array.shape)}; give {'a single record' if single else 'a batch [n, ...]'} {of_one}"
+        f"{field.name}: is {by(array.shape)}; give {'a single record' if single else 'a batch'} of {by(field.shape)} "
+        "a record"
     )
 
 

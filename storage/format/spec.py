@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nfm.storage.errors import NewerSchema, StorageError
+from nfm.storage.errors import NewerSchema, NoPlace, StorageError
 from nfm.storage.files.atomic import create_json, is_temporary, read_json
-from nfm.storage.files.paths import as_path, exists, names_in
+from nfm.storage.files.paths import as_path, exists, names_in, size_of
 from nfm.storage.format import untrusted
 from nfm.storage.format.codecs import CODECS
 
@@ -160,7 +160,7 @@ class StoreSpec:
     ) -> StoreSpec:
         """The recipe of pairs that were made elsewhere, for `PairWriter`. `origin` says in words where they come from.
 
-        `image_shape` is usually (C, H, W). `value_range`: for uint8 images the values of the pixels 0 and 255; for
+        `image_shape` is (C, H, W). `value_range`: for uint8 images the values that 0 and 255 stand for, for
         float images the range that their values must lie in. `classes=None` means that there are no labels. `source` is
         a content digest of the images; without it the writer computes one. Other arguments are the fields of
         `StoreSpec`. Raises StorageError for an invalid value and names the argument.
@@ -170,6 +170,12 @@ class StoreSpec:
                 f"store spec: origin {untrusted.shown(origin)}; say in words who made the pairs, and how"
             )
         untrusted.one_of("store spec: codec", codec, CODECS)
+        if len(shape := untrusted.sequence("store spec: image_shape", image_shape, _MOST_AXES)) != 3:
+            raise StorageError(
+                f"store spec: image_shape {tuple(shape)}: give (channels, height, width), as (1, 28, 28)"
+            )
+        if classes == 0:
+            raise StorageError("store spec: classes 0: leave classes out where images have no labels")
         return cls(
             rows=rows,
             rows_per_shard=rows_per_shard,
@@ -328,6 +334,8 @@ def _newer(found: int) -> NewerSchema:
 def read_spec(root: str | Path) -> StoreSpec:
     """The recipe of the store at `root`. Raises StorageError (no store there) or NewerSchema."""
     path = as_path(root) / SPEC
+    if size_of(as_path(root)) is not None:
+        raise NoPlace(str(root), "a file that is no manifest of a store; name the folder of the store")
     if not exists(path) and exists(as_path(root) / DRAFT):
         raise StorageError(
             f"{root}: a store that a PairWriter has begun and not sealed; run the code that writes it again, and it "
@@ -340,10 +348,12 @@ def read_spec(root: str | Path) -> StoreSpec:
 
 
 def check_folder(root: Path, order: str) -> None:
-    """Refuses a folder that has other contents; `order` says what to do for a new store."""
+    """Refuses a file, and a folder that has something else in it; `order` says what to do with a new one."""
+    if size_of(root) is not None:
+        raise NoPlace(str(root), f"a file, and a store is a folder; {order} a new or empty folder")
     names = [name for name in names_in(root) if not is_temporary(name)]
     if names and SPEC not in names and DRAFT not in names:
-        raise StorageError(f"{root}: there is something else already ({names[0]}); {order} a new or empty folder")
+        raise NoPlace(str(root), f"there is something else already ({names[0]}); {order} a new or empty folder")
 
 
 def write_spec(root: str | Path, spec: StoreSpec) -> None:

@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple, Self, cast
 
 import numpy as np
 
-from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.errors import CorruptShard, StorageError, by
 from nfm.storage.files.durable import HashingFile, StoredFile
 from nfm.storage.files.paths import as_path
 from nfm.storage.format.spec import Field, StoreSpec
@@ -110,8 +110,8 @@ class Blocker:
             array = arrays[field.name]
             if array.shape != (count, *field.shape) or array.dtype != np.dtype(field.dtype):
                 raise StorageError(
-                    f"{self._path}: field {field.name!r} is {array.dtype} {array.shape}, "
-                    f"the shard holds {field.dtype} {(count, *field.shape)}; convert it first"
+                    f"{self._path}: field {field.name!r} is {array.dtype} {by(array.shape)}, "
+                    f"the shard holds {field.dtype} {by((count, *field.shape))}; convert it first"
                 )
         if self.taken + count > self._records:
             raise StorageError(f"{self._path}: {self.taken + count} records, {self._records} were announced")

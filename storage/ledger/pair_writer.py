@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +19,7 @@ from nfm.storage.files.atomic import digest as digest_of
 from nfm.storage.files.cache import Wanted, default_cache
 from nfm.storage.files.paths import as_path, exists, remove, size_of
 from nfm.storage.format import untrusted
-from nfm.storage.format.pair_checks import Array, checked
+from nfm.storage.format.pair_checks import Array, RowImages, checked
 from nfm.storage.format.spec import DRAFT, SPEC, StoreSpec, check_folder, parse_name, shard_name
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
@@ -54,6 +55,7 @@ class PairWriter:
         self._done = set(seal.names_of(spec, draws)) - set(seal.pending(self.root, spec, draws))
         self._open = {draw: _Draw(self._first_missing(draw)) for draw in range(draws)}
         self._digests, self._hashed = {name: hashlib.sha256() for name in self._source_fields()}, 0
+        self._row_images = RowImages(spec)
         self._closed = False
 
     def write(
@@ -62,25 +64,25 @@ class PairWriter:
     ) -> None:  # fmt: skip
         """Adds one record, or a batch of them along a first axis, at the next slots of a draw.
 
-        All are numpy arrays or torch tensors. `image` has the spec's dtype and shape. `noise` has the same shape, in
-        floats with unit variance. `label` is a whole number below `classes`. `row` (the image's row in the source, by
-        default the slot), `flip` and `nll` may be left out. Raises StorageError, which names the field and the record,
-        before it keeps anything of the batch.
+        All are numpy arrays or torch tensors. `image` has the spec's dtype and shape. `noise` is of floats of the same
+        shape, with unit variance. `label` is a whole number below `classes`. `row` (the image's row in the source, by
+        default the slot), `flip` and `nll` may be left out; a row is one image, whichever records name it. Raises
+        StorageError, which names the field and the record, before it keeps anything of the batch.
         """
         if self._closed:
             raise StorageError(f"{self.root}: this writer is closed; open another one to go on")
         at = self._of(draw)
         given = {"image": image, "noise": noise, "label": label, "row": row, "flip": flip, "nll": nll, **others}
-        try:
+        with self._blaming(draw):
             arrays = checked(self.spec, given)
-        except StorageError as error:
-            raise StorageError(f"{self.root}: draw {draw}, batch at slot {at.slot}: {error}") from error
         count = len(arrays["image"])
         if at.slot + count > self.spec.rows:
             raise StorageError(
                 f"{self.root}: draw {draw} has {self.spec.rows} rows, and this batch ends at {at.slot + count}; write "
                 "fewer, another draw, or a store whose spec has more rows"
             )
+        with self._blaming(draw):
+            self._row_images.take(arrays)
         start = 0
         while start < count:
             slots = self.spec.slots_of(at.slot // self.spec.rows_per_shard)
@@ -130,6 +132,13 @@ class PairWriter:
         manifest = seal.seal(self.root, self.draws)
         seal.remove_lost_attempts(self.root, manifest["shards"])
         self._closed = True
+
+    @contextmanager
+    def _blaming(self, draw: int) -> Iterator[None]:
+        try:
+            yield
+        except StorageError as error:
+            raise StorageError(f"{self.root}: draw {draw}, batch at slot {self._of(draw).slot}: {error}") from error
 
     def _begin(self) -> None:
         """Makes the store, or checks that the existing one is the same."""

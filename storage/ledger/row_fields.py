@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from nfm.storage.errors import CorruptShard, MissingShard, StorageError
+from nfm.storage.errors import CorruptShard, MissingShard, StorageError, by
 from nfm.storage.errors.arguments import checked, checked_later, whole
 from nfm.storage.files.atomic import HashingFile, create_json, read_json
 from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove
@@ -144,7 +144,7 @@ class RowField:
         if len(buffer) != part.bytes or buffer[:NPY_HEADER] != npy_header(
             self.name, self.dtype, (part.rows, *self.shape)
         ):
-            raise CorruptShard(f"{path}: not {part.rows} rows of {self.dtype} {self.shape}; restore it from a copy")
+            raise CorruptShard(f"{path}: not {part.rows} rows of {self.dtype} {by(self.shape)}; restore it from a copy")
         return np.ndarray((part.rows, *self.shape), self.dtype, buffer, NPY_HEADER)
 
 
@@ -253,8 +253,8 @@ def _pieces(
     for chunk in chunks:
         if chunk.shape[1:] != shape or chunk.dtype.newbyteorder("=") != dtype.newbyteorder("="):
             raise StorageError(
-                f"{folder}: field {name!r} got {chunk.dtype} {chunk.shape[1:]} a row, "
-                f"{dtype.name} {shape} was announced"
+                f"{folder}: field {name!r} got {chunk.dtype} {by(chunk.shape[1:])} a row, "
+                f"{dtype.name} {by(shape)} was announced"
             )
         if len(chunk):
             yield np.ascontiguousarray(chunk, dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, by
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.format.convert import scale_of, to_float32
 from nfm.storage.reading.device import Upload
@@ -173,8 +173,10 @@ def _common(sources: Sequence[Source], own: Sequence[Arrays], raw: bool) -> Arra
         if not found:
             continue
         if len(found) < len(own) or len({array.shape for array in found}) > 1:
-            shapes = [arrays[name].shape[1:] if name in arrays else None for arrays in own]
-            raise StorageError(f"{name}: the stores differ in shape, {shapes}; mix stores of one kind of image")
+            shapes = [by(arrays[name].shape[1:]) if name in arrays else "none" for arrays in own]
+            raise StorageError(
+                f"{name}: the stores differ in shape, {', '.join(shapes)}; mix stores of one kind of image"
+            )
         ranges = {source.value_range for source in sources}
         if name == "image" and len(ranges) > 1 and any(array.dtype == np.uint8 for array in found):
             raise StorageError(f"image: the stores' value ranges differ, {sorted(ranges)}; mix stores of one range")

@@ -95,7 +95,6 @@ def _there(device: Any) -> Any:
         why = str(error).partition("\n")[0].partition(". ")[0].rstrip(".")
         raise WrongArgument(
             "device",
-            f"is {str(found)!r}, which torch cannot use here ({why})",
-            "pass device='cpu', or None for numpy arrays",
+            f"is {str(found)!r}, which torch cannot use here ({why}): pass device='cpu', or None for numpy arrays",
         ) from error
     return found

@@ -100,7 +100,7 @@ class BatchReader:
         self._upload = None if device is None else Upload(device)
         self._soften = soften
         softener = Softener(self._soften, int(stream.identity["seed"])) if soften else None
-        share = -(-batch_size // self.world_size)
+        share = -(-min(batch_size, stream.most) // self.world_size)
         self._assembly = Assembly(stream.sources, share, fields, raw, self._upload, softener)
         self._prefetch = prefetch
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: fill one more batch; False: stop

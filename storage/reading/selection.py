@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nfm.storage.errors import CorruptShard, StorageError
-from nfm.storage.errors.arguments import WrongArgument, wrong
+from nfm.storage.errors.arguments import WrongArgument, nearest, wrong
 from nfm.storage.files.atomic import canonical_json, digest
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, is_remote
@@ -62,6 +63,10 @@ def select(root: Path, shards: Mapping[int, Sequence[Mapping[str, Any]]], filter
         if len(slots):
             _check(root, draw, slots, rows)
             found[draw] = slots.astype(np.int32 if rows < 2**31 else np.int64)
+    if "nll" in columns and not any(_has_nll(root, entries) for entries in shards.values()):
+        raise WrongArgument(
+            "filter", f"{text}: no record of {root} has an nll, which nfm pairs alone have; choose by another column"
+        )
     if not found:
         raise StorageError(f"{root}: no record matches the filter {text}; `store.index()` shows what there is")
     return Selection(text, found)
@@ -99,6 +104,10 @@ def read_parts(
     return pa.concat_tables(parallel(read, entries, _REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS))
 
 
+def _has_nll(root: Path, entries: Sequence[Mapping[str, Any]]) -> bool:
+    return bool(np.isfinite(read_parts(root, entries, ["nll"])["nll"].to_numpy()).any())
+
+
 def _columns(expression: pc.Expression, text: str) -> list[str]:
     """The columns that an expression needs: it cannot be bound without them."""
     whole = INDEX_SCHEMA.empty_table()
@@ -106,7 +115,10 @@ def _columns(expression: pc.Expression, text: str) -> list[str]:
         whole.filter(expression)
     except (pa.ArrowException, TypeError) as error:
         columns = ", ".join(f"{column.name} ({column.type})" for column in INDEX_SCHEMA)
-        said = f"{text}: {str(error).splitlines()[0]}; the index has the columns {columns}"
+        first = str(error).splitlines()[0]
+        asked = re.match(r"No match for FieldRef\.Name\((.*?)\)", first)
+        what = f"there is no column {asked[1]!r}{nearest(asked[1], INDEX_SCHEMA.names)}" if asked else first
+        said = f"{text}: {what}; the index has the columns {columns}"
         raise WrongArgument("filter", said) from error
     return [
         name for name in INDEX_SCHEMA.names if name != "slot" and not _binds(whole.drop_columns([name]), expression)

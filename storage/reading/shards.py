@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from nfm.storage.errors import CorruptShard
+from nfm.storage.errors import CorruptShard, by
 from nfm.storage.format.spec import Field
 from nfm.storage.layouts import LAYOUTS, Shard
 
@@ -98,7 +98,9 @@ class ShardSequence:
         field = self.fields[name]
         shape = (records, *field.shape)
         if out.shape != shape or out.dtype != np.dtype(field.dtype) or not out.flags.c_contiguous:
-            raise ValueError(f"out[{name!r}] is {out.dtype} {out.shape}: pass a contiguous {field.dtype} {shape}")
+            raise ValueError(
+                f"out[{name!r}] is {out.dtype} {by(out.shape)}: pass a contiguous {field.dtype} {by(shape)}"
+            )
 
     def shard(self, number: int) -> Shard:
         """Shard `number`, open."""

@@ -133,6 +133,11 @@ class Stream(Protocol):
         """The number of records of the shortest epoch."""
         ...
 
+    @property
+    def most(self) -> int:
+        """Records of the longest epoch."""
+        ...
+
     def rows(self, epoch: int) -> int:
         """The number of records of an epoch."""
         ...
@@ -166,8 +171,9 @@ class StoreStream:
         self.order = Order(self.order_key, seed, shuffle, window)
         ahead = source.remote or shuffle != "full"
         self.lookahead = window * max(int(self._counts(draw).max()) for draw in self.draws) if ahead else 0
-        self.least = min(int(self._counts(draw).sum()) for draw in self.draws)
-        self._epoch: tuple[int, Callable[[Rows], Rows]] | None = None  # the one that was used last
+        records = [int(self._counts(draw).sum()) for draw in self.draws]
+        self.least, self.most = min(records), max(records)
+        self._epoch: tuple[int, Callable[[Rows], Rows]] | None = None  # the one that was read last
 
     @property
     def identity(self) -> Mapping[str, Any]:

@@ -17,6 +17,11 @@ NEEDS = {
     "a device of the student": (("student.device=cpu:7",), 2, "device = 'cpu:7'"),
     "a device that is none": (("pairs.device=gpu",), 2, "auto, cpu, cuda and cuda:0"),
     "a custom function": (("pairs.coupling=custom", "pairs.custom=none:f"), 2, "there is no module none"),
+    "a custom function of its module": (
+        ("pairs.coupling=custom", "pairs.custom=json:f"),
+        2,
+        "has no function 'f'",
+    ),
     "a custom function's name": (("pairs.coupling=custom",), 2, "pairs.custom = None"),
 }
 

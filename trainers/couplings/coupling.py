@@ -139,7 +139,7 @@ class Custom:
             raise ValueError(f"{self.called} returned a {type(found).__name__}; return a numpy array, the noise")
         if found.shape != tuple(images.shape):
             raise ValueError(
-                f"{self.called} returned noise of shape {found.shape} for images {tuple(images.shape)}; "
+                f"{self.called} returned noise of {_by(found.shape)} for images of {_by(images.shape)}; "
                 "return the noise of each image, in their shape"
             )
         if found.dtype not in (np.float16, np.float32, np.float64):
@@ -147,3 +147,7 @@ class Custom:
         if bad := int((~np.isfinite(found)).sum()):
             raise ValueError(f"{self.called} returned {bad} values that are not finite; noise is about N(0, 1)")
         return Pairs(torch.from_numpy(np.array(found, np.float32)))
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

@@ -37,4 +37,4 @@ def check_unet_width(width: int) -> None:
 def check_sides(image_shape: Sequence[int]) -> None:
     """The classifier halves the sides of an image three times."""
     if min(image_shape[1:]) < 8:
-        raise ValueError(f"image_shape is {tuple(image_shape)}; FeatureNet needs sides of 8 pixels or more")
+        raise ValueError(f"images are {'x'.join(map(str, image_shape))}; FeatureNet needs sides of 8 pixels or more")

@@ -25,6 +25,7 @@ from nfm.trainers.checkpoint import CheckpointError, Tensors
 from nfm.trainers.training import parallel
 
 STATE = "state.json"  # what a training is besides tensors, and how long the other files are
+MOST_STATE_BYTES = 2**26
 PART = "part-"  # begins the name of what is being written or removed
 # One process alone is meant here, which torch's saver and loader warn of.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -126,6 +127,8 @@ def _whole(root: Path) -> list[Path]:
 def read_state(folder: Path) -> dict[str, Any]:
     """What a checkpoint says beside its tensors. Raises CheckpointError where a file is missing or cut short."""
     try:
+        if not (folder / STATE).is_file() or (folder / STATE).stat().st_size > MOST_STATE_BYTES:
+            raise ValueError(f"{STATE} is no file of a checkpoint")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         sizes = dict(state.pop("files"))
         wrong = [name for name, length in sizes.items() if (folder / name).stat().st_size != length]

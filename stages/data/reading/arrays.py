@@ -13,6 +13,7 @@ import numpy as np
 
 from nfm.stages.base import StageError
 from nfm.stages.data.source import check_unpacked, scratch_array
+from nfm.storage.errors import by
 
 UNREADABLE = (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 PIECE_BYTES = 16 << 20
@@ -31,7 +32,7 @@ class Array(NamedTuple):
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.dtype} {self.shape})"
+        return f"{self.name} ({self.dtype} {by(self.shape)})"
 
 
 def arrays_of(file: Path) -> dict[str, Array]:

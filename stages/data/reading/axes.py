@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from nfm.stages.base import StageError
+from nfm.storage.errors import by
 
 Axes = Literal["nchw", "nhwc", "nhw"]
 CHANNELS = (1, 3, 4)  # grey, colour, colour with alpha or a common latent
@@ -24,7 +25,7 @@ def image_shape(shape: tuple[int, ...], axes: Axes | None, where: str) -> tuple[
     else:
         raise StageError(f"{where}, expected [N, C, H, W], or uint8 [N, 3 * side * side]; {_remedy(shape, axes)}")
     if min(found) < 1:
-        raise StageError(f"{where}: images of {found[0]} channels and {found[1]} x {found[2]} hold nothing")
+        raise StageError(f"{where}: images of {by(found)} hold nothing")
     return found[0], found[1], found[2]
 
 

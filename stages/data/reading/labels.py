@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nfm.stages.base import Reporter, StageError
+from nfm.storage.errors import by
 
 MOST_CLASSES = 10**6  # classes of a data set
 FEW_EMPTY = 16  # fewer numbers without an image are not reported: part of a small data set may lack as many
@@ -120,7 +121,7 @@ def whole_numbers(values: np.ndarray, rows: int, where: str) -> np.ndarray:
     """Labels as int64 [N]. Raises StageError, with the remedy, unless there is one whole number for each row."""
     if values.ndim == 2 and values.shape[1] == 1:
         values = values[:, 0]
-    is_ = f"{where}: labels are {values.dtype} {values.shape}, expected integers [N]"
+    is_ = f"{where}: labels are {values.dtype} {by(values.shape)}, expected integers, one an image"
     if values.ndim == 2 and values.dtype.kind in "biuf":
         raise StageError(f"{is_}; of one-hot rows, save labels.argmax(1)")
     if values.dtype.kind in "US":

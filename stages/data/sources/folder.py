@@ -17,7 +17,7 @@ from pydantic import BeforeValidator
 
 from nfm.stages.base import Reporter, StageError, Stopped, Unfit
 from nfm.stages.data.reading.tree import Skipped, Tree
-from nfm.stages.data.source import Loaded, box_average, check_keys, digest_files, scratch_array
+from nfm.stages.data.source import Loaded, box_average, digest_files, keys_of, scratch_array
 from nfm.storage.errors import legible
 from nfm.storage.files.parallel import parallel
 
@@ -70,20 +70,20 @@ class ImageFolder:
 
         with own_limit():
             files_of, heldout, self.skipped = _listed(self.root, classes or ())
-        # A folder without files must not count, because the digest is of files.
-        found = {os.path.basename(folder) for folder, files in files_of.items() if files}
-        self.classes = sorted(found) if classes is None else list(classes)
-        if unknown := sorted(found - set(self.classes)):
+        # The digest is of files, so a folder without any must not count.
+        found = sorted({os.path.basename(folder) for folder, files in files_of.items() if files})
+        class_of = dict(zip(found, keys_of(self.root, found)))
+        self.classes = sorted(class_of.values()) if classes is None else list(classes)
+        if unknown := sorted(set(class_of.values()) - set(self.classes)):
             raise StageError(f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class")
-        self.keys: list[str] = []
+        names: list[str] = []
         labels: list[int] = []
         tests: list[bool] = []
         for folder, files in files_of.items():
-            self.keys += files
-            labels += [self.classes.index(os.path.basename(folder))] * len(files) if files else []
+            names += files
+            labels += [self.classes.index(class_of[os.path.basename(folder)])] * len(files) if files else []
             tests += [folder in heldout] * len(files)
-        check_keys(self.root, self.keys)
-        self.paths = [self.root / key for key in self.keys]
+        self.keys, self.paths = keys_of(self.root, names), [self.root / name for name in names]
         self.labels, self.test = np.array(labels, np.int64), np.array(tests, bool)
 
     @staticmethod

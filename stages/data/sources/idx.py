@@ -16,6 +16,7 @@ from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.stages.data.reading.labels import Labels
 from nfm.stages.data.reading.values import Values
 from nfm.stages.data.source import Loaded, box_average, check_unpacked, digest_files
+from nfm.storage.errors import by
 
 TRAIN, TEST = "train", "t10k"
 # two zero bytes, the code of uint8, the number of dimensions
@@ -46,7 +47,8 @@ class Idx:
         self.counts = {part: len(images) for part, images, _ in parts}
         shapes = {part: images.shape[1:] for part, images, _ in parts}
         if len(set(shapes.values())) > 1:
-            raise StageError(f"{self.files[f'{TEST}-images-idx3']}: train and test images differ in shape: {shapes}")
+            told = ", ".join(f"{part} {by(shape)}" for part, shape in shapes.items())
+            raise StageError(f"{self.files[f'{TEST}-images-idx3']}: train and test images differ in shape: {told}")
         self.pixels = np.concatenate([images for _, images, _ in parts])
         values = np.concatenate([labels for _, _, labels in parts]).astype(np.int64)
         self.keys = [f"{part}/{row:07d}" for part, images, _ in parts for row in range(len(images))]
@@ -106,9 +108,9 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     if len(raw) - header != promised:
         held = len(raw) - header
         differs = "holds more than" if held > promised else f"is shorter than its header promises: {held:,} of"
-        raise StageError(f"{path}: {differs} the {promised:,} bytes of values, {shape}: fetch the file anew")
+        raise StageError(f"{path}: {differs} the {promised:,} bytes of values, {by(shape)}: fetch the file anew")
     if 0 in shape[1:]:
-        raise StageError(f"{path}: its images, {shape}, have no pixels: fetch the file anew")
+        raise StageError(f"{path}: its images, {by(shape)}, have no pixels: fetch the file anew")
     return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
 
 

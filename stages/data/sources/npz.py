@@ -19,7 +19,8 @@ from nfm.stages.data.reading.axes import Axes, channels_first, check_axes, image
 from nfm.stages.data.reading.labels import Labels, whole_numbers
 from nfm.stages.data.reading.npz_files import check_folder, files_of
 from nfm.stages.data.reading.values import Values, clear_nonfinite
-from nfm.stages.data.source import Loaded, box_average, check_keys, digest_files, scratch_array
+from nfm.stages.data.source import Loaded, box_average, digest_files, keys_of, scratch_array
+from nfm.storage.errors import by
 
 DTYPES = ("uint8", "float16", "float32")
 IMAGES, LABELS = "data", "labels"
@@ -45,16 +46,15 @@ class Npz:
     ):
         self.average, self.axes, self.unnamed_labels = average, axes, labels is None
         self.path, self.files = path, files_of(path)
-        for file in self.files:
-            check_keys(file.parent, [file.stem])
+        self.names = keys_of(self.files[0].parent, [file.name for file in self.files])
         self.heads = heads = [_header(file, images or IMAGES, labels, axes) for file in self.files]
         first = heads[0]
         parts, keys, test = [], [], []
-        for file, head in zip(self.files, heads):
+        for file, name, head in zip(self.files, self.names, heads):
             if head.kind != first.kind:
                 raise StageError(f"{file}: holds {head}, {self.files[0].name} holds {first}: all files must agree")
             parts.append(_labels(file, head))
-            keys += [f"{file.stem}/{row:07d}" for row in range(head.rows)]
+            keys += [f"{Path(name).stem}/{row:07d}" for row in range(head.rows)]
             test.append(np.full(head.rows, file.name == "val_data.npz" and len(self.files) > 1))
         self.image_shape, self.dtype = first.shape, first.dtype
         if self.dtype != "uint8" and average != 1:
@@ -98,7 +98,7 @@ class Npz:
         return Loaded(images, dict(sorted((self.given.outside(rows, len(self.classes)) | rejected).items())))
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
-        return digest_files(((file.name, file) for file in self.files), known=known)
+        return digest_files(zip(self.names, self.files), known=known)
 
     def _check(self, report: Reporter) -> None:
         """Refuses doubtful data when it is made, so that older data sets keep their names. Reports what is unusual."""
@@ -156,7 +156,7 @@ class _Header(NamedTuple):
         ]
 
     def __str__(self) -> str:
-        return f"{self.dtype} {self.images.shape[1:]} {'without' if self.labels is None else 'with'} labels"
+        return f"{self.dtype} {by(self.images.shape[1:])} {'without' if self.labels is None else 'with'} labels"
 
 
 def _header(file: Path, images: str, labels: str | None, axes: Axes | None) -> _Header:

@@ -24,7 +24,7 @@ FEATURES = ("features.seed=4", "features.images=20000", "features.save_every=128
 
 def submit(site: Site, *sets: str) -> str:
     options = [part for text in sets for part in ("--set", text)]
-    site.lab.nfm("submit", "features", "-c", "tiny.toml", *options, "--per-node", 2, "--go")
+    site.lab.nfm("submit", "features", "-c", "tiny.toml", *options, "--slurm", "--per-node", 2, "--go")
     return str(dict(read_json(site.newest() / "jobs.json")["jobs"])["features"])
 
 

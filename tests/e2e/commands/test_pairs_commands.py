@@ -94,7 +94,7 @@ def test_a_field_is_added_to_a_finished_store_and_joined_by_row(lab: Lab, nfm: N
     before = lab.committed()
     values = np.random.default_rng(0).normal(size=(256, 5)).astype(np.float16)
     np.save(lab.folder / "said.npy", values)
-    assert "256 rows of float16 [5]" in nfm("pairs", "add-field", store, "said", "said.npy")
+    assert "256 rows of float16, 5 each" in nfm("pairs", "add-field", store, "said", "said.npy")
     nfm("pairs", "add-field", store, "said", "said.npy")  # again: nothing new, no error
     assert re.search(r"^row fields +said float16\[5\]$", nfm("pairs", "info", store), re.MULTILINE)
     for batch in PairStore.open(store).batches(64, fields=["said"]):

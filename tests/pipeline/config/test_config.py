@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nfm.pipeline.builder import build
-from nfm.pipeline.config import ConfigError, RunConfig, load
+from nfm.pipeline.config import ConfigError, Override, RunConfig, load
 from nfm.stages.pairs.config import PairsConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.toml"))
@@ -64,6 +64,29 @@ def test_an_error_names_the_file_the_field_and_the_nearest_key(tmp_path: Path, t
         load(path)
     assert str(caught.value).startswith(f"config {path}: ")
     assert says in str(caught.value)
+
+
+def test_a_wrong_value_is_blamed_on_the_option_or_the_file_that_has_it(tmp_path: Path) -> None:
+    path = written(tmp_path, "[data]\nlimit = 0\n[student]\nlabel_drop = 0.0")
+    for options, says in (
+        (["pairs.draws=0"], ["--set pairs.draws=0: pairs.draws = 0: ", f"config {path}: data.limit = 0: "]),
+        (["pairs.draw=2", "data.limit=3"], ["--set pairs.draw=2: pairs.draw: unknown key; did you mean pairs.draws?"]),
+        (["teachr.seed=3", "data.limit=3"], ["--set teachr.seed=3: teachr: unknown key; did you mean teacher?"]),
+        (
+            ["data.limit=3", "evaluate.student_guidance=1.5"],
+            [f"config {path} with --set data.limit=3, --set evaluate.student_guidance=1.5: evaluate.student_guidance"],
+        ),
+        (
+            [Override('compare.couplings=["nmf"]', "--couplings nmf"), "data.limit=3"],
+            ["--couplings nmf: compare.couplings"],
+        ),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(path, options)
+        lines = str(caught.value).splitlines()
+        assert len(lines) == len(says), lines
+        for line, start in zip(sorted(lines), sorted(says)):
+            assert line.startswith(start)
 
 
 @pytest.mark.parametrize(

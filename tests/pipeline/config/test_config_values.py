@@ -44,7 +44,8 @@ def test_every_number_field_refuses_values_that_are_not_numbers(config: Path, na
             load(config, [spelled(name, value)])
         told = str(caught.value)
         section, field = name.split(".")
-        assert told.startswith((f"config {config}: {name}", f"config {config}: {section}: ")), value
+        given = f"--set {spelled(name, value)}"
+        assert told.startswith((f"{given}: {name}", f"config {config} with {given}: {section}: ")), value
         assert field in told or (field == "mixture" and "shares" in told)
         assert not any(word in told for word in WORDS), told
 

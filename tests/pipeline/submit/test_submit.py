@@ -186,7 +186,8 @@ def test_what_is_wrong_is_said_before_anything_is_written(empty: Lab) -> None:
 
 
 def test_a_training_is_one_job_whose_tasks_know_each_other(empty: Lab) -> None:
-    arguments = ("submit", "student", "-c", "tiny.toml", "--nodes", 2, "--per-node", 4, "--set", "student.seed=3")
+    sizes = ("--slurm", "--nodes", 2, "--per-node", 4)
+    arguments = ("submit", "student", "-c", "tiny.toml", *sizes, "--set", "student.seed=3")
     told = empty.nfm(*arguments, "--sbatch=--gpus-per-node=4", "--before", "module load cuda").stdout
     for line in ("#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=4", "#SBATCH --gpus-per-node=4", "module load cuda"):
         assert line in told.splitlines()
@@ -197,6 +198,6 @@ def test_a_training_is_one_job_whose_tasks_know_each_other(empty: Lab) -> None:
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(empty: Lab) -> None:
-    said = empty.nfm("submit", "teacher", "-c", "tiny.toml", "--nodes", 3, exits=2).stderr
+    said = empty.nfm("submit", "teacher", "-c", "tiny.toml", "--slurm", "--nodes", 3, exits=2).stderr
     assert "teacher.batch_size 64 is shared by 3 x 1 processes: make it a multiple of 3" in said
     assert "batch_size 64 is shared by 3 workers" in empty.run("teacher", "teacher.workers=3", exits=2).stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 from nfm.stages.couplings import custom
 from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.encoding.jobs import ShardJob
@@ -41,7 +41,7 @@ def test_another_file_on_a_worker_is_refused(shop: Shop) -> None:
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("short", r"returned noise of shape \(63, 1, 6, 6\) for images \(64, 1, 6, 6\)"),
+        ("short", "returned noise of 63x1x6x6 for images of 64x1x6x6"),
         ("whole", "returned noise of dtype int64; return float32"),
         ("endless", "returned 2304 values that are not finite"),
         ("listed", "returned a list; return a numpy array"),
@@ -127,9 +127,51 @@ def test_a_module_that_is_not_there_is_told_before_anything_begins(shop: Shop, n
         stage.describe(shop.config(coupling="custom", custom=named), shop.inputs)
 
 
-def test_a_missing_function_is_reported(shop: Shop) -> None:
-    config = shop.config(coupling="custom", custom="own_couplings:nothing")
-    with pytest.raises(StageError, match="has no function 'nothing'"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def noise(images, labels, rng):", "is no Python"),
+        ("def nois(images, labels, rng): ...", r"has no function 'noise' \(did you mean 'nois'\?\)"),
+        ("import numpy\nrng = numpy.random.default_rng(0)", "has no function 'noise'; define it"),
+        ("def other():\n    def noise(images, labels, rng): ...", "has no function 'noise'"),
+        ("def noise(images): ...", r"takes \(images\); it is called with \(images, labels, rng\)"),
+        ("def noise(images, labels, rng, more): ...", r"takes \(images, labels, rng, more\)"),
+        ("def noise(images, labels, rng, *, more): ...", "it is called with"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_told_before_anything_begins_and_nothing_is_run(
+    shop: Shop, text: str, said: str
+) -> None:
+    (shop.root / "own_other.py").write_text(f"raise SystemExit('run')\n{text}\n", encoding="utf-8")
+    with pytest.raises(Unfit, match=rf"pairs\.custom = 'own_other:noise': .*{said}"):
+        stage.fits(shop.config(coupling="custom", custom="own_other:noise"), {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def noise(images, labels, rng): ...",
+        "def noise(*arguments): ...",
+        "def noise(images, labels, rng, more=1, *, one=2): ...",
+        "import functools\nnoise = functools.partial(print)",
+        "from elsewhere import noise",
+        "from elsewhere import *",
+        "from elsewhere import other as noise",
+        "try:\n    from elsewhere import noise\nexcept ImportError:\n    noise = None",
+        "class noise: ...",
+        "if True:\n    def noise(images, labels, rng): ...",
+        "globals()['noise'] = print",
+    ],
+)
+def test_a_function_that_may_be_there_is_left_to_be_loaded(shop: Shop, text: str) -> None:
+    (shop.root / "own_other.py").write_text(text, encoding="utf-8")
+    stage.fits(shop.config(coupling="custom", custom="own_other:noise"), {})
+
+
+def test_a_function_that_is_not_there_after_all_is_told(shop: Shop) -> None:
+    (shop.root / "own_other.py").write_text("from own_couplings import *", encoding="utf-8")
+    config = shop.config(coupling="custom", custom="own_other:nothing")
+    with pytest.raises(Unfit, match="has no function 'nothing'"):
         Encoder(stage.setup(config, shop.of(config), shop.begin(config)))
 
 

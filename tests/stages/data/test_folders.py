@@ -239,10 +239,38 @@ def test_two_links_that_lead_to_each_other_are_refused(tmp_path: Path) -> None:
     refused(root, "a/out/back: the link leads back")
 
 
-def test_a_name_that_is_not_utf_8_is_refused_with_a_message(tmp_path: Path) -> None:
-    root = folder(tmp_path, "a/1.png")
+def test_names_of_any_bytes_are_data_whose_keys_can_be_read(tmp_path: Path) -> None:
+    root = folder(tmp_path / "in", "a/1.png", "a/2.png", "b/1.png", "b/2.png")
     os.rename(root / "a" / "1.png", os.fsencode(root / "a") + b"/caf\xe9.png")
-    refused(root, r"'a/caf\xe9.png' is not UTF-8", "rename")
+    os.rename(root / "b", os.fsencode(root) + b"/\xed\xa0\x80\xff")
+    (root / "a" / os.fsdecode(b"h\xfc.txt")).write_text("no image", encoding="utf-8")
+    odd = r"\xed\xa0\x80\xff"
+    assert listed(root) == [
+        ("a/2.png", "a", False),
+        (r"a/caf\xe9.png", "a", False),
+        (f"{odd}/1.png", odd, False),
+        (f"{odd}/2.png", odd, False),
+    ]
+    assert [key for key, _, _ in listed(root, classes=["a", odd])] == [key for key, _, _ in listed(root)]
+    result = make(tmp_path / "out", root, heldout=0, max_rejected=0)
+    assert result.metrics["images"] == 4
+    assert [entry["first"] for entry in result.extra["skipped"].values()] == [[r"a/h\xfc.txt"]]
+
+
+def test_two_names_that_would_be_one_key_or_one_class_are_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path, r"a/caf\xe9.png", "a/1.png")
+    os.rename(root / "a" / "1.png", os.fsencode(root / "a") + b"/caf\xe9.png")
+    refused(root, r"a/caf\xe9.png is the key of two names", "rename")
+    root = folder(tmp_path / "classes", r"caf\xe9/1.png", "b/2.png")
+    os.rename(root / "b", os.fsencode(root) + b"/caf\xe9")
+    refused(root, r"caf\xe9 is the key of two names", "rename")
+
+
+def test_a_damaged_image_whose_name_is_no_utf_8_is_set_aside_by_name(tmp_path: Path) -> None:
+    root, report = folder(tmp_path / "in", "a/1.png", "a/2.png"), Recorder()
+    (root / "a" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"no picture")
+    make(tmp_path / "out", root, report, heldout=0, max_rejected=0.5)
+    assert any(r"a/caf\xe9.png" in line for line in report.said)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

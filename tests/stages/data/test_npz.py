@@ -17,6 +17,7 @@ from nfm.stages.data.config import DataConfig
 from nfm.stages.data.source import Loaded
 from nfm.stages.data.sources import Npz
 from nfm.storage import ImageDataset
+from nfm.storage.errors import by
 from tests.support.patience import allowed
 from tests.support.recorder import Recorder
 
@@ -77,7 +78,7 @@ def test_axes_that_look_like_channels_last_are_refused_and_taken_on_purpose(
     values = pixels(ROWS, *shape).astype(dtype)
     path = save(data=values)
     said = refusal(tmp_path, path)
-    for part in (first, last, 'data.axes = "nhwc"', 'data.axes = "nchw"', ".transpose(0, 3, 1, 2)", str(values.shape)):
+    for part in (first, last, 'data.axes = "nhwc"', 'data.axes = "nchw"', ".transpose(0, 3, 1, 2)", by(values.shape)):
         assert part in said
     np.testing.assert_array_equal(loaded(tmp_path, path, axes="nhwc")[1].images, values.transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(loaded(tmp_path, path, axes="nchw")[1].images, values)
@@ -147,7 +148,7 @@ def test_an_array_of_another_name_is_asked_for_by_it(tmp_path: Path, save: Save)
     path = save(x_train=values, y_train=LABELS)
     said = refusal(tmp_path, path)
     assert "no array 'data'" in said
-    assert "x_train (uint8 (60, 1, 6, 5)), y_train (int64 (60,))" in said
+    assert "x_train (uint8 60x1x6x5), y_train (int64 60)" in said
     assert 'set data.images = "x_train"' in said
     assert 'set data.labels = "y_train"' in refusal(tmp_path, path, images="x_train")
     assert "no array 'y', which data.labels names" in refusal(tmp_path, path, images="x_train", labels="y")
@@ -178,7 +179,7 @@ def test_a_test_set_in_the_same_file_or_folder_is_told_of(tmp_path: Path, save: 
     report = Recorder()
     path = save(data=pixels(ROWS, 1, 6, 5), labels=LABELS, x_test=pixels(9, 1, 6, 5), y_test=LABELS[:9])
     loaded(tmp_path, path, report)
-    assert [text for text in report.said if "not read: x_test (uint8 (9, 1, 6, 5))" in text and "val_data.npz" in text]
+    assert [text for text in report.said if "not read: x_test (uint8 9x1x6x5)" in text and "val_data.npz" in text]
     for name in ("train_data_batch_1", "train_data_batch_2", "test_data"):
         np.savez(tmp_path / f"{name}.npz", data=pixels(4, 1, 6, 5))
     loaded(tmp_path, str(tmp_path), report)
@@ -384,8 +385,8 @@ WRONG_LABELS = {
     "floats": (LABELS.astype(float), "labels.astype(np.int64)"),
     "bools": (LABELS > 0, "labels.astype(np.int64)"),
     "too few": (LABELS[:-1], "59 labels for 60 images"),
-    "a picture": (pixels(ROWS, 8, 8), "expected integers [N]"),
-    "one number": (np.array(3), "expected integers [N]"),
+    "a picture": (pixels(ROWS, 8, 8), "expected integers, one an image"),
+    "one number": (np.array(3), "expected integers, one an image"),
 }
 
 

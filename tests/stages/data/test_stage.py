@@ -333,12 +333,15 @@ def test_a_parent_folder_may_have_a_name_that_is_not_utf_8(
     make(tmp_path / "out", source=source, path=os.path.relpath(path, above))
 
 
-def test_an_npz_file_whose_name_is_no_utf_8_is_refused_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_npz_file_whose_name_is_no_utf_8_has_keys_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.rename(npz(tmp_path), tmp_path / latin_1(b"\xe9ins.npz"))
     (tmp_path / "one.npz").symlink_to(latin_1(b"\xe9ins.npz"))
     make(tmp_path / "out", source="npz", path=str(tmp_path / "one.npz"))
-    with pytest.raises(StageError, match=r"'\\xe9ins' is not UTF-8, which a key must be: rename the file"):
-        Npz(str(tmp_path / latin_1(b"\xe9ins.npz")))
+    odd = Npz(str(tmp_path / latin_1(b"\xe9ins.npz")))
+    assert odd.keys[0] == r"\xe9ins/0000000"
+    assert odd.digest()["digest"]
 
 
 @pytest.mark.parametrize("field", ["path", "name", "origin", "image_decoder"])
@@ -378,7 +381,13 @@ def test_labels_of_a_test_set_that_no_training_image_has_are_told(tmp_path: Path
     assert report.said == ["2 of 5 classes have no training image: '3', '4'; held out are images of '3', '4'"]
 
 
-def test_a_class_of_the_config_without_images_is_reported(tmp_path: Path) -> None:
+def test_a_limit_above_what_there_is_is_told(tmp_path: Path) -> None:
+    report = Recorder()
+    make(tmp_path / "out", report, source="npz", path=npz(tmp_path), limit=1000)
+    assert report.said == ["data.limit = 1,000 is more than there are: all 30 images are taken"]
+
+
+def test_a_class_that_the_config_names_and_no_image_has_is_told(tmp_path: Path) -> None:
     report = Recorder()
     path = npz(tmp_path, labels=np.arange(30) % 2)
     make(tmp_path / "out", report, source="npz", path=path, classes=["a", "b", "c"])

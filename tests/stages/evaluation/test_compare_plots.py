@@ -51,13 +51,17 @@ def test_a_distance_without_a_logarithm_is_named(body: dict[str, Any]) -> None:
     assert "independent (-0.5000 at NFE 7: not on this axis)" in told
 
 
-def test_every_point_of_speed_names_its_nfe(body: dict[str, Any]) -> None:
+def test_every_nfe_of_speed_is_named_once_beside_its_last_point(body: dict[str, Any]) -> None:
     axes = drawn(compare_plots._speed(body, styles(body)))
-    points = sorted((text.xy, text.get_text()) for text in axes.texts)
+    labels = {text.get_text(): text.xy for text in axes.texts}
+    assert sorted(labels) == ["NFE 3", "NFE 7"]
+    assert len(axes.texts) == 2
     students = [line for line in axes.lines if len(line.get_xdata()) == 2 and line.get_label() in body["seeds"]]
     places = sorted((x, y) for line in students for x, y in zip(*line.get_data()))
-    assert [place for place, _ in points] == places
-    assert [text for _, text in points].count("NFE 7") == len(body["seeds"]) == 3
+    assert len(places) == 2 * len(body["seeds"]) == 6
+    for x, y in labels.values():
+        assert (x, y) in places
+        assert x == max(along for along, up in places if up == y)
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     assert all(left < x < right and low < y < high for x, y in places)
     for ticks, (start, end) in ((axes.get_xticks(), (left, right)), (axes.get_yticks(), (low, high))):
@@ -72,3 +76,12 @@ def test_a_loss_of_one_point_is_marked_and_inside(body: dict[str, Any]) -> None:
         assert line.get_markevery() is None
     low, high = axes.get_ylim()
     assert low < 0.3 < high
+
+
+def test_bars_of_one_coupling_look_different(body: dict[str, Any]) -> None:
+    names = ["nfm", "nfm:permuted", "nfm:soften=0.5", "independent"]
+    rows = [{"variant": name, "value": {"mean": 0.1, "spread": None}} for name in names]
+    found = compare_plots._styles(names)
+    bars = drawn(compare_plots._curvature({**body, "curvature": rows}, found)).patches
+    assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == len(names)
+    assert bars[0].get_facecolor() == bars[1].get_facecolor() != bars[3].get_facecolor()

@@ -163,6 +163,16 @@ def test_moments_name_the_dimension_and_the_class_that_are_off(make: Make) -> No
     assert "z's variance differs from 1" in " ".join(coupling_report.advice(body))
 
 
+def test_noise_of_a_wrong_scale_is_told_whatever_its_mean(make: Make) -> None:
+    told = coupling_report.advice(measured(make("external", 30 * normal(300) + 2)))
+    for parts in (
+        ("variance differs from 1", "divide it by"),
+        ("mean differs from 0", "take its mean off"),
+    ):
+        assert [text for text in told if all(part in text for part in parts)]
+    assert "teacher" not in " ".join(told)
+
+
 def test_rows_are_counted_from_the_index_and_uneven_ones_advised_on(make: Make) -> None:
     row = np.arange(600) % 300
     row[row < 150] = 0  # half the pairs have the first image

@@ -14,7 +14,7 @@ from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.export import export
 from nfm.storage.files.cache import ShardCache
 from nfm.storage.files.cache_folder import base_folder
-from nfm.storage.files.paths import as_path, is_remote, is_url, local_path, stated_path
+from nfm.storage.files.paths import artifacts_root, as_path, is_remote, is_url, local_path, stated_path
 from nfm.storage.files.remote import patience
 
 
@@ -71,6 +71,7 @@ REFUSED = [
     ("memory:/x", "two slashes"),
     ("hdfs:/x", "two slashes"), ("file:x", r"write file:///path, or \./file:x"), ("http:x/y", "two slashes"),
     ("s4://bucket/x", "no known scheme; use a folder, s3://bucket/.*gs://.*file:///path"),
+    ("s33://bucket/x", r"no known scheme \(did you mean s3://\?\)"),
     ("nosuch::s3://b/x", "no known scheme"), ("s3://", "names no bucket"), ("s3:///x", "names no bucket"),
     ("gs:// /x", "names no bucket"), ("file://host/x", "names no path of this machine"), ("file://", "names no path"),
     ("file:///a%00b", "names no path"), (" s3://bucket/x", "space before the URL"), (" s3:b", "space before the URL"),
@@ -151,6 +152,13 @@ def test_an_environment_variable_that_cannot_be_used_is_named(text: str, monkeyp
     with pytest.raises(NoPlace, match=r"^NFM_CACHE=s3:/") as caught:
         base_folder()
     assert "secret" not in str(caught.value)
+
+
+def test_a_file_where_artifacts_should_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NFM_ARTIFACTS", str(tmp_path / "file"))
+    with pytest.raises(NoPlace, match="file: a file, where artifacts need a folder; let NFM_ARTIFACTS name one"):
+        artifacts_root()
 
 
 @pytest.mark.parametrize("text", ["s3:/bucket/x", "~no-such-user/x", "s4://x", ""])

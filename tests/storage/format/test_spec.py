@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nfm.storage import PairStore, PairWriter
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import FORMAT, Field, StoreSpec, pair_fields, parse_name, read_spec, shard_name, write_spec
@@ -111,6 +112,30 @@ def _reads_or_is_refused(recipe: dict[str, Any]) -> None:
     assert 1 <= spec.rows <= 10**9
     assert 1 <= spec.shards_per_draw <= 100_000
     assert sum(field.bytes_per_record for field in spec.fields) <= 2**28
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image_shape": (8, 8)}, r"image_shape \(8, 8\): give \(channels, height, width\)"),
+        ({"image_shape": (1, 1, 8, 8)}, "channels, height, width"),
+        ({"image_shape": 8}, "image_shape"),
+        ({"classes": 0}, "classes 0: leave classes out"),
+    ],
+)
+def test_a_recipe_of_external_pairs_that_nobody_could_train_on_is_refused(change: dict, said: str) -> None:
+    with pytest.raises(StorageError, match=said):
+        StoreSpec.external(**{"rows": 10, "image_shape": (1, 8, 8), "origin": "a test", **change})
+
+
+def test_a_file_where_a_store_should_be_is_told_to_readers_and_writers(tmp_path: Path, small_spec: StoreSpec) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("no store", encoding="utf-8")
+    with pytest.raises(StorageError, match=r"notes\.txt: a file that is no manifest of a store; name the folder"):
+        PairStore.open(file)
+    with pytest.raises(StorageError, match=r"notes\.txt: a file, and a store is a folder; write to a new or empty"):
+        PairWriter(file, small_spec)
+    assert file.read_text(encoding="utf-8") == "no store"
 
 
 def test_a_folder_that_is_no_store_says_so(tmp_path: Path) -> None:

@@ -72,6 +72,22 @@ def test_batches_of_any_size_of_numpy_or_torch_make_the_same_store(tmp_path: Pat
     assert not verify(tmp_path / "single", level="deep")
 
 
+def test_a_row_is_one_image_in_a_batch_between_batches_and_mirrored(tmp_path: Path) -> None:
+    batch = part(pairs(), 0, 4)
+    twice = {name: np.concatenate([values, values]) for name, values in batch.items()}
+    rows, flip = np.tile(np.arange(4), 2), np.arange(8) >= 4
+    twice["image"][4:] = twice["image"][4:, ..., ::-1]
+    writer = PairWriter(tmp_path, spec_of())
+    writer.write(**twice, row=rows, flip=flip)
+    for wrong in (rows % 2, np.roll(rows, 1)):
+        with pytest.raises(StorageError, match=r"slot 8: row: \d in record \d of the batch was given before"):
+            writer.write(**twice, row=wrong, flip=flip)
+    with pytest.raises(StorageError, match="another image or label"):
+        writer.write(**batch | {"label": (batch["label"] + 1) % 10}, row=rows[:4])
+    writer.write(**batch, row=rows[:4])
+    assert writer.next_slot() == 12
+
+
 def test_columns_of_the_index_may_be_given(tmp_path: Path) -> None:
     rows = np.arange(ROWS)[::-1]
     with PairWriter(tmp_path, spec_of()) as writer:
@@ -84,11 +100,11 @@ def test_columns_of_the_index_may_be_given(tmp_path: Path) -> None:
 
 NAN = np.where(np.arange(16).reshape(1, 4, 4) == 3, np.nan, 0.0)
 WRONG: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
-    ({}, {"image": np.zeros((5, 1, 4, 5), np.uint8)}, ("image: shape [5, 1, 4, 5]", "[1, 4, 4]")),
+    ({}, {"image": np.zeros((5, 1, 4, 5), np.uint8)}, ("image: is 5x1x4x5", "1x4x4 a record")),
     ({}, {"image": np.zeros((5, 1, 4, 4))}, ("image: float64", "uint8", "image_dtype='float32'")),
     ({}, {"noise": np.zeros((5, 1, 4, 4), np.int64)}, ("noise: int64", "give floats")),
     ({}, {"noise": np.zeros((4, 1, 4, 4))}, ("noise: 4 records, image has 5",)),
-    ({}, {"noise": np.zeros((1, 4, 4))}, ("noise: shape [1, 4, 4]", "batch")),
+    ({}, {"noise": np.zeros((1, 4, 4))}, ("noise: is 1x4x4", "batch")),
     ({}, {"noise": np.stack([np.zeros((1, 4, 4))] * 2 + [NAN] * 3)}, ("noise: nan in record 2",)),
     ({}, {"noise": np.full((5, 1, 4, 4), 1e5)}, ("noise: 100000.0 in record 0", "float16", "float32 takes more")),
     ({"codec": "float32"}, {"noise": np.full((5, 1, 4, 4), 1e39)}, ("noise: 1e+39", "too large for float32")),
@@ -97,7 +113,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ({}, {"label": np.array([0, 1, 2, -1, 3])}, ("label: -1 in record 3",)),
     ({}, {"label": np.zeros(5)}, ("label: float64", "whole numbers")),
     ({}, {"label": None}, ("label: not given",)),
-    ({}, {"label": "cat"}, ("label: shape []",)),
+    ({}, {"label": "cat"}, ("label: is one value",)),
     ({"classes": None}, {}, ("label: the spec of the store has no such field", "give classes")),
     ({}, {"caption": np.zeros(5)}, ("caption: the spec of the store has no such field", "row, flip, nll")),
     ({}, {"row": np.full(5, 50)}, ("row: 50 in record 0", "0 to 49")),

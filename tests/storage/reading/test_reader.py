@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfm.storage import BatchReader, PairStore, StateMismatch, StorageError
+from nfm.storage import BatchReader, Mixture, PairStore, StateMismatch, StorageError
 from nfm.storage.format.convert import to_float32
 from nfm.storage.reading.stream import StoreStream, plan
 from tests.support.patience import PATIENCE
@@ -395,6 +395,14 @@ def test_float16_becomes_float32_without_rounding():
     finite = every[np.isfinite(every)]
     assert np.array_equal(to_float32(finite, (-1, 1)).view(np.int32), finite.astype(np.float32).view(np.int32))
     assert np.array_equal(to_float32(every, (-1, 1)), every.astype(np.float32), equal_nan=True)
+
+
+def test_a_batch_larger_than_the_store_takes_the_memory_of_the_store(make_store):
+    store = PairStore.open(make_store())
+    (batch,) = store.batches(10**9, last="keep")
+    assert sorted(batch.slot.tolist()) == list(range(50))
+    (batch,) = Mixture([(store, 1), (store, 1)]).batches(10**9, last="keep")
+    assert len(batch) == 50
 
 
 def test_no_record_is_lost_between_threads_of_a_real_store(make_store):

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nfm.storage import MissingShard, PairStore, StateMismatch, StorageError
+from nfm.storage import MissingShard, PairStore, PairWriter, StateMismatch, StorageError, StoreSpec
+from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.format.spec import pair_fields
 
 ODD = pc.field("flip")
@@ -120,6 +121,7 @@ def test_long_lists_that_print_alike_are_told_apart(store):
     ("filter", "message"),
     [
         (pc.field("lable") == 3, r"lable.*key \(string\), slot \(int64\).*nll \(float\)"),
+        ([("lable", "==", 3)], r"no column 'lable' \(did you mean 'label'\?\)"),
         ([("colour", "==", 3)], "colour.*label"),
         (pc.field("label") == "cat", r"label.*int64"),
         (pc.field("label"), "bool"),
@@ -133,6 +135,15 @@ def test_a_filter_that_means_nothing_is_refused_before_anything_is_read(make_sto
         part.unlink()
     with pytest.raises(ValueError, match=message):
         PairStore.open(root).batches(2, filter=filter)
+
+
+@pytest.mark.parametrize("filter", [pc.field("nll") < 3, ~(pc.field("nll") < 3), [("label", "==", 1), ("nll", ">", 0)]])
+def test_a_filter_on_nll_where_no_record_has_one_is_refused(tmp_path, filter):
+    spec = StoreSpec.external(rows=6, image_shape=(1, 2, 2), classes=2, origin="a test")
+    with PairWriter(tmp_path, spec) as writer:
+        writer.write(image=np.zeros((6, 1, 2, 2), np.uint8), noise=np.zeros((6, 1, 2, 2)), label=np.arange(6) % 2)
+    with pytest.raises(WrongArgument, match=r"no record of .* has an nll"):
+        PairStore.open(tmp_path).batches(2, filter=filter)
 
 
 def test_a_filter_that_nothing_matches_says_so(store):
