@@ -7,7 +7,7 @@ shape of some sources' images, the finished data stage gives everything.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,11 +23,14 @@ from nfm.stages.trained.training import TrainingSection
 
 
 def check(nodes: Mapping[str, Node], target: str) -> None:
-    """Raises Unfit if a stage that is still to be made cannot work, as far as is known yet."""
-    known = facts(nodes)
-    for node in upstream(nodes, target):
-        if not node.made():
-            optional(node.stage, "fits", lambda *_: None)(node.config, known)
+    """Raises Unfit where a stage that is still to be made could not be, as far as can be told yet."""
+    check_fits((node for node in upstream(nodes, target) if not node.made()), facts(nodes))
+
+
+def check_fits(nodes: Iterable[Node], known: Mapping[str, Any]) -> None:
+    """Raises Unfit for a section that does not fit data of which this is known."""
+    for node in nodes:
+        optional(node.stage, "fits", lambda *_: None)(node.config, known)
 
 
 def ready(nodes: Mapping[str, Node], target: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from nfm.stages.trained import timing
 from tests.support.lab import CONFIG, Lab
 from tests.support.once import once
 from tests.support.sizes import FULL
@@ -51,6 +52,12 @@ def pytest_runtest_makereport(
 pytest.register_assert_rewrite("tests.stages.pairs.shop")  # whose own assertions are to show values, as a test's do
 settings.register_profile("nfm", deadline=None)  # a busy machine is no finding
 settings.load_profile("nfm")
+
+
+@pytest.fixture(autouse=True)
+def _timed_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans time this machine as briefly as they can: tests look at what is timed, not at how well."""
+    monkeypatch.setattr(timing, "SECONDS", 0.1)
 
 
 @pytest.fixture(scope="session")

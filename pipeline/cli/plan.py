@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import click
@@ -12,9 +13,6 @@ from nfm.pipeline.cli.compare_options import compared_options, overrides_of
 from nfm.pipeline.cli.options import MANY, Number, Whole, config_option, json_option, set_option
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import STAGES
-from nfm.stages.base import StageError
-
-WORKERS = (1, 8, 64)
 
 
 class ImageShape(click.ParamType):
@@ -33,11 +31,18 @@ class ImageShape(click.ParamType):
 @config_option
 @set_option
 @compared_options
-@click.option("--images", type=Whole(1, MANY), help="Training images, to plan pairs before the data is there.")
+@click.option("--images", type=Whole(1, MANY), help="Training images, to plan before the data is there.")
 @click.option("--image-shape", type=ImageShape(), help="Their shape, with --images: 3x64x64.")
 @click.option("--classes", type=Whole(0, MANY), help="Their classes, with --images; 0 for none. [default: 1000]")
-@click.option("--workers", multiple=True, type=Whole(1, MANY), help="Time for so many. Repeatable. [default: 1, 8, 64]")
-@click.option("--rate", type=Number(0, 1e12, above=True), help="Images a second of a worker elsewhere.")
+@click.option(
+    "--workers",
+    multiple=True,
+    type=Whole(1, MANY),
+    help="Of pairs, the time that so many take. Repeatable. [default: 1, 8, 64]",
+)
+@click.option(
+    "--rate", type=Number(0, 1e12, above=True), help="Images or pairs of STAGE a second, of one worker elsewhere."
+)
 @json_option
 def plan(
     stage: str, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None,
@@ -46,29 +51,20 @@ def plan(
 ) -> None:  # fmt: skip
     """Show what a run would do and what it costs, and do nothing.
 
-    For pairs that are still to be made it also shows shards, bytes by codec, and time by number of workers: from this
-    machine's rate, which takes seconds to measure, or from --rate. With --images and --image-shape it does not look at
-    data.
+    Times are of this machine, which is timed for seconds, or follow from --rate. With --images and --image-shape no
+    data is looked at. Of pairs also shards, bytes by codec and time by workers; of compare the sums by kind of stage.
     """
-    from nfm.pipeline import builder, overview
+    from nfm.pipeline import builder
+    from nfm.pipeline.overview.plan import Asked, data_to_come, plan_text
+    from nfm.pipeline.overview.plan import plan as planned
 
-    if stage != "pairs" and (images or image_shape or classes is not None or workers or rate):
-        raise click.UsageError(f"--images, --image-shape, --classes, --workers and --rate plan pairs, not {stage}")
     if (images is None) != (image_shape is None) or (classes is not None and images is None):
         raise click.UsageError("give --images and --image-shape together (and --classes only with them)")
     config = load(config_path, (*overrides, *overrides_of(couplings, seeds, stage)))
-    counts = workers or WORKERS
-    if images and image_shape:
-        facts = {"images": images, "image_shape": list(image_shape), "classes": 1000 if classes is None else classes}
-        config = config.model_copy(update={"teacher": builder.teacher_of(config)[0]})
-        rows = [overview.pairs_to_come(config, facts, counts, rate)]
-    else:
-        nodes = builder.build(config, target=stage)
-        try:
-            rows = overview.plan(nodes, stage)
-        except StageError as error:
-            hint = f"{error}. Without the data, plan pairs with --images N --image-shape CxHxW"
-            raise type(error)(hint if stage == "pairs" else str(error)) from error
-        if stage == "pairs" and (rows[-1]["would"] != overview.DONE or workers or rate):
-            rows[-1]["plan"] = overview.pairs_plan(nodes, counts, rate)
-    click.echo(json.dumps(rows, indent=2) if as_json else overview.plan_text(rows))
+    data = None
+    if images is not None and image_shape is not None:
+        data = data_to_come(config, images, image_shape, 1000 if classes is None else classes)
+    rows = planned(
+        builder.build(config, target=stage), stage, Asked(data, workers, rate), say=partial(click.echo, err=True)
+    )
+    click.echo(json.dumps(rows, indent=2) if as_json else plan_text(rows, stage))

@@ -13,6 +13,7 @@ from nfm.stages.trained.sampling import ALWAYS, GridName, SolverName
 from nfm.stages.trained.training import Precision
 from nfm.trainers.nfe import pick_solver
 
+CURVATURE_STEPS = 128
 SPEEDS = ("images_per_second", "batch", "latency_seconds")
 
 Time = Annotated[float, Field(ge=0, le=1)]

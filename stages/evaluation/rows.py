@@ -15,6 +15,7 @@ import numpy as np
 from nfm.stages.base import Inputs, Reporter, StageError, Stopped, Unfit
 from nfm.stages.display.pictures import as_pixels, to_uint8
 from nfm.stages.display.points import are_points
+from nfm.stages.evaluation.config import CURVATURE_STEPS
 from nfm.stages.evaluation.distances import EXACT_VALUES, Reference
 from nfm.stages.trained import student
 from nfm.stages.trained.machine import machine
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 SHOWN = 64
-CURVATURE_STEPS = 128
-# Columns that only samplers have.
+# Columns that only a sampler has.
 NOT_SAMPLED = ["coupling", "sampler", "nfe", "guidance", "images_per_second", "batch", "latency_seconds", "parameters"]
 
 _REMEDY = (

@@ -7,7 +7,8 @@ stopped evaluation continues with the next row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,18 @@ from nfm.stages.base import (
     Result,
     StageError,
     Stopped,
+    Unfit,
 )
-from nfm.stages.evaluation.config import SPEEDS, EvaluateConfig
+from nfm.stages.evaluation.config import CURVATURE_STEPS, SPEEDS, EvaluateConfig
 from nfm.stages.evaluation.inception import find_weights, weights_sha256
 from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key
+from nfm.stages.trained import student
+from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.sampling import (
     Sampler,
+    evaluations_per_second,
     find_reference_solver,
     has_own_sampler,
     own_sampler,
@@ -32,6 +37,7 @@ from nfm.stages.trained.sampling import (
     student_sampler,
     teacher_sampler,
 )
+from nfm.stages.trained.timing import Clock
 from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
@@ -110,6 +116,33 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     return Result(payload=[DISTANCES], metrics=figures, files=[TABLE, TEXT, *pictures])
 
 
+def cost(config: EvaluateConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
+    """What the samples and the curvature of the students take; their number is that of the roles in `inputs`."""
+    students = len(_students(facts["inputs"]))
+    count = min(config.samples, facts.get("heldout", config.samples))
+    shape, guidance = facts["image_shape"], config.student_guidance
+    each = count * sum(config.nfe) + sum(2 * batch * nfe for batch in config.speed_batches for nfe in config.nfe)
+    evaluations = students * ((2 if guidance else 1) * each + CURVATURE_STEPS * config.curvature_trajectories)
+    left_out = ["distances", *(["the teacher's samples"] if "teacher" in facts["inputs"] else [])]
+    words = f"without {' and '.join(left_out)}"
+    if facts["student"].model is not None or facts["student"].sampler is not None:  # a plan runs nobody's code
+        return Cost(count, "samples a row", unknown=own.UNKNOWN_COST)
+    one = student.flops(facts["student"], shape)
+    cost = Cost(count, "samples a row", flops=evaluations * one, unknown=words)
+    if clock is None or not students:
+        return cost
+    try:
+        device = pick_device(config.device)
+    except Unfit as error:
+        return replace(cost, unknown=f"no time ({error})")
+    sizes = {"flops": one, "batch_size": config.batch_size, "device": device, "shape": shape}
+    rate = clock.measured(
+        "the velocity of the student", config.precision, sizes,
+        lambda: evaluations_per_second(facts["student"], facts, device, config.precision, config.batch_size, 0.0),
+    )  # fmt: skip
+    return replace(cost, seconds=evaluations / rate)
+
+
 def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[Sampler]:
     if "teacher" in inputs:
         for guidance in sorted({0.0, config.guidance}, key=bool):
@@ -135,7 +168,7 @@ def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[S
             yield reference_sampler(inputs[role], device, config.precision, *how)
 
 
-def _students(inputs: Inputs) -> list[str]:
+def _students(inputs: Iterable[str]) -> list[str]:
     return [role for role in inputs if role.partition(":")[0] == "student"]
 
 

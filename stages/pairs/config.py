@@ -12,6 +12,8 @@ from nfm.stages.executors import EXECUTORS
 from nfm.stages.trained.training import Precision
 from nfm.storage.layouts import LAYOUTS
 
+PLAIN_BATCH = 256  # of "auto", where there is no teacher to run
+
 
 class PairsConfig(Section):
     """The `[pairs]` table. Every draw pairs each training image with new noise; flips are also drawn again.

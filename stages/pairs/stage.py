@@ -22,26 +22,26 @@ from nfm.stages.executors import EXECUTORS, ray_cluster
 from nfm.stages.executors.ray_cluster import address_of
 from nfm.stages.pairs import production as making
 from nfm.stages.pairs import sealing
-from nfm.stages.pairs.config import PairsConfig
+from nfm.stages.pairs.config import PLAIN_BATCH, PairsConfig
 from nfm.stages.pairs.recipe import (
     maker,
     options,
-    pair_flops,
     planned_spec,
     small_groups,
     store_spec,
 )
+from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.timing import Clock
 from nfm.stages.trained.training import WEIGHTS
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
-from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec
+from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import seal as generations
 
 NAME = "pairs"
 VERSION = 1
-PLAIN_BATCH = 256  # without a teacher
 
 
 def input_roles(config: PairsConfig) -> tuple[str, ...]:
@@ -213,14 +213,22 @@ def seal(
     )
 
 
-def cost(config: PairsConfig, facts: Mapping[str, Any]) -> dict[str, str]:
-    """Pairs, bytes on disk, and the arithmetic to find the pairs."""
-    pairs = facts["images"] * config.draws
-    fields = pair_fields(facts["image_shape"], config.codec, facts.get("image_dtype", "uint8"))
-    stored = pairs * sum(field.bytes_per_record for field in fields)
-    flops = pairs * pair_flops(config, facts)
-    arithmetic = {"FLOPs": f"{flops:.2g}"} if flops else {}  # `pairs_plan` measures the time
-    return {"pairs": f"{pairs:,}", "draws": str(config.draws), "MB": f"{stored / 1e6:,.0f}", **arithmetic}
+def cost(config: PairsConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
+    """Pairs, bytes on disk, and the arithmetic of finding them; the time of one worker where that can be told."""
+    from nfm.stages.pairs import estimate
+
+    plan = estimate.estimate(config, facts, [], clock=clock)
+    one = plan.get("worker")
+    return Cost(
+        plan["pairs"],
+        "pairs",
+        told="1 draw" if config.draws == 1 else f"{config.draws} draws",
+        bytes=plan["bytes"][config.codec],
+        flops=plan.get("flops"),
+        seconds=plan["pairs"] / one["images_per_second"] if one else None,
+        where="by one worker here",
+        unknown=f"no time ({plan['no_time']})" if "no_time" in plan else "",
+    )
 
 
 def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:

@@ -1,19 +1,56 @@
-"""The cost of a stage before it runs: FLOPs from the sizes, and time from this machine's rate of matrix products."""
+"""What stages cost before they run: what is counted, products from the sizes, time here, bytes on disk."""
 
 from __future__ import annotations
 
-import functools
-import math
-import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nfm.stages.display.units import about
+from nfm.stages.display import units
 
 if TYPE_CHECKING:
     from torch import nn
 
-EFFICIENCY = 0.25  # of the measured rate; small models with attention and norms reached 0.2 to 0.35 on CPUs
+
+@dataclass(frozen=True)
+class Cost:
+    """What making an artifact takes, None where that is not known or nothing.
+
+    `count` is of `unit`, such as pairs; `seconds` are of one worker, on the device that `where` says; `bytes` lie on
+    disk afterwards. `told` is further words, `unknown` says what is in no figure.
+    """
+
+    count: int | None = None
+    unit: str = ""
+    told: str = ""
+    flops: float | None = None
+    seconds: float | None = None
+    bytes: int | None = None
+    unknown: str = ""
+    where: str = "here"
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.count:,} {self.unit}" if self.count is not None else "",
+            self.told,
+            units.size(self.bytes) if self.bytes else "",
+            f"{self.flops:.2g} FLOPs" if self.flops else "",
+            f"about {units.about(self.seconds)} {self.where}" if self.seconds is not None else "",
+            self.unknown,
+        ]
+        return ", ".join(part for part in parts if part)
+
+    def figures(self) -> dict[str, Any]:
+        """What is known, for machines: numbers by name, and in words what is not."""
+        named = {self.unit: self.count, "flops": self.flops, "seconds": self.seconds, "bytes": self.bytes}
+        return {name: value for name, value in (named | {"unknown": self.unknown or None}).items() if value is not None}
+
+
+class Counted(NamedTuple):
+    """Of a network: FLOPs of one forward pass of one image, and the number of its parameters."""
+
+    flops: float
+    parameters: int
 
 
 def tokens_of(image_shape: Sequence[int], patch: int) -> tuple[int, int]:
@@ -32,32 +69,20 @@ def teacher_flops(image_shape: Sequence[int], config: Any) -> float:
     return config.blocks * (2.0 * tokens * weights + 2.0 * config.layers * tokens**2 * width)
 
 
-def velocity_flops(build: Callable[[], nn.Module], image_shape: Sequence[int]) -> float:
-    """FLOPs of the velocity of one image by any network g(x, t), counted by torch from shapes alone."""
+def teacher_parameters(image_shape: Sequence[int], classes: int, config: Any) -> int:
+    """How many values a teacher learns, by arithmetic."""
+    (tokens, features), width = tokens_of(image_shape, config.patch), config.channels
+    layer = 12 * width**2 + 13 * width  # four matrices with biases, two norms
+    ends = (features + 1 + tokens + classes) * width + 2 * features * (width + 1)
+    return int(config.blocks * (config.layers * layer + ends))
+
+
+def counted(build: Callable[[], nn.Module], image_shape: Sequence[int], with_time: bool = True) -> Counted:
+    """What any network g(x, t), or g(x) without time, takes for an image, as torch counts it from shapes alone."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        build()(torch.empty(1, *image_shape), torch.empty(1))
-    return float(counter.get_total_flops())
-
-
-def describe(flops: float) -> dict[str, str]:
-    """FLOPs and their time on this machine, as a plan shows them."""
-    return {"FLOPs": f"{flops:.2g}", "here": f"about {about(flops / (matrix_rate() * EFFICIENCY))}"}
-
-
-@functools.cache
-def matrix_rate() -> float:
-    """FLOP/s of a bf16 matrix product of moderate size on the device that training would use (best of five)."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 4096 if device == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    best = math.inf
-    for _ in range(6):
-        started = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        model = build()
+        model.eval()(torch.empty(1, *image_shape), *([torch.empty(1)] if with_time else []))
+    return Counted(float(counter.get_total_flops()), sum(values.numel() for values in model.parameters()))

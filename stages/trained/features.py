@@ -15,7 +15,10 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from nfm.stages.base import Inputs, Reporter, Result
+from nfm.stages.trained import costs
+from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
     WEIGHTS,
     Task,
@@ -33,6 +36,7 @@ from nfm.trainers.models.sizes import check_sides
 if TYPE_CHECKING:
     import torch
 
+    from nfm.trainers.loop import Loss
     from nfm.trainers.models.cnn import FeatureNet
     from nfm.trainers.training.randomness import Randomness
 
@@ -70,7 +74,7 @@ def task(config: FeaturesConfig, inputs: Inputs, device: str) -> Task:
     """What each process of the training makes."""
     import torch
 
-    from nfm.trainers.models.cnn import FeatureNet, classification_loss
+    from nfm.trainers.models.cnn import FeatureNet
 
     train = ImageDataset.open(inputs["data"], "train")
     torch.manual_seed(config.seed)
@@ -79,13 +83,7 @@ def task(config: FeaturesConfig, inputs: Inputs, device: str) -> Task:
         model = FeatureNet((channels, height, width), len(train.classes) or TURNS)
         batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
 
-    def loss(model: FeatureNet, batch: Any, random: Randomness) -> Any:
-        if not train.classes:
-            turns = random.integers(TURNS)
-            batch = replace(batch, image=_turned(batch.image, turns), label=turns)
-        return classification_loss(model, batch, random)
-
-    return Task(model, loss, batches, model.architecture, config.images, "images")
+    return Task(model, _loss(bool(train.classes)), batches, model.architecture, config.images, "images")
 
 
 def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
@@ -110,6 +108,20 @@ def run(config: FeaturesConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     return Result(payload=[WEIGHTS], metrics=metrics, files=kept_files(out))
 
 
+def cost(config: FeaturesConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
+    """What training costs."""
+    from nfm.trainers.models.cnn import FeatureNet
+
+    channels, height, width = facts["image_shape"]
+
+    def build() -> FeatureNet:
+        return FeatureNet((channels, height, width), facts.get("classes", 0) or TURNS)
+
+    own = costs.counted(build, facts["image_shape"], with_time=False)
+    trial = Trial(own.flops, lambda: (build(), _loss(bool(facts.get("classes")))))
+    return cost_of_training(NAME, config, config.images, "images", facts, own.parameters, [trial], clock)
+
+
 def load(folder: Path, device: str = "cpu") -> FeatureNet:
     """The trained network, in evaluation mode."""
     from nfm.trainers.models.cnn import FeatureNet
@@ -118,6 +130,19 @@ def load(folder: Path, device: str = "cpu") -> FeatureNet:
     network = FeatureNet(**architecture)
     network.load_state_dict(state)
     return network.eval().to(device)
+
+
+def _loss(classes: bool) -> Loss:
+    """Of the labels, or of how an image was turned where there are none."""
+    from nfm.trainers.models.cnn import classification_loss
+
+    def loss(model: FeatureNet, batch: Any, random: Randomness) -> Any:
+        if not classes:
+            turns = random.integers(TURNS)
+            batch = replace(batch, image=_turned(batch.image, turns), label=turns)
+        return classification_loss(model, batch, random)
+
+    return loss
 
 
 def extract(network: FeatureNet, images: np.ndarray) -> np.ndarray:

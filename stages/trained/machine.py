@@ -1,7 +1,8 @@
-"""The machine that this process runs on, and its devices."""
+"""The machine that this process runs on, its devices, and what to do when their memory is full."""
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nfm.stages.base import Unfit
+
+# Messages of torch's CPU allocator, of cuBLAS, and of CUDA below torch's allocator.
+_WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
 
 def machine() -> dict[str, Any]:
@@ -42,3 +46,21 @@ def pick_device(name: str) -> str:
         if int(name.partition(":")[2] or 0) >= count:
             raise Unfit(f"device = {name!r}: torch sees {count} CUDA devices here, counted from 0; name one of them")
     return name
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or in main memory."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
+
+
+def free_memory(device: str) -> None:
+    """Returns the memory of a failed batch to the device."""
+    import torch
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()

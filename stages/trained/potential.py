@@ -5,17 +5,20 @@ Semidiscrete transport uses it to assign an image of the class to a noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import Field
 
-from nfm.stages.base import Inputs, Reporter, Result, Section, StageError, Stopped, operational
-from nfm.stages.trained import costs
+from nfm.stages.base import Inputs, Reporter, Result, Section, StageError, Stopped, Unfit, operational
+from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.timing import Clock
 from nfm.stages.trained.training import blaming
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -72,12 +75,19 @@ def run(config: PotentialConfig, inputs: Inputs, out: Path, report: Reporter) ->
     return _publish(work, train, config, out, report)
 
 
-def cost(config: PotentialConfig, facts: Mapping[str, Any]) -> dict[str, str]:
-    """The largest cost of a fit: every noise against every image of its class, with `samples` noises in each class."""
-    dimension = int(np.prod(facts["image_shape"]))
-    classes = max(facts["classes"], 1)
-    flops = 2.0 * config.samples * facts["images"] * dimension
-    return {"samples": f"{config.samples * classes:,} at most", **costs.describe(flops)}
+def cost(config: PotentialConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
+    """What fitting costs at most: every noise against every image of one class, of as many noises a class."""
+    dimension, classes = math.prod(facts["image_shape"]), max(facts.get("classes", 0), 1)
+    most = Cost(
+        config.samples * classes, "samples", told="at most", flops=2.0 * config.samples * facts["images"] * dimension
+    )
+    if clock is None:
+        return most
+    try:
+        rate = clock.assigning(pick_device(config.device), dimension, facts["images"] // classes, config.batch_size)
+    except Unfit as error:
+        return replace(most, unknown=f"no time ({error})")
+    return replace(most, seconds=config.samples * classes / rate)
 
 
 def load_coupling(folder: Path, source: ImageDataset, device: str = "cpu") -> SemidiscreteOT:

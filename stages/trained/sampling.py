@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -15,6 +16,7 @@ from nfm.stages.display.pictures import save_grid
 from nfm.stages.trained import student, teacher
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.timing import Trial, rate_of_calls
 from nfm.stages.trained.training import blaming, parameter_count, precision_context, read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from nfm.stages.trained.student import StudentConfig
     from nfm.stages.trained.training import Precision
     from nfm.trainers.models.tarflow import Guidance
 
@@ -205,6 +208,28 @@ def velocity(
         return with_labels + guidance * (with_labels - without)
 
     return call
+
+
+def evaluations_per_second(
+    config: StudentConfig, facts: Mapping[str, Any], device: str, precision: Precision, batch_size: int, guidance: float
+) -> float:
+    """Images a second whose velocity a student of these sizes and random weights gives once, for a plan."""
+    import torch
+
+    def make(trial: Trial) -> Callable[[int], object]:
+        model = trial.make()[0].eval().to(device)
+        noise = torch.randn(batch_size, *facts["image_shape"], device=device)
+        labels = torch.randint(max(facts.get("classes", 0), 1), (batch_size,), device=device)
+
+        def call(count: int) -> object:
+            with torch.inference_mode(), precision_context(noise.device.type, precision):
+                return velocity(model, labels[:count], guidance)(noise[:count], 0.5).cpu()
+
+        return call
+
+    passes = 2 if guidance else 1
+    trials = [Trial(passes * each.flops, partial(make, each)) for each in student.trials(config, facts)]
+    return rate_of_calls(trials, batch_size, device, precision)
 
 
 def _student(folder: Path, device: str, guidance: float) -> tuple[nn.Module, str]:

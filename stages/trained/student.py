@@ -20,7 +20,9 @@ from nfm.stages.base import Inputs, LocalField, Reporter, Result, StageError, Un
 from nfm.stages.couplings.variant import Variant, check_knobs
 from nfm.stages.trained import costs
 from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_of
+from nfm.stages.trained.costs import Cost, Counted
 from nfm.stages.trained.foreign import own
+from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
     METRICS,
     WEIGHTS,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
     from nfm.storage.reading.reader import BatchReader
     from nfm.trainers.flow_matching import Times
+    from nfm.trainers.loop import Loss
     from nfm.trainers.training.randomness import Randomness
 
 NAME = "student"
@@ -165,8 +168,6 @@ def task(config: StudentConfig, inputs: Inputs, device: str) -> Task:
     """What each process of the training makes."""
     import torch
 
-    from nfm.trainers import flow_matching
-
     store = PairStore.open(inputs["pairs"])
     architecture = sizes_of(config, store.spec.image_shape, store.spec.classes or 0)
     torch.manual_seed(config.seed)
@@ -176,17 +177,8 @@ def task(config: StudentConfig, inputs: Inputs, device: str) -> Task:
         source = _mixed(store, config, inputs)
         batches = source.batches(config.batch_size, config.seed, epochs=None, device=device, soften=config.soften)
 
-    times, objective = _times(config), None
-    if config.objective != OBJECTIVE:
-        objective = own.load("student.objective", config.objective)
-
-    def loss(model: Any, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
-        if objective is not None:
-            return objective(model, batch, random), {}
-        return flow_matching.loss(model, batch.image, batch.noise, batch.label, random, config.label_drop, times), {}
-
     read = _Permuted(batches) if config.permuted else batches
-    return Task(model, loss, read, architecture, config.pairs, "pairs")
+    return Task(model, _loss(config), read, architecture, config.pairs, "pairs")
 
 
 class _Permuted:
@@ -247,24 +239,53 @@ def _times(config: StudentConfig) -> Times:
     return flow_matching.uniform if config.times == "uniform" else own.load("student.times", config.times)
 
 
-def cost(config: StudentConfig, facts: Mapping[str, Any]) -> dict[str, str]:
-    """What training costs: a backward pass is two forward ones."""
+def cost(config: StudentConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
+    """What training costs."""
     if config.model is not None:  # a plan runs nobody's code
-        return {"pairs": f"{config.pairs:,}"}
-    products = 3 * config.pairs * flops(config, facts["image_shape"])
-    return {"pairs": f"{config.pairs:,}", **costs.describe(products)}
+        return Cost(config.pairs, "pairs", unknown=own.UNKNOWN_COST)
+    parameters = _counted(config, facts["image_shape"]).parameters
+    return cost_of_training(NAME, config, config.pairs, "pairs", facts, parameters, trials(config, facts), clock)
+
+
+def trials(config: StudentConfig, facts: Mapping[str, Any]) -> list[Trial]:
+    """The student and, where its architecture has a depth, shallower ones, to be timed."""
+    shape, classes = facts["image_shape"], facts.get("classes", 0)
+
+    def trial(of: StudentConfig) -> Trial:
+        return Trial(flops(of, shape), lambda: (build(sizes_of(of, shape, classes)), _loss(of)))
+
+    shallower = (-(-config.depth // 4), 1) if "depth" in ARCHITECTURES[config.arch].fields else ()
+    return [trial(config.model_copy(update={"depth": depth})) for depth in dict.fromkeys((config.depth, *shallower))]
 
 
 def flops(config: StudentConfig, image_shape: Sequence[int]) -> float:
-    """FLOPs of one evaluation of the velocity of one image."""
+    """FLOPs of one evaluation of the velocity of one image; 0 of a network of one's own, whose code is not run here."""
+    return _counted(config, image_shape).flops if config.model is None else 0.0
+
+
+def _counted(config: StudentConfig, image_shape: Sequence[int]) -> Counted:
     with blaming("config section [student]"):
-        return _flops(json.dumps(sizes_of(config, image_shape, classes=0)))
+        return _counted_once(json.dumps(sizes_of(config, image_shape, classes=0)))
 
 
 @functools.cache
-def _flops(architecture: str) -> float:
+def _counted_once(architecture: str) -> Counted:
     sizes = json.loads(architecture)
-    return costs.velocity_flops(lambda: build(sizes), sizes["image_shape"])
+    return costs.counted(lambda: build(sizes), sizes["image_shape"])
+
+
+def _loss(config: StudentConfig) -> Loss:
+    from nfm.trainers import flow_matching
+
+    times = _times(config)
+    objective = None if config.objective == OBJECTIVE else own.load("student.objective", config.objective)
+
+    def loss(model: Any, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
+        if objective is not None:
+            return objective(model, batch, random), {}
+        return flow_matching.loss(model, batch.image, batch.noise, batch.label, random, config.label_drop, times), {}
+
+    return loss
 
 
 def load(folder: Path, device: str = "cpu") -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -12,8 +13,10 @@ from pydantic import Field, JsonValue, model_validator
 
 from nfm.stages.base import Inputs, LocalField, Reporter, Result, Unfit, added, operational
 from nfm.stages.trained import costs
+from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
     WEIGHTS,
     Precision,
@@ -36,6 +39,7 @@ from nfm.trainers.models.sizes import check_channels, check_patch
 if TYPE_CHECKING:
     import torch
 
+    from nfm.trainers.loop import Loss
     from nfm.trainers.models.tarflow import TarFlow
     from nfm.trainers.training.randomness import Randomness
 
@@ -145,22 +149,12 @@ def task(config: TeacherConfig, inputs: Inputs, device: str) -> Task:
     """What each process of the training makes."""
     import torch
 
-    from nfm.trainers.models.tarflow import nll_per_dim
-
     train, heldout = (ImageDataset.open(inputs["data"], split) for split in ("train", "heldout"))
     architecture = sizes_of(config, train.image_shape, len(train.classes))
     torch.manual_seed(config.seed)
     with blaming("config section [teacher]"):
         model = build(architecture)
         batches = train.batches(config.batch_size, seed=config.seed, epochs=None, device=device)
-
-    def loss(model: TarFlow, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
-        image = batch.image
-        if config.flips:
-            image = torch.where(random.uniform(1, 1, 1) < 0.5, image.flip(-1), image)
-        eps = random.normal(*image.shape[1:])
-        label = torch.where(random.uniform() < config.label_drop, -1, batch.label)
-        return nll_per_dim(*model.encode(image + config.eta * eps, label)).mean(), {}
 
     def measure() -> dict[str, float]:
         rows = range(min(config.measure_rows, len(heldout), len(train)))
@@ -169,7 +163,7 @@ def task(config: TeacherConfig, inputs: Inputs, device: str) -> Task:
             for name, split in (("train", train), ("heldout", heldout))
         }
 
-    return Task(model, loss, batches, architecture, config.images, "images", measure)
+    return Task(model, _loss(config), batches, architecture, config.images, "images", measure)
 
 
 def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
@@ -217,12 +211,36 @@ def of_artifact(config: TeacherConfig, folder: Path) -> TeacherConfig:
     return config.model_copy(update={**sizes, "eta": facts["eta"]})
 
 
-def cost(config: TeacherConfig, facts: Mapping[str, Any]) -> dict[str, str]:
-    """What training costs: a backward pass is two forward ones."""
+def cost(config: TeacherConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
+    """What training costs."""
     if config.model is not None:  # a plan runs nobody's code
-        return {"images": f"{config.images:,}"}
-    flops = 3 * config.images * costs.teacher_flops(facts["image_shape"], config)
-    return {"images": f"{config.images:,}", **costs.describe(flops)}
+        return Cost(config.images, "images", unknown=own.UNKNOWN_COST)
+    shape, classes = facts["image_shape"], facts.get("classes", 0)
+
+    def make(of: TeacherConfig) -> tuple[TarFlow, Loss]:
+        return build(sizes_of(of, shape, classes)), _loss(config)
+
+    sizes = [{}, {"blocks": 1}, {"blocks": 1, "layers": 1}]
+    shallower = [config.model_copy(update=less) for less in sizes]
+    trials = [Trial(costs.teacher_flops(shape, of), partial(make, of)) for of in shallower]
+    parameters = costs.teacher_parameters(shape, classes, config)
+    return cost_of_training(NAME, config, config.images, "images", facts, parameters, trials, clock)
+
+
+def _loss(config: TeacherConfig) -> Loss:
+    import torch
+
+    from nfm.trainers.models.tarflow import nll_per_dim
+
+    def loss(model: TarFlow, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
+        image = batch.image
+        if config.flips:
+            image = torch.where(random.uniform(1, 1, 1) < 0.5, image.flip(-1), image)
+        eps = random.normal(*image.shape[1:])
+        label = torch.where(random.uniform() < config.label_drop, -1, batch.label)
+        return nll_per_dim(*model.encode(image + config.eta * eps, label)).mean(), {}
+
+    return loss
 
 
 def load(folder: Path, device: str = "cpu") -> tuple[TarFlow, dict[str, Any]]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nfm.storage.reading.batch import Batch
 
 FIELDS = {"teacher": ("model",), "student": ("model", "times", "objective", "sampler")}
+UNKNOWN_COST = "no time or FLOPs (it is code of its user's own, which a plan does not run)"
 INVERSE = 0.05  # RMS, in image units, of decode(encode(x)) - x
 
 

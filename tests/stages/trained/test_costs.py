@@ -48,6 +48,15 @@ def test_the_teachers_arithmetic_is_what_torch_counts_with_half_of_the_attention
     assert costs.teacher_flops(LARGE, SimpleNamespace(**sizes)) == sum(counts.values()) - attention / 2
 
 
+def test_the_teachers_parameters_are_those_that_it_has() -> None:
+    sizes = {"patch": 4, "channels": 128, "blocks": 3, "layers": 2}
+    for classes in (0, 10):
+        with torch.device("meta"):
+            model = TarFlow(LARGE, classes, **sizes)
+        own = sum(values.numel() for values in model.parameters())
+        assert costs.teacher_parameters(LARGE, classes, SimpleNamespace(**sizes)) == own
+
+
 def test_sizes_that_make_no_student_are_told_with_the_section_before_anything_runs() -> None:
     with pytest.raises(StageError, match=r"config section \[student\]: patch = 5 does not divide the image 28 x 28"):
         student.flops(StudentConfig(patch=5), (1, 28, 28))

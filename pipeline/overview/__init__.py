@@ -1,0 +1,100 @@
+"""What exists: `nfm status`, `ls` and `pairs info`, as rows for users and programs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, check_store, newest_manifest
+from nfm.pipeline.artifacts.lineage import dependants
+from nfm.pipeline.artifacts.ours import specs
+from nfm.pipeline.console import progress
+from nfm.pipeline.graph import Node, upstream
+from nfm.pipeline.runner import headline
+from nfm.stages.display import units
+from nfm.stages.display.tables import aligned
+from nfm.stages.stores import info
+from nfm.storage.errors import StorageError
+
+Row = dict[str, Any]
+SHOWN = 3  # dependent artifacts shown by name
+
+
+def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
+    """One row for each stage: state, artifact, size on disk, and the first figures in its manifest.
+
+    With `target`, rows of that stage and of those that it needs.
+    """
+    rows = []
+    for node in upstream(nodes, target) if target else nodes.values():
+        artifact = node.artifact()
+        state = "waiting" if artifact is None else state_of(artifact) if artifact.done or artifact.started else "-"
+        rows.append(
+            {
+                "stage": node.name,
+                "state": state,
+                "artifact": name_of(node, artifact),
+                "size": units.size(_bytes(artifact.path)) if artifact is not None and artifact.started else "",
+                "figures": _figures(artifact, getattr(node.config, "draws", None)),
+            }
+        )
+    return rows
+
+
+def inventory() -> list[Row]:
+    """One row for each artifact under the root."""
+    rows = []
+    for spec in specs(artifacts_root()):
+        artifact = Artifact(spec.parent, newest_manifest(spec.parent))
+        rows.append(
+            {
+                "artifact": artifact.name,
+                "state": state_of(artifact),
+                "size": units.size(_bytes(artifact.path)),
+                "age": units.age(time.time() - spec.stat().st_mtime),
+                "needed by": _few([other.name for other in dependants(artifact)]),
+            }
+        )
+    return rows
+
+
+def state_of(artifact: Artifact) -> str:
+    try:
+        if artifact.done:
+            artifact.manifest()
+        return "done" if artifact.spec and artifact.done else "started"
+    except (StorageError, ArtifactError):
+        return "damaged"
+
+
+def store_info(artifact: Artifact) -> Row:
+    """The recipe of a store and the figures of its pinned generation."""
+    check_store(artifact)
+    artifact.manifest()  # raises for an unfinished or damaged artifact
+    return {"store": artifact.name, **info.info(artifact.reference)}
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """Rows as aligned columns under their names."""
+    return aligned(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def name_of(node: Node, artifact: Artifact | None) -> str:
+    return artifact.name if artifact is not None else f"{node.stage.NAME}/(after its inputs)"
+
+
+def _figures(artifact: Artifact | None, draws: int | None) -> str:
+    if artifact is None or not artifact.started:
+        return ""
+    return headline(artifact) if artifact.done else progress.figures(artifact, draws)
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more or "-"

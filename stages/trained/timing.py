@@ -1,0 +1,246 @@
+"""How fast this device is, timed for a plan: training steps and evaluations of the very models, matrix products."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nfm.stages.base import Unfit
+from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.machine import free_memory, is_out_of_memory, pick_device
+from nfm.stages.trained.training import TrainingSection, autocast_dtype, precision_context
+from nfm.storage.reading.batch import Batch
+
+if TYPE_CHECKING:
+    from nfm.stages.trained.training import Precision
+
+SECONDS = 2.5  # of one measurement with all that it makes, 3 s with what ends late
+STEP_SECONDS = 0.6  # what a step that is timed is to take, by what it multiplies
+LEAST_BATCH = 8  # of fewer, what a step does once weighs too much
+LONGEST = 1.0  # of a step; where even the smallest is longer, products alone are timed
+EFFICIENCY = 0.25  # of the rate of matrix products; small models with attention and norms reached 0.2 to 0.35 on CPUs
+LARGE = 0.6  # the same of models so large that one layer's step is too long to be timed
+FEW_IMAGES = 4096  # that stand for all, from which noises choose
+BACKWARD = 3  # a forward and a backward pass are as much as three forward ones
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What can be timed: `flops` are of a forward pass of an example; `make` gives a model and its loss, or a call."""
+
+    flops: float
+    make: Callable[[], Any]
+
+
+class Clock:
+    """Times this device for one plan, each thing once, and says so before by `say`."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._known: dict[str, Any] = {}
+
+    def measured(self, what: str, precision: str, sizes: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+        """What `measure()` gives, once for each `sizes`, which are JSON's types."""
+        key = json.dumps([what, precision, sizes], sort_keys=True, default=str)
+        if key not in self._known:
+            self._say(f"timing {what} on this device in {precision}, {math.ceil(SECONDS)} s at most ...")
+            with _seeded():
+                self._known[key] = measure()
+        return self._known[key]
+
+    def training(self, stage: str, config: TrainingSection, facts: Mapping[str, Any], trials: Sequence[Trial]) -> float:
+        """Examples a second of training the first of `trials`, by the loop that trains, on random data, not compiled.
+
+        Of several workers it is the sum of as many as this device, each with its part of a batch.
+
+        Their `make` gives a model and its loss. The others are shallower models of the same width: one of them is timed
+        where a step of the first takes long, and FLOPs make up the difference. Raises Unfit for a device not here.
+        """
+        device = pick_device(config.device)
+        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address"}
+        sizes = {**config.model_dump(exclude=left_out), "shape": facts["image_shape"], "flops": trials[0].flops}
+        return float(
+            self.measured(
+                f"a training step of the {stage}", config.precision, sizes,
+                lambda: _training_rate(config, facts, trials, device),
+            )
+        )  # fmt: skip
+
+    def assigning(self, device: str, values: int, images: int, batch_size: int) -> float:
+        """Noises a second that are given the best of so many images of so many values each. Raises Unfit as above."""
+        device = pick_device(device)
+        sizes = {"values": values, "images": images, "batch_size": batch_size, "device": device}
+
+        def make() -> Callable[[int], object]:
+            import torch
+
+            from nfm.trainers.couplings.semidiscrete_targets import Targets
+
+            targets = Targets.of(torch.rand(few, values) * 2 - 1, device=device)
+            noise, offsets = torch.randn(batch_size, values, device=device), torch.zeros(few, device=device)
+            return lambda size: targets.counts(noise[:size], offsets).cpu()
+
+        few = max(1, min(images, FEW_IMAGES))
+        trial = Trial(2.0 * values * few, make)
+        rate = self.measured(
+            "the choice of images", "float32", sizes, lambda: rate_of_calls([trial], batch_size, device, "float32")
+        )
+        return float(rate * few / max(images, 1))
+
+
+def cost_of_training(
+    stage: str, config: TrainingSection, examples: int, unit: str, facts: Mapping[str, Any], parameters: int,
+    trials: Sequence[Trial], clock: Clock | None,
+) -> Cost:  # fmt: skip
+    """What training the first of `trials` with `examples` costs; its time where there is a clock."""
+    # A checkpoint holds weights, moving average and two moments; the moving average is the finished model. All float32.
+    size = 4 * parameters * (4 * config.keep_checkpoints + 1)
+    words = f"by {config.workers} workers, without what they tell each other" if config.workers > 1 else ""
+    cost = Cost(examples, unit, words, flops=BACKWARD * examples * trials[0].flops, bytes=size)
+    if clock is None:
+        return cost
+    try:
+        return replace(cost, seconds=examples / clock.training(stage, config, facts, trials))
+    except Unfit as error:
+        return replace(cost, unknown=f"no time ({error})")
+
+
+def fitting(trials: Sequence[Trial], passes: int, batch_size: int, rate: float) -> tuple[Trial, int] | None:
+    """What can be timed, and in which batch: the first with a batch that is short at `rate` FLOP/s and large enough to
+    stand for the whole; else the last, in a batch of any size.
+
+    `passes` is how many forward passes a step is worth. None where even a batch of one takes far too long.
+    """
+    sizes = [int(STEP_SECONDS * EFFICIENCY * rate / (passes * trial.flops)) for trial in trials]
+    for trial, size in zip(trials, sizes):
+        if size >= min(batch_size, LEAST_BATCH):
+            return trial, min(batch_size, size)
+    one = passes * trials[-1].flops / rate
+    return None if one > LONGEST else (trials[-1], max(1, sizes[-1]))
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Torch's randomness from a seed, and afterwards as it was."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Sequence[Trial], device: str) -> float:
+    import torch
+
+    from nfm.trainers import loop
+    from nfm.trainers.training.state import Recipe
+
+    deadline = time.perf_counter() + SECONDS
+    products = matrix_rate(device, config.precision)
+    by_products = LARGE * products / (BACKWARD * trials[0].flops) * config.workers
+    if (found := fitting(trials, BACKWARD, config.batch_size // config.workers, products)) is None:
+        return by_products
+    trial, size = found
+    ticks: list[float] = []
+
+    def over() -> bool:
+        longest = max((after - before for before, after in itertools.pairwise(ticks)), default=0.0)
+        return len(ticks) > 1 and time.perf_counter() + longest > deadline
+
+    def tick(_: int) -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        ticks.append(time.perf_counter())
+
+    try:
+        with torch.device(device):
+            model, loss = trial.make()
+        batch = _random_batch(size, facts, device)
+        # So long a training is all warm-up: its steps hardly move the weights.
+        recipe = Recipe(10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema)
+        loop.train(
+            model, loss, itertools.repeat(batch), recipe, device=device, autocast=autocast_dtype(config.precision),
+            how=loop.How(microbatch=config.microbatch, recompute=config.recompute), tick=tick, stop=over,
+        )  # fmt: skip
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return by_products
+    finally:
+        free_memory(device)
+    return size / _typical(ticks) * trial.flops / trials[0].flops * config.workers
+
+
+def rate_of_calls(trials: Sequence[Trial], batch_size: int, device: str, precision: Precision) -> float:
+    """Examples a second of the first of `trials`, whose `make` gives a function of the size of a batch.
+
+    Others and smaller batches stand for it as in training. The function waits for the end of its work.
+    """
+    deadline = time.perf_counter() + SECONDS
+    products = matrix_rate(device, precision)
+    by_products = LARGE * products / trials[0].flops
+    if (found := fitting(trials, 1, batch_size, products)) is None:
+        return by_products
+    trial, size = found
+    try:
+        call = trial.make()
+        ticks = [time.perf_counter()]
+        while len(ticks) < 3 or 2 * ticks[-1] - ticks[-2] < deadline:
+            call(size)
+            ticks.append(time.perf_counter())
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return by_products
+    finally:
+        free_memory(device)
+    return size / _typical(ticks) * trial.flops / trials[0].flops
+
+
+@functools.cache
+def matrix_rate(device: str, precision: Precision) -> float:
+    """FLOP/s of products of square matrices as training in this precision makes them, of a size that suits the device.
+
+    The best of many in a few tenths of a second, for others may be at work on the machine; sizes double until a product
+    takes a hundredth of a second.
+    """
+    import torch
+
+    size, rate, began = 256, 0.0, time.perf_counter()
+    while True:
+        a, taken = torch.randn(size, size, device=device), list[float]()
+        with precision_context(torch.device(device).type, precision), torch.no_grad():
+            while len(taken) < 3 or (min(taken) > 0.01 and time.perf_counter() < began + 0.3):
+                started = time.perf_counter()
+                (a @ a)[0, 0].item()
+                taken.append(time.perf_counter() - started)
+        rate = max(rate, 2 * size**3 / min(taken))
+        if min(taken) > 0.01 or size == 8192:
+            return rate
+        size *= 2
+
+
+def _typical(ticks: Sequence[float]) -> float:
+    """Seconds of a step, of the times at which steps ended: the median, without those that warm up where others are."""
+    taken = [after - before for before, after in itertools.pairwise(ticks)]
+    return statistics.median(taken[2:] or taken[-1:])
+
+
+def _random_batch(size: int, facts: Mapping[str, Any], device: str) -> Batch:
+    import torch
+
+    shape, classes = tuple(facts["image_shape"]), int(facts.get("classes", 0))
+    image, noise = torch.rand(size, *shape, device=device) * 2 - 1, torch.randn(size, *shape, device=device)
+    label = torch.randint(max(classes, 1), (size,), device=device) - (0 if classes else 1)
+    slot = np.arange(size)
+    return Batch(image, noise, label, slot, slot, slot, 0, {}, place=slot)
