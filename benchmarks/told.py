@@ -6,7 +6,7 @@ import importlib.metadata
 import shlex
 import sys
 
-from nfm.stages.trained.machine import machine
+from nfm.stages.trained.devices.machine import machine
 from nfm.storage.errors.masked import masked
 
 __all__ = ["command", "machine", "versions"]

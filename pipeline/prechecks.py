@@ -17,8 +17,8 @@ from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Section, StageError
 from nfm.stages.data.config import DataConfig
 from nfm.stages.executors import ray_cluster
-from nfm.stages.trained import launched
-from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.devices import launched
+from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.training import TrainingSection
 
 

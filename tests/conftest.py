@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from nfm.stages.trained import timing
+from nfm.stages.trained.devices import timing
 from tests.support.lab import CONFIG, Lab
 from tests.support.once import once
 from tests.support.sizes import FULL

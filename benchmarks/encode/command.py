@@ -63,7 +63,7 @@ def encode(
     Images are random as well: neither changes the speed.
     """
     from benchmarks.encode.rows import Case
-    from nfm.stages.trained.machine import pick_device
+    from nfm.stages.trained.devices.machine import pick_device
     from nfm.stages.trained.training import blaming
 
     where: dict[str, Any] = {"device": pick_device(device), "threads": threads or os.cpu_count() or 1}

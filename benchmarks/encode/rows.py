@@ -14,7 +14,7 @@ from benchmarks.encode.parts import Products, profile
 from benchmarks.store.rows import in_turns
 from nfm.stages.encoding import probe, reference
 from nfm.stages.trained import costs
-from nfm.stages.trained.machine import free_memory
+from nfm.stages.trained.devices.machine import free_memory
 from nfm.stages.trained.training import Precision, autocast_dtype
 
 if TYPE_CHECKING:

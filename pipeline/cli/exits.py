@@ -11,7 +11,7 @@ import traceback
 import click
 
 from nfm.stages.base import StageError, Stopped
-from nfm.stages.trained import launched
+from nfm.stages.trained.devices import launched
 from nfm.storage.errors import Told, WrongUse
 from nfm.storage.errors.masked import masked
 

@@ -11,7 +11,7 @@ import click
 
 from nfm.pipeline.cli.compare_options import compared_options, overrides_of
 from nfm.pipeline.cli.options import MANY, Number, Whole, config_option, json_option, set_option
-from nfm.pipeline.config import load
+from nfm.pipeline.config import Override, load
 from nfm.pipeline.graph import STAGES
 
 
@@ -38,8 +38,9 @@ class ImageShape(click.ParamType):
     "--workers",
     multiple=True,
     type=Whole(1, MANY),
-    help="Of pairs, the time that so many take. Repeatable. [default: 1, 8, 64]",
+    help="Of pairs, the time that so many take; repeatable. Of training, that many share it. [default: 1, 8, 64]",
 )
+@click.option("--memory", type=Number(0, 1e6, above=True), help="Of training: GB of a device, does it fit there?")
 @click.option(
     "--rate", type=Number(0, 1e12, above=True), help="Images or pairs of STAGE a second, of one worker elsewhere."
 )
@@ -47,7 +48,7 @@ class ImageShape(click.ParamType):
 def plan(
     stage: str, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None,
     images: int | None, image_shape: tuple[int, ...] | None, classes: int | None, workers: tuple[int, ...],
-    rate: float | None, as_json: bool,
+    memory: float | None, rate: float | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a run would do and what it costs, and do nothing.
 
@@ -55,16 +56,23 @@ def plan(
     data is looked at. Of pairs also shards, bytes by codec and time by workers; of compare the sums by kind of stage.
     """
     from nfm.pipeline import builder
-    from nfm.pipeline.overview.plan import Asked, data_to_come, plan_text
+    from nfm.pipeline.overview.plan import TRAINED, Asked, data_to_come, plan_text
     from nfm.pipeline.overview.plan import plan as planned
 
     if (images is None) != (image_shape is None) or (classes is not None and images is None):
         raise click.UsageError("give --images and --image-shape together (and --classes only with them)")
+    if stage in TRAINED and len(workers) > 1:
+        raise click.UsageError(f"--workers of {stage}: give it once, as {stage}.workers in the config")
+    if stage in TRAINED and workers:
+        overrides, workers = (*overrides, Override(f"{stage}.workers={workers[0]}", f"--workers {workers[0]}")), ()
     config = load(config_path, (*overrides, *overrides_of(couplings, seeds, stage)))
     data = None
     if images is not None and image_shape is not None:
         data = data_to_come(config, images, image_shape, 1000 if classes is None else classes)
     rows = planned(
-        builder.build(config, target=stage), stage, Asked(data, workers, rate), say=partial(click.echo, err=True)
+        builder.build(config, target=stage),
+        stage,
+        Asked(data, workers, rate, memory),
+        say=partial(click.echo, err=True),
     )
     click.echo(json.dumps(rows, indent=2) if as_json else plan_text(rows, stage))

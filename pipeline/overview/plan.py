@@ -20,12 +20,13 @@ from nfm.stages.pairs.estimate import as_text as described
 from nfm.stages.pairs.estimate import estimate
 from nfm.stages.trained import features, student, teacher
 from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.student import StudentConfig
-from nfm.stages.trained.timing import Clock
 from nfm.stages.trained.training import TrainingSection
 
 DONE, LATER = "nothing, is done", "run after its inputs"
 WORKERS = (1, 8, 64)
+TRAINED = (features.NAME, teacher.NAME, student.NAME)
 RATED = {features.NAME: "images", teacher.NAME: "images", pairs.NAME: "pairs", student.NAME: "pairs"}
 
 
@@ -36,6 +37,7 @@ class Asked:
     data: Mapping[str, Any] | None = None
     workers: Sequence[int] = ()
     rate: float | None = None
+    memory: float | None = None  # GB of a device
 
     def check(self, target: str) -> None:
         """Raises Unfit for an option that would say nothing of this stage."""
@@ -44,8 +46,9 @@ class Asked:
         if self.rate is not None and target not in RATED:
             raise Unfit(f"--rate is of what {_listed(RATED)} do a second; {target} has no rate: leave it out")
         if self.workers and target != pairs.NAME:
-            trained = f"set {target}.workers in the config instead" if target in RATED else "leave it out"
-            raise Unfit(f"--workers are of {pairs.NAME}, not of {target}: {trained}")
+            raise Unfit(f"--workers are of {pairs.NAME} and of what trains, not of {target}: leave it out")
+        if self.memory is not None and target not in TRAINED:
+            raise Unfit(f"--memory is of what trains, {_listed(TRAINED)}, not of {target}: leave it out")
 
 
 def data_to_come(config: RunConfig, images: int, image_shape: Sequence[int], classes: int) -> Row:
@@ -69,6 +72,8 @@ def plan(nodes: Mapping[str, Node], target: str, asked: Asked, say: Callable[[st
         facts = dict(asked.data)
     if not facts and (asked.rate or asked.workers):
         raise Unfit(f"--rate and --workers: nothing can be counted yet; {_REMEDY}")
+    if facts and asked.memory is not None:
+        facts["device_memory"] = asked.memory * 1e9
     clock = Clock(say) if asked.rate is None else None
     there = [(node, node.artifact() if asked.data is None else None) for node in upstream(nodes, target)]
     rows = []

@@ -19,7 +19,7 @@ from nfm.stages.encoding.jobs import ShardJob, Timing
 from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.encoding.slots import Found, Sources, mirrored
-from nfm.stages.trained.machine import free_memory, is_out_of_memory, pick_device
+from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
 from nfm.storage import ImageDataset
 from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import commits

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nfm.stages.base import StageError
 from nfm.stages.encoding.threads import threads as on_threads
-from nfm.stages.trained.machine import free_memory, is_out_of_memory
+from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory
 from nfm.stages.trained.training import Precision, autocast_dtype
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import numpy as np
 from nfm.stages.base import StageError
 from nfm.stages.encoding.coupling import as_teacher
 from nfm.stages.encoding.slots import Sources
-from nfm.stages.trained.machine import is_out_of_memory
+from nfm.stages.trained.devices.machine import is_out_of_memory
 from nfm.storage import ImageDataset
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from nfm.stages.display.points import are_points
 from nfm.stages.evaluation.config import CURVATURE_STEPS
 from nfm.stages.evaluation.distances import EXACT_VALUES, Reference
 from nfm.stages.trained import student
-from nfm.stages.trained.machine import machine
+from nfm.stages.trained.devices.machine import machine
 from nfm.stages.trained.sampling import Sampler, draw, initial, variant_of, velocity
 from nfm.stages.trained.training import precision_context
 from nfm.storage import ImageDataset

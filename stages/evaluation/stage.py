@@ -25,8 +25,9 @@ from nfm.stages.evaluation.inception import find_weights, weights_sha256
 from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key
 from nfm.stages.trained import student
 from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.machine import pick_device
 from nfm.stages.trained.sampling import (
     Sampler,
     evaluations_per_second,
@@ -37,7 +38,6 @@ from nfm.stages.trained.sampling import (
     student_sampler,
     teacher_sampler,
 )
-from nfm.stages.trained.timing import Clock
 from nfm.storage.files import atomic
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 
 from nfm.stages.base import Inputs, Reporter, StageError, Stopped
 from nfm.stages.executors.ray_cluster import cluster
-from nfm.stages.trained.launched import Silent
+from nfm.stages.trained.devices.launched import Silent
 
 LOOKS_EVERY = 0.5  # seconds between two looks at the training
 UNSEEN = 30.0  # seconds without a look after which nothing more is written: somebody else may have taken over

@@ -61,7 +61,7 @@ def measure(store: PairStore, inputs: Inputs, report: Reporter | None = None, de
     """
     import torch
 
-    from nfm.stages.trained.machine import pick_device
+    from nfm.stages.trained.devices.machine import pick_device
     from nfm.trainers.metrics.two_sample import two_sample
 
     started, device = time.monotonic(), pick_device(device)

@@ -12,10 +12,11 @@ from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs.config import PLAIN_BATCH, PairsConfig
 from nfm.stages.pairs.recipe import pair_flops, planned_spec
-from nfm.stages.trained import costs, timing
+from nfm.stages.trained import costs
+from nfm.stages.trained.devices import timing
+from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.machine import pick_device
-from nfm.stages.trained.timing import Clock
 from nfm.storage import StoreSpec, layouts
 
 CODECS = ("float32", "float16", "int8")

@@ -31,9 +31,9 @@ from nfm.stages.pairs.recipe import (
     store_spec,
 )
 from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.machine import pick_device
-from nfm.stages.trained.timing import Clock
 from nfm.stages.trained.training import WEIGHTS
 from nfm.storage.export import converted
 from nfm.storage.files import atomic

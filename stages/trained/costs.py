@@ -33,7 +33,7 @@ class Cost:
         parts = [
             f"{self.count:,} {self.unit}" if self.count is not None else "",
             self.told,
-            units.size(self.bytes) if self.bytes else "",
+            f"{units.size(self.bytes)} on disk" if self.bytes else "",
             f"{self.flops:.2g} FLOPs" if self.flops else "",
             f"about {units.about(self.seconds)} {self.where}" if self.seconds is not None else "",
             self.unknown,
@@ -44,6 +44,14 @@ class Cost:
         """What is known, for machines: numbers by name, and in words what is not."""
         named = {self.unit: self.count, "flops": self.flops, "seconds": self.seconds, "bytes": self.bytes}
         return {name: value for name, value in (named | {"unknown": self.unknown or None}).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What can be timed: `flops` are of a forward pass of an example; `make` gives a model and its loss, or a call."""
+
+    flops: float
+    make: Callable[[], Any]
 
 
 class Counted(NamedTuple):

@@ -17,8 +17,8 @@ from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Result, Section, StageError, Stopped, Unfit, operational
 from nfm.stages.trained.costs import Cost
-from nfm.stages.trained.machine import pick_device
-from nfm.stages.trained.timing import Clock
+from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.training import blaming
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic

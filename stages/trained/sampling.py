@@ -14,9 +14,10 @@ import numpy as np
 from nfm.stages.base import StageError, Unfit
 from nfm.stages.display.pictures import save_grid
 from nfm.stages.trained import student, teacher
+from nfm.stages.trained.costs import Trial
+from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.timing import rate_of_calls
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.machine import pick_device
-from nfm.stages.trained.timing import Trial, rate_of_calls
 from nfm.stages.trained.training import blaming, parameter_count, precision_context, read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic

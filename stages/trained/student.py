@@ -20,9 +20,9 @@ from nfm.stages.base import Inputs, LocalField, Reporter, Result, StageError, Un
 from nfm.stages.couplings.variant import Variant, check_knobs
 from nfm.stages.trained import costs
 from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_of
-from nfm.stages.trained.costs import Cost, Counted
+from nfm.stages.trained.costs import Cost, Counted, Trial
+from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
     METRICS,
     WEIGHTS,

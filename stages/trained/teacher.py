@@ -13,10 +13,10 @@ from pydantic import Field, JsonValue, model_validator
 
 from nfm.stages.base import Inputs, LocalField, Reporter, Result, Unfit, added, operational
 from nfm.stages.trained import costs
-from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.costs import Cost, Trial
+from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.machine import pick_device
-from nfm.stages.trained.timing import Clock, Trial, cost_of_training
 from nfm.stages.trained.training import (
     WEIGHTS,
     Precision,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from nfm.stages.base import Inputs, Reporter, Section, StageError, Stopped, Unfit, call, operational
-from nfm.stages.trained import launched
-from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.devices import launched
+from nfm.stages.trained.devices.machine import pick_device
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes

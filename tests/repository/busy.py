@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from nfm.stages.trained.machine import machine
+from nfm.stages.trained.devices.machine import machine
 from nfm.storage.files import atomic
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -63,12 +63,18 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [child for _, child in sorted(members, key=lambda found: -found[0])]
 
 
+def innermost_layers(model: nn.Module) -> list[nn.Module]:
+    """The members of ModuleLists that have none themselves."""
+    return [
+        layer for layer in layers_of(model) if not any(isinstance(module, nn.ModuleList) for module in layer.modules())
+    ]
+
+
 def recompute(model: nn.Module) -> None:
     """Keeps no activations inside the innermost layers: the backward pass computes them again, a third more work."""
-    for layer in layers_of(model):
-        if not any(isinstance(module, nn.ModuleList) for module in layer.modules()):
-            forward = layer.forward
-            layer.forward = lambda *args, f=forward, **options: checkpoint(f, *args, use_reentrant=False, **options)
+    for layer in innermost_layers(model):
+        forward = layer.forward
+        layer.forward = lambda *args, f=forward, **options: checkpoint(f, *args, use_reentrant=False, **options)
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from nfm.stages.base import Inputs, LocalField, Reporter, Result, Section, Unfit, operational
 from nfm.stages.trained import teacher
-from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.teacher import FACTS, TeacherConfig
 from nfm.stages.trained.training import WEIGHTS, Precision, blaming
 from nfm.storage import ImageDataset

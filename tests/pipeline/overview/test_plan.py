@@ -72,9 +72,16 @@ WRONG = {
         for stage in ("data", "potential", "evaluate", "report", "compare")
     },
     **{
-        f"{stage}, workers": (stage, ("--workers", 5), f"--workers are of pairs, not of {stage}")
-        for stage in ("data", "features", "teacher", "potential", "student", "evaluate", "report", "compare")
+        f"{stage}, workers": (stage, ("--workers", 5), f"of what trains, not of {stage}")
+        for stage in ("data", "potential", "evaluate", "report", "compare")
     },
+    **{
+        f"{stage}, memory": (stage, ("--memory", 5), f"not of {stage}")
+        for stage in ("data", "pairs", "potential", "evaluate", "report", "compare")
+    },
+    "workers of a training, twice": ("teacher", ("--workers", 2, "--workers", 4), "give it once"),
+    "workers that do not divide": ("student", (*DATA, "--workers", 3), "batch_size 64 is shared by 3 workers"),
+    "memory of nothing": ("teacher", (*DATA, "--memory", 0), "--memory"),
     **{f"rate {rate}": ("teacher", ("--rate", rate), "--rate") for rate in ("nan", "inf", "0", "-1", "1e300", "x")},
     "rate of nothing": ("student", ("--rate", 5), "nothing can be counted yet; run the data stage, or give --images"),
     "workers of nothing": ("pairs", ("--workers", 5), "nothing can be counted yet"),
@@ -260,3 +267,13 @@ def test_what_is_made_is_in_no_sum_of_a_comparison(made: Lab) -> None:
     assert lines["pairs"] == ["pairs", "2", "0"]
     assert lines["teacher"] == ["teacher", "1", "0"]
     assert lines["student"][1:5] == ["4", "2", "4,000", "pairs"]
+
+
+def test_a_plan_says_whether_a_training_fits_a_device_and_what_makes_it_fit(empty: Lab) -> None:
+    def told(*options: object) -> str:
+        return empty.nfm("plan", "teacher", "-c", "tiny.toml", *DATA, "--rate", 50, *options).stdout
+
+    assert "which fits 1 GB" in told("--memory", 1)
+    assert "does not fit 5 MB; it would with microbatch = " in told("--memory", 0.005)
+    assert "does not fit 1 kB with any setting" in told("--memory", 1e-6)
+    assert "by 4 workers" in told("--workers", 4)

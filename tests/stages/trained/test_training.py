@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nfm.stages.base import StageError, Stopped
-from nfm.stages.trained import features, machine, student, teacher, training
+from nfm.stages.trained import features, student, teacher, training
+from nfm.stages.trained.devices import machine
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage import ImageDataset
 from tests.support.recorder import Recorder

@@ -11,11 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfm.stages.base import Unfit
-from nfm.stages.trained import features, student, teacher, timing
+from nfm.stages.trained import features, student, teacher
+from nfm.stages.trained.costs import Trial
+from nfm.stages.trained.devices import timing
+from nfm.stages.trained.devices.timing import Clock, fitting, matrix_rate
 from nfm.stages.trained.features import FeaturesConfig
 from nfm.stages.trained.student import StudentConfig
 from nfm.stages.trained.teacher import TeacherConfig
-from nfm.stages.trained.timing import Clock, Trial, fitting, matrix_rate
 from nfm.stages.trained.training import TrainingSection
 
 FACTS: dict[str, Any] = {"images": 6000, "image_shape": [1, 8, 8], "classes": 10}

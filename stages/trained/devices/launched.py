@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nfm.stages.base import Inputs, Reporter, StageError, Unfit
-from nfm.stages.trained.machine import pick_device
+from nfm.stages.trained.devices.machine import pick_device
 
 PATIENCE = timedelta(days=7)  # the others wait while the first process makes what a training needs
 

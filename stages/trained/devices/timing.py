@@ -10,14 +10,16 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nfm.stages.base import Unfit
-from nfm.stages.trained.costs import Cost
-from nfm.stages.trained.machine import free_memory, is_out_of_memory, pick_device
+from nfm.stages.display import units
+from nfm.stages.trained.costs import Cost, Trial
+from nfm.stages.trained.devices import memory
+from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
 from nfm.stages.trained.training import TrainingSection, autocast_dtype, precision_context
 from nfm.storage.reading.batch import Batch
 
@@ -32,14 +34,6 @@ EFFICIENCY = 0.25  # of the rate of matrix products; small models with attention
 LARGE = 0.6  # the same of models so large that one layer's step is too long to be timed
 FEW_IMAGES = 4096  # that stand for all, from which noises choose
 BACKWARD = 3  # a forward and a backward pass are as much as three forward ones
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What can be timed: `flops` are of a forward pass of an example; `make` gives a model and its loss, or a call."""
-
-    flops: float
-    make: Callable[[], Any]
 
 
 class Clock:
@@ -106,6 +100,7 @@ def cost_of_training(
     # A checkpoint holds weights, moving average and two moments; the moving average is the finished model. All float32.
     size = 4 * parameters * (4 * config.keep_checkpoints + 1)
     words = f"by {config.workers} workers, without what they tell each other" if config.workers > 1 else ""
+    words = ", ".join(part for part in (words, _memory(config, facts, parameters, trials)) if part)
     cost = Cost(examples, unit, words, flops=BACKWARD * examples * trials[0].flops, bytes=size)
     if clock is None:
         return cost
@@ -113,6 +108,19 @@ def cost_of_training(
         return replace(cost, seconds=examples / clock.training(stage, config, facts, trials))
     except Unfit as error:
         return replace(cost, unknown=f"no time ({error})")
+
+
+def _memory(config: TrainingSection, facts: Mapping[str, Any], parameters: int, trials: Sequence[Trial]) -> str:
+    """What a training takes of the memory of each worker's device, and whether it fits."""
+    with _seeded():
+        found = memory.measured(trials, parameters, config, _random_batch(2, facts, "cpu"))
+    each = found.of_worker(config.batch_size, config.workers, config.sharding, config.microbatch, config.recompute)
+    told = f"{units.size(each)} of memory" + (" a worker" if config.workers > 1 else "")
+    try:
+        there = memory.device_bytes(pick_device(config.device), facts)
+    except Unfit:
+        there = memory.device_bytes("cpu", facts)
+    return told if there is None else f"{told}, which {found.advice(config, there)}"
 
 
 def fitting(trials: Sequence[Trial], passes: int, batch_size: int, rate: float) -> tuple[Trial, int] | None:
