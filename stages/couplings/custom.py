@@ -212,4 +212,6 @@ def importable(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(path)
+        last = max((place for place, each in enumerate(sys.path) if each == path), default=None)
+        if last is not None:  # the folder may stand further ahead too, and stays there
+            del sys.path[last]

@@ -35,6 +35,7 @@ from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import WEIGHTS
+from nfm.storage.errors import StorageError
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, read_spec
@@ -91,7 +92,10 @@ def external(config: PairsConfig) -> dict[str, str]:
 def manifest_name(config: PairsConfig, out: Path) -> str:
     """The manifest of the newest generation that fits the config, else the name of the next one."""
     for number in reversed(generations.numbers(out)):
-        sealed = generations.load(out, number)
+        try:
+            sealed = generations.load(out, number)
+        except StorageError:  # damage is told by whoever opens it
+            return generations.manifest_path(out, number).name
         lacking = sum(len(hole.slots) for hole in sealed.excluded)
         if sealed.draws == config.draws and lacking <= config.max_missing:
             return generations.manifest_path(out, number).name

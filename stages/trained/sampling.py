@@ -20,6 +20,7 @@ from nfm.stages.trained.devices.timing import rate_of_calls
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import blaming, parameter_count, precision_context, read_weights
 from nfm.storage import ImageDataset
+from nfm.storage.errors import by
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
 from nfm.trainers.nfe import pick_solver
@@ -149,7 +150,7 @@ def own_sampler(folder: Path, device: str, precision: Precision, guidance: float
         with precision_context(noise.device.type, precision):
             images: torch.Tensor = function(model, noise, labels)
         if images.shape != noise.shape:
-            raise StageError(f"{folder}: its sampler gave {list(images.shape)} for noise {list(noise.shape)}; mend it")
+            raise StageError(f"{folder}: its sampler gave {by(images.shape)} for noise {by(noise.shape)}; mend it")
         taken.append(calls[0])
         return images
 

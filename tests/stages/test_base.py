@@ -32,6 +32,8 @@ NO_PLACES = {
         *("pairs.ray_address", "teacher.ray_address", "student.ray_address", "features.ray_address"),
     ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
+    *("teacher.model", "teacher.options", "student.model", "student.options"),
+    *("student.times", "student.objective", "student.sampler"),
 }
 
 

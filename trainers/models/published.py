@@ -121,7 +121,7 @@ def _check_names(state: Mapping[str, Tensor], sizes: Sizes) -> None:
     for name, value in state.items():
         if tuple(value.shape) != possible[name]:
             raise ValueError(
-                f"{name} is {list(value.shape)}, beside its other tensors it would be {list(possible[name])}"
+                f"{name} is {_by(value.shape)}, beside its other tensors it would be {_by(possible[name])}"
             )
         if not value.is_floating_point() and name not in masks:
             raise ValueError(f"{name} is of {value.dtype}, weights are floats")
@@ -216,3 +216,7 @@ def eta_of(file: str, sizes: Sizes) -> float | None:
             "the noise that pairs are made with"
         )
     return float(found[5])
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))

@@ -23,6 +23,7 @@ import numpy as np
 from nfm.stages.base import StageError, Unfit
 from nfm.stages.couplings import custom
 from nfm.stages.trained.training import read_weights
+from nfm.storage.errors import by
 from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def _blaming_calls(said: str, batch: Batch, call: str) -> Iterator[None]:
         yield
     except Exception as error:  # whatever somebody's network makes of the call
         raise Unfit(
-            f"{said}: its network, called as {call} for x {list(batch.image.shape)}, labels {batch.label.tolist()}, "
+            f"{said}: its network, called as {call} for x {by(batch.image.shape)}, labels {batch.label.tolist()}, "
             f"raised {type(error).__name__}: {error}; label -1 is none"
         ) from error
 
@@ -187,12 +188,12 @@ def _check_tensor(said: str, value: Tensor | Any, shape: tuple[int, ...]) -> Non
     import torch
 
     if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
-        raise Unfit(f"{said}: gave {_kind(value)} for two records; give floats of shape {list(shape)}")
+        raise Unfit(f"{said}: gave {_kind(value)} for two records; give floats of shape {by(shape)}")
 
 
 def _kind(value: Any) -> str:
     shape = getattr(value, "shape", None)
-    return f"{type(value).__name__}" if shape is None else f"{value.dtype} {list(shape)}"
+    return f"{type(value).__name__}" if shape is None else f"{value.dtype} {by(shape)}"
 
 
 def _digest(field: str, function: str) -> str:

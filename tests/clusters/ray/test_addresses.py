@@ -14,7 +14,7 @@ from tests.support.patience import allowed
 def test_an_address_where_no_cluster_answers_is_refused_at_once_in_one_line() -> None:
     began = time.monotonic()
     with (
-        pytest.raises(StageError, match=r"no Ray cluster answers at '127.0.0.1:1'.*pairs.ray_address") as caught,
+        pytest.raises(StageError, match=r"no Ray cluster answers at '127.0.0.1:1'.*ray_address") as caught,
         ray_cluster.cluster("127.0.0.1:1", workers=1, threads=1, device="cpu"),
     ):
         pass

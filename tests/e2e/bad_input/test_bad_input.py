@@ -146,7 +146,7 @@ def test_a_ray_cluster_that_does_not_answer_is_named(lab: Lab) -> None:
         lab,
         *arguments,
         exits=1,
-        says=("no Ray cluster answers at '127.0.0.1:1'", "pairs.ray_address", "`ray start --head`"),
+        says=("no Ray cluster answers at '127.0.0.1:1'", "ray_address", "`ray start --head`"),
     )
 
 

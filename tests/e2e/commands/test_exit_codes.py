@@ -34,7 +34,11 @@ CASES: dict[str, tuple[tuple[str, ...], int]] = {
     "sample": (("{data}",), 2),
     "status": (CONFIG, 0),
     "student": (("--pairs", "{teacher}", *CONFIG), 2),
+    "submit features": ((*CONFIG,), 2),
     "submit pairs": ((*CONFIG,), 2),
+    "submit student": ((*CONFIG,), 2),
+    "submit teacher": ((*CONFIG,), 2),
+    "teacher import": (("none.pth", *CONFIG), 2),
 }
 
 

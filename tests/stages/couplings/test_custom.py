@@ -234,3 +234,13 @@ def test_a_custom_coupling_of_a_package_imports_its_neighbours(shop: Shop) -> No
     (package / "ours.py").write_text(f"from .scale import HALF\n\n{code}\n")
     store = shop.make(shop.config(coupling="custom", custom="own_couplings_package.ours:noise"))
     assert abs(store.manifest["moments"]["mean"] - 0.05) < 0.02
+
+
+def test_a_search_leaves_pythons_path_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder may stand first there already, and must not come behind others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    before = list(sys.path)
+    (tmp_path / "own_here.py").write_text("def noise(images, labels, rng): ...", encoding="utf-8")
+    assert custom.source_file("own_here:noise") == tmp_path / "own_here.py"
+    assert sys.path == before

@@ -117,7 +117,7 @@ def _reads_or_is_refused(recipe: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"image_shape": (8, 8)}, r"image_shape \(8, 8\): give \(channels, height, width\)"),
+        ({"image_shape": (8, 8)}, r"image_shape a tuple of 2: give \(channels, height, width\)"),
         ({"image_shape": (1, 1, 8, 8)}, "channels, height, width"),
         ({"image_shape": 8}, "image_shape"),
         ({"classes": 0}, "classes 0: leave classes out"),

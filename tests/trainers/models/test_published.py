@@ -102,7 +102,7 @@ def put(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
         (drop("blocks.1.attn_blocks.0.mlp.norm.bias"), r"1 of its tensors are missing: blocks\.1\.attn_blocks\.0\.mlp"),
         (drop("blocks.1.class_embed"), r"1 of its tensors are missing: blocks\.1\.class_embed"),
         (put("blocks.0.extra", torch.ones(1)), r"1 tensors that no TarFlow of its authors has: blocks\.0\.extra"),
-        (put("blocks.1.pos_embed", torch.ones(9, 64)), r"blocks\.1\.pos_embed is \[9, 64\], .* be \[16, 64\]"),
+        (put("blocks.1.pos_embed", torch.ones(9, 64)), r"blocks\.1\.pos_embed is 9x64, .* be 16x64"),
         (put("blocks.0.pos_embed", torch.ones(9)), "blocks.0 has tensors of shapes"),
         (put("blocks.0.proj_out.bias", torch.ones(16).long()), "is of torch.int64, weights are floats"),
         (put("blocks.0.proj_in.bias", torch.full((64,), torch.nan)), "values that are not finite"),
