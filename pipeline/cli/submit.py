@@ -66,6 +66,7 @@ def pairs(
     if not (slurm or ray):
         raise click.UsageError("say where: --slurm, --ray, or both for a Ray cluster inside one Slurm job")
     config = load(config_path, overrides)
+    _check(config, "pairs")
     submission = _submission(
         config, overrides, config.pairs.threads, before, user_options(sbatch), user_options(sbatch_seal)
     )
@@ -88,10 +89,22 @@ def _print_or_submit(submission: Submission, config_path: Path, scripts: Sequenc
     for script in scripts:
         click.echo(masked(f"# {submission.folder / script.name}.sbatch\n{script.text}"))
     ids = {script.name: script.name.upper() for script in scripts}
-    click.echo("# with --go these scripts are written and submitted, each waiting for the ones that it names:")
+    them = "these scripts are written and submitted, each waiting for the ones that it names"
+    click.echo(f"# with --go {them if len(scripts) > 1 else 'this script is written and submitted'}:")
     click.echo(masked("\n".join(shlex.join(script.sbatch(submission.folder, ids)) for script in scripts)))
     if not shutil.which("sbatch"):
         click.echo("sbatch is not on this machine: --go needs it", err=True)
+
+
+def _check(config: RunConfig, stage: str) -> None:
+    """Raises Unfit for what a job would refuse in its first second, as far as the config alone tells. Writes nothing."""
+    from nfm.pipeline import builder, prechecks
+    from nfm.pipeline.config import image_shape
+    from nfm.pipeline.graph import upstream
+
+    shape = image_shape(config.data)
+    known = {} if shape is None else {"image_shape": list(shape)}
+    prechecks.check_fits(upstream(builder.build(config, target=stage), stage), known)
 
 
 def _training(stage: str) -> click.Command:
@@ -128,6 +141,7 @@ def _training(stage: str) -> click.Command:
                 f"{stage}.batch_size {batch_size} is shared by {nodes} x {per_node} processes: make it a multiple of "
                 f"{processes}"
             )
+        _check(config, stage)
         submission = _submission(config, overrides, threads, before, user_options(sbatch))
         _print_or_submit(submission, config_path, [training_job(submission, stage, nodes, per_node)], go)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import signal
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -124,7 +126,7 @@ def start_local(cpus: int, gpus: int = 0) -> None:
     """
     import ray
 
-    with _loopback_allowed():
+    with _loopback_allowed(), _own_process_groups():
         ray.init(
             address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, object_store_memory=STORE_BYTES,
             _node_ip_address=LOOPBACK, _system_config={"worker_niceness": 0}, **_quiet(),
@@ -146,6 +148,18 @@ def _loopback_allowed() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _own_process_groups() -> Iterator[None]:
+    """A signal to this process's whole group, as `timeout` sends it, must not end Ray before we have stopped."""
+    services: Any = importlib.import_module("ray._private.services")
+    before = services.ConsolePopen
+    services.ConsolePopen = partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 REMEDY = "start one with `ray start --head`, or leave ray_address and RAY_ADDRESS out for a local one"

@@ -35,7 +35,7 @@ from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import WEIGHTS
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, read_spec
@@ -94,6 +94,8 @@ def manifest_name(config: PairsConfig, out: Path) -> str:
     for number in reversed(generations.numbers(out)):
         try:
             sealed = generations.load(out, number)
+        except NewerSchema:
+            raise
         except StorageError:  # damage is told by whoever opens it
             return generations.manifest_path(out, number).name
         lacking = sum(len(hole.slots) for hole in sealed.excluded)

@@ -6,6 +6,7 @@ when all of it is on disk: so the newest one is always whole. It can be loaded b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -98,9 +99,9 @@ class CheckpointFolder:
         return CheckpointError(f"{self.root}: cannot write ({'; '.join(sorted(reasons))}); earlier checkpoints stay")
 
     def _place(self, part: Path, final: Path, state: Mapping[str, Any]) -> None:
-        sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
+        digests = {path.name: _sha256(path) for path in sorted(part.iterdir())}
         with (part / STATE).open("w", encoding="utf-8") as file:
-            json.dump({**state, "files": sizes}, file, sort_keys=True)
+            json.dump({**state, "files": digests}, file, sort_keys=True)
         for path in part.iterdir():
             _sync(path)
         _sync(part)
@@ -125,17 +126,23 @@ def _whole(root: Path) -> list[Path]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors. Raises CheckpointError where a file is missing or cut short."""
+    """What a checkpoint says beside its tensors.
+
+    Raises CheckpointError where a file is missing or is not what was written, which the first process looks at.
+    """
     try:
         if not (folder / STATE).is_file() or (folder / STATE).stat().st_size > MOST_STATE_BYTES:
             raise ValueError(f"{STATE} is no file of a checkpoint")
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        sizes = dict(state.pop("files"))
-        wrong = [name for name, length in sizes.items() if (folder / name).stat().st_size != length]
+        digests = dict(state.pop("files"))
+        if absent := [name for name in digests if not (folder / name).is_file()]:
+            raise ValueError(f"{absent[0]} is missing")
+        if parallel.rank() == 0:
+            wrong = [name for name, sha256 in digests.items() if _sha256(folder / name) != sha256]
+            if wrong:
+                raise ValueError(f"{wrong[0]} is not what was written there")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: no whole checkpoint ({error!r}); {_REMEDY}") from error
-    if wrong:
-        raise CheckpointError(f"{folder}: {wrong[0]} has another length than when it was written; {_REMEDY}")
+        raise CheckpointError(f"{folder}: no whole checkpoint: {error}; {_REMEDY}") from error
     return state
 
 
@@ -171,6 +178,11 @@ def _remove(folder: Path) -> None:
     gone = folder.with_name(f"{PART}{folder.name}")
     folder.rename(gone)
     shutil.rmtree(gone)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

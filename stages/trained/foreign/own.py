@@ -39,7 +39,12 @@ INVERSE = 0.05  # RMS, in image units, of decode(encode(x)) - x
 def named(config: Any, stage: str) -> dict[str, str]:
     """The functions that a stage's section names, by its field."""
     values = {name: getattr(config, name) for name in FIELDS[stage]}
-    return {f"{stage}.{name}": value for name, value in values.items() if isinstance(value, str) and ":" in value}
+    words = ("times", "objective")  # which may also be one that we have
+    return {
+        f"{stage}.{name}": value
+        for name, value in values.items()
+        if isinstance(value, str) and (":" in value or name not in words)
+    }
 
 
 def digests(config: Any, stage: str) -> dict[str, str]:

@@ -293,7 +293,8 @@ def test_a_damaged_checkpoint_is_named_with_the_way_out(lab: Lab) -> None:
     whole = newest()[-1].read_bytes()
     newest()[-1].write_bytes(whole[:5000])
     refused(lab, *lab.arguments("student", *sets), exits=1, says=("checkpoints/0", "remove the folder"))
-    newest()[-1].write_bytes(whole[:50] + bytes(1000) + whole[1050:])
+    at = len(whole) // 2
+    newest()[-1].write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     refused(lab, *lab.arguments("student", *sets), exits=1, says=("checkpoints/0", "remove the folder"))
     shutil.rmtree(newest()[-1].parent)
     lab.run("student", *sets, "student.pairs=40000")

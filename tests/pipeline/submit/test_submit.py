@@ -201,3 +201,11 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(empty: Lab) -> None:
     said = empty.nfm("submit", "teacher", "-c", "tiny.toml", "--slurm", "--nodes", 3, exits=2).stderr
     assert "teacher.batch_size 64 is shared by 3 x 1 processes: make it a multiple of 3" in said
     assert "batch_size 64 is shared by 3 workers" in empty.run("teacher", "teacher.workers=3", exits=2).stderr
+
+
+@pytest.mark.parametrize("stage", ["teacher", "pairs"])
+def test_what_a_run_would_refuse_is_not_submitted(empty: Lab, stage: str) -> None:
+    wrong = ("--set", "teacher.channels=12")
+    said = empty.nfm("submit", stage, "-c", "tiny.toml", "--slurm", *wrong, exits=2).stderr
+    assert "channels = 12 is not a multiple of head_size = 32" in said
+    assert {path.name for path in empty.folder.iterdir()} == {"tiny.toml"}
