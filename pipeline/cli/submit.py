@@ -97,7 +97,7 @@ def _print_or_submit(submission: Submission, config_path: Path, scripts: Sequenc
 
 
 def _check(config: RunConfig, stage: str) -> None:
-    """Raises Unfit for what a job would refuse in its first second, as far as the config alone tells. Writes nothing."""
+    """Raises Unfit for what a job would refuse at once, as far as the config alone tells. Writes nothing."""
     from nfm.pipeline import builder, prechecks
     from nfm.pipeline.config import image_shape
     from nfm.pipeline.graph import upstream
