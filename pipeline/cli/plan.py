@@ -33,14 +33,16 @@ class ImageShape(click.ParamType):
 @compared_options
 @click.option("--images", type=Whole(1, MANY), help="Training images, to plan before the data is there.")
 @click.option("--image-shape", type=ImageShape(), help="Their shape, with --images: 3x64x64.")
-@click.option("--classes", type=Whole(0, MANY), help="Their classes, with --images; 0 for none. [default: 1000]")
+@click.option(
+    "--classes", type=Whole(0, MANY), help="Their classes, with --images; 0 for none. [default: 1000, at most --images]"
+)
 @click.option(
     "--workers",
     multiple=True,
     type=Whole(1, MANY),
-    help="Of pairs, the time that so many take; repeatable. Of training, that many share it. [default: 1, 8, 64]",
+    help="Of training, how many share it. Of pairs, the time that so many take. Repeatable. [default: 1, 8, 64]",
 )
-@click.option("--memory", type=Number(0, 1e6, above=True), help="Of training: GB of a device, does it fit there?")
+@click.option("--memory", type=Number(0, 1e6, above=True), help="Of training, the GB of a device that it should fit.")
 @click.option(
     "--rate", type=Number(0, 1e12, above=True), help="Images or pairs of STAGE a second, of one worker elsewhere."
 )
@@ -68,7 +70,7 @@ def plan(
     config = load(config_path, (*overrides, *overrides_of(couplings, seeds, stage)))
     data = None
     if images is not None and image_shape is not None:
-        data = data_to_come(config, images, image_shape, 1000 if classes is None else classes)
+        data = data_to_come(config, images, image_shape, min(1000, images) if classes is None else classes)
     rows = planned(
         builder.build(config, target=stage),
         stage,

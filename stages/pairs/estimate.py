@@ -103,7 +103,8 @@ def estimate(
             **({"flops_per_second": flops * one.per_second} if flops else {}),
             **({"batch_size": one.batch_size, "precision": config.precision} if one.batch_size else {}),
         },
-        "hours": {str(count): float(f"{seconds / count / 3600:.3g}") for count in workers},
+        # Of more workers than shards, the others have nothing to do.
+        "hours": {str(count): float(f"{seconds / min(count, max(1, plan['shards'])) / 3600:.3g}") for count in workers},
     }
 
 

@@ -247,7 +247,7 @@ def checked(*, options: type | None = None, **own: Rule) -> Callable[[Callable[P
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in kwargs:
                 if name not in rules:
-                    said = f"{call.__qualname__} has no argument {name!r}{nearest(name, known)}"
+                    said = f"{call.__name__} has no argument {name!r}{nearest(name, known)}"
                     raise TypeError(f"{said}; it takes {', '.join(known)}")
             bound = signature.bind(*args, **kwargs)
             given = bound.arguments

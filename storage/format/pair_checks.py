@@ -18,6 +18,8 @@ Array = npt.NDArray[Any]
 OPTIONAL = ("row", "flip", "nll")  # columns of the index that are not fields
 _FLOAT32 = float(np.finfo(np.float32).max)
 
+CLIPPED = 0.01  # of the noise values of a batch; of N(0, 1) none, of a teacher a few in a million
+
 
 def checked(spec: StoreSpec, given: Mapping[str, Any]) -> dict[str, Array]:
     """The arrays of a batch of n records: the spec's fields except `slot`, and the columns in `OPTIONAL`.
@@ -138,8 +140,13 @@ def _noise(spec: StoreSpec, noise: Array) -> Array:
     _no(~np.isfinite(noise), "noise", noise, "is not finite; check what made it")
     noise, beyond = _cast(noise, "float32"), noise
     _no(~np.isfinite(noise), "noise", beyond, "is too large for float32; noise has unit variance")
+    stored, clipped = codecs.pack(noise, spec.codec)
+    if clipped > CLIPPED * noise.size:
+        raise StorageError(
+            f"noise: codec {spec.codec} would clip {clipped / noise.size:.1%} of the values; noise has unit variance, "
+            "codecs float16 and float32 take more"
+        )
     if CODECS[spec.codec].step is None:
-        stored = codecs.pack(noise, spec.codec)[0]
         told = f"is too large for codec {spec.codec}; noise has unit variance, codec float32 takes more"
         _no(~np.isfinite(stored), "noise", noise, told)
     return noise

@@ -323,3 +323,13 @@ def test_an_object_store_is_written_and_resumed(bucket: str, tmp_path: Path) -> 
     store = write(url, spec_of(), draws=2)
     assert store.content_digest == write(tmp_path / "here", spec_of(), draws=2).content_digest
     assert not verify(url, level="default")
+
+
+def test_noise_that_the_codec_would_clip_is_refused(tmp_path: Path) -> None:
+    """Noise of another scale keeps nothing of itself in int8."""
+    spec = StoreSpec.external(rows=8, image_shape=(1, 4, 4), origin="a test", codec="int8")
+    noise = np.random.default_rng(0).standard_normal((8, 1, 4, 4))
+    with PairWriter(tmp_path / "wild", spec) as writer:
+        with pytest.raises(StorageError, match=r"codec int8 would clip \d+\.\d% of the values; noise has unit"):
+            writer.write(image=np.zeros((8, 1, 4, 4), np.uint8), noise=100 * noise)
+        writer.write(image=np.zeros((8, 1, 4, 4), np.uint8), noise=noise)
