@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import signal
@@ -153,7 +152,9 @@ def _loopback_allowed() -> Iterator[None]:
 @contextmanager
 def _own_process_groups() -> Iterator[None]:
     """A signal to this process's whole group, as `timeout` sends it, must not end Ray before we have stopped."""
-    services: Any = importlib.import_module("ray._private.services")
+    from ray._private import services as module
+
+    services: Any = module
     before = services.ConsolePopen
     services.ConsolePopen = partial(before, process_group=0)
     try:

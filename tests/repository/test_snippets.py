@@ -30,6 +30,7 @@ NOT_RUN = {
     "nfm compare -c F": "the tiny run compares nothing; tests/e2e has one that does",
     "nfm run pairs -c F --ray-address auto": "needs a Ray cluster; tests/clusters has one",
     "nfm submit pairs -c F --slurm --tasks 64": "submits jobs; tests/clusters has a Slurm",
+    "nfm submit teacher -c F --slurm --nodes 8": "submits a job; tests/clusters has a Slurm",
     "nfm teacher import": "needs a published checkpoint; tests/e2e/test_import.py makes one",
     "nfm plan compare -c F ... --couplings A,B": "names that a reader fills in",
     "nfm submit pairs -c imagenet64.toml": "needs a Slurm; tests/pipeline/submit has the rest",
