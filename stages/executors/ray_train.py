@@ -149,7 +149,7 @@ def fit(make: Any, config: Any, inputs: Inputs, out: Path, report: Reporter) -> 
         if outcome := ray.get(line.outcome.remote()):
             raise outcome
     if failed:
-        raise StageError(f"training on Ray failed: {_first_line(failed[0])}") from failed[0]
+        raise StageError(f"training on Ray failed: {_last_line(failed[0])}") from failed[0]
 
 
 @contextlib.contextmanager
@@ -218,6 +218,6 @@ def _worker(given: dict[str, Any]) -> None:
             report.flush()
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [text for text in str(error).splitlines() if text.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -161,7 +161,7 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
     from nfm.trainers import loop
     from nfm.trainers.checkpoint import CheckpointError, pack_weights
     from nfm.trainers.training import parallel
-    from nfm.trainers.training.checkpoint_folder import CheckpointFolder, read_state
+    from nfm.trainers.training.checkpoint_folder import CheckpointFolder
 
     task = make(config, inputs, device)
     plan, unit, first = recipe(config, task.examples), task.unit, parallel.rank() == 0
@@ -181,10 +181,10 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
 
     try:
         with CheckpointFolder(out / CHECKPOINTS, config.keep_checkpoints, report.check_lock) as folder:
-            newest, old = folder.newest(), None
-            if newest is None and (out / OLD_CHECKPOINT).exists():
+            found, old = folder.read(), None
+            if found is None and (out / OLD_CHECKPOINT).exists():
                 old = read_bytes(out / OLD_CHECKPOINT, MOST_STATE_BYTES)
-            seen = read_state(newest)["examples_seen"] if newest else seen_of(old) if old else 0
+            seen = found[1]["examples_seen"] if found else seen_of(old) if old else 0
             if first:
                 _keep_lines(out / METRICS, unit, seen)
             if seen:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nfm.trainers.checkpoint import CheckpointError
 from nfm.trainers.loop import Trained, learning_rate, train
-from nfm.trainers.training.checkpoint_folder import CheckpointFolder, read_state
+from nfm.trainers.training.checkpoint_folder import CheckpointFolder
 from nfm.trainers.training.state import Recipe
 
 RECIPE = Recipe(examples=320, batch_size=16, learning_rate=1e-2, warmup_examples=64, ema=0.9)
@@ -111,9 +111,9 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(steps, autocast, t
 
 def contents(folder: Path) -> list[Any]:
     """What the newest checkpoint holds; the bytes of a safetensors header come in any order."""
-    newest = CheckpointFolder(folder).newest()
+    newest, state = CheckpointFolder(folder).read()
     tensors = {name: value.numpy().tobytes() for name, value in load_file(next(newest.glob("*.safetensors"))).items()}
-    return [newest.name, tensors, read_state(newest)]
+    return [newest.name, tensors, state]
 
 
 def test_resume_from_a_periodic_checkpoint_equals_uninterrupted(tmp_path):

@@ -47,14 +47,19 @@ class CheckpointFolder:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, "nfm-checkpoint")
         self._pending: Future[None] | None = None
+        self._read: tuple[Path, dict[str, Any]] | None = None
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint, or None."""
-        return newest(self.root)
+    def read(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint and what `read_state` says of it, or None. Files are read once until the next save."""
+        found = newest(self.root)
+        if found is not None and (self._read is None or self._read[0] != found):
+            self._read = found, read_state(found)
+        return self._read if found is not None else None
 
     def save(self, tensors: Tensors, state: Mapping[str, Any], examples_seen: int) -> None:
         """Takes a copy of the tensors now and writes it in the background; raises what went wrong with the last one."""
         self.wait()
+        self._read = None
         part, final = self.root / f"{PART}{examples_seen}", self.root / f"{examples_seen:012d}"
         if self._first:
             self._check()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nfm.trainers import checkpoint as one_file
 from nfm.trainers.training import parallel
-from nfm.trainers.training.checkpoint_folder import CheckpointFolder, load_tensors, read_state
+from nfm.trainers.training.checkpoint_folder import CheckpointFolder, load_tensors
 from nfm.trainers.training.ema import EMA
 
 
@@ -59,9 +59,9 @@ class State:
         checkpoints.save(self._tensors(), self._meta(), self.examples_seen)
 
     def restore(self, checkpoints: CheckpointFolder | None, old: bytes | None) -> None:
-        newest = checkpoints.newest() if checkpoints is not None else None
-        if newest is not None:
-            meta = read_state(newest)
+        found = checkpoints.read() if checkpoints is not None else None
+        if found is not None:
+            newest, meta = found
             self._check_recipe(meta)
             load_tensors(newest, self._tensors())
         elif old is not None:

@@ -100,7 +100,8 @@ def cost_of_training(
     # A checkpoint holds weights, moving average and two moments; the moving average is the finished model. All float32.
     size = 4 * parameters * (4 * config.keep_checkpoints + 1)
     words = f"by {config.workers} workers, without what they tell each other" if config.workers > 1 else ""
-    words = ", ".join(part for part in (words, _memory(config, facts, parameters, trials)) if part)
+    if clock is not None or "device_memory" in facts:  # else a plan needs no torch, and runs nothing
+        words = ", ".join(part for part in (words, _memory(config, facts, parameters, trials)) if part)
     cost = Cost(examples, unit, words, flops=BACKWARD * examples * trials[0].flops, bytes=size)
     if clock is None:
         return cost
