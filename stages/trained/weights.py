@@ -1,4 +1,4 @@
-"""The moving averages of a finished student: the files that they are in, and the choice of one by its name.
+"""The weights of finished models, and the choice of a moving average of a student by its name.
 
 A student is sampled with `weights.safetensors`, the average of its config's `ema`. Others are named:
 
@@ -10,23 +10,34 @@ A student is sampled with `weights.safetensors`, the average of its config's `em
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nfm.stages.base import StageError, Unfit
-from nfm.stages.trained.training import WEIGHTS, read_weights
 from nfm.storage.files import atomic
+from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
 from nfm.trainers.training.profiles import WIDEST, Profile, combination
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
-SNAPSHOTS = "snapshots"
+WEIGHTS, SNAPSHOTS = "weights.safetensors", "snapshots"
 POSTHOC = "posthoc:"
+SHOWN = 12  # names in a message
 LARGEST_ERROR = 0.1  # of the profile of a combination, relative
 _NAME = re.compile(rf"({POSTHOC})?(\d*\.?\d+)(?:@(\d+))?")
 _FILE = re.compile(r"ema-([\d.]+)(?:@(\d+))?\.safetensors")
+
+
+def read_weights(folder: Path, file: str = WEIGHTS) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights of a finished stage, in the folder's `file`, and the arguments that build its model again."""
+    from nfm.trainers.checkpoint import CheckpointError, unpack_weights
+
+    try:
+        return unpack_weights(read_bytes(folder / file, MOST_STATE_BYTES))
+    except CheckpointError as error:
+        raise StageError(f"{folder / file}: {error}; `nfm audit {folder}` says what else is wrong") from error
 
 
 class Name(NamedTuple):
@@ -66,45 +77,47 @@ def files_of(folder: Path) -> dict[Name, str]:
     return dict(sorted(found.items(), key=lambda one: (one[0].seen is not None, one[0].seen, one[0].width)))
 
 
-def read(folder: Path, ema: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a finished student, or of the average `ema` of it, and what builds its network again.
+def parts_of(name: Name, there: Sequence[Name], end: int) -> dict[Name, float]:
+    """The averages, of those that are `there`, that an average is the sum of, with their weights.
 
-    Raises Unfit for an average that it does not have, and for a combination that would not be the average asked for.
+    `end` is the number of pairs of the training. Raises ValueError for an average that is not there, and where a
+    combination would not be the average asked for.
     """
-    if ema is None:
-        return read_weights(folder)
-    name, there = parse(ema), files_of(folder)
-    if name.posthoc:
-        return _combined(folder, name, there)
-    if name not in there:
-        raise Unfit(f"{folder}: no moving average {name} in it; {_told(there)}")
-    return read_weights(folder, there[name])
-
-
-def _combined(folder: Path, name: Name, there: Mapping[Name, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The least squares combination of all averages, summed in float64 and stored as they are."""
-    if not there:
-        raise Unfit(f"{folder}: no moving averages to combine into {name}; {_told(there)}")
-    end = atomic.read_json(folder / "manifest.json")["metrics"]["pairs_seen"]
+    more = f" and {len(there) - SHOWN} more" if len(there) > SHOWN else ""
+    told = f"there are {', '.join(map(str, there[:SHOWN]))}{more}" if there else "student.emas names none"
+    if name in there:
+        return {name: 1.0}
+    if not name.posthoc or not there:
+        raise ValueError(f"{name}: no such moving average; {told}")
     known = [Profile(end if one.seen is None else one.seen, one.width) for one in there]
     weights, error = combination(known, Profile(end, name.width))
     if error > LARGEST_ERROR:
-        raise Unfit(
-            f"{folder}: {name} cannot be made of its {len(known)} averages: their profile would be wrong by {error:.0%}; "
-            f"name a width nearer to {', '.join(sorted({str(one.width) for one in there}))}, or train it with more "
-            "student.snapshots"
+        raise ValueError(
+            f"{name}: the profile that the averages can make is wrong by {error:.0%}; name a width nearer to theirs, "
+            f"or train with more student.snapshots; {told}"
         )
-    total: dict[str, Tensor] = {}
-    for file, weight in zip(there.values(), weights, strict=True):
-        state, architecture = read_weights(folder, file)
-        for key, value in state.items():
+    return dict(zip(there, weights, strict=True))
+
+
+def read(folder: Path, ema: str | None = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The weights of a finished student, or of its moving average `ema`, and what builds its network again.
+
+    Combinations are summed in float64. Raises Unfit for an average that it does not have.
+    """
+    last, architecture = read_weights(folder)
+    if ema is None:
+        return last, architecture
+    files = files_of(folder)
+    try:
+        end = atomic.read_json(folder / "manifest.json")["metrics"]["pairs_seen"]
+        parts = parts_of(parse(ema), list(files), end)
+    except ValueError as error:
+        raise Unfit(f"{folder}: ema {error}") from error
+    total: dict[str, Any] = {}
+    for name, weight in parts.items():
+        for key, value in read_weights(folder, files[name])[0].items():
             if value.is_floating_point():
-                total[key] = total.get(key, 0) + weight * value.double()
-    last = read_weights(folder)[0]
-    return {key: total[key].to(value.dtype) if key in total else value for key, value in last.items()}, architecture
-
-
-def _told(there: Mapping[Name, str]) -> str:
-    if not there:
-        return 'it has the one of its "ema" alone: leave the name out, or train it with student.emas'
-    return f"it has {', '.join(map(str, there))}"
+                total[key] = total.get(key, 0.0) + weight * value.double()
+            else:
+                total[key] = last[key]
+    return {key: value.to(last[key].dtype) for key, value in total.items()}, architecture
