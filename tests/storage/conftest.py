@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nfm.storage import PairStore, PairWriter
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
@@ -93,3 +94,18 @@ def make_store(tmp_path: Path, small_spec: StoreSpec) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def add_draw() -> Callable[[Path, StoreSpec], None]:
+    """add_draw(root, spec) writes one more draw to a store, as a user's own program does, and seals it."""
+
+    def add(root: Path, spec: StoreSpec) -> None:
+        draw = PairStore.open(root).draws
+        with PairWriter(root, spec, draws=draw + 1) as writer:
+            for shard in range(spec.shards_per_draw):
+                for record in _records(spec, draw, shard):
+                    del record["slot"]
+                    writer.write(**record, draw=draw)
+
+    return add

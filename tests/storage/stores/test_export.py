@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfm.storage import PairStore
+from nfm.storage import PairStore, PairWriter
 from nfm.storage.errors import CorruptShard, StorageError
 from nfm.storage.export import converted, export
 from nfm.storage.files.atomic import read_json
@@ -97,7 +97,7 @@ def test_what_the_pipeline_knew_travels_along(source, tmp_path, make_store, smal
     assert PairStore.open(tmp_path / "out").manifest["config"] == {"codec": "float16"}
 
 
-def test_exporting_again_converts_nothing_and_a_third_draw_only_itself(source, tmp_path, make_store, records):
+def test_exporting_again_converts_nothing_and_a_third_draw_only_itself(source, tmp_path, make_store, add_draw):
     root, out = source.root, tmp_path / "out"
     seen = []
 
@@ -110,10 +110,7 @@ def test_exporting_again_converts_nothing_and_a_third_draw_only_itself(source, t
     seen.clear()
     assert export(source, out, "blocks", "float16", note).body == first
     assert seen == [(100, 100)]
-    for shard in range(source.spec.shards_per_draw):
-        written = write_shard(root, source.spec, 2, shard, "a1", records(source.spec, 2, shard))
-        commits.publish(root, written)
-    seal.seal(root, 3)
+    add_draw(root, source.spec)
     seen.clear()
     grown = export(PairStore.open(root), out, "blocks", "float16", note).body
     assert seen[0] == (100, 150)
@@ -121,13 +118,10 @@ def test_exporting_again_converts_nothing_and_a_third_draw_only_itself(source, t
     assert seal.numbers(out) == [1, 2]
 
 
-def test_a_pinned_generation_is_what_is_exported(make_store, tmp_path, records):
+def test_a_pinned_generation_is_what_is_exported(make_store, tmp_path, add_draw):
     root = make_store(draws=1)
     spec = PairStore.open(root).spec
-    for shard in range(spec.shards_per_draw):
-        written = write_shard(root, spec, 1, shard, "a1", records(spec, 1, shard))
-        commits.publish(root, written)
-    seal.seal(root, 2)
+    add_draw(root, spec)
     manifest = export(PairStore.open(root, generation=1), tmp_path / "out", "blocks", "float32").body
     assert (manifest["draws"], manifest["exported"]["generation"]) == (1, 1)
 
@@ -250,13 +244,11 @@ def test_latents_without_labels_travel_too(make_store, small_spec, tmp_path, rec
     fields = pair_fields((4, 2, 2), "float16", "float16", label=False)
     spec = dataclasses.replace(small_spec, fields=fields, classes=None, image_scale=0.18215, image_decoder="vae")
     root = tmp_path / "latents"
-    from nfm.storage.format.spec import write_spec
-
-    write_spec(root, spec)
-    for shard in range(spec.shards_per_draw):
-        chunks = ({**c, "image": c["image"].astype(np.float16) / 100} for c in records(spec, 0, shard))
-        commits.publish(root, write_shard(root, spec, 0, shard, "a1", chunks))
-    seal.seal(root, 1)
+    with PairWriter(root, spec) as writer:
+        for shard in range(spec.shards_per_draw):
+            for part in records(spec, 0, shard):
+                del part["slot"]
+                writer.write(**part | {"image": part["image"].astype(np.float16) / 100})
     export(PairStore.open(root), tmp_path / "out", "samples", "int8")
     found, source = PairStore.open(tmp_path / "out"), PairStore.open(root)
     np.testing.assert_array_equal(everything(found, 0)["image"], everything(source, 0)["image"])

@@ -18,15 +18,23 @@ import fsspec
 import numpy as np
 import pytest
 
-from nfm.storage import CorruptShard, MissingShard, NewerSchema, PairStore, ShardCache, StateMismatch, StorageError
+from nfm.storage import (
+    CorruptShard,
+    MissingShard,
+    NewerSchema,
+    PairStore,
+    PairWriter,
+    ShardCache,
+    StateMismatch,
+    StorageError,
+)
 from nfm.storage.files.atomic import content_digest, write_json
 from nfm.storage.format.order import order_key
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
 from nfm.storage.layouts import files as files_of
 from nfm.storage.layouts.tar_blocks import MappedShard, shard_bytes
-from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger import seal
 from nfm.storage.ledger.row_fields import write_row_field
-from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.reading.shards import ShardSequence
 from tests.support.patience import allowed
 
@@ -182,9 +190,11 @@ def test_rows_and_draws_outside_are_refused(make_store):
 
 def test_buffers_of_another_kind_are_refused(make_store):
     store = PairStore.open(make_store())
-    for wrong in (np.empty((2, 1, 4, 4), np.float32), np.empty((3, 1, 4, 4), np.uint8)):
+    for wrong in (np.empty((2, 1, 4, 4), np.float64), np.empty((3, 1, 4, 4), np.uint8)):
         with pytest.raises(ValueError, match="image"):
             store.gather(0, np.array([0, 1]), {"image": wrong})
+    with pytest.raises(ValueError, match=r"out\['label'\] is float32 2: pass a contiguous int64 2"):
+        store.gather(0, np.array([0, 1]), {"label": np.empty(2, np.float32)})
 
 
 def test_no_rows_give_empty_arrays(make_store):
@@ -262,12 +272,13 @@ def test_row_fields_are_joined_by_image_row(tmp_path, small_spec, records, dtype
     spec, root = replace(small_spec, coupling="semidiscrete-ot"), tmp_path / "store"
     values = np.random.default_rng(0).integers(0, 200, (50, 3)).astype(dtype)
     rows = [np.random.default_rng(draw).permutation(50) for draw in range(2)]
-    write_spec(root, spec)
-    for draw in range(2):
-        for shard in range(spec.shards_per_draw):
-            parts = (part | {"row": rows[draw][part["slot"]]} for part in records(spec, draw, shard))
-            commits.publish(root, write_shard(root, spec, draw, shard, "a1", parts))
-    seal.seal(root, 2)
+    with PairWriter(root, spec, draws=2) as writer:
+        for draw in range(2):
+            for shard in range(spec.shards_per_draw):
+                for part in records(spec, draw, shard):
+                    row = rows[draw][part.pop("slot")]
+                    image = np.broadcast_to(row[:, None, None, None], part["image"].shape).astype(np.uint8)
+                    writer.write(**part | {"row": row, "image": image, "label": row % 10}, draw=draw)
     write_row_field(root, "caption", [values], (3,), dtype)
     store = PairStore.open(root)
     for options in ({}, {"device": "cpu"}, {"raw": True}):
