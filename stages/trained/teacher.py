@@ -18,7 +18,6 @@ from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
-    WEIGHTS,
     Precision,
     Task,
     TrainingSection,
@@ -28,9 +27,9 @@ from nfm.stages.trained.training import (
     kept_files,
     parameter_count,
     precision_context,
-    read_weights,
     recipe,
 )
+from nfm.stages.trained.weights import WEIGHTS, read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
