@@ -212,6 +212,7 @@ class ImageDataset:
             part["rows"],
             part["rows_per_shard"],
             rows_per_block,
+            what=f"{root}: row",
         )
 
     @classmethod

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from nfm.storage.errors import CorruptShard, by
+from nfm.storage.errors import CorruptShard, by, check_inside
 from nfm.storage.format.spec import Field
 from nfm.storage.layouts import LAYOUTS, Shard
 
@@ -26,8 +26,8 @@ _LARGE_RECORD = 4096  # bytes; from here on one copy for each record is faster t
 class ShardSequence:
     """Rows 0..n-1 over shards of `rows_per_shard` records each (the last may hold fewer).
 
-    `open_shard(number)` opens a shard; it is called when the shard is first read. Each map holds a file descriptor.
-    Beyond a quarter of the process's limit (`ulimit -n`), the least recently used ones are closed.
+    `open_shard(number)` opens a shard; it is called when the shard is first read. `what` is a row in messages. Each map
+    holds a file descriptor. Beyond a quarter of the process's limit (`ulimit -n`), the least recently used ones are closed.
     """
 
     def __init__(
@@ -38,7 +38,9 @@ class ShardSequence:
         rows_per_shard: int,
         rows_per_block: int,
         layout: str = "blocks",
+        what: str = "row",
     ) -> None:
+        self.what = what
         self.fields = {field.name: field for field in fields}
         self.rows = rows
         self.rows_per_shard = rows_per_shard
@@ -64,14 +66,13 @@ class ShardSequence:
     def gather(self, names: Sequence[str], rows: Array, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """The records at `rows` ([n] integers, in any order) as arrays [n, *shape], in `out` if given.
 
-        Raises IndexError for a row out of range, MissingShard or CorruptShard (naming the file) for a bad file.
+        Raises OutOfRange for a row that does not exist, MissingShard or CorruptShard (naming the file) for a bad file.
         """
         rows = np.asarray(rows, np.int64)
         result = dict(out) if out is not None else self.empty(names, len(rows))
         if not len(rows):
             return result
-        if rows.min() < 0 or rows.max() >= self.rows:
-            raise IndexError(f"rows {rows.min()}..{rows.max()} are outside 0..{self.rows - 1}")
+        check_inside(self.what, rows, self.rows)
         number = rows // self.rows_per_shard
         touched, which = np.unique(number, return_inverse=True)
         held = [self.shard(shard) for shard in touched.tolist()]
