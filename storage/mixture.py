@@ -92,8 +92,8 @@ class MixtureStream:
         if self.aligned and min(weights) * members[0].least < 1:
             raise WrongArgument(
                 "weights",
-                f"are {[float(weight) for weight in weights]}: {float(min(weights)):g} of the {members[0].least} records "
-                f"of an epoch is less than one; the smallest share is 1/{members[0].least}, raise it or leave it out",
+                f"are {list(map(float, weights))}: {float(min(weights)):g} of the {members[0].least} records of an "
+                f"epoch is less than one; the smallest share is 1/{members[0].least}, raise it or leave it out",
             )
         self.least = members[0].least if self.aligned else sum(member.rows(0) for member in members)
         self.most = members[0].most if self.aligned else self.least

@@ -77,8 +77,8 @@ class OutOfRange(StorageError, IndexError):
 
 
 def check_inside(what: str, numbers: Any, end: int) -> None:
-    """Raises OutOfRange unless all of `numbers`, an array, are in 0..end - 1. `what` says what they count, and where."""
-    if not numbers.size or (0 <= int(numbers.min()) and int(numbers.max()) < end):
+    """Raises OutOfRange unless all of `numbers`, an array, are in 0..end - 1. `what` says what they are, and where."""
+    if not numbers.size or (int(numbers.min()) >= 0 and int(numbers.max()) < end):
         return
     outside = numbers[(numbers < 0) | (numbers >= end)]
     more = f" and {outside.size - 1} more are" if outside.size > 1 else " is"

@@ -27,7 +27,7 @@ class ShardSequence:
     """Rows 0..n-1 over shards of `rows_per_shard` records each (the last may hold fewer).
 
     `open_shard(number)` opens a shard; it is called when the shard is first read. `what` is a row in messages. Each map
-    holds a file descriptor. Beyond a quarter of the process's limit (`ulimit -n`), the least recently used ones are closed.
+    holds a file descriptor. Beyond a quarter of the process's limit (`ulimit -n`), the least recently used are closed.
     """
 
     def __init__(
