@@ -21,7 +21,7 @@ WHEN_MADE = ("image_size", "channels", "path", "debian_package")
 ANYBODYS = ("seed", "threads")  # settings that apply to every source
 REASONS = {
     "background": "has no transparent pixels; leave it out",
-    "points": "has the images that it has; data.limit cuts them",
+    "points": "has images, no points of the plane; data.limit cuts them, data.count is how many glyphs are drawn",
 }
 
 
