@@ -8,6 +8,7 @@ from pydantic import Field
 
 from nfm.stages.base import LocalField, Section, added, one_of, operational
 from nfm.stages.data.reading.axes import Axes
+from nfm.stages.data.reading.decoding import Crop
 from nfm.stages.data.sources import SOURCES
 from nfm.stages.data.sources.folder import Colour
 
@@ -19,7 +20,9 @@ class DataConfig(Section):
     `image_decoder` turns them into pictures. Both are only passed on to readers. `images` and `labels` name the arrays
     of source `npz` ("data", "labels"; labels "" means none). `axes` says what their axes are, `first_label` which
     number the first class has in the file. `background` is the colour behind transparent pixels of source `images`
-    (docs/data.md). `points` is the number of points that the planar sources make from `seed`, including held-out ones.
+    (docs/data.md). `crop` says how they are cut to `image_size`: "centre" resizes the central square, "adm" cuts as ADM
+    does, whose crops the published statistics of ImageNet are of. `points` is the number of points that the planar
+    sources make from `seed`, including held-out ones.
     """
 
     source: Annotated[str, one_of(SOURCES)] = "digits"
@@ -43,6 +46,7 @@ class DataConfig(Section):
     axes: Axes | None = added(None)
     first_label: int | None = added(None)
     background: Colour = added("white")
+    crop: Crop = added("centre")
     name: str | None = None  # written to dataset.json, which the content digest covers
     licence: str | None = operational(None)
     origin: str | None = operational(None)

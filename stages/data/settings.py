@@ -20,6 +20,7 @@ SHOWN = 8
 WHEN_MADE = ("image_size", "channels", "path", "debian_package")
 ANYBODYS = ("seed", "threads")  # settings that apply to every source
 REASONS = {
+    "crop": "does not cut images; leave it out",
     "background": "has no transparent pixels; leave it out",
     "points": "has the images that it has; data.limit cuts them",
 }
