@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from nfm.stages.base import LocalField, Section, added, one_of, operational
+from nfm.stages.base import PlaceField, Section, added, one_of, operational
 from nfm.stages.data.reading.axes import Axes
 from nfm.stages.data.reading.decoding import Crop
 from nfm.stages.data.sources import SOURCES
 from nfm.stages.data.sources.folder import Colour
+from nfm.storage.files.paths import as_path, is_remote
 
 
 class DataConfig(Section):
@@ -26,7 +27,7 @@ class DataConfig(Section):
     """
 
     source: Annotated[str, one_of(SOURCES)] = "digits"
-    path: LocalField | None = operational(None)
+    path: PlaceField | None = operational(None)
     debian_package: str | None = operational(None)
     image_size: int | None = Field(None, ge=1)
     channels: Literal[1, 3] = 3
@@ -47,6 +48,16 @@ class DataConfig(Section):
     first_label: int | None = added(None)
     background: Colour = added("white")
     crop: Crop = added("centre")
+    captions: str | None = added(None)
     name: str | None = None  # written to dataset.json, which the content digest covers
     licence: str | None = operational(None)
     origin: str | None = operational(None)
+
+    @field_validator("path")
+    @classmethod
+    def _read_by_the_source(cls, path: str | None, info: ValidationInfo) -> str | None:
+        """Refuses a URL for a source that reads files of this machine alone."""
+        source = str(info.data.get("source"))
+        if path is None or getattr(SOURCES.get(source), "reads_urls", False) or not is_remote(as_path(path)):
+            return path
+        raise ValueError(f'a URL, and source "{source}" reads files of this machine: copy them, or mount them')

@@ -13,12 +13,14 @@ from nfm.stages.data.sources.folder import ImageFolder
 from nfm.stages.data.sources.idx import Idx
 from nfm.stages.data.sources.npz import Npz
 from nfm.stages.data.sources.planar import Checkerboard, Gaussians, Planar
+from nfm.stages.data.sources.webdataset import WebDataset
 
 SOURCES: dict[str, type[Any]] = {
     "digits": Digits,
     "idx": Idx,
     "npz": Npz,
     "images": ImageFolder,
+    "webdataset": WebDataset,
     "checkerboard": Checkerboard,
     "gaussians": Gaussians,
 }
@@ -30,4 +32,4 @@ def settings_of(name: str) -> list[str]:
 
 
 __all__ = ["SOURCES", "Checkerboard", "Digits", "Gaussians", "Idx", "ImageFolder", "Loaded", "Npz", "Planar", "Source",
-           "settings_of"]  # fmt: skip
+           "WebDataset", "settings_of"]  # fmt: skip

@@ -16,15 +16,9 @@ from pydantic import BeforeValidator
 
 from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.stages.data.reading.decoding import SHAPE_SAMPLE, Crop, Cut, Decoder, common_size, own_limit, shape_of
-from nfm.stages.data.reading.tree import Skipped, Tree
-from nfm.stages.data.source import Loaded, digest_files, keys_of
+from nfm.stages.data.reading.tree import SPLITS, Skipped, Tree
+from nfm.stages.data.source import Loaded, check_texts, digest_files, keys_of
 
-# What a folder of this name, in upper or lower case, holds if it contains class folders.
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "training"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("val", "valid", "validation"), "validation"),
-}
 UNUSED = "a validation folder beside a test folder, which is the one held out"
 BESIDE = "a folder without an image beside the training folder"
 
@@ -67,6 +61,7 @@ class ImageFolder:
         # The digest is of files, so a folder without any must not count.
         found = sorted({os.path.basename(folder) for folder, files in files_of.items() if files})
         class_of = dict(zip(found, keys_of(self.root, found)))
+        check_texts(f"{self.root}: the name of a class folder", class_of.values() if classes is None else ())
         self.classes = sorted(class_of.values()) if classes is None else list(classes)
         if unknown := sorted(set(class_of.values()) - set(self.classes)):
             raise StageError(f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class")
