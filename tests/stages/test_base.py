@@ -33,7 +33,7 @@ NO_PLACES = {
     ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
     *("teacher.model", "teacher.options", "student.model", "student.options"),
-    *("student.times", "student.objective", "student.sampler"),
+    *("student.times", "student.objective", "student.sampler", "evaluate.ema"),
 }
 
 
