@@ -130,7 +130,7 @@ class Bench:
 
         trajectories = self.config.curvature_trajectories
         noise, labels = initial(self.source, np.arange(trajectories), self.config.seed, self.device)
-        model = student.load(self.inputs[role], self.device)
+        model = student.load(self.inputs[role], self.device, self.config.ema)
         with torch.no_grad(), precision_context(noise.device.type, self.config.precision):
             value = float(curvature(velocity(model, labels), noise, CURVATURE_STEPS))
         variant = variant_of(self.inputs[role])

@@ -90,6 +90,8 @@ def as_text(body: dict[str, Any]) -> str:
             f"\ncurvature of {row['model']} ({row['coupling']}), unguided: {row['value']:.5f}, "
             f"{row['steps']} uniform Euler steps, {row['trajectories']} trajectories"
         )
+    if "ema" in body["solver"]:
+        text += f"\nstudents by their moving average {body['solver']['ema']}"
     return "\n".join([text, *below(body["rows"])]) + "\n"
 
 

@@ -14,6 +14,7 @@ from nfm.stages.data.sources.glyphs import Glyphs
 from nfm.stages.data.sources.idx import Idx
 from nfm.stages.data.sources.npz import Npz
 from nfm.stages.data.sources.planar import Checkerboard, Gaussians, Planar
+from nfm.stages.data.sources.webdataset import WebDataset
 
 SOURCES: dict[str, type[Any]] = {
     "digits": Digits,
@@ -21,6 +22,7 @@ SOURCES: dict[str, type[Any]] = {
     "idx": Idx,
     "npz": Npz,
     "images": ImageFolder,
+    "webdataset": WebDataset,
     "checkerboard": Checkerboard,
     "gaussians": Gaussians,
 }
@@ -32,4 +34,4 @@ def settings_of(name: str) -> list[str]:
 
 
 __all__ = ["SOURCES", "Checkerboard", "Digits", "Gaussians", "Glyphs", "Idx", "ImageFolder", "Loaded", "Npz", "Planar",
-           "Source", "settings_of"]  # fmt: skip
+           "Source", "WebDataset", "settings_of"]  # fmt: skip
