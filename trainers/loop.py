@@ -15,7 +15,7 @@ from nfm.trainers.training import parallel
 from nfm.trainers.training.checkpoint_folder import CheckpointFolder
 from nfm.trainers.training.ema import EMA, PowerEMA
 from nfm.trainers.training.microbatches import parts_of
-from nfm.trainers.training.randomness import Randomness, step_seed
+from nfm.trainers.training.randomness import Randomness, seed_own, step_seed
 from nfm.trainers.training.state import Health, Recipe, State
 
 # loss(model, batch, random) -> (scalar to minimise, a mean over the batch; figures whose means go into the log)
@@ -122,9 +122,8 @@ def train(
     if how.sharding == "fsdp":
         for average in (ema.model, *averages.values()):
             parallel.shard(average, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-    )
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
     if how.compile:
         model.compile()
 
@@ -140,7 +139,7 @@ def train(
     finished = state.examples_seen >= recipe.examples
     while not finished and not agreement.reached(stop()):
         seen_before = state.examples_seen
-        torch.manual_seed(step_seed(recipe.seed, seen_before, f"model{parallel.rank() or ''}"))  # for dropout
+        seed_own(step_seed(recipe.seed, seen_before, f"model{parallel.rank() or ''}"), device)  # for dropout
 
         waiting = time.perf_counter()
         batch = next(stream, None)
@@ -160,7 +159,7 @@ def train(
                 value.backward(torch.full_like(value, share) + 0 * value.detach())
             for name, figure in {"loss": value.detach(), **figures}.items():
                 step_figures[name] = step_figures.get(name, 0.0) + share * figure
-        norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
+        norm = parallel.whole(nn.utils.clip_grad_norm_(parameters, recipe.clip))
         health.note(seen_before, step_figures["loss"], norm)
 
         # Weights.

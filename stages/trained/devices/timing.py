@@ -115,7 +115,7 @@ def cost_of_training(
 def _memory(config: TrainingSection, facts: Mapping[str, Any], parameters: int, trials: Sequence[Trial]) -> str:
     """What a training takes of the memory of each worker's device, and whether it fits."""
     with _seeded():
-        found = memory.measured(trials, parameters, config, _random_batch(2, facts, "cpu"))
+        found = memory.measured(trials, parameters, config, random_batch(2, facts, "cpu"))
     each = found.of_worker(config.batch_size, config.workers, config.sharding, config.microbatch, config.recompute)
     told = f"{units.size(each)} of memory" + (" a worker" if config.workers > 1 else "")
     try:
@@ -175,7 +175,7 @@ def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Se
     try:
         with torch.device(device):
             model, loss = trial.make()
-        batch = _random_batch(size, facts, device)
+        batch = random_batch(size, facts, device)
         # So long a training is all warm-up: its steps hardly move the weights.
         recipe = Recipe(
             10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema, emas=config.averages()
@@ -248,7 +248,8 @@ def _typical(ticks: Sequence[float]) -> float:
     return statistics.median(taken[2:] or taken[-1:])
 
 
-def _random_batch(size: int, facts: Mapping[str, Any], device: str) -> Batch:
+def random_batch(size: int, facts: Mapping[str, Any], device: str) -> Batch:
+    """A batch of noise of the sizes that `facts` tell of the data."""
     import torch
 
     shape, classes = tuple(facts["image_shape"]), int(facts.get("classes", 0))
