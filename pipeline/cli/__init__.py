@@ -198,12 +198,8 @@ def list_artifacts(as_json: bool) -> None:
     help="v + g (v - v without labels); a teacher's own.",
 )
 @guidance_options
-@click.option(
-    "--ema",
-    type=MovingAverage(),
-    metavar="NAME",
-    help="Of a student: a moving average, 0.05, 0.05@120000, posthoc:0.07.",
-)
+@click.option("--diffusion", type=click.Choice(DIFFUSIONS), help="Of sde-euler, sde-heun: the noise.  [default: sigma]")
+@click.option("--ema", type=MovingAverage(), metavar="NAME", help="Of a student: the moving average of this name.")
 @click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
 @run_custom_option("The code of a model that is its user's own may run: of the file with this digest. Repeatable.")
 @picture_option("grid.png")
