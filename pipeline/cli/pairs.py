@@ -73,6 +73,27 @@ def report(store: Path, as_json: bool) -> None:
 
 @pairs.command()
 @click.argument("store", type=PLACE)
+@click.option("-o", "--output", type=PLACE, help="The file. [default: README.md in the store]")
+def card(store: Path, output: Path | None) -> None:
+    """Write the README that hubs of data sets show: what the store is, from which teacher and data, how to read it.
+
+    Name, origin and licence of the data are those of its artifact, if it is here. No other file is replaced.
+    """
+    from nfm.stages.stores import card as pairs_card
+    from nfm.storage.format.spec import read_spec
+    from nfm.storage.ledger import seal
+
+    where = _where(store)
+    content = read_spec(seal.pinned(where)[0]).source
+    found = _by_content("data", content)
+    if found is None:
+        click.echo(f"the card lacks the data's name and licence: {content[:12]} is not in {artifacts_root()}", err=True)
+    data = None if found is None else Artifact(found).manifest().get("dataset")
+    click.echo(str(pairs_card.write(where, data, output)))
+
+
+@pairs.command()
+@click.argument("store", type=PLACE)
 @click.option("-n", "count", default=8, type=Whole(1, 20), show_default=True, help="Pairs, and worst ones.")
 @click.option("--draw", default=0, type=Whole(0, 999), show_default=True, help="Of which draw, from 0.")
 @picture_option("head.png")

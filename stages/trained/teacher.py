@@ -18,7 +18,6 @@ from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
-    WEIGHTS,
     Precision,
     Task,
     TrainingSection,
@@ -28,9 +27,9 @@ from nfm.stages.trained.training import (
     kept_files,
     parameter_count,
     precision_context,
-    read_weights,
     recipe,
 )
+from nfm.stages.trained.weights import WEIGHTS, read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
@@ -91,7 +90,10 @@ class TeacherConfig(TrainingSection):
     @model_validator(mode="after")
     def _check_own(self) -> Self:
         if self.options and self.model is None:
-            raise ValueError("options are the keywords of teacher.model, and there is none; name it or leave them out")
+            raise ValueError(
+                "options are the keywords of teacher.model, and there is none: name it as `module:function`, or leave "
+                "them out"
+            )
         return self
 
 
@@ -99,7 +101,7 @@ def fits(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit if sizes do not fit each other or the data, as far as `facts` describe it."""
 
     def sizes() -> None:
-        own.digests(config, NAME)
+        own.look_for(config, NAME)
         if config.model is not None:
             return
         check_channels(config.channels, config.head_size)

@@ -97,8 +97,9 @@ def cost_of_training(
     trials: Sequence[Trial], clock: Clock | None,
 ) -> Cost:  # fmt: skip
     """What training the first of `trials` with `examples` costs; its time where there is a clock."""
-    # A checkpoint holds weights, moving average and two moments; the moving average is the finished model. All float32.
-    size = 4 * parameters * (4 * config.keep_checkpoints + 1)
+    # A checkpoint holds weights, two moments and moving averages; those are the finished model. All float32.
+    averages = 1 + len(config.averages())
+    size = 4 * parameters * ((3 + averages) * config.keep_checkpoints + averages)
     words = f"by {config.workers} workers, without what they tell each other" if config.workers > 1 else ""
     if clock is not None or "device_memory" in facts:  # else a plan needs no torch, and runs nothing
         words = ", ".join(part for part in (words, _memory(config, facts, parameters, trials)) if part)
@@ -176,7 +177,9 @@ def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Se
             model, loss = trial.make()
         batch = random_batch(size, facts, device)
         # So long a training is all warm-up: its steps hardly move the weights.
-        recipe = Recipe(10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema)
+        recipe = Recipe(
+            10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema, emas=config.averages()
+        )
         loop.train(
             model, loss, itertools.repeat(batch), recipe, device=device, autocast=autocast_dtype(config.precision),
             how=loop.How(microbatch=config.microbatch, recompute=config.recompute), tick=tick, stop=over,
