@@ -38,7 +38,7 @@ GPU_TARGET = 0.45  # of the matrix rate in bfloat16, at the paper's sizes
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Medians are taken of these.")
 @click.option("--seconds", default=1.0, show_default=True, type=float, help="Of a round of each.")
 @click.option(
-    "--clock", default="wall", show_default=True, type=click.Choice(["wall", "processor"]),
+    "--clock", default="wall", show_default=True, type=click.Choice(list(CLOCKS)),
     help="processor: the time that this process had, for a machine that others use, best with --threads 1.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="Of the CPU. [default: all cores]")
@@ -101,6 +101,7 @@ def measure(
         "versions": versions("nfm-pairs", "torch", "numpy", "timm"),
         "peers": {name: commit(folder) if folder else "not given" for name, folder in checkouts.items()},
         "rounds": rounds,
+        "clock": next(name for name, known in CLOCKS.items() if known is clock),
         "compiled": compiled,
         "cases": {},
     }
@@ -115,7 +116,8 @@ def measure(
                 raise
             row = {"not_measured": _reason(error)}
         body["cases"][case.name] = {"batch": case.config.batch_size, "precision": case.config.precision, **row}
-        torch.compiler.reset()
+        if compiled:
+            torch.compiler.reset()
         free_memory(device)
     return {**body, "targets": targets(body)}
 

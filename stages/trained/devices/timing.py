@@ -220,7 +220,7 @@ def rate_of_calls(trials: Sequence[Trial], batch_size: int, device: str, precisi
 
 
 @functools.cache
-def matrix_rate(device: str, precision: Precision) -> float:
+def matrix_rate(device: str, precision: Precision, clock: Callable[[], float] = time.perf_counter) -> float:
     """FLOP/s of products of square matrices in this precision, without casts, of a size that suits the device.
 
     The best of many in a few tenths of a second, for others may be at work on the machine; sizes double until a product
@@ -228,14 +228,14 @@ def matrix_rate(device: str, precision: Precision) -> float:
     """
     import torch
 
-    size, rate, began = 256, 0.0, time.perf_counter()
+    size, rate, began = 256, 0.0, clock()
     while True:
         a, taken = torch.randn(size, size, device=device, dtype=autocast_dtype(precision)), list[float]()
         with torch.no_grad():
-            while len(taken) < 3 or (min(taken) > 0.01 and time.perf_counter() < began + 0.3):
-                started = time.perf_counter()
+            while len(taken) < 3 or (min(taken) > 0.01 and clock() < began + 0.3):
+                started = clock()
                 (a @ a)[0, 0].item()
-                taken.append(time.perf_counter() - started)
+                taken.append(clock() - started)
         rate = max(rate, 2 * size**3 / min(taken))
         if min(taken) > 0.01 or size == 8192:
             return rate
