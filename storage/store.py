@@ -183,8 +183,9 @@ class PairStore(Readable):
     def gather(self, draw: int, slots: Rows, out: Arrays | None = None) -> Arrays:
         """The pairs of a draw at these slots: arrays [n, *shape] by field name, as stored, in the order of `slots`.
 
-        `slots` are integers [n] in any order. With `out`, only its fields are read, into its arrays. Raises
-        OutOfRange for a slot that does not exist, MissingShard or CorruptShard if a shard is not what was committed.
+        `slots` are integers [n] in any order. With `out`, only its fields are read, into its arrays; an image or noise
+        array of float32 gets them converted, as in a batch. Raises OutOfRange for a slot that does not exist,
+        MissingShard or CorruptShard if a shard is not what was committed.
         """
         names = [field.name for field in self.spec.fields] if out is None else list(out)
         return self._draw(draw).gather(names, slots, out)
@@ -274,6 +275,8 @@ class PairStore(Readable):
                     spec.rows_per_shard,
                     spec.rows_per_block,
                     spec.layout,
+                    spec.value_range,
+                    spec.noise_step,
                     f"{self.root}: slot",
                 )
                 while len(self._open) >= _DRAWS_OPEN:

@@ -213,6 +213,7 @@ class ImageDataset:
             part["rows_per_shard"],
             rows_per_block,
             what=f"{root}: row",
+            value_range=self.value_range,
         )
 
     @classmethod
@@ -274,7 +275,7 @@ class ImageDataset:
 
     @checked()
     def gather(self, draw: int, rows: Rows, out: Arrays | None = None) -> Arrays:
-        """The images and labels at these rows, as stored; in `out` if given."""
+        """The images and labels at these rows, as stored; in `out` if given, where images may be float32."""
         return self._shards.gather(["image", "label"], rows, out)
 
     @checked()

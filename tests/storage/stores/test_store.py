@@ -197,9 +197,11 @@ def test_rows_and_draws_outside_are_refused(make_store):
 
 def test_buffers_of_another_kind_are_refused(make_store):
     store = PairStore.open(make_store())
-    for wrong in (np.empty((2, 1, 4, 4), np.float32), np.empty((3, 1, 4, 4), np.uint8)):
+    for wrong in (np.empty((2, 1, 4, 4), np.float64), np.empty((3, 1, 4, 4), np.uint8)):
         with pytest.raises(ValueError, match="image"):
             store.gather(0, np.array([0, 1]), {"image": wrong})
+    with pytest.raises(ValueError, match=r"out\['label'\] is float32 2: pass a contiguous int64 2"):
+        store.gather(0, np.array([0, 1]), {"label": np.empty(2, np.float32)})
 
 
 def test_no_rows_give_empty_arrays(make_store):
