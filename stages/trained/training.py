@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Section, StageError, Stopped, Unfit, call, operational
 from nfm.stages.trained.devices import launched
@@ -17,7 +17,7 @@ from nfm.stages.trained.devices.machine import pick_device
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
-from nfm.storage.reading.reader import check_enough
+from nfm.storage.reading.reader import check_enough, check_shared
 
 if TYPE_CHECKING:
     import torch
@@ -62,13 +62,10 @@ class TrainingSection(Section):
     compile: bool = operational(False)
     ray_address: str | None = operational(None)
 
-    @model_validator(mode="after")
-    def _check_workers(self) -> Self:
-        if self.batch_size % self.workers:
-            raise ValueError(
-                f"batch_size {self.batch_size} is shared by {self.workers} workers: make it a multiple of them"
-            )
-        return self
+    @property
+    def processes(self) -> int:
+        """How many train: those of a launcher, else the workers."""
+        return launched.size() if launched.size() > 1 else self.workers
 
 
 @contextmanager
@@ -86,6 +83,7 @@ def check_section(name: str, config: TrainingSection, facts: Mapping[str, Any], 
     """A stage's `fits`: `sizes` raises ValueError where they do not fit; `facts` are of the data, as far as known."""
     with blaming(f"config section [{name}]"):
         sizes()
+        check_shared(config.batch_size, config.processes)
         if "images" in facts:
             check_enough(config.batch_size, facts["images"])
 
