@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nfm.storage import layouts
-from nfm.storage.errors import StorageError, by, check_inside
+from nfm.storage.errors import NoPlace, StorageError, by, check_inside
 from nfm.storage.errors.arguments import checked, whole
 from nfm.storage.files.cache import ShardCache, default_cache
 from nfm.storage.files.paths import as_path, is_remote, store_named
@@ -131,7 +131,7 @@ class PairStore(Readable):
         root, named = seal.pinned(store_named(path))
         if named is not None:
             if generation not in (None, named):
-                raise StorageError(f"{path}: the manifest of generation {named}, not of {generation}; name the folder")
+                raise NoPlace(str(path), f"the manifest of generation {named}, not of {generation}; name the folder")
             generation = named
         spec = read_spec(root)
         if generation is not None:

@@ -22,6 +22,7 @@ from nfm.pipeline.cli.options import (
     SEED,
     Number,
     Whole,
+    check_of_student,
     config_option,
     given_guidance,
     guidance_options,
@@ -211,6 +212,7 @@ def sample(
     stage = found.spec.get("stage", "pairs")
     if stage in ("student", "teacher"):
         _check_allowed(found.path, stage, digests)
+    check_of_student(stage, "nfe", "solver", "grid")
     options = given_guidance(stage, guidance, guided)
     sample_grid(found.path, stage, count, nfe, seed, output, solver, grid, guidance, options)
     click.echo(str(output))

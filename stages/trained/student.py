@@ -32,12 +32,13 @@ from nfm.stages.trained.training import (
     check_section,
     fit,
     kept_files,
+    over_all,
     parameter_count,
+    read_lines,
     read_weights,
     recipe,
 )
 from nfm.storage import Mixture, PairStore
-from nfm.storage.files.small_files import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -206,13 +207,12 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     with blaming("config section [student]"):
         variant = _variant(store.spec.coupling, config)
     fit(task, config, inputs, out, report)
-    final, image_dtype = _last_line(out / METRICS), store.spec.field("image").dtype
+    lines, image_dtype = read_lines(out / METRICS), store.spec.field("image").dtype
     metrics = {
-        "loss": final["loss"],
+        "loss": lines[-1]["loss"],
         "pairs_seen": recipe(config, config.pairs).examples,
         "parameters": parameter_count(load(out)),
-        "pairs_per_second": final["pairs_per_second"],
-        "data_wait_share": final["data_wait_share"],
+        **over_all(lines, "pairs"),
         "coupling": store.spec.coupling,
         "variant": str(variant),
         "generation": store.generation,
@@ -324,7 +324,3 @@ def _mixed(store: PairStore, config: StudentConfig, inputs: Inputs) -> PairStore
 
 def _variant(coupling: str, config: StudentConfig) -> Variant:
     return Variant(coupling, config.soften, config.permuted, config.mixture)
-
-
-def _last_line(path: Path) -> dict[str, float]:
-    return json.loads(read_bytes(path).decode().splitlines()[-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
+from nfm.storage.files.paths import names_in
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
 from nfm.storage.reading.reader import check_enough, check_shared
 
@@ -226,10 +227,7 @@ def seen_of(old_checkpoint: bytes) -> int:
 
 def newest_checkpoint(out: Path) -> int:
     """The examples seen of the newest checkpoint, 0 where there is none."""
-    from nfm.trainers.training.checkpoint_folder import newest
-
-    found = newest(out / CHECKPOINTS)
-    return int(found.name) if found else 0
+    return max((int(name) for name in names_in(out / CHECKPOINTS) if name.isdecimal()), default=0)
 
 
 def kept_files(out: Path) -> list[str]:
@@ -264,6 +262,19 @@ def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         return unpack_weights(read_bytes(folder / WEIGHTS, MOST_STATE_BYTES))
     except CheckpointError as error:
         raise StageError(f"{folder / WEIGHTS}: {error}; `nfm audit {folder}` says what else is wrong") from error
+
+
+def over_all(lines: Sequence[Mapping[str, float]], unit: str) -> dict[str, float]:
+    """The rate and the share of waiting for data of a whole training, from its lines, which tell those of their time.
+
+    Time between two calls of a training that was stopped is in no line.
+    """
+    seen = seconds = waited = 0.0
+    for line in lines:
+        took = (line[f"{unit}_seen"] - seen) / max(line[f"{unit}_per_second"], 1e-9)
+        seen, seconds, waited = line[f"{unit}_seen"], seconds + took, waited + took * line["data_wait_share"]
+    seconds = max(seconds, 1e-9)
+    return {f"{unit}_per_second": round(seen / seconds, 6), "data_wait_share": round(waited / seconds, 6)}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
