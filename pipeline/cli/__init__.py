@@ -23,6 +23,7 @@ from nfm.pipeline.cli.options import (
     MovingAverage,
     Number,
     Whole,
+    check_of_student,
     config_option,
     given_guidance,
     guidance_options,
@@ -215,6 +216,7 @@ def sample(
     stage = found.spec.get("stage", "pairs")
     if stage in ("student", "teacher"):
         _check_allowed(found.path, stage, digests)
+    check_of_student(stage, "nfe", "solver", "grid")
     options = given_guidance(stage, guidance, guided)
     if ema is not None and stage != "student":
         raise click.UsageError(f"--ema is of a student's samples, this is a {stage}: leave it out")

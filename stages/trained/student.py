@@ -31,13 +31,14 @@ from nfm.stages.trained.training import (
     check_section,
     fit,
     kept_files,
+    over_all,
     parameter_count,
+    read_lines,
     recipe,
     whole_batches,
 )
 from nfm.stages.trained.weights import WEIGHTS, Name, files_of, parse, parts_of, read, read_weights
 from nfm.storage import Mixture, PairStore
-from nfm.storage.files.small_files import read_bytes
 from nfm.trainers.training.profiles import WIDEST
 
 if TYPE_CHECKING:
@@ -229,13 +230,12 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     with blaming("config section [student]"):
         variant = _variant(store.spec.coupling, config)
     fit(task, config, inputs, out, report)
-    final, image_dtype = _last_line(out / METRICS), store.spec.field("image").dtype
+    lines, image_dtype = read_lines(out / METRICS), store.spec.field("image").dtype
     metrics = {
-        "loss": final["loss"],
+        "loss": lines[-1]["loss"],
         "pairs_seen": recipe(config, config.pairs).examples,
         "parameters": parameter_count(load(out)),
-        "pairs_per_second": final["pairs_per_second"],
-        "data_wait_share": final["data_wait_share"],
+        **over_all(lines, "pairs"),
         "coupling": store.spec.coupling,
         "variant": str(variant),
         "generation": store.generation,
@@ -347,7 +347,3 @@ def _mixed(store: PairStore, config: StudentConfig, inputs: Inputs) -> PairStore
 
 def _variant(coupling: str, config: StudentConfig) -> Variant:
     return Variant(coupling, config.soften, config.permuted, config.mixture)
-
-
-def _last_line(path: Path) -> dict[str, float]:
-    return json.loads(read_bytes(path).decode().splitlines()[-1])
