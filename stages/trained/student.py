@@ -24,7 +24,6 @@ from nfm.stages.trained.costs import Cost, Counted, Trial
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
-    METRICS,
     WEIGHTS,
     Task,
     TrainingSection,
@@ -36,6 +35,7 @@ from nfm.stages.trained.training import (
     read_weights,
     recipe,
 )
+from nfm.stages.trained.watched.lines import METRICS
 from nfm.storage import Mixture, PairStore
 from nfm.storage.files.small_files import read_bytes
 
