@@ -16,11 +16,11 @@ from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Section, StageError
 from nfm.stages.data.config import DataConfig
+from nfm.stages.display.watching.lines import check_watching
 from nfm.stages.executors import ray_cluster
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.training import TrainingSection
-from nfm.stages.trained.watched.lines import check_watching
 
 
 def check(nodes: Mapping[str, Node], target: str) -> None:

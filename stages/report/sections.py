@@ -14,10 +14,10 @@ from nfm.stages.display import plots as plots
 from nfm.stages.display.pictures import FALSE_COLOURS, false_colours
 from nfm.stages.display.points import are_points, coordinates
 from nfm.stages.display.units import duration
+from nfm.stages.display.watching.lines import METRICS, read_lines
 from nfm.stages.pairs import coupling_advice
 from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.report.html import code, figure, folded, heading, image_grid, number, paragraph, row, table
-from nfm.stages.trained.watched.lines import METRICS, read_lines
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.errors import by
 from nfm.storage.files.atomic import read_json

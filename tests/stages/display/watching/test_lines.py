@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from nfm.stages.base import Stopped, Unfit
+from nfm.stages.display.watching import weights_biases
+from nfm.stages.display.watching.lines import Lines, check_watching, read_lines
 from nfm.stages.trained import training
 from nfm.stages.trained.training import Task, TrainingSection, fit
-from nfm.stages.trained.watched import weights_biases
-from nfm.stages.trained.watched.lines import Lines, check_watching, read_lines
 from tests.support.recorder import Recorder
 
 EXAMPLES, EVERY = 96, 16

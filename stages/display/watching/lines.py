@@ -43,10 +43,10 @@ WATCHERS: dict[Watching, Known] = {
     "tensorboard": Known(
         "TensorBoard",
         lambda: importlib.util.find_spec("tensorboard"),
-        "nfm.stages.trained.watched.tensor_board:TensorBoard",
+        "nfm.stages.display.watching.tensor_board:TensorBoard",
     ),
     "wandb": Known(
-        "W&B", lambda: importlib.util.find_spec("wandb"), "nfm.stages.trained.watched.weights_biases:WeightsBiases"
+        "W&B", lambda: importlib.util.find_spec("wandb"), "nfm.stages.display.watching.weights_biases:WeightsBiases"
     ),
 }
 
