@@ -65,7 +65,7 @@ def reasons(path: Path, **options: Any) -> dict[str, str]:
     return {source.keys[place]: why for place, why in read(source, path.parent / "scratch").rejected.items()}
 
 
-def make(out: Path, path: Path, report: Recorder | None = None, **config: Any) -> Result:
+def make(out: Path, path: Path | str, report: Recorder | None = None, **config: Any) -> Result:
     out.mkdir()
     settings = DataConfig.model_validate({"source": "webdataset", "path": str(path), **config})
     return stage.run(settings, {}, out, report or Recorder())
