@@ -12,6 +12,7 @@ from nfm.stages.data.sources.digits import Digits
 from nfm.stages.data.sources.folder import ImageFolder
 from nfm.stages.data.sources.idx import Idx
 from nfm.stages.data.sources.npz import Npz
+from nfm.stages.data.sources.parquet import Parquet
 from nfm.stages.data.sources.planar import Checkerboard, Gaussians, Planar
 from nfm.stages.data.sources.webdataset import WebDataset
 
@@ -21,6 +22,7 @@ SOURCES: dict[str, type[Any]] = {
     "npz": Npz,
     "images": ImageFolder,
     "webdataset": WebDataset,
+    "parquet": Parquet,
     "checkerboard": Checkerboard,
     "gaussians": Gaussians,
 }
@@ -31,5 +33,5 @@ def settings_of(name: str) -> list[str]:
     return list(inspect.signature(SOURCES[name]).parameters)
 
 
-__all__ = ["SOURCES", "Checkerboard", "Digits", "Gaussians", "Idx", "ImageFolder", "Loaded", "Npz", "Planar", "Source",
-           "WebDataset", "settings_of"]  # fmt: skip
+__all__ = ["SOURCES", "Checkerboard", "Digits", "Gaussians", "Idx", "ImageFolder", "Loaded", "Npz", "Parquet", "Planar",
+           "Source", "WebDataset", "settings_of"]  # fmt: skip
