@@ -149,6 +149,6 @@ class _OnDevice(ast.NodeTransformer):
 def commit(folder: Path) -> str:
     """The commit that is checked out, or that it is unknown."""
     done = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, encoding="utf-8", check=False
     )  # fmt: skip
     return done.stdout.strip() if done.returncode == 0 else "unknown: no git checkout"

@@ -24,6 +24,7 @@ class DataConfig(Section):
     (docs/data.md). `crop` says how they are cut to `image_size`: "centre" resizes the central square, "adm" cuts as ADM
     does, whose crops the published statistics of ImageNet are of. `points` is the number of points that the planar
     sources make from `seed`, including held-out ones.
+    Source `glyphs` draws `count` images of `size` by `size` pixels, each with one of `letters`.
     """
 
     source: Annotated[str, one_of(SOURCES)] = "digits"
@@ -40,6 +41,9 @@ class DataConfig(Section):
     max_rejected: float = operational(0.0, ge=0.0, le=1.0)
     threads: int = operational(0, ge=0)
     points: int | None = added(None, ge=2)
+    letters: str = added("ABCDEF")
+    size: int = added(8, ge=4, le=256)
+    count: int = added(60_000, ge=2)
     image_scale: float | None = added(None, gt=0, allow_inf_nan=False)
     image_decoder: str | None = added(None)
     images: str | None = added(None)

@@ -21,7 +21,7 @@ ANYBODYS = ("seed", "threads")  # settings that apply to every source
 REASONS = {
     "crop": "does not cut images; leave it out",
     "background": "has no transparent pixels; leave it out",
-    "points": "has the images that it has; data.limit cuts them",
+    "points": "has images, no points of the plane; data.limit cuts them, data.count is how many glyphs are drawn",
 }
 
 

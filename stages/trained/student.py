@@ -117,7 +117,10 @@ class StudentConfig(TrainingSection):
     @model_validator(mode="after")
     def _check_own(self) -> Self:
         if self.options and self.model is None:
-            raise ValueError("options are the keywords of student.model, and there is none; name it or leave them out")
+            raise ValueError(
+                "options are the keywords of student.model, and there is none: name it as `module:function`, or leave "
+                "them out"
+            )
         if self.times != TIMES and self.objective != OBJECTIVE:
             raise ValueError("times are flow matching's, and objective is another; leave times out")
         if self.sampler is not None and self.objective == OBJECTIVE:
@@ -156,7 +159,7 @@ def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit if sizes do not fit each other or the data, as far as `facts` describe it."""
 
     def sizes() -> None:
-        own.digests(config, NAME)
+        own.look_for(config, NAME)
         if config.model is None:
             ARCHITECTURES[config.arch].check(config, facts.get("image_shape"))
 

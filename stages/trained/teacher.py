@@ -90,7 +90,10 @@ class TeacherConfig(TrainingSection):
     @model_validator(mode="after")
     def _check_own(self) -> Self:
         if self.options and self.model is None:
-            raise ValueError("options are the keywords of teacher.model, and there is none; name it or leave them out")
+            raise ValueError(
+                "options are the keywords of teacher.model, and there is none: name it as `module:function`, or leave "
+                "them out"
+            )
         return self
 
 
@@ -98,7 +101,7 @@ def fits(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit if sizes do not fit each other or the data, as far as `facts` describe it."""
 
     def sizes() -> None:
-        own.digests(config, NAME)
+        own.look_for(config, NAME)
         if config.model is not None:
             return
         check_channels(config.channels, config.head_size)

@@ -223,6 +223,7 @@ class ImageDataset:
             part["rows_per_shard"],
             rows_per_block,
             value_range=self.value_range,
+            what=f"{root}: row",
         )
 
     @classmethod

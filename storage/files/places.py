@@ -89,17 +89,26 @@ def artifacts_root() -> Path:
 def store_named(where: str | Path) -> Path:
     """A place as in `as_path`, or a store of `artifacts_root()` by the beginning of its name: `pairs/3fa9c1`, `3fa9c1`.
 
-    A path that exists wins. Raises StorageError if several names begin so.
+    A path that exists wins. Raises NoPlace if there is neither, StorageError if several names begin so.
     """
     path = as_path(where)
-    if not isinstance(where, str) or (start := _FINGERPRINT.fullmatch(where)) is None or os.path.lexists(where):
+    if is_remote(path) or os.path.lexists(path):
         return path
+    start = _FINGERPRINT.fullmatch(where) if isinstance(where, str) else None
+    if start is None:
+        name = (
+            "" if path.is_absolute() else f" in {Path.cwd()}, nor the beginning of a fingerprint, 4 hex digits or more"
+        )
+        raise NoPlace(str(where), f"no such folder{name}; `nfm ls` lists the stores")
     stores = artifacts_root() / "pairs"
     found = sorted(stores.glob(f"{start[1]}*/spec.json"))
     if len(found) > 1:
         names = ", ".join(one.parent.name for one in found)
         raise StorageError(f"{where} names several stores in {stores}: {names}; write more of the fingerprint")
-    return found[0].parent if found else path
+    if not found:
+        told = f"no such folder in {Path.cwd()}, and no store in {stores} has a name that begins so"
+        raise NoPlace(str(where), f"{told}; `nfm ls` lists them, NFM_ARTIFACTS says where they are")
+    return found[0].parent
 
 
 def stated_number(variable: str, unit: str, most: float) -> float | None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from nfm.storage.errors import CorruptShard, by
+from nfm.storage.errors import CorruptShard, by, check_inside
 from nfm.storage.format.convert import CHUNK, TORCH_CHUNK, to_float32
 from nfm.storage.format.spec import Field
 from nfm.storage.layouts import LAYOUTS, Shard
@@ -32,6 +32,8 @@ class ShardSequence:
     `open_shard(number)` opens a shard; it is called when the shard is first read. Each map holds a file descriptor.
     Beyond a quarter of the process's limit (`ulimit -n`), the least recently used ones are closed. uint8 images are
     converted to `value_range`, and integer noise by `noise_step`, as `to_float32` does.
+    `open_shard(number)` opens a shard; it is called when the shard is first read. `what` is a row in messages. Each map
+    holds a file descriptor. Beyond a quarter of the process's limit (`ulimit -n`), the least recently used are closed.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class ShardSequence:
         layout: str = "blocks",
         value_range: tuple[float, float] = (-1.0, 1.0),
         noise_step: float | None = None,
+        what: str = "row",
     ) -> None:
+        self.what = what
         self.fields = {field.name: field for field in fields}
         self.rows = rows
         self.rows_per_shard = rows_per_shard
@@ -73,13 +77,13 @@ class ShardSequence:
 
         An array of `out` has the stored dtype. For images and noise it may be float32; then they are converted. Raises
         IndexError for a row out of range, MissingShard or CorruptShard (naming the file) for a bad file.
+        Raises OutOfRange for a row that does not exist, MissingShard or CorruptShard (naming the file) for a bad file.
         """
         rows = np.asarray(rows, np.int64)
         result = dict(out) if out is not None else self.empty(names, len(rows))
         if not len(rows):
             return result
-        if rows.min() < 0 or rows.max() >= self.rows:
-            raise IndexError(f"rows {rows.min()}..{rows.max()} are outside 0..{self.rows - 1}")
+        check_inside(self.what, rows, self.rows)
         number = rows // self.rows_per_shard
         touched, which = np.unique(number, return_inverse=True)
         held = [self.shard(shard) for shard in touched.tolist()]

@@ -17,7 +17,7 @@ from nfm.stages.pairs.config import PairsConfig
 # Fields of text that name no place; a new one is to be entered here, or to be a LocalField.
 NO_PLACES = {
     *("data.debian_package", "data.classes", "data.image_decoder", "data.name", "data.licence", "data.origin"),
-    *("data.images", "data.labels", "data.background", "data.captions"),
+    *("data.images", "data.labels", "data.background", "data.letters", "data.captions"),
     *(
         "pairs.coupling",
         "pairs.layout",

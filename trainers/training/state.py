@@ -172,8 +172,15 @@ class Health:
         """Raises FloatingPointError where a step was not taken. This waits for the device."""
         seen_before, loss, norm = self._last.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            remedy = (
+                f"lower learning_rate (now {recipe.learning_rate}), lengthen the warm-up or train without autocast; "
+                "the latest checkpoint is from before this"
+            )
+            if not seen_before:
+                remedy = (
+                    "no weight had changed, so the model, the loss or the data gives it, whatever the learning rate: "
+                    "look for a division by 0, and for a log or a root of 0"
+                )
             raise FloatingPointError(
-                f"loss {loss}, gradient norm {norm} in the step after {int(seen_before)} {unit}: "
-                f"lower learning_rate (now {recipe.learning_rate}), lengthen the warm-up or train without "
-                "autocast; the latest checkpoint is from before this"
+                f"loss {loss}, gradient norm {norm} in the step after {int(seen_before)} {unit}: {remedy}"
             )

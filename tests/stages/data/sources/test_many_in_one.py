@@ -18,7 +18,7 @@ from nfm.stages.data.sources import WebDataset
 from nfm.stages.data.stage import source_identity
 from nfm.storage.errors import StorageError
 from nfm.storage.files.paths import as_path
-from tests.stages.data.test_webdataset import good, make, pack, read
+from tests.stages.data.sources.test_webdataset import good, make, pack, read
 from tests.support.recorder import Recorder
 from tests.support.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
