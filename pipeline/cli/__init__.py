@@ -40,8 +40,7 @@ from nfm.pipeline.cli.worklist import encode, worklist
 from nfm.pipeline.config import Override, load
 from nfm.stages.base import Unfit
 from nfm.stages.couplings.custom import Allowed
-from nfm.stages.trained.sampling import DIFFUSIONS, GRIDS, SOLVERS
-from nfm.trainers.nfe import STOCHASTIC
+from nfm.stages.trained.sampling import DIFFUSIONS, GRIDS, SOLVERS, STOCHASTIC
 
 if TYPE_CHECKING:
     from nfm.pipeline.upkeep.audit import Level
