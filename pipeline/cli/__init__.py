@@ -23,6 +23,7 @@ from nfm.pipeline.cli.options import (
     MovingAverage,
     Number,
     Whole,
+    check_of_student,
     config_option,
     given_guidance,
     guidance_options,
@@ -203,7 +204,7 @@ def list_artifacts(as_json: bool) -> None:
     default="sigma",
     type=click.Choice(DIFFUSIONS),
     show_default=True,
-    help="Noise of sde-euler, sde-heun.",
+    help="Noise of the SDE solvers.",
 )
 @click.option("--ema", type=MovingAverage(), metavar="NAME", help="Of a student: the moving average of this name.")
 @click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
@@ -221,6 +222,7 @@ def sample(
     stage = found.spec.get("stage", "pairs")
     if stage in ("student", "teacher"):
         _check_allowed(found.path, stage, digests)
+    check_of_student(stage, "nfe", "solver", "grid")
     options = given_guidance(stage, guidance, guided)
     if ema is not None and stage != "student":
         raise click.UsageError(f"--ema is of a student's samples, this is a {stage}: leave it out")

@@ -127,10 +127,11 @@ def cost(config: EvaluateConfig, facts: Mapping[str, Any], clock: Clock | None) 
     evaluations = students * ((2 if guidance else 1) * each + CURVATURE_STEPS * config.curvature_trajectories)
     left_out = ["distances", *(["the teacher's samples"] if "teacher" in facts["inputs"] else [])]
     words = f"without {' and '.join(left_out)}"
+    told = f"KID of {count:,} (kid_size {config.kid_size:,} is more)" if config.kid_size > count else ""
     if facts["student"].model is not None or facts["student"].sampler is not None:  # a plan runs nobody's code
-        return Cost(count, "samples a row", unknown=own.UNKNOWN_COST)
+        return Cost(count, "samples a row", told, unknown=own.UNKNOWN_COST)
     one = student.flops(facts["student"], shape)
-    cost = Cost(count, "samples a row", flops=evaluations * one, unknown=words)
+    cost = Cost(count, "samples a row", told, flops=evaluations * one, unknown=words)
     if clock is None or not students:
         return cost
     try:

@@ -19,6 +19,7 @@ from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.evaluation.table import COLUMNS, as_text, columns_of, distance_key
 from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.trained import student
+from nfm.stages.trained.student import StudentConfig
 from nfm.storage import DatasetWriter, ImageDataset
 from nfm.trainers.checkpoint import pack_weights, unpack_weights
 from tests.support.recorder import Recorder
@@ -47,6 +48,14 @@ def evaluated(made: Lab, out: Path, *roles: str, **options: Any) -> tuple[dict[s
 
 def names(body: dict[str, Any]) -> list[str]:
     return [row["name"] for row in body["rows"]]
+
+
+def test_a_plan_tells_that_a_kid_size_is_more_than_there_is() -> None:
+    facts = {"inputs": ["data", "student"], "image_shape": [1, 8, 8], "classes": 10, "student": StudentConfig()}
+    for held, size, told in ((400, 401, "KID of 400 (kid_size 401 is more)"), (400, 400, ""), (60, 61, "KID of 60 (")):
+        config = EvaluateConfig(**SMALL | {"samples": 400, "kid_size": size})
+        words = str(stage.cost(config, facts | {"heldout": held}, None))
+        assert (told in words) if told else ("KID" not in words)
 
 
 def test_every_row_has_every_metric_and_the_floor_is_best(made: Lab, tmp_path: Path) -> None:
