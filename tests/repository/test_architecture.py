@@ -99,7 +99,7 @@ ARROWS: dict[str, dict[str, str]] = {
         "display": "base couplings",
         "trained": "base couplings display",
         "encoding": "base couplings display trained",
-        "executors": "base encoding trained",
+        "executors": "base couplings encoding trained",
         "pairs": "base couplings display trained encoding executors",
         "stores": "base couplings display trained encoding pairs",
         "evaluation": "base couplings display trained",
