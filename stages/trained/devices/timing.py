@@ -20,7 +20,7 @@ from nfm.stages.display import units
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices import memory
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
-from nfm.stages.trained.training import TrainingSection, autocast_dtype
+from nfm.stages.trained.training import TrainingSection, autocast_dtype, check_precision, matrix_products
 from nfm.storage.reading.batch import Batch
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ class Clock:
         where a step of the first takes long, and FLOPs make up the difference. Raises Unfit for a device not here.
         """
         device = pick_device(config.device)
+        check_precision(device, config.precision)
         left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address", "watch"}
         sizes = {**config.model_dump(exclude=left_out), "shape": facts["image_shape"], "flops": trials[0].flops}
         return float(
@@ -180,10 +181,11 @@ def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Se
         recipe = Recipe(
             10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema, emas=config.averages()
         )
-        loop.train(
-            model, loss, itertools.repeat(batch), recipe, device=device, autocast=autocast_dtype(config.precision),
-            how=loop.How(microbatch=config.microbatch, recompute=config.recompute), tick=tick, stop=over,
-        )  # fmt: skip
+        with matrix_products(config.precision):
+            loop.train(
+                model, loss, itertools.repeat(batch), recipe, device=device, autocast=autocast_dtype(config.precision),
+                how=loop.How(microbatch=config.microbatch, recompute=config.recompute), tick=tick, stop=over,
+            )  # fmt: skip
     except Exception as error:
         if not is_out_of_memory(error):
             raise
