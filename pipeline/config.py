@@ -76,6 +76,11 @@ class RunConfig(BaseModel):
                 f"evaluate.student_guidance = {measured.student_guidance} needs students that were trained without "
                 "labels too; set student.label_drop = 0.1, or leave it out"
             )
+        if measured.ema is not None:
+            try:
+                self.student.parts_of(measured.ema)
+            except ValueError as error:
+                raise ValueError(f"evaluate.ema = {error}") from None
         return self
 
 

@@ -277,7 +277,7 @@ class PairStore(Readable):
                     spec.layout,
                     spec.value_range,
                     spec.noise_step,
-                    f"{self.root}: slot",
+                    what=f"{self.root}: slot",
                 )
                 while len(self._open) >= _DRAWS_OPEN:
                     self._open.popitem(last=False)

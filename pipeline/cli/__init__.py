@@ -20,6 +20,7 @@ from nfm.pipeline.cli.options import (
     MANY,
     PLACE,
     SEED,
+    MovingAverage,
     Number,
     Whole,
     check_of_student,
@@ -197,12 +198,18 @@ def list_artifacts(as_json: bool) -> None:
     help="v + g (v - v without labels); a teacher's own.",
 )
 @guidance_options
+@click.option(
+    "--ema",
+    type=MovingAverage(),
+    metavar="NAME",
+    help="Of a student: a moving average, 0.05, 0.05@120000, posthoc:0.07.",
+)
 @click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
 @run_custom_option("The code of a model that is its user's own may run: of the file with this digest. Repeatable.")
 @picture_option("grid.png")
 def sample(
-    artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, seed: int, output: Path,
-    digests: tuple[str, ...], **guided: Any,
+    artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, ema: str | None, seed: int,
+    output: Path, digests: tuple[str, ...], **guided: Any,
 ) -> None:  # fmt: skip
     """Draw a grid of images from a student or teacher."""
     from nfm.stages.trained.sampling import sample_grid
@@ -214,7 +221,9 @@ def sample(
         _check_allowed(found.path, stage, digests)
     check_of_student(stage, "nfe", "solver", "grid")
     options = given_guidance(stage, guidance, guided)
-    sample_grid(found.path, stage, count, nfe, seed, output, solver, grid, guidance, options)
+    if ema is not None and stage != "student":
+        raise click.UsageError(f"--ema is of a student's samples, this is a {stage}: leave it out")
+    sample_grid(found.path, stage, count, nfe, seed, output, solver, grid, guidance, options, ema)
     click.echo(str(output))
 
 

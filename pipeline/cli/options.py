@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from nfm.stages.display.endings import PICTURE, check_ending
+from nfm.stages.trained.weights import parse
 from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import as_path, local_path
 
@@ -130,6 +131,18 @@ class Interval(click.ParamType):
         if not 0 <= first < last <= 1:
             self.fail(f"{value}: it begins before it ends, and lies in 0,1; t = 1 is the noise", param, ctx)
         return first, last
+
+
+class MovingAverage(click.ParamType):
+    """The name of a moving average of a student."""
+
+    name = "ema"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return str(parse(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def run_custom_option(told: str) -> Any:

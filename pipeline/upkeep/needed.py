@@ -23,7 +23,6 @@ from nfm.storage.files import atomic
 SUBMISSIONS = "submissions"
 END_PRODUCTS = ("student", "evaluate", "report", "compare")
 IDLE_SECONDS = 3600.0  # changed more recently: it may be in progress, as not every worker takes the lock
-BEATING_SECONDS = 86400.0  # generous, because the clock of another host may be wrong
 
 
 @dataclass
@@ -92,21 +91,6 @@ def user_of(name: str) -> str:
     return ""
 
 
-def lives(folder: Path) -> bool:
-    """Whether a process holds the lock of a folder, by reading only. In doubt, the answer is yes."""
-    lock = Lock(folder)
-    try:
-        seen = lock._read()
-        if not seen or lock._dead(seen):
-            return False
-        here = seen["space"] == lock._body["space"]
-        return bool(here) or time.time() - lock.path.stat().st_mtime < BEATING_SECONDS
-    except FileNotFoundError:
-        return False
-    except (StorageError, KeyError):
-        return True
-
-
 def _folders() -> list[Path]:
     """The folders of artifacts, complete or not. Hidden ones belong to the pipeline, others to the user."""
     root = artifacts_root().resolve()
@@ -137,7 +121,7 @@ def _name(path: Path) -> str:
 
 
 def _look(path: Path) -> Standing:
-    held = Standing(path, locked=lives(path))
+    held = Standing(path, locked=Lock(path).lives())
     if not (path / "spec.json").exists():
         if any(not of_lock(name) for _, _, names in os.walk(path) for name in names):
             held.damage = "it has no spec.json"

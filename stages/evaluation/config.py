@@ -11,6 +11,7 @@ from nfm.stages.base import Guidance, LocalField, Section, added, operational
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.trained.sampling import ALWAYS, GridName, SolverName
 from nfm.stages.trained.training import Precision
+from nfm.stages.trained.weights import parse
 from nfm.trainers.nfe import pick_solver
 
 CURVATURE_STEPS = 128
@@ -24,6 +25,7 @@ class EvaluateConfig(Section):
 
     With `guidance` the teacher has guided rows beside its plain ones; with `student_guidance` the students' rows are
     guided, at times of `guidance_interval` alone, and with `reference` they have a row more, of adaptive dopri5.
+    `ema` names one of their moving averages, see trained/weights.py.
     `features` is where distances are taken: this run's classifier, Inception-v3 from `inception_weights`, or none, for
     points of the plane.
     """
@@ -39,6 +41,7 @@ class EvaluateConfig(Section):
     guidance: Guidance = 0.0
     student_guidance: Guidance = added(0.0)
     guidance_interval: tuple[Time, Time] = added(ALWAYS)
+    ema: str | None = added(None)
     kid_subsets: int = Field(100, ge=2)
     kid_size: int = Field(1000, ge=2)
     curvature_trajectories: int = Field(256, ge=1)
@@ -52,6 +55,12 @@ class EvaluateConfig(Section):
     @classmethod
     def _are_variants(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(Variant.parse(text)) for text in baselines)
+
+    @field_validator("ema")
+    @classmethod
+    def _is_a_name(cls, ema: str | None) -> str | None:
+        """In one spelling, since the fingerprint has it."""
+        return None if ema is None else str(parse(ema))
 
     @field_validator("guidance_interval")
     @classmethod

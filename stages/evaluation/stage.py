@@ -104,7 +104,7 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
         "curvature": [row for row in measured if "value" in row],
         "machine": "; ".join(sorted({row["machine"] for row in measured if "machine" in row})) or bench.machine,
         "reference": {"rows": len(bench.source), "split": "train"},
-        "solver": {"grid": config.grid},
+        "solver": {"grid": config.grid, **({} if config.ema is None else {"ema": config.ema})},
     }
     bare = [{key: value for key, value in row.items() if key not in OF_THE_MOMENT} for row in body["rows"]]
     atomic.write_json(out / DISTANCES, {"rows": bare, "curvature": body["curvature"], "reference": body["reference"]})
@@ -151,7 +151,7 @@ def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[S
                 yield teacher_sampler(inputs["teacher"], guidance, score, device, config.precision)
     for role in _students(inputs):
         if has_own_sampler(inputs[role]):
-            yield own_sampler(inputs[role], device, config.precision, config.student_guidance)
+            yield own_sampler(inputs[role], device, config.precision, config.student_guidance, config.ema)
             continue
         for nfe in config.nfe:
             yield student_sampler(
@@ -163,9 +163,10 @@ def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[S
                 config.grid,
                 config.student_guidance,
                 config.guidance_interval,
+                config.ema,
             )
         if config.reference:
-            how = (config.student_guidance, config.guidance_interval)
+            how = (config.student_guidance, config.guidance_interval, config.ema)
             yield reference_sampler(inputs[role], device, config.precision, *how)
 
 

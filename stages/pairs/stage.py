@@ -34,7 +34,7 @@ from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import WEIGHTS
+from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.export import converted
 from nfm.storage.files import atomic

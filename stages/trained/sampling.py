@@ -18,7 +18,8 @@ from nfm.stages.trained.costs import Trial
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import rate_of_calls
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import blaming, parameter_count, precision_context, read_weights
+from nfm.stages.trained.training import blaming, parameter_count, precision_context
+from nfm.stages.trained.weights import read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
@@ -74,8 +75,11 @@ def student_sampler(
     grid: str = "square",
     guidance: float = 0.0,
     interval: Interval = ALWAYS,
+    ema: str | None = None,
 ) -> Sampler:
-    """The student with `nfe` evaluations of its velocity. With guidance, each is done with and without labels.
+    """The student, or its moving average `ema`, with `nfe` evaluations of its velocity.
+
+    With guidance, each is done with and without labels.
 
     Its row is named after the variant of its manifest. Raises ValueError for an NFE that the solver cannot have,
     StageError for guidance of a student that cannot be without labels, and for one with a sampler of its own.
@@ -85,18 +89,23 @@ def student_sampler(
     if has_own_sampler(folder):
         raise Unfit(f"{folder}: this student has a sampler of its own and no velocity that a solver could follow")
     method = pick_solver(solver, nfe)
-    model, variant = _student(folder, device, guidance)
+    model, variant = _student(folder, device, guidance, ema)
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
             return solvers.sample(velocity(model, labels, guidance, interval), noise, nfe, method, grid)
 
-    name = _as_file(f"student-{variant}-{method}-{nfe}")
+    name = _row_of(variant, f"{method}-{nfe}", ema)
     return Sampler(name, "student", variant, method, nfe, guidance, parameter_count(model), decode)
 
 
 def reference_sampler(
-    folder: Path, device: str, precision: Precision, guidance: float = 0.0, interval: Interval = ALWAYS
+    folder: Path,
+    device: str,
+    precision: Precision,
+    guidance: float = 0.0,
+    interval: Interval = ALWAYS,
+    ema: str | None = None,
 ) -> Sampler:
     """The student's own limit: adaptive dopri5 to a tolerance of 1e-5, which takes the evaluations that it needs.
 
@@ -105,8 +114,8 @@ def reference_sampler(
     from nfm.trainers import solvers
 
     find_reference_solver()
-    model, variant = _student(folder, device, guidance)
-    name = _as_file(f"student-{variant}-{REFERENCE}")
+    model, variant = _student(folder, device, guidance, ema)
+    name = _row_of(variant, REFERENCE, ema)
     taken: list[int] = []
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -130,7 +139,9 @@ def has_own_sampler(folder: Path) -> bool:
     return atomic.read_json(folder / "manifest.json").get("config", {}).get("sampler") is not None
 
 
-def own_sampler(folder: Path, device: str, precision: Precision, guidance: float = 0.0) -> Sampler:
+def own_sampler(
+    folder: Path, device: str, precision: Precision, guidance: float = 0.0, ema: str | None = None
+) -> Sampler:
     """A student by its user's own sampler, whose NFE is how often it calls the network, counted.
 
     Raises StageError for guidance, which it does not have, and where its file is not the one that it was made with.
@@ -140,7 +151,7 @@ def own_sampler(folder: Path, device: str, precision: Precision, guidance: float
             f"{folder}: this student is sampled by a function of its own, which has no guidance; use guidance 0"
         )
     function = own.sampler_of(folder)
-    model, variant = _student(folder, device, 0.0)
+    model, variant = _student(folder, device, 0.0, ema)
     taken: list[int] = []
     calls = [0]
     model.register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
@@ -154,7 +165,7 @@ def own_sampler(folder: Path, device: str, precision: Precision, guidance: float
         taken.append(calls[0])
         return images
 
-    name = _as_file(f"student-{variant}-{OWN}")
+    name = _row_of(variant, OWN, ema)
     return Sampler(name, "student", variant, OWN, 0, 0.0, parameter_count(model), decode, taken)
 
 
@@ -234,9 +245,9 @@ def evaluations_per_second(
     return rate_of_calls(trials, batch_size, device, precision)
 
 
-def _student(folder: Path, device: str, guidance: float) -> tuple[nn.Module, str]:
+def _student(folder: Path, device: str, guidance: float, ema: str | None) -> tuple[nn.Module, str]:
     """A finished student that can be sampled with this guidance, and the name of its rows."""
-    model = student.load(folder, device)
+    model = student.load(folder, device, ema)
     if guidance:
         _can_be_guided(folder)
     return model, variant_of(folder)
@@ -248,8 +259,10 @@ def variant_of(folder: Path) -> str:
     return metrics.get("variant") or metrics["coupling"]
 
 
-def _as_file(name: str) -> str:
-    return name.translate(str.maketrans(":=/", "---"))
+def _row_of(variant: str, method: str, ema: str | None) -> str:
+    """The name of a row, also in file names."""
+    average = "" if ema is None else f"-ema-{ema}"
+    return f"student-{variant}-{method}{average}".translate(str.maketrans(":=/", "---"))
 
 
 def _can_be_guided(folder: Path) -> None:
@@ -298,11 +311,12 @@ def sample_grid(
     grid: str = "square",
     guidance: float = 0.0,
     guided: Mapping[str, Any] | None = None,
+    ema: str | None = None,
 ) -> None:
     """Draws `count` images of a finished student or teacher, class by class, as one picture with titles.
 
     Its format is that of the path's ending. `guided` are further options of the guidance: `interval` of a student's,
-    those of `tarflow.Guidance` of a teacher's.
+    those of `tarflow.Guidance` of a teacher's. `ema` names a moving average of a student.
     """
     import torch
 
@@ -310,10 +324,11 @@ def sample_grid(
 
     device = pick_device("auto")
     if stage == "student" and has_own_sampler(folder):
-        sampler = own_sampler(folder, device, "float32", guidance)
+        sampler = own_sampler(folder, device, "float32", guidance, ema)
     elif stage == "student":
         with blaming("--nfe"):
-            sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance, **(guided or {}))
+            how = {**(guided or {}), "ema": ema}
+            sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance, **how)
     elif stage == "teacher":
         with blaming("--guidance"):
             sampler = teacher_sampler(folder, Guidance(guidance, **(guided or {})), True, device, "float32")

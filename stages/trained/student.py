@@ -25,7 +25,6 @@ from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
     METRICS,
-    WEIGHTS,
     Task,
     TrainingSection,
     blaming,
@@ -35,10 +34,12 @@ from nfm.stages.trained.training import (
     over_all,
     parameter_count,
     read_lines,
-    read_weights,
     recipe,
+    whole_batches,
 )
+from nfm.stages.trained.weights import WEIGHTS, Name, files_of, parse, parts_of, read, read_weights
 from nfm.storage import Mixture, PairStore
+from nfm.trainers.training.profiles import WIDEST
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +68,8 @@ class StudentConfig(TrainingSection):
     `model`, with the keywords `options`, `times`, `objective` and `sampler` may be functions of one's own, see own.py.
     `times` is also "uniform" or "logit-normal(mean, deviation)". `init` is a finished student whose weights are the
     first ones; what is in it is an input, and so part of the fingerprint.
+
+    `emas` are relative widths of further moving averages, kept at the end and after every `snapshots` pairs.
     """
 
     pairs: int = Field(240_000, ge=1)
@@ -85,6 +88,8 @@ class StudentConfig(TrainingSection):
     soften: float = added(0.0)
     permuted: bool = added(False)
     mixture: dict[str, float] = added({})
+    emas: tuple[Annotated[float, Field(ge=0.001, le=WIDEST)], ...] = added(())
+    snapshots: int | None = added(None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -123,6 +128,24 @@ class StudentConfig(TrainingSection):
             raise ValueError(
                 f'sampler is of an objective of one\'s own; with "{OBJECTIVE}" solvers sample, leave it out'
             )
+        return self
+
+    def averages(self) -> tuple[float, ...]:
+        return self.emas
+
+    def parts_of(self, ema: str) -> dict[Name, float]:
+        """What of its averages a finished student of this section makes this one of. Raises ValueError if it cannot."""
+        size, total, every = self.batch_size, whole_batches(self, self.pairs), self.snapshots
+        seen = [after for after in range(size, total, size) if every and (after - size) // every != after // every]
+        at = [None, *seen]
+        return parts_of(parse(ema), [Name(width, count) for count in at for width in self.emas], total)
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> Self:
+        if len(set(self.emas)) < len(self.emas):
+            raise ValueError(f"emas names a width twice: {', '.join(map(str, self.emas))}; name each once")
+        if self.snapshots is not None and not self.emas:
+            raise ValueError("snapshots are of the moving averages in emas, and there are none; name their widths")
         return self
 
     @model_validator(mode="after")
@@ -182,7 +205,7 @@ def task(config: StudentConfig, inputs: Inputs, device: str) -> Task:
         batches = source.batches(config.batch_size, config.seed, epochs=None, device=device, soften=config.soften)
 
     read = _Permuted(batches) if config.permuted else batches
-    return Task(model, _loss(config), read, architecture, config.pairs, "pairs")
+    return Task(model, _loss(config), read, architecture, config.pairs, "pairs", snapshots=config.snapshots)
 
 
 class _Permuted:
@@ -219,7 +242,7 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         "draws": store.draws,
         **({} if image_dtype == "uint8" else {"image_dtype": image_dtype}),
     }
-    return Result(payload=[WEIGHTS], metrics=metrics, files=kept_files(out))
+    return Result(payload=[WEIGHTS, *files_of(out).values()], metrics=metrics, files=kept_files(out))
 
 
 def _begin(model: nn.Module, config: StudentConfig, inputs: Inputs) -> None:
@@ -291,9 +314,9 @@ def _loss(config: StudentConfig) -> Loss:
     return loss
 
 
-def load(folder: Path, device: str = "cpu") -> nn.Module:
-    """The trained student of any architecture, in evaluation mode."""
-    state, architecture = read_weights(folder)
+def load(folder: Path, device: str = "cpu", ema: str | None = None) -> nn.Module:
+    """The trained student of any architecture, in evaluation mode; of the moving average `ema`, see weights.py."""
+    state, architecture = read(folder, ema)
     model = build(architecture)
     model.load_state_dict(state)
     loaded: nn.Module = model.eval().to(device)

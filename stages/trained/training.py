@@ -14,6 +14,7 @@ from pydantic import Field
 from nfm.stages.base import Inputs, Reporter, Section, StageError, Stopped, Unfit, call, operational
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.weights import SNAPSHOTS, WEIGHTS, file_of
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import names_in
@@ -24,12 +25,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nfm.trainers.loop import Loss
+    from nfm.trainers.loop import Averages, Loss
     from nfm.trainers.training.state import Recipe
 
 Precision = Literal["float32", "bfloat16"]
 Sharding = Literal["ddp", "fsdp"]
-CHECKPOINTS, METRICS, WEIGHTS = "checkpoints", "metrics.jsonl", "weights.safetensors"
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 OLD_CHECKPOINT = "checkpoint.safetensors"  # where earlier versions kept the state of a training
 
 
@@ -62,6 +63,10 @@ class TrainingSection(Section):
     recompute: bool = operational(False)
     compile: bool = operational(False)
     ray_address: str | None = operational(None)
+
+    def averages(self) -> tuple[float, ...]:
+        """The relative widths of the moving averages that are kept beside that of `ema`."""
+        return ()
 
     @property
     def processes(self) -> int:
@@ -104,11 +109,16 @@ def precision_context(device_type: str, precision: Precision) -> Any:
     return torch.autocast(device_type, dtype, enabled=dtype is not None)
 
 
+def whole_batches(config: TrainingSection, examples: int) -> int:
+    """So many examples, rounded up to whole batches."""
+    return -(-examples // config.batch_size) * config.batch_size
+
+
 def recipe(config: TrainingSection, examples: int) -> Recipe:
     """The section's fields as the loop's recipe, for `examples` in all, rounded up to whole batches."""
     from nfm.trainers.training.state import Recipe
 
-    total = -(-examples // config.batch_size) * config.batch_size
+    total = whole_batches(config, examples)
     return Recipe(
         examples=total,
         batch_size=config.batch_size,
@@ -118,6 +128,7 @@ def recipe(config: TrainingSection, examples: int) -> Recipe:
         clip=config.clip,
         ema=config.ema,
         seed=config.seed,
+        emas=config.averages(),
     )
 
 
@@ -126,7 +137,8 @@ class Task:
     """A training as each of its processes makes it, from the config and the inputs alone.
 
     `measure` gives figures for the log, taken every `log_every` examples by all processes at once. `architecture` is
-    what builds the model again; it is stored beside the weights.
+    what builds the model again; it is stored beside the weights. After every `snapshots` examples the moving averages
+    of the config's `averages` are kept.
     """
 
     model: nn.Module
@@ -136,6 +148,7 @@ class Task:
     examples: int
     unit: str
     measure: Callable[[], dict[str, float]] = dict
+    snapshots: int | None = None
 
 
 Make = Callable[[Any, Inputs, str], Task]  # (config, inputs, device): of a module, so that other processes find it
@@ -175,6 +188,18 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
         shown["wait"] = line["data_wait_share"]
         tick(int(line[f"{unit}_seen"]))
 
+    def write(path: Path, model: nn.Module) -> None:
+        weights = {name: parallel.whole(value) for name, value in model.state_dict().items()}
+        if first:
+            report.check_lock()
+            atomic.write_bytes(path, pack_weights(weights, task.architecture))
+
+    def snapshot(seen: int, averages: Averages) -> None:
+        if first:
+            (out / SNAPSHOTS).mkdir(exist_ok=True)
+        for width, average in averages.items():
+            write(out / file_of(width, seen), average)
+
     def tick(done: int) -> None:
         report.progress(done, plan.examples, unit, workers=(), **shown)
 
@@ -201,6 +226,8 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
                 checkpoints=folder,
                 old_checkpoint=old,
                 save_every=config.save_every,
+                snapshot=snapshot,
+                snapshot_every=task.snapshots,
                 log=log,
                 log_every=config.log_every,
                 tick=tick,
@@ -212,10 +239,11 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
         raise StageError(f"training diverged: {error}") from error
     if not trained.finished:
         raise Stopped
-    weights = {name: parallel.whole(value) for name, value in trained.ema.state_dict().items()}
     if first:
         (out / OLD_CHECKPOINT).unlink(missing_ok=True)
-        atomic.write_bytes(out / WEIGHTS, pack_weights(weights, task.architecture))
+    for width, average in trained.emas.items():
+        write(out / file_of(width), average)
+    write(out / WEIGHTS, trained.ema)
 
 
 def seen_of(old_checkpoint: bytes) -> int:
@@ -252,16 +280,6 @@ def _keep_lines(path: Path, unit: str, seen: int) -> None:
 def parameter_count(model: nn.Module) -> int:
     """The number of values in a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights of a finished stage and the arguments that build its model again."""
-    from nfm.trainers.checkpoint import CheckpointError, unpack_weights
-
-    try:
-        return unpack_weights(read_bytes(folder / WEIGHTS, MOST_STATE_BYTES))
-    except CheckpointError as error:
-        raise StageError(f"{folder / WEIGHTS}: {error}; `nfm audit {folder}` says what else is wrong") from error
 
 
 def over_all(lines: Sequence[Mapping[str, float]], unit: str) -> dict[str, float]:

@@ -15,9 +15,11 @@ from typing import Any
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
 from nfm.storage.files import remote
-from nfm.storage.files.digested_json import RESTORE, checked, digested_text
+from nfm.storage.files.digested_json import RESTORE
 from nfm.storage.files.digested_json import canonical_json as canonical_json
+from nfm.storage.files.digested_json import checked as checked
 from nfm.storage.files.digested_json import digest as digest
+from nfm.storage.files.digested_json import digested_text as digested_text
 from nfm.storage.files.durable import HashingFile, sync_folder
 from nfm.storage.files.paths import TEMPORARY, as_path, is_remote, remove, size_of
 from nfm.storage.files.small_files import MOST_BYTES, MOST_INDEX_BYTES, plain, read_bytes

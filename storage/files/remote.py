@@ -136,7 +136,7 @@ def read_range(path: Path, start: int = 0, stop: int | None = None) -> bytes:
         try:
             return bytes(fs.cat_file(name, start=start, end=stop))
         except Exception as error:
-            if _status(error) == 416:  # the object ends before `start`
+            if status_of(error) == 416:  # the object ends before `start`
                 return b""
             raise
 
@@ -160,13 +160,25 @@ def read_pieces(path: Path, size: int) -> Iterator[bytes]:
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
-        return status >= 500 or status in _PASSING_STATUS or _code(error) in _PASSING_CODES
+        return (status >= 500 and status != 501) or status in _PASSING_STATUS or _code(error) in _PASSING_CODES
     if isinstance(error, PermissionError) or _names(error) & _NO_CREDENTIALS:
         return False
     passing = isinstance(error, TimeoutError) or bool(_names(error) & (_PASSING_NAMES | _DAMAGED_NAMES))
     return passing or (isinstance(error, OSError) and error.errno in _PASSING_ERRNO | {getattr(errno, "EREMOTEIO", 0)})
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error carries; None if it has none."""
+    for value in (
+        _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode"),
+        getattr(error, "code", None),  # gcsfs
+        getattr(error, "status", None),  # aiohttp
+    ):
+        if isinstance(value, int) and 100 <= value < 600:
+            return value
+    return None
 
 
 def explained(path: Path, doing: str, error: BaseException) -> StorageError:
@@ -184,12 +196,12 @@ def _remedy(path: Path, error: BaseException) -> str:
         )
     if _code(error) in _NO_BUCKET:
         return "there is no such bucket: create it, or correct the URL"
-    if isinstance(error, PermissionError) or _status(error) in (401, 403):
+    if isinstance(error, PermissionError) or status_of(error) in (401, 403):
         return (
             "access is denied: check the credentials (key, secret, clock) and the bucket's policy; reading needs the "
             "right to get and list objects, writing to put and delete them"
         )
-    if _status(error) is not None and may_pass(error):
+    if status_of(error) is not None and may_pass(error):
         return f"the object store kept failing for {patience():.0f} s (NFM_PATIENCE): run the same command again later"
     if may_pass(error):
         endpoint = masked(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
@@ -209,17 +221,6 @@ def _response(error: BaseException) -> dict[str, Any]:
 
 def _code(error: BaseException) -> str:
     return str(_response(error).get("Error", {}).get("Code", ""))
-
-
-def _status(error: BaseException) -> int | None:
-    for value in (
-        _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode"),
-        getattr(error, "code", None),  # gcsfs
-        getattr(error, "status", None),  # aiohttp
-    ):
-        if isinstance(value, int) and 100 <= value < 600:
-            return value
-    return None
 
 
 def _names(error: BaseException) -> set[str]:

@@ -27,6 +27,8 @@ Kind = Literal[
     "shrink",  # half of the body arrives, and Content-Length says that this is all
     "flip",  # a byte of the body is another one
     "delay",  # the answer comes after `seconds`
+    "if-match",  # a condition of this name is ignored
+    "if-none-match",
 ]
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -105,7 +107,7 @@ class _Proxy(BaseHTTPRequestHandler):
             time.sleep(fault.seconds)
         behind = http.client.HTTPConnection(*self.behind, timeout=30)
         try:
-            dropped = ("transfer-encoding", "expect", "connection")
+            dropped = ("transfer-encoding", "expect", "connection", kind)
             headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
             headers["Content-Length"] = str(len(body))
             behind.request(self.command, self.path, body, headers)

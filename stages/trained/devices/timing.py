@@ -97,8 +97,9 @@ def cost_of_training(
     trials: Sequence[Trial], clock: Clock | None,
 ) -> Cost:  # fmt: skip
     """What training the first of `trials` with `examples` costs; its time where there is a clock."""
-    # A checkpoint holds weights, moving average and two moments; the moving average is the finished model. All float32.
-    size = 4 * parameters * (4 * config.keep_checkpoints + 1)
+    # A checkpoint holds weights, two moments and moving averages; those are the finished model. All float32.
+    averages = 1 + len(config.averages())
+    size = 4 * parameters * ((3 + averages) * config.keep_checkpoints + averages)
     words = f"by {config.workers} workers, without what they tell each other" if config.workers > 1 else ""
     if clock is not None or "device_memory" in facts:  # else a plan needs no torch, and runs nothing
         words = ", ".join(part for part in (words, _memory(config, facts, parameters, trials)) if part)
@@ -114,7 +115,7 @@ def cost_of_training(
 def _memory(config: TrainingSection, facts: Mapping[str, Any], parameters: int, trials: Sequence[Trial]) -> str:
     """What a training takes of the memory of each worker's device, and whether it fits."""
     with _seeded():
-        found = memory.measured(trials, parameters, config, _random_batch(2, facts, "cpu"))
+        found = memory.measured(trials, parameters, config, random_batch(2, facts, "cpu"))
     each = found.of_worker(config.batch_size, config.workers, config.sharding, config.microbatch, config.recompute)
     told = f"{units.size(each)} of memory" + (" a worker" if config.workers > 1 else "")
     try:
@@ -174,9 +175,11 @@ def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Se
     try:
         with torch.device(device):
             model, loss = trial.make()
-        batch = _random_batch(size, facts, device)
+        batch = random_batch(size, facts, device)
         # So long a training is all warm-up: its steps hardly move the weights.
-        recipe = Recipe(10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema)
+        recipe = Recipe(
+            10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema, emas=config.averages()
+        )
         loop.train(
             model, loss, itertools.repeat(batch), recipe, device=device, autocast=autocast_dtype(config.precision),
             how=loop.How(microbatch=config.microbatch, recompute=config.recompute), tick=tick, stop=over,
@@ -245,7 +248,8 @@ def _typical(ticks: Sequence[float]) -> float:
     return statistics.median(taken[2:] or taken[-1:])
 
 
-def _random_batch(size: int, facts: Mapping[str, Any], device: str) -> Batch:
+def random_batch(size: int, facts: Mapping[str, Any], device: str) -> Batch:
+    """A batch of noise of the sizes that `facts` tell of the data."""
     import torch
 
     shape, classes = tuple(facts["image_shape"]), int(facts.get("classes", 0))

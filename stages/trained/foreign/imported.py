@@ -13,7 +13,8 @@ from nfm.stages.base import Inputs, LocalField, Reporter, Result, Section, Unfit
 from nfm.stages.trained import teacher
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.teacher import FACTS, TeacherConfig
-from nfm.stages.trained.training import WEIGHTS, Precision, blaming
+from nfm.stages.trained.training import Precision, blaming
+from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage import ImageDataset
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic

@@ -22,7 +22,7 @@ import numpy as np
 
 from nfm.stages.base import StageError, Unfit
 from nfm.stages.couplings import custom
-from nfm.stages.trained.training import read_weights
+from nfm.stages.trained.weights import read_weights
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
 

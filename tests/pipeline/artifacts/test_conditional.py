@@ -1,0 +1,68 @@
+"""Conditional puts: what one process wrote no other overwrites unseen; a server without them is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nfm.pipeline.artifacts import conditional
+from nfm.pipeline.artifacts.conditional import NoConditions
+from nfm.pipeline.artifacts.lock import Lock
+from nfm.storage.files.paths import as_path, names_in
+from tests.support.s3server import S3
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> None:
+    conditional.check.cache_clear()
+
+
+def test_an_object_is_created_once_and_replaced_only_by_who_saw_its_last_version(bucket: str) -> None:
+    path = as_path(f"{bucket}/one")
+    assert conditional.read(path) is None
+    assert conditional.replace(path, b"nothing there", '"0"') is None
+    first = conditional.create(path, b"first")
+    assert first is not None
+    assert conditional.create(path, b"other") is None
+    second = conditional.replace(path, b"second", first)
+    assert second is not None
+    assert conditional.replace(path, b"third", first) is None
+    stored = conditional.read(path)
+    assert stored is not None
+    assert (stored.data, stored.tag) == (b"second", second)
+
+
+@pytest.mark.parametrize("kind", ["lose", "reset", "error"])
+def test_a_put_whose_answer_was_lost_is_known_to_be_our_own(kind: Any, s3: S3, bucket: str) -> None:
+    path = as_path(f"{bucket}/one")
+    s3.fail(kind, "one", method="PUT", times=2)
+    first = conditional.create(path, b"first")
+    assert first is not None
+    s3.fail(kind, "one", method="PUT", times=2)
+    assert conditional.replace(path, b"second", first) is not None
+    s3.fail("error", "one", method="PUT", status=409, code="ConditionalRequestConflict")
+    assert conditional.create(path, b"third") is None
+
+
+@pytest.mark.parametrize("header", ["if-match", "if-none-match"])
+def test_a_server_that_ignores_conditions_is_refused_by_name_and_nothing_is_left(
+    header: Any, s3: S3, bucket: str
+) -> None:
+    s3.fail(header, times=100)
+    with pytest.raises(NoConditions, match=rf"(?i){bucket}/run: this object store has no conditional writes.*{header}"):
+        Lock(as_path(f"{bucket}/run/teacher/0123456789ab"))
+    assert names_in(as_path(bucket)) == []
+
+
+@pytest.mark.parametrize("status", [400, 501])
+def test_a_server_that_refuses_conditions_is_refused_by_name(status: int, s3: S3, bucket: str) -> None:
+    s3.fail("error", ".conditions-", method="PUT", status=status, code="NotImplemented", times=100)
+    with pytest.raises(NoConditions, match="it refuses puts with If-None-Match or If-Match"):
+        Lock(as_path(f"{bucket}/run/teacher/0123456789ab"))
+
+
+def test_a_server_is_asked_once_in_a_process(s3: S3, bucket: str) -> None:
+    for name in ("0123456789ab", "ba9876543210"):
+        Lock(as_path(f"{bucket}/run/teacher/{name}"))
+    assert s3.count("PUT", ".conditions-") == 4
