@@ -39,6 +39,7 @@ from nfm.stages.trained.sampling import (
     teacher_sampler,
 )
 from nfm.storage.files import atomic
+from nfm.trainers.nfe import STOCHASTIC
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +105,7 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
         "curvature": [row for row in measured if "value" in row],
         "machine": "; ".join(sorted({row["machine"] for row in measured if "machine" in row})) or bench.machine,
         "reference": {"rows": len(bench.source), "split": "train"},
-        "solver": {"grid": config.grid, **({} if config.ema is None else {"ema": config.ema})},
+        "solver": _solver(config),
     }
     bare = [{key: value for key, value in row.items() if key not in OF_THE_MOMENT} for row in body["rows"]]
     atomic.write_json(out / DISTANCES, {"rows": bare, "curvature": body["curvature"], "reference": body["reference"]})
@@ -164,10 +165,21 @@ def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[S
                 config.student_guidance,
                 config.guidance_interval,
                 config.ema,
+                config.diffusion,
             )
         if config.reference:
             how = (config.student_guidance, config.guidance_interval, config.ema)
             yield reference_sampler(inputs[role], device, config.precision, *how)
+
+
+def _solver(config: EvaluateConfig) -> dict[str, str]:
+    """How students are sampled, besides what their rows say."""
+    told: dict[str, str] = {"grid": config.grid}
+    if config.ema is not None:
+        told["ema"] = config.ema
+    if config.solver in STOCHASTIC:
+        told["diffusion"] = config.diffusion
+    return told
 
 
 def _students(inputs: Iterable[str]) -> list[str]:

@@ -18,13 +18,13 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from nfm.stages.base import Inputs, LocalField, Reporter, Result, StageError, Unfit, added, one_of, operational
 from nfm.stages.couplings.variant import Variant, check_knobs
+from nfm.stages.display.watching.lines import METRICS, read_lines
 from nfm.stages.trained import costs
 from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_of
 from nfm.stages.trained.costs import Cost, Counted, Trial
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
-    METRICS,
     Task,
     TrainingSection,
     blaming,
@@ -33,7 +33,6 @@ from nfm.stages.trained.training import (
     kept_files,
     over_all,
     parameter_count,
-    read_lines,
     recipe,
     whole_batches,
 )

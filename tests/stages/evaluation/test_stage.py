@@ -100,11 +100,14 @@ def test_solver_grid_and_guidance_change_a_students_rows(made: Lab, tmp_path: Pa
     roles = ("data", "features", "student")
     plain, _ = evaluated(made, tmp_path / "a", *roles, nfe=[4])
     ways: list[dict[str, Any]] = [{"solver": "midpoint"}, {"grid": "uniform"}, {"student_guidance": 2.0}]
+    ways += [{"solver": "sde-euler"}, {"solver": "sde-euler", "diffusion": "constant"}]
     for number, way in enumerate(ways):
         other, _ = evaluated(made, tmp_path / str(number), *roles, nfe=[4], **way)
         assert other["rows"][1]["fd_cnn"] != plain["rows"][1]["fd_cnn"]
         assert other["rows"][1]["guidance"] == way.get("student_guidance", 0.0)
-    assert names(other)[1] == "student-nfm-euler-4"
+    assert names(plain)[1] == "student-nfm-euler-4"
+    assert names(other)[1] == "student-nfm-sde-euler-4"
+    assert "noise of the solver: constant" in as_text(other)
 
 
 def test_the_reference_is_a_row_more_with_the_evaluations_that_it_took(made: Lab, tmp_path: Path) -> None:
@@ -276,6 +279,9 @@ def test_the_config_says_which_evaluations_a_solver_can_spend() -> None:
         ({"nfe": [6], "solver": "rk4"}, "use 4 or 8"),
         ({"solver": "midpoint"}, "use 30 or 32"),
         ({"nfe": [7, 5, 7]}, "7 is named more than once"),
+        ({"nfe": [8], "solver": "sde-heun"}, "use 7 or 9"),
+        ({"diffusion": "constant"}, "it is of solvers that add noise, sde-euler and sde-heun"),
+        ({"diffusion": "cubic", "solver": "sde-euler"}, "'sigma', 'constant', 'sin.2' or 'decreasing'"),
         ({"baselines": ["nearest"]}, "coupling 'nearest' is unknown"),
     ):
         with pytest.raises(ValidationError, match=said):
@@ -285,7 +291,7 @@ def test_the_config_says_which_evaluations_a_solver_can_spend() -> None:
 
 def test_options_at_their_defaults_are_no_part_of_the_identity() -> None:
     assert (
-        not {"features", "solver", "grid", "reference", "student_guidance", "inception_weights"}
+        not {"features", "solver", "grid", "reference", "student_guidance", "inception_weights", "ema", "diffusion"}
         & EvaluateConfig().semantic().keys()
     )
     assert EvaluateConfig(features="none").semantic()["features"] == "none"
