@@ -215,10 +215,8 @@ def sample(
     stage = found.spec.get("stage", "pairs")
     if stage in ("student", "teacher"):
         _check_allowed(found.path, stage, digests)
-    check_of_student(stage, "nfe", "solver", "grid")
+    check_of_student(stage, "nfe", "solver", "grid", "ema", "diffusion")
     options = given_guidance(stage, guidance, guided)
-    if ema is not None and stage != "student":
-        raise click.UsageError(f"--ema is of a student's samples, this is a {stage}: leave it out")
     if diffusion is not None and solver not in STOCHASTIC:
         raise click.UsageError(f"--diffusion is of --solver {' and '.join(STOCHASTIC)}, this is {solver}: leave it out")
     sample_grid(
