@@ -61,7 +61,7 @@ class Clock:
         where a step of the first takes long, and FLOPs make up the difference. Raises Unfit for a device not here.
         """
         device = pick_device(config.device)
-        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address", "watch"}
+        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address", "watch", "sample_every"}
         sizes = {**config.model_dump(exclude=left_out), "shape": facts["image_shape"], "flops": trials[0].flops}
         return float(
             self.measured(
