@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Section, StageError, Stopped, Unfit, call, operational
 from nfm.stages.display.watching.grids import draw_grid, grids_of, path_of
@@ -19,8 +19,9 @@ from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.weights import SNAPSHOTS, WEIGHTS, file_of
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
+from nfm.storage.files.paths import names_in
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
-from nfm.storage.reading.reader import check_enough
+from nfm.storage.reading.reader import check_enough, check_shared
 
 if TYPE_CHECKING:
     import torch
@@ -68,17 +69,14 @@ class TrainingSection(Section):
     ray_address: str | None = operational(None)
     watch: tuple[Watching, ...] = operational(())
 
+    @property
+    def processes(self) -> int:
+        """How many train: those of a launcher, else the workers."""
+        return launched.size() if launched.size() > 1 else self.workers
+
     def averages(self) -> tuple[float, ...]:
         """The relative widths of the moving averages that are kept beside that of `ema`."""
         return ()
-
-    @model_validator(mode="after")
-    def _check_workers(self) -> Self:
-        if self.batch_size % self.workers:
-            raise ValueError(
-                f"batch_size {self.batch_size} is shared by {self.workers} workers: make it a multiple of them"
-            )
-        return self
 
 
 @contextmanager
@@ -96,6 +94,7 @@ def check_section(name: str, config: TrainingSection, facts: Mapping[str, Any], 
     """A stage's `fits`: `sizes` raises ValueError where they do not fit; `facts` are of the data, as far as known."""
     with blaming(f"config section [{name}]"):
         sizes()
+        check_shared(config.batch_size, config.processes)
         if "images" in facts:
             check_enough(config.batch_size, facts["images"])
 
@@ -305,10 +304,7 @@ def seen_of(old_checkpoint: bytes) -> int:
 
 def newest_checkpoint(out: Path) -> int:
     """The examples seen of the newest checkpoint, 0 where there is none."""
-    from nfm.trainers.training.checkpoint_folder import newest
-
-    found = newest(out / CHECKPOINTS)
-    return int(found.name) if found else 0
+    return max((int(name) for name in names_in(out / CHECKPOINTS) if name.isdecimal()), default=0)
 
 
 def kept_files(out: Path) -> list[str]:
@@ -320,3 +316,16 @@ def kept_files(out: Path) -> list[str]:
 def parameter_count(model: nn.Module) -> int:
     """The number of values in a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def over_all(lines: Sequence[Mapping[str, float]], unit: str) -> dict[str, float]:
+    """The rate and the share of waiting for data of a whole training, from its lines, which tell those of their time.
+
+    Time between two calls of a training that was stopped is in no line.
+    """
+    seen = seconds = waited = 0.0
+    for line in lines:
+        took = (line[f"{unit}_seen"] - seen) / max(line[f"{unit}_per_second"], 1e-9)
+        seen, seconds, waited = line[f"{unit}_seen"], seconds + took, waited + took * line["data_wait_share"]
+    seconds = max(seconds, 1e-9)
+    return {f"{unit}_per_second": round(seen / seconds, 6), "data_wait_share": round(waited / seconds, 6)}

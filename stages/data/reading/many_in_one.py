@@ -7,11 +7,11 @@ decoded is what the identity of the data set says.
 from __future__ import annotations
 
 import fnmatch
-import os
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from nfm.stages.base import Reporter, StageError, Unfit
@@ -64,6 +64,12 @@ class ManyInOne:
             return together((file.path, file.bytes, file.sha256) for file in self._stored)
         return digest_files(zip(self.names, self.paths), _opened, known=known)
 
+    def hash(self) -> None:
+        """Reads files behind URLs once, so that copies of them can be checked; `open` does it if nobody has."""
+        if not self._stored:
+            hashed = hash_files(list(zip(self.names, self.paths)), _opened)
+            self._stored = [StoredFile(name, sha256, size) for name, size, sha256 in hashed]
+
     def open(self, number: int) -> IO[bytes]:
         """A file of this machine, open for reading; one behind a URL is fetched and checked first."""
         path = self.paths[number]
@@ -71,9 +77,7 @@ class ManyInOne:
             return path.open("rb")
         from nfm.storage.files.cache import default_cache
 
-        if not self._stored:
-            hashed = hash_files(list(zip(self.names, self.paths)), _opened)
-            self._stored = [StoredFile(name, sha256, size) for name, size, sha256 in hashed]
+        self.hash()
         stored = self._stored[number]
         file = StoredFile(path.name, stored.sha256, stored.bytes)
         try:
@@ -165,9 +169,10 @@ def _role(name: str) -> str | None:
 
 def _short(paths: Sequence[Path]) -> list[str]:
     """The paths without the folders that all have in common."""
-    texts = [str(path) for path in paths]
-    start = len(os.path.commonpath([os.path.dirname(text) for text in texts]))
-    return [str(PurePosixPath(text[start:].lstrip("/"))) for text in texts]
+    parts = [str(path).split("/") for path in paths]
+    columns = zip(*(folders for *folders, _ in parts))
+    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    return ["/".join(part[shared:]) for part in parts]
 
 
 def _expanded(text: str) -> list[str]:

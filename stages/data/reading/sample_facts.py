@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
+from nfm.stages.base import Reporter
 from nfm.stages.data.reading.tar_samples import Member
 from nfm.storage.errors import legible
 from nfm.storage.format.untrusted import shown
@@ -57,9 +57,13 @@ class Facts:
         """Whether the images have labels."""
         return bool(self._from["labels"]) or (self._from["labels"] is None and self._cls > 0)
 
-    def values(self) -> np.ndarray:
-        """The labels as the tars have them, int64 [N]; -1 where there is none."""
-        return np.array([-1 if label is None else label for label in self._labels], np.int64)
+    def labels(self) -> np.ndarray | None:
+        """The labels as the tars have them, int64 [N], -1 where there is none; None if the images have no labels."""
+        return (
+            None
+            if not self.labelled
+            else np.array([-1 if label is None else label for label in self._labels], np.int64)
+        )
 
     def captions(self) -> list[str | None] | None:
         """A caption for each sample, None for one without; None if no sample has one."""
@@ -72,12 +76,8 @@ class Facts:
         lacking = {row: "no .cls, which others have" for row, label in enumerate(self._labels) if label is None}
         return lacking | self._problems
 
-    def check(self, where: str, report: Reporter, classes: Sequence[str] | None) -> None:
-        """Refuses settings of labels where there are none, and tells where labels and captions may be."""
-        if not self.labelled:
-            for field, value in (("classes", classes), ("first_label", self._first)):
-                if value:
-                    raise StageError(f"data.{field} is of labels, but no sample of {where} has one: leave it out")
+    def tell(self, where: str, report: Reporter) -> None:
+        """Tells where labels and captions may be, and how many captions are missing."""
         there = {"labels": self.labelled, "captions": self.captions() is not None}
         for what, member in (("labels", ".cls"), ("captions", ".txt")):
             if self._json and not there[what] and self._from[what] is None:

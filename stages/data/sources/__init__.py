@@ -13,6 +13,7 @@ from nfm.stages.data.sources.folder import ImageFolder
 from nfm.stages.data.sources.glyphs import Glyphs
 from nfm.stages.data.sources.idx import Idx
 from nfm.stages.data.sources.npz import Npz
+from nfm.stages.data.sources.parquet import Parquet
 from nfm.stages.data.sources.planar import Checkerboard, Gaussians, Planar
 from nfm.stages.data.sources.webdataset import WebDataset
 
@@ -23,6 +24,7 @@ SOURCES: dict[str, type[Any]] = {
     "npz": Npz,
     "images": ImageFolder,
     "webdataset": WebDataset,
+    "parquet": Parquet,
     "checkerboard": Checkerboard,
     "gaussians": Gaussians,
 }
@@ -33,5 +35,5 @@ def settings_of(name: str) -> list[str]:
     return list(inspect.signature(SOURCES[name]).parameters)
 
 
-__all__ = ["SOURCES", "Checkerboard", "Digits", "Gaussians", "Glyphs", "Idx", "ImageFolder", "Loaded", "Npz", "Planar",
-           "Source", "WebDataset", "settings_of"]  # fmt: skip
+__all__ = ["SOURCES", "Checkerboard", "Digits", "Gaussians", "Glyphs", "Idx", "ImageFolder", "Loaded", "Npz", "Parquet",
+           "Planar", "Source", "WebDataset", "settings_of"]  # fmt: skip

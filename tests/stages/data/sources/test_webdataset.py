@@ -65,7 +65,7 @@ def reasons(path: Path, **options: Any) -> dict[str, str]:
     return {source.keys[place]: why for place, why in read(source, path.parent / "scratch").rejected.items()}
 
 
-def make(out: Path, path: Path, report: Recorder | None = None, **config: Any) -> Result:
+def make(out: Path, path: Path | str, report: Recorder | None = None, **config: Any) -> Result:
     out.mkdir()
     settings = DataConfig.model_validate({"source": "webdataset", "path": str(path), **config})
     return stage.run(settings, {}, out, report or Recorder())
@@ -176,7 +176,7 @@ def test_labels_come_from_cls_from_a_json_field_or_from_nowhere(tmp_path: Path) 
     assert WebDataset(root, classes=["a", "b", "c"]).classes == ["a", "b", "c"]
     none = WebDataset(root, labels="")
     assert (none.labels.tolist(), none.classes) == ([-1] * 5, [])
-    with pytest.raises(StageError, match=r"data\.classes is of labels, but no sample of .* has one"):
+    with pytest.raises(StageError, match=r"data\.classes is of labels, but the images of .* have none"):
         read(WebDataset(root, labels="", classes=["a"]), tmp_path / "s")
 
 
