@@ -193,6 +193,36 @@ def test_a_json_field_may_hold_the_names_of_classes(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "no .json, of which data.labels or data.captions names a field"),
+        (b"{", ".json cannot be read ("),
+        (b"[" * 100_000, ".json cannot be read ("),
+        (b"[1]", ".json has no fields"),
+        (b'{"n": 1}', "no field 'text' in its .json"),
+        (b'{"n": 1, "text": 5}', "field 'text' of its .json is 5, no text"),
+        (b'{"n": 1, "text": "\\ud800"}', "field 'text' of its .json has half of a character"),
+        (b'{"n": true, "text": "t"}', "field 'n' of its .json is True, no whole number"),
+        (b'{"n": 1e3, "text": "t"}', "field 'n' of its .json is 1000.0, no whole number"),
+        (b'{"n": ' + b"9" * 30 + b', "text": "t"}', "field 'n' of its .json is "),
+        (b'{"n": 1, "text": "t"}' + b" " * (1 << 20), ".json has 1,048,597 bytes, more than the 1,048,576"),
+    ],
+)
+def test_a_json_that_says_nothing_usable_sets_its_sample_aside(
+    tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    packed: dict[str, bytes] = {}
+    for row in range(3):
+        packed |= {f"{row}.png": picture(0), f"{row}.json": json.dumps({"n": row % 2, "text": "t"}).encode()}
+    packed["x.png"] = picture(0)
+    if content is not None:
+        packed["x.json"] = content
+    found = reasons(pack(tmp_path / "in.tar", packed), labels="n", captions="text")
+    assert list(found) == ["in/x"]
+    assert found["in/x"].startswith(reason)
+
+
 def test_data_without_captions_says_so(tmp_path: Path) -> None:
     make(tmp_path / "out", stock(tmp_path / "in"), heldout=0)
     with pytest.raises(StorageError, match=r"train\.parquet: the data has no captions"):
