@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nfm.storage import layouts
-from nfm.storage.errors import StorageError, by, check_inside
+from nfm.storage.errors import NoPlace, StorageError, by, check_inside
 from nfm.storage.errors.arguments import checked, whole
 from nfm.storage.files.cache import ShardCache, default_cache
 from nfm.storage.files.paths import as_path, is_remote, store_named
@@ -131,7 +131,7 @@ class PairStore(Readable):
         root, named = seal.pinned(store_named(path))
         if named is not None:
             if generation not in (None, named):
-                raise StorageError(f"{path}: the manifest of generation {named}, not of {generation}; name the folder")
+                raise NoPlace(str(path), f"the manifest of generation {named}, not of {generation}; name the folder")
             generation = named
         spec = read_spec(root)
         if generation is not None:
@@ -184,10 +184,8 @@ class PairStore(Readable):
         """The pairs of a draw at these slots: arrays [n, *shape] by field name, as stored, in the order of `slots`.
 
         `slots` are integers [n] in any order. With `out`, only its fields are read, into its arrays; an image or noise
-        array of float32 gets them converted, as in a batch. Raises MissingShard or CorruptShard if a shard is not what
-        was committed.
-        `slots` are integers [n] in any order. With `out`, only its fields are read, into its arrays. Raises
-        OutOfRange for a slot that does not exist, MissingShard or CorruptShard if a shard is not what was committed.
+        array of float32 gets them converted, as in a batch. Raises OutOfRange for a slot that does not exist,
+        MissingShard or CorruptShard if a shard is not what was committed.
         """
         names = [field.name for field in self.spec.fields] if out is None else list(out)
         return self._draw(draw).gather(names, slots, out)

@@ -38,7 +38,7 @@ GPU_TARGET = 0.45  # of the matrix rate in bfloat16, at the paper's sizes
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Medians are taken of these.")
 @click.option("--seconds", default=1.0, show_default=True, type=float, help="Of a round of each.")
 @click.option(
-    "--clock", default="wall", show_default=True, type=click.Choice(["wall", "processor"]),
+    "--clock", default="wall", show_default=True, type=click.Choice(list(CLOCKS)),
     help="processor: the time that this process had, for a machine that others use, best with --threads 1.",
 )  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="Of the CPU. [default: all cores]")
@@ -90,6 +90,7 @@ def measure(
     from benchmarks.train import rows
     from benchmarks.train.checkouts import commit
     from nfm.stages.encoding.threads import threads as computing_with
+    from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory
 
     device = cases[0].config.device
     on_gpu = device.startswith("cuda")
@@ -100,17 +101,34 @@ def measure(
         "versions": versions("nfm-pairs", "torch", "numpy", "timm"),
         "peers": {name: commit(folder) if folder else "not given" for name, folder in checkouts.items()},
         "rounds": rounds,
+        "clock": next(name for name, known in CLOCKS.items() if known is clock),
         "compiled": compiled,
         "cases": {},
     }
     for case in cases:
         click.echo(f"measuring: {case.name}", err=True)
-        with computing_with(threads):
-            body["cases"][case.name] = rows.measure(
-                case, _peer(case, checkouts, device, compiled), rounds, seconds, device, compiled, clock
-            )
-        torch.compiler.reset()
+        peer = _peer(case, checkouts, device, compiled)
+        try:
+            with computing_with(threads):
+                row = rows.measure(case, peer, rounds, seconds, device, compiled, clock)
+        except Exception as error:  # the others keep their figures
+            if not (compiled or is_out_of_memory(error)):
+                raise
+            row = {"not_measured": _reason(error)}
+        body["cases"][case.name] = {"batch": case.config.batch_size, "precision": case.config.precision, **row}
+        if compiled:
+            torch.compiler.reset()
+        free_memory(device)
     return {**body, "targets": targets(body)}
+
+
+def _reason(error: Exception) -> str:
+    """In one line, with the remedy where memory was short."""
+    from nfm.stages.trained.devices.machine import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return "the device has too little memory for both: give a smaller --batch"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:200]}"
 
 
 def _peer(case: Case, checkouts: Mapping[str, Path | None], device: str, compiled: bool) -> Callable[[], Peer] | None:
@@ -129,7 +147,7 @@ def targets(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, row in body["cases"].items():
         if "ours_over_theirs" in row:
             lines.append(_target(f"{name}: ours over theirs", TARGET, row["ours_over_theirs"]))
-        if body["machine"]["device"] != "cpu" and row["precision"] == "bfloat16":
+        if body["machine"]["device"] != "cpu" and row["precision"] == "bfloat16" and "ours" in row:
             lines.append(_target(f"{name}: share of the matrix rate", GPU_TARGET, row["ours"]["of_matrix_rate"]))
     return lines
 
@@ -144,6 +162,8 @@ def as_text(body: Mapping[str, Any]) -> str:
             "ours / theirs", "lowest", "highest"]  # fmt: skip
     lines = []
     for name, row in body["cases"].items():
+        if "not_measured" in row:
+            continue
         cells = [name, row["batch"], row["precision"], *row["ours"].values()]
         if row["theirs"] == "not given":
             lines.append([*cells, "not given", None, None, None, None])
@@ -151,6 +171,7 @@ def as_text(body: Mapping[str, Any]) -> str:
             ratios = [row[key] for key in ("ours_over_theirs", "lowest", "highest")]
             lines.append([*cells, *row["theirs"].values(), *ratios])
     parts = [aligned(head, lines), ""]
+    parts += [f"{name}: {row['not_measured']}" for name, row in body["cases"].items() if "not_measured" in row]
     for line in body["targets"]:
         parts.append(f"{line['what']}: {line['measured']} of {line['target']}, {'met' if line['met'] else 'not met'}")
     return "\n".join(parts).rstrip()

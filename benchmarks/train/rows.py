@@ -48,7 +48,7 @@ def measure(
     batches = [random_batch(config.batch_size, case.facts, device) for _ in range(BATCHES)]
     theirs = peer() if peer else None
     same = check_same(case, theirs, batches[0]) if theirs else {}
-    products = [matrix_rate.__wrapped__(device, config.precision)]
+    products = [matrix_rate(device, config.precision, clock)]
     turns = Turns(batches, theirs, rounds, seconds, clock)
     with torch.device(device):
         model, loss = case.trial.make()
@@ -56,9 +56,9 @@ def measure(
         model, loss, turns, _recipe(case), device=device, autocast=autocast_dtype(config.precision),
         how=loop.How(compile=compiled), log=lambda line: None, log_every=config.log_every, stop=lambda: turns.over,
     )  # fmt: skip
-    products.append(matrix_rate.__wrapped__(device, config.precision))
+    products.append(matrix_rate.__wrapped__(device, config.precision, clock))
     found: dict[str, Any] = {
-        "batch": config.batch_size, "precision": config.precision, "parameters": parameter_count(model),
+        "parameters": parameter_count(model),
         "gflop_per_image": round(BACKWARD * case.trial.flops / 1e9, 4), "steps_a_round": turns.steps,
         "matrix_gflops": round(max(products) / 1e9, 1), "ours": _rates(turns.ours, case.trial, max(products)),
     }  # fmt: skip

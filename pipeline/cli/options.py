@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from nfm.stages.display.endings import PICTURE, check_ending
 from nfm.stages.trained.weights import parse
@@ -169,6 +170,15 @@ def guidance_options(command: Any) -> Any:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def check_of_student(stage: str, *options: str) -> None:
+    """Raises UsageError where one of these options of this command was given for the samples of a teacher."""
+    context = click.get_current_context()
+    for name in options:
+        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if given and stage == "teacher":
+            raise click.UsageError(f"--{name} is of a student's samples; a teacher is inverted: leave it out")
 
 
 def given_guidance(stage: str, strength: float, guided: Mapping[str, Any]) -> dict[str, Any]:

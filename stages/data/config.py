@@ -42,7 +42,7 @@ class DataConfig(Section):
     threads: int = operational(0, ge=0)
     points: int | None = added(None, ge=2)
     letters: str = added("ABCDEF")
-    size: int = added(8, ge=4, le=256)
+    size: int = added(8, ge=4, le=128)
     count: int = added(60_000, ge=2)
     image_scale: float | None = added(None, gt=0, allow_inf_nan=False)
     image_decoder: str | None = added(None)

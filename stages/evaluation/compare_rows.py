@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from nfm.stages.couplings.variant import Variant
+from nfm.stages.display.watching.lines import METRICS, read_lines
 from nfm.stages.evaluation.config import SPEEDS
 from nfm.stages.evaluation.table import distance_key
 from nfm.stages.trained.sampling import REFERENCE
-from nfm.stages.trained.training import METRICS, read_lines
 from nfm.storage.files import atomic
 
 Row = dict[str, Any]

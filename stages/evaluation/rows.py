@@ -20,7 +20,7 @@ from nfm.stages.evaluation.config import CURVATURE_STEPS
 from nfm.stages.evaluation.distances import EXACT_VALUES, Reference
 from nfm.stages.trained import student
 from nfm.stages.trained.devices.machine import machine
-from nfm.stages.trained.sampling import Sampler, draw, initial, variant_of, velocity
+from nfm.stages.trained.sampling import Sampler, draw, fresh_noise, initial, variant_of, velocity
 from nfm.stages.trained.training import precision_context
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -155,12 +155,14 @@ class Bench:
     def _seconds(self, sampler: Sampler, batch: int, repeats: int) -> float:
         import torch
 
-        noise, labels = initial(self.source, np.arange(batch), 0, self.device)
+        slots = np.arange(batch)
+        noise, labels = initial(self.source, slots, 0, self.device)
+        fresh = fresh_noise(0, slots, noise)
         taken = []
         for _ in range(repeats + 1):  # the first run is a warm-up
             started = time.perf_counter()
             with torch.no_grad():
-                sampler.decode(noise, labels).float().cpu()
+                sampler.decode(noise, labels, fresh).float().cpu()
             taken.append(time.perf_counter() - started)
         return float(np.median(taken[1:]))
 

@@ -90,8 +90,9 @@ def as_text(body: dict[str, Any]) -> str:
             f"\ncurvature of {row['model']} ({row['coupling']}), unguided: {row['value']:.5f}, "
             f"{row['steps']} uniform Euler steps, {row['trajectories']} trajectories"
         )
-    if "ema" in body["solver"]:
-        text += f"\nstudents by their moving average {body['solver']['ema']}"
+    for key, told in {"ema": "students by their moving average", "diffusion": "noise of the solver:"}.items():
+        if key in body["solver"]:
+            text += f"\n{told} {body['solver'][key]}"
     return "\n".join([text, *below(body["rows"])]) + "\n"
 
 

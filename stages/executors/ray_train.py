@@ -22,7 +22,7 @@ from nfm.stages.trained.devices.launched import Silent
 LOOKS_EVERY = 0.5  # seconds between two looks at the training
 UNSEEN = 30.0  # seconds without a look after which nothing more is written: somebody else may have taken over
 STARTS = 5  # in a row that may end before a new checkpoint
-FAILED_STARTS = 40  # of a training, before its processes know each other; Ray waits a minute for a node
+FAILED_STARTS = 40  # of a whole training that may end before its processes meet; Ray waits a minute for a node
 
 News = list[tuple[str, tuple[Any, ...], dict[str, Any]]]  # calls of a reporter: method, arguments, figures
 

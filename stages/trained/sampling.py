@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
+from nfm.trainers.nfe import STOCHASTIC as STOCHASTIC
 from nfm.trainers.nfe import pick_solver
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
     from nfm.stages.trained.training import Precision
     from nfm.trainers.models.tarflow import Guidance
 
-SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4"]
+SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4", "sde-euler", "sde-heun"]
 GridName = Literal["square", "uniform"]
-SOLVERS, GRIDS = get_args(SolverName), get_args(GridName)
+DiffusionName = Literal["sigma", "constant", "sin^2", "decreasing"]
+SOLVERS, GRIDS, DIFFUSIONS = get_args(SolverName), get_args(GridName), get_args(DiffusionName)
 OWN = "own"  # sampler of a student whose user's function it is
 REFERENCE = "dopri5"  # whose own error control decides its evaluations
 TOLERANCE = 1e-5  # of the reference, relative and absolute
@@ -44,8 +46,13 @@ TOLERANCE = 1e-5  # of the reference, relative and absolute
 Interval = tuple[float, float]  # of the times at which a student is guided
 ALWAYS: Interval = (0.0, 1.0)
 
-# noise [B, C, H, W] and labels [B] -> images [B, C, H, W] in [-1, 1]
-Decode = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+Fresh = Callable[[int], "torch.Tensor"]  # further noise of the same records: its number -> [B, C, H, W]
+
+
+class Decode(Protocol):
+    """Noise [B, C, H, W] and labels [B] -> images [B, C, H, W] in [-1, 1]. Stochastic solvers need `fresh`."""
+
+    def __call__(self, noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor: ...
 
 
 class Sampler(NamedTuple):
@@ -76,6 +83,7 @@ def student_sampler(
     guidance: float = 0.0,
     interval: Interval = ALWAYS,
     ema: str | None = None,
+    diffusion: str = "sigma",
 ) -> Sampler:
     """The student, or its moving average `ema`, with `nfe` evaluations of its velocity.
 
@@ -91,9 +99,10 @@ def student_sampler(
     method = pick_solver(solver, nfe)
     model, variant = _student(folder, device, guidance, ema)
 
-    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def decode(noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
-            return solvers.sample(velocity(model, labels, guidance, interval), noise, nfe, method, grid)
+            guided = velocity(model, labels, guidance, interval)
+            return solvers.sample(guided, noise, nfe, method, grid, fresh, diffusion)
 
     name = _row_of(variant, f"{method}-{nfe}", ema)
     return Sampler(name, "student", variant, method, nfe, guidance, parameter_count(model), decode)
@@ -118,7 +127,7 @@ def reference_sampler(
     name = _row_of(variant, REFERENCE, ema)
     taken: list[int] = []
 
-    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def decode(noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor:
         try:
             with precision_context(noise.device.type, precision):
                 guided = velocity(model, labels, guidance, interval)
@@ -156,7 +165,7 @@ def own_sampler(
     calls = [0]
     model.register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
 
-    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def decode(noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor:
         calls[0] = 0
         with precision_context(noise.device.type, precision):
             images: torch.Tensor = function(model, noise, labels)
@@ -191,7 +200,7 @@ def teacher_sampler(
         raise Unfit(f"{folder}: this teacher is a flow of its user's own, which has no guidance; use guidance 0")
     decoded = functools.partial(model.decode, guidance=guided) if isinstance(model, TarFlow) else model.decode
 
-    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def decode(noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
             images = decoded(noise * facts["sigma_f"], labels)
             return denoise(model, images, labels, facts["eta"]) if score else images
@@ -287,7 +296,7 @@ def draw(
         slots = np.arange(start, min(start + batch_size, count))
         noise, labels = initial(source, slots, seed, device)
         with torch.no_grad():
-            yield decode(noise, labels).float().cpu().numpy()
+            yield decode(noise, labels, fresh_noise(seed, slots, noise)).float().cpu().numpy()
 
 
 def initial(source: ImageDataset, slots: np.ndarray, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -298,6 +307,17 @@ def initial(source: ImageDataset, slots: np.ndarray, seed: int, device: str) -> 
     eps = philox.normals(seed, 0, slots, int(np.prod(shape)), purpose="samples").reshape(len(slots), *shape)
     labels = source.labels(slots % len(source))
     return torch.from_numpy(eps).to(device), torch.from_numpy(labels).to(device)
+
+
+def fresh_noise(seed: int, slots: np.ndarray, like: torch.Tensor) -> Fresh:
+    """What a stochastic solver adds to the samples with the numbers `slots`: each has its own, whatever the batch."""
+    import torch
+
+    def fresh(step: int) -> torch.Tensor:
+        eps = philox.normals(seed, step, slots, like[0].numel(), purpose="diffusion")
+        return torch.from_numpy(eps).view(like.shape).to(like.device)
+
+    return fresh
 
 
 def sample_grid(
@@ -312,6 +332,7 @@ def sample_grid(
     guidance: float = 0.0,
     guided: Mapping[str, Any] | None = None,
     ema: str | None = None,
+    diffusion: str = "sigma",
 ) -> None:
     """Draws `count` images of a finished student or teacher, class by class, as one picture with titles.
 
@@ -327,7 +348,7 @@ def sample_grid(
         sampler = own_sampler(folder, device, "float32", guidance, ema)
     elif stage == "student":
         with blaming("--nfe"):
-            how = {**(guided or {}), "ema": ema}
+            how = {**(guided or {}), "ema": ema, "diffusion": diffusion}
             sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance, **how)
     elif stage == "teacher":
         with blaming("--guidance"):
@@ -336,12 +357,13 @@ def sample_grid(
         raise Unfit(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
     _, architecture = read_weights(folder)
     shape = architecture["image_shape"]
-    eps = philox.normals(seed, 0, np.arange(count), int(np.prod(shape)), purpose="samples")
+    slots = np.arange(count)
+    eps = philox.normals(seed, 0, slots, int(np.prod(shape)), purpose="samples")
     classes = architecture["classes"]
     labels = torch.arange(count) % max(classes, 1)
     with torch.no_grad(), blaming("--solver, --grid"):
-        noise = torch.from_numpy(eps).reshape(count, *shape)
-        images = sampler.decode(noise.to(device), labels.to(device)).float().cpu().numpy()
+        noise = torch.from_numpy(eps).reshape(count, *shape).to(device)
+        images = sampler.decode(noise, labels.to(device), fresh_noise(seed, slots, noise)).float().cpu().numpy()
     save_grid(path, images, image_dtype=image_dtype_of(folder), labels=labels.numpy() if classes else None)
 
 

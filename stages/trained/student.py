@@ -18,26 +18,26 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from nfm.stages.base import Inputs, LocalField, Reporter, Result, StageError, Unfit, added, one_of, operational
 from nfm.stages.couplings.variant import Variant, check_knobs
+from nfm.stages.display.watching.lines import METRICS, read_lines
 from nfm.stages.trained import costs
 from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_of
 from nfm.stages.trained.costs import Cost, Counted, Trial
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
-    METRICS,
     Task,
     TrainingSection,
     blaming,
     check_section,
     fit,
     kept_files,
+    over_all,
     parameter_count,
     recipe,
     whole_batches,
 )
 from nfm.stages.trained.weights import WEIGHTS, Name, files_of, parse, parts_of, read, read_weights
 from nfm.storage import Mixture, PairStore
-from nfm.storage.files.small_files import read_bytes
 from nfm.trainers.training.profiles import WIDEST
 
 if TYPE_CHECKING:
@@ -229,13 +229,12 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     with blaming("config section [student]"):
         variant = _variant(store.spec.coupling, config)
     fit(task, config, inputs, out, report)
-    final, image_dtype = _last_line(out / METRICS), store.spec.field("image").dtype
+    lines, image_dtype = read_lines(out / METRICS), store.spec.field("image").dtype
     metrics = {
-        "loss": final["loss"],
+        "loss": lines[-1]["loss"],
         "pairs_seen": recipe(config, config.pairs).examples,
         "parameters": parameter_count(load(out)),
-        "pairs_per_second": final["pairs_per_second"],
-        "data_wait_share": final["data_wait_share"],
+        **over_all(lines, "pairs"),
         "coupling": store.spec.coupling,
         "variant": str(variant),
         "generation": store.generation,
@@ -347,7 +346,3 @@ def _mixed(store: PairStore, config: StudentConfig, inputs: Inputs) -> PairStore
 
 def _variant(coupling: str, config: StudentConfig) -> Variant:
     return Variant(coupling, config.soften, config.permuted, config.mixture)
-
-
-def _last_line(path: Path) -> dict[str, float]:
-    return json.loads(read_bytes(path).decode().splitlines()[-1])

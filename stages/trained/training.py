@@ -1,24 +1,25 @@
-"""What the three trained stages share: device and precision, the checkpoint on disk, `metrics.jsonl`, stopping."""
+"""What the three trained stages share: device and precision, the checkpoint on disk, stopping."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Section, StageError, Stopped, Unfit, call, operational
+from nfm.stages.display.watching.lines import METRICS, Lines, Watching
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.weights import SNAPSHOTS, WEIGHTS, file_of
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
+from nfm.storage.files.paths import names_in
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
-from nfm.storage.reading.reader import check_enough
+from nfm.storage.reading.reader import check_enough, check_shared
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["float32", "bfloat16"]
 Sharding = Literal["ddp", "fsdp"]
-CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 OLD_CHECKPOINT = "checkpoint.safetensors"  # where earlier versions kept the state of a training
 
 
@@ -42,6 +43,8 @@ class TrainingSection(Section):
     `workers` processes of a Ray cluster share each batch; `sharding` "ddp" keeps the whole model in each, "fsdp" shares
     it out. `microbatch` is the most records that a process computes at a time, `recompute` keeps no activations inside
     layers, `compile` is torch's. None of these changes the result but for rounding.
+
+    `watch` names who is told of the training beside `metrics.jsonl`, see stages/display/watching/.
     """
 
     seed: int = Field(0, ge=0)
@@ -62,18 +65,16 @@ class TrainingSection(Section):
     recompute: bool = operational(False)
     compile: bool = operational(False)
     ray_address: str | None = operational(None)
+    watch: tuple[Watching, ...] = operational(())
+
+    @property
+    def processes(self) -> int:
+        """How many train: those of a launcher, else the workers."""
+        return launched.size() if launched.size() > 1 else self.workers
 
     def averages(self) -> tuple[float, ...]:
         """The relative widths of the moving averages that are kept beside that of `ema`."""
         return ()
-
-    @model_validator(mode="after")
-    def _check_workers(self) -> Self:
-        if self.batch_size % self.workers:
-            raise ValueError(
-                f"batch_size {self.batch_size} is shared by {self.workers} workers: make it a multiple of them"
-            )
-        return self
 
 
 @contextmanager
@@ -91,6 +92,7 @@ def check_section(name: str, config: TrainingSection, facts: Mapping[str, Any], 
     """A stage's `fits`: `sizes` raises ValueError where they do not fit; `facts` are of the data, as far as known."""
     with blaming(f"config section [{name}]"):
         sizes()
+        check_shared(config.batch_size, config.processes)
         if "images" in facts:
             check_enough(config.batch_size, facts["images"])
 
@@ -179,12 +181,12 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
     task = make(config, inputs, device)
     plan, unit, first = recipe(config, task.examples), task.unit, parallel.rank() == 0
     shown: dict[str, float] = {}  # the figures of the last line
+    lines: Lines | None = None
 
     def log(figures: dict[str, float]) -> None:
         line = {**figures, **task.measure()}
-        if first:
-            with (out / METRICS).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({key: round(value, 6) for key, value in line.items()}) + "\n")
+        if lines is not None:
+            lines.add(line)
         shown.update({key: line[key] for key in ("loss", "heldout_bpd", "accuracy") if key in line})
         shown["wait"] = line["data_wait_share"]
         tick(int(line[f"{unit}_seen"]))
@@ -205,13 +207,15 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
         report.progress(done, plan.examples, unit, workers=(), **shown)
 
     try:
-        with CheckpointFolder(out / CHECKPOINTS, config.keep_checkpoints, report.check_lock) as folder:
+        with ExitStack() as kept:
+            folder = kept.enter_context(CheckpointFolder(out / CHECKPOINTS, config.keep_checkpoints, report.check_lock))
             found, old = folder.read(), None
             if found is None and (out / OLD_CHECKPOINT).exists():
                 old = read_bytes(out / OLD_CHECKPOINT, MOST_STATE_BYTES)
             seen = found[1]["examples_seen"] if found else seen_of(old) if old else 0
             if first:
-                _keep_lines(out / METRICS, unit, seen)
+                told = config.model_dump(mode="json")
+                lines = kept.enter_context(Lines(out, unit, seen, config.watch, told, report.say))
             if seen:
                 report.say(f"continuing from {seen:,} of {plan.examples:,} {unit}")
             tick(seen)  # from here on a rate is known
@@ -256,10 +260,7 @@ def seen_of(old_checkpoint: bytes) -> int:
 
 def newest_checkpoint(out: Path) -> int:
     """The examples seen of the newest checkpoint, 0 where there is none."""
-    from nfm.trainers.training.checkpoint_folder import newest
-
-    found = newest(out / CHECKPOINTS)
-    return int(found.name) if found else 0
+    return max((int(name) for name in names_in(out / CHECKPOINTS) if name.isdecimal()), default=0)
 
 
 def kept_files(out: Path) -> list[str]:
@@ -268,30 +269,19 @@ def kept_files(out: Path) -> list[str]:
     return [*(str(path.relative_to(out)) for path in states), METRICS]
 
 
-def _keep_lines(path: Path, unit: str, seen: int) -> None:
-    """Drop the lines that a killed run wrote after its last checkpoint: they are written again."""
-    lines = read_bytes(path).decode(errors="replace").splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)[f"{unit}_seen"] <= seen:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # the half line of a killed run
-    atomic.write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
-
-
 def parameter_count(model: nn.Module) -> int:
     """The number of values in a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines of a training log; lines cut short by a kill are left out."""
-    lines = []
-    for text in read_bytes(path).decode(errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+def over_all(lines: Sequence[Mapping[str, float]], unit: str) -> dict[str, float]:
+    """The rate and the share of waiting for data of a whole training, from its lines, which tell those of their time.
+
+    Time between two calls of a training that was stopped is in no line.
+    """
+    seen = seconds = waited = 0.0
+    for line in lines:
+        took = (line[f"{unit}_seen"] - seen) / max(line[f"{unit}_per_second"], 1e-9)
+        seen, seconds, waited = line[f"{unit}_seen"], seconds + took, waited + took * line["data_wait_share"]
+    seconds = max(seconds, 1e-9)
+    return {f"{unit}_per_second": round(seen / seconds, 6), "data_wait_share": round(waited / seconds, 6)}

@@ -222,8 +222,8 @@ class ImageDataset:
             part["rows"],
             part["rows_per_shard"],
             rows_per_block,
-            value_range=self.value_range,
             what=f"{root}: row",
+            value_range=self.value_range,
         )
 
     @classmethod

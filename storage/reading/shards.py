@@ -29,11 +29,9 @@ _LARGE_RECORD = 4096  # bytes; from here on one copy for each record is faster t
 class ShardSequence:
     """Rows 0..n-1 over shards of `rows_per_shard` records each (the last may hold fewer).
 
-    `open_shard(number)` opens a shard; it is called when the shard is first read. Each map holds a file descriptor.
-    Beyond a quarter of the process's limit (`ulimit -n`), the least recently used ones are closed. uint8 images are
-    converted to `value_range`, and integer noise by `noise_step`, as `to_float32` does.
     `open_shard(number)` opens a shard; it is called when the shard is first read. `what` is a row in messages. Each map
     holds a file descriptor. Beyond a quarter of the process's limit (`ulimit -n`), the least recently used are closed.
+    uint8 images are converted to `value_range`, and integer noise by `noise_step`, as `to_float32` does.
     """
 
     def __init__(
@@ -76,8 +74,7 @@ class ShardSequence:
         """The records at `rows` ([n] integers, in any order) as arrays [n, *shape], in `out` if given.
 
         An array of `out` has the stored dtype. For images and noise it may be float32; then they are converted. Raises
-        IndexError for a row out of range, MissingShard or CorruptShard (naming the file) for a bad file.
-        Raises OutOfRange for a row that does not exist, MissingShard or CorruptShard (naming the file) for a bad file.
+        OutOfRange for a row that does not exist, MissingShard or CorruptShard (naming the file) for a bad file.
         """
         rows = np.asarray(rows, np.int64)
         result = dict(out) if out is not None else self.empty(names, len(rows))

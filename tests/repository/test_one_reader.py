@@ -40,7 +40,7 @@ ALLOWED = {
     "stages/data/source.py: open": "scratch that is made there",
     "stages/stores/head.py: Image.open": "a plot of this process's own, from memory",
     "stages/trained/devices/machine.py: .read_text": "the kernel's own, under /proc",
-    "stages/trained/training.py: .open": "a training's log, to append to it; it was read by the reader, or removed",
+    "stages/display/watching/lines.py: .open": "a training's log, to append to it; the reader read it",
     "storage/files/cache.py: open": "a download, to write it",
     "storage/files/cache_folder.py: os.open": "locks in a folder of this user's",
     "storage/files/durable.py: open": "a file, to write it",

@@ -20,7 +20,7 @@ from nfm.stages.display import units
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices import memory
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
-from nfm.stages.trained.training import TrainingSection, autocast_dtype, precision_context
+from nfm.stages.trained.training import TrainingSection, autocast_dtype
 from nfm.storage.reading.batch import Batch
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Clock:
         where a step of the first takes long, and FLOPs make up the difference. Raises Unfit for a device not here.
         """
         device = pick_device(config.device)
-        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address"}
+        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address", "watch"}
         sizes = {**config.model_dump(exclude=left_out), "shape": facts["image_shape"], "flops": trials[0].flops}
         return float(
             self.measured(
@@ -220,22 +220,22 @@ def rate_of_calls(trials: Sequence[Trial], batch_size: int, device: str, precisi
 
 
 @functools.cache
-def matrix_rate(device: str, precision: Precision) -> float:
-    """FLOP/s of products of square matrices as training in this precision makes them, of a size that suits the device.
+def matrix_rate(device: str, precision: Precision, clock: Callable[[], float] = time.perf_counter) -> float:
+    """FLOP/s of products of square matrices in this precision, without casts, of a size that suits the device.
 
     The best of many in a few tenths of a second, for others may be at work on the machine; sizes double until a product
     takes a hundredth of a second.
     """
     import torch
 
-    size, rate, began = 256, 0.0, time.perf_counter()
+    size, rate, began = 256, 0.0, clock()
     while True:
-        a, taken = torch.randn(size, size, device=device), list[float]()
-        with precision_context(torch.device(device).type, precision), torch.no_grad():
-            while len(taken) < 3 or (min(taken) > 0.01 and time.perf_counter() < began + 0.3):
-                started = time.perf_counter()
+        a, taken = torch.randn(size, size, device=device, dtype=autocast_dtype(precision)), list[float]()
+        with torch.no_grad():
+            while len(taken) < 3 or (min(taken) > 0.01 and clock() < began + 0.3):
+                started = clock()
                 (a @ a)[0, 0].item()
-                taken.append(time.perf_counter() - started)
+                taken.append(clock() - started)
         rate = max(rate, 2 * size**3 / min(taken))
         if min(taken) > 0.01 or size == 8192:
             return rate

@@ -66,6 +66,8 @@ def section(config: TeacherConfig, file: Path, eta: float | None, head_size: int
 def _of_file(file: Path) -> Iterator[None]:
     """What is wrong with a file, told as wrong use of it."""
     try:
+        if file.is_dir():
+            raise Unfit(f"{file}: a folder; name the checkpoint in it, a file such as ..._model_2_768_8_8_0.05.pth")
         plain(file).close()
     except FileNotFoundError:
         raise Unfit(f"{file}: no such file; name a checkpoint of a TarFlow") from None

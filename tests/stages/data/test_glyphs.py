@@ -161,7 +161,7 @@ def test_missing_or_broken_fonts_say_what_to_install(monkeypatch: pytest.MonkeyP
         ({"source": "digits", "size": 9}, r"data\.size = 9 is of source glyphs, not of \"digits\""),
         ({"source": "checkerboard", "points": 9, "count": 9}, r"data\.count = 9 is of source glyphs"),
         ({"source": "glyphs", "points": 9}, r'data\.points = 9: source "glyphs" has images, .* data\.count'),
-        ({"source": "glyphs", "average": 2}, r"data\.average = 2 is of source digits.* of \"glyphs\""),
+        ({"source": "glyphs", "average": 2}, r"data\.average = 2 is of source digits, .* not of \"glyphs\""),
     ],
 )
 def test_settings_of_other_sources_are_refused(options: dict[str, Any], says: str) -> None:
