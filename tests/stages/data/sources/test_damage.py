@@ -1,4 +1,4 @@
-"""Damaged files of many images are refused by name, or their images are set aside: no traceback, none lost in silence."""
+"""Damaged files of many images are refused by name, or images are set aside: no traceback, none lost in silence."""
 
 from __future__ import annotations
 
