@@ -240,7 +240,7 @@ def test_labels_from_one_are_refused_with_the_setting(tmp_path: Path) -> None:
 # What is set aside
 
 ODD: dict[str, tuple[dict[str, bytes], str]] = {
-    "no image": ({"x.cls": b"0", "x.txt": b"t"}, "no image: it has .cls, .txt"),
+    "no image": ({"x.cls": b"0", "x.txt": b"t"}, "no image: it has .cls, .txt; data.images names"),
     "two images": (
         {"x.png": picture(1), "x.jpg": picture(1, "jpg"), "x.cls": b"0"},
         "two images, .png and .jpg: data.",
@@ -289,7 +289,7 @@ def test_links_and_devices_are_set_aside_and_never_followed(tmp_path: Path, kind
 def test_one_of_two_images_is_named_by_a_setting(tmp_path: Path) -> None:
     members = {"x.png": picture(1), "x.seg.png": picture(2), "x.jpg": picture(3, "jpg")}
     file = pack(tmp_path / "in.tar", members)
-    for images, value in (("png", 1), ("seg.png", 2)):
+    for images, value in (("png", 1), ("seg.png", 2), (".PNG", 1)):
         assert read(WebDataset(str(file), images=images), tmp_path / "s").images[0, 0, 0, 0] == value
 
 
