@@ -222,10 +222,8 @@ def sample(
     stage = found.spec.get("stage", "pairs")
     if stage in ("student", "teacher"):
         _check_allowed(found.path, stage, digests)
-    check_of_student(stage, "nfe", "solver", "grid")
+    check_of_student(stage, "nfe", "solver", "grid", "ema", "diffusion")
     options = given_guidance(stage, guidance, guided)
-    if ema is not None and stage != "student":
-        raise click.UsageError(f"--ema is of a student's samples, this is a {stage}: leave it out")
     with blaming("--diffusion"):
         check_diffusion(solver, diffusion)
     sample_grid(found.path, stage, count, nfe, seed, output, solver, grid, guidance, options, ema, diffusion)

@@ -27,7 +27,8 @@ class EvaluateConfig(Section):
     guided, at times of `guidance_interval` alone, and with `reference` they have a row more, of adaptive dopri5.
     `ema` names one of their moving averages, see trained/weights.py. `diffusion` is how much noise a stochastic solver
     adds, "sde-euler" or "sde-heun", see trainers/solvers.py. `features` is where distances are taken: this run's
-    classifier, Inception-v3 from `inception_weights`, or none, for points of the plane.
+    classifier, Inception-v3 from `inception_weights`, or none, for points of the plane. `statistics` is a file of
+    published ones of Inception's features, to which rows have one distance more.
     """
 
     baselines: tuple[str, ...] = ()
@@ -38,6 +39,7 @@ class EvaluateConfig(Section):
     samples: int = Field(5_000, ge=2)
     features: Literal["cnn", "inception", "none"] = added("cnn")
     inception_weights: LocalField | None = operational(None)
+    statistics: LocalField | None = operational(None)
     guidance: Guidance = 0.0
     student_guidance: Guidance = added(0.0)
     guidance_interval: tuple[Time, Time] = added(ALWAYS)
@@ -51,6 +53,13 @@ class EvaluateConfig(Section):
     batch_size: int = Field(250, ge=1)
     speed_batches: tuple[Annotated[int, Field(ge=1)], ...] = operational((32, 128, 512))
     device: str = operational("auto")
+
+    @field_validator("statistics")
+    @classmethod
+    def _are_of_inception(cls, statistics: str | None, info: ValidationInfo) -> str | None:
+        if statistics is not None and info.data.get("features") != "inception":
+            raise ValueError('they are of Inception\'s features; set evaluate.features = "inception", or leave it out')
+        return statistics
 
     @field_validator("baselines")
     @classmethod
