@@ -9,10 +9,10 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from nfm.stages.base import Guidance, LocalField, Section, added, operational
 from nfm.stages.couplings.variant import Variant
-from nfm.stages.trained.sampling import ALWAYS, DiffusionName, GridName, SolverName
+from nfm.stages.trained.sampling import ALWAYS, DiffusionName, GridName, SolverName, check_diffusion
 from nfm.stages.trained.training import Precision
 from nfm.stages.trained.weights import parse
-from nfm.trainers.nfe import STOCHASTIC, pick_solver
+from nfm.trainers.nfe import pick_solver
 
 CURVATURE_STEPS = 128
 SPEEDS = ("images_per_second", "batch", "latency_seconds")
@@ -69,8 +69,7 @@ class EvaluateConfig(Section):
     @field_validator("diffusion")
     @classmethod
     def _is_of_a_stochastic_solver(cls, diffusion: str, info: ValidationInfo) -> str:
-        if diffusion != cls.model_fields["diffusion"].default and info.data.get("solver", "") not in STOCHASTIC:
-            raise ValueError(f"it is of solvers that add noise, {' and '.join(STOCHASTIC)}; leave it out, or name one")
+        check_diffusion(info.data.get("solver", ""), diffusion)
         return diffusion
 
     @field_validator("ema")

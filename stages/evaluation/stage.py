@@ -44,6 +44,7 @@ from nfm.stages.trained.sampling import (
     student_sampler,
     teacher_sampler,
 )
+from nfm.stages.trained.training import check_precision
 from nfm.storage.files import atomic
 from nfm.trainers.nfe import STOCHASTIC
 
@@ -147,6 +148,7 @@ def cost(config: EvaluateConfig, facts: Mapping[str, Any], clock: Clock | None) 
         return cost
     try:
         device = pick_device(config.device)
+        check_precision(device, config.precision)
     except Unfit as error:
         return replace(cost, unknown=f"no time ({error})")
     sizes = {"flops": one, "batch_size": config.batch_size, "device": device, "shape": shape}

@@ -24,8 +24,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
-from nfm.trainers.nfe import STOCHASTIC as STOCHASTIC
-from nfm.trainers.nfe import pick_solver
+from nfm.trainers.nfe import STOCHASTIC, pick_solver
 
 if TYPE_CHECKING:
     import torch
@@ -143,6 +142,12 @@ def reference_sampler(
         return images
 
     return Sampler(name, "student", variant, REFERENCE, 0, guidance, parameter_count(model), decode, taken)
+
+
+def check_diffusion(solver: str, diffusion: str) -> None:
+    """Raises ValueError for another diffusion than the default where a solver adds no noise."""
+    if solver not in STOCHASTIC and diffusion != DIFFUSIONS[0]:
+        raise ValueError(f"diffusion = {diffusion!r} is of solvers that add noise, {' and '.join(STOCHASTIC)}")
 
 
 def has_own_sampler(folder: Path) -> bool:

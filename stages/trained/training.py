@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nfm.trainers.loop import Averages, Loss
     from nfm.trainers.training.state import Recipe
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Sharding = Literal["ddp", "fsdp"]
 CHECKPOINTS = "checkpoints"
 OLD_CHECKPOINT = "checkpoint.safetensors"  # where earlier versions kept the state of a training
@@ -39,8 +39,9 @@ OLD_CHECKPOINT = "checkpoint.safetensors"  # where earlier versions kept the sta
 class TrainingSection(Section):
     """Fields of every section that trains a model; lengths are in examples.
 
-    `precision` is of the matrix products. bfloat16 gains on GPUs and on CPUs with matrix units; on two AVX-512 cores
-    without them, training in bfloat16 was half as fast as in float32, hence the default.
+    `precision` is of the matrix products; "tf32" is float32 whose products round to 10 bits, on CUDA devices. bfloat16
+    gains on GPUs and on CPUs with matrix units; on two AVX-512 cores without them, training in bfloat16 was half as
+    fast as in float32, hence the default.
 
     `workers` processes of a Ray cluster share each batch; `sharding` "ddp" keeps the whole model in each, "fsdp" shares
     it out. `microbatch` is the most records that a process computes at a time, `recompute` keeps no activations inside
@@ -106,12 +107,33 @@ def autocast_dtype(precision: Precision) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
-def precision_context(device_type: str, precision: Precision) -> Any:
-    """Autocast as a stage's precision asks for."""
+def check_precision(device: str, precision: Precision, field: str = "precision") -> None:
+    """Raises Unfit where a device does not compute in this precision."""
+    import torch
+
+    if precision != "tf32":
+        return
+    if not device.startswith("cuda"):
+        raise Unfit(f'{field} = "tf32" is of CUDA devices, and the device is {device}: use "float32"')
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise Unfit(f'{field} = "tf32": {torch.cuda.get_device_name(device)} has no TF32; use "float32"')
+
+
+def matrix_products(precision: Precision) -> AbstractContextManager[None]:
+    """Products of float32 in TF32 where the precision says so; else in float32, also where torch would not."""
+    from nfm.trainers.training.products import products
+
+    return products(tf32=precision == "tf32")
+
+
+@contextmanager
+def precision_context(device_type: str, precision: Precision) -> Iterator[None]:
+    """Autocast and matrix products as a stage's precision asks for."""
     import torch
 
     dtype = autocast_dtype(precision)
-    return torch.autocast(device_type, dtype, enabled=dtype is not None)
+    with matrix_products(precision), torch.autocast(device_type, dtype, enabled=dtype is not None):
+        yield
 
 
 def whole_batches(config: TrainingSection, examples: int) -> int:
@@ -195,6 +217,7 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
     from nfm.trainers.training.checkpoint_folder import CheckpointFolder
     from nfm.trainers.training.ema import shadow_of
 
+    check_precision(device, config.precision)
     task = make(config, inputs, device)
     plan, unit, first = recipe(config, task.examples), task.unit, parallel.rank() == 0
     shown: dict[str, float] = {}  # the figures of the last line
@@ -237,6 +260,7 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
     try:
         with ExitStack() as kept:
             folder = kept.enter_context(CheckpointFolder(out / CHECKPOINTS, config.keep_checkpoints, report.check_lock))
+            kept.enter_context(matrix_products(config.precision))
             found, old = folder.read(), None
             if found is None and (out / OLD_CHECKPOINT).exists():
                 old = read_bytes(out / OLD_CHECKPOINT, MOST_STATE_BYTES)

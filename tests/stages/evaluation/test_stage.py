@@ -281,7 +281,7 @@ def test_the_config_says_which_evaluations_a_solver_can_spend() -> None:
         ({"solver": "midpoint"}, "use 30 or 32"),
         ({"nfe": [7, 5, 7]}, "7 is named more than once"),
         ({"nfe": [8], "solver": "sde-heun"}, "use 7 or 9"),
-        ({"diffusion": "constant"}, "it is of solvers that add noise, sde-euler and sde-heun"),
+        ({"diffusion": "constant"}, "diffusion = 'constant' is of solvers that add noise, sde-euler and sde-heun"),
         ({"diffusion": "cubic", "solver": "sde-euler"}, "'sigma', 'constant', 'sin.2' or 'decreasing'"),
         ({"baselines": ["nearest"]}, "coupling 'nearest' is unknown"),
     ):
