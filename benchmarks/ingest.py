@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks import told
-from nfm.pipeline.cli.options import OutputFile
+from nfm.pipeline.cli.options import LOCAL_PATH, OutputFile
 from nfm.stages.data.config import DataConfig
 from nfm.stages.data.stage import open_source
 from nfm.stages.display.endings import JSON
@@ -156,10 +156,11 @@ def measured(ways: dict[str, Callable[[Path], int]], images: int, passes: int) -
 @click.option("--images", default=2000, show_default=True, type=click.IntRange(min=1))
 @click.option("--side", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option("--passes", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--folder", type=LOCAL_PATH, help="Where the images are made and removed again.")
 @click.option("-o", "--output", default="benchmarks/results/ingest.json", show_default=True, type=OutputFile(JSON))
-def main(images: int, side: int, passes: int, output: Path) -> None:
+def main(images: int, side: int, passes: int, folder: Path | None, output: Path) -> None:
     """Measures how many images a second each source decodes on a core."""
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory(dir=folder) as made:
         root = Path(made)
         size = write(root, images)
         ways = {
