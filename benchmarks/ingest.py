@@ -49,9 +49,9 @@ def jpeg(seed: int) -> bytes:
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
         SHAPE[::-1], Image.Resampling.BICUBIC
     )
-    noisy = np.asarray(coarse, np.float32) + rng.normal(0, 13, (*SHAPE, 1))
+    noisy = np.asarray(coarse, np.float32) + rng.normal(0, 22, (*SHAPE, 1))
     out = io.BytesIO()
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "jpeg", quality=90)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "jpeg", quality=91)
     return out.getvalue()
 
 
