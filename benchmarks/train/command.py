@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from benchmarks.told import command, machine, versions
-from nfm.pipeline.cli.options import LocalPath, OutputFile
+from nfm.pipeline.cli.options import LocalPath, Number, OutputFile
 from nfm.stages.display.endings import JSON
 from nfm.stages.display.tables import aligned
 
@@ -36,7 +36,7 @@ GPU_TARGET = 0.45  # of the matrix rate in bfloat16, at the paper's sizes
     "--precision", type=click.Choice(["float32", "bfloat16"]), help="[default: bfloat16 on a GPU, else float32]"
 )
 @click.option("--rounds", default=9, show_default=True, type=click.IntRange(min=1), help="Medians are taken of these.")
-@click.option("--seconds", default=1.0, show_default=True, type=float, help="Of a round of each.")
+@click.option("--seconds", default=1.0, show_default=True, type=Number(0, 600, above=True), help="Of a round of each.")
 @click.option(
     "--clock", default="wall", show_default=True, type=click.Choice(list(CLOCKS)),
     help="processor: the time that this process had, for a machine that others use, best with --threads 1.",

@@ -226,6 +226,12 @@ def _root(file: Path, module: str) -> Path:
     return file.parents[depth]
 
 
+def called_beside(folder: Path, work: Callable[..., Any], /, *arguments: Any, **options: Any) -> Any:
+    """What `work` gives, where modules of this folder are found too: that of the command, for a process elsewhere."""
+    with importable(folder):
+        return work(*arguments, **options)
+
+
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
     """Imports find modules of this folder too, behind all others."""

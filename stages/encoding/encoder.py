@@ -20,6 +20,7 @@ from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.encoding.slots import Found, Sources, mirrored
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
+from nfm.stages.trained.training import check_precision
 from nfm.storage import ImageDataset
 from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import commits
@@ -42,6 +43,7 @@ class Encoder:
 
     def __init__(self, setup: Setup):
         self.setup = replace(setup, device=pick_device(setup.device))
+        check_precision(self.setup.device, setup.precision)
         self.store = Path(setup.store)
         self.spec = read_spec(self.store)
         self.source = ImageDataset.open(setup.data, "train")

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from nfm.stages.base import StageError
+from nfm.stages.couplings.custom import called_beside
 from nfm.stages.encoding.encoder import Setup
 from nfm.stages.encoding.jobs import TRIES, Halt, Outcome, ShardJob
 from nfm.stages.executors.ray_actors import IN_FLIGHT, ActorPool, Answer
@@ -51,17 +53,19 @@ def run(
 
 
 def on_a_worker(
-    work: Callable[..., Any], device: str, threads: int, address: str | None, *arguments: Any, **options: Any
+    work: Callable[..., Any], device: str, threads: int, address: str | None, /, *arguments: Any, **options: Any
 ) -> Any:
     """Runs `work(*arguments, device=..., **options)` on the share of one worker in a cluster, where its devices are.
 
+    It finds the modules of this folder, as every worker does.
     Raises StageError if no worker had room within ten minutes, and what `work` raises.
     """
     import ray
 
     with cluster(address, 1, threads, device) as share:
-        remote: Any = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=3)(work)
-        answer = remote.remote(*arguments, device="cuda" if share.gpus else device.replace("auto", "cpu"), **options)
+        remote: Any = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=3)(called_beside)
+        where = "cuda" if share.gpus else device.replace("auto", "cpu")
+        answer = remote.remote(Path.cwd(), work, *arguments, device=where, **options)
         try:
             return ray.get(answer, timeout=PATIENCE_SECONDS)
         except ray.exceptions.GetTimeoutError as error:
@@ -69,6 +73,8 @@ def on_a_worker(
                 f"no Ray worker answered within {PATIENCE_SECONDS:.0f} s: {share} was asked for, the cluster has "
                 f"{share.left()}; add nodes, or set pairs.batch_size to a number"
             ) from error
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
 
 
 class _Backlog:

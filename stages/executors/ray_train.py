@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nfm.stages.base import Inputs, Reporter, StageError, Stopped
+from nfm.stages.couplings.custom import called_beside
 from nfm.stages.executors.ray_cluster import cluster
 from nfm.stages.trained.devices.launched import Silent
 
@@ -130,7 +131,8 @@ def fit(make: Any, config: Any, inputs: Inputs, out: Path, report: Reporter) -> 
     import ray
 
     threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
-    work = (make, config, {role: Path(path).absolute() for role, path in inputs.items()}, out.absolute())
+    given = {role: Path(path).absolute() for role, path in inputs.items()}
+    work = (make, config, given, out.absolute(), Path.cwd())
     with cluster(config.ray_address, config.workers, threads, config.device) as share, _notes(out) as notes:
         line: Any = ray.remote(Line).options(num_cpus=0).remote()
         report.say(f"training on {config.workers} workers, {share} each; the cluster has {share.left()}")
@@ -205,7 +207,7 @@ def _worker(given: dict[str, Any]) -> None:
 
     from nfm.stages.trained.training import newest_checkpoint, train_here
 
-    (make, config, inputs, out), line = given["work"], given["line"]
+    (make, config, inputs, out, beside), line = given["work"], given["line"]
     first = ray.train.get_context().get_world_rank() == 0
     begins = [ray.get(line.begin.remote(newest_checkpoint(out))) if first else None]
     dist.broadcast_object_list(begins, src=0)
@@ -213,7 +215,7 @@ def _worker(given: dict[str, Any]) -> None:
         return
     report = Reports(line) if first else Silent()
     try:
-        train_here(make, config, inputs, out, report, str(ray.train.torch.get_device()))
+        called_beside(beside, train_here, make, config, inputs, out, report, str(ray.train.torch.get_device()))
     except Stopped as stopped:  # of all processes at the same step
         ray.get(line.end.remote(stopped))
     except StageError as error:

@@ -146,6 +146,7 @@ def test_targets_are_of_both_and_on_a_gpu_of_its_rate() -> None:
 
 def test_wrong_use_is_told(tmp_path: Path) -> None:
     runner = CliRunner()
+    assert "--seconds" in runner.invoke(train, ["--sizes", "tiny", "--seconds", "nan"]).output
     assert "there are teacher, student" in runner.invoke(train, ["--sizes", "tiny", "--only", "x"]).output
     found = runner.invoke(train, ["--sizes", "tiny", "--tarflow", str(tmp_path)]).exception
     assert isinstance(found, Unfit)

@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import os
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 from nfm.stages.encoding.encoder import Setup
 from nfm.stages.encoding.jobs import ShardJob
 from nfm.stages.executors import ray as on_ray
@@ -114,8 +115,8 @@ def test_a_missing_teacher_ends_the_run_in_one_line(prepared: Setup, tmp_path: P
     assert len(str(caught.value).splitlines()) == 1
 
 
-def whoever(*seen: object, device: str) -> tuple[int, str, tuple[object, ...]]:
-    return os.getpid(), device, seen
+def whoever(*seen: object, device: str, threads: int) -> tuple[int, str, tuple[object, ...], str]:
+    return os.getpid(), device, (*seen, threads), sys.path[-1]
 
 
 def niceness() -> int:
@@ -129,9 +130,19 @@ def test_workers_are_as_nice_as_the_command_and_no_nicer(cluster: None) -> None:
 
 
 def test_a_probe_runs_on_a_worker_where_the_devices_are(cluster: None) -> None:
-    process, device, seen = on_ray.on_a_worker(whoever, "auto", 2, None, 1, "x")
+    process, device, seen, beside = on_ray.on_a_worker(whoever, "auto", 2, None, 1, "x", threads=2)
     assert process != os.getpid()
-    assert (device, seen) == ("cpu", (1, "x"))
+    assert (device, seen) == ("cpu", (1, "x", 2))
+    assert beside == os.getcwd(), "modules beside the config are found"
+
+
+def refusing(*_: object, device: str) -> None:
+    raise Unfit(f"no such thing on {device}; name another")
+
+
+def test_what_a_probe_refuses_is_told_as_if_it_ran_here(cluster: None) -> None:
+    with pytest.raises(Unfit, match=r"^no such thing on cpu; name another$"):
+        on_ray.on_a_worker(refusing, "auto", 1, None)
 
 
 def test_no_jobs_need_no_cluster(prepared: Setup) -> None:

@@ -6,17 +6,21 @@ import json
 import math
 import struct
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nfm.stages.base import Stopped, Unfit
+from nfm.stages.display.pictures import save_grid
 from nfm.stages.display.watching import weights_biases
+from nfm.stages.display.watching.grids import path_of
 from nfm.stages.display.watching.lines import Lines, check_watching, read_lines
 from nfm.stages.trained import training
 from nfm.stages.trained.training import Task, TrainingSection, fit
@@ -85,8 +89,14 @@ class Dies(Recorder):
 def train(out: Path, *watch: str, reporter: Recorder | None = None) -> Recorder:
     out.mkdir(parents=True, exist_ok=True)
     recorder = reporter or Recorder()
+    a_second_later(watch)
     fit(task, config(*watch), {}, out, recorder)
     return recorder
+
+
+def a_second_later(watch: Sequence[str]) -> None:
+    """W&B names the folder of a run by the second in which it began."""
+    time.sleep(1.05 if "wandb" in watch else 0)
 
 
 def stop_and_go_on(out: Path, *watch: str) -> None:
@@ -186,6 +196,21 @@ def test_wandb_goes_on_with_the_same_run_and_is_told_nothing_twice(
     told = [values for _, history in runs for values in history]
     assert [values["_step"] for values in told] == [line["pairs_seen"] for line in lines]
     assert [values["loss"] for values in told] == [line["loss"] for line in lines]
+
+
+@pytest.mark.seconds(30)
+@pytest.mark.usefixtures("no_login")
+def test_wandb_is_told_of_a_grid_once_at_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    grid = path_of(tmp_path, 16)
+    grid.parent.mkdir()
+    save_grid(grid, np.zeros((4, 1, 8, 8), np.uint8))
+    for _ in range(2):  # begun, and gone on with
+        a_second_later(["wandb"])
+        with Lines(tmp_path, "pairs", 16, ["wandb"], {}, print) as lines:
+            lines.picture(16, grid)
+    told = [values for _, history in wandb_runs(tmp_path) for values in history if "samples" in values]
+    assert [values["_step"] for values in told] == [16]
 
 
 @pytest.mark.seconds(30)
