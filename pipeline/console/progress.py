@@ -12,6 +12,7 @@ from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.stages.display import units
 from nfm.stages.pairs import progress
 from nfm.storage.errors import StorageError
+from nfm.storage.files.paths import names_in
 from nfm.storage.files.small_files import read_tail
 
 FRESH_SECONDS = 90.0  # processes report every 30 s; one that is silent for so long is dead or waits
@@ -42,7 +43,7 @@ def figures(artifact: Artifact, draws: int | None = None) -> str:
 
 def last_progress(events: Path) -> str:
     """The progress of the work in a folder, from the last PROGRESS line of its newest events."""
-    for path in sorted(events.glob("*.jsonl"), reverse=True):
+    for path in reversed(_logs(events)):
         for event in _backwards(path):
             if event["kind"] == "PROGRESS":
                 return f"{event['done']:,} of {event['total']:,} {event['unit']}"
@@ -51,13 +52,17 @@ def last_progress(events: Path) -> str:
 
 def _newest(events: Path) -> Iterator[dict[str, Any]]:
     """The last PROGRESS of every process that has not ended."""
-    for path in sorted(events.glob("*.jsonl")):
+    for path in _logs(events):
         for event in _backwards(path):
             if event["kind"] in ("COMPLETE", "STOP", "FAIL"):
                 break
             if event["kind"] == "PROGRESS":
                 yield event
                 break
+
+
+def _logs(events: Path) -> list[Path]:
+    return [events / name for name in names_in(events) if name.endswith(".jsonl")]
 
 
 def _backwards(path: Path) -> Iterator[dict[str, Any]]:

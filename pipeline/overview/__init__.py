@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, check_store, newest_manifest
-from nfm.pipeline.artifacts.lineage import dependants
+from nfm.pipeline.artifacts.lineage import input_names
 from nfm.pipeline.artifacts.ours import specs
 from nfm.pipeline.console import progress
 from nfm.pipeline.graph import Node, upstream
@@ -17,6 +15,7 @@ from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.stores import info
 from nfm.storage.errors import StorageError
+from nfm.storage.files.paths import age_of, several, size_below
 
 Row = dict[str, Any]
 SHOWN = 3  # dependent artifacts shown by name
@@ -36,7 +35,7 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
                 "stage": node.name,
                 "state": state,
                 "artifact": name_of(node, artifact),
-                "size": units.size(_bytes(artifact.path)) if artifact is not None and artifact.started else "",
+                "size": units.size(size_below(artifact.path)) if artifact is not None and artifact.started else "",
                 "figures": _figures(artifact, getattr(node.config, "draws", None)),
             }
         )
@@ -45,19 +44,24 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
 
 def inventory() -> list[Row]:
     """One row for each artifact under the root."""
-    rows = []
-    for spec in specs(artifacts_root()):
-        artifact = Artifact(spec.parent, newest_manifest(spec.parent))
-        rows.append(
-            {
-                "artifact": artifact.name,
-                "state": state_of(artifact),
-                "size": units.size(_bytes(artifact.path)),
-                "age": units.age(time.time() - spec.stat().st_mtime),
-                "needed by": _few([other.name for other in dependants(artifact)]),
-            }
-        )
-    return rows
+    root = artifacts_root()
+    found = [Artifact(spec.parent) for spec in specs(root)]
+    users: dict[str, list[str]] = {}
+    for artifact, names in zip(found, several(root, input_names, found)):
+        for name in names:
+            users.setdefault(name, []).append(artifact.name)
+    return several(root, lambda artifact: _row(artifact, users.get(artifact.name, [])), found)
+
+
+def _row(artifact: Artifact, users: list[str]) -> Row:
+    path = artifact.path
+    return {
+        "artifact": artifact.name,
+        "state": state_of(Artifact(path, newest_manifest(path))),
+        "size": units.size(size_below(path)),
+        "age": units.age(age_of(path / "spec.json")),
+        "needed by": _few(users),
+    }
 
 
 def state_of(artifact: Artifact) -> str:
@@ -79,10 +83,6 @@ def store_info(artifact: Artifact) -> Row:
 def as_text(rows: Sequence[Row]) -> str:
     """Rows as aligned columns under their names."""
     return aligned(list(rows[0]), [list(row.values()) for row in rows])
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def name_of(node: Node, artifact: Artifact | None) -> str:

@@ -38,6 +38,7 @@ from nfm.stages.trained.training import WEIGHTS
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
+from nfm.storage.files.copies import mirror
 from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import seal as generations
 
@@ -182,7 +183,7 @@ def announce(spec: StoreSpec, setting: Setup, report: Reporter | custom.Allowed)
         report.say(custom.announced(setting.maker, str(told.get("function")), str(told.get("sha256"))))
     for stage, folder in (("teacher", setting.teacher), ("student", setting.maker if spec.student else None)):
         if folder is not None:
-            own.announce_made(Path(folder), stage, report.say)
+            own.announce_made(Path(mirror.here(folder)), stage, report.say)
 
 
 def seal(
@@ -245,9 +246,9 @@ def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
         listed = {file["path"]: file["sha256"] for file in atomic.read_json(teacher / "manifest.json")["files"]}
         weights = listed[WEIGHTS]
     return Setup(
-        store=str(out.resolve()),
-        data=str(inputs["data"].resolve()),
-        teacher=str(teacher.resolve()) if teacher is not None else None,
+        store=mirror.origin(out),
+        data=mirror.origin(inputs["data"]),
+        teacher=mirror.origin(teacher) if teacher is not None else None,
         teacher_sha256=weights,
         batch_size=_batch_size(config, out),
         precision=config.precision,

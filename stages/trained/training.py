@@ -16,6 +16,7 @@ from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
+from nfm.storage.files.copies.resume import Resume
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
 from nfm.storage.reading.reader import check_enough
 
@@ -161,7 +162,15 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
     from nfm.trainers import loop
     from nfm.trainers.checkpoint import CheckpointError, pack_weights
     from nfm.trainers.training import parallel
-    from nfm.trainers.training.checkpoint_folder import CheckpointFolder
+    from nfm.trainers.training.checkpoint_folder import STATE, CheckpointFolder
+
+    resume = Resume(out, STATE, report.check_lock)
+    if parallel.rank() == 0:
+        _bring_checkpoint(out, resume)
+
+    def copy(checkpoint: Path) -> None:
+        files = {path.name: path for path in checkpoint.iterdir()}
+        resume.put(int(checkpoint.name), files | ({METRICS: out / METRICS} if (out / METRICS).exists() else {}))
 
     task = make(config, inputs, device)
     plan, unit, first = recipe(config, task.examples), task.unit, parallel.rank() == 0
@@ -180,7 +189,7 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
         report.progress(done, plan.examples, unit, workers=(), **shown)
 
     try:
-        with CheckpointFolder(out / CHECKPOINTS, config.keep_checkpoints, report.check_lock) as folder:
+        with CheckpointFolder(out / CHECKPOINTS, config.keep_checkpoints, report.check_lock, copy) as folder:
             found, old = folder.read(), None
             if found is None and (out / OLD_CHECKPOINT).exists():
                 old = read_bytes(out / OLD_CHECKPOINT, MOST_STATE_BYTES)
@@ -232,6 +241,16 @@ def newest_checkpoint(out: Path) -> int:
 
     found = newest(out / CHECKPOINTS)
     return int(found.name) if found else 0
+
+
+def _bring_checkpoint(out: Path, resume: Resume) -> None:
+    """Brings the newest checkpoint of another machine here, with its log, if it is newer than those that are here."""
+    if (seen := resume.newest()) > newest_checkpoint(out):
+        folder = out / CHECKPOINTS / f"{seen:012d}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        resume.bring(folder)
+        if (folder / METRICS).exists():
+            (folder / METRICS).replace(out / METRICS)
 
 
 def kept_files(out: Path) -> list[str]:

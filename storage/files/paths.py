@@ -7,8 +7,10 @@ forked processes. pathlib's own methods on a URL do none of this.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -22,18 +24,35 @@ from nfm.storage.files.places import (
     is_remote,
     is_url,
     local_path,
+    scratch_root,
     stated_path,
-    store_named,
 )
 
 __all__ = [
-    "TEMPORARY", "artifacts_root", "as_path", "exists", "inside", "is_remote", "is_url", "local_path", "names_in",
-    "remove", "several", "size_of", "stated_path", "store_named", "temporary_name",
+    "TEMPORARY",
+    "age_of",
+    "artifacts_root",
+    "as_path",
+    "exists",
+    "inside",
+    "is_remote",
+    "is_url",
+    "local_path",
+    "names_in",
+    "remove",
+    "scratch_root",
+    "several",
+    "size_below",
+    "size_of",
+    "stated_path",
+    "store_named",
+    "temporary_name",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 TEMPORARY = ".tmp-"
+_FINGERPRINT = re.compile(r"(?:pairs/)?([0-9a-f]{4,64})")  # or its beginning
 _REQUESTS = 16  # small requests at a time
 
 
@@ -94,6 +113,22 @@ def size_of(path: Path) -> int | None:
     return int(found["size"]) if found["type"] == "file" else None
 
 
+def size_below(folder: Path) -> int:
+    """Bytes of all files in a folder and in those below it."""
+    if not is_remote(folder):
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    found = remote.attempt(folder, "list", lambda fs, name: fs.find(name, detail=True))
+    return sum(int(facts["size"]) for facts in found.values())
+
+
+def age_of(path: Path) -> float:
+    """Seconds since a file was written last, by the clock of this machine. Raises FileNotFoundError."""
+    if not is_remote(path):
+        return time.time() - path.stat().st_mtime
+    changed = remote.attempt(path, "look at", lambda fs, name: fs.modified(name))
+    return time.time() - changed.timestamp()
+
+
 def exists(path: Path) -> bool:
     """Whether there is a file or a folder."""
     if not is_remote(path):
@@ -114,6 +149,23 @@ def remove(path: Path) -> None:
         remote.attempt(path, "remove", lambda fs, name: fs.rm_file(name))
     except FileNotFoundError:
         return
+
+
+def store_named(where: str | Path) -> Path:
+    """A place as in `as_path`, or a store of `artifacts_root()` by the beginning of its name: `pairs/3fa9c1`, `3fa9c1`.
+
+    A path that exists wins. Raises StorageError if several names begin so.
+    """
+    path = as_path(where)
+    if not isinstance(where, str) or (start := _FINGERPRINT.fullmatch(where)) is None or os.path.lexists(where):
+        return path
+    stores = artifacts_root() / "pairs"
+    begun = [stores / name for name in names_in(stores) if name.startswith(start[1])]
+    found = [store for store in begun if exists(store / "spec.json")]
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise StorageError(f"{where} names several stores in {stores}: {names}; write more of the fingerprint")
+    return found[0] if found else path
 
 
 def _plain(folder: Path) -> str:
