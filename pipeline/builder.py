@@ -28,7 +28,7 @@ from nfm.stages.trained.teacher import TeacherConfig
 # Options that do not affect a model get their defaults in its evaluation; otherwise it would be made again.
 OF_TEACHERS = ("baselines", "guidance")
 OF_STUDENTS = ("baselines", "nfe", "solver", "grid", "reference", "student_guidance", "guidance_interval",
-    "curvature_trajectories")  # fmt: skip
+    "ema", "diffusion", "curvature_trajectories")  # fmt: skip
 
 
 class Builder:

@@ -76,6 +76,11 @@ class RunConfig(BaseModel):
                 f"evaluate.student_guidance = {measured.student_guidance} needs students that were trained without "
                 "labels too; set student.label_drop = 0.1, or leave it out"
             )
+        if measured.ema is not None:
+            try:
+                self.student.parts_of(measured.ema)
+            except ValueError as error:
+                raise ValueError(f"evaluate.ema = {error}") from None
         return self
 
 
@@ -145,20 +150,26 @@ class Override(str):
 
 
 def _apply(raw: dict[str, Any], override: str) -> tuple[tuple[str, ...], str]:
-    """Puts an override into the config; returns its section and key, and the option as it was given."""
+    """Puts an override into the config; returns its section and key, and the option as it was given.
+
+    A key may be a table: `student.options.width=64` sets one word of it.
+    """
     key, sign, text = override.partition("=")
     parts = key.strip().split(".")
-    if not sign or len(parts) != 2 or not all(parts):
+    if not sign or len(parts) < 2 or not all(parts):
         raise ConfigError(f"--set {override}: write section.key=value, for instance pairs.draws=4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    section = raw.setdefault(parts[0], {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"--set {override}: {parts[0]} is no section of the config")
-    section[parts[1]] = value
-    return tuple(parts), getattr(override, "told", f"--set {override}")
+    table: Any = raw
+    for depth, name in enumerate(parts[:-1], 1):
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            what = "section of the config" if depth == 1 else f"table: the config says {table!r}"
+            raise ConfigError(f"--set {override}: {'.'.join(parts[:depth])} is no {what}")
+    table[parts[-1]] = value
+    return tuple(parts[:2]), getattr(override, "told", f"--set {override}")
 
 
 def _explained(problems: Iterable[Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Section, StageError
 from nfm.stages.data.config import DataConfig
+from nfm.stages.display.watching.lines import check_watching
 from nfm.stages.executors import ray_cluster
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
@@ -54,7 +55,9 @@ def ready(nodes: Mapping[str, Node], target: str) -> None:
 
 
 def _where(name: str, config: Section) -> None:
-    """Checks where a stage computes, which is all that most stages need: a device, or a cluster of workers."""
+    """Checks where a stage computes, a device or a cluster of workers, and who is to be told of a training."""
+    if isinstance(config, TrainingSection):
+        check_watching(name, config.watch)
     if isinstance(config, TrainingSection) and config.workers > 1 and launched.size() == 1:
         who, without = f"{name}.workers = {config.workers}", f"--set {name}.workers=1, or torchrun"
         ray_cluster.check_reachable(config.ray_address, who, without)

@@ -30,7 +30,7 @@ from nfm.pipeline.artifacts.lineage import inputs_of
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.console import Console, StopRequest
 from nfm.pipeline.graph import Node, manifest_of, upstream
-from nfm.stages.base import Stopped
+from nfm.stages.base import Reporter, Stopped
 from nfm.stages.display.units import clock, figure
 from nfm.storage.errors import WrongUse
 from nfm.storage.files import atomic
@@ -98,7 +98,7 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
         try:
             paths = readable(inputs)
-            with stop.at_once() if anew else contextlib.nullcontext():
+            with stop.at_once() if anew else contextlib.nullcontext(), _compiling(console):
                 result = node.stage.run(node.config, paths, out, console)
             lock.check()
             if console.stopping:
@@ -120,6 +120,17 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
             return artifact
         finally:
             console.close()
+
+
+@contextlib.contextmanager
+def _compiling(console: Reporter) -> Iterator[None]:
+    """A stop that reaches the whole group of processes ends those of torch.compile first, which it then tells."""
+    try:
+        yield
+    except Exception as error:
+        if console.stopping and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise Stopped from error
+        raise
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from pydantic_core import PydanticKnownError
 
 from nfm.storage.errors import NoPlace, Told, WrongUse, is_utf8
 from nfm.storage.errors.masked import holds_secret
-from nfm.storage.files.paths import local_path
+from nfm.storage.files.paths import as_path, is_remote, local_path
 
 Inputs = Mapping[str, Path]
 
@@ -50,6 +50,16 @@ def _local(text: str) -> str:
 
 
 LocalField = Annotated[str, AfterValidator(_local)]  # a config field for a path of this machine
+
+
+def _place(text: str) -> str:
+    try:
+        return text if is_remote(path := as_path(text)) else str(path)
+    except NoPlace as error:
+        raise ValueError(error.reason) from None
+
+
+PlaceField = Annotated[str, AfterValidator(_place)]  # a config field for a path or a URL
 
 
 Guidance = Annotated[float, Field(ge=-100, le=100)]  # outside this range, images are noise or overflow

@@ -58,14 +58,15 @@ class Mixture(Readable):
     """Stores that are read as one: `Mixture([(nfm, 0.8), (independent, 0.2)]).batches(...)`.
 
     The weights are shares that sum to 1, or whole numbers: 4 and 1 mean 0.8 and 0.2. Every batch has these shares, up
-    to one record.
+    to one record. A share of less than one record an epoch is refused for members with the same source data.
 
     Members with the same source data are aligned: an epoch has every slot once, in the order that each member has
     alone. The mixture only chooses from which store a slot is read. Such members must have the same rows and draws,
     else StorageError is raised.
 
     Members with different data each go through their own epochs. So do members of which a filter keeps different
-    records. Then an epoch of the mixture has as many records as all members together.
+    records. Then an epoch of the mixture has as many records as all members together, and a small member begins its
+    next epoch, with its next draw, before a large one has ended its first.
     """
 
     @checked(members=_members)
@@ -88,6 +89,12 @@ class MixtureStream:
         self.weights = weights
         self.sources = [member.source for member in members]
         self.aligned = len({(member.order_key, len(member.draws)) for member in members}) == 1
+        if self.aligned and min(weights) * members[0].least < 1:
+            raise WrongArgument(
+                "weights",
+                f"are {list(map(float, weights))}: {float(min(weights)):g} of the {members[0].least} records of an "
+                f"epoch is less than one; the smallest share is 1/{members[0].least}, raise it or leave it out",
+            )
         self.least = members[0].least if self.aligned else sum(member.rows(0) for member in members)
         self.most = members[0].most if self.aligned else self.least
         # The member that ends its window first decides: no member reads more than one of its windows ahead.

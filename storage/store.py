@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nfm.storage import layouts
-from nfm.storage.errors import StorageError, by
+from nfm.storage.errors import NoPlace, StorageError, by, check_inside
 from nfm.storage.errors.arguments import checked, whole
 from nfm.storage.files.copies.cache import ShardCache, default_cache
 from nfm.storage.files.paths import as_path, is_remote, store_named
@@ -131,7 +131,7 @@ class PairStore(Readable):
         root, named = seal.pinned(store_named(path))
         if named is not None:
             if generation not in (None, named):
-                raise StorageError(f"{path}: the manifest of generation {named}, not of {generation}; name the folder")
+                raise NoPlace(str(path), f"the manifest of generation {named}, not of {generation}; name the folder")
             generation = named
         spec = read_spec(root)
         if generation is not None:
@@ -183,7 +183,8 @@ class PairStore(Readable):
     def gather(self, draw: int, slots: Rows, out: Arrays | None = None) -> Arrays:
         """The pairs of a draw at these slots: arrays [n, *shape] by field name, as stored, in the order of `slots`.
 
-        `slots` are integers [n] in any order. With `out`, only its fields are read, into its arrays. Raises
+        `slots` are integers [n] in any order. With `out`, only its fields are read, into its arrays; an image or noise
+        array of float32 gets them converted, as in a batch. Raises OutOfRange for a slot that does not exist,
         MissingShard or CorruptShard if a shard is not what was committed.
         """
         names = [field.name for field in self.spec.fields] if out is None else list(out)
@@ -206,6 +207,7 @@ class PairStore(Readable):
                 while len(self._rows) > _DRAWS_OPEN:
                     self._rows.popitem(last=False)
             rows = self._rows[draw]
+        check_inside(f"{self.root}: slot", slots, len(self))
         if rows is None:
             return slots
         found = rows[slots]
@@ -245,6 +247,7 @@ class PairStore(Readable):
     @checked()
     def shard(self, draw: int, number: int) -> layouts.Shard:
         """A shard of a draw, mapped into memory. If the store is a URL, it is fetched into the cache first."""
+        check_inside(f"{self.root}: shard", np.array([number]), self.spec.shards_per_draw)
         if self.remote:  # before taking the draw's lock, so that several are fetched at once
             self.cache.together(self.root, layouts.files(self.spec, self.sealed.of(draw)[number]))
         return self._draw(draw).shard(number)
@@ -272,6 +275,9 @@ class PairStore(Readable):
                     spec.rows_per_shard,
                     spec.rows_per_block,
                     spec.layout,
+                    spec.value_range,
+                    spec.noise_step,
+                    what=f"{self.root}: slot",
                 )
                 while len(self._open) >= _DRAWS_OPEN:
                     self._open.popitem(last=False)

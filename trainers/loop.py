@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from nfm.trainers.training import parallel
 from nfm.trainers.training.checkpoint_folder import CheckpointFolder
-from nfm.trainers.training.ema import EMA
+from nfm.trainers.training.ema import EMA, PowerEMA
 from nfm.trainers.training.microbatches import parts_of
-from nfm.trainers.training.randomness import Randomness, step_seed
+from nfm.trainers.training.randomness import Randomness, seed_own, step_seed
 from nfm.trainers.training.state import Health, Recipe, State
 
 # loss(model, batch, random) -> (scalar to minimise, a mean over the batch; figures whose means go into the log)
 Loss = Callable[[Any, Any, Randomness], tuple[Tensor, Mapping[str, float | Tensor]]]
+
+Averages = Mapping[float, nn.Module]  # by relative width
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,16 @@ class How:
 
 @dataclass(frozen=True)
 class Trained:
-    """The model and its moving average, both in eval mode on the device, and how far training came."""
+    """The model and its moving averages, in eval mode on the device, and how far training came.
+
+    `emas` are those of the recipe's `emas`, by relative width.
+    """
 
     model: nn.Module
     ema: nn.Module
     examples_seen: int
     finished: bool
+    emas: Averages = field(default_factory=dict)
 
 
 def learning_rate(recipe: Recipe, examples_seen: int) -> float:
@@ -70,6 +76,8 @@ def train(
     checkpoints: CheckpointFolder | None = None,
     old_checkpoint: bytes | None = None,
     save_every: int | None = None,
+    snapshot: Callable[[int, Averages], None] | None = None,
+    snapshot_every: int | None = None,
     log: Callable[[dict[str, float]], None] | None = None,
     log_every: int | None = None,
     tick: Callable[[int], None] | None = None,
@@ -94,6 +102,8 @@ def train(
         data_wait_share (of the time since the line before), seconds (in this call), and means since the line before:
         loss, grad_norm (before clipping) and the loss's own figures. Between lines nothing waits for the device.
     old_checkpoint: a checkpoint in one file, as earlier versions wrote it, to go on from where `checkpoints` has none.
+    snapshot: called with the examples seen and the moving averages of `recipe.emas`, whenever a multiple of
+        `snapshot_every` was passed, but at the end; by all processes, and before the checkpoint of the same step.
     tick: called with the examples seen after every step that has no log line.
     Raises FloatingPointError when a loss or gradient was not finite: no weights were touched by it or after it.
     CheckpointError for a checkpoint of another model or recipe; ValueError when the batches end too early.
@@ -102,22 +112,23 @@ def train(
         raise ValueError("autocast is float16, which needs loss scaling; use torch.bfloat16")
     device = torch.device(device)
 
-    # Network, moving average, optimizer.
+    # Network, moving averages, optimizer.
     model = model.to(device).train()
-    ema = EMA(model, recipe.ema)
+    ema, emas = EMA(model, recipe.ema), [PowerEMA(model, width) for width in recipe.emas]
+    averages = {average.width: average.model for average in emas}
     if how.recompute:
         parallel.recompute(model)
     objective = parallel.shared(parallel.Objective(model, loss), how.sharding, device)
     if how.sharding == "fsdp":
-        parallel.shard(ema.model, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-    )
+        for average in (ema.model, *averages.values()):
+            parallel.shard(average, device)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
     if how.compile:
         model.compile()
 
     # Continue an earlier run.
-    state = State(model, ema, optimizer, batches, recipe)
+    state = State(model, ema, emas, optimizer, batches, recipe)
     state.restore(checkpoints, old_checkpoint)
     means, stream, agreement = state.means, iter(batches), parallel.Agreement()
 
@@ -128,7 +139,7 @@ def train(
     finished = state.examples_seen >= recipe.examples
     while not finished and not agreement.reached(stop()):
         seen_before = state.examples_seen
-        torch.manual_seed(step_seed(recipe.seed, seen_before, f"model{parallel.rank() or ''}"))  # for dropout
+        seed_own(step_seed(recipe.seed, seen_before, f"model{parallel.rank() or ''}"), device)  # for dropout
 
         waiting = time.perf_counter()
         batch = next(stream, None)
@@ -148,7 +159,7 @@ def train(
                 value.backward(torch.full_like(value, share) + 0 * value.detach())
             for name, figure in {"loss": value.detach(), **figures}.items():
                 step_figures[name] = step_figures.get(name, 0.0) + share * figure
-        norm = parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip))
+        norm = parallel.whole(nn.utils.clip_grad_norm_(parameters, recipe.clip))
         health.note(seen_before, step_figures["loss"], norm)
 
         # Weights.
@@ -158,6 +169,8 @@ def train(
             group["lr"] = rate
         optimizer.step()
         ema.update(model)
+        for power in emas:
+            power.update(model, state.examples_seen, recipe.batch_size)
         means.add({**step_figures, "grad_norm": norm})
         finished = state.examples_seen >= recipe.examples
 
@@ -180,6 +193,9 @@ def train(
             tick(state.examples_seen)
 
         # Save.
+        if snapshot is not None and not finished and _passed(snapshot_every, seen_before, state.examples_seen):
+            health.check(recipe, unit)
+            snapshot(state.examples_seen, averages)
         if checkpoints is not None and not finished and _passed(save_every, seen_before, state.examples_seen):
             health.check(recipe, unit)
             state.save(checkpoints)
@@ -189,7 +205,7 @@ def train(
     if checkpoints is not None:
         state.save(checkpoints)
         checkpoints.wait()
-    return Trained(model.eval(), ema.model, state.examples_seen, finished)
+    return Trained(model.eval(), ema.model, state.examples_seen, finished, averages)
 
 
 def _passed(every: int | None, before: int, after: int) -> bool:

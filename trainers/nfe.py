@@ -22,7 +22,11 @@ COSTS = {
     "heun": Cost(2, 1, "2N - 1 evaluations, an odd number"),
     "midpoint": Cost(2, 0, "2N evaluations"),
     "rk4": Cost(4, 0, "4N evaluations"),
+    "sde-euler": Cost(1, 0, "N evaluations"),
+    "sde-heun": Cost(2, 1, "2N - 1 evaluations, an odd number"),
 }
+STOCHASTIC = ("sde-euler", "sde-heun")  # which add noise on their way
+DIFFUSIONS = ("sigma", "constant", "sin^2", "decreasing")  # how much of it
 GRIDS = ("uniform", "square")  # of times: t = u or t = u^2
 EULER_UP_TO = 5  # evaluations; Heun for more
 

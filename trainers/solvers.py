@@ -1,8 +1,10 @@
 """Solvers of dx/dt = velocity(x, t) from noise at t = 1 to image at t = 0, their times, and curvature.
 
-Solvers are pure functions with one signature: a velocity, noise z [B, ...] and descending times.
+Solvers are pure functions with one signature: a velocity, noise z [B, ...] and descending times. Stochastic ones take
+the noise that they add and how much of it besides.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -12,6 +14,8 @@ from torch import Tensor
 from nfm.trainers.nfe import intervals
 
 Velocity = Callable[[Tensor, float], Tensor]  # (x [B, ...], t) -> [B, ...]
+Fresh = Callable[[int], Tensor]  # the number of an interval -> standard normal noise [B, ...]
+Diffusion = Callable[[float], float]
 
 
 class Counted:
@@ -76,21 +80,78 @@ def rk4(velocity: Velocity, z: Tensor, times: Sequence[float]) -> Tensor:
     return x
 
 
+def reverse_drift(velocity: Velocity, x: Tensor, t: float, diffusion: Diffusion) -> Tensor:
+    """v - D s, the drift of the reverse SDE dx = (v - D s) dt + sqrt(2 D) dw, whose x_t has the same distribution.
+
+    Ma et al. 2024 ("SiT", arXiv 2401.08740), equations 5 and 9; D is half of its w_t, as in its code. On the path
+    x_t = (1 - t) image + t noise the score is s = -(x + (1 - t) v) / t: x + (1 - t) v is the noise that is expected.
+    """
+    slope = velocity(x, t)
+    return slope + diffusion(t) / t * (x + (1 - t) * slope)
+
+
+def sde_euler(velocity: Velocity, z: Tensor, times: Sequence[float], fresh: Fresh, diffusion: Diffusion) -> Tensor:
+    """Euler and Maruyama's method for the reverse SDE, with a last step of the ODE: NFE = N."""
+    x = z
+    for step, (t, t_next) in enumerate(pairwise(times[:-1])):
+        ahead = x + (t_next - t) * reverse_drift(velocity, x, t, diffusion)
+        x = ahead + math.sqrt(2 * diffusion(t) * (t - t_next)) * fresh(step)
+    return euler(velocity, x, times[-2:])
+
+
+def sde_heun(velocity: Velocity, z: Tensor, times: Sequence[float], fresh: Fresh, diffusion: Diffusion) -> Tensor:
+    """Heun's method for the drift after the noise of each interval, with a last step of the ODE: NFE = 2N - 1.
+
+    As in Karras et al. 2022 (arXiv 2206.00364, algorithm 2) and SiT's code. It is of first order, as the noise is.
+    """
+    x = z
+    for step, (t, t_next) in enumerate(pairwise(times[:-1])):
+        x = x + math.sqrt(2 * diffusion(t) * (t - t_next)) * fresh(step)
+        slope = reverse_drift(velocity, x, t, diffusion)
+        ahead = x + (t_next - t) * slope
+        x = x + (t_next - t) * (slope + reverse_drift(velocity, ahead, t_next, diffusion)) / 2
+    return euler(velocity, x, times[-2:])
+
+
 # With the same names as their costs in `nfe`.
 SOLVERS = {"euler": euler, "heun": heun, "midpoint": midpoint, "rk4": rk4}
+STOCHASTIC = {"sde-euler": sde_euler, "sde-heun": sde_heun}
+# The forms of SiT's code. Its times begin at the noise, so its "decreasing" is this; its "linear" is "sigma" here.
+DIFFUSIONS: dict[str, Diffusion] = {
+    "sigma": lambda t: t,
+    "constant": lambda t: 1.0,
+    "sin^2": lambda t: math.sin(math.pi * t) ** 2,
+    "decreasing": lambda t: math.sin(math.pi * t / 2) ** 4,
+}
 GRIDS = {"uniform": uniform_times, "square": square_times}
 
 
 @torch.no_grad()
-def sample(velocity: Velocity, z: Tensor, nfe: int, solver: str, grid: str = "square") -> Tensor:
+def sample(
+    velocity: Velocity,
+    z: Tensor,
+    nfe: int,
+    solver: str,
+    grid: str = "square",
+    fresh: Fresh | None = None,
+    diffusion: str = "sigma",
+) -> Tensor:
     """Images from noise z [B, ...] with exactly `nfe` evaluations, at the times of `grid`.
 
-    Raises ValueError for an unknown solver or grid, or an NFE that the solver cannot have.
+    A stochastic solver adds the noise that `fresh` gives, as much as `diffusion` names. Raises ValueError for an
+    unknown solver, grid or diffusion, an NFE that the solver cannot have, and a stochastic solver without noise.
     """
     if grid not in GRIDS:
         raise ValueError(f"grid = {grid!r} is unknown; there are {', '.join(GRIDS)}")
+    if diffusion not in DIFFUSIONS:
+        raise ValueError(f"diffusion = {diffusion!r} is unknown; there are {', '.join(DIFFUSIONS)}")
     counted, times = Counted(velocity), GRIDS[grid](intervals(solver, nfe))
-    x = SOLVERS[solver](counted, z, times)
+    if solver not in STOCHASTIC:
+        x = SOLVERS[solver](counted, z, times)
+    elif fresh is None:
+        raise ValueError(f"solver = {solver!r} adds noise, and there is none; give it, or take {', '.join(SOLVERS)}")
+    else:
+        x = STOCHASTIC[solver](counted, z, times, fresh, DIFFUSIONS[diffusion])
     if counted.nfe != nfe:
         raise RuntimeError(f"{solver} took {counted.nfe} evaluations where {nfe} were asked for")
     return x

@@ -18,7 +18,8 @@ from nfm.stages.encoding import probe
 from nfm.stages.encoding.encoder import Setup
 from nfm.stages.encoding.jobs import Outcome, ShardJob, new_attempt
 from nfm.stages.encoding.threads import threads
-from nfm.stages.trained.training import WEIGHTS, Precision, autocast_dtype
+from nfm.stages.trained.training import Precision, autocast_dtype
+from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage import DatasetWriter, StoreSpec
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import pair_fields, write_spec

@@ -211,5 +211,5 @@ def publish(
         raise ArtifactError(f"{path / result.manifest} exists already; another process finished this artifact")
     if folder != path:
         mirror.committed(path, folder, body)
-        Resume(folder, "", check).clear()
+        Resume(folder, check).clear()
     return body

@@ -15,11 +15,10 @@ from nfm.storage.files.paths import is_remote
 
 COMMANDS = {
     *("run", "student", "status", "ls", "lineage", "sample", "audit"),
-    *("pairs export", "pairs info", "pairs verify"),
+    *("pairs encode", "pairs export", "pairs info", "pairs seal", "pairs verify", "pairs worklist"),
 }
 # Settings whose work is done where the artifacts cannot be reached yet: field -> (values that work, what to write).
 SETTINGS: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "executor": (("serial",), "--set {section}.executor=serial"),
     "workers": ((1,), "--set {section}.workers=1"),
 }
 

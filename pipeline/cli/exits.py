@@ -22,6 +22,7 @@ EXTRAS = {
     "ray": "ray",
     "matplotlib": "report",
     "torch_fidelity": "fid",
+    **dict.fromkeys(("tensorboard", "wandb"), "watch"),
 }
 
 

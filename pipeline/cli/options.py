@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from nfm.stages.display.endings import PICTURE, check_ending
+from nfm.stages.trained.weights import parse
 from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import as_path, local_path
 
@@ -131,6 +133,18 @@ class Interval(click.ParamType):
         return first, last
 
 
+class MovingAverage(click.ParamType):
+    """The name of a moving average of a student."""
+
+    name = "ema"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return str(parse(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 def run_custom_option(told: str) -> Any:
     """Whose code may run, by the digests of its files."""
     return click.option("--run-custom", "digests", multiple=True, type=Digest(), metavar="SHA256", help=told)
@@ -156,6 +170,15 @@ def guidance_options(command: Any) -> Any:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def check_of_student(stage: str, *options: str) -> None:
+    """Raises UsageError where one of these options of this command was given for the samples of a teacher."""
+    context = click.get_current_context()
+    for name in options:
+        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if given and stage == "teacher":
+            raise click.UsageError(f"--{name} is of a student's samples; a teacher is inverted: leave it out")
 
 
 def given_guidance(stage: str, strength: float, guided: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Literal
 import click
 
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, check_store, find
-from nfm.pipeline.cli.options import PLACE, LocalPath, Whole, json_option, picture_option
+from nfm.pipeline.cli.options import PLACE, LocalPath, OutputFile, Whole, json_option, picture_option
 from nfm.stages.display.units import clock, size
 from nfm.stages.stores.export import LAYOUTS
 from nfm.storage.errors import StorageError, by
@@ -69,6 +69,25 @@ def report(store: Path, as_json: bool) -> None:
         click.echo(f"{key:18} {value}")
     for text in coupling_report.advice(body):
         click.echo(f"advice: {text}")
+
+
+@pairs.command()
+@click.argument("store", type=PLACE)
+@click.option("-o", "--output", type=OutputFile((".md",)), help="The file. [default: README.md in the store]")
+def card(store: Path, output: Path | None) -> None:
+    """Write the README that hubs of data sets show: what the store is, from which teacher and data, how to read it.
+
+    Name, origin and licence of the data are those of its artifact, if it is here. No other file is replaced.
+    """
+    from nfm.stages.stores import card as pairs_card
+
+    where = _where(store)
+    content = pairs_card.data_of(where)
+    found = _by_content("data", content)
+    if found is None:
+        click.echo(f"the card lacks the data's name and licence: {content[:12]} is not in {artifacts_root()}", err=True)
+    data = None if found is None else Artifact(found).manifest().get("dataset")
+    click.echo(str(pairs_card.write(where, data, output)))
 
 
 @pairs.command()

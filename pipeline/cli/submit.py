@@ -15,7 +15,7 @@ import click
 
 from nfm.pipeline.artifacts.artifact import artifacts_root
 from nfm.pipeline.cli.options import Whole, config_option, set_option
-from nfm.stages.base import StageError, Unfit
+from nfm.stages.base import StageError
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 
@@ -96,12 +96,20 @@ def _print_or_submit(submission: Submission, config_path: Path, scripts: Sequenc
         click.echo("sbatch is not on this machine: --go needs it", err=True)
 
 
-def _check(config: RunConfig, stage: str) -> None:
-    """Raises Unfit for what a job would refuse at once, as far as the config alone tells. Writes nothing."""
+def _check(config: RunConfig, stage: str, processes: int | None = None) -> None:
+    """Raises Unfit for what a job would refuse at once, as far as the config alone tells. Writes nothing.
+
+    All `processes` of a job train together, whatever `workers` says of Ray.
+    """
     from nfm.pipeline import builder, prechecks
     from nfm.pipeline.config import image_shape
     from nfm.pipeline.graph import upstream
+    from nfm.stages.trained.training import TrainingSection
 
+    if processes is not None:
+        trained = {name: section for name, section in config if isinstance(section, TrainingSection)}
+        alone = {name: section.model_copy(update={"workers": processes}) for name, section in trained.items()}
+        config = config.model_copy(update=alone)
     shape = image_shape(config.data)
     known = {} if shape is None else {"image_shape": list(shape)}
     prechecks.check_fits(upstream(builder.build(config, target=stage), stage), known)
@@ -135,13 +143,7 @@ def _training(stage: str) -> click.Command:
         if not slurm:
             raise click.UsageError(f"say where: --slurm; on Ray, nfm run {stage} --set {stage}.workers=8 does it")
         config = load(config_path, overrides)
-        processes, batch_size = nodes * per_node, getattr(config, stage).batch_size
-        if batch_size % processes:
-            raise Unfit(
-                f"{stage}.batch_size {batch_size} is shared by {nodes} x {per_node} processes: make it a multiple of "
-                f"{processes}"
-            )
-        _check(config, stage)
+        _check(config, stage, nodes * per_node)
         submission = _submission(config, overrides, threads, before, user_options(sbatch))
         _print_or_submit(submission, config_path, [training_job(submission, stage, nodes, per_node)], go)
 

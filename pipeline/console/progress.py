@@ -11,6 +11,7 @@ from typing import Any
 from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.stages.display import units
 from nfm.stages.pairs import progress
+from nfm.stages.trained.training import newest_checkpoint
 from nfm.storage.errors import StorageError
 from nfm.storage.files.paths import names_in
 from nfm.storage.files.small_files import read_tail
@@ -26,12 +27,13 @@ def figures(artifact: Artifact, draws: int | None = None) -> str:
     counted twice; the rates of running processes are added.
     """
     events = artifact.path / "events"
-    running = [event for event in _newest(events) if time.time() - event["time"] <= FRESH_SECONDS]
+    alone = draws is None or "store" not in artifact.spec  # then only the newest process can be at work
+    running = [event for event in _newest(events, alone) if time.time() - event["time"] <= FRESH_SECONDS]
     rate = sum(event.get("per_second", 0.0) for event in running)
-    if draws is None or "store" not in artifact.spec:
+    if draws is None or alone:
         left = max((event.get("seconds_left") or 0.0 for event in running), default=0.0)
         speed = f", {units.rate(rate, running[0]['unit'])}, {units.clock(left)} left" if rate and left else ""
-        return last_progress(events) + speed
+        return last_progress(events) + (speed or _from_where(artifact.path))
     count = progress.committed(artifact.path, draws)
     words = [f"{count[some]:,} of {count[f'all_{some}']:,} {some}" for some in ("pairs", "shards")]
     words += [f"{count['failed']:,} failed"] if count["failed"] else []
@@ -39,6 +41,12 @@ def figures(artifact: Artifact, draws: int | None = None) -> str:
         left = (count["all_pairs"] - count["pairs"]) / rate
         words += [units.rate(rate, "pairs"), f"{units.clock(left)} left"]
     return ", ".join(words)
+
+
+def _from_where(folder: Path) -> str:
+    """Where a training that nobody is working on goes on, which may be before the last line of its log."""
+    found = newest_checkpoint(folder)
+    return f"; the next run goes on from {found:,}" if found else ""
 
 
 def last_progress(events: Path) -> str:
@@ -50,9 +58,9 @@ def last_progress(events: Path) -> str:
     return ""
 
 
-def _newest(events: Path) -> Iterator[dict[str, Any]]:
-    """The last PROGRESS of every process that has not ended."""
-    for path in _logs(events):
+def _newest(events: Path, alone: bool) -> Iterator[dict[str, Any]]:
+    """The last PROGRESS of every process that has not ended, or of the newest alone."""
+    for path in _logs(events)[-1 if alone else 0 :]:
         for event in _backwards(path):
             if event["kind"] in ("COMPLETE", "STOP", "FAIL"):
                 break

@@ -22,6 +22,7 @@ FIXED = {  # what the scripts decide, and what to use instead
 }
 
 
+_CHAINED = "--kill-on-invalid-dep=yes"  # of jobs that wait for others
 # Sets $nodes, and $head to the address of the first one: its name need not be known to the name service.
 HEAD = """\
 nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
@@ -90,7 +91,7 @@ def array_jobs(submission: Submission, tasks: int, limit: int, at_once: int = 0)
 def _prepare(submission: Submission) -> str:
     return script(
         submission,
-        _options(submission, "prepare", "%j", submission.compute, f"--cpus-per-task={submission.threads}"),
+        job_options(submission, "prepare", "%j", submission.compute, _CHAINED, f"--cpus-per-task={submission.threads}"),
         "# Makes data and teacher where they are missing, and freezes the list of shards to encode.",
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
         f"exec {nfm(submission, 'pairs', 'worklist', '-o', submission.worklist, config=True)}",
@@ -101,11 +102,12 @@ def _array(submission: Submission, name: str, start: int, count: int, tasks: int
     throttle = f"%{at_once}" if at_once else ""
     return script(
         submission,
-        _options(
+        job_options(
             submission,
             name,
             "%A_%a",
             submission.compute,
+            _CHAINED,
             f"--array=0-{count - 1}{throttle}",
             f"--cpus-per-task={submission.threads}",
             "--signal=B:USR1@120",
@@ -122,7 +124,7 @@ def _array(submission: Submission, name: str, start: int, count: int, tasks: int
 def _seal(submission: Submission) -> str:
     return script(
         submission,
-        _options(submission, "seal", "%j", submission.sealing),
+        job_options(submission, "seal", "%j", submission.sealing, _CHAINED),
         "# Seals the store when nothing is missing; otherwise says what is, and ends with exit code 1.",
         f"exec {nfm(submission, 'run', 'pairs', config=True, sets=('pairs.executor=slurm',))}",
     )
@@ -144,15 +146,17 @@ def script(submission: Submission, options: Sequence[str], *lines: str) -> str:
     )
 
 
-def _options(submission: Submission, name: str, log: str, own: Sequence[str], *fixed: str) -> list[str]:
-    """Our options, then the user's: if an option is given twice, `sbatch` uses the last."""
+def job_options(submission: Submission, name: str, log: str, own: Sequence[str], *fixed: str) -> list[str]:
+    """The options of a job: ours, then the user's. If an option is given twice, `sbatch` uses the last.
+
+    `log` is what sbatch puts into the name of the log, `fixed` are the options of this kind of job.
+    """
     logs = str(submission.logs).replace("%", "%%")
     ours = [
         f"--job-name=nfm-{name}",
         f"--output={logs}/{name}-{log}.log",
         "--open-mode=append",
         "--requeue",
-        "--kill-on-invalid-dep=yes",
         *fixed,
     ]
     return [directive(option) for option in [*ours, *own]]

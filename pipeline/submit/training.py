@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from nfm.pipeline.submit.slurm import HEAD, Script, Submission, directive, nfm, script
+from nfm.pipeline.submit.slurm import HEAD, Script, Submission, job_options, nfm, script
 
 
 def training_job(submission: Submission, stage: str, nodes: int, per_node: int) -> Script:
     """One job of `nodes` x `per_node` processes that run `nfm run STAGE`: the first leads, the others take part."""
-    logs = str(submission.logs).replace("%", "%%")
-    options = [
-        f"--job-name=nfm-{stage}",
-        f"--output={logs}/{stage}-%j.log",
-        "--open-mode=append",
-        "--requeue",
-        f"--nodes={nodes}",
-        f"--ntasks-per-node={per_node}",
-        f"--cpus-per-task={submission.threads}",
-        "--signal=TERM@120",
-        *submission.compute,
-    ]
+    tasks = (f"--nodes={nodes}", f"--ntasks-per-node={per_node}", f"--cpus-per-task={submission.threads}")
     return Script(
         stage,
         script(
             submission,
-            [directive(option) for option in options],
+            job_options(submission, stage, "%j", submission.compute, *tasks, "--signal=TERM@120"),
             "# SIGTERM, 120 s before the time limit, reaches every process: all save and stop at the same step.",
             HEAD,
             "export MASTER_ADDR=$head MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",

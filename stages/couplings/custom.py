@@ -30,6 +30,7 @@ from nfm.storage.files.small_files import read_bytes
 FIELD = "pairs.custom"
 ARGUMENTS = ("images", "labels", "rng")
 _MOST_SOURCE = 16 << 20  # bytes of a module
+_PLAIN = (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.Set, ast.Dict)  # none of them can be called
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ def source_file(named: str | None, field: str = FIELD) -> Path:
     with importable(Path.cwd()):
         importlib.invalidate_caches()
         found = _find(module)
+    if found is not None and found.origin in ("frozen", "built-in"):
+        raise Unfit(
+            f"{field} = {named!r}: {module} is a part of Python itself, which has no file to be recorded; name a "
+            "function of a module of yours"
+        )
     if found is None or found.origin is None or not found.origin.endswith(".py"):
         raise Unfit(
             f"{field} = {named!r}: there is no module {module} on Python's path or in {Path.cwd()}; run nfm where "
@@ -65,22 +71,29 @@ def source_file(named: str | None, field: str = FIELD) -> Path:
     return Path(found.origin).resolve()
 
 
-def check(file: Path, named: str) -> None:
-    """Raises Unfit where the text of the module shows that it has no such function, or one that takes other arguments.
+def check(file: Path, named: str, field: str = FIELD) -> None:
+    """Raises Unfit where the text of the module shows that it has no such function, or one that takes other arguments
+    than those of a coupling.
 
     Nothing is run: a name that is imported, assigned or made in another way passes here, and `load` says the rest.
     """
     name = named.partition(":")[2]
     try:
-        text = ast.parse(_source(file, FIELD), str(file))
+        text = ast.parse(_source(file, field), str(file))
     except (SyntaxError, ValueError) as error:
-        raise Unfit(f"{FIELD} = {named!r}: {file} is no Python: {error}; mend it") from error
+        raise Unfit(f"{field} = {named!r}: {file} is no Python: {error}; mend it") from error
     made = {found.name: found for found in _statements(text) if isinstance(found, ast.FunctionDef)}
     if name in made:
-        _check_arguments(made[name].args, file, named)
-    elif not any(_may_name(found, name) for found in _statements(text)):
+        if field == FIELD:
+            _check_arguments(made[name].args, file, named)
+        return
+    ways = sum(_may_name(found, name) for found in _statements(text))
+    values = [value for found in _statements(text) if (value := _value_of(found, name)) is not None]
+    if ways == 0:
         near = nearest(name, made)
-        raise Unfit(f"{FIELD} = {named!r}: {file} has no function {name!r}{near}; define it or name another")
+        raise Unfit(f"{field} = {named!r}: {file} has no function {name!r}{near}; define it or name another")
+    if ways == len(values):
+        raise Unfit(f"{field} = {named!r}: {name} in {file} is {values[-1]:.80}, no function; name a function")
 
 
 def _statements(block: ast.AST) -> Iterator[ast.AST]:
@@ -99,6 +112,15 @@ def _may_name(found: ast.AST, name: str) -> bool:
     if isinstance(found, ast.Call):
         return isinstance(found.func, ast.Name) and found.func.id in ("exec", "globals", "setattr", "vars")
     return getattr(found, "name", None) in (name, "__getattr__")
+
+
+def _value_of(found: ast.AST, name: str) -> str | None:
+    """The value that a statement gives to a name, where it is plain text, a number, a list and the like; else None."""
+    if not isinstance(found, ast.Assign | ast.AnnAssign):
+        return None
+    targets = found.targets if isinstance(found, ast.Assign) else [found.target]
+    named = any(isinstance(target, ast.Name) and target.id == name for target in targets)
+    return ast.unparse(found.value) if named and isinstance(found.value, _PLAIN) else None
 
 
 def _check_arguments(takes: ast.arguments, file: Path, named: str) -> None:

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError, Unfit
+from nfm.stages.base import Reporter, Unfit
 from nfm.stages.data.config import DataConfig
+from nfm.stages.data.source import check_texts
 from nfm.stages.data.sources import SOURCES, Source, settings_of
-from nfm.storage.errors import StorageError
-from nfm.storage.format import untrusted
 
 SHOWN = 8
 WHEN_MADE = ("image_size", "channels", "path", "debian_package")
 ANYBODYS = ("seed", "threads")  # settings that apply to every source
 REASONS = {
+    "crop": "does not cut images; leave it out",
     "background": "has no transparent pixels; leave it out",
-    "points": "has the images that it has; data.limit cuts them",
+    "points": "has images, no points of the plane; data.limit cuts them, data.count is how many glyphs are drawn",
 }
 
 
@@ -39,9 +39,9 @@ def check_owners(config: DataConfig, when_made: bool = False) -> None:
             continue
         if field in REASONS:
             raise Unfit(f'data.{field} = {value!r}: source "{config.source}" {REASONS[field]}')
-        raise Unfit(
-            f'data.{field} = {value!r} is of source {" and ".join(sources)}, not of "{config.source}": leave it out'
-        )
+        *others, last = sources
+        named = f"{', '.join(others)} and {last}" if others else last
+        raise Unfit(f'data.{field} = {value!r} is of source {named}, not of "{config.source}": leave it out')
 
 
 def check_settings(config: DataConfig, source: Source, report: Reporter) -> None:
@@ -98,14 +98,9 @@ def _check_classes(classes: Sequence[str], source: Source) -> None:
             )
 
 
-def check_names(config: DataConfig, classes: Sequence[str]) -> None:
-    """Refuses names that a reader of the data set would refuse. `classes` are the names of the source."""
-    try:
-        for field in ("name", "image_decoder"):
-            if (value := getattr(config, field)) is not None:
-                untrusted.text(f"data.{field}", value)
-        where = f"{config.path}: the name of a class folder" if config.classes is None else "data.classes: a name"
-        for name in classes:
-            untrusted.text(where, name)
-    except StorageError as error:
-        raise StageError(f"{error}: rename it") from error
+def check_names(config: DataConfig) -> None:
+    """Refuses names that a reader of the data set would refuse."""
+    for field in ("name", "image_decoder"):
+        if (value := getattr(config, field)) is not None:
+            check_texts(f"data.{field}", [value])
+    check_texts("data.classes: a name", config.classes or ())

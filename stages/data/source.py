@@ -18,8 +18,10 @@ import numpy as np
 
 from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.storage.errors import StorageError, is_utf8, legible
-from nfm.storage.files import atomic
+from nfm.storage.files import atomic, remote
 from nfm.storage.files.parallel import parallel
+from nfm.storage.files.paths import is_remote
+from nfm.storage.format import untrusted
 
 HASH_CHUNK = 1 << 20
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 500  # only a repeated value can be packed so tightly
@@ -39,6 +41,7 @@ class Source(Protocol):
     """Records in the source's own order. `load` reads the pixels of chosen rows.
 
     A class may have a static `shape_of(config)`: [C, H, W] of its images if [data] alone determines it, else None.
+    `reads_urls` is true if `data.path` may be a URL. An object may have `captions`: a text or None for each row.
     """
 
     name: str
@@ -80,6 +83,15 @@ def keys_of(where: str | Path, names: Sequence[str]) -> list[str]:
     return keys
 
 
+def check_texts(what: str, names: Iterable[str]) -> None:
+    """Refuses names that a reader of the data set would refuse. `what` says in messages what they are."""
+    try:
+        for name in names:
+            untrusted.text(what, name)
+    except StorageError as error:
+        raise StageError(f"{error}: rename it") from error
+
+
 def check_unpacked(where: str | Path, packed: int, unpacked: int) -> None:
     """Refuses a small file that unpacks to a huge one."""
     if unpacked > BOMB_BYTES and unpacked > BOMB_RATIO * packed:
@@ -103,6 +115,9 @@ def scratch_array(scratch: Path, shape: tuple[int, ...], dtype: str = "uint8", n
     return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
 
 
+Hashed = tuple[str, int, str]  # of a file: its name, its bytes, the SHA-256 of its content
+
+
 def digest_files(
     files: Iterable[tuple[str, Path]], open_file: Any = open, threads: int = 8, known: Path | None = None
 ) -> dict[str, Any]:
@@ -111,37 +126,34 @@ def digest_files(
     With `known`, the result for files with the same names, sizes, inodes and change times is taken from that folder.
     """
     ordered = sorted(files)
-    if known is None:
-        return _read_and_digest(ordered, open_file, threads)
-    note = known / f"{_signature(ordered)}.json"
+    signature = None if known is None else _signature(ordered)
+    if known is None or signature is None:
+        return together(hash_files(ordered, open_file, threads))
+    note = known / f"{signature}.json"
     with contextlib.suppress(StorageError, KeyError, TypeError):  # an unreadable note is written again
         noted: dict[str, Any] = atomic.read_json(note)["identity"]
         if isinstance(noted["digest"], str):
             return noted
-    identity = _read_and_digest(ordered, open_file, threads)
+    identity = together(hash_files(ordered, open_file, threads))
     with contextlib.suppress(StorageError):  # if the folder is read-only, the next call has to read the files again
         atomic.write_json(note, {"identity": identity})
     return identity
 
 
-def _signature(files: Sequence[tuple[str, Path]]) -> str:
-    """A digest that changes whenever a file may have changed: names, places, sizes, inodes and change times."""
-    together = hashlib.sha256()
-    for name, path in files:
-        try:
-            facts = path.stat()
-        except OSError as error:
-            raise StageError(f"{path}: cannot be read ({error}): restore the file and run again") from error
-        together.update(
-            f"{name}\0{path}\0{facts.st_size}\0{facts.st_ino}\0{facts.st_ctime_ns}\n".encode(errors="surrogateescape")
-        )
-    return together.hexdigest()
+def together(hashed: Iterable[Hashed]) -> dict[str, Any]:
+    """The digest of files that were hashed, in order: {digest, files, bytes}."""
+    whole, count, total = hashlib.sha256(), 0, 0
+    for name, size, content in hashed:
+        whole.update(f"{name}\0{size}\0{content}\n".encode())
+        count, total = count + 1, total + size
+    return {"digest": whole.hexdigest(), "files": count, "bytes": total}
 
 
-def _read_and_digest(ordered: Sequence[tuple[str, Path]], open_file: Any, threads: int) -> dict[str, Any]:
+def hash_files(ordered: Sequence[tuple[str, Path]], open_file: Any = open, threads: int = 8) -> list[Hashed]:
+    """Reads files on several threads. Raises StageError for one that cannot be read."""
     over = threading.Event()  # stops the threads; one in a large file would otherwise outlive this call
 
-    def hash_one(item: tuple[str, Path]) -> tuple[str, int, str]:
+    def hash_one(item: tuple[str, Path]) -> Hashed:
         name, path = item
         whole, size = hashlib.sha256(), 0
         try:
@@ -153,9 +165,34 @@ def _read_and_digest(ordered: Sequence[tuple[str, Path]], open_file: Any, thread
             raise StageError(f"{path}: cannot be read ({error}): restore the file and run again") from error
         return name, size, whole.hexdigest()
 
-    together, count, total = hashlib.sha256(), 0, 0
     with contextlib.closing(parallel(hash_one, ordered, threads, stop=over)) as hashed:
-        for name, size, content in hashed:
-            together.update(f"{name}\0{size}\0{content}\n".encode())
-            count, total = count + 1, total + size
-    return {"digest": together.hexdigest(), "files": count, "bytes": total}
+        return list(hashed)
+
+
+def _signature(files: Sequence[tuple[str, Path]]) -> str | None:
+    """A digest that changes whenever a file may have changed: names, places, sizes, inodes and change times.
+
+    None if an object store says nothing by which a change would show.
+    """
+    whole = hashlib.sha256()
+    for name, path in files:
+        try:
+            facts = _remote_facts(path) if is_remote(path) else _facts(path)
+        except OSError as error:
+            raise StageError(f"{path}: cannot be read ({error}): restore the file and run again") from error
+        if facts is None:
+            return None
+        whole.update(f"{name}\0{path}\0{facts}\n".encode(errors="surrogateescape"))
+    return whole.hexdigest()
+
+
+def _facts(path: Path) -> str:
+    facts = path.stat()
+    return f"{facts.st_size}\0{facts.st_ino}\0{facts.st_ctime_ns}"
+
+
+def _remote_facts(path: Path) -> str | None:
+    """What an object store says of an object, if its entity tag or generation is among it."""
+    found = remote.attempt(path, "look at", lambda fs, name: fs.info(name))
+    tags = {name.lower(): found[name] for name in found if name.lower() in ("etag", "generation", "md5hash")}
+    return f"{found.get('size')}\0{sorted(tags.items())}" if tags else None

@@ -63,13 +63,8 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 def open_source(config: DataConfig) -> Source:
     """The source in the config. Its records are listed but not loaded."""
-    source = _source(config)
-    check_names(config, source.classes)
-    return source
-
-
-def _source(config: DataConfig) -> Source:
     check_owners(config)
+    check_names(config)
     own = {field: getattr(config, field) for field in settings_of(config.source)}
     opened: Source = SOURCES[config.source](**own)
     return opened
@@ -137,9 +132,11 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
             out, about["name"], image_shape, classes, config.rows_per_shard, dtype, config.image_scale,
             config.image_decoder,
         )  # fmt: skip
+        captions = getattr(source, "captions", None)
         for split, positions, done in (("train", train, 0), ("heldout", heldout, len(train))):
             chunks = _chunks(source, loaded.images, rows, positions)
-            writer.write_split(split, len(positions), _reported(chunks, done, len(usable), report))
+            texts = None if captions is None else [captions[row] for row in rows[positions].tolist()]
+            writer.write_split(split, len(positions), _reported(chunks, done, len(usable), report), texts)
         payload = writer.close(rejected)
     finally:
         _remove(scratch)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+_ENDLESS = 365e6 * 86400  # seconds
+
 
 def figure(value: float, digits: int = 4) -> str:
     """A measured number to so many significant figures, with an exponent below 1/1000 and from 10^15 on: `1,235`."""
@@ -33,6 +35,8 @@ def megabytes(count: float) -> str:
 
 def about(seconds: float) -> str:
     """An estimated time in a suitable unit, at most years: `6.7 min`."""
+    if seconds > _ENDLESS:
+        return "a million years or more"
     for length, unit in ((365 * 86400, "years"), (86400, "days"), (3600, "h"), (60, "min")):
         if seconds > 1.5 * length:
             return f"{seconds / length:,.1f} {unit}"

@@ -61,13 +61,15 @@ def drawn_eps(spec: StoreSpec, draw: int, slots: Array) -> Array:
 
 
 def found(pairs: Pairs, count: int) -> Found:
-    """The first `count` pairs that a coupling made, as arrays."""
+    """The first `count` pairs that a coupling made, as arrays. Raises StageError for an nll that is not finite."""
 
     def part(field: torch.Tensor | None) -> Array | None:
         return None if field is None else field[:count].cpu().numpy()
 
-    noise = pairs.noise[:count].cpu().numpy()
-    return Found(noise, part(pairs.nll), part(pairs.group), part(pairs.row), part(pairs.image))
+    noise, nll = pairs.noise[:count].cpu().numpy(), part(pairs.nll)
+    if nll is not None and (bad := int((~np.isfinite(nll)).sum())):
+        raise StageError(f"the teacher's nll of {bad} of {len(nll)} images is not finite: check the teacher's training")
+    return Found(noise, nll, part(pairs.group), part(pairs.row), part(pairs.image))
 
 
 def joined(parts: Sequence[Sources]) -> Sources:

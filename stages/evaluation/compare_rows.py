@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from nfm.stages.couplings.variant import Variant
+from nfm.stages.display.watching.lines import METRICS, read_lines
 from nfm.stages.evaluation.config import SPEEDS
 from nfm.stages.evaluation.table import distance_key
 from nfm.stages.trained.sampling import REFERENCE
-from nfm.stages.trained.training import METRICS, read_lines
 from nfm.storage.files import atomic
 
 Row = dict[str, Any]
@@ -21,7 +21,20 @@ Evaluations = Mapping[str, Mapping[str, Any]]  # by `VARIANT@SEED` and `teacher`
 
 SETS = ("w2_points", "w2_sets")  # the number and the size of the sets for an exact W2
 # Columns that identify the measurement of a row. Every other number in it is a metric or a speed.
-IDENTITY = ("name", "model", "coupling", "sampler", "nfe", "guidance", "samples", "parameters", "kid_size", *SETS)
+IDENTITY = (
+    "name",
+    "model",
+    "coupling",
+    "sampler",
+    "nfe",
+    "guidance",
+    "samples",
+    "parameters",
+    "kid_size",
+    "spread",
+    "floor_draws",
+    *SETS,
+)
 RATES = tuple(name for name in SPEEDS if name != "batch")
 # copied from the coupling report of a store
 REPORTED = ("auc", "auc_error", "transport_cost", "nll_train", "nll_heldout")
@@ -46,7 +59,7 @@ def body(
         "seeds": seeds,
         "rows": rows,
         "teacher": teacher,
-        "floor": _row(None, {None: first["floor"]}),
+        "floor": _floor(first["floor"]),
         "curvature": [
             _curvature(name, {seed: evaluations[f"{name}@{seed}"] for seed in seeds[name]})
             for name in seeds
@@ -104,6 +117,13 @@ def _row(variant: str | None, by_seed: Mapping[int | None, Row]) -> Row:
         "metrics": {key: _spread({seed: row[key] for seed, row in by_seed.items()}) for key in numbers},
         "speeds": {key: _spread({seed: row.get(key) for seed, row in by_seed.items()}) for key in rates},
     }
+
+
+def _floor(row: Row) -> Row:
+    """The floor of one evaluation. The spread of its distance is over draws of real images."""
+    found = _row(None, {None: row})
+    found["metrics"][distance_key(row)]["spread"] = row.get("spread")
+    return found
 
 
 def _spread(values: Mapping[int | None, float | None]) -> Row:

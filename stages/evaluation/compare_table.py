@@ -10,7 +10,7 @@ from nfm.stages.couplings.variant import Variant
 from nfm.stages.display.tables import aligned
 from nfm.stages.display.units import ratio as ratio_text
 from nfm.stages.evaluation.compare_rows import REPORTED, Row, mean
-from nfm.stages.evaluation.table import DISTANCE, Column, columns_of
+from nfm.stages.evaluation.table import DISTANCE, Column, below, columns_of
 from nfm.stages.trained.sampling import REFERENCE
 
 MOST_DECIMALS, TINY = 6, 1e-3
@@ -21,7 +21,7 @@ MOST_DIGITS = 12
 def as_text(body: Row) -> str:
     """Distance by NFE for each variant, all metrics and speeds of every sampler, curvature, stores and conclusions."""
     measured = [_by_nfe(body), f"{_full(body)}\n{_machines(body)}", _straightness(body)]
-    parts = [*measured, _sources(body), " ".join(body["conclusions"])]
+    parts = [*measured, _sources(body), "\n".join(_below(body)), " ".join(body["conclusions"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -120,8 +120,15 @@ def _by_nfe(body: Row) -> str:
         [name, *(cell(found.get(one), one) for one in columns)] for name, found in cells.items()
     ]
     levels = "; ".join(f"{label(row)} {_figure(row['metrics'][key])}" for row in (*body["teacher"], body["floor"]))
-    head = f"{unit} by NFE, mean ± standard deviation over seeds; lower is better, * the best{_aside(body)}"
+    over = "standard deviation over seeds, of the floor over draws"
+    head = f"{unit} by NFE, mean ± {over}; lower is better, * the best{_aside(body)}"
     return f"{head}\n{aligned(['', *columns], lines)}\n{levels}"
+
+
+def _below(body: Row) -> list[str]:
+    floor = {**_means(body["floor"]), "spread": body["floor"]["metrics"][body["distance"]]["spread"]}
+    named = [{**_means(row), "name": f"{label(row)}, NFE {row['nfe']}"} for row in body["rows"]]
+    return below([floor, *named, *({**_means(row), "name": label(row)} for row in body["teacher"])])
 
 
 def _column(row: Row) -> str:

@@ -9,9 +9,10 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from nfm.stages.base import Guidance, LocalField, Section, added, operational
 from nfm.stages.couplings.variant import Variant
-from nfm.stages.trained.sampling import ALWAYS, GridName, SolverName
+from nfm.stages.trained.sampling import ALWAYS, DiffusionName, GridName, SolverName
 from nfm.stages.trained.training import Precision
-from nfm.trainers.nfe import pick_solver
+from nfm.stages.trained.weights import parse
+from nfm.trainers.nfe import STOCHASTIC, pick_solver
 
 CURVATURE_STEPS = 128
 SPEEDS = ("images_per_second", "batch", "latency_seconds")
@@ -24,8 +25,9 @@ class EvaluateConfig(Section):
 
     With `guidance` the teacher has guided rows beside its plain ones; with `student_guidance` the students' rows are
     guided, at times of `guidance_interval` alone, and with `reference` they have a row more, of adaptive dopri5.
-    `features` is where distances are taken: this run's classifier, Inception-v3 from `inception_weights`, or none, for
-    points of the plane.
+    `ema` names one of their moving averages, see trained/weights.py. `diffusion` is how much noise a stochastic solver
+    adds, "sde-euler" or "sde-heun", see trainers/solvers.py. `features` is where distances are taken: this run's
+    classifier, Inception-v3 from `inception_weights`, or none, for points of the plane.
     """
 
     baselines: tuple[str, ...] = ()
@@ -39,6 +41,8 @@ class EvaluateConfig(Section):
     guidance: Guidance = 0.0
     student_guidance: Guidance = added(0.0)
     guidance_interval: tuple[Time, Time] = added(ALWAYS)
+    ema: str | None = added(None)
+    diffusion: DiffusionName = added("sigma")
     kid_subsets: int = Field(100, ge=2)
     kid_size: int = Field(1000, ge=2)
     curvature_trajectories: int = Field(256, ge=1)
@@ -52,6 +56,19 @@ class EvaluateConfig(Section):
     @classmethod
     def _are_variants(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(str(Variant.parse(text)) for text in baselines)
+
+    @field_validator("diffusion")
+    @classmethod
+    def _is_of_a_stochastic_solver(cls, diffusion: str, info: ValidationInfo) -> str:
+        if diffusion != cls.model_fields["diffusion"].default and info.data.get("solver", "") not in STOCHASTIC:
+            raise ValueError(f"it is of solvers that add noise, {' and '.join(STOCHASTIC)}; leave it out, or name one")
+        return diffusion
+
+    @field_validator("ema")
+    @classmethod
+    def _is_a_name(cls, ema: str | None) -> str | None:
+        """In one spelling, since the fingerprint has it."""
+        return None if ema is None else str(parse(ema))
 
     @field_validator("guidance_interval")
     @classmethod

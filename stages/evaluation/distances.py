@@ -102,6 +102,12 @@ class Reference:
         row = self._of_features(self.extract(images), labels)
         return {"samples": len(images), **row, **self._of_pixels(found), "nearest": self._nearest(found)}
 
+    def to_features(self, images: np.ndarray) -> float:
+        """The distance in features alone, of images [N, C, H, W] in the form of a file."""
+        from nfm.trainers.metrics.frechet import frechet_distance
+
+        return frechet_distance(self.extract(images), self.gaussian)
+
     def _of_features(self, found: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         from nfm.trainers.metrics.frechet import FEWEST, fd_infinity, fewest_for_infinity, frechet_distance, kid
         from nfm.trainers.metrics.prdc import manifold, prdc

@@ -15,11 +15,12 @@ import numpy as np
 from nfm.stages.base import Inputs, Reporter, StageError, Stopped, Unfit
 from nfm.stages.display.pictures import as_pixels, to_uint8
 from nfm.stages.display.points import are_points
+from nfm.stages.evaluation import floor
 from nfm.stages.evaluation.config import CURVATURE_STEPS
 from nfm.stages.evaluation.distances import EXACT_VALUES, Reference
 from nfm.stages.trained import student
 from nfm.stages.trained.devices.machine import machine
-from nfm.stages.trained.sampling import Sampler, draw, initial, variant_of, velocity
+from nfm.stages.trained.sampling import Sampler, draw, fresh_noise, initial, variant_of, velocity
 from nfm.stages.trained.training import precision_context
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -73,6 +74,11 @@ class Bench:
         """Images of a row. The same for all rows, also the floor, because distances of few images are larger."""
         return min(self.config.samples, len(self.heldout))
 
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels of a row's samples: those of the first training images, see `sampling.initial`."""
+        return self.source.labels(np.arange(self.count) % len(self.source))
+
     def check(self) -> None:
         """Raises StageError now for anything that would make a row fail later."""
         if self.config.features != "none":
@@ -85,8 +91,7 @@ class Bench:
 
     def floor(self) -> Row:
         """The distances of as many real images that are not in the training set: what a perfect sampler would get."""
-        rows = np.arange(self.count)
-        found = self.reference.distances(self.heldout.images(rows), self.heldout.labels(rows))
+        found = floor.measure(self.reference, self.heldout, self.labels)
         return {"name": "floor", "model": "floor", **dict.fromkeys(NOT_SAMPLED), **found, "machine": self.machine}
 
     def sampler(self, sampler: Sampler, picture: Path) -> Row:
@@ -114,8 +119,7 @@ class Bench:
         described = {key: value for key, value in sampler._asdict().items() if key not in ("decode", "taken")}
         if sampler.taken:
             described["nfe"] = math.ceil(np.mean(sampler.taken))
-        labels = self.source.labels(np.arange(self.count) % len(self.source))
-        found = self.reference.distances(np.concatenate(parts), labels)
+        found = self.reference.distances(np.concatenate(parts), self.labels)
         return {**described, **found, **self._speed(sampler), "machine": self.machine}
 
     def curvature(self, role: str) -> Row:
@@ -126,7 +130,7 @@ class Bench:
 
         trajectories = self.config.curvature_trajectories
         noise, labels = initial(self.source, np.arange(trajectories), self.config.seed, self.device)
-        model = student.load(self.inputs[role], self.device)
+        model = student.load(self.inputs[role], self.device, self.config.ema)
         with torch.no_grad(), precision_context(noise.device.type, self.config.precision):
             value = float(curvature(velocity(model, labels), noise, CURVATURE_STEPS))
         variant = variant_of(self.inputs[role])
@@ -151,12 +155,14 @@ class Bench:
     def _seconds(self, sampler: Sampler, batch: int, repeats: int) -> float:
         import torch
 
-        noise, labels = initial(self.source, np.arange(batch), 0, self.device)
+        slots = np.arange(batch)
+        noise, labels = initial(self.source, slots, 0, self.device)
+        fresh = fresh_noise(0, slots, noise)
         taken = []
         for _ in range(repeats + 1):  # the first run is a warm-up
             started = time.perf_counter()
             with torch.no_grad():
-                sampler.decode(noise, labels).float().cpu()
+                sampler.decode(noise, labels, fresh).float().cpu()
             taken.append(time.perf_counter() - started)
         return float(np.median(taken[1:]))
 

@@ -39,6 +39,7 @@ from nfm.stages.trained.sampling import (
     teacher_sampler,
 )
 from nfm.storage.files import atomic
+from nfm.trainers.nfe import STOCHASTIC
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +105,7 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
         "curvature": [row for row in measured if "value" in row],
         "machine": "; ".join(sorted({row["machine"] for row in measured if "machine" in row})) or bench.machine,
         "reference": {"rows": len(bench.source), "split": "train"},
-        "solver": {"grid": config.grid},
+        "solver": _solver(config),
     }
     bare = [{key: value for key, value in row.items() if key not in OF_THE_MOMENT} for row in body["rows"]]
     atomic.write_json(out / DISTANCES, {"rows": bare, "curvature": body["curvature"], "reference": body["reference"]})
@@ -125,10 +126,11 @@ def cost(config: EvaluateConfig, facts: Mapping[str, Any], clock: Clock | None) 
     evaluations = students * ((2 if guidance else 1) * each + CURVATURE_STEPS * config.curvature_trajectories)
     left_out = ["distances", *(["the teacher's samples"] if "teacher" in facts["inputs"] else [])]
     words = f"without {' and '.join(left_out)}"
+    told = f"KID of {count:,} (kid_size {config.kid_size:,} is more)" if config.kid_size > count else ""
     if facts["student"].model is not None or facts["student"].sampler is not None:  # a plan runs nobody's code
-        return Cost(count, "samples a row", unknown=own.UNKNOWN_COST)
+        return Cost(count, "samples a row", told, unknown=own.UNKNOWN_COST)
     one = student.flops(facts["student"], shape)
-    cost = Cost(count, "samples a row", flops=evaluations * one, unknown=words)
+    cost = Cost(count, "samples a row", told, flops=evaluations * one, unknown=words)
     if clock is None or not students:
         return cost
     try:
@@ -150,7 +152,7 @@ def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[S
                 yield teacher_sampler(inputs["teacher"], guidance, score, device, config.precision)
     for role in _students(inputs):
         if has_own_sampler(inputs[role]):
-            yield own_sampler(inputs[role], device, config.precision, config.student_guidance)
+            yield own_sampler(inputs[role], device, config.precision, config.student_guidance, config.ema)
             continue
         for nfe in config.nfe:
             yield student_sampler(
@@ -162,10 +164,22 @@ def _samplers(config: EvaluateConfig, inputs: Inputs, device: str) -> Iterator[S
                 config.grid,
                 config.student_guidance,
                 config.guidance_interval,
+                config.ema,
+                config.diffusion,
             )
         if config.reference:
-            how = (config.student_guidance, config.guidance_interval)
+            how = (config.student_guidance, config.guidance_interval, config.ema)
             yield reference_sampler(inputs[role], device, config.precision, *how)
+
+
+def _solver(config: EvaluateConfig) -> dict[str, str]:
+    """How students are sampled, besides what their rows say."""
+    told: dict[str, str] = {"grid": config.grid}
+    if config.ema is not None:
+        told["ema"] = config.ema
+    if config.solver in STOCHASTIC:
+        told["diffusion"] = config.diffusion
+    return told
 
 
 def _students(inputs: Iterable[str]) -> list[str]:

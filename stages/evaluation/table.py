@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,9 @@ Line = Mapping[str, Any]  # one row of evaluation.json; figures that a row canno
 
 # The distances for comparing rows. Each row has exactly one of these keys.
 DISTANCE = {"fd_cnn": "FD-CNN", "fid": "FID", "w2": "W2"}
+
+BEYOND = 2  # spreads of the floor: a value lower than that is no accident
+MEMORISED = 0.8  # samples nearer to training images than this share of what real images are
 
 
 class Column(NamedTuple):
@@ -36,7 +40,8 @@ COLUMNS = (
     Column("NFE", "nfe"),
     Column("guidance", "guidance", spelled="g"),
     Column("samples", "samples"),
-    *(Column(title, key, spelled=".4f" if key == "w2" else ".2f") for key, title in DISTANCE.items()),
+    *(Column(title, key, spelled=".4f" if key == "w2" else ".4g") for key, title in DISTANCE.items()),
+    Column("± draws", "spread", spelled=".2g"),
     Column("± s.e.", "w2_error", spelled=".4f"),
     Column("points a set", "w2_points", spelled=","),
     Column("sets", "w2_sets"),
@@ -85,7 +90,33 @@ def as_text(body: dict[str, Any]) -> str:
             f"\ncurvature of {row['model']} ({row['coupling']}), unguided: {row['value']:.5f}, "
             f"{row['steps']} uniform Euler steps, {row['trajectories']} trajectories"
         )
-    return f"{text}\n"
+    for key, told in {"ema": "students by their moving average", "diffusion": "noise of the solver:"}.items():
+        if key in body["solver"]:
+            text += f"\n{told} {body['solver'][key]}"
+    return "\n".join([text, *below(body["rows"])]) + "\n"
+
+
+def below(rows: Sequence[Line]) -> list[str]:
+    """A sentence for each row whose distance is below the floor by more than its spread explains, and what it means."""
+    told = []
+    for floor in (row for row in rows if row["model"] == "floor"):
+        key = distance_key(floor)
+        spread = floor.get("spread") or floor.get("w2_error") or math.inf  # unknown: then nothing is told
+        for row in rows:
+            if row[key] < floor[key] - BEYOND * spread:
+                lower = f"{DISTANCE[key]} {row[key]:.4g} is below the floor of {floor[key]:.4g} ± {spread:.2g}"
+                told.append(f"{row['name']}: {lower}, {_why(row, floor)}.")
+    return told
+
+
+def _why(row: Line, floor: Line) -> str:
+    near, real = row.get("nearest"), floor.get("nearest")
+    if near is None or real is None:
+        return "which no sampler can be: a fault of the metric, or a memorised training set"
+    seen = f"the nearest training image is {near:.4g} away, of a real one {real:.4g}"
+    if near < MEMORISED * real:
+        return f"and {seen}: the training set is memorised"
+    return f"but {seen}: not memorised, so the metric does not see what is wrong"
 
 
 def _spelled(column: Column, row: Line) -> str | None:

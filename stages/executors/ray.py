@@ -17,6 +17,7 @@ from nfm.stages.encoding.encoder import Setup
 from nfm.stages.encoding.jobs import TRIES, Halt, Outcome, ShardJob
 from nfm.stages.executors.ray_actors import IN_FLIGHT, ActorPool, Answer
 from nfm.stages.executors.ray_cluster import cluster
+from nfm.stages.executors.ray_messages import logs
 
 DEATHS = 5
 LOSSES = 10  # including lost nodes, which a single shard may run out of memory
@@ -170,12 +171,15 @@ class _Production:
         """Removes a dead actor. Jobs that were queued there start again first."""
         seat = answer.seat
         self.backlog.waiting.extendleft(job.again() for job in reversed(self.pool.remove(seat)))
-        self.say(f"lost Ray actor {seat.name}: {_reason(answer.result)}; its shards start again elsewhere")
+        self.say(
+            f"lost Ray actor {seat.name}: {_reason(answer.result)}; its shards start again elsewhere (its logs are in "
+            f"{logs()})"
+        )
         self.lost.add(what if isinstance(answer.call, ShardJob) else f"{what}, {len(self.lost)}")
         if len(self.lost) > max(5, 3 * self.pool.wanted):
             raise StageError(
                 f"{len(self.lost)} Ray actors in a row died without finishing a shard; the last one: "
-                f"{_reason(answer.result)}. Look for the reason in the Ray logs (out of memory is the usual one: "
+                f"{_reason(answer.result)}. Look for the reason in {logs()} (out of memory is the usual one: "
                 "lower pairs.batch_size or pairs.workers); committed shards stay, run the same command again"
             ) from answer.result
 
@@ -203,7 +207,8 @@ def _reason(error: Any) -> str:
         first = str(cause).strip().partition("\n")[0]
         return first if isinstance(cause, StageError) else f"{type(cause).__name__}: {first}"
     lines = _plain(error).strip().splitlines() or ["no message"]
-    return lines[-1].partition(" Some common causes")[0].strip()
+    said = lines[-1].partition(" Some common causes")[0].rpartition("Worker exit detail: ")[2]
+    return said.strip().rstrip(".")
 
 
 def _plain(error: Exception) -> str:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from nfm.stages.base import StageError, Unfit
+from nfm.stages.executors.ray_messages import logs, shortened
 
 ANSWER_SECONDS = 5.0
 STORE_BYTES = 80 * 2**20  # small, because images never enter Ray's object store
@@ -82,19 +83,26 @@ def cluster(address: str | None, workers: int, threads: int, device: str) -> Ite
     import ray
 
     address = address_of(address)
-    connected = ray.is_initialized()
-    if not connected:
+    if ray.is_initialized():
+        yield _share(threads, device)
+        return
+    with shortened():
         with _interruptible():
             if address == "local":
                 _make(workers, threads, device)
             else:
                 _connect(address)
-    try:
-        gpus = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
-        yield Share(threads, int(gpus))
-    finally:
-        if not connected:
+        try:
+            yield _share(threads, device)
+        finally:
             ray.shutdown()
+
+
+def _share(threads: int, device: str) -> Share:
+    import ray
+
+    gpus = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+    return Share(threads, int(gpus))
 
 
 def _make(workers: int, threads: int, device: str) -> None:
@@ -106,16 +114,11 @@ def _make(workers: int, threads: int, device: str) -> None:
         workers = gpus or max(1, len(os.sched_getaffinity(0)) // threads)
     try:
         start_local(workers * threads, gpus)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises that itself where one of its processes ends during the start
         raise StageError(
-            f"a local Ray cannot start: {_first_line(error)}; see the logs in {_logs()}, or do "
+            f"a local Ray cannot start: {_first_line(error)}; see the logs in {logs()}, or do "
             "without it: --set pairs.executor=serial"
         ) from error
-
-
-def _logs() -> str:
-    """The folder in which Ray on this machine keeps the output of its processes."""
-    return os.path.join(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")), "ray", "session_latest", "logs")
 
 
 def start_local(cpus: int, gpus: int = 0) -> None:
@@ -192,11 +195,7 @@ def _connect(address: str) -> None:
     check_reachable(address)
     try:
         ray.init(address=address, **_quiet())
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # OSError: a ConnectionError, or a missing token
+    except Exception as error:  # of no kind of its own
         raise StageError(f"cannot connect to the Ray cluster at {address!r}: {_first_line(error)}; {REMEDY}") from error
 
 

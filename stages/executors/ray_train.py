@@ -22,6 +22,7 @@ from nfm.stages.trained.devices.launched import Silent
 LOOKS_EVERY = 0.5  # seconds between two looks at the training
 UNSEEN = 30.0  # seconds without a look after which nothing more is written: somebody else may have taken over
 STARTS = 5  # in a row that may end before a new checkpoint
+FAILED_STARTS = 40  # of a whole training that may end before its processes meet; Ray waits a minute for a node
 
 News = list[tuple[str, tuple[Any, ...], dict[str, Any]]]  # calls of a reporter: method, arguments, figures
 
@@ -182,7 +183,12 @@ def _train(work: tuple[Any, ...], line: Any, share: Any, notes: Path, failed: li
                 num_workers=work[1].workers, use_gpu=bool(share.gpus), resources_per_worker=needs
             ),
             run_config=RunConfig(
-                name="training", storage_path=str(notes), failure_config=FailureConfig(max_failures=-1)
+                name="training",
+                storage_path=str(notes),
+                failure_config=FailureConfig(  # of Ray Train's second version, which its types do not know
+                    max_failures=-1,
+                    controller_failure_limit=FAILED_STARTS,  # type: ignore[call-arg]
+                ),
             ),
         ).fit()
     except BaseException as error:  # raised by the thread that waits

@@ -20,7 +20,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.format.spec import StoreSpec, pair_fields
-from nfm.trainers.nfe import GRIDS, pick_solver
+from nfm.trainers.nfe import COSTS, GRIDS, STOCHASTIC, pick_solver
 
 if TYPE_CHECKING:
     from nfm.stages.pairs.config import PairsConfig
@@ -116,6 +116,11 @@ def reflow_options(config: PairsConfig, _: str | None) -> dict[str, Any]:
     """How the student samples. Raises StageError if solver, NFE and grid do not fit together."""
     with blaming("config section [pairs], reflow_solver and reflow_nfe"):
         solver = pick_solver(config.reflow_solver, config.reflow_nfe)
+    if solver in STOCHASTIC:
+        raise Unfit(
+            f"pairs.reflow_solver = {solver!r}: it adds noise on its way, so an image is no function of the noise that "
+            f"it began with; take {', '.join(name for name in COSTS if name not in STOCHASTIC)}"
+        )
     if config.reflow_grid not in GRIDS:
         raise Unfit(f"pairs.reflow_grid = {config.reflow_grid!r} is unknown; there are {', '.join(GRIDS)}")
     how = {"grid": config.reflow_grid, "guidance": config.reflow_guidance}

@@ -34,7 +34,7 @@ from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import WEIGHTS
+from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
@@ -116,7 +116,7 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
         return {"store": spec.to_dict(), "encoding": {"batch_size": size}}
     from nfm.stages.encoding import probe
 
-    facts = (str(inputs["teacher"].resolve()), spec.image_shape, spec.classes or 0, spec.eta)
+    facts = (mirror.origin(inputs["teacher"]), spec.image_shape, spec.classes or 0, spec.eta)
     how: dict[str, Any] = {"precision": config.precision, "threads": config.threads}
     sizes = [size for size in probe.SIZES if size <= spec.rows_per_shard]
     address = address_of(config.ray_address)

@@ -13,7 +13,8 @@ import numpy as np
 from nfm.stages.base import StageError
 from nfm.stages.display import plots as plots
 from nfm.stages.display.points import coordinates
-from nfm.stages.evaluation.table import DISTANCE, Line, columns_of, distance_key
+from nfm.stages.evaluation.table import DISTANCE, below, columns_of, distance_key
+from nfm.stages.report.headline import sentences, title
 from nfm.stages.report.html import figure, heading, image_grid, number, paragraph, row, table
 from nfm.storage.files.atomic import read_json
 from nfm.storage.files.small_files import opened
@@ -36,15 +37,7 @@ class Evaluation:
         self.title = DISTANCE[self.key]
 
     def lead(self) -> list[str]:
-        """One sentence: the students at the fewest Heun steps, the teacher and the floor."""
-        heun = [line for line in self.rows if line["model"] == "student" and line["sampler"] == "heun"]
-        if not heun:
-            return []
-        fewest = min(line["nfe"] for line in heun)
-        shown = [line for line in heun if line["nfe"] == fewest]
-        shown += [line for line in self.rows if line["model"] in ("teacher", "floor")]
-        said = [f"{_row_title(line)}: {number(line[self.key], 3)}" for line in shown]
-        return [f"{self.title}, lower is better. {'; '.join(said)}."]
+        return sentences(self.body)
 
     def section(self) -> str:
         columns = columns_of(self.rows)
@@ -52,11 +45,13 @@ class Evaluation:
         reference = self.body.get("reference") or {}
         text = (
             f"Distances to {reference.get('rows', 0):,} images of the {reference.get('split', 'train')} split"
-            f"{MEANT[self.key]}. The floor is the distance of real held-out images. "
+            f"{MEANT[self.key]}. The floor is the distance of real held-out images with the samples' labels"
+            f"{', ± over draws of them' if any(line.get('spread') for line in self.rows) else ''}. "
             f"Tinted: the best student at each NFE. Measured on: {self.body.get('machine', 'unknown machine')}."
         )
         measured = table([column.title for column in columns], cells, self._best())
-        return paragraph(text) + measured + self._plot() + self._curvature()
+        told = "".join(map(paragraph, below(self.rows)))
+        return paragraph(text) + measured + told + self._plot() + self._curvature()
 
     def grids(self, model: str) -> list[str]:
         """A grid for each row of this model with samples, sorted by NFE, couplings side by side."""
@@ -74,7 +69,7 @@ class Evaluation:
                     caption = f"{len(images):,} points, {caption}"
                 else:
                     picture = image_grid(images, alt, labels=labels)
-                figures.append(figure(picture, _row_title(line), caption))
+                figures.append(figure(picture, title(line), caption))
         return figures
 
     def _best(self) -> list[int]:
@@ -94,7 +89,7 @@ class Evaluation:
             distance.append(line[self.key])
         if not lines:
             return ""
-        levels = {_row_title(line): (line["model"], line[self.key]) for line in self.rows if line["model"] != "student"}
+        levels = {title(line): (line["model"], line[self.key]) for line in self.rows if line["model"] != "student"}
         taken: dict[str, list[int]] = {}  # the NFE of each solver in the rows
         for line in self.rows:
             if line["model"] == "student":
@@ -125,11 +120,3 @@ def _samples(file: Path, root: Path) -> tuple[np.ndarray, np.ndarray | None]:
     except (ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         remedy = "remove that evaluation's folder and run the same command again"
         raise StageError(f"{file}: no samples of an evaluation ({error}); {remedy}") from error
-
-
-def _row_title(line: Line) -> str:
-    if line["model"] == "student":
-        return f"{line['coupling']} student, {str(line['sampler']).capitalize()}, NFE {line['nfe']}"
-    sampler = f", {line['sampler']}" if line.get("sampler") else ""
-    guidance = f", guidance {line['guidance']:g}" if line.get("guidance") else ""
-    return f"{line['model']}{sampler}{guidance}"

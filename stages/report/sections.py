@@ -14,10 +14,10 @@ from nfm.stages.display import plots as plots
 from nfm.stages.display.pictures import FALSE_COLOURS, false_colours
 from nfm.stages.display.points import are_points, coordinates
 from nfm.stages.display.units import duration
+from nfm.stages.display.watching.lines import METRICS, read_lines
 from nfm.stages.pairs import coupling_advice
 from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.report.html import code, figure, folded, heading, image_grid, number, paragraph, row, table
-from nfm.stages.trained.training import read_lines
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.errors import by
 from nfm.storage.files.atomic import read_json
@@ -69,7 +69,7 @@ def data(root: Path, manifest: Mapping[str, Any], samples: int, seed: int) -> st
 
 
 def teacher(root: Path, manifest: Mapping[str, Any], evaluation: Evaluation | None) -> str:
-    log = root / "metrics.jsonl"
+    log = root / METRICS
     lines = read_lines(log) if log.exists() else []  # one that was trained elsewhere has none
     bits = {"teacher training": _curve(lines, "train_bpd"), "teacher held-out": _curve(lines, "heldout_bpd")}
     if not any(seen for seen, _ in bits.values()):
@@ -137,7 +137,7 @@ def _coupling_reports(reports: Mapping[str, Mapping[str, Any] | None]) -> str:
 
 
 def students(roots: Mapping[str, Path], evaluation: Evaluation | None) -> str:
-    lines = {name: read_lines(root / "metrics.jsonl") for name, root in roots.items()}
+    lines = {name: read_lines(root / METRICS) for name, root in roots.items()}
     losses = {name: curve for name, log in lines.items() if (curve := _curve(log, "loss"))[0]}
     figures = []
     if losses:

@@ -19,17 +19,8 @@ from nfm.stages.trained import costs
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
-from nfm.stages.trained.training import (
-    WEIGHTS,
-    Task,
-    TrainingSection,
-    blaming,
-    check_section,
-    fit,
-    kept_files,
-    parameter_count,
-    read_weights,
-)
+from nfm.stages.trained.training import Task, TrainingSection, blaming, check_section, fit, kept_files, parameter_count
+from nfm.stages.trained.weights import WEIGHTS, read_weights
 from nfm.storage import ImageDataset
 from nfm.trainers.models.sizes import check_sides
 

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from nfm.stages.trained.costs import Trial
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import rate_of_calls
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import blaming, parameter_count, precision_context, read_weights
+from nfm.stages.trained.training import blaming, parameter_count, precision_context
+from nfm.stages.trained.weights import read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
     from nfm.stages.trained.training import Precision
     from nfm.trainers.models.tarflow import Guidance
 
-SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4"]
+SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4", "sde-euler", "sde-heun"]
 GridName = Literal["square", "uniform"]
-SOLVERS, GRIDS = get_args(SolverName), get_args(GridName)
+DiffusionName = Literal["sigma", "constant", "sin^2", "decreasing"]
+SOLVERS, GRIDS, DIFFUSIONS = get_args(SolverName), get_args(GridName), get_args(DiffusionName)
 OWN = "own"  # sampler of a student whose user's function it is
 REFERENCE = "dopri5"  # whose own error control decides its evaluations
 TOLERANCE = 1e-5  # of the reference, relative and absolute
@@ -43,8 +45,13 @@ TOLERANCE = 1e-5  # of the reference, relative and absolute
 Interval = tuple[float, float]  # of the times at which a student is guided
 ALWAYS: Interval = (0.0, 1.0)
 
-# noise [B, C, H, W] and labels [B] -> images [B, C, H, W] in [-1, 1]
-Decode = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+Fresh = Callable[[int], "torch.Tensor"]  # further noise of the same records: its number -> [B, C, H, W]
+
+
+class Decode(Protocol):
+    """Noise [B, C, H, W] and labels [B] -> images [B, C, H, W] in [-1, 1]. Stochastic solvers need `fresh`."""
+
+    def __call__(self, noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor: ...
 
 
 class Sampler(NamedTuple):
@@ -74,8 +81,12 @@ def student_sampler(
     grid: str = "square",
     guidance: float = 0.0,
     interval: Interval = ALWAYS,
+    ema: str | None = None,
+    diffusion: str = "sigma",
 ) -> Sampler:
-    """The student with `nfe` evaluations of its velocity. With guidance, each is done with and without labels.
+    """The student, or its moving average `ema`, with `nfe` evaluations of its velocity.
+
+    With guidance, each is done with and without labels.
 
     Its row is named after the variant of its manifest. Raises ValueError for an NFE that the solver cannot have,
     StageError for guidance of a student that cannot be without labels, and for one with a sampler of its own.
@@ -85,18 +96,24 @@ def student_sampler(
     if has_own_sampler(folder):
         raise Unfit(f"{folder}: this student has a sampler of its own and no velocity that a solver could follow")
     method = pick_solver(solver, nfe)
-    model, variant = _student(folder, device, guidance)
+    model, variant = _student(folder, device, guidance, ema)
 
-    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def decode(noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
-            return solvers.sample(velocity(model, labels, guidance, interval), noise, nfe, method, grid)
+            guided = velocity(model, labels, guidance, interval)
+            return solvers.sample(guided, noise, nfe, method, grid, fresh, diffusion)
 
-    name = _as_file(f"student-{variant}-{method}-{nfe}")
+    name = _row_of(variant, f"{method}-{nfe}", ema)
     return Sampler(name, "student", variant, method, nfe, guidance, parameter_count(model), decode)
 
 
 def reference_sampler(
-    folder: Path, device: str, precision: Precision, guidance: float = 0.0, interval: Interval = ALWAYS
+    folder: Path,
+    device: str,
+    precision: Precision,
+    guidance: float = 0.0,
+    interval: Interval = ALWAYS,
+    ema: str | None = None,
 ) -> Sampler:
     """The student's own limit: adaptive dopri5 to a tolerance of 1e-5, which takes the evaluations that it needs.
 
@@ -105,11 +122,11 @@ def reference_sampler(
     from nfm.trainers import solvers
 
     find_reference_solver()
-    model, variant = _student(folder, device, guidance)
-    name = _as_file(f"student-{variant}-{REFERENCE}")
+    model, variant = _student(folder, device, guidance, ema)
+    name = _row_of(variant, REFERENCE, ema)
     taken: list[int] = []
 
-    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def decode(noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor:
         try:
             with precision_context(noise.device.type, precision):
                 guided = velocity(model, labels, guidance, interval)
@@ -130,7 +147,9 @@ def has_own_sampler(folder: Path) -> bool:
     return atomic.read_json(folder / "manifest.json").get("config", {}).get("sampler") is not None
 
 
-def own_sampler(folder: Path, device: str, precision: Precision, guidance: float = 0.0) -> Sampler:
+def own_sampler(
+    folder: Path, device: str, precision: Precision, guidance: float = 0.0, ema: str | None = None
+) -> Sampler:
     """A student by its user's own sampler, whose NFE is how often it calls the network, counted.
 
     Raises StageError for guidance, which it does not have, and where its file is not the one that it was made with.
@@ -140,12 +159,12 @@ def own_sampler(folder: Path, device: str, precision: Precision, guidance: float
             f"{folder}: this student is sampled by a function of its own, which has no guidance; use guidance 0"
         )
     function = own.sampler_of(folder)
-    model, variant = _student(folder, device, 0.0)
+    model, variant = _student(folder, device, 0.0, ema)
     taken: list[int] = []
     calls = [0]
     model.register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
 
-    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def decode(noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor:
         calls[0] = 0
         with precision_context(noise.device.type, precision):
             images: torch.Tensor = function(model, noise, labels)
@@ -154,7 +173,7 @@ def own_sampler(folder: Path, device: str, precision: Precision, guidance: float
         taken.append(calls[0])
         return images
 
-    name = _as_file(f"student-{variant}-{OWN}")
+    name = _row_of(variant, OWN, ema)
     return Sampler(name, "student", variant, OWN, 0, 0.0, parameter_count(model), decode, taken)
 
 
@@ -180,7 +199,7 @@ def teacher_sampler(
         raise Unfit(f"{folder}: this teacher is a flow of its user's own, which has no guidance; use guidance 0")
     decoded = functools.partial(model.decode, guidance=guided) if isinstance(model, TarFlow) else model.decode
 
-    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def decode(noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor:
         with precision_context(noise.device.type, precision):
             images = decoded(noise * facts["sigma_f"], labels)
             return denoise(model, images, labels, facts["eta"]) if score else images
@@ -234,9 +253,9 @@ def evaluations_per_second(
     return rate_of_calls(trials, batch_size, device, precision)
 
 
-def _student(folder: Path, device: str, guidance: float) -> tuple[nn.Module, str]:
+def _student(folder: Path, device: str, guidance: float, ema: str | None) -> tuple[nn.Module, str]:
     """A finished student that can be sampled with this guidance, and the name of its rows."""
-    model = student.load(folder, device)
+    model = student.load(folder, device, ema)
     if guidance:
         _can_be_guided(folder)
     return model, variant_of(folder)
@@ -248,8 +267,10 @@ def variant_of(folder: Path) -> str:
     return metrics.get("variant") or metrics["coupling"]
 
 
-def _as_file(name: str) -> str:
-    return name.translate(str.maketrans(":=/", "---"))
+def _row_of(variant: str, method: str, ema: str | None) -> str:
+    """The name of a row, also in file names."""
+    average = "" if ema is None else f"-ema-{ema}"
+    return f"student-{variant}-{method}{average}".translate(str.maketrans(":=/", "---"))
 
 
 def _can_be_guided(folder: Path) -> None:
@@ -274,7 +295,7 @@ def draw(
         slots = np.arange(start, min(start + batch_size, count))
         noise, labels = initial(source, slots, seed, device)
         with torch.no_grad():
-            yield decode(noise, labels).float().cpu().numpy()
+            yield decode(noise, labels, fresh_noise(seed, slots, noise)).float().cpu().numpy()
 
 
 def initial(source: ImageDataset, slots: np.ndarray, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,6 +306,17 @@ def initial(source: ImageDataset, slots: np.ndarray, seed: int, device: str) -> 
     eps = philox.normals(seed, 0, slots, int(np.prod(shape)), purpose="samples").reshape(len(slots), *shape)
     labels = source.labels(slots % len(source))
     return torch.from_numpy(eps).to(device), torch.from_numpy(labels).to(device)
+
+
+def fresh_noise(seed: int, slots: np.ndarray, like: torch.Tensor) -> Fresh:
+    """What a stochastic solver adds to the samples with the numbers `slots`: each has its own, whatever the batch."""
+    import torch
+
+    def fresh(step: int) -> torch.Tensor:
+        eps = philox.normals(seed, step, slots, like[0].numel(), purpose="diffusion")
+        return torch.from_numpy(eps).view(like.shape).to(like.device)
+
+    return fresh
 
 
 def sample_grid(
@@ -298,11 +330,13 @@ def sample_grid(
     grid: str = "square",
     guidance: float = 0.0,
     guided: Mapping[str, Any] | None = None,
+    ema: str | None = None,
+    diffusion: str = "sigma",
 ) -> None:
     """Draws `count` images of a finished student or teacher, class by class, as one picture with titles.
 
     Its format is that of the path's ending. `guided` are further options of the guidance: `interval` of a student's,
-    those of `tarflow.Guidance` of a teacher's.
+    those of `tarflow.Guidance` of a teacher's. `ema` names a moving average of a student.
     """
     import torch
 
@@ -310,10 +344,11 @@ def sample_grid(
 
     device = pick_device("auto")
     if stage == "student" and has_own_sampler(folder):
-        sampler = own_sampler(folder, device, "float32", guidance)
+        sampler = own_sampler(folder, device, "float32", guidance, ema)
     elif stage == "student":
         with blaming("--nfe"):
-            sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance, **(guided or {}))
+            how = {**(guided or {}), "ema": ema, "diffusion": diffusion}
+            sampler = student_sampler(folder, nfe, device, "float32", solver, grid, guidance, **how)
     elif stage == "teacher":
         with blaming("--guidance"):
             sampler = teacher_sampler(folder, Guidance(guidance, **(guided or {})), True, device, "float32")
@@ -321,12 +356,13 @@ def sample_grid(
         raise Unfit(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
     _, architecture = read_weights(folder)
     shape = architecture["image_shape"]
-    eps = philox.normals(seed, 0, np.arange(count), int(np.prod(shape)), purpose="samples")
+    slots = np.arange(count)
+    eps = philox.normals(seed, 0, slots, int(np.prod(shape)), purpose="samples")
     classes = architecture["classes"]
     labels = torch.arange(count) % max(classes, 1)
     with torch.no_grad(), blaming("--solver, --grid"):
-        noise = torch.from_numpy(eps).reshape(count, *shape)
-        images = sampler.decode(noise.to(device), labels.to(device)).float().cpu().numpy()
+        noise = torch.from_numpy(eps).reshape(count, *shape).to(device)
+        images = sampler.decode(noise, labels.to(device), fresh_noise(seed, slots, noise)).float().cpu().numpy()
     save_grid(path, images, image_dtype=image_dtype_of(folder), labels=labels.numpy() if classes else None)
 
 

@@ -18,26 +18,27 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from nfm.stages.base import Inputs, LocalField, Reporter, Result, StageError, Unfit, added, one_of, operational
 from nfm.stages.couplings.variant import Variant, check_knobs
+from nfm.stages.display.watching.lines import METRICS, read_lines
 from nfm.stages.trained import costs
 from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_of
 from nfm.stages.trained.costs import Cost, Counted, Trial
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
-    METRICS,
-    WEIGHTS,
     Task,
     TrainingSection,
     blaming,
     check_section,
     fit,
     kept_files,
+    over_all,
     parameter_count,
-    read_weights,
     recipe,
+    whole_batches,
 )
+from nfm.stages.trained.weights import WEIGHTS, Name, files_of, parse, parts_of, read, read_weights
 from nfm.storage import Mixture, PairStore
-from nfm.storage.files.small_files import read_bytes
+from nfm.trainers.training.profiles import WIDEST
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,8 @@ class StudentConfig(TrainingSection):
     `model`, with the keywords `options`, `times`, `objective` and `sampler` may be functions of one's own, see own.py.
     `times` is also "uniform" or "logit-normal(mean, deviation)". `init` is a finished student whose weights are the
     first ones; what is in it is an input, and so part of the fingerprint.
+
+    `emas` are relative widths of further moving averages, kept at the end and after every `snapshots` pairs.
     """
 
     pairs: int = Field(240_000, ge=1)
@@ -84,6 +87,8 @@ class StudentConfig(TrainingSection):
     soften: float = added(0.0)
     permuted: bool = added(False)
     mixture: dict[str, float] = added({})
+    emas: tuple[Annotated[float, Field(ge=0.001, le=WIDEST)], ...] = added(())
+    snapshots: int | None = added(None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -112,13 +117,34 @@ class StudentConfig(TrainingSection):
     @model_validator(mode="after")
     def _check_own(self) -> Self:
         if self.options and self.model is None:
-            raise ValueError("options are the keywords of student.model, and there is none; name it or leave them out")
+            raise ValueError(
+                "options are the keywords of student.model, and there is none: name it as `module:function`, or leave "
+                "them out"
+            )
         if self.times != TIMES and self.objective != OBJECTIVE:
             raise ValueError("times are flow matching's, and objective is another; leave times out")
         if self.sampler is not None and self.objective == OBJECTIVE:
             raise ValueError(
                 f'sampler is of an objective of one\'s own; with "{OBJECTIVE}" solvers sample, leave it out'
             )
+        return self
+
+    def averages(self) -> tuple[float, ...]:
+        return self.emas
+
+    def parts_of(self, ema: str) -> dict[Name, float]:
+        """What of its averages a finished student of this section makes this one of. Raises ValueError if it cannot."""
+        size, total, every = self.batch_size, whole_batches(self, self.pairs), self.snapshots
+        seen = [after for after in range(size, total, size) if every and (after - size) // every != after // every]
+        at = [None, *seen]
+        return parts_of(parse(ema), [Name(width, count) for count in at for width in self.emas], total)
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> Self:
+        if len(set(self.emas)) < len(self.emas):
+            raise ValueError(f"emas names a width twice: {', '.join(map(str, self.emas))}; name each once")
+        if self.snapshots is not None and not self.emas:
+            raise ValueError("snapshots are of the moving averages in emas, and there are none; name their widths")
         return self
 
     @model_validator(mode="after")
@@ -133,7 +159,7 @@ def fits(config: StudentConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit if sizes do not fit each other or the data, as far as `facts` describe it."""
 
     def sizes() -> None:
-        own.digests(config, NAME)
+        own.look_for(config, NAME)
         if config.model is None:
             ARCHITECTURES[config.arch].check(config, facts.get("image_shape"))
 
@@ -178,7 +204,7 @@ def task(config: StudentConfig, inputs: Inputs, device: str) -> Task:
         batches = source.batches(config.batch_size, config.seed, epochs=None, device=device, soften=config.soften)
 
     read = _Permuted(batches) if config.permuted else batches
-    return Task(model, _loss(config), read, architecture, config.pairs, "pairs")
+    return Task(model, _loss(config), read, architecture, config.pairs, "pairs", snapshots=config.snapshots)
 
 
 class _Permuted:
@@ -203,20 +229,19 @@ def run(config: StudentConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     with blaming("config section [student]"):
         variant = _variant(store.spec.coupling, config)
     fit(task, config, inputs, out, report)
-    final, image_dtype = _last_line(out / METRICS), store.spec.field("image").dtype
+    lines, image_dtype = read_lines(out / METRICS), store.spec.field("image").dtype
     metrics = {
-        "loss": final["loss"],
+        "loss": lines[-1]["loss"],
         "pairs_seen": recipe(config, config.pairs).examples,
         "parameters": parameter_count(load(out)),
-        "pairs_per_second": final["pairs_per_second"],
-        "data_wait_share": final["data_wait_share"],
+        **over_all(lines, "pairs"),
         "coupling": store.spec.coupling,
         "variant": str(variant),
         "generation": store.generation,
         "draws": store.draws,
         **({} if image_dtype == "uint8" else {"image_dtype": image_dtype}),
     }
-    return Result(payload=[WEIGHTS], metrics=metrics, files=kept_files(out))
+    return Result(payload=[WEIGHTS, *files_of(out).values()], metrics=metrics, files=kept_files(out))
 
 
 def _begin(model: nn.Module, config: StudentConfig, inputs: Inputs) -> None:
@@ -288,9 +313,9 @@ def _loss(config: StudentConfig) -> Loss:
     return loss
 
 
-def load(folder: Path, device: str = "cpu") -> nn.Module:
-    """The trained student of any architecture, in evaluation mode."""
-    state, architecture = read_weights(folder)
+def load(folder: Path, device: str = "cpu", ema: str | None = None) -> nn.Module:
+    """The trained student of any architecture, in evaluation mode; of the moving average `ema`, see weights.py."""
+    state, architecture = read(folder, ema)
     model = build(architecture)
     model.load_state_dict(state)
     loaded: nn.Module = model.eval().to(device)
@@ -321,7 +346,3 @@ def _mixed(store: PairStore, config: StudentConfig, inputs: Inputs) -> PairStore
 
 def _variant(coupling: str, config: StudentConfig) -> Variant:
     return Variant(coupling, config.soften, config.permuted, config.mixture)
-
-
-def _last_line(path: Path) -> dict[str, float]:
-    return json.loads(read_bytes(path).decode().splitlines()[-1])

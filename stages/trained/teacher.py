@@ -18,7 +18,6 @@ from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
-    WEIGHTS,
     Precision,
     Task,
     TrainingSection,
@@ -28,9 +27,9 @@ from nfm.stages.trained.training import (
     kept_files,
     parameter_count,
     precision_context,
-    read_weights,
     recipe,
 )
+from nfm.stages.trained.weights import WEIGHTS, read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
@@ -91,7 +90,10 @@ class TeacherConfig(TrainingSection):
     @model_validator(mode="after")
     def _check_own(self) -> Self:
         if self.options and self.model is None:
-            raise ValueError("options are the keywords of teacher.model, and there is none; name it or leave them out")
+            raise ValueError(
+                "options are the keywords of teacher.model, and there is none: name it as `module:function`, or leave "
+                "them out"
+            )
         return self
 
 
@@ -99,7 +101,7 @@ def fits(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
     """Raises Unfit if sizes do not fit each other or the data, as far as `facts` describe it."""
 
     def sizes() -> None:
-        own.digests(config, NAME)
+        own.look_for(config, NAME)
         if config.model is not None:
             return
         check_channels(config.channels, config.head_size)
@@ -215,6 +217,13 @@ def cost(config: TeacherConfig, facts: Mapping[str, Any], clock: Clock | None) -
     """What training costs."""
     if config.model is not None:  # a plan runs nobody's code
         return Cost(config.images, "images", unknown=own.UNKNOWN_COST)
+    shape = facts["image_shape"]
+    parameters = costs.teacher_parameters(shape, facts.get("classes", 0), config)
+    return cost_of_training(NAME, config, config.images, "images", facts, parameters, trials(config, facts), clock)
+
+
+def trials(config: TeacherConfig, facts: Mapping[str, Any]) -> list[Trial]:
+    """The teacher and shallower ones, to be timed."""
     shape, classes = facts["image_shape"], facts.get("classes", 0)
 
     def make(of: TeacherConfig) -> tuple[TarFlow, Loss]:
@@ -222,9 +231,7 @@ def cost(config: TeacherConfig, facts: Mapping[str, Any], clock: Clock | None) -
 
     sizes = [{}, {"blocks": 1}, {"blocks": 1, "layers": 1}]
     shallower = [config.model_copy(update=less) for less in sizes]
-    trials = [Trial(costs.teacher_flops(shape, of), partial(make, of)) for of in shallower]
-    parameters = costs.teacher_parameters(shape, classes, config)
-    return cost_of_training(NAME, config, config.images, "images", facts, parameters, trials, clock)
+    return [Trial(costs.teacher_flops(shape, of), partial(make, of)) for of in shallower]
 
 
 def _loss(config: TeacherConfig) -> Loss:

@@ -1,35 +1,39 @@
-"""What the three trained stages share: device and precision, the checkpoint on disk, `metrics.jsonl`, stopping."""
+"""What the three trained stages share: device and precision, the checkpoint on disk, stopping."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Section, StageError, Stopped, Unfit, call, operational
+from nfm.stages.display.watching.lines import METRICS, Lines, Watching
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.weights import SNAPSHOTS, WEIGHTS, file_of, files_of
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
-from nfm.storage.files.copies.resume import Resume
+from nfm.storage.files.copies.resume import Resume, newest
+from nfm.storage.files.paths import is_remote, names_in, temporary_name
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
-from nfm.storage.reading.reader import check_enough
+from nfm.storage.reading.reader import check_enough, check_shared
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nfm.trainers.loop import Loss
+    from nfm.trainers.loop import Averages, Loss
     from nfm.trainers.training.state import Recipe
 
 Precision = Literal["float32", "bfloat16"]
 Sharding = Literal["ddp", "fsdp"]
-CHECKPOINTS, METRICS, WEIGHTS = "checkpoints", "metrics.jsonl", "weights.safetensors"
+CHECKPOINTS = "checkpoints"
 OLD_CHECKPOINT = "checkpoint.safetensors"  # where earlier versions kept the state of a training
 
 
@@ -42,6 +46,8 @@ class TrainingSection(Section):
     `workers` processes of a Ray cluster share each batch; `sharding` "ddp" keeps the whole model in each, "fsdp" shares
     it out. `microbatch` is the most records that a process computes at a time, `recompute` keeps no activations inside
     layers, `compile` is torch's. None of these changes the result but for rounding.
+
+    `watch` names who is told of the training beside `metrics.jsonl`, see stages/display/watching/.
     """
 
     seed: int = Field(0, ge=0)
@@ -62,14 +68,16 @@ class TrainingSection(Section):
     recompute: bool = operational(False)
     compile: bool = operational(False)
     ray_address: str | None = operational(None)
+    watch: tuple[Watching, ...] = operational(())
 
-    @model_validator(mode="after")
-    def _check_workers(self) -> Self:
-        if self.batch_size % self.workers:
-            raise ValueError(
-                f"batch_size {self.batch_size} is shared by {self.workers} workers: make it a multiple of them"
-            )
-        return self
+    @property
+    def processes(self) -> int:
+        """How many train: those of a launcher, else the workers."""
+        return launched.size() if launched.size() > 1 else self.workers
+
+    def averages(self) -> tuple[float, ...]:
+        """The relative widths of the moving averages that are kept beside that of `ema`."""
+        return ()
 
 
 @contextmanager
@@ -87,6 +95,7 @@ def check_section(name: str, config: TrainingSection, facts: Mapping[str, Any], 
     """A stage's `fits`: `sizes` raises ValueError where they do not fit; `facts` are of the data, as far as known."""
     with blaming(f"config section [{name}]"):
         sizes()
+        check_shared(config.batch_size, config.processes)
         if "images" in facts:
             check_enough(config.batch_size, facts["images"])
 
@@ -106,11 +115,16 @@ def precision_context(device_type: str, precision: Precision) -> Any:
     return torch.autocast(device_type, dtype, enabled=dtype is not None)
 
 
+def whole_batches(config: TrainingSection, examples: int) -> int:
+    """So many examples, rounded up to whole batches."""
+    return -(-examples // config.batch_size) * config.batch_size
+
+
 def recipe(config: TrainingSection, examples: int) -> Recipe:
     """The section's fields as the loop's recipe, for `examples` in all, rounded up to whole batches."""
     from nfm.trainers.training.state import Recipe
 
-    total = -(-examples // config.batch_size) * config.batch_size
+    total = whole_batches(config, examples)
     return Recipe(
         examples=total,
         batch_size=config.batch_size,
@@ -120,6 +134,7 @@ def recipe(config: TrainingSection, examples: int) -> Recipe:
         clip=config.clip,
         ema=config.ema,
         seed=config.seed,
+        emas=config.averages(),
     )
 
 
@@ -128,7 +143,8 @@ class Task:
     """A training as each of its processes makes it, from the config and the inputs alone.
 
     `measure` gives figures for the log, taken every `log_every` examples by all processes at once. `architecture` is
-    what builds the model again; it is stored beside the weights.
+    what builds the model again; it is stored beside the weights. After every `snapshots` examples the moving averages
+    of the config's `averages` are kept.
     """
 
     model: nn.Module
@@ -138,6 +154,7 @@ class Task:
     examples: int
     unit: str
     measure: Callable[[], dict[str, float]] = dict
+    snapshots: int | None = None
 
 
 Make = Callable[[Any, Inputs, str], Task]  # (config, inputs, device): of a module, so that other processes find it
@@ -162,40 +179,54 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
     from nfm.trainers import loop
     from nfm.trainers.checkpoint import CheckpointError, pack_weights
     from nfm.trainers.training import parallel
-    from nfm.trainers.training.checkpoint_folder import STATE, CheckpointFolder
+    from nfm.trainers.training.checkpoint_folder import CheckpointFolder
 
-    resume = Resume(out, STATE, report.check_lock)
+    resume = Resume(out, report.check_lock)
     if parallel.rank() == 0:
         _bring_checkpoint(out, resume)
-
-    def copy(checkpoint: Path) -> None:
-        files = {path.name: path for path in checkpoint.iterdir()}
-        resume.put(int(checkpoint.name), files | ({METRICS: out / METRICS} if (out / METRICS).exists() else {}))
 
     task = make(config, inputs, device)
     plan, unit, first = recipe(config, task.examples), task.unit, parallel.rank() == 0
     shown: dict[str, float] = {}  # the figures of the last line
+    lines: Lines | None = None
 
     def log(figures: dict[str, float]) -> None:
         line = {**figures, **task.measure()}
-        if first:
-            with (out / METRICS).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({key: round(value, 6) for key, value in line.items()}) + "\n")
+        if lines is not None:
+            lines.add(line)
         shown.update({key: line[key] for key in ("loss", "heldout_bpd", "accuracy") if key in line})
         shown["wait"] = line["data_wait_share"]
         tick(int(line[f"{unit}_seen"]))
+
+    def write(path: Path, model: nn.Module) -> None:
+        weights = {name: parallel.whole(value) for name, value in model.state_dict().items()}
+        if first:
+            report.check_lock()
+            atomic.write_bytes(path, pack_weights(weights, task.architecture))
+
+    def snapshot(seen: int, averages: Averages) -> None:
+        if first:
+            (out / SNAPSHOTS).mkdir(exist_ok=True)
+        for width, average in averages.items():
+            write(out / file_of(width, seen), average)
 
     def tick(done: int) -> None:
         report.progress(done, plan.examples, unit, workers=(), **shown)
 
     try:
-        with CheckpointFolder(out / CHECKPOINTS, config.keep_checkpoints, report.check_lock, copy) as folder:
+        with ExitStack() as kept:
+            folder = kept.enter_context(
+                CheckpointFolder(
+                    out / CHECKPOINTS, config.keep_checkpoints, report.check_lock, partial(_put_checkpoint, out, resume)
+                )
+            )
             found, old = folder.read(), None
             if found is None and (out / OLD_CHECKPOINT).exists():
                 old = read_bytes(out / OLD_CHECKPOINT, MOST_STATE_BYTES)
             seen = found[1]["examples_seen"] if found else seen_of(old) if old else 0
             if first:
-                _keep_lines(out / METRICS, unit, seen)
+                told = config.model_dump(mode="json")
+                lines = kept.enter_context(Lines(out, unit, seen, config.watch, told, report.say))
             if seen:
                 report.say(f"continuing from {seen:,} of {plan.examples:,} {unit}")
             tick(seen)  # from here on a rate is known
@@ -211,6 +242,8 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
                 checkpoints=folder,
                 old_checkpoint=old,
                 save_every=config.save_every,
+                snapshot=snapshot,
+                snapshot_every=task.snapshots,
                 log=log,
                 log_every=config.log_every,
                 tick=tick,
@@ -222,10 +255,11 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
         raise StageError(f"training diverged: {error}") from error
     if not trained.finished:
         raise Stopped
-    weights = {name: parallel.whole(value) for name, value in trained.ema.state_dict().items()}
     if first:
         (out / OLD_CHECKPOINT).unlink(missing_ok=True)
-        atomic.write_bytes(out / WEIGHTS, pack_weights(weights, task.architecture))
+    for width, average in trained.emas.items():
+        write(out / file_of(width), average)
+    write(out / WEIGHTS, trained.ema)
 
 
 def seen_of(old_checkpoint: bytes) -> int:
@@ -237,10 +271,22 @@ def seen_of(old_checkpoint: bytes) -> int:
 
 def newest_checkpoint(out: Path) -> int:
     """The examples seen of the newest checkpoint, 0 where there is none."""
-    from nfm.trainers.training.checkpoint_folder import newest
+    if is_remote(out):
+        return newest(out)
+    return max((int(name) for name in names_in(out / CHECKPOINTS) if name.isdecimal()), default=0)
 
-    found = newest(out / CHECKPOINTS)
-    return int(found.name) if found else 0
+
+def _put_checkpoint(out: Path, resume: Resume, checkpoint: Path) -> None:
+    """Brings a checkpoint to the bucket, with the log and the snapshots so far."""
+    if not resume.elsewhere:
+        return
+    seen, log = int(checkpoint.name), out / temporary_name(METRICS)
+    shutil.copyfile(out / METRICS, log)  # lines are added to the log meanwhile
+    try:
+        snapshots = [file for name, file in files_of(out).items() if name.seen is not None and name.seen <= seen]
+        resume.put(seen, {**{path.name: path for path in checkpoint.iterdir()}, METRICS: log}, snapshots)
+    finally:
+        log.unlink()
 
 
 def _bring_checkpoint(out: Path, resume: Resume) -> None:
@@ -249,8 +295,7 @@ def _bring_checkpoint(out: Path, resume: Resume) -> None:
         folder = out / CHECKPOINTS / f"{seen:012d}"
         folder.parent.mkdir(parents=True, exist_ok=True)
         resume.bring(folder)
-        if (folder / METRICS).exists():
-            (folder / METRICS).replace(out / METRICS)
+        (folder / METRICS).replace(out / METRICS)
 
 
 def kept_files(out: Path) -> list[str]:
@@ -259,40 +304,19 @@ def kept_files(out: Path) -> list[str]:
     return [*(str(path.relative_to(out)) for path in states), METRICS]
 
 
-def _keep_lines(path: Path, unit: str, seen: int) -> None:
-    """Drop the lines that a killed run wrote after its last checkpoint: they are written again."""
-    lines = read_bytes(path).decode(errors="replace").splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        try:
-            if json.loads(line)[f"{unit}_seen"] <= seen:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue  # the half line of a killed run
-    atomic.write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
-
-
 def parameter_count(model: nn.Module) -> int:
     """The number of values in a model's parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def read_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights of a finished stage and the arguments that build its model again."""
-    from nfm.trainers.checkpoint import CheckpointError, unpack_weights
+def over_all(lines: Sequence[Mapping[str, float]], unit: str) -> dict[str, float]:
+    """The rate and the share of waiting for data of a whole training, from its lines, which tell those of their time.
 
-    try:
-        return unpack_weights(read_bytes(folder / WEIGHTS, MOST_STATE_BYTES))
-    except CheckpointError as error:
-        raise StageError(f"{folder / WEIGHTS}: {error}; `nfm audit {folder}` says what else is wrong") from error
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines of a training log; lines cut short by a kill are left out."""
-    lines = []
-    for text in read_bytes(path).decode(errors="replace").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    Time between two calls of a training that was stopped is in no line.
+    """
+    seen = seconds = waited = 0.0
+    for line in lines:
+        took = (line[f"{unit}_seen"] - seen) / max(line[f"{unit}_per_second"], 1e-9)
+        seen, seconds, waited = line[f"{unit}_seen"], seconds + took, waited + took * line["data_wait_share"]
+    seconds = max(seconds, 1e-9)
+    return {f"{unit}_per_second": round(seen / seconds, 6), "data_wait_share": round(waited / seconds, 6)}

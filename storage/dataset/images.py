@@ -32,6 +32,7 @@ from nfm.storage.reading.stream import Arrays, StoreStream
 VALUE_RANGE = (-1.0, 1.0)
 DTYPES = ("uint8", "float16", "float32")
 _ROWS_PER_BLOCK = 256
+CAPTION = "caption"  # a column that only data with captions has
 _TABLE = pa.schema([("row", pa.int64()), ("key", pa.string()), ("label", pa.int64())])
 _REJECTED = pa.schema([("key", pa.string()), ("reason", pa.string())])
 
@@ -76,11 +77,14 @@ class DatasetWriter:
         empty = {"rows": 0, "rows_per_shard": rows_per_shard, "shards": [], "table": "train.parquet"}
         check_record(self.root / DATASET, self._record({"train": empty}))  # fail now, not after hours of writing
 
-    @checked(rows=whole(), chunks=checked_later)
-    def write_split(self, split: str, rows: int, chunks: Iterable[Chunk]) -> None:
+    @checked(rows=whole(), chunks=checked_later, captions=checked_later)
+    def write_split(
+        self, split: str, rows: int, chunks: Iterable[Chunk], captions: Sequence[str | None] | None = None
+    ) -> None:
         """Writes exactly `rows` records from chunks of (images [n, C, H, W], labels [n], keys [n]).
 
-        Raises StorageError if the number of records, the shape or the dtype differs, if a label has no class, or if a
+        `captions` are one text a record, None where there is none; they become a column of the split's table. Raises
+        StorageError if the number of records, the shape or the dtype differs, if a label has no class, or if a
         value is not finite.
         """
         pieces = self._pieces(split, chunks)
@@ -109,7 +113,12 @@ class DatasetWriter:
             shards.append({"file": file, "records": records, "sha256": payload.sha256, "bytes": payload.bytes})
         if piece is not None:
             raise StorageError(f"{self.root}: {split} has more records than the {rows} announced")
-        self._write_table(f"{split}.parquet", pa.concat_tables([_TABLE.empty_table(), *tables]))
+        table = pa.concat_tables([_TABLE.empty_table(), *tables])
+        if captions is not None:
+            if len(captions) != rows:
+                raise StorageError(f"{self.root}: {split} got {len(captions)} captions for {rows} records")
+            table = table.append_column(CAPTION, pa.array(captions, pa.string()))
+        self._write_table(f"{split}.parquet", table)
         self._splits[split] = {
             "rows": rows,
             "rows_per_shard": self._rows_per_shard,
@@ -202,6 +211,7 @@ class ImageDataset:
         self.order_key = order_key(f"{body['digest']}:{split}", part["rows"], 1)
         self._table = inside(root, part["table"])
         self._keys: pa.ChunkedArray | None = None
+        self._captions: pa.ChunkedArray | None = None
         self.rows_per_shard: int = part["rows_per_shard"]
         files = [inside(root, shard["file"]) for shard in part["shards"]]
         records = [shard["records"] for shard in part["shards"]]
@@ -212,6 +222,8 @@ class ImageDataset:
             part["rows"],
             part["rows_per_shard"],
             rows_per_block,
+            what=f"{root}: row",
+            value_range=self.value_range,
         )
 
     @classmethod
@@ -247,6 +259,19 @@ class ImageDataset:
             self._keys = read_index(self._table, ["key"], len(self))["key"]
         return self._keys.take(pa.array(np.asarray(rows, np.int64))).to_pylist()
 
+    @checked()
+    def captions(self, rows: Rows) -> list[str | None]:
+        """The captions at these rows, None where there is none; a text embedding of them can become a row field.
+
+        Raises StorageError if the data was made without captions.
+        """
+        if self._captions is None:
+            table = read_index(self._table, None, len(self))
+            if CAPTION not in table.column_names:
+                raise StorageError(f"{self._table}: the data has no captions; data.captions names their field")
+            self._captions = table[CAPTION]
+        return self._captions.take(pa.array(np.asarray(rows, np.int64))).to_pylist()
+
     @checked(images=checked_later)
     def to_float(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """The images as float32 of the same shape. Pixels are scaled to `value_range`; floats keep their values."""
@@ -273,7 +298,7 @@ class ImageDataset:
 
     @checked()
     def gather(self, draw: int, rows: Rows, out: Arrays | None = None) -> Arrays:
-        """The images and labels at these rows, as stored; in `out` if given."""
+        """The images and labels at these rows, as stored; in `out` if given, where images may be float32."""
         return self._shards.gather(["image", "label"], rows, out)
 
     @checked()

@@ -8,6 +8,7 @@ import errno
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from nfm.storage.errors.masked import masked
 
@@ -69,6 +70,19 @@ def by(shape: Iterable[int]) -> str:
 
 def _printable(text: str) -> str:
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+class OutOfRange(StorageError, IndexError):
+    """A slot, row, shard or position that does not exist."""
+
+
+def check_inside(what: str, numbers: Any, end: int) -> None:
+    """Raises OutOfRange unless all of `numbers`, an array, are in 0..end - 1. `what` says what they are, and where."""
+    if not numbers.size or (int(numbers.min()) >= 0 and int(numbers.max()) < end):
+        return
+    outside = numbers[(numbers < 0) | (numbers >= end)]
+    more = f" and {outside.size - 1} more are" if outside.size > 1 else " is"
+    raise OutOfRange(f"{what} {int(outside.flat[0])}{more} outside 0..{end - 1}")
 
 
 class CorruptShard(StorageError):

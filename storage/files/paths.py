@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.files import remote
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.places import (
@@ -154,18 +154,27 @@ def remove(path: Path) -> None:
 def store_named(where: str | Path) -> Path:
     """A place as in `as_path`, or a store of `artifacts_root()` by the beginning of its name: `pairs/3fa9c1`, `3fa9c1`.
 
-    A path that exists wins. Raises StorageError if several names begin so.
+    A path that exists wins. Raises NoPlace if there is neither, StorageError if several names begin so.
     """
     path = as_path(where)
-    if not isinstance(where, str) or (start := _FINGERPRINT.fullmatch(where)) is None or os.path.lexists(where):
+    if is_remote(path) or os.path.lexists(path):
         return path
+    start = _FINGERPRINT.fullmatch(where) if isinstance(where, str) else None
+    if start is None:
+        name = (
+            "" if path.is_absolute() else f" in {Path.cwd()}, nor the beginning of a fingerprint, 4 hex digits or more"
+        )
+        raise NoPlace(str(where), f"no such folder{name}; `nfm ls` lists the stores")
     stores = artifacts_root() / "pairs"
     begun = [stores / name for name in names_in(stores) if name.startswith(start[1])]
     found = [store for store in begun if exists(store / "spec.json")]
     if len(found) > 1:
         names = ", ".join(one.name for one in found)
         raise StorageError(f"{where} names several stores in {stores}: {names}; write more of the fingerprint")
-    return found[0] if found else path
+    if not found:
+        told = f"no such folder in {Path.cwd()}, and no store in {stores} has a name that begins so"
+        raise NoPlace(str(where), f"{told}; `nfm ls` lists them, NFM_ARTIFACTS says where they are")
+    return found[0]
 
 
 def _plain(folder: Path) -> str:

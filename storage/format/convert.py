@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from nfm.storage.errors import by
 
-_CHUNK = 65536  # numbers: 256 KiB of float32 and their source fit into the second-level cache of recent cores
-_TORCH_CHUNK = 32704  # numbers: below torch's grain size of 32768, so it stays on the calling thread
+CHUNK = 65536  # numbers: 256 KiB of float32 and their source fit into the second-level cache of recent cores
+TORCH_CHUNK = 32704  # numbers: below torch's grain size of 32768, so it stays on the calling thread
 _FLOAT16_INFINITY = 0x7C00  # from these bits on, a number is not finite
 _SIGN_EXPONENT_MANTISSA = np.int32(-0x70002000)  # 0x8FFFE000
 _FLOAT16_BIAS = np.float32(2.0**112)
@@ -65,14 +65,14 @@ def to_float32(
 
 
 def _from_uint8(stored: Array, out: Floats, a: float, b: float) -> None:
-    for part, target in _chunks(stored, out, _CHUNK):
+    for part, target in _chunks(stored, out, CHUNK):
         np.copyto(target, part)
         np.multiply(target, np.float32(a), out=target)
         np.add(target, np.float32(b), out=target)
 
 
 def _from_steps(stored: Array, out: Floats, step: float) -> None:
-    for part, target in _chunks(stored, out, _CHUNK):
+    for part, target in _chunks(stored, out, CHUNK):
         np.copyto(target, part)
         np.multiply(target, np.float32(step), out=target)
 
@@ -83,7 +83,7 @@ def _from_float16(stored: Array, out: Floats) -> None:
     The bits are moved to their places in float32, and a product with 2^112 corrects the exponent's offset (127 - 15),
     also for subnormals. This is wrong for infinities and NaNs, so numpy converts a chunk that has one.
     """
-    for part, target in _chunks(stored, out, _CHUNK):
+    for part, target in _chunks(stored, out, CHUNK):
         places, bits = part.view(np.int16), target.view(np.int32)
         if places.max() >= _FLOAT16_INFINITY or part.view(np.uint16).max() >= 0x8000 + _FLOAT16_INFINITY:
             np.copyto(target, part)
@@ -97,9 +97,11 @@ def _from_float16(stored: Array, out: Floats) -> None:
 def _from_float16_by_torch(stored: Array, out: Floats) -> None:
     from torch import from_numpy
 
-    if stored.size:
-        parts = from_numpy(stored.reshape(-1)).split(_TORCH_CHUNK)
-        for part, target in zip(parts, from_numpy(out.reshape(-1)).split(_TORCH_CHUNK)):
+    if stored.size <= TORCH_CHUNK:
+        from_numpy(out).copy_(from_numpy(stored))
+    else:
+        parts = from_numpy(stored.reshape(-1)).split(TORCH_CHUNK)
+        for part, target in zip(parts, from_numpy(out.reshape(-1)).split(TORCH_CHUNK)):
             target.copy_(part)
 
 

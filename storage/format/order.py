@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from nfm.storage.errors import check_inside
 from nfm.storage.errors.arguments import RULES
 from nfm.storage.files.atomic import canonical_json, digest
 
@@ -36,8 +37,7 @@ def order_key(source: str, rows: int, draws: int, excluded: Sequence[Sequence[in
 def permute(index: Rows, n: int, key: str | bytes) -> Rows:
     """The images of `index` under the keyed bijection of 0..n-1: int64, same shape."""
     index = np.asarray(index, np.int64)
-    if index.size and (int(index.min()) < 0 or int(index.max()) >= n):
-        raise IndexError(f"positions {int(index.min())}..{int(index.max())} are outside 0..{n - 1}")
+    check_inside("position", index, n)
     if n <= 1:
         return np.zeros_like(index)
     keys = _round_keys(key)

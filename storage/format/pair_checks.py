@@ -54,7 +54,7 @@ def checked(spec: StoreSpec, given: Mapping[str, Any]) -> dict[str, Array]:
         raise StorageError(f"flip: {arrays['flip'].dtype} values; give booleans, True where the image is mirrored")
     if "nll" in arrays:
         arrays["nll"] = _floats("nll", arrays["nll"]).astype(np.float32)
-        _no(np.isinf(arrays["nll"]), "nll", arrays["nll"], "is not finite; give NaN for a record without one")
+        _no(~np.isfinite(arrays["nll"]), "nll", arrays["nll"], "is not finite; leave nll out of a batch that has none")
     for field in fields:
         if field.name not in ("image", "noise", "label"):
             arrays[field.name] = _exact(field, arrays[field.name])

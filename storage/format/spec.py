@@ -54,14 +54,12 @@ class Field:
             )
         where = f"field {self.name!r}:"
         untrusted.one_of(f"{where} role", self.role, ROLES)
-        dtype = self.dtype if isinstance(self.dtype, str) else getattr(self.dtype, "name", self.dtype)
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise StorageError(
-                f"{where} dtype {untrusted.shown(dtype)} is no number's; use one of {', '.join(_DTYPES)}"
-            )
+        dtype = np.dtype(self.dtype).name if isinstance(self.dtype, np.dtype | type) else self.dtype
+        untrusted.one_of(f"{where} dtype", dtype, _DTYPES)
         shape = untrusted.sequence(f"{where} shape", self.shape, _MOST_AXES)
         object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "shape", tuple(untrusted.integer(f"{where} shape", size, 1, 2**31) for size in shape))
+        sizes = tuple(untrusted.integer(f"{where} a size of its shape", size, 1, 2**31) for size in shape)
+        object.__setattr__(self, "shape", sizes)
         if self.bytes_per_record > _MOST_RECORD:
             raise StorageError(f"{where} {self.bytes_per_record} bytes a record, {_MOST_RECORD} at most")
 
@@ -172,8 +170,7 @@ class StoreSpec:
         untrusted.one_of("store spec: codec", codec, CODECS)
         if len(untrusted.sequence("store spec: image_shape", image_shape, _MOST_AXES)) != 3:
             raise StorageError(
-                f"store spec: image_shape {untrusted.shown(image_shape)}: give (channels, height, width), "
-                "as (1, 28, 28)"
+                f"store spec: image_shape {tuple(image_shape)}: give (channels, height, width), as (1, 28, 28)"
             )
         if classes == 0:
             raise StorageError("store spec: classes 0: leave classes out where images have no labels")

@@ -23,7 +23,7 @@ def integer(where: str, value: Any, low: int = 0, high: int = 2**63 - 1) -> int:
     except TypeError:
         raise _wrong(where, value, "a whole number") from None
     if isinstance(value, bool) or not low <= number <= high:
-        raise _wrong(where, value, f"a whole number of at least {low}, at most {high}")
+        raise _wrong(where, value, f"a whole number from {low} to {high}")
     return number
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import NoPlace
 from nfm.storage.files.atomic import read_json
 from nfm.storage.files.paths import as_path, exists, names_in, size_of
 from nfm.storage.format import untrusted
@@ -46,7 +46,7 @@ def load(root: str | Path, number: int, spec: StoreSpec | None = None) -> Genera
     path = manifest_path(root, number)
     if not exists(path):
         listed = ", ".join(map(str, numbers(root))) or "none"
-        raise StorageError(f"{path}: no such generation (sealed: {listed}); choose one of these or seal the store")
+        raise NoPlace(str(path), f"no such generation (sealed: {listed}); choose one of these or seal the store")
     return Generation(path.parent, spec or read_spec(root), number, read_json(path))
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from nfm.storage.errors import CorruptShard, MissingShard, StorageError, by
+from nfm.storage.errors import CorruptShard, MissingShard, StorageError, by, check_inside
 from nfm.storage.errors.arguments import checked, checked_later, whole
 from nfm.storage.files.atomic import HashingFile, create_json, read_json
 from nfm.storage.files.durable import StoredFile
@@ -76,15 +76,14 @@ class RowField:
     def gather(self, rows: npt.ArrayLike, out: Array | None = None) -> Array:
         """The values at these source rows ([n] integers, in any order) as [n, *shape], in `out` if given.
 
-        Raises IndexError for a row out of range, MissingShard or CorruptShard (naming the file) for a bad file.
+        Raises OutOfRange for a row that does not exist, MissingShard or CorruptShard (naming the file) for a bad file.
         """
         wanted = np.asarray(rows, np.int64)
         if out is None:
             out = np.empty((len(wanted), *self.shape), self.dtype)
         if not len(wanted):
             return out
-        if wanted.min() < 0 or wanted.max() >= self.rows:
-            raise IndexError(f"field {self.name!r}: rows {wanted.min()}..{wanted.max()} are outside 0..{self.rows - 1}")
+        check_inside(f"field {self.name!r}: row", wanted, self.rows)
         number, row = np.divmod(wanted, self.rows_per_file)
         touched = np.unique(number)
         if len(touched) == 1:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from nfm.storage.errors import StorageError, by
 from nfm.storage.errors.arguments import WrongArgument
-from nfm.storage.format.convert import scale_of, to_float32
+from nfm.storage.format.convert import scale_of
 from nfm.storage.reading.device import Upload
 from nfm.storage.reading.pool import Pool, empty
 from nfm.storage.reading.soften import Softener
@@ -47,11 +47,11 @@ class Batch:
 
 
 class Assembly:
-    """Makes a batch: gathers it from its sources, joins row-scoped fields, and converts it once.
+    """Makes a batch: gathers it from its sources and joins row-scoped fields.
 
-    If the members of a mixture store a field in different types, each is gathered separately and converted to float32.
-    So is noise that is softened; softening runs on the CPU for every device, so that its bits are always the same. A
-    batch holds at most `records` records.
+    On the CPU its numbers become float32 while they are gathered. Other devices get them as stored and convert them,
+    unless the members of a mixture store a field in different types, or the noise is softened: that runs on the CPU for
+    every device, so that its bits are always the same. A batch holds at most `records` records.
     """
 
     def __init__(
@@ -85,46 +85,37 @@ class Assembly:
             first = self._joined[0][name]
             self._common[name] = np.empty((0, *first.shape), first.dtype)
         self._widened = () if raw else tuple(name for name, array in self._common.items() if _widens(name, array))
-        self._scratch: dict[tuple[int, str], npt.NDArray[Any]] = {}
+        if upload is None or upload.on_host:
+            for name in self._widened:
+                self._common[name] = np.empty(self._common[name].shape, np.float32)
         allocate = empty if upload is None else upload.empty
-        self._stored = {
+        self._pools = {
             name: Pool((records, *array.shape[1:]), array.dtype, allocate) for name, array in self._common.items()
-        }
-        self._float32 = {
-            name: Pool((records, *self._common[name].shape[1:]), np.dtype(np.float32)) for name in self._widened
         }
 
     @property
     def allocated(self) -> dict[str, int]:
-        """The number of arrays allocated so far, by field, with those before and after a conversion."""
-        return {
-            name: max(pool.made, self._float32[name].made if name in self._float32 else 0)
-            for name, pool in self._stored.items()
-        }
+        """The number of arrays allocated so far, by field."""
+        return {name: pool.made for name, pool in self._pools.items()}
 
     def clear(self) -> None:
         """Frees memory that no batch uses."""
-        for pool in (*self._stored.values(), *self._float32.values()):
+        for pool in self._pools.values():
             pool.clear()
 
     def fill(self, records: Records) -> dict[str, Any]:
-        """Gathers and converts the records. Returns arrays or tensors by name, which the caller owns."""
-        count = len(records.slot)
-        arrays = {name: pool.lend(count) for name, pool in self._stored.items()}
+        """Gathers the records. Returns arrays or tensors by name, which the caller owns."""
+        arrays = {name: pool.lend(len(records.slot)) for name, pool in self._pools.items()}
         arrays["slot"][:], arrays["draw"][:], arrays["store"][:] = records.slot, records.draw, records.store
         for store, draw, where in records.runs():
             self._gather(store, draw, records.slot[where], {name: array[where] for name, array in arrays.items()})
         if self._soften is not None:
             self._soften(arrays["noise"], records)
-        source = self._sources[0]
-        if self._upload is not None and not self._upload.on_host:
-            scales = {name: _scale(name, arrays[name].dtype, source) for name in self._widened}
-            return self._upload(arrays, scales)
-        for name in self._widened:
-            out = self._float32[name].lend(count)
-            step = source.noise_step if name == "noise" else None
-            arrays[name] = to_float32(arrays[name], source.value_range, out, step, torch=self._upload is not None)
-        return arrays if self._upload is None else self._upload.share(arrays)
+        if self._upload is None:
+            return arrays
+        if self._upload.on_host:
+            return self._upload.share(arrays)
+        return self._upload(arrays, {n: _scale(n, arrays[n].dtype, self._sources[0]) for n in self._widened})
 
     def batch(self, arrays: dict[str, Any], epoch: int, place: npt.NDArray[np.int64]) -> Batch:
         """The batch made of the result of `fill`."""
@@ -132,25 +123,14 @@ class Assembly:
         return Batch(**core, epoch=epoch, fields={name: arrays[name] for name in self._fields}, place=place)
 
     def _gather(self, store: int, draw: int, slots: npt.NDArray[np.int64], out: Arrays) -> None:
-        source, direct, aside = self._sources[store], {}, {}
-        for name, own in self._own[store].items():
-            if own.dtype == out[name].dtype:
-                direct[name] = out[name]
-            else:
-                aside[name] = self._aside(store, name, own, len(slots))
-        source.gather(draw, slots, direct | aside)
-        for name, array in aside.items():
-            to_float32(array, source.value_range, out[name], source.noise_step if name == "noise" else None)
+        self._sources[store].gather(draw, slots, {name: out[name] for name in self._own[store]})
         if "label" not in self._own[store]:
             out["label"][:] = -1
         for name, joined in self._joined[store].items():
-            joined.gather(draw, slots, out[name])
-
-    def _aside(self, store: int, name: str, like: npt.NDArray[Any], records: int) -> npt.NDArray[Any]:
-        found = self._scratch.get((store, name))
-        if found is None or len(found) < records:
-            found = self._scratch[store, name] = np.empty((records, *like.shape[1:]), like.dtype)
-        return found[:records]
+            if joined.dtype == out[name].dtype:
+                joined.gather(draw, slots, out[name])
+            else:
+                out[name][...] = joined.gather(draw, slots, np.empty((len(slots), *joined.shape), joined.dtype))
 
 
 def _scale(name: str, dtype: np.dtype[Any], source: Source) -> tuple[float, float]:

@@ -275,13 +275,17 @@ class BatchReader:
 
 
 def _check_sizes(stream: Stream, batch_size: int, last: str, world_size: int) -> None:
-    if batch_size % world_size:
-        raise WrongArgument(
-            "batch_size",
-            f"is {batch_size}, the records of all ranks: make it divisible by the world size {world_size}",
-        )
+    check_shared(batch_size, world_size)
     if last == "drop":
         check_enough(batch_size, stream.least)
+
+
+def check_shared(batch_size: int, processes: int) -> None:
+    """Raises WrongArgument if the records of a batch cannot be shared out evenly. Configs are checked with it too."""
+    if batch_size % processes:
+        raise WrongArgument(
+            "batch_size", f"{batch_size} is shared by {processes} processes: make it a multiple of {processes}"
+        )
 
 
 def check_enough(batch_size: int, records: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import resource
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -15,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from nfm.storage.errors import CorruptShard, by
+from nfm.storage.errors import CorruptShard, by, check_inside
+from nfm.storage.format.convert import CHUNK, TORCH_CHUNK, to_float32
 from nfm.storage.format.spec import Field
 from nfm.storage.layouts import LAYOUTS, Shard
 
@@ -26,8 +29,9 @@ _LARGE_RECORD = 4096  # bytes; from here on one copy for each record is faster t
 class ShardSequence:
     """Rows 0..n-1 over shards of `rows_per_shard` records each (the last may hold fewer).
 
-    `open_shard(number)` opens a shard; it is called when the shard is first read. Each map holds a file descriptor.
-    Beyond a quarter of the process's limit (`ulimit -n`), the least recently used ones are closed.
+    `open_shard(number)` opens a shard; it is called when the shard is first read. `what` is a row in messages. Each map
+    holds a file descriptor. Beyond a quarter of the process's limit (`ulimit -n`), the least recently used are closed.
+    uint8 images are converted to `value_range`, and integer noise by `noise_step`, as `to_float32` does.
     """
 
     def __init__(
@@ -38,12 +42,17 @@ class ShardSequence:
         rows_per_shard: int,
         rows_per_block: int,
         layout: str = "blocks",
+        value_range: tuple[float, float] = (-1.0, 1.0),
+        noise_step: float | None = None,
+        what: str = "row",
     ) -> None:
+        self.what = what
         self.fields = {field.name: field for field in fields}
         self.rows = rows
         self.rows_per_shard = rows_per_shard
         self.rows_per_block = rows_per_block
         self.layout = layout
+        self._value_range, self._noise_step = value_range, noise_step
         self._open_shard = open_shard
         files = len(self.fields) if LAYOUTS[layout].by_field else 1
         self._most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4 // files)
@@ -64,14 +73,14 @@ class ShardSequence:
     def gather(self, names: Sequence[str], rows: Array, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """The records at `rows` ([n] integers, in any order) as arrays [n, *shape], in `out` if given.
 
-        Raises IndexError for a row out of range, MissingShard or CorruptShard (naming the file) for a bad file.
+        An array of `out` has the stored dtype. For images and noise it may be float32; then they are converted. Raises
+        OutOfRange for a row that does not exist, MissingShard or CorruptShard (naming the file) for a bad file.
         """
         rows = np.asarray(rows, np.int64)
         result = dict(out) if out is not None else self.empty(names, len(rows))
         if not len(rows):
             return result
-        if rows.min() < 0 or rows.max() >= self.rows:
-            raise IndexError(f"rows {rows.min()}..{rows.max()} are outside 0..{self.rows - 1}")
+        check_inside(self.what, rows, self.rows)
         number = rows // self.rows_per_shard
         touched, which = np.unique(number, return_inverse=True)
         held = [self.shard(shard) for shard in touched.tolist()]
@@ -84,22 +93,43 @@ class ShardSequence:
             if name not in offsets:  # it follows from the position
                 result[name][...] = rows
                 continue
-            begins = np.array([shard.addresses[name] for shard in held], np.int64)
+            starts = np.array([shard.addresses[name] for shard in held], np.int64)[which] + offsets[name]
             if (text := layout.text(name)) is not None:
                 written = np.empty((len(rows), text.bytes), np.uint8)
-                _gather(begins[which] + offsets[name], written)
+                _Records(starts, text.bytes).copy(0, written)
                 result[name][...] = text.parse(written)
+            elif result[name].dtype == self.fields[name].dtype:
+                _Records(starts, self.fields[name].bytes_per_record).copy(0, result[name])
             else:
-                _gather(begins[which] + offsets[name], result[name])
+                self._converted(name, starts, result[name])
         del held  # until here, all shards that are read must stay mapped
         return result
 
+    def _converted(self, name: str, starts: Array, out: Array) -> None:
+        """Fills float32 `out` a few records at a time, which are converted while they are in the core's cache.
+
+        torch is the faster converter, if the process has it.
+        """
+        field, torch = self.fields[name], "torch" in sys.modules
+        step = self._noise_step if name == "noise" else None
+        numbers = TORCH_CHUNK if torch and field.dtype == "float16" else CHUNK
+        some = max(1, numbers // math.prod(field.shape))
+        stored = np.empty((min(some, len(out)), *field.shape), field.dtype)
+        records = _Records(starts, field.bytes_per_record)
+        for first in range(0, len(out), some):
+            target = out[first : first + some]
+            part = stored[: len(target)]
+            records.copy(first, part)
+            to_float32(part, self._value_range, target, step, torch=torch)
+
     def _check(self, name: str, out: Array, records: int) -> None:
         field = self.fields[name]
-        shape = (records, *field.shape)
-        if out.shape != shape or out.dtype != np.dtype(field.dtype) or not out.flags.c_contiguous:
+        shape, kinds = (records, *field.shape), [field.dtype]
+        if name in ("image", "noise") and field.dtype != "float32":
+            kinds.append("float32")
+        if out.shape != shape or out.dtype.name not in kinds or not out.flags.c_contiguous:
             raise ValueError(
-                f"out[{name!r}] is {out.dtype} {by(out.shape)}: pass a contiguous {field.dtype} {by(shape)}"
+                f"out[{name!r}] is {out.dtype} {by(out.shape)}: pass a contiguous {' or '.join(kinds)} {by(shape)}"
             )
 
     def shard(self, number: int) -> Shard:
@@ -126,23 +156,29 @@ class ShardSequence:
         return found
 
 
-def _gather(starts: Array, out: Array) -> None:
-    """Fills the rows of `out` with the bytes that begin at the addresses `starts`.
+class _Records:
+    """Records of `size` bytes that begin at the addresses `starts`.
 
     The shards are separate maps in one address space. One strided view covers the space from the lowest address, with a
     step of one byte. So a batch is a single gather, however many shards it touches; one call for each shard costs five
     times as much at 60 shards. Only addresses inside shards that the caller holds are read.
     """
-    size = out.nbytes // len(out)
-    target = out.reshape(len(out), -1).view(np.uint8)
-    lowest = int(starts.min())
-    memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(lowest))
-    window = as_strided(memory, (int(starts.max()) - lowest + 1, size), (1, 1), writeable=False)
-    if size < _LARGE_RECORD:
-        target[...] = window[starts - lowest]
-    else:
-        for row, start in enumerate((starts - lowest).tolist()):
-            target[row] = window[start]
+
+    def __init__(self, starts: Array, size: int) -> None:
+        lowest = int(starts.min())
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(lowest))
+        self._window = as_strided(memory, (int(starts.max()) - lowest + 1, size), (1, 1), writeable=False)
+        self._size, self._starts = size, starts - lowest
+
+    def copy(self, first: int, out: Array) -> None:
+        """Fills `out` [n, ...] with the bytes of records first to first + n."""
+        target = out.reshape(len(out), -1).view(np.uint8)
+        starts = self._starts[first : first + len(out)]
+        if self._size < _LARGE_RECORD:
+            target[...] = self._window[starts]
+        else:
+            for row, start in enumerate(starts.tolist()):
+                target[row] = self._window[start]
 
 
 _sequences: weakref.WeakSet[ShardSequence] = weakref.WeakSet()

@@ -69,7 +69,7 @@ class Source(Protocol):
         ...
 
     def gather(self, draw: int, rows: Rows, out: Arrays) -> Any:
-        """Fills `out` with the records at these slots of a draw."""
+        """Fills `out` with the records at these slots of a draw, as stored, or converted where `out` is float32."""
         ...
 
     @property

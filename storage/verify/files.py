@@ -24,8 +24,9 @@ from nfm.storage.ledger.shard_list import is_list_name
 
 Level = Literal["quick", "default", "deep"]
 LEVELS: tuple[Level, ...] = ("quick", "default", "deep")
-# Folders beside a store's own files: the pipeline's records, and what a repair set aside.
-_BESIDE = ("events", "audits", "failed", "quarantine")
+# Folders beside a store's own files: the pipeline's records, what a repair set aside, what a hub's client adds.
+_BESIDE = ("events", "audits", "failed", "quarantine", ".git", ".cache")
+_BESIDE_FILES = ("README.md", ".gitattributes")  # a card, and what hubs add to it
 _LOCKS = r"lock\.json|lock\.[0-9a-f]+\.taken"
 _ATTEMPT = r"(d\d{3}-s(\d{5}))\.[A-Za-z0-9_-]+"
 
@@ -144,7 +145,7 @@ def _explained(root: Path, spec: StoreSpec, file: str) -> bool:
         return file == seal.manifest_path(root, int(match[1])).name
     if match := re.fullmatch(r"commits/d\d{3}-s(\d{5})\.json", file):
         return int(match[1]) < spec.shards_per_draw
-    return file == SPEC or re.fullmatch(_LOCKS, file) is not None
+    return file == SPEC or file in _BESIDE_FILES or re.fullmatch(_LOCKS, file) is not None
 
 
 def _is_orphan(spec: StoreSpec, file: str, known: set[str]) -> bool:

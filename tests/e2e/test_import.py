@@ -94,7 +94,7 @@ def flow(**changes: Any) -> Model:
 
 WRONG: dict[str, tuple[str, Any, list[str], str]] = {
     "missing": ("none.pth", None, [], "no such file; name a checkpoint of a TarFlow"),
-    "folder": (".", None, ["--eta", "0.1"], "a folder, where a file was expected"),
+    "folder": (".", None, ["--eta", "0.1"], "a folder; name the checkpoint in it"),
     "text": (NAME, b"hello", [], "no file of torch.save; name the checkpoint of the model"),
     "no eta": ("flow.pth", flow(), [], "its name does not tell the noise that it was trained with"),
     "other name": ("x_model_4_64_2_1_0.15.pth", flow(), [], "its name says patch, channels, blocks and layers 4, 64"),

@@ -21,6 +21,7 @@ from nfm.stages.base import StageError, Stopped
 from nfm.stages.data import source
 from nfm.stages.pairs import sealing
 from nfm.storage.files import atomic
+from tests.support.recorder import Recorder
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -148,6 +149,15 @@ def test_a_device_that_is_not_there_is_named(lab: Lab, root: Path) -> None:
     nodes = builder.build(load(lab.config, ["student.device=cuda", "student.seed=13"]))
     with pytest.raises(StageError, match="device = 'cuda': torch sees no CUDA device here"):
         runner.run(nodes, "student")
+
+
+def test_a_stop_that_ends_the_processes_of_torchs_compiler_is_a_stop() -> None:
+    broken = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("its pool is broken")
+    for stopping, expected in ((True, Stopped), (False, RuntimeError)):
+        with pytest.raises(expected), runner._compiling(Recorder(0 if stopping else 10**6)):
+            raise broken
+    with pytest.raises(KeyError), runner._compiling(Recorder(0)):
+        raise KeyError("a fault of ours")
 
 
 def test_an_artifact_under_lock_is_not_touched(lab: Lab, root: Path) -> None:

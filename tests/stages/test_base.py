@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from nfm.pipeline.config import RunConfig
-from nfm.stages.base import LocalField
+from nfm.stages.base import LocalField, PlaceField
 from nfm.stages.data.config import DataConfig
 from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.pairs.config import PairsConfig
@@ -17,7 +17,7 @@ from nfm.stages.pairs.config import PairsConfig
 # Fields of text that name no place; a new one is to be entered here, or to be a LocalField.
 NO_PLACES = {
     *("data.debian_package", "data.classes", "data.image_decoder", "data.name", "data.licence", "data.origin"),
-    *("data.images", "data.labels", "data.background"),
+    *("data.images", "data.labels", "data.background", "data.letters", "data.captions"),
     *(
         "pairs.coupling",
         "pairs.layout",
@@ -33,7 +33,7 @@ NO_PLACES = {
     ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
     *("teacher.model", "teacher.options", "student.model", "student.options"),
-    *("student.times", "student.objective", "student.sampler"),
+    *("student.times", "student.objective", "student.sampler", "evaluate.ema"),
 }
 
 
@@ -49,7 +49,7 @@ def test_every_config_field_that_is_text_takes_places_by_the_rule_or_names_none(
             if not holds_text(info.annotation) or field == "device":
                 continue
             seen.add(key)
-            local = info.annotation == (LocalField | None)
+            local = info.annotation in (LocalField | None, PlaceField | None)
             assert local != (key in NO_PLACES), f"{key}: is it a place? See nfm.pipeline.cli.options"
     assert seen > NO_PLACES
 

@@ -49,8 +49,8 @@ class Bucket:
     def run(self, stage: str, *sets: str, exits: int = 0) -> subprocess.CompletedProcess[str]:
         return self.nfm(*self.lab.arguments(stage, *sets), exits=exits)
 
-    def start(self, *arguments: object) -> Process:
-        return self.lab.start(*arguments, **self.environment)
+    def start(self, *arguments: object, **more: str) -> Process:
+        return self.lab.start(*arguments, **self.environment, **more)
 
     def upload(self, lab: Lab, *stages: str) -> None:
         """Puts finished artifacts of a run in a folder here."""

@@ -229,6 +229,14 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(bad, eve
         assert torch.equal(parameter, before[name]), name
 
 
+def test_a_loss_that_is_not_finite_before_anything_is_learned_is_not_blamed_on_the_rate():
+    def breaks(model, batch, random):
+        return noisy_regression(model, batch, random)[0] * math.nan, {}
+
+    with pytest.raises(FloatingPointError, match=r"after 0 images: no weight had changed.*whatever the learning rate"):
+        train(network(), breaks, Batches(), RECIPE)
+
+
 def test_a_checkpoint_of_another_recipe_or_model_is_refused(tmp_path):
     folder = CheckpointFolder(tmp_path)
     train(network(), noisy_regression, Batches(), RECIPE, checkpoints=folder, stop=stop_after(2))

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from nfm.trainers import nfe as costs
 from nfm.trainers.solvers import (
+    DIFFUSIONS,
     GRIDS,
     SOLVERS,
+    STOCHASTIC,
     Counted,
     curvature,
     dopri5,
@@ -85,7 +87,9 @@ def test_a_solver_takes_the_evaluations_that_it_states(name: str, intervals: int
 
 
 def test_every_solver_and_grid_has_one_name_everywhere() -> None:
-    assert list(SOLVERS) == list(costs.COSTS)
+    assert [*SOLVERS, *STOCHASTIC] == list(costs.COSTS)
+    assert list(STOCHASTIC) == list(costs.STOCHASTIC)
+    assert list(DIFFUSIONS) == list(costs.DIFFUSIONS)
     assert list(GRIDS) == list(costs.GRIDS)
 
 

@@ -14,6 +14,20 @@ def step_seed(seed: int, examples_seen: int, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1  # torch takes 63 bits
 
 
+def seed_own(seed: int, device: torch.device) -> None:
+    """Seeds torch's own generators of the host and of `device`, which layers such as dropout draw from.
+
+    torch.manual_seed also goes through every kind of device that torch knows and this machine may not have: 130 us a
+    step, in place of 3.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
+
+
 class Randomness:
     """Random numbers for some records of a batch; a loss draws all its randomness here, in a fixed order.
 

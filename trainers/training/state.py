@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from nfm.trainers import checkpoint as one_file
 from nfm.trainers.training import parallel
 from nfm.trainers.training.checkpoint_folder import CheckpointFolder, load_tensors
-from nfm.trainers.training.ema import EMA
+from nfm.trainers.training.ema import EMA, PowerEMA
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of training changes its result; lengths are in examples, `batch_size` is what each batch holds."""
+    """What of training changes its result; lengths are in examples, `batch_size` is what each batch holds.
+
+    `ema` is the decay of the moving average that is the finished model, `emas` are relative widths of further ones.
+    """
 
     examples: int
     batch_size: int
@@ -30,6 +33,7 @@ class Recipe:
     clip: float = 1.0  # of the gradient's global norm; math.inf leaves it as it is
     ema: float = 0.999
     seed: int = 0
+    emas: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("examples", "batch_size", "learning_rate", "clip"):
@@ -43,9 +47,16 @@ class State:
     """All that a training is: what a checkpoint holds."""
 
     def __init__(
-        self, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, batches: Any, recipe: Recipe
+        self,
+        model: nn.Module,
+        ema: EMA,
+        emas: Sequence[PowerEMA],
+        optimizer: torch.optim.Optimizer,
+        batches: Any,
+        recipe: Recipe,
     ) -> None:
-        self.model, self.ema, self.optimizer, self.batches, self.recipe = model, ema, optimizer, batches, recipe
+        self.model, self.ema, self.emas, self.optimizer = model, ema, emas, optimizer
+        self.batches, self.recipe = batches, recipe
         self.examples_seen = 0
         self.means = Means()
         for parameter in model.parameters():  # as the fused optimizer makes them in its first step
@@ -77,9 +88,11 @@ class State:
 
     def _tensors(self) -> one_file.Tensors:
         """The tensors themselves, by name: a checkpoint is read into them."""
+        averages = {"ema": self.ema.model, **{f"ema-{ema.width}": ema.model for ema in self.emas}}
+        named = [one_file.with_prefix(name, average.state_dict()) for name, average in averages.items()]
         return {
             **one_file.with_prefix("model", self.model.state_dict()),
-            **one_file.with_prefix("ema", self.ema.model.state_dict()),
+            **{name: tensor for tensors in named for name, tensor in tensors.items()},
             **one_file.with_prefix("optimizer", one_file.optimizer_tensors(self.model, self.optimizer)),
         }
 
@@ -93,9 +106,10 @@ class State:
         }
 
     def _check_recipe(self, meta: Mapping[str, Any]) -> None:
+        defaults = {field.name: field.default for field in fields(self.recipe)}  # what an older checkpoint had
         for name, value in asdict(self.recipe).items():
-            saved = meta.get("recipe", {}).get(name)
-            if saved != (list(value) if isinstance(value, tuple) else value):
+            saved = meta.get("recipe", {}).get(name, defaults[name])
+            if saved not in (value, list(value) if isinstance(value, tuple) else value):
                 raise one_file.CheckpointError(
                     f"the checkpoint was trained with recipe.{name} = {saved}, not {value}; "
                     "give the same recipe or train from the start"
@@ -158,8 +172,15 @@ class Health:
         """Raises FloatingPointError where a step was not taken. This waits for the device."""
         seen_before, loss, norm = self._last.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            remedy = (
+                f"lower learning_rate (now {recipe.learning_rate}), lengthen the warm-up or train without autocast; "
+                "the latest checkpoint is from before this"
+            )
+            if not seen_before:
+                remedy = (
+                    "no weight had changed, so the model, the loss or the data gives it, whatever the learning rate: "
+                    "look for a division by 0, and for a log or a root of 0"
+                )
             raise FloatingPointError(
-                f"loss {loss}, gradient norm {norm} in the step after {int(seen_before)} {unit}: "
-                f"lower learning_rate (now {recipe.learning_rate}), lengthen the warm-up or train without "
-                "autocast; the latest checkpoint is from before this"
+                f"loss {loss}, gradient norm {norm} in the step after {int(seen_before)} {unit}: {remedy}"
             )

@@ -80,18 +80,45 @@ def converted(opened: Image.Image, channels: int, background: str) -> tuple[Imag
     return image.convert("RGB" if channels == 3 else "L"), notes
 
 
-def fitted(image: Image.Image, height: int, width: int, image_size: int | None) -> np.ndarray:
-    """[C, height, width] uint8: the central square resized to `image_size`, or an image that already has this shape."""
+def fitted(
+    image: Image.Image, size: tuple[int, int], image_size: int | None, crop: str
+) -> tuple[np.ndarray, list[str]]:
+    """[C, height, width] uint8, and notes: an image of this `size`, or one that is cut to the square `image_size`."""
+    height, width = size
+    notes: list[str] = []
     if image_size is None and image.size != (width, height):
         raise MisfitError(f"{image.width}x{image.height} pixels, the others {width}x{height}: set data.image_size")
-    if image_size is not None:
-        side = min(image.size)
-        if side < image_size:
-            raise MisfitError(f"{image.width}x{image.height} pixels, smaller than data.image_size = {image_size}")
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-        image = square.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image, np.uint8).reshape(height, width, -1).transpose(2, 0, 1)
+    if image_size is not None and crop == "adm":
+        if image_size * max(image.size) > MOST_PIXELS * min(image.size) // image_size:
+            raise MisfitError(f'{image.width}x{image.height} pixels, too long and narrow for data.crop = "adm"')
+        notes += ["smaller than data.image_size and made larger, as ADM does"] if min(image.size) < image_size else []
+        image = adm_square(image, image_size)
+    elif image_size is not None:
+        image = _central_square(image, image_size)
+    return np.asarray(image, np.uint8).reshape(height, width, -1).transpose(2, 0, 1), notes
+
+
+def _central_square(image: Image.Image, image_size: int) -> Image.Image:
+    side = min(image.size)
+    if side < image_size:
+        raise MisfitError(f"{image.width}x{image.height} pixels, smaller than data.image_size = {image_size}")
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((image_size, image_size), Image.Resampling.BICUBIC)
+
+
+def adm_square(image: Image.Image, image_size: int) -> Image.Image:
+    """The square that ADM trains on (Dhariwal and Nichol 2021): the reference statistics of ImageNet are of these.
+
+    The shorter side is halved with a box filter while it is at least twice `image_size`, then resized to it
+    (bicubic), and the centre of the longer side is taken. Smaller images become larger.
+    """
+    while min(image.size) >= 2 * image_size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = image_size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+    return image.crop((left, top, left + image_size, top + image_size))
 
 
 def upright_size(opened: Image.Image) -> tuple[int, int]:

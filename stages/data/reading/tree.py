@@ -18,6 +18,13 @@ from nfm.storage.errors import legible
 
 SHOWN = 3
 
+# What a folder of class folders, or a file of many images, holds by its name, in upper or lower case.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "training"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+}
+
 HIDDEN = "hidden: the name begins with a dot"
 DANGLING = "a link to nothing"
 SPECIAL = "no file and no folder (a socket, a pipe, a device)"

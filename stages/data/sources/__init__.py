@@ -10,15 +10,21 @@ from typing import Any
 from nfm.stages.data.source import Loaded, Source
 from nfm.stages.data.sources.digits import Digits
 from nfm.stages.data.sources.folder import ImageFolder
+from nfm.stages.data.sources.glyphs import Glyphs
 from nfm.stages.data.sources.idx import Idx
 from nfm.stages.data.sources.npz import Npz
+from nfm.stages.data.sources.parquet import Parquet
 from nfm.stages.data.sources.planar import Checkerboard, Gaussians, Planar
+from nfm.stages.data.sources.webdataset import WebDataset
 
 SOURCES: dict[str, type[Any]] = {
     "digits": Digits,
+    "glyphs": Glyphs,
     "idx": Idx,
     "npz": Npz,
     "images": ImageFolder,
+    "webdataset": WebDataset,
+    "parquet": Parquet,
     "checkerboard": Checkerboard,
     "gaussians": Gaussians,
 }
@@ -29,5 +35,5 @@ def settings_of(name: str) -> list[str]:
     return list(inspect.signature(SOURCES[name]).parameters)
 
 
-__all__ = ["SOURCES", "Checkerboard", "Digits", "Gaussians", "Idx", "ImageFolder", "Loaded", "Npz", "Planar", "Source",
-           "settings_of"]  # fmt: skip
+__all__ = ["SOURCES", "Checkerboard", "Digits", "Gaussians", "Glyphs", "Idx", "ImageFolder", "Loaded", "Npz", "Parquet",
+           "Planar", "Source", "WebDataset", "settings_of"]  # fmt: skip

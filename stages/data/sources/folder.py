@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,22 +14,13 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BeforeValidator
 
-from nfm.stages.base import Reporter, StageError, Stopped, Unfit
-from nfm.stages.data.reading.tree import Skipped, Tree
-from nfm.stages.data.source import Loaded, box_average, digest_files, keys_of, scratch_array
-from nfm.storage.errors import legible
-from nfm.storage.files.parallel import parallel
+from nfm.stages.base import Reporter, StageError, Unfit
+from nfm.stages.data.reading.decoding import SHAPE_SAMPLE, Crop, Cut, Decoder, common_size, own_limit, shape_of
+from nfm.stages.data.reading.tree import SPLITS, Skipped, Tree
+from nfm.stages.data.source import Loaded, check_texts, digest_files, keys_of
 
-# What a folder of this name, in upper or lower case, holds if it contains class folders.
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "training"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("val", "valid", "validation"), "validation"),
-}
 UNUSED = "a validation folder beside a test folder, which is the one held out"
 BESIDE = "a folder without an image beside the training folder"
-SHAPE_SAMPLE = 256
-DECODE_BATCH = 512
 
 
 def _colour(value: Any) -> Any:
@@ -47,8 +37,8 @@ Colour = Annotated[str, BeforeValidator(_colour)]
 class ImageFolder:
     """Image files by class. Keys are paths below the folder; labels are the positions of the classes in sorted order.
 
-    With `image_size`, the central square of every image is resized to this edge length (bicubic, antialiased). Without
-    it, images keep their pixels, and all must have the most frequent shape.
+    With `image_size`, every image is cut to a square of this edge length, as `crop` says. Without it, images keep their
+    pixels, and all must have the most frequent shape.
     """
 
     name = "images"
@@ -62,17 +52,16 @@ class ImageFolder:
         classes: Sequence[str] | None = None,
         threads: int = 0,
         background: str = "white",
+        crop: Crop = "centre",
     ):
         self.root = _root(path)
-        self.image_size, self.channels, self.average, self.background = image_size, channels, average, background
-        self.threads = threads or os.cpu_count() or 1
-        from nfm.stages.data.reading.pixels import own_limit
-
+        self.cut = Cut(image_size, channels, average, background, crop, threads)
         with own_limit():
             files_of, heldout, self.skipped = _listed(self.root, classes or ())
         # The digest is of files, so a folder without any must not count.
         found = sorted({os.path.basename(folder) for folder, files in files_of.items() if files})
         class_of = dict(zip(found, keys_of(self.root, found)))
+        check_texts(f"{self.root}: the name of a class folder", class_of.values() if classes is None else ())
         self.classes = sorted(class_of.values()) if classes is None else list(classes)
         if unknown := sorted(set(class_of.values()) - set(self.classes)):
             raise StageError(f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class")
@@ -88,82 +77,19 @@ class ImageFolder:
 
     @staticmethod
     def shape_of(config: Any) -> tuple[int, int, int] | None:
-        if config.image_size is None or config.image_size % config.average:
-            return None
-        side = config.image_size // config.average
-        return config.channels, side, side
+        return shape_of(config)
 
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
-        from nfm.stages.data.reading.pixels import own_limit
-
         with own_limit():
-            return self._decoded(rows, scratch, report)
-
-    def _decoded(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
-        from PIL import Image, UnidentifiedImageError
-
-        from nfm.stages.data.reading.pixels import MOST_PIXELS, MisfitError, converted, fitted
-
-        height, width = self._size()
-        images = scratch_array(scratch, (len(rows), self.channels, height // self.average, width // self.average))
-        rejected: dict[int, str] = {}
-
-        def decode(position: int) -> list[str]:
-            try:
-                with Image.open(self.paths[rows[position]]) as opened:
-                    image, notes = converted(opened, self.channels, self.background)
-                    pixels = fitted(image, height, width, self.image_size)
-            except MemoryError:
-                raise
-            except MisfitError as error:
-                rejected[position] = str(error)
-            except Image.DecompressionBombError:
-                rejected[position] = f"more than {MOST_PIXELS:,} pixels, the most that are read: make it smaller"
-            except UnidentifiedImageError:
-                rejected[position] = "not an image that Pillow reads"
-            except Exception as error:  # a broken file may make a Pillow plugin raise anything
-                rejected[position] = legible(f"unreadable: {error}".replace(str(self.root) + os.sep, ""))
-            else:
-                images[position] = box_average(pixels[None], self.average)[0]
-                return notes
-            return []
-
-        counts: Counter[str] = Counter()
-        report.progress(0, len(rows), "images read")
-        for start in range(0, len(rows), DECODE_BATCH):
-            if report.stopping:
-                raise Stopped
-            stop = min(start + DECODE_BATCH, len(rows))
-            for notes in parallel(decode, range(start, stop), self.threads):
-                counts.update(notes)
-            report.progress(stop, len(rows), "images read")
-        for line in self.skipped.lines():
-            report.say(f"not taken: {line}")
-        for note, count in sorted(counts.items()):
-            report.say(f"images: {count:,} x {note}")
-        return Loaded(images, dict(sorted(rejected.items())), self.skipped.reasons, dict(sorted(counts.items())))
+            sample = self.paths[:: max(1, len(self.paths) // SHAPE_SAMPLE)]
+            side = self.cut.image_size
+            size = (side, side) if side else common_size(sample, str(self.root))
+            decoder = Decoder(self.cut, size, len(rows), scratch, report, self.root)
+            decoder.decode(range(len(rows)), lambda position: self.paths[rows[position]])
+        return decoder.loaded(self.skipped)
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
         return digest_files(zip(self.keys, self.paths), known=known)
-
-    def _size(self) -> tuple[int, int]:
-        if self.image_size:
-            return self.image_size, self.image_size
-        from PIL import Image
-
-        from nfm.stages.data.reading.pixels import upright_size
-
-        sizes: Counter[tuple[int, int]] = Counter()
-        for path in self.paths[:: max(1, len(self.paths) // SHAPE_SAMPLE)]:
-            try:
-                with Image.open(path) as opened:
-                    sizes[upright_size(opened)] += 1
-            except Exception:  # counted and set aside when it is decoded
-                continue
-        if not sizes:
-            raise StageError(f"{self.root}: none of the files tried is an image that Pillow reads")
-        width, height = max(sizes, key=lambda size: (sizes[size], size))
-        return height, width
 
 
 def _root(path: str | None) -> Path:

@@ -47,7 +47,6 @@ def following() -> Iterator[bool]:
 
 def lead(train: Callable[..., None], make: Any, config: Any, inputs: Inputs, out: Path, report: Reporter) -> None:
     """`train` together with the processes that follow."""
-    _check(config)
     _tell((train, make, config, dict(inputs), out))
     train(make, config, inputs, out, report, _device(config.device))
 
@@ -107,13 +106,6 @@ def _device(name: str) -> str:
 
     found = pick_device(name)
     return f"cuda:{_number('LOCAL_RANK', 0)}" if found == "cuda" else found
-
-
-def _check(config: Any) -> None:
-    if config.batch_size % size():
-        raise Unfit(
-            f"batch_size {config.batch_size} is shared by the {size()} processes of the launcher: make it a multiple"
-        )
 
 
 def _number(name: str, default: int) -> int:

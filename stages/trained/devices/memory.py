@@ -64,7 +64,8 @@ def measured(trials: Sequence[Trial], parameters: int, config: TrainingSection, 
     """
     kept, inputs, inner = _kept(trials[-1], config, batch)
     deeper = trials[0].flops / trials[-1].flops
-    return Memory(STATE * parameters, deeper * kept, deeper * inputs + kept / max(inner, 1))
+    state = STATE + 4 * len(config.averages())
+    return Memory(state * parameters, deeper * kept, deeper * inputs + kept / max(inner, 1))
 
 
 def _kept(trial: Trial, config: TrainingSection, batch: Any) -> tuple[float, float, int]:

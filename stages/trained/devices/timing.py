@@ -20,7 +20,7 @@ from nfm.stages.display import units
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices import memory
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
-from nfm.stages.trained.training import TrainingSection, autocast_dtype, precision_context
+from nfm.stages.trained.training import TrainingSection, autocast_dtype
 from nfm.storage.reading.batch import Batch
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Clock:
         where a step of the first takes long, and FLOPs make up the difference. Raises Unfit for a device not here.
         """
         device = pick_device(config.device)
-        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address"}
+        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address", "watch"}
         sizes = {**config.model_dump(exclude=left_out), "shape": facts["image_shape"], "flops": trials[0].flops}
         return float(
             self.measured(
@@ -97,8 +97,9 @@ def cost_of_training(
     trials: Sequence[Trial], clock: Clock | None,
 ) -> Cost:  # fmt: skip
     """What training the first of `trials` with `examples` costs; its time where there is a clock."""
-    # A checkpoint holds weights, moving average and two moments; the moving average is the finished model. All float32.
-    size = 4 * parameters * (4 * config.keep_checkpoints + 1)
+    # A checkpoint holds weights, two moments and moving averages; those are the finished model. All float32.
+    averages = 1 + len(config.averages())
+    size = 4 * parameters * ((3 + averages) * config.keep_checkpoints + averages)
     words = f"by {config.workers} workers, without what they tell each other" if config.workers > 1 else ""
     if clock is not None or "device_memory" in facts:  # else a plan needs no torch, and runs nothing
         words = ", ".join(part for part in (words, _memory(config, facts, parameters, trials)) if part)
@@ -114,7 +115,7 @@ def cost_of_training(
 def _memory(config: TrainingSection, facts: Mapping[str, Any], parameters: int, trials: Sequence[Trial]) -> str:
     """What a training takes of the memory of each worker's device, and whether it fits."""
     with _seeded():
-        found = memory.measured(trials, parameters, config, _random_batch(2, facts, "cpu"))
+        found = memory.measured(trials, parameters, config, random_batch(2, facts, "cpu"))
     each = found.of_worker(config.batch_size, config.workers, config.sharding, config.microbatch, config.recompute)
     told = f"{units.size(each)} of memory" + (" a worker" if config.workers > 1 else "")
     try:
@@ -174,9 +175,11 @@ def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Se
     try:
         with torch.device(device):
             model, loss = trial.make()
-        batch = _random_batch(size, facts, device)
+        batch = random_batch(size, facts, device)
         # So long a training is all warm-up: its steps hardly move the weights.
-        recipe = Recipe(10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema)
+        recipe = Recipe(
+            10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema, emas=config.averages()
+        )
         loop.train(
             model, loss, itertools.repeat(batch), recipe, device=device, autocast=autocast_dtype(config.precision),
             how=loop.How(microbatch=config.microbatch, recompute=config.recompute), tick=tick, stop=over,
@@ -217,22 +220,22 @@ def rate_of_calls(trials: Sequence[Trial], batch_size: int, device: str, precisi
 
 
 @functools.cache
-def matrix_rate(device: str, precision: Precision) -> float:
-    """FLOP/s of products of square matrices as training in this precision makes them, of a size that suits the device.
+def matrix_rate(device: str, precision: Precision, clock: Callable[[], float] = time.perf_counter) -> float:
+    """FLOP/s of products of square matrices in this precision, without casts, of a size that suits the device.
 
     The best of many in a few tenths of a second, for others may be at work on the machine; sizes double until a product
     takes a hundredth of a second.
     """
     import torch
 
-    size, rate, began = 256, 0.0, time.perf_counter()
+    size, rate, began = 256, 0.0, clock()
     while True:
-        a, taken = torch.randn(size, size, device=device), list[float]()
-        with precision_context(torch.device(device).type, precision), torch.no_grad():
-            while len(taken) < 3 or (min(taken) > 0.01 and time.perf_counter() < began + 0.3):
-                started = time.perf_counter()
+        a, taken = torch.randn(size, size, device=device, dtype=autocast_dtype(precision)), list[float]()
+        with torch.no_grad():
+            while len(taken) < 3 or (min(taken) > 0.01 and clock() < began + 0.3):
+                started = clock()
                 (a @ a)[0, 0].item()
-                taken.append(time.perf_counter() - started)
+                taken.append(clock() - started)
         rate = max(rate, 2 * size**3 / min(taken))
         if min(taken) > 0.01 or size == 8192:
             return rate
@@ -245,7 +248,8 @@ def _typical(ticks: Sequence[float]) -> float:
     return statistics.median(taken[2:] or taken[-1:])
 
 
-def _random_batch(size: int, facts: Mapping[str, Any], device: str) -> Batch:
+def random_batch(size: int, facts: Mapping[str, Any], device: str) -> Batch:
+    """A batch of noise of the sizes that `facts` tell of the data."""
     import torch
 
     shape, classes = tuple(facts["image_shape"]), int(facts.get("classes", 0))

@@ -13,7 +13,8 @@ from nfm.stages.base import Inputs, LocalField, Reporter, Result, Section, Unfit
 from nfm.stages.trained import teacher
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.teacher import FACTS, TeacherConfig
-from nfm.stages.trained.training import WEIGHTS, Precision, blaming
+from nfm.stages.trained.training import Precision, blaming
+from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage import ImageDataset
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
@@ -65,6 +66,8 @@ def section(config: TeacherConfig, file: Path, eta: float | None, head_size: int
 def _of_file(file: Path) -> Iterator[None]:
     """What is wrong with a file, told as wrong use of it."""
     try:
+        if file.is_dir():
+            raise Unfit(f"{file}: a folder; name the checkpoint in it, a file such as ..._model_2_768_8_8_0.05.pth")
         plain(file).close()
     except FileNotFoundError:
         raise Unfit(f"{file}: no such file; name a checkpoint of a TarFlow") from None

@@ -22,7 +22,7 @@ import numpy as np
 
 from nfm.stages.base import StageError, Unfit
 from nfm.stages.couplings import custom
-from nfm.stages.trained.training import read_weights
+from nfm.stages.trained.weights import read_weights
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 FIELDS = {"teacher": ("model",), "student": ("model", "times", "objective", "sampler")}
 UNKNOWN_COST = "no time or FLOPs (it is code of its user's own, which a plan does not run)"
+_LOOK = "look for a division by 0, and for a log or a root of 0"
 INVERSE = 0.05  # RMS, in image units, of decode(encode(x)) - x
 
 
@@ -50,6 +51,12 @@ def named(config: Any, stage: str) -> dict[str, str]:
 def digests(config: Any, stage: str) -> dict[str, str]:
     """The SHA-256 of their files. Raises Unfit where a module is not found; nothing of it runs."""
     return {field.partition(".")[2]: _digest(field, function) for field, function in named(config, stage).items()}
+
+
+def look_for(config: Any, stage: str) -> None:
+    """Raises Unfit where a module or its function is not found; nothing of it runs."""
+    for field, function in named(config, stage).items():
+        custom.check(custom.source_file(function, field), function, field)
 
 
 def announce(functions: Mapping[str, str], say: Callable[[str], None]) -> None:
@@ -151,10 +158,13 @@ def _check_student(functions: Mapping[str, Callable[..., Any]], config: Any, net
             raise Unfit(
                 f"student.objective = {config.objective!r}: its loss does not depend on the network's parameters"
             )
+        _check_gradients(f"student.objective = {config.objective!r}", loss, network)
     elif "student.model" in functions:
         with _blaming_calls(f"student.model = {config.model!r}", batch, "(x, t, label) with t [2]"):
             velocity = network(batch.image, torch.tensor([0.25, 0.75]), batch.label)
         _check_tensor(f"student.model = {config.model!r}", velocity, shape)
+        if velocity.requires_grad:
+            _check_gradients(f"student.model = {config.model!r}", velocity.square().mean(), network)
     if (sampler := functions.get("student.sampler")) is not None:
         with torch.no_grad():
             images = sampler(network, batch.noise, batch.label)
@@ -194,6 +204,18 @@ def _check_tensor(said: str, value: Tensor | Any, shape: tuple[int, ...]) -> Non
 
     if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
         raise Unfit(f"{said}: gave {_kind(value)} for two records; give floats of shape {by(shape)}")
+    if not value.isfinite().all():
+        raise Unfit(f"{said}: gave values that are not finite for two records of noise; {_LOOK}")
+
+
+def _check_gradients(said: str, loss: Tensor, network: nn.Module) -> None:
+    import torch
+
+    parts = {name: part for name, part in network.named_parameters() if part.requires_grad}
+    given = torch.autograd.grad(loss, list(parts.values()), allow_unused=True)
+    for name, gradient in zip(parts, given):
+        if gradient is not None and not gradient.isfinite().all():
+            raise Unfit(f"{said}: its gradient in {name} is not finite for two records of noise; {_LOOK}")
 
 
 def _kind(value: Any) -> str:

@@ -71,7 +71,7 @@ def pull(artifact: Path, left_out: str = "checkpoints/") -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        list(parallel(lambda file: _fetch(artifact, folder, file), files, _FILES))
+        list(parallel(lambda file: fetch(artifact, folder, file), files, _FILES))
     atomic.write_json(folder / "spec.json", atomic.read_json(artifact / "spec.json"))
     committed(artifact, folder, body)
     return folder
@@ -95,8 +95,11 @@ def _pulled(folder: Path) -> str:
     return ""
 
 
-def _fetch(artifact: Path, folder: Path, file: dict[str, Any]) -> None:
-    """Brings one file, unless the one that is here is the same."""
+def fetch(artifact: Path, folder: Path, file: dict[str, Any]) -> None:
+    """Brings a file of a manifest (path, sha256, bytes), unless the one that is here is the same.
+
+    Raises MissingShard and CorruptShard.
+    """
     source, target = artifact / file["path"], inside(folder, file["path"])
     expected = (file["sha256"], file["bytes"])
     if size_of(target) == file["bytes"] and atomic.hash_file(target) == expected:

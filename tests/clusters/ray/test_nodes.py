@@ -101,6 +101,8 @@ def test_nodes_that_come_and_go_cost_only_the_shards_in_hand(
     assert commits_in(lab) < 32 * DRAWS
     done = lab.wait(driver)
     assert "lost Ray actor" in done.stderr
+    assert "Token authentication is enabled" not in done.stderr
+    assert "(raylet)" not in done.stdout + done.stderr, "Ray's paragraphs would bury ours"
     check_whole(lab, uninterrupted)
 
 

@@ -27,7 +27,7 @@ from nfm.stages.base import StageError
 from nfm.stages.pairs import production
 from nfm.stages.report import sections
 from nfm.stages.report.evaluation import Evaluation
-from nfm.stages.trained.training import read_weights
+from nfm.stages.trained.weights import read_weights
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic

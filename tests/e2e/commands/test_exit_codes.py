@@ -22,6 +22,7 @@ CASES: dict[str, tuple[tuple[str, ...], int]] = {
     "pairs add-field": (("{pairs}", "said", "none.npy"), 2),
     "pairs encode": (("none.json", "--task", "0", "--of", "1"), 2),
     "pairs export": (("{teacher}", "out"), 2),
+    "pairs card": (("{pairs}", "-o", "card.md"), 0),
     "pairs head": (("{teacher}",), 2),
     "pairs info": (("{pairs}",), 0),
     "pairs report": (("{teacher}",), 2),

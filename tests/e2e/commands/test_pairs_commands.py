@@ -49,8 +49,8 @@ def test_an_export_is_of_the_generation_that_is_asked_for_and_is_not_sealed_agai
     assert "512 pairs" in nfm("pairs", "export", store, "of-1", "--generation", 1)
     assert "768 pairs" in nfm("pairs", "export", lab.name("pairs"), "of-2", "--generation", 2)
     assert "768 pairs" in nfm("pairs", "export", store, "newest")
-    assert "no such generation (sealed: 1, 2)" in nfm("pairs", "export", store, "of-9", "--generation", 9, exits=1)
-    assert "not of 2" in nfm("pairs", "export", store / "manifest.g0001.json", "of-x", "--generation", 2, exits=1)
+    assert "no such generation (sealed: 1, 2)" in nfm("pairs", "export", store, "of-9", "--generation", 9, exits=2)
+    assert "not of 2" in nfm("pairs", "export", store / "manifest.g0001.json", "of-x", "--generation", 2, exits=2)
     assert not (lab.folder / "of-9").exists()
     assert "an exported store, which its export seals" in nfm("pairs", "seal", "newest", exits=2)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.stages.trained.training import read_lines
+from nfm.stages.display.watching.lines import read_lines
 from nfm.storage import PairStore
 from nfm.storage.files.paths import as_path, names_in, remove, size_of
 from nfm.storage.verify import verify
@@ -76,7 +76,7 @@ def test_a_training_whose_machine_is_gone_goes_on_from_its_checkpoint_on_another
     dying = there.start(*there.lab.arguments("student", "student.save_every=512"))
     student = as_path(there.url) / "student" / made.only("student").path.name
     states = student / "resume"
-    there.lab.until(lambda: any(size_of(states / name / "state.json") for name in names_in(states)), dying)
+    there.lab.until(lambda: any(size_of(states / name / "files.json") for name in names_in(states)), dying)
     dying.send_signal(signal.SIGKILL)
     dying.communicate()
     told = there.on("two").run("student", "student.save_every=512").stderr

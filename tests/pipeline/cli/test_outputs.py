@@ -12,7 +12,16 @@ from click.testing import CliRunner
 from nfm.pipeline.cli.options import OutputFile
 from tests.support.commands import commands
 
-BENCHMARKS = ("codecs", "kill_reader", "scale", "marginals", "teacher_curve", "store.command", "encode.command")
+BENCHMARKS = (
+    "codecs",
+    "kill_reader",
+    "scale",
+    "marginals",
+    "teacher_curve",
+    "store.command",
+    "encode.command",
+    "train.command",
+)
 OWN_FORMAT = {"nfm pairs worklist"}  # which only `nfm pairs encode` reads, under any name
 
 

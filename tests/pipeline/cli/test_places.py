@@ -264,7 +264,7 @@ def test_a_command_that_does_not_work_in_a_bucket_says_so_before_anything_else(m
             command.callback()
 
 
-@pytest.mark.parametrize("text", ["pairs.executor=slurm", "pairs.executor=ray", "teacher.workers=2"])
+@pytest.mark.parametrize("text", ["student.workers=3", "teacher.workers=2"])
 def test_a_setting_that_does_not_work_in_a_bucket_is_refused_with_what_to_write(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,11 +159,27 @@ def test_every_problem_of_a_file_is_told_at_once(tmp_path: Path) -> None:
     assert all(part in str(caught.value) for part in ("data.seed?", "pairs.draws = 0", "student.width?"))
 
 
-@pytest.mark.parametrize("override", ["pairs.draws", "draws=3", "=3", "pairs.=3", ".draws=3", "a.b.c=3"])
+@pytest.mark.parametrize("override", ["pairs.draws", "draws=3", "=3", "pairs.=3", ".draws=3", "a..c=3"])
 def test_an_override_of_another_form_is_shown_the_right_one(tmp_path: Path, override: str) -> None:
     path = written(tmp_path, "[data]")
     with pytest.raises(ConfigError, match=r"write section.key=value, for instance pairs.draws=4"):
         load(path, [override])
+
+
+def test_an_override_sets_one_word_of_a_table(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, '[data]\nsource = "digits"\n[student]\nmodel = "mine:net"\noptions = {width = 2, depth = 3}'
+    )
+    config = load(path, ["student.options.width=4", "student.options.times.kind=uniform"])
+    assert config.student.options == {"width": 4, "depth": 3, "times": {"kind": "uniform"}}
+    for override, said in (
+        ("data.source.x=1", "data.source is no table: the config says 'digits'"),
+        ("pairs.draws.x=1", "--set pairs.draws.x=1: pairs.draws = .*valid integer"),
+        ("teacher.options.x=1", r"teacher.options.x=1: teacher: .*there is none: name it as `module:function`"),
+        ("a.b.c=3", "a: unknown key"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load(path, [override])
 
 
 def test_a_missing_file_suggests_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,3 +322,15 @@ def test_other_stages_in_the_making_show_their_newest_events(lab: Lab, root: Pat
     newest = teacher / "events" / "29990101T000000-host-1.jsonl"
     newest.write_text(json.dumps({**event, "seconds_left": 30.0}) + "\n")
     assert progress.figures(Artifact(teacher)) == "50 of 200 images, 5 images/s, 30s left"
+
+
+def test_a_stopped_training_tells_from_where_the_next_run_goes_on(lab: Lab, root: Path) -> None:
+    teacher = lab.only("teacher").path
+    killed = {"time": time.time(), "kind": "PROGRESS", "done": 90, "total": 200, "unit": "images", "per_second": 5.0}
+    stopped = [{**killed, "done": 150}, {"time": time.time(), "kind": "STOP"}]
+    for name, events in (("2999-1", [killed]), ("2999-2", stopped)):  # the newest is stopped, whatever an older one did
+        text = "".join(json.dumps(event) + "\n" for event in events)
+        (teacher / "events" / f"{name}.jsonl").write_text(text)
+    for path in (teacher / "checkpoints").iterdir():
+        path.rename(path.with_name("160"))
+    assert progress.figures(Artifact(teacher)) == "150 of 200 images; the next run goes on from 160"

@@ -80,7 +80,7 @@ WRONG = {
         for stage in ("data", "pairs", "potential", "evaluate", "report", "compare")
     },
     "workers of a training, twice": ("teacher", ("--workers", 2, "--workers", 4), "give it once"),
-    "workers that do not divide": ("student", (*DATA, "--workers", 3), "batch_size 64 is shared by 3 workers"),
+    "workers that do not divide": ("student", (*DATA, "--workers", 3), "batch_size 64 is shared by 3 processes"),
     "memory of nothing": ("teacher", (*DATA, "--memory", 0), "--memory"),
     **{f"rate {rate}": ("teacher", ("--rate", rate), "--rate") for rate in ("nan", "inf", "0", "-1", "1e300", "x")},
     "rate of nothing": ("student", ("--rate", 5), "nothing can be counted yet; run the data stage, or give --images"),

@@ -120,6 +120,8 @@ def test_a_function_that_writes_into_its_arguments_harms_nothing(shop: Shop) -> 
         ("own_couplings:", r"name one"),
         ("no_such_module:noise", "there is no module no_such_module"),
         ("no_such.module:noise", r"there is no module no_such\.module"),
+        ("os:system", "os is a part of Python itself"),
+        ("sys:exit", "sys is a part of Python itself"),
     ],
 )
 def test_a_module_that_is_not_there_is_told_before_anything_begins(shop: Shop, named: str | None, said: str) -> None:
@@ -134,6 +136,8 @@ def test_a_module_that_is_not_there_is_told_before_anything_begins(shop: Shop, n
         ("def nois(images, labels, rng): ...", r"has no function 'noise' \(did you mean 'nois'\?\)"),
         ("import numpy\nrng = numpy.random.default_rng(0)", "has no function 'noise'; define it"),
         ("def other():\n    def noise(images, labels, rng): ...", "has no function 'noise'"),
+        ("noise = 5", "noise in .* is 5, no function"),
+        ("noise: list = [1, 2]\nnoise = 'text'", "is 'text', no function"),
         ("def noise(images): ...", r"takes \(images\); it is called with \(images, labels, rng\)"),
         ("def noise(images, labels, rng, more): ...", r"takes \(images, labels, rng, more\)"),
         ("def noise(images, labels, rng, *, more): ...", "it is called with"),
@@ -159,6 +163,7 @@ def test_a_function_that_cannot_be_called_is_told_before_anything_begins_and_not
         "from elsewhere import other as noise",
         "try:\n    from elsewhere import noise\nexcept ImportError:\n    noise = None",
         "class noise: ...",
+        "noise = None\nif True:\n    from elsewhere import noise",
         "if True:\n    def noise(images, labels, rng): ...",
         "globals()['noise'] = print",
     ],

@@ -123,11 +123,11 @@ def test_a_planar_source_without_a_number_of_points_says_what_to_set() -> None:
         ({"points": 9, "source": "digits"}, r'data.points = 9: source "digits" .* data.limit'),
         (
             {"points": 9, "source": "gaussians", "average": 2},
-            r'data.average = 2 is of source digits .* of "gaussians"',
+            r'data.average = 2 is of source digits, .* of "gaussians"',
         ),
         (
             {"points": 9, "source": "checkerboard", "classes": ("in", "out")},
-            r'data.classes = .* is of source digits .* of "checkerboard"',
+            r'data.classes = .* is of source digits, .* of "checkerboard"',
         ),
     ],
 )

@@ -25,6 +25,7 @@ from nfm.stages.display.units import about, age, clock, duration, megabytes, rat
         (about, 400, "6.7 min"),
         (about, 5220, "87.0 min"),
         (about, 10 * 365 * 86400, "10.0 years"),
+        (about, 1e300, "a million years or more"),
         (age, 59, "59 s"),
         (age, 3 * 86400, "3 d"),
         (clock, None, "?"),

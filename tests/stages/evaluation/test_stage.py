@@ -19,6 +19,7 @@ from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.evaluation.table import COLUMNS, as_text, columns_of, distance_key
 from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.trained import student
+from nfm.stages.trained.student import StudentConfig
 from nfm.storage import DatasetWriter, ImageDataset
 from nfm.trainers.checkpoint import pack_weights, unpack_weights
 from tests.support.recorder import Recorder
@@ -47,6 +48,14 @@ def evaluated(made: Lab, out: Path, *roles: str, **options: Any) -> tuple[dict[s
 
 def names(body: dict[str, Any]) -> list[str]:
     return [row["name"] for row in body["rows"]]
+
+
+def test_a_plan_tells_that_a_kid_size_is_more_than_there_is() -> None:
+    facts = {"inputs": ["data", "student"], "image_shape": [1, 8, 8], "classes": 10, "student": StudentConfig()}
+    for held, size, told in ((400, 401, "KID of 400 (kid_size 401 is more)"), (400, 400, ""), (60, 61, "KID of 60 (")):
+        config = EvaluateConfig(**SMALL | {"samples": 400, "kid_size": size})
+        words = str(stage.cost(config, facts | {"heldout": held}, None))
+        assert (told in words) if told else ("KID" not in words)
 
 
 def test_every_row_has_every_metric_and_the_floor_is_best(made: Lab, tmp_path: Path) -> None:
@@ -91,11 +100,14 @@ def test_solver_grid_and_guidance_change_a_students_rows(made: Lab, tmp_path: Pa
     roles = ("data", "features", "student")
     plain, _ = evaluated(made, tmp_path / "a", *roles, nfe=[4])
     ways: list[dict[str, Any]] = [{"solver": "midpoint"}, {"grid": "uniform"}, {"student_guidance": 2.0}]
+    ways += [{"solver": "sde-euler"}, {"solver": "sde-euler", "diffusion": "constant"}]
     for number, way in enumerate(ways):
         other, _ = evaluated(made, tmp_path / str(number), *roles, nfe=[4], **way)
         assert other["rows"][1]["fd_cnn"] != plain["rows"][1]["fd_cnn"]
         assert other["rows"][1]["guidance"] == way.get("student_guidance", 0.0)
-    assert names(other)[1] == "student-nfm-euler-4"
+    assert names(plain)[1] == "student-nfm-euler-4"
+    assert names(other)[1] == "student-nfm-sde-euler-4"
+    assert "noise of the solver: constant" in as_text(other)
 
 
 def test_the_reference_is_a_row_more_with_the_evaluations_that_it_took(made: Lab, tmp_path: Path) -> None:
@@ -267,6 +279,9 @@ def test_the_config_says_which_evaluations_a_solver_can_spend() -> None:
         ({"nfe": [6], "solver": "rk4"}, "use 4 or 8"),
         ({"solver": "midpoint"}, "use 30 or 32"),
         ({"nfe": [7, 5, 7]}, "7 is named more than once"),
+        ({"nfe": [8], "solver": "sde-heun"}, "use 7 or 9"),
+        ({"diffusion": "constant"}, "it is of solvers that add noise, sde-euler and sde-heun"),
+        ({"diffusion": "cubic", "solver": "sde-euler"}, "'sigma', 'constant', 'sin.2' or 'decreasing'"),
         ({"baselines": ["nearest"]}, "coupling 'nearest' is unknown"),
     ):
         with pytest.raises(ValidationError, match=said):
@@ -276,7 +291,7 @@ def test_the_config_says_which_evaluations_a_solver_can_spend() -> None:
 
 def test_options_at_their_defaults_are_no_part_of_the_identity() -> None:
     assert (
-        not {"features", "solver", "grid", "reference", "student_guidance", "inception_weights"}
+        not {"features", "solver", "grid", "reference", "student_guidance", "inception_weights", "ema", "diffusion"}
         & EvaluateConfig().semantic().keys()
     )
     assert EvaluateConfig(features="none").semantic()["features"] == "none"

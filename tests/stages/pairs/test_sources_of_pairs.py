@@ -222,6 +222,7 @@ def test_reflow_with_guidance_and_flips_is_made_again_the_same(shop: Shop) -> No
     ("options", "said"),
     [
         ({"reflow_solver": "newton"}, "solver = 'newton' is unknown"),
+        ({"reflow_solver": "sde-heun"}, r"an image is no function of the noise that it began with; take euler, heun"),
         ({"reflow_nfe": 8}, "nfe = 8: heun takes 2N - 1 evaluations"),
         ({"reflow_grid": "cube"}, r"pairs\.reflow_grid = 'cube' is unknown; there are uniform, square"),
     ],

@@ -68,6 +68,18 @@ def objective(network, batch, random):
 def each(network, batch, random):
     return (network(batch.noise, torch.ones(len(batch)), batch.label) - batch.image).square().flatten(1).mean(1)
 
+def unknown(network, batch, random):
+    return objective(network, batch, random) * math.nan
+
+def steep(network, batch, random):
+    nothing = 0 * network(batch.noise, batch.label + 1.0, batch.label)
+    return objective(network, batch, random) + nothing.square().sum().sqrt()
+
+def infinite(image_shape, classes):
+    made = Network(image_shape, classes)
+    torch.nn.init.constant_(made.last.bias, math.inf)
+    return made
+
 def constant(network, batch, random):
     return torch.tensor(1.0)
 
@@ -146,7 +158,10 @@ def test_the_digests_of_all_functions_are_in_the_fingerprint_and_nothing_of_them
     assert student.external(StudentConfig(times="mine:early")) == {"times": atomic.hash_file(code)[0]}
     assert student.external(StudentConfig()) == {}
     assert str(student.cost(config, {"image_shape": [1, 6, 7]}, None)).startswith("240,000 pairs, no time or FLOPs")
+    code.write_text(f"raise SystemExit('run')\n{CODE}", encoding="utf-8")
     student.fits(config, {"image_shape": [1, 6, 7], "classes": 3, "images": 400})
+    with pytest.raises(Unfit, match=r"student\.objective = 'mine:objectiv': .* \(did you mean 'objective'\?\)"):
+        student.fits(StudentConfig(model="mine:net", objective="mine:objectiv", sampler="mine:sampler"), {})
     with pytest.raises(Unfit, match=r"student\.model = 'nowhere:net': there is no module nowhere"):
         student.fits(StudentConfig(model="nowhere:net"), {})
 
@@ -172,6 +187,9 @@ def test_the_digests_of_all_functions_are_in_the_fingerprint_and_nothing_of_them
         ),
         ({"times": "mine:scalar"}, r"gave torch.float32 one value for two records; give floats of shape 2"),
         ({"objective": "mine:each"}, r"student\.objective = 'mine:each': gave torch.float32 2 .*of shape one value"),
+        ({"objective": "mine:unknown"}, r"'mine:unknown': gave values that are not finite .*look for a division by 0"),
+        ({"objective": "mine:steep"}, r"'mine:steep': its gradient in .* is not finite .*a log or a root of 0"),
+        ({"model": "mine:infinite"}, r"'mine:infinite': gave values that are not finite for two records"),
         ({"objective": "mine:constant"}, "its loss does not depend on the network's parameters"),
         ({"objective": "mine:objective", "sampler": "mine:flat"}, r"student\.sampler = 'mine:flat': gave .*2x42"),
     ],

@@ -17,6 +17,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
 from nfm.trainers.nfe import COSTS
+from nfm.trainers.nfe import DIFFUSIONS as NOISES
 from nfm.trainers.nfe import GRIDS as TIMES
 
 if TYPE_CHECKING:
@@ -196,7 +197,31 @@ def test_the_reference_takes_the_evaluations_that_it_needs_and_the_others_come_t
     assert fine < min(1e-3, rough / 10)
 
 
+def test_the_noise_of_a_stochastic_solver_is_a_samples_own_whatever_the_batch(made: Lab) -> None:
+    source, folder = source_of(made), made.only("student").path
+    for solver, nfe in (("sde-euler", 6), ("sde-heun", 7)):
+        sampler = sampling.student_sampler(folder, nfe, "cpu", "float32", solver)
+        assert sampler.name == f"student-nfm-{solver}-{nfe}"
+
+        def images(seed: int, size: int, decode: sampling.Decode = sampler.decode) -> np.ndarray:
+            return np.concatenate(list(sampling.draw(decode, source, 20, seed, size, "cpu")))
+
+        whole = images(1, 20)
+        np.testing.assert_allclose(whole, images(1, 7), atol=1e-5)
+        assert np.abs(images(2, 20) - whole).max() > 0.1
+    noise, labels = sampling.initial(source, np.arange(2), 1, "cpu")
+    first, second = (sampling.fresh_noise(1, np.arange(2), noise)(step) for step in (0, 1))
+    assert len({float(value) for part in (noise, first, second) for value in part.flatten()}) == 6 * noise[0].numel()
+    other = sampling.student_sampler(folder, 7, "cpu", "float32", "sde-heun", diffusion="sin^2")
+    for_two = sampling.fresh_noise(1, np.arange(2), noise)
+    with torch.no_grad():
+        assert not torch.equal(other.decode(noise, labels, for_two), sampler.decode(noise, labels, for_two))
+    with pytest.raises(ValueError, match="adds noise, and there is none"):
+        sampler.decode(noise, labels)
+
+
 def test_the_names_of_solvers_and_grids_are_those_of_the_mathematics() -> None:
+    assert list(sampling.DIFFUSIONS) == list(NOISES)
     assert set(sampling.SOLVERS) == {"auto", *COSTS}
     assert set(sampling.GRIDS) == set(TIMES)
 

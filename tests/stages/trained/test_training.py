@@ -14,6 +14,7 @@ from nfm.stages.base import StageError, Stopped
 from nfm.stages.trained import features, student, teacher, training
 from nfm.stages.trained.devices import machine
 from nfm.stages.trained.teacher import TeacherConfig
+from nfm.stages.trained.training import over_all
 from nfm.storage import ImageDataset
 from tests.support.recorder import Recorder
 
@@ -35,6 +36,14 @@ def test_metrics_have_a_line_an_interval_with_loss_rate_and_share_of_waiting(mad
             assert 0 <= line["data_wait_share"] <= 1
             assert line[f"{unit}_per_second"] > 0
         assert found[-1]["loss"] < found[0]["loss"]
+
+
+def test_the_rate_in_a_manifest_is_that_of_the_whole_run() -> None:
+    fast = {"pairs_seen": 900, "pairs_per_second": 90.0, "data_wait_share": 0.0}
+    slow = {"pairs_seen": 1000, "pairs_per_second": 2.5, "data_wait_share": 0.5}
+    found = over_all([fast, slow], "pairs")
+    assert found == {"pairs_per_second": 1000 / 50, "data_wait_share": 0.4}
+    assert over_all([fast], "pairs") == {"pairs_per_second": 90.0, "data_wait_share": 0.0}
 
 
 def test_a_teachers_metrics_show_bits_per_dimension_of_training_and_heldout_images(made: Lab) -> None:

@@ -193,8 +193,10 @@ def test_a_store_is_opened_by_the_beginning_of_its_fingerprint(make_store, tmp_p
         assert PairStore.open(text).root.name == "3fa9c1d0b2e4"
     with pytest.raises(StorageError, match=r"3fa9 names several stores.*3fa9c1d0b2e4, 3fa9ffd0b2e4; write more"):
         PairStore.open("3fa9")
-    with pytest.raises(StorageError, match="abcd"):
+    with pytest.raises(NoPlace, match=r"abcd: no such folder in .*, and no store in art/pairs .*`nfm ls`"):
         PairStore.open("abcd")
+    with pytest.raises(NoPlace, match=f"shop: no such folder in {tmp_path}, nor the beginning of a fingerprint"):
+        PairStore.open("shop")
     make_store(2, name="3fa9")  # what is there is itself
     assert PairStore.open("3fa9").draws == 2
     monkeypatch.setenv("HOME", str(tmp_path))

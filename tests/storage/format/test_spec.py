@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nfm.storage import PairStore, PairWriter
@@ -64,6 +65,8 @@ def test_fields_hold_numbers_only() -> None:
     for dtype in ("object", "U8", "nonsense"):
         with pytest.raises(StorageError, match=dtype):
             Field("image", dtype, (1,), "image")
+    for numpys in (np.float32, np.dtype("f4"), "float32"):
+        assert Field("image", numpys, (1,), "image").dtype == "float32"
     with pytest.raises(StorageError, match="role"):
         Field("image", "uint8", (1,), "picture")
 
@@ -117,9 +120,12 @@ def _reads_or_is_refused(recipe: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"image_shape": (8, 8)}, r"image_shape a tuple of 2: give \(channels, height, width\)"),
+        ({"image_shape": (8, 8)}, r"image_shape \(8, 8\): give \(channels, height, width\)"),
         ({"image_shape": (1, 1, 8, 8)}, "channels, height, width"),
         ({"image_shape": 8}, "image_shape"),
+        ({"image_shape": (1, 0, 8)}, r"field 'image': a size of its shape = 0, it must be a whole number from 1"),
+        ({"image_dtype": "f4"}, "field 'image': dtype 'f4' is none of bool, int8"),
+        ({"image_dtype": object}, "dtype 'object' is none of"),
         ({"classes": 0}, "classes 0: leave classes out"),
     ],
 )

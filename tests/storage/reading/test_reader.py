@@ -63,7 +63,7 @@ class Numbers:
         if self.broken is not None and self.broken in rows:
             raise StorageError(f"row {self.broken} is broken")
         out["image"][:] = (rows % 256)[:, None, None, None]
-        out["noise"][:] = (rows % 256 + draw / 10)[:, None, None, None]
+        out["noise"][:] = (rows % 256 + draw / 10).astype(np.float16)[:, None, None, None]
         self.gathered += 1
 
 

@@ -17,6 +17,7 @@ from nfm.storage import layouts
 from nfm.storage.errors import CorruptShard, MissingShard
 from nfm.storage.format.codecs import pack
 from nfm.storage.format.commit import ShardFiles
+from nfm.storage.format.convert import to_float32
 from nfm.storage.format.spec import StoreSpec, pair_fields, shard_name
 from nfm.storage.layouts import LAYOUTS
 from nfm.storage.reading.shards import ShardSequence
@@ -58,7 +59,8 @@ def _sequence(root: Path, spec: StoreSpec, held: list[ShardFiles]) -> ShardSeque
         paths = [root / file.path for file in layouts.files(spec, held[number], sealed=False)]
         return layouts.open_shard(spec, paths, held[number].records)
 
-    return ShardSequence(open_shard, spec.fields, spec.rows, spec.rows_per_shard, spec.rows_per_block, spec.layout)
+    sizes = (spec.rows, spec.rows_per_shard, spec.rows_per_block)
+    return ShardSequence(open_shard, spec.fields, *sizes, spec.layout, (0.0, 1.0), spec.noise_step)
 
 
 @st.composite
@@ -102,6 +104,21 @@ def test_what_is_gathered_is_what_was_written(
         start, stop = sorted(rng.integers(0, len(slots) + 1, 2).tolist())
         found = sequence.shard(number).read(field.name, start, stop)
         np.testing.assert_array_equal(found, arrays[field.name][slots.start + start : slots.start + stop])
+
+
+@given(spec=_specs(), seed=st.integers(0, 99), count=st.integers(1, 60))
+@settings(max_examples=40)
+def test_what_is_gathered_as_float32_is_the_stored_numbers_converted(
+    tmp_path_factory: pytest.TempPathFactory, spec: StoreSpec, seed: int, count: int
+) -> None:
+    root = tmp_path_factory.mktemp("s")
+    sequence = _sequence(root, spec, _write(root, spec, _arrays(spec, seed), 16))
+    rows = np.random.default_rng(seed).integers(0, spec.rows, count)
+    stored = sequence.gather(["image", "noise"], rows)
+    out = {name: np.empty(array.shape, np.float32) for name, array in stored.items()}
+    sequence.gather(["image", "noise"], rows, out)
+    np.testing.assert_array_equal(out["image"], to_float32(stored["image"], (0.0, 1.0)))
+    np.testing.assert_array_equal(out["noise"], to_float32(stored["noise"], (0.0, 1.0), step=spec.noise_step))
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

@@ -162,6 +162,13 @@ def test_weights_that_mean_nothing_are_refused(make_store, wrong):
         Mixture([])
 
 
+def test_a_share_of_less_than_a_record_an_epoch_is_refused(pair):
+    rows = pair[0].spec.rows
+    assert len(records(Mixture([(pair[0], rows - 1), (pair[1], 1)]).batches(rows)))
+    with pytest.raises(StorageError, match=f"less than one; the smallest share is 1/{rows}"):
+        Mixture([(pair[0], rows), (pair[1], 1)]).batches(10)
+
+
 def test_members_may_differ_in_codec_and_labels(make_store, small_spec):
     others = {
         "int8": replace(small_spec, codec="int8", fields=pair_fields((1, 4, 4), "int8")),

@@ -28,6 +28,7 @@ from nfm.storage import (
     StateMismatch,
     StorageError,
 )
+from nfm.storage.errors import OutOfRange
 from nfm.storage.files.atomic import content_digest, write_json
 from nfm.storage.format.order import order_key
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
@@ -164,7 +165,7 @@ def test_a_bad_shard_stops_the_batches_with_its_name(make_store):
 
 
 def test_a_store_that_is_not_there_or_not_sealed_says_so(make_store, tmp_path):
-    with pytest.raises(StorageError, match=r"spec\.json"):
+    with pytest.raises(StorageError, match=r"no such folder"):
         PairStore.open(tmp_path / "nowhere")
     with pytest.raises(StorageError, match="nfm pairs seal"):
         PairStore.open(make_store(sealed=False))
@@ -182,17 +183,25 @@ def test_a_newer_schema_is_refused(make_store):
 
 def test_rows_and_draws_outside_are_refused(make_store):
     store = PairStore.open(make_store())
-    with pytest.raises(IndexError, match=r"0\.\.49"):
-        store.gather(0, np.array([50]))
+    for call in (store.gather, store.image_rows):
+        for wrong in ([3, 50, 51], [-1]):
+            with pytest.raises(OutOfRange, match=rf"{store.root}: slot {wrong[-2:][0]} .* outside 0\.\.49") as told:
+                call(0, np.array(wrong))
+            assert isinstance(told.value, IndexError)
+    for number in (-1, 99):
+        with pytest.raises(StorageError, match=f"number is -1|shard {number} is outside"):
+            store.shard(0, number)
     with pytest.raises(StorageError, match="draw 2"):
         store.gather(2, np.array([0]))
 
 
 def test_buffers_of_another_kind_are_refused(make_store):
     store = PairStore.open(make_store())
-    for wrong in (np.empty((2, 1, 4, 4), np.float32), np.empty((3, 1, 4, 4), np.uint8)):
+    for wrong in (np.empty((2, 1, 4, 4), np.float64), np.empty((3, 1, 4, 4), np.uint8)):
         with pytest.raises(ValueError, match="image"):
             store.gather(0, np.array([0, 1]), {"image": wrong})
+    with pytest.raises(ValueError, match=r"out\['label'\] is float32 2: pass a contiguous int64 2"):
+        store.gather(0, np.array([0, 1]), {"label": np.empty(2, np.float32)})
 
 
 def test_no_rows_give_empty_arrays(make_store):

@@ -111,7 +111,9 @@ def train_one(run: Run, folder: Path) -> None:
     for name, parameter in model.named_parameters():  # some begin with zeros, which would hide the others
         generator = torch.Generator().manual_seed(len(name))
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    recipe = Recipe(examples=run.whole * BATCH, batch_size=BATCH, learning_rate=1e-2, warmup_examples=80, ema=0.9)
+    recipe = Recipe(
+        examples=run.whole * BATCH, batch_size=BATCH, learning_rate=1e-2, warmup_examples=80, ema=0.9, emas=(0.1,)
+    )
     steps = iter(range(run.whole + 1))
     lines: list[dict[str, float]] = []
     with CheckpointFolder(folder / (run.after or run.name)) as checkpoints:
@@ -121,7 +123,7 @@ def train_one(run: Run, folder: Path) -> None:
         )  # fmt: skip
     weights = {
         f"{which}.{name}": parallel.whole(value).clone()
-        for which, network in (("model", done.model), ("ema", done.ema))
+        for which, network in (("model", done.model), ("ema", done.ema), ("power", done.emas[0.1]))
         for name, value in network.state_dict().items()
     }
     if parallel.rank() == 0:

@@ -24,7 +24,7 @@ def trial(blocks: int, layers: int) -> Trial:
 
 
 def test_a_shallow_model_stands_for_the_memory_of_a_deep_one() -> None:
-    batch, config = timing._random_batch(4, FACTS, "cpu"), TeacherConfig()
+    batch, config = timing.random_batch(4, FACTS, "cpu"), TeacherConfig()
     deep, shallow = trial(4, 4), trial(1, 2)
     whole = memory.measured([deep], 1000, config, batch)
     found = memory.measured([deep, shallow], 1000, config, batch)
@@ -41,7 +41,7 @@ def test_what_is_kept_is_what_torch_keeps() -> None:
     def square(model, batch, random):
         return model(batch.image.flatten(1)).square().mean(), {}
 
-    batch = timing._random_batch(4, FACTS, "cpu")
+    batch = timing.random_batch(4, FACTS, "cpu")
     found = memory.measured([Trial(1.0, lambda: (model, square))], 0, TeacherConfig(), batch)
     assert found.record == 4 * (256 + width)  # the input of the product, and the result of the ReLU, once
 

@@ -1,0 +1,146 @@
+"""What a tar's samples say beside the image: a label of `.cls` or `.json`, a caption of `.txt` or `.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nfm.stages.base import Reporter
+from nfm.stages.data.reading.tar_samples import Member
+from nfm.storage.errors import legible
+from nfm.storage.format.untrusted import shown
+
+Read = Callable[[Member], bytes]
+
+MOST_BYTES = {"cls": 64, "txt": 1 << 16, "json": 1 << 20}
+
+
+class UnfitError(ValueError):
+    """A sample that cannot be used; its message is the reason."""
+
+
+class Facts:
+    """Labels and captions of samples, one after the other.
+
+    `labels` and `captions` are fields of `.json`; "" for none; by default they are what `.cls` and `.txt` hold. A label
+    is a whole number, or a name in `classes`, the first of which has the number `first`.
+    """
+
+    def __init__(self, labels: str | None, captions: str | None, classes: Sequence[str] | None, first: int):
+        self._from, self._first = {"labels": labels, "captions": captions}, first
+        self._numbers = {name: first + place for place, name in enumerate(classes or ())}
+        self._labels: list[int | None] = []
+        self._captions: list[str | None] = []
+        self._problems: dict[int, str] = {}
+        self._json = self._cls = 0  # samples that have such a member
+
+    def add(self, members: Mapping[str, Member], read: Read) -> None:
+        """The next sample."""
+        label, caption = None, None
+        self._json += "json" in members
+        self._cls += "cls" in members
+        try:
+            fields = _json(members, read) if any(self._from.values()) else {}
+            label = self._label(members, read, fields)
+            caption = self._caption(members, read, fields)
+        except UnfitError as error:
+            self._problems[len(self._labels)] = legible(str(error))
+        self._labels.append(label)
+        self._captions.append(caption)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return bool(self._from["labels"]) or (self._from["labels"] is None and self._cls > 0)
+
+    def labels(self) -> np.ndarray | None:
+        """The labels as the tars have them, int64 [N], -1 where there is none; None if the images have no labels."""
+        return (
+            None
+            if not self.labelled
+            else np.array([-1 if label is None else label for label in self._labels], np.int64)
+        )
+
+    def captions(self) -> list[str | None] | None:
+        """A caption for each sample, None for one without; None if no sample has one."""
+        return self._captions if any(caption is not None for caption in self._captions) else None
+
+    def problems(self) -> dict[int, str]:
+        """Samples that cannot be used, by their number."""
+        if not self.labelled:
+            return self._problems
+        lacking = {row: "no .cls, which others have" for row, label in enumerate(self._labels) if label is None}
+        return lacking | self._problems
+
+    def tell(self, where: str, report: Reporter) -> None:
+        """Tells where labels and captions may be, and how many captions are missing."""
+        there = {"labels": self.labelled, "captions": self.captions() is not None}
+        for what, member in (("labels", ".cls"), ("captions", ".txt")):
+            if self._json and not there[what] and self._from[what] is None:
+                report.say(
+                    f"{where}: no sample has {member}; data.{what} names a field of the .json members, if one has it"
+                )
+        without = sum(caption is None for caption in self._captions)
+        if there["captions"] and without:
+            report.say(f"{where}: {without:,} of {len(self._captions):,} samples have no caption")
+
+    def _label(self, members: Mapping[str, Member], read: Read, fields: Mapping[str, Any]) -> int | None:
+        field = self._from["labels"]
+        if field is None and "cls" in members:
+            text = _text(members, "cls", read).strip()
+            if not re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+                raise UnfitError(f".cls holds {shown(text)}, no whole number")
+            return int(text)
+        if not field:
+            return None
+        value = _field(fields, field)
+        if isinstance(value, str) and value in self._numbers:
+            return self._numbers[value]
+        if type(value) is not int or abs(value) >= 10**18:
+            raise UnfitError(
+                f"field {field!r} of its .json is {shown(value)}, no whole number and none of data.classes"
+            )
+        return value
+
+    def _caption(self, members: Mapping[str, Member], read: Read, fields: Mapping[str, Any]) -> str | None:
+        field = self._from["captions"]
+        if field is None:
+            return _text(members, "txt", read) if "txt" in members else None
+        value = _field(fields, field) if field else None
+        if value is not None and not isinstance(value, str):
+            raise UnfitError(f"field {field!r} of its .json is {shown(value)}, no text")
+        return value
+
+
+def _field(fields: Mapping[str, Any], name: str) -> Any:
+    if name not in fields:
+        raise UnfitError(f"no field {name!r} in its .json")
+    return fields[name]
+
+
+def _text(members: Mapping[str, Member], kind: str, read: Read) -> str:
+    member = members[kind]
+    if member.bytes > MOST_BYTES[kind]:
+        raise UnfitError(f".{kind} has {member.bytes:,} bytes, more than the {MOST_BYTES[kind]:,} that are read")
+    try:
+        return read(member).decode()
+    except UnicodeDecodeError as error:
+        raise UnfitError(f".{kind} is no UTF-8, at byte {error.start}") from error
+
+
+def _json(members: Mapping[str, Member], read: Read) -> dict[str, Any]:
+    if "json" not in members:
+        raise UnfitError("no .json, of which data.labels or data.captions names a field")
+    try:
+        found = json.loads(_text(members, "json", read))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnfitError):
+            raise
+        raise UnfitError(f".json cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise UnfitError(".json has no fields")
+    return found

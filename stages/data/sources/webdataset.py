@@ -1,0 +1,107 @@
+"""Tars of samples as WebDataset's own writer and img2dataset make them: an image and what is known of it by one key.
+
+docs/data.md says what is read, what is set aside, and why.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+import numpy as np
+
+from nfm.stages.base import Reporter, StageError
+from nfm.stages.data.reading.decoding import Crop, Cut
+from nfm.stages.data.reading.many_in_one import ManyInOne
+from nfm.stages.data.reading.sample_facts import Facts
+from nfm.stages.data.reading.tar_samples import Member, samples
+from nfm.stages.data.sources.encoded import EncodedImages, Listing, Piece
+from nfm.storage.errors import legible
+
+ENDINGS = ("jpg", "jpeg", "png", "webp")
+NOTHING = Member(0, 0)
+MOST_BYTES = 1 << 30  # of an encoded image
+
+
+class WebDataset(EncodedImages):
+    """One tar, those of a folder, or those of a pattern. Keys are the name of the tar and the sample's key in it.
+
+    `images` is the ending of the image's member where a sample has several. `labels` and `captions` are fields of the
+    `.json` member, by default the `.cls` and the `.txt` member; "" for none.
+    """
+
+    name = "webdataset"
+
+    def __init__(
+        self,
+        path: str | None,
+        image_size: int | None = None,
+        channels: int = 3,
+        average: int = 1,
+        classes: Sequence[str] | None = None,
+        threads: int = 0,
+        background: str = "white",
+        crop: Crop = "centre",
+        images: str | None = None,
+        labels: str | None = None,
+        captions: str | None = None,
+        first_label: int | None = None,
+    ):
+        cut = Cut(image_size, channels, average, background, crop, threads)
+        super().__init__(ManyInOne(path, self.name, ".tar"), cut, classes, first_label)
+        self._endings = ENDINGS if images is None else (images.lower(),)
+        self._facts = Facts(labels, captions, classes, first_label or 0)
+        self._bytes: list[int] = []  # of each row's image
+
+    def listed(self) -> Listing:
+        keys: list[str] = []
+        files: list[int] = []
+        places: list[int] = []
+        problems: dict[int, str] = {}
+        for number, path in enumerate(self.files.paths):
+            with self.files.open(number) as file:
+                for sample in samples(file, path, self.files.skipped):
+                    image, problem = self._image_of(sample.members)
+                    if problem := sample.problem or problem:
+                        problems[len(keys)] = problem
+                    self._facts.add(sample.members, functools.partial(_bytes, file))
+                    keys.append(legible(f"{self.files.stem(number)}/{sample.key}"))
+                    files.append(number)
+                    places.append(image.at)
+                    self._bytes.append(image.bytes)
+        facts = self._facts
+        problems = facts.problems() | problems
+        return Listing(
+            keys, np.array(files, np.int64), np.array(places, np.int64), problems, facts.labels(), facts.captions()
+        )
+
+    def pieces(self, number: int, rows: np.ndarray) -> Iterator[Piece]:
+        places = self.listing.places[rows].tolist()
+        members = [Member(at, self._bytes[row]) for at, row in zip(places, rows.tolist())]
+        with self.files.open(number) as file:
+            yield slice(0, len(rows)), lambda at: io.BytesIO(_bytes(file, members[at]))
+
+    def tell(self, report: Reporter) -> None:
+        self._facts.tell(self.files.path, report)
+
+    def _image_of(self, members: dict[str, Member]) -> tuple[Member, str | None]:
+        """The member with the image, and what is wrong about it."""
+        found = [kind for kind in members if kind in self._endings]
+        if len(found) == 1:
+            image = members[found[0]]
+            too_large = f"its image has {image.bytes:,} bytes, more than the {MOST_BYTES:,} that are read"
+            return image, too_large if image.bytes > MOST_BYTES else None
+        if found:
+            return NOTHING, f"two images, .{found[0]} and .{found[1]}: data.images says which"
+        there = ", ".join(f".{kind}" for kind in list(members)[:5])
+        return NOTHING, f"no image: it has {legible(there)}"
+
+
+def _bytes(file: IO[bytes], member: Member) -> bytes:
+    found = os.pread(file.fileno(), member.bytes, member.at)
+    if len(found) != member.bytes:
+        raise StageError(f"{file.name}: was cut off while it was read: fetch it anew and run again")
+    return found
