@@ -24,6 +24,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
+from nfm.trainers.nfe import STOCHASTIC as STOCHASTIC
 from nfm.trainers.nfe import pick_solver
 
 if TYPE_CHECKING:

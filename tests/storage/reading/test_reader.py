@@ -343,7 +343,7 @@ def test_torch_distributed_gives_rank_and_world_size(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 5, "rank": 0, "world_size": 2}, "divisible"),
+        ({"batch_size": 5, "rank": 0, "world_size": 2}, "make it a multiple of 2"),
         ({"batch_size": 41}, "exceeds the 40 records"),
         ({"batch_size": 0}, "at least 1"),
         ({"last": "pad"}, "must be"),
