@@ -14,8 +14,9 @@ from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import is_remote
 
 COMMANDS = {
-    *("run", "student", "status", "ls", "lineage", "sample", "audit"),
-    *("pairs encode", "pairs export", "pairs info", "pairs seal", "pairs verify", "pairs worklist"),
+    *("run", "student", "compare", "plan", "status", "ls", "lineage", "sample", "audit", "repair"),
+    *("pairs encode", "pairs export", "pairs head", "pairs info", "pairs report", "pairs seal", "pairs verify"),
+    "pairs worklist",
 }
 # Settings whose work is done where the artifacts cannot be reached yet: field -> (values that work, what to write).
 SETTINGS: Mapping[str, tuple[tuple[Any, ...], str]] = {

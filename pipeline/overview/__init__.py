@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, check_store, newest_manifest
 from nfm.pipeline.artifacts.lineage import input_names
+from nfm.pipeline.artifacts.listing import listed
 from nfm.pipeline.artifacts.ours import specs
 from nfm.pipeline.console import progress
 from nfm.pipeline.graph import Node, upstream
@@ -15,7 +18,7 @@ from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.stores import info
 from nfm.storage.errors import StorageError
-from nfm.storage.files.paths import age_of, several, size_below
+from nfm.storage.files.paths import is_remote, size_below
 
 Row = dict[str, Any]
 SHOWN = 3  # dependent artifacts shown by name
@@ -45,23 +48,33 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
 def inventory() -> list[Row]:
     """One row for each artifact under the root."""
     root = artifacts_root()
-    found = [Artifact(spec.parent) for spec in specs(root)]
+    found = _in_bucket(root) if is_remote(root) else [_here(spec.parent) for spec in specs(root)]
     users: dict[str, list[str]] = {}
-    for artifact, names in zip(found, several(root, input_names, found)):
-        for name in names:
-            users.setdefault(name, []).append(artifact.name)
-    return several(root, lambda artifact: _row(artifact, users.get(artifact.name, [])), found)
+    for row in found:
+        for name in row.pop("inputs"):
+            users.setdefault(name, []).append(row["artifact"])
+    return [{**row, "needed by": _few(users.get(row["artifact"], []))} for row in found]
 
 
-def _row(artifact: Artifact, users: list[str]) -> Row:
-    path = artifact.path
-    return {
-        "artifact": artifact.name,
-        "state": state_of(Artifact(path, newest_manifest(path))),
-        "size": units.size(size_below(path)),
-        "age": units.age(age_of(path / "spec.json")),
-        "needed by": _few(users),
-    }
+def _here(folder: Path) -> Row:
+    artifact = Artifact(folder, newest_manifest(folder))
+    size, changed = size_below(folder), (folder / "spec.json").stat().st_mtime
+    return _row(artifact.name, state_of(artifact), size, changed, input_names(artifact))
+
+
+def _in_bucket(root: Path) -> list[Row]:
+    rows = []
+    for one in listed(root):
+        state = "damaged" if one.body is None else "done" if one.finished else "started"
+        stated = (one.body or {}).get("inputs")
+        inputs = [str(each.get("artifact")) for each in stated.values()] if isinstance(stated, dict) else []
+        rows.append(_row(Artifact(one.path).name, state, one.bytes, one.changed, inputs))
+    return rows
+
+
+def _row(name: str, state: str, size: int, changed: float, inputs: list[str]) -> Row:
+    age = units.age(time.time() - changed)
+    return {"artifact": name, "state": state, "size": units.size(size), "age": age, "inputs": inputs}
 
 
 def state_of(artifact: Artifact) -> str:

@@ -10,7 +10,6 @@ import os
 import re
 import secrets
 import stat
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -30,7 +29,6 @@ from nfm.storage.files.places import (
 
 __all__ = [
     "TEMPORARY",
-    "age_of",
     "artifacts_root",
     "as_path",
     "exists",
@@ -38,6 +36,7 @@ __all__ = [
     "is_remote",
     "is_url",
     "local_path",
+    "move_objects",
     "names_in",
     "remove",
     "scratch_root",
@@ -121,14 +120,6 @@ def size_below(folder: Path) -> int:
     return sum(int(facts["size"]) for facts in found.values())
 
 
-def age_of(path: Path) -> float:
-    """Seconds since a file was written last, by the clock of this machine. Raises FileNotFoundError."""
-    if not is_remote(path):
-        return time.time() - path.stat().st_mtime
-    changed = remote.attempt(path, "look at", lambda fs, name: fs.modified(name))
-    return time.time() - changed.timestamp()
-
-
 def exists(path: Path) -> bool:
     """Whether there is a file or a folder."""
     if not is_remote(path):
@@ -149,6 +140,17 @@ def remove(path: Path) -> None:
         remote.attempt(path, "remove", lambda fs, name: fs.rm_file(name))
     except FileNotFoundError:
         return
+
+
+def move_objects(source: Path, target: Path) -> None:
+    """Moves an object, or all objects of a folder, within a bucket. They are removed when all have been copied."""
+    found = remote.attempt(source, "list", lambda fs, name: fs.find(name))
+    below = len(_plain(source))
+    for name in found:
+        copied = _plain(target) + name[below:]
+        remote.attempt(source, "copy", lambda fs, _, name=name, copied=copied: fs.cp_file(name, copied))  # type: ignore[misc]
+    for name in found:
+        remote.attempt(source, "remove", lambda fs, _, name=name: fs.rm_file(name))  # type: ignore[misc]
 
 
 def store_named(where: str | Path) -> Path:

@@ -89,6 +89,7 @@ def test_a_training_whose_machine_is_gone_goes_on_from_its_checkpoint_on_another
     assert seen == [line["pairs_seen"] for line in read_lines(made.only("student").path / "metrics.jsonl")]
 
 
+@pytest.mark.seconds(60)
 def test_what_looks_at_artifacts_says_the_same_of_a_bucket_as_of_a_folder(made: Lab, there: Bucket) -> None:
     there.upload(made, "data", "teacher", "pairs", "student")
     name = made.name("student")
@@ -123,3 +124,52 @@ def test_an_audit_of_a_bucket_reads_the_bucket_and_not_what_is_here(made: Lab, t
     assert f"{weights}: its SHA-256 is not the manifest's" in told
     assert f"{shard}: " in told
     assert f"{weights}: SHA-256" in there.on("two").run("pairs", NO_REPORT, "pairs.draws=3", exits=1).stderr
+
+
+@pytest.mark.seconds(60)
+def test_commands_about_stores_find_their_makers_in_the_bucket(made: Lab, there: Bucket) -> None:
+    there.upload(made, "data", "teacher", "pairs")
+    name = made.name("pairs")
+    store = f"{there.url}/{name}"
+    assert "not found" not in there.nfm("pairs", "report", name).stderr
+    assert "nothing is decoded" not in there.nfm("pairs", "head", name[:12], "-n", "2").stderr
+    assert there.nfm("pairs", "info", name, "--json").stdout == made.nfm("pairs", "info", name, "--json").stdout
+    assert "clean" in there.nfm("pairs", "verify", store).stdout
+    told = json.loads(there.nfm("plan", "pairs", "-c", "tiny.toml", "--json").stdout)
+    assert {row["would"] for row in told} == {"nothing, is done"}
+
+
+@pytest.mark.seconds(60)
+def test_tasks_of_an_array_share_a_list_and_a_bucket(made: Lab, there: Bucket) -> None:
+    there.upload(made, "data", "teacher")
+    there.nfm("pairs", "worklist", "-c", "tiny.toml", "-o", "list.json", "--set", "pairs.executor=slurm")
+    listed = (there.lab.folder / "list.json").read_bytes()
+    for task in range(2):
+        other = there.on(f"task{task}")
+        (other.lab.folder / "list.json").write_bytes(listed)
+        other.nfm("pairs", "encode", "list.json", "--task", task, "--of", 2)
+    there.run("pairs", NO_REPORT, "pairs.executor=slurm")
+    (store,) = there.all("pairs")
+    assert store.manifest()["content_digest"] == made.only("pairs").manifest()["content_digest"]
+    assert len(names_in(store.path / "events")) == 3
+
+
+@pytest.mark.seconds(60)
+def test_a_repair_in_a_bucket_moves_bad_shards_aside_and_the_next_run_makes_them_again(
+    made: Lab, there: Bucket
+) -> None:
+    there.upload(made, "data", "teacher", "pairs")
+    store = as_path(there.url) / made.name("pairs")
+    shards = names_in(store / "shards")
+    bad = store / "shards" / shards[2]
+    bad.write_bytes(b"0" * (size_of(bad) or 0))
+    told = there.nfm("repair", made.name("pairs")).stdout
+    assert "set aside: 1" in told
+    (aside,) = names_in(store / "quarantine")
+    assert names_in(store / "quarantine" / aside / "shards") == [shards[2]]
+    assert len(names_in(store / "commits")) == len(shards) - 1
+    there.on("two").run("pairs", NO_REPORT)
+    assert verify(store, level="default") == []
+    assert "manifest.g0002.json" in names_in(store)
+    assert PairStore.open(str(store)).content_digest == PairStore.open(made.only("pairs").path).content_digest
+    assert "nothing to repair" in there.nfm("repair", made.name("pairs")).stdout

@@ -256,9 +256,13 @@ def test_the_artifacts_root_is_a_place_of_a_kind_that_can_hold_artifacts(
 
 def test_a_command_that_does_not_work_in_a_bucket_says_so_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NFM_ARTIFACTS", "s3://bucket/art")
-    refused = [command for path, command in commands() if " ".join(path) not in in_bucket.COMMANDS]
+    refused = [(path, command) for path, command in commands() if " ".join(path) not in in_bucket.COMMANDS]
     assert len(refused) + len(in_bucket.COMMANDS) == len(list(commands())), "a name in COMMANDS is no command"
-    for command in refused:
+    page = (ROOT / "docs" / "places.md").read_text(encoding="utf-8")
+    told = page[page.index("Everything else is refused by name") : page.index("training in several processes")]
+    for path, command in refused:
+        name = path[0] if path[0] == "submit" else path[-1]
+        assert re.search(rf"\b{name}\b", told), f"docs/places.md: say that {name} is refused"
         assert command.callback is not None
         with pytest.raises(NoPlace, match=rf"NFM_ARTIFACTS=s3://bucket/art: `nfm .*{command.name}` does not work"):
             command.callback()
