@@ -21,7 +21,7 @@ from nfm.stages.display.watching.lines import check_watching
 from nfm.stages.executors import ray_cluster
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
-from nfm.stages.trained.training import TrainingSection
+from nfm.stages.trained.training import TrainingSection, check_precision
 from nfm.storage.files.paths import is_remote
 
 
@@ -62,7 +62,9 @@ def _where(name: str, config: Section) -> None:
         who, without = f"{name}.workers = {config.workers}", f"--set {name}.workers=1, or torchrun"
         ray_cluster.check_reachable(config.ray_address, who, without)
     elif (device := getattr(config, "device", None)) is not None:
-        pick_device(device)
+        found = pick_device(device)
+        if (precision := getattr(config, "precision", None)) is not None:
+            check_precision(found, precision, f"{name.partition(':')[0]}.precision")
 
 
 def _check_room(node: Node, size: int) -> None:

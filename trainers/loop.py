@@ -80,6 +80,8 @@ def train(
     snapshot_every: int | None = None,
     log: Callable[[dict[str, float]], None] | None = None,
     log_every: int | None = None,
+    show: Callable[[int, nn.Module], None] | None = None,
+    show_every: int | None = None,
     tick: Callable[[int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
@@ -104,6 +106,8 @@ def train(
     old_checkpoint: a checkpoint in one file, as earlier versions wrote it, to go on from where `checkpoints` has none.
     snapshot: called with the examples seen and the moving averages of `recipe.emas`, whenever a multiple of
         `snapshot_every` was passed, but at the end; by all processes, and before the checkpoint of the same step.
+    show: called with the examples seen and the average of `recipe.ema`, whenever a multiple of `show_every` was passed,
+        and at the end; by all processes. It changes nothing, and its time is in no rate.
     tick: called with the examples seen after every step that has no log line.
     Raises FloatingPointError when a loss or gradient was not finite: no weights were touched by it or after it.
     CheckpointError for a checkpoint of another model or recipe; ValueError when the batches end too early.
@@ -191,6 +195,11 @@ def train(
             logged, logged_seen, waited = now, state.examples_seen, 0.0
         elif tick is not None:
             tick(state.examples_seen)
+        if show is not None and (finished or _passed(show_every, seen_before, state.examples_seen)):
+            health.check(recipe, unit)
+            paused = time.perf_counter()
+            show(state.examples_seen, ema.model)
+            logged += time.perf_counter() - paused
 
         # Save.
         if snapshot is not None and not finished and _passed(snapshot_every, seen_before, state.examples_seen):

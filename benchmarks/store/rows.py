@@ -233,8 +233,8 @@ def rate(reading: Reading, seeds: Iterator[int], least: float, most: float) -> t
     seconds, if need be in the middle of an epoch.
     """
     _read(reading, next(seeds), least)
-    started, cpu, records = time.perf_counter(), time.process_time(), 0
-    while (seconds := time.perf_counter() - started) < least:
+    started, cpu, records, seconds = time.perf_counter(), time.process_time(), 0, 0.0
+    while not records or (seconds := time.perf_counter() - started) < least:
         records += _read(reading, next(seeds), most - seconds)
     return records / (time.perf_counter() - started), records / (time.process_time() - cpu)
 

@@ -120,7 +120,8 @@ class Turns:
 
 def check_same(case: Case, theirs: Peer, batch: Batch) -> dict[str, Any]:
     """Both losses from the same weights. Raises ValueError where they, or the numbers of weights, differ."""
-    model, _ = case.trial.make()
+    with torch.device("meta"):
+        model, _ = case.trial.make()
     counts = [sum(p.numel() for p in of.parameters() if p.requires_grad) for of in (theirs.model, model)]
     if counts[0] != counts[1]:
         raise ValueError(f"{case.name}: theirs has {counts[0]} weights, ours {counts[1]}: not the same model")

@@ -41,7 +41,8 @@ from nfm.pipeline.cli.worklist import encode, worklist
 from nfm.pipeline.config import Override, load
 from nfm.stages.base import Unfit
 from nfm.stages.couplings.custom import Allowed
-from nfm.stages.trained.sampling import DIFFUSIONS, GRIDS, SOLVERS, STOCHASTIC
+from nfm.stages.trained.sampling import DIFFUSIONS, GRIDS, SOLVERS, check_diffusion
+from nfm.stages.trained.training import blaming
 from nfm.storage.files.paths import exists
 
 if TYPE_CHECKING:
@@ -200,13 +201,19 @@ def list_artifacts(as_json: bool) -> None:
     help="v + g (v - v without labels); a teacher's own.",
 )
 @guidance_options
-@click.option("--diffusion", type=click.Choice(DIFFUSIONS), help="Of sde-euler, sde-heun: the noise.  [default: sigma]")
+@click.option(
+    "--diffusion",
+    default="sigma",
+    type=click.Choice(DIFFUSIONS),
+    show_default=True,
+    help="Noise of the SDE solvers.",
+)
 @click.option("--ema", type=MovingAverage(), metavar="NAME", help="Of a student: the moving average of this name.")
 @click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
 @run_custom_option("The code of a model that is its user's own may run: of the file with this digest. Repeatable.")
 @picture_option("grid.png")
 def sample(
-    artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, diffusion: str | None,
+    artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, diffusion: str,
     ema: str | None, seed: int, output: Path, digests: tuple[str, ...], **guided: Any,
 ) -> None:  # fmt: skip
     """Draw a grid of images from a student or teacher."""
@@ -218,15 +225,11 @@ def sample(
     folder = found.readable
     if stage in ("student", "teacher"):
         _check_allowed(folder, stage, digests)
-    check_of_student(stage, "nfe", "solver", "grid")
+    check_of_student(stage, "nfe", "solver", "grid", "ema", "diffusion")
     options = given_guidance(stage, guidance, guided)
-    if ema is not None and stage != "student":
-        raise click.UsageError(f"--ema is of a student's samples, this is a {stage}: leave it out")
-    if diffusion is not None and solver not in STOCHASTIC:
-        raise click.UsageError(f"--diffusion is of --solver {' and '.join(STOCHASTIC)}, this is {solver}: leave it out")
-    sample_grid(
-        folder, stage, count, nfe, seed, output, solver, grid, guidance, options, ema, diffusion or DIFFUSIONS[0]
-    )
+    with blaming("--diffusion"):
+        check_diffusion(solver, diffusion)
+    sample_grid(folder, stage, count, nfe, seed, output, solver, grid, guidance, options, ema, diffusion)
     click.echo(str(output))
 
 

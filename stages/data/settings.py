@@ -48,7 +48,7 @@ def check_settings(config: DataConfig, source: Source, report: Reporter) -> None
     """Refuses settings that would have no effect or name no class. Reports those that another setting overrides."""
     check_owners(config, when_made=True)
     if config.images == "":
-        raise Unfit('data.images = "" names no array: leave it out for the array "data"')
+        raise Unfit('data.images = "" names nothing: leave it out for the default')
     if config.classes is not None:
         _check_classes(config.classes, source)
     if config.path is not None and config.debian_package is not None:

@@ -85,7 +85,9 @@ def load_nfm(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:
     model, facts = teacher.load(weights.parent, setup.device)
     if setup.compile:
         model.compile(dynamic=False)  # all batches of a store have the same shape
-    return NFM(model, facts["eta"], facts["sigma_f"], setup.device, autocast_dtype(setup.precision))
+    return NFM(
+        model, facts["eta"], facts["sigma_f"], setup.device, autocast_dtype(setup.precision), setup.precision == "tf32"
+    )
 
 
 def load_reflow(spec: StoreSpec, source: ImageDataset, setup: Setup) -> Coupling:

@@ -20,6 +20,7 @@ from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
 from nfm.stages.encoding.setup import Setup, mirrored_here
 from nfm.stages.encoding.slots import Found, Sources, mirrored
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
+from nfm.stages.trained.training import check_precision
 from nfm.storage import ImageDataset
 from nfm.storage.files.paths import as_path
 from nfm.storage.format.spec import read_spec
@@ -43,6 +44,7 @@ class Encoder:
 
     def __init__(self, setup: Setup):
         self.setup = replace(mirrored_here(setup), device=pick_device(setup.device))
+        check_precision(self.setup.device, setup.precision)
         self.store = as_path(setup.store)
         self.spec = read_spec(self.store)
         self.source = ImageDataset.open(self.setup.data, "train")

@@ -101,7 +101,7 @@ def for_teacher(
         from nfm.stages.trained.teacher import load
 
         teacher, _ = load(Path(mirror.here(str(teacher))), device)
-    coupling = NFM(teacher, eta or 0.0, 1.0, device, autocast_dtype(precision))
+    coupling = NFM(teacher, eta or 0.0, 1.0, device, autocast_dtype(precision), precision == "tf32")
     encode = encoding(coupling, image_shape, classes)
     with on_threads(threads):
         proposal = propose(encode, sizes, seconds)

@@ -9,10 +9,10 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from nfm.stages.base import Guidance, LocalField, Section, added, operational
 from nfm.stages.couplings.variant import Variant
-from nfm.stages.trained.sampling import ALWAYS, DiffusionName, GridName, SolverName
+from nfm.stages.trained.sampling import ALWAYS, DiffusionName, GridName, SolverName, check_diffusion
 from nfm.stages.trained.training import Precision
 from nfm.stages.trained.weights import parse
-from nfm.trainers.nfe import STOCHASTIC, pick_solver
+from nfm.trainers.nfe import pick_solver
 
 CURVATURE_STEPS = 128
 SPEEDS = ("images_per_second", "batch", "latency_seconds")
@@ -27,7 +27,8 @@ class EvaluateConfig(Section):
     guided, at times of `guidance_interval` alone, and with `reference` they have a row more, of adaptive dopri5.
     `ema` names one of their moving averages, see trained/weights.py. `diffusion` is how much noise a stochastic solver
     adds, "sde-euler" or "sde-heun", see trainers/solvers.py. `features` is where distances are taken: this run's
-    classifier, Inception-v3 from `inception_weights`, or none, for points of the plane.
+    classifier, Inception-v3 from `inception_weights`, or none, for points of the plane. `statistics` is a file of
+    published ones of Inception's features, to which rows have one distance more.
     """
 
     baselines: tuple[str, ...] = ()
@@ -38,6 +39,7 @@ class EvaluateConfig(Section):
     samples: int = Field(5_000, ge=2)
     features: Literal["cnn", "inception", "none"] = added("cnn")
     inception_weights: LocalField | None = operational(None)
+    statistics: LocalField | None = operational(None)
     guidance: Guidance = 0.0
     student_guidance: Guidance = added(0.0)
     guidance_interval: tuple[Time, Time] = added(ALWAYS)
@@ -52,6 +54,13 @@ class EvaluateConfig(Section):
     speed_batches: tuple[Annotated[int, Field(ge=1)], ...] = operational((32, 128, 512))
     device: str = operational("auto")
 
+    @field_validator("statistics")
+    @classmethod
+    def _are_of_inception(cls, statistics: str | None, info: ValidationInfo) -> str | None:
+        if statistics is not None and info.data.get("features") != "inception":
+            raise ValueError('they are of Inception\'s features; set evaluate.features = "inception", or leave it out')
+        return statistics
+
     @field_validator("baselines")
     @classmethod
     def _are_variants(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
@@ -60,8 +69,7 @@ class EvaluateConfig(Section):
     @field_validator("diffusion")
     @classmethod
     def _is_of_a_stochastic_solver(cls, diffusion: str, info: ValidationInfo) -> str:
-        if diffusion != cls.model_fields["diffusion"].default and info.data.get("solver", "") not in STOCHASTIC:
-            raise ValueError(f"it is of solvers that add noise, {' and '.join(STOCHASTIC)}; leave it out, or name one")
+        check_diffusion(info.data.get("solver", ""), diffusion)
         return diffusion
 
     @field_validator("ema")

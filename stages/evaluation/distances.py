@@ -11,7 +11,7 @@ import numpy as np
 
 from nfm.stages.base import Inputs, Reporter, Unfit
 from nfm.stages.evaluation import inception
-from nfm.stages.evaluation.table import distance_key
+from nfm.stages.evaluation.table import distance_key, published_key
 from nfm.stages.trained import features
 from nfm.storage import ImageDataset
 
@@ -75,6 +75,17 @@ class Reference:
         return fit(self.features)
 
     @functools.cached_property
+    def published(self) -> Gaussian:
+        """The statistics that the config names."""
+        import torch
+
+        from nfm.trainers.metrics.frechet import Gaussian
+
+        assert self.config.statistics is not None
+        mean, covariance = inception.statistics(self.config.statistics)
+        return Gaussian(torch.from_numpy(mean), torch.from_numpy(covariance))
+
+    @functools.cached_property
     def subset(self) -> np.ndarray:
         random = np.random.default_rng(self.config.seed)
         return np.sort(random.choice(len(self.source), min(self.count, len(self.source)), replace=False))
@@ -120,6 +131,8 @@ class Reference:
             "kid_error": error,
             "kid_size": size,
         }
+        if self.config.statistics is not None:
+            row[published_key(self.config)] = frechet_distance(found, self.published)
         # Too few samples give no reliable value: the columns stay empty.
         enough = len(found) >= fewest_for_infinity(found.shape[1])
         row["fd_infinity"] = fd_infinity(found, self.gaussian, seed=self.config.seed) if enough else None

@@ -20,7 +20,7 @@ from nfm.stages.evaluation.config import CURVATURE_STEPS
 from nfm.stages.evaluation.distances import EXACT_VALUES, Reference
 from nfm.stages.trained import student
 from nfm.stages.trained.devices.machine import machine
-from nfm.stages.trained.sampling import Sampler, draw, fresh_noise, initial, variant_of, velocity
+from nfm.stages.trained.sampling import Sampler, draw, fresh_noise, initial, variant_of
 from nfm.stages.trained.training import precision_context
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -126,6 +126,7 @@ class Bench:
         """How far a student's paths (never guided) are from straight, per dimension, with 128 uniform Euler steps."""
         import torch
 
+        from nfm.trainers.flow_matching import velocity
         from nfm.trainers.solvers import curvature
 
         trajectories = self.config.curvature_trajectories

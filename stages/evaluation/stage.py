@@ -21,8 +21,14 @@ from nfm.stages.base import (
     Unfit,
 )
 from nfm.stages.evaluation.config import CURVATURE_STEPS, SPEEDS, EvaluateConfig
-from nfm.stages.evaluation.inception import find_weights, weights_sha256
-from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key
+from nfm.stages.evaluation.inception import (
+    WEIGHTS,
+    find_weights,
+    statistics,
+    statistics_sha256,
+    weights_sha256,
+)
+from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key, published_key
 from nfm.stages.trained import student
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.machine import pick_device
@@ -38,6 +44,7 @@ from nfm.stages.trained.sampling import (
     student_sampler,
     teacher_sampler,
 )
+from nfm.stages.trained.training import check_precision
 from nfm.storage.files import atomic
 from nfm.trainers.nfe import STOCHASTIC
 
@@ -51,16 +58,19 @@ OF_THE_MOMENT = (*SPEEDS, "machine")  # columns that depend on the machine and t
 
 
 def external(config: EvaluateConfig) -> dict[str, str]:
-    """What decides the result but is neither config nor artifact: the SHA-256 of the Inception weights."""
+    """What decides the result but is neither config nor artifact: SHA-256 of Inception's weights and statistics."""
     if config.features != "inception":
         return {}
-    return {"inception_weights": weights_sha256(config.inception_weights)}
+    statistics = {} if config.statistics is None else {"statistics": statistics_sha256(config.statistics)}
+    return {"inception_weights": weights_sha256(config.inception_weights), **statistics}
 
 
 def check(config: EvaluateConfig) -> None:
     """Raises StageError for anything missing on this machine, before days of training."""
     if config.features == "inception":
         find_weights(config.inception_weights)
+    if config.statistics is not None:
+        statistics(config.statistics)
     if config.reference:
         find_reference_solver()
 
@@ -76,6 +86,9 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     device = pick_device(config.device)
     bench = Bench(config, inputs, out, device, report)
     bench.check()
+    check(config)
+    if config.statistics is not None:
+        report.say(_of_published(config, bench.count))
     for role in ("teacher", *_students(inputs)):
         if role in inputs:
             own.announce_made(inputs[role], role.partition(":")[0], report.say)
@@ -135,6 +148,7 @@ def cost(config: EvaluateConfig, facts: Mapping[str, Any], clock: Clock | None) 
         return cost
     try:
         device = pick_device(config.device)
+        check_precision(device, config.precision)
     except Unfit as error:
         return replace(cost, unknown=f"no time ({error})")
     sizes = {"flops": one, "batch_size": config.batch_size, "device": device, "shape": shape}
@@ -180,6 +194,13 @@ def _solver(config: EvaluateConfig) -> dict[str, str]:
     if config.solver in STOCHASTIC:
         told["diffusion"] = config.diffusion
     return told
+
+
+def _of_published(config: EvaluateConfig, count: int) -> str:
+    told = f"distances to {config.statistics}, of {count:,} images a row; published FIDs are of 50,000"
+    if published_key(config) == "fid_published":
+        return told
+    return f"{told}, and of the weights {WEIGHTS}: these are others, so the distance is not called FID"
 
 
 def _students(inputs: Iterable[str]) -> list[str]:

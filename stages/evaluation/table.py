@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nfm.stages.display.tables import aligned
+from nfm.stages.evaluation import inception
 
 if TYPE_CHECKING:
     from nfm.stages.evaluation.config import EvaluateConfig
@@ -18,6 +19,10 @@ DISTANCE = {"fd_cnn": "FD-CNN", "fid": "FID", "w2": "W2"}
 
 BEYOND = 2  # spreads of the floor: a value lower than that is no accident
 MEMORISED = 0.8  # samples nearer to training images than this share of what real images are
+
+
+# To published statistics: FID with the published weights, and what it may be called with others.
+PUBLISHED = {"fid_published": "FID, published", "fd_published": "FD, published (other weights)"}
 
 
 class Column(NamedTuple):
@@ -45,6 +50,7 @@ COLUMNS = (
     Column("± s.e.", "w2_error", spelled=".4f"),
     Column("points a set", "w2_points", spelled=","),
     Column("sets", "w2_sets"),
+    *(Column(title, key, spelled=".2f") for key, title in PUBLISHED.items()),
     Column("at infinity", "fd_infinity", spelled=".2f"),
     Column("KID × 1000", "kid", 1000, ".2f"),
     Column("± s.e.", "kid_error", 1000, ".2f"),
@@ -73,6 +79,12 @@ def distance_key(of: EvaluateConfig | Line) -> str:
         if key in of:
             return key
     raise ValueError(f"row {of.get('name')!r} holds no distance; one of {', '.join(DISTANCE)} was expected")
+
+
+def published_key(config: EvaluateConfig) -> str:
+    """The key in `PUBLISHED` of an evaluation with this config, which names statistics."""
+    known = inception.weights_sha256(config.inception_weights).startswith(inception.PUBLISHED)
+    return "fid_published" if known else "fd_published"
 
 
 def columns_of(rows: Sequence[Line]) -> list[Column]:

@@ -17,6 +17,7 @@ from nfm.stages.trained.devices import timing
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
+from nfm.stages.trained.training import check_precision
 from nfm.storage import StoreSpec, layouts
 
 CODECS = ("float32", "float16", "int8")
@@ -43,6 +44,7 @@ def worker(config: PairsConfig, facts: Mapping[str, Any], clock: Clock) -> Worke
     if owner is not None and owner.model is not None:
         raise Unfit(f"pairs of {config.coupling}: {own.UNKNOWN_COST}")
     device = pick_device(config.device)
+    check_precision(device, config.precision, "pairs.precision")
     cores = f"{config.threads} of {os.cpu_count()} CPU cores"
     if device.startswith("cuda"):
         import torch

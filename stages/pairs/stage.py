@@ -34,6 +34,7 @@ from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
+from nfm.stages.trained.training import check_precision
 from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.export import converted
@@ -73,7 +74,7 @@ def needs(config: PairsConfig) -> None:
         ray_cluster.check_reachable(config.ray_address)
     remote = executor.later or (executor.cluster and address_of(config.ray_address) != "local")
     if not remote:
-        pick_device(config.device)
+        check_precision(pick_device(config.device), config.precision, "pairs.precision")
 
 
 def room(config: PairsConfig, facts: Mapping[str, Any]) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from nfm.stages.base import Finding, Inputs, StageError
+from nfm.stages.base import Finding, Inputs, StageError, Unfit
 from nfm.stages.couplings import custom
 from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding.encoder import Encoder
@@ -17,7 +18,9 @@ from nfm.stages.pairs import stage
 from nfm.stages.pairs.coupling_advice import better_teacher
 from nfm.stages.stores import against_source as pairs_source
 from nfm.stages.stores.repair import pinned, verify
+from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.foreign import own
+from nfm.stages.trained.training import check_precision
 from nfm.storage import ImageDataset, PairStore, layouts
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
@@ -29,13 +32,13 @@ from nfm.storage.ledger.shard_list import Entry
 
 MEAN_BOUND, VARIANCE_BOUNDS = 0.1, (0.8, 1.25)
 # RMS over a record of the stored noise minus the noise encoded again. A float16 codec rounds to 2^-11 relative; bf16
-# products on another device or with another batch size move z by a few hundredths.
-NOISE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
+# products on another device or with another batch size move z by a few hundredths. TF32 rounds to 8 times finer steps.
+NOISE_TOLERANCE = {"float32": 0.01, "tf32": 0.03, "bfloat16": 0.1}
 # RMS, in image units, of the decoded stored noise minus x + eta eps'. The flow amplifies rounding. Noise of another
 # image decodes to another image, several tenths away.
-DECODE_TOLERANCE = {"float32": 0.05, "bfloat16": 0.2}
+DECODE_TOLERANCE = {"float32": 0.05, "tf32": 0.1, "bfloat16": 0.2}
 # RMS, in image units, of a student's image minus the same image generated again. A pixel's step is 0.008.
-IMAGE_TOLERANCE = {"float32": 0.01, "bfloat16": 0.1}
+IMAGE_TOLERANCE = {"float32": 0.01, "tf32": 0.03, "bfloat16": 0.1}
 AMPLIFIED = 10  # how much the flow may amplify the rounding of an int8 codec, as a factor
 
 
@@ -143,7 +146,13 @@ def encode_again(sealed: Generation, setup: Setup, count: int, seed: int = 0) ->
     rule of three).
     """
     spec, total = sealed.spec, sealed.records
-    store, encoder = PairStore(sealed), Encoder(setup)
+    try:
+        check_precision(pick_device(setup.device), setup.precision)
+    except Unfit:  # a device that computes more exactly, within the same tolerance
+        encoder = Encoder(replace(setup, precision="float32"))
+    else:
+        encoder = Encoder(setup)
+    store = PairStore(sealed)
     picked = _held(sealed, np.random.default_rng(seed).choice(total, size=min(count, total), replace=False))
     rounding = (spec.noise_step or 0.0) / 12**0.5  # RMS of the rounding error of a step
     findings: list[Finding] = []

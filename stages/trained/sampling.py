@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 import numpy as np
 
 from nfm.stages.base import StageError, Unfit
-from nfm.stages.display.pictures import save_grid
+from nfm.stages.display.watching.grids import draw_grid
 from nfm.stages.trained import student, teacher
 from nfm.stages.trained.costs import Trial
 from nfm.stages.trained.devices.machine import pick_device
@@ -24,8 +24,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
-from nfm.trainers.nfe import STOCHASTIC as STOCHASTIC
-from nfm.trainers.nfe import pick_solver
+from nfm.trainers.nfe import STOCHASTIC, pick_solver
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +92,7 @@ def student_sampler(
     StageError for guidance of a student that cannot be without labels, and for one with a sampler of its own.
     """
     from nfm.trainers import solvers
+    from nfm.trainers.flow_matching import velocity
 
     if has_own_sampler(folder):
         raise Unfit(f"{folder}: this student has a sampler of its own and no velocity that a solver could follow")
@@ -121,6 +121,7 @@ def reference_sampler(
     Raises StageError for guidance of a student that cannot run without labels, or if torchdiffeq is missing.
     """
     from nfm.trainers import solvers
+    from nfm.trainers.flow_matching import velocity
 
     find_reference_solver()
     model, variant = _student(folder, device, guidance, ema)
@@ -141,6 +142,12 @@ def reference_sampler(
         return images
 
     return Sampler(name, "student", variant, REFERENCE, 0, guidance, parameter_count(model), decode, taken)
+
+
+def check_diffusion(solver: str, diffusion: str) -> None:
+    """Raises ValueError for another diffusion than the default where a solver adds no noise."""
+    if solver not in STOCHASTIC and diffusion != DIFFUSIONS[0]:
+        raise ValueError(f"diffusion = {diffusion!r} is of solvers that add noise, {' and '.join(STOCHASTIC)}")
 
 
 def has_own_sampler(folder: Path) -> bool:
@@ -210,33 +217,13 @@ def teacher_sampler(
     return Sampler(name, "teacher", None, method, 1 + score, guided.strength, parameter_count(model), decode)
 
 
-def velocity(
-    model: Any, labels: torch.Tensor, guidance: float = 0.0, interval: Interval = ALWAYS
-) -> Callable[[torch.Tensor, Any], torch.Tensor]:
-    """The student as the solvers want it: velocity(x, t) for these labels, in float32.
-
-    With guidance g it is v + g (v - v without labels), the two taken in one pass (Ho & Salimans 2022,
-    arXiv 2207.12598, whose guided model is the same combination), at times of the interval alone (Kynkaanniemi et al.
-    2024, arXiv 2404.07724).
-    """
-    import torch
-
-    def call(x: torch.Tensor, t: Any) -> torch.Tensor:
-        times = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
-        if not guidance or not interval[0] <= float(t) <= interval[1]:
-            return model(x, times, labels).float()
-        both = torch.cat([labels, torch.full_like(labels, -1)])
-        with_labels, without = model(torch.cat([x, x]), torch.cat([times, times]), both).float().chunk(2)
-        return with_labels + guidance * (with_labels - without)
-
-    return call
-
-
 def evaluations_per_second(
     config: StudentConfig, facts: Mapping[str, Any], device: str, precision: Precision, batch_size: int, guidance: float
 ) -> float:
     """Images a second whose velocity a student of these sizes and random weights gives once, for a plan."""
     import torch
+
+    from nfm.trainers.flow_matching import velocity
 
     def make(trial: Trial) -> Callable[[int], object]:
         model = trial.make()[0].eval().to(device)
@@ -339,8 +326,6 @@ def sample_grid(
     Its format is that of the path's ending. `guided` are further options of the guidance: `interval` of a student's,
     those of `tarflow.Guidance` of a teacher's. `ema` names a moving average of a student.
     """
-    import torch
-
     from nfm.trainers.models.tarflow import Guidance
 
     device = pick_device("auto")
@@ -355,16 +340,13 @@ def sample_grid(
             sampler = teacher_sampler(folder, Guidance(guidance, **(guided or {})), True, device, "float32")
     else:
         raise Unfit(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
-    _, architecture = read_weights(folder)
-    shape = architecture["image_shape"]
-    slots = np.arange(count)
-    eps = philox.normals(seed, 0, slots, int(np.prod(shape)), purpose="samples")
-    classes = architecture["classes"]
-    labels = torch.arange(count) % max(classes, 1)
-    with torch.no_grad(), blaming("--solver, --grid"):
-        noise = torch.from_numpy(eps).reshape(count, *shape).to(device)
-        images = sampler.decode(noise, labels.to(device), fresh_noise(seed, slots, noise)).float().cpu().numpy()
-    save_grid(path, images, image_dtype=image_dtype_of(folder), labels=labels.numpy() if classes else None)
+    _, built = read_weights(folder)
+
+    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return sampler.decode(noise, labels, fresh_noise(seed, np.arange(count), noise))
+
+    with blaming("--solver, --grid"):
+        draw_grid(path, decode, built["image_shape"], built["classes"], count, seed, device, image_dtype_of(folder))
 
 
 def image_dtype_of(folder: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -25,6 +25,7 @@ from nfm.stages.trained.costs import Cost, Counted, Trial
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
+    Samples,
     Task,
     TrainingSection,
     blaming,
@@ -38,6 +39,7 @@ from nfm.stages.trained.training import (
 )
 from nfm.stages.trained.weights import WEIGHTS, Name, files_of, parse, parts_of, read, read_weights
 from nfm.storage import Mixture, PairStore
+from nfm.trainers.nfe import pick_solver
 from nfm.trainers.training.profiles import WIDEST
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 NAME = "student"
 VERSION = 1
+SHOWN, SHOWN_NFE = 64, 7  # of the grids that are drawn while training: images, evaluations of the velocity
 TIMES, OBJECTIVE = "logit-normal(-0.2, 1.0)", "flow-matching"
 _NUMBER = r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
 _LOGIT_NORMAL = re.compile(rf"logit-normal\({_NUMBER},{_NUMBER}\)")
@@ -68,7 +71,8 @@ class StudentConfig(TrainingSection):
     `times` is also "uniform" or "logit-normal(mean, deviation)". `init` is a finished student whose weights are the
     first ones; what is in it is an input, and so part of the fingerprint.
 
-    `emas` are relative widths of further moving averages, kept at the end and after every `snapshots` pairs.
+    `emas` are relative widths of further moving averages, kept at the end and after every `snapshots` pairs. After each
+    `sample_every` pairs a grid of samples is drawn, never if it is 0.
     """
 
     pairs: int = Field(240_000, ge=1)
@@ -89,6 +93,7 @@ class StudentConfig(TrainingSection):
     mixture: dict[str, float] = added({})
     emas: tuple[Annotated[float, Field(ge=0.001, le=WIDEST)], ...] = added(())
     snapshots: int | None = added(None, ge=1)
+    sample_every: int = operational(0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -204,7 +209,25 @@ def task(config: StudentConfig, inputs: Inputs, device: str) -> Task:
         batches = source.batches(config.batch_size, config.seed, epochs=None, device=device, soften=config.soften)
 
     read = _Permuted(batches) if config.permuted else batches
-    return Task(model, _loss(config), read, architecture, config.pairs, "pairs", snapshots=config.snapshots)
+    image_dtype = store.spec.field("image").dtype
+    samples = Samples(config.sample_every, SHOWN, _decode(config), image_dtype) if config.sample_every else None
+    return Task(
+        model, _loss(config), read, architecture, config.pairs, "pairs", snapshots=config.snapshots, samples=samples
+    )
+
+
+def _decode(config: StudentConfig) -> Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """How images are made of noise while training: by a sampler of its own, or unguided with SHOWN_NFE evaluations."""
+    from nfm.trainers import solvers
+    from nfm.trainers.flow_matching import velocity
+
+    if config.sampler is not None:
+        return own.load("student.sampler", config.sampler)
+
+    def decode(model: Any, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return solvers.sample(velocity(model, labels), noise, SHOWN_NFE, pick_solver("auto", SHOWN_NFE), "square")
+
+    return decode
 
 
 class _Permuted:

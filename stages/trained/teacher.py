@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field, JsonValue, model_validator
 
 from nfm.stages.base import Inputs, LocalField, Reporter, Result, Unfit, added, operational
+from nfm.stages.display.watching.grids import draw_grid
 from nfm.stages.trained import costs
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices.machine import pick_device
@@ -19,6 +20,7 @@ from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import (
     Precision,
+    Samples,
     Task,
     TrainingSection,
     blaming,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 NAME = "teacher"
 VERSION = 1
 FACTS, SAMPLES = "teacher.json", "samples.png"
+SHOWN = 16  # images of a grid that is drawn while training: an inverse is slow
 
 
 class Measured(Protocol):
@@ -68,7 +71,7 @@ class TeacherConfig(TrainingSection):
 
     `artifact` names a finished teacher, for instance an imported one: nothing is trained then, and its sizes and eta
     stand for the ones here. `model`, with the keywords `options`, is a flow of one's own in place of TarFlow, see
-    foreign/own.py.
+    foreign/own.py. After each `sample_every` images a grid of samples is drawn, never if it is 0.
     """
 
     images: int = Field(360_000, ge=1)
@@ -84,6 +87,7 @@ class TeacherConfig(TrainingSection):
     sigma_rows: int = Field(4096, ge=1)
     measure_rows: int = Field(512, ge=1)
     artifact: LocalField | None = operational(None)
+    sample_every: int = operational(0, ge=0)
     model: str | None = added(None)
     options: dict[str, JsonValue] = added({})
 
@@ -165,7 +169,13 @@ def task(config: TeacherConfig, inputs: Inputs, device: str) -> Task:
             for name, split in (("train", train), ("heldout", heldout))
         }
 
-    return Task(model, _loss(config), batches, architecture, config.images, "images", measure)
+    samples = Samples(config.sample_every, SHOWN, _decode, train.dtype) if config.sample_every else None
+    return Task(model, _loss(config), batches, architecture, config.images, "images", measure, samples=samples)
+
+
+def _decode(model: TarFlow, noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """How images are made of noise while training, when sigma_f is not known yet: it is about 1."""
+    return model.decode(noise, labels)
 
 
 def run(config: TeacherConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
@@ -304,16 +314,10 @@ def encode_rows(
 
 def _draw_samples(model: TarFlow, facts: dict[str, Any], config: TeacherConfig, path: Path, image_dtype: str) -> None:
     """A grid of 64 samples, class after class."""
-    import torch
 
-    from nfm.stages.display.pictures import save_grid
+    def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return model.decode(facts["sigma_f"] * noise, labels)
 
-    device = next(model.parameters()).device
-    slots = np.arange(64)
-    shape = facts["architecture"]["image_shape"]
-    eps = philox.normals(config.seed, 0, slots, shape[0] * shape[1] * shape[2], purpose="samples")
-    labels = torch.arange(64, device=device) % max(facts["architecture"]["classes"], 1)
-    with torch.inference_mode(), precision_context(device.type, config.precision):
-        images = model.decode(facts["sigma_f"] * torch.from_numpy(eps).reshape(64, *shape).to(device), labels)
-    told = labels.cpu().numpy() if facts["architecture"]["classes"] else None
-    save_grid(path, images.float().cpu().numpy(), image_dtype=image_dtype, labels=told)
+    device, built = next(model.parameters()).device, facts["architecture"]
+    with precision_context(device.type, config.precision):
+        draw_grid(path, decode, built["image_shape"], built["classes"], 64, config.seed, str(device), image_dtype)

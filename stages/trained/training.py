@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Section, StageError, Stopped, Unfit, call, operational
+from nfm.stages.display.watching.grids import draw_grid, grids_of, path_of
 from nfm.stages.display.watching.lines import METRICS, Lines, Watching
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from nfm.trainers.loop import Averages, Loss
     from nfm.trainers.training.state import Recipe
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Sharding = Literal["ddp", "fsdp"]
 CHECKPOINTS = "checkpoints"
 OLD_CHECKPOINT = "checkpoint.safetensors"  # where earlier versions kept the state of a training
@@ -40,8 +41,9 @@ OLD_CHECKPOINT = "checkpoint.safetensors"  # where earlier versions kept the sta
 class TrainingSection(Section):
     """Fields of every section that trains a model; lengths are in examples.
 
-    `precision` is of the matrix products. bfloat16 gains on GPUs and on CPUs with matrix units; on two AVX-512 cores
-    without them, training in bfloat16 was half as fast as in float32, hence the default.
+    `precision` is of the matrix products; "tf32" is float32 whose products round to 10 bits, on CUDA devices. bfloat16
+    gains on GPUs and on CPUs with matrix units; on two AVX-512 cores without them, training in bfloat16 was half as
+    fast as in float32, hence the default.
 
     `workers` processes of a Ray cluster share each batch; `sharding` "ddp" keeps the whole model in each, "fsdp" shares
     it out. `microbatch` is the most records that a process computes at a time, `recompute` keeps no activations inside
@@ -107,12 +109,33 @@ def autocast_dtype(precision: Precision) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bfloat16" else None
 
 
-def precision_context(device_type: str, precision: Precision) -> Any:
-    """Autocast as a stage's precision asks for."""
+def check_precision(device: str, precision: Precision, field: str = "precision") -> None:
+    """Raises Unfit where a device does not compute in this precision."""
+    import torch
+
+    if precision != "tf32":
+        return
+    if not device.startswith("cuda"):
+        raise Unfit(f'{field} = "tf32" is of CUDA devices, and the device is {device}: use "float32"')
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise Unfit(f'{field} = "tf32": {torch.cuda.get_device_name(device)} has no TF32; use "float32"')
+
+
+def matrix_products(precision: Precision) -> AbstractContextManager[None]:
+    """Products of float32 in TF32 where the precision says so; else in float32, also where torch would not."""
+    from nfm.trainers.training.products import products
+
+    return products(tf32=precision == "tf32")
+
+
+@contextmanager
+def precision_context(device_type: str, precision: Precision) -> Iterator[None]:
+    """Autocast and matrix products as a stage's precision asks for."""
     import torch
 
     dtype = autocast_dtype(precision)
-    return torch.autocast(device_type, dtype, enabled=dtype is not None)
+    with matrix_products(precision), torch.autocast(device_type, dtype, enabled=dtype is not None):
+        yield
 
 
 def whole_batches(config: TrainingSection, examples: int) -> int:
@@ -139,12 +162,25 @@ def recipe(config: TrainingSection, examples: int) -> Recipe:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Grids of `count` images that a training draws after each `every` examples, and at its end.
+
+    `decode` makes images of a model, noises and labels; `image_dtype` is that of the data.
+    """
+
+    every: int
+    count: int
+    decode: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
+    image_dtype: str
+
+
+@dataclass(frozen=True)
 class Task:
     """A training as each of its processes makes it, from the config and the inputs alone.
 
     `measure` gives figures for the log, taken every `log_every` examples by all processes at once. `architecture` is
     what builds the model again; it is stored beside the weights. After every `snapshots` examples the moving averages
-    of the config's `averages` are kept.
+    of the config's `averages` are kept. `samples` says what grids are drawn.
     """
 
     model: nn.Module
@@ -155,6 +191,7 @@ class Task:
     unit: str
     measure: Callable[[], dict[str, float]] = dict
     snapshots: int | None = None
+    samples: Samples | None = None
 
 
 Make = Callable[[Any, Inputs, str], Task]  # (config, inputs, device): of a module, so that other processes find it
@@ -180,7 +217,9 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
     from nfm.trainers.checkpoint import CheckpointError, pack_weights
     from nfm.trainers.training import parallel
     from nfm.trainers.training.checkpoint_folder import CheckpointFolder
+    from nfm.trainers.training.ema import shadow_of
 
+    check_precision(device, config.precision)
     resume = Resume(out, report.check_lock)
     if parallel.rank() == 0:
         _bring_checkpoint(out, resume)
@@ -189,6 +228,7 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
     plan, unit, first = recipe(config, task.examples), task.unit, parallel.rank() == 0
     shown: dict[str, float] = {}  # the figures of the last line
     lines: Lines | None = None
+    plain = shadow_of(task.model) if task.samples is not None and config.sharding == "fsdp" else None
 
     def log(figures: dict[str, float]) -> None:
         line = {**figures, **task.measure()}
@@ -210,6 +250,16 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
         for width, average in averages.items():
             write(out / file_of(width, seen), average)
 
+    def show(seen: int, average: nn.Module) -> None:
+        if plain is not None:  # all processes put the average together, and the first one draws
+            weights = {name: parallel.whole(value) for name, value in average.state_dict().items()}
+            if first:
+                plain.load_state_dict(weights)
+        if lines is not None and task.samples is not None:
+            report.check_lock()
+            _draw(path_of(out, seen), average if plain is None else plain.to(device), task, config, device)
+            lines.picture(seen, path_of(out, seen))
+
     def tick(done: int) -> None:
         report.progress(done, plan.examples, unit, workers=(), **shown)
 
@@ -220,6 +270,7 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
                     out / CHECKPOINTS, config.keep_checkpoints, report.check_lock, partial(_put_checkpoint, out, resume)
                 )
             )
+            kept.enter_context(matrix_products(config.precision))
             found, old = folder.read(), None
             if found is None and (out / OLD_CHECKPOINT).exists():
                 old = read_bytes(out / OLD_CHECKPOINT, MOST_STATE_BYTES)
@@ -244,6 +295,8 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
                 save_every=config.save_every,
                 snapshot=snapshot,
                 snapshot_every=task.snapshots,
+                show=None if task.samples is None else show,
+                show_every=None if task.samples is None else task.samples.every,
                 log=log,
                 log_every=config.log_every,
                 tick=tick,
@@ -260,6 +313,20 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
     for width, average in trained.emas.items():
         write(out / file_of(width), average)
     write(out / WEIGHTS, trained.ema)
+
+
+def _draw(path: Path, model: nn.Module, task: Task, config: TrainingSection, device: str) -> None:
+    """A grid of the task's samples, by this model."""
+    import torch
+
+    samples, built = task.samples, task.architecture
+    assert samples is not None
+    path.parent.mkdir(exist_ok=True)
+    with precision_context(torch.device(device).type, config.precision):
+        draw_grid(
+            path, partial(samples.decode, model), built["image_shape"], built["classes"], samples.count, config.seed,
+            device, samples.image_dtype,
+        )  # fmt: skip
 
 
 def seen_of(old_checkpoint: bytes) -> int:
@@ -301,7 +368,7 @@ def _bring_checkpoint(out: Path, resume: Resume) -> None:
 def kept_files(out: Path) -> list[str]:
     """What a finished training leaves beside its weights."""
     states = [path for path in sorted((out / CHECKPOINTS).rglob("*")) if path.is_file()]
-    return [*(str(path.relative_to(out)) for path in states), METRICS]
+    return [*(str(path.relative_to(out)) for path in (*states, *grids_of(out).values())), METRICS]
 
 
 def parameter_count(model: nn.Module) -> int:

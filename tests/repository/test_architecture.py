@@ -89,7 +89,7 @@ ARROWS: dict[str, dict[str, str]] = {
         "checkpoint": "",
         "training": "checkpoint",
         "flow_matching": "training",
-        "couplings": "models",
+        "couplings": "models training",
         "solvers": "nfe",
         "loop": "checkpoint training",
     },

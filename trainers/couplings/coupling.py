@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nfm.trainers.models.tarflow import TarFlow, nll_per_dim
+from nfm.trainers.training.products import products
 
 Scope = Literal["record", "shard"]
 
@@ -69,6 +70,7 @@ class NFM:
         sigma_f: float,
         device: str = "cpu",
         autocast: torch.dtype | None = None,
+        tf32: bool = False,
     ) -> None:
         """`model` is already on `device`; sigma_f is sqrt(E[f^2]), measured with the teacher."""
         if not (math.isfinite(sigma_f) and sigma_f > 0):
@@ -77,12 +79,13 @@ class NFM:
         self.eta = eta
         self.sigma_f = sigma_f
         self.device = torch.device(device)
-        self.autocast = autocast
+        self.autocast, self.tf32 = autocast, tf32
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, labels: Tensor, eps: Tensor) -> Pairs:
         x = (images + self.eta * eps).to(self.device)
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+        with products(self.tf32), autocast:
             z, logdet = self.model.encode(x, labels.to(self.device))
         return Pairs((z / self.sigma_f).float(), nll_per_dim(z, logdet).float())
 

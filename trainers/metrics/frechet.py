@@ -16,11 +16,11 @@ FEWEST = 20  # samples needed for a fit against 1/N
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The Gaussian fitted to `count` features: mean [D] and covariance [D, D], float64."""
+    """The Gaussian fitted to `count` features, where that is known: mean [D] and covariance [D, D], float64."""
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    count: int | None = None
 
     @cached_property
     def root(self) -> Tensor:
@@ -43,7 +43,7 @@ def frechet_distance(features_a: Features, features_b: Features | Gaussian) -> f
     """
     if isinstance(features_b, Gaussian):
         a, b = _checked("features_a", features_a), features_b
-        _same_size(a.shape, (b.count, len(b.mean)))
+        _same_size(a.shape, (b.count or len(a), len(b.mean)))
     else:
         a, second = _pair(features_a, features_b)
         b = fit(second)

@@ -108,7 +108,10 @@ class CheckpointFolder:
 
     def _unwritten(self, causes: Sequence[BaseException]) -> CheckpointError:
         reasons = {str(getattr(cause, "strerror", None) or cause) for cause in causes}
-        return CheckpointError(f"{self.root}: cannot write ({'; '.join(sorted(reasons))}); earlier checkpoints stay")
+        return CheckpointError(
+            f"{self.root}: cannot write ({'; '.join(sorted(reasons))}); mend that and run the same command again: it "
+            "goes on from an earlier checkpoint"
+        )
 
     def _place(self, part: Path, final: Path, state: Mapping[str, Any]) -> None:
         digests = {path.name: _sha256(path) for path in sorted(part.iterdir())}

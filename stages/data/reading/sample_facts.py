@@ -11,7 +11,7 @@ import numpy as np
 
 from nfm.stages.base import Reporter
 from nfm.stages.data.reading.tar_samples import Member
-from nfm.storage.errors import legible
+from nfm.storage.errors import is_utf8, legible
 from nfm.storage.format.untrusted import shown
 
 Read = Callable[[Member], bytes]
@@ -113,6 +113,8 @@ class Facts:
         value = _field(fields, field) if field else None
         if value is not None and not isinstance(value, str):
             raise UnfitError(f"field {field!r} of its .json is {shown(value)}, no text")
+        if value is not None and not is_utf8(value):
+            raise UnfitError(f"field {field!r} of its .json has half of a character, which no UTF-8 has")
         return value
 
 

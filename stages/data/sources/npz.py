@@ -186,7 +186,8 @@ def _remedy(array: Array) -> str:
     if kind == "b":
         return f"save {name}.astype(np.uint8) * 255"
     if kind in "iu":
-        return f"save {name}.astype(np.uint8) if they are pixels from 0 to 255"
+        wide = f", ({name} >> 8).astype(np.uint8) if they go up to 65535" if array.dtype.str[1:] == "u2" else ""
+        return f"save {name}.astype(np.uint8) if they are pixels from 0 to 255{wide}"
     if kind == "f":
         return f"save {name}.astype(np.float32) if they are latents" + (
             ", reshaped to [N, C, H, W]" if len(array.shape) == 2 else ""

@@ -52,11 +52,11 @@ class WebDataset(EncodedImages):
     ):
         cut = Cut(image_size, channels, average, background, crop, threads)
         super().__init__(ManyInOne(path, self.name, ".tar"), cut, classes, first_label)
-        self._endings = ENDINGS if images is None else (images.lower(),)
-        self._facts = Facts(labels, captions, classes, first_label or 0)
-        self._bytes: list[int] = []  # of each row's image
+        self._endings = ENDINGS if images is None else (images.lower().removeprefix("."),)
+        self._new_facts = functools.partial(Facts, labels, captions, classes, first_label or 0)
 
     def listed(self) -> Listing:
+        facts, sizes = self._new_facts(), []
         keys: list[str] = []
         files: list[int] = []
         places: list[int] = []
@@ -67,12 +67,12 @@ class WebDataset(EncodedImages):
                     image, problem = self._image_of(sample.members)
                     if problem := sample.problem or problem:
                         problems[len(keys)] = problem
-                    self._facts.add(sample.members, functools.partial(_bytes, file))
+                    facts.add(sample.members, functools.partial(_bytes, file))
                     keys.append(legible(f"{self.files.stem(number)}/{sample.key}"))
                     files.append(number)
                     places.append(image.at)
-                    self._bytes.append(image.bytes)
-        facts = self._facts
+                    sizes.append(image.bytes)
+        self._facts, self._bytes = facts, sizes
         problems = facts.problems() | problems
         return Listing(
             keys, np.array(files, np.int64), np.array(places, np.int64), problems, facts.labels(), facts.captions()
@@ -97,7 +97,7 @@ class WebDataset(EncodedImages):
         if found:
             return NOTHING, f"two images, .{found[0]} and .{found[1]}: data.images says which"
         there = ", ".join(f".{kind}" for kind in list(members)[:5])
-        return NOTHING, f"no image: it has {legible(there)}"
+        return NOTHING, f"no image: it has {legible(there)}; data.images names another ending"
 
 
 def _bytes(file: IO[bytes], member: Member) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from nfm.stages.base import Unfit, call
+from nfm.stages.display.watching.grids import grids_of
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import read_bytes
@@ -27,6 +28,8 @@ class Watcher(Protocol):
     """Somebody who is told of a training. Steps are examples seen; they only grow. Whatever it raises ends it alone."""
 
     def line(self, step: int, figures: Line) -> None: ...
+
+    def picture(self, step: int, file: Path) -> None: ...
 
     def close(self) -> None: ...
 
@@ -70,8 +73,10 @@ class Lines:
         self._watchers: dict[Watching, Watcher] = {}
         for name in watch:
             self._guarded(name, self._begin, name, out, config)
-        for line in kept:
-            self._tell("line", int(line[self._step]), line)
+        told: list[tuple[int, str, Any]] = [(int(line[self._step]), "line", line) for line in kept]
+        told += [(step, "picture", file) for step, file in grids_of(out).items() if step <= seen]
+        for step, what, value in sorted(told, key=lambda one: one[:2]):
+            self._tell(what, step, value)
 
     def __enter__(self) -> Lines:
         return self
@@ -85,6 +90,10 @@ class Lines:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self._tell("line", int(line[self._step]), line)
+
+    def picture(self, step: int, file: Path) -> None:
+        """Sends on a grid of samples that was drawn."""
+        self._tell("picture", step, file)
 
     def _begin(self, name: Watching, out: Path, config: Mapping[str, Any]) -> None:
         self._watchers[name] = call(WATCHERS[name].make, out, config, self._say)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 FOLDER = "tensorboard"
 
 
@@ -23,6 +26,10 @@ class TensorBoard:
     def line(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, file: Path) -> None:
+        with Image.open(file) as picture:
+            self._writer.add_image("samples", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()

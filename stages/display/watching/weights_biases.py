@@ -1,7 +1,7 @@
 """A training as a run of Weights & Biases, with the package's own settings (WANDB_PROJECT, WANDB_MODE, `wandb login`).
 
-The artifact's `wandb.json` has the run's id and the last step that it was told, so that a resumed training goes on with
-the same run and says nothing twice. Without a login or a network the run is kept beside it, for `wandb sync`.
+The artifact's `wandb.json` has the id of the run and the last steps that it was told. So a resumed training goes on
+with the same run and says nothing twice. Without a login or a network the run is kept beside it, for `wandb sync`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class WeightsBiases:
         self._path, self._say = out / STATE, say
         known = atomic.read_json(self._path) if self._path.exists() else {}
         self._id = known.get("id") or secrets.token_hex(8)
-        self._told = int(known.get("told", -1))
+        self._told: dict[str, int] = {"figures": -1, "pictures": -1, **known.get("told", {})}
         quiet = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=PATIENCE)
         here = wandb.setup(settings=quiet)
         told: dict[str, Any] = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "dir": str(out), "settings": quiet,
@@ -48,10 +48,18 @@ class WeightsBiases:
             )
 
     def line(self, step: int, figures: Mapping[str, float]) -> None:
-        if step > self._told:
-            self._run.log(dict(figures), step=step)
-            self._told = step
-            atomic.write_json(self._path, {"id": self._id, "told": step})
+        self._tell("figures", step, lambda: dict(figures))
+
+    def picture(self, step: int, file: Path) -> None:
+        import wandb
+
+        self._tell("pictures", step, lambda: {"samples": wandb.Image(str(file))})
+
+    def _tell(self, kind: str, step: int, make: Callable[[], dict[str, Any]]) -> None:
+        if step > self._told[kind]:
+            self._run.log(make(), step=step)
+            self._told[kind] = step
+            atomic.write_json(self._path, {"id": self._id, "told": self._told})
 
     def close(self) -> None:
         """Sends what is left; a network that is gone makes nobody wait for longer than PATIENCE."""

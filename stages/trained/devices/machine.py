@@ -32,9 +32,15 @@ def machine() -> dict[str, Any]:
 
 
 def pick_device(name: str) -> str:
-    """`auto` is CUDA if this machine has it. Raises Unfit for an invalid or missing device."""
+    """`auto` is CUDA if this machine has it. Raises Unfit for an invalid or missing device.
+
+    Whoever asks computes there: from now on float32 is float32, and TF32 only where a precision says so.
+    """
     import torch
 
+    from nfm.trainers.training.products import forbid_tf32
+
+    forbid_tf32()
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):

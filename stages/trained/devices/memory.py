@@ -90,7 +90,8 @@ def _kept(trial: Trial, config: TrainingSection, batch: Any) -> tuple[float, flo
     for layer in layers:
         layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].nbytes))
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, precision_context("cpu", config.precision):
+    precision = "float32" if config.precision == "tf32" else config.precision  # of as many bytes
+    with hooks, precision_context("cpu", precision):
         value, _ = loss(model, batch, Randomness(0, len(batch)))
     del value
     return sum(kept.values()) / len(batch), sum(inputs) / len(batch), len(layers)

@@ -20,7 +20,7 @@ from nfm.stages.display import units
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices import memory
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
-from nfm.stages.trained.training import TrainingSection, autocast_dtype
+from nfm.stages.trained.training import TrainingSection, autocast_dtype, check_precision, matrix_products
 from nfm.storage.reading.batch import Batch
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class Clock:
         where a step of the first takes long, and FLOPs make up the difference. Raises Unfit for a device not here.
         """
         device = pick_device(config.device)
-        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address", "watch"}
+        check_precision(device, config.precision)
+        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address", "watch", "sample_every"}
         sizes = {**config.model_dump(exclude=left_out), "shape": facts["image_shape"], "flops": trials[0].flops}
         return float(
             self.measured(
@@ -155,24 +156,18 @@ def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Se
     from nfm.trainers import loop
     from nfm.trainers.training.state import Recipe
 
-    deadline = time.perf_counter() + SECONDS
-    products = matrix_rate(device, config.precision)
-    by_products = LARGE * products / (BACKWARD * trials[0].flops) * config.workers
-    if (found := fitting(trials, BACKWARD, config.batch_size // config.workers, products)) is None:
-        return by_products
-    trial, size = found
-    ticks: list[float] = []
+    def steps(trial: Trial, size: int, deadline: float) -> list[float]:
+        ticks: list[float] = []
 
-    def over() -> bool:
-        longest = max((after - before for before, after in itertools.pairwise(ticks)), default=0.0)
-        return len(ticks) > 1 and time.perf_counter() + longest > deadline
+        def over() -> bool:
+            longest = max((after - before for before, after in itertools.pairwise(ticks)), default=0.0)
+            return len(ticks) > 1 and time.perf_counter() + longest > deadline
 
-    def tick(_: int) -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        ticks.append(time.perf_counter())
+        def tick(_: int) -> None:
+            if device.startswith("cuda"):
+                torch.cuda.synchronize(device)
+            ticks.append(time.perf_counter())
 
-    try:
         with torch.device(device):
             model, loss = trial.make()
         batch = random_batch(size, facts, device)
@@ -180,17 +175,15 @@ def _training_rate(config: TrainingSection, facts: Mapping[str, Any], trials: Se
         recipe = Recipe(
             10**12, size, config.learning_rate, warmup_examples=10**12, ema=config.ema, emas=config.averages()
         )
-        loop.train(
-            model, loss, itertools.repeat(batch), recipe, device=device, autocast=autocast_dtype(config.precision),
-            how=loop.How(microbatch=config.microbatch, recompute=config.recompute), tick=tick, stop=over,
-        )  # fmt: skip
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        return by_products
-    finally:
-        free_memory(device)
-    return size / _typical(ticks) * trial.flops / trials[0].flops * config.workers
+        with matrix_products(config.precision):
+            loop.train(
+                model, loss, itertools.repeat(batch), recipe, device=device, autocast=autocast_dtype(config.precision),
+                how=loop.How(microbatch=config.microbatch, recompute=config.recompute), tick=tick, stop=over,
+            )  # fmt: skip
+        return ticks
+
+    each = _rate(trials, BACKWARD, config.batch_size // config.workers, device, config.precision, steps)
+    return each * config.workers
 
 
 def rate_of_calls(trials: Sequence[Trial], batch_size: int, device: str, precision: Precision) -> float:
@@ -198,18 +191,35 @@ def rate_of_calls(trials: Sequence[Trial], batch_size: int, device: str, precisi
 
     Others and smaller batches stand for it as in training. The function waits for the end of its work.
     """
-    deadline = time.perf_counter() + SECONDS
-    products = matrix_rate(device, precision)
-    by_products = LARGE * products / trials[0].flops
-    if (found := fitting(trials, 1, batch_size, products)) is None:
-        return by_products
-    trial, size = found
-    try:
+
+    def calls(trial: Trial, size: int, deadline: float) -> list[float]:
         call = trial.make()
         ticks = [time.perf_counter()]
         while len(ticks) < 3 or 2 * ticks[-1] - ticks[-2] < deadline:
             call(size)
             ticks.append(time.perf_counter())
+        return ticks
+
+    return _rate(trials, 1, batch_size, device, precision, calls)
+
+
+def _rate(
+    trials: Sequence[Trial], passes: int, batch_size: int, device: str, precision: Precision,
+    measure: Callable[[Trial, int, float], Sequence[float]],
+) -> float:  # fmt: skip
+    """Examples a second of the first of `trials`, each of so many forward passes.
+
+    `measure(trial, size, deadline)` gives the times at which steps ended. Where nothing fits into the time or the
+    memory, the rate of matrix products tells it.
+    """
+    deadline = time.perf_counter() + SECONDS
+    products = matrix_rate(device, precision)
+    by_products = LARGE * products / (passes * trials[0].flops)
+    if (found := fitting(trials, passes, batch_size, products)) is None:
+        return by_products
+    trial, size = found
+    try:
+        ticks = measure(trial, size, deadline)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -231,7 +241,7 @@ def matrix_rate(device: str, precision: Precision, clock: Callable[[], float] = 
     size, rate, began = 256, 0.0, clock()
     while True:
         a, taken = torch.randn(size, size, device=device, dtype=autocast_dtype(precision)), list[float]()
-        with torch.no_grad():
+        with torch.no_grad(), matrix_products(precision):
             while len(taken) < 3 or (min(taken) > 0.01 and clock() < began + 0.3):
                 started = clock()
                 (a @ a)[0, 0].item()

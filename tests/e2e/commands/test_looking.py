@@ -97,7 +97,12 @@ def test_numbers_that_make_no_samples_are_wrong_use(made: Lab) -> None:
     student = made.name("student")
     for wrong in (("--guidance", "nan"), ("--guidance", "1e30"), ("--seed", "-1"), ("--nfe", "0"), ("-n", "99999999")):
         assert wrong[0] in made.nfm("sample", student, *wrong, exits=2).stderr
-    for wrong in (("--nfe", 7), ("--solver", "euler"), ("--grid", "square")):  # which a teacher would ignore
+    for wrong in (
+        ("--nfe", 7),
+        ("--solver", "euler"),
+        ("--grid", "square"),
+        ("--ema", "0.05"),
+    ):  # which a teacher would ignore
         told = made.nfm("sample", made.name("teacher"), *wrong, exits=2).stderr
         assert f"{wrong[0]} is of a student's samples" in told
     assert not (made.folder / "grid.png").exists()

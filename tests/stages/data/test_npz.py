@@ -214,7 +214,7 @@ def test_files_of_other_names_are_listed(tmp_path: Path, save: Save) -> None:
 WRONG_TYPES = {
     "bool": (pixels(ROWS, 1, 6, 5) > 99, "save data.astype(np.uint8) * 255"),
     "int64": (pixels(ROWS, 1, 6, 5).astype(np.int64), "data.astype(np.uint8) if they are pixels"),
-    "big-endian uint16": (pixels(ROWS, 1, 6, 5).astype(">u2"), "data.astype(np.uint8) if they are pixels"),
+    "big-endian uint16": (pixels(ROWS, 1, 6, 5).astype(">u2"), "(data >> 8).astype(np.uint8) if they go up to 65535"),
     "float64": (np.zeros((ROWS, 1, 6, 5)), "data.astype(np.float32)"),
     "complex64": (np.zeros((ROWS, 1, 6, 5), np.complex64), "one of those"),
     "objects": (np.array([pixels(1, 6, 5), pixels(1, 6, 6)] + [None] * 8, object), "np.stack"),

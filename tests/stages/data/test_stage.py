@@ -292,7 +292,7 @@ def test_empty_and_repeated_class_names_are_refused(tmp_path: Path, classes: lis
 
 
 def test_an_array_without_a_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r'data\.images = "" names no array'):
+    with pytest.raises(StageError, match=r'data\.images = "" names nothing'):
         make(tmp_path / "out", source="npz", path=npz(tmp_path), images="")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from nfm.stages.base import Result, StageError, Stopped
+from nfm.stages.base import Result, StageError, Stopped, Unfit
 from nfm.stages.evaluation import distances, inception, stage
 from nfm.stages.evaluation.config import EvaluateConfig
-from nfm.stages.evaluation.table import COLUMNS, as_text, columns_of, distance_key
+from nfm.stages.evaluation.table import COLUMNS, PUBLISHED, as_text, columns_of, distance_key, published_key
 from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.trained import student
 from nfm.stages.trained.student import StudentConfig
@@ -280,7 +281,7 @@ def test_the_config_says_which_evaluations_a_solver_can_spend() -> None:
         ({"solver": "midpoint"}, "use 30 or 32"),
         ({"nfe": [7, 5, 7]}, "7 is named more than once"),
         ({"nfe": [8], "solver": "sde-heun"}, "use 7 or 9"),
-        ({"diffusion": "constant"}, "it is of solvers that add noise, sde-euler and sde-heun"),
+        ({"diffusion": "constant"}, "diffusion = 'constant' is of solvers that add noise, sde-euler and sde-heun"),
         ({"diffusion": "cubic", "solver": "sde-euler"}, "'sigma', 'constant', 'sin.2' or 'decreasing'"),
         ({"baselines": ["nearest"]}, "coupling 'nearest' is unknown"),
     ):
@@ -335,23 +336,100 @@ def small_pictures(folder: Path, channels: int = 1, dtype: str = "uint8") -> Pat
     return folder
 
 
+@pytest.mark.seconds(60)
 def test_in_the_features_of_inception_the_distance_is_called_fid(untrained: Path, tmp_path: Path) -> None:
-    config = EvaluateConfig(**SMALL | {"features": "inception", "inception_weights": str(untrained), "samples": 8})
+    """And the distance to statistics of the training set is that to the training set."""
     data = small_pictures(tmp_path / "data")
+    source = ImageDataset.open(data, "train")
+    network = inception.load(str(untrained), source, "cpu")
+    known = inception.extract(network, source.images(np.arange(8))).astype(np.float64)
+    np.savez(tmp_path / "known.npz", mu=known.mean(0), sigma=np.cov(known, rowvar=False))
+    config = EvaluateConfig(
+        **SMALL | {"features": "inception", "inception_weights": str(untrained), "samples": 8},
+        statistics=str(tmp_path / "known.npz"),
+    )
     (tmp_path / "out").mkdir()
-    stage.run(config, {"data": data}, tmp_path / "out", Recorder())
+    recorder = Recorder()
+    stage.run(config, {"data": data}, tmp_path / "out", recorder)
+    (said,) = [text for text in recorder.said if "published FIDs are of 50,000" in text]
+    assert "of 8 images a row" in said
+    assert "so the distance is not called FID" in said
     text = (tmp_path / "out" / stage.TEXT).read_text()
     row = json.loads((tmp_path / "out" / stage.TABLE).read_text())["rows"][0]
     assert row["fid"] > 0
+    assert row["fd_published"] == pytest.approx(row["fid"], rel=1e-5)
     assert "FID" in text
+    assert "FD, published (other weights)" in text
     assert "FD-CNN" not in text
     assert not {"fd_cnn", "agreement"} & row.keys()
-    source = ImageDataset.open(data, "train")
-    network = inception.load(str(untrained), source, "cpu")
     grey = source.images(np.arange(2))
     found = inception.extract(network, grey)
     assert found.shape == (2, 2048)
     np.testing.assert_allclose(found, inception.extract(network, grey.repeat(3, axis=1)), rtol=1e-4)
+
+
+def test_a_distance_to_published_statistics_is_called_fid_with_the_published_weights_alone(
+    untrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EvaluateConfig(features="inception", inception_weights=str(untrained))
+    assert published_key(config) == "fd_published"
+    monkeypatch.setattr(inception, "PUBLISHED", inception.weights_sha256(str(untrained))[:8])  # the real are not here
+    assert published_key(config) == "fid_published"
+    assert set(PUBLISHED) == {"fd_published", "fid_published"} <= {column.key for column in COLUMNS}
+
+
+def test_statistics_are_part_of_the_identity_and_only_where_they_are_named(untrained: Path, tmp_path: Path) -> None:
+    file, copy = tmp_path / "a.npz", tmp_path / "b.npz"
+    for path in (file, copy):
+        np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
+    without, one, other = (
+        EvaluateConfig(features="inception", inception_weights=str(untrained), statistics=path and str(path))
+        for path in (None, file, copy)
+    )
+    assert without.semantic() == one.semantic()
+    assert stage.external(without) == {"inception_weights": inception.weights_sha256(str(untrained))}
+    assert stage.external(one) == stage.external(other) != stage.external(without)
+    np.savez(copy, mu=np.ones(2048), sigma=np.eye(2048))
+    assert stage.external(one) != stage.external(other)
+    with pytest.raises(ValidationError, match=r"they are of Inception's features; set evaluate\.features"):
+        EvaluateConfig(statistics=str(file))
+
+
+EYE = np.eye(2048, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"mu": np.zeros(2048)}, "it has no sigma, but mu"),
+        ({"arr_0": np.zeros((2, 8, 8, 3))}, "it has no mu and no sigma, but arr_0"),
+        ({"mu": np.zeros(768), "sigma": np.eye(768)}, "mu is 768 of float64, and statistics of .* have 2048 floats"),
+        ({"mu": np.zeros(2048), "sigma": np.ones(2048)}, "sigma is 2048 of float64, .* have 2048x2048 floats"),
+        ({"mu": np.zeros(2048, int), "sigma": EYE}, "mu is 2048 of int64"),
+        ({"mu": np.full(2048, np.nan), "sigma": EYE}, "mu has values that are not finite"),
+        ({"mu": np.zeros(2048), "sigma": np.triu(np.ones_like(EYE))}, "sigma is not symmetric"),
+        ({"mu": np.zeros(2048), "sigma": -EYE}, "sigma has a negative variance"),
+        ({"mu": np.array([{}]), "sigma": EYE}, "mu and sigma cannot be read"),
+    ],
+)
+def test_statistics_that_are_none_are_refused_before_anything_is_computed(
+    arrays: dict[str, Any], said: str, untrained: Path, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    with pytest.raises(Unfit, match=rf"evaluate\.statistics = .*wrong\.npz': {said}"):
+        checked(untrained, tmp_path / "wrong.npz")
+
+
+def test_a_pickle_of_statistics_is_not_read(untrained: Path, tmp_path: Path) -> None:
+    (tmp_path / "edm2.pkl").write_bytes(pickle.dumps({"fid": {"mu": np.zeros(2048)}}))
+    with pytest.raises(Unfit, match=r"edm2\.pkl': no \.npz file; a pickle, as of EDM2, could run code and is not read"):
+        checked(untrained, tmp_path / "edm2.pkl")
+    with pytest.raises(Unfit, match="there is no such file"):
+        checked(untrained, tmp_path / "none.npz")
+
+
+def checked(weights: Path, file: Path) -> None:
+    stage.check(EvaluateConfig(features="inception", inception_weights=str(weights), statistics=str(file)))
 
 
 def test_weights_decide_the_identity_and_their_place_does_not(untrained: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from nfm.stages.trained import sampling, student
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
+from nfm.trainers import flow_matching
 from nfm.trainers.nfe import COSTS
 from nfm.trainers.nfe import DIFFUSIONS as NOISES
 from nfm.trainers.nfe import GRIDS as TIMES
@@ -111,8 +112,8 @@ def test_a_students_guidance_moves_it_from_its_velocity_without_labels(made: Lab
     noise, labels = sampling.initial(source_of(made), np.arange(8), 0, "cpu")
     model = student.load(folder)
     with torch.no_grad():
-        plain, without = (sampling.velocity(model, y)(noise, 0.5) for y in (labels, torch.full_like(labels, -1)))
-        guided = sampling.velocity(model, labels, 1.5)(noise, 0.5)
+        plain, without = (flow_matching.velocity(model, y)(noise, 0.5) for y in (labels, torch.full_like(labels, -1)))
+        guided = flow_matching.velocity(model, labels, 1.5)(noise, 0.5)
         assert not torch.allclose(plain, without)
         torch.testing.assert_close(guided, plain + 1.5 * (plain - without))
         same = sampling.student_sampler(folder, 3, "cpu", "float32").decode(noise, labels)
@@ -126,9 +127,9 @@ def test_a_student_is_guided_at_the_times_of_its_interval_alone(made: Lab) -> No
     noise, labels = sampling.initial(source_of(made), np.arange(8), 0, "cpu")
     model = student.load(folder)
     with torch.no_grad():
-        inside = sampling.velocity(model, labels, 1.5, (0.25, 0.75))
+        inside = flow_matching.velocity(model, labels, 1.5, (0.25, 0.75))
         for t, guided in ((0.2, False), (0.25, True), (0.75, True), (0.8, False)):
-            assert torch.equal(inside(noise, t), sampling.velocity(model, labels, 1.5 * guided)(noise, t))
+            assert torch.equal(inside(noise, t), flow_matching.velocity(model, labels, 1.5 * guided)(noise, t))
         always, within = (
             sampling.student_sampler(folder, 7, "cpu", "float32", guidance=1.5, interval=interval)
             for interval in ((0.0, 1.0), (0.25, 0.75))

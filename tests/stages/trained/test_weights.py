@@ -16,7 +16,7 @@ from nfm.stages.trained import sampling, student
 from nfm.stages.trained.student import StudentConfig
 from nfm.stages.trained.weights import Name, files_of, parse, read
 from nfm.storage.files import atomic
-from nfm.trainers import solvers
+from nfm.trainers import flow_matching, solvers
 from tests.stages.trained.test_student import SHAPE, SIT, TINY, write_store
 from tests.support.recorder import Recorder
 
@@ -108,7 +108,7 @@ def test_samples_are_those_of_the_average_that_was_chosen(made: Path) -> None:
         assert sampler.name == f"student-nfm-euler-3{'' if ema is None else f'-ema-{ema}'.replace(':', '-')}"
         with torch.no_grad():
             images[ema] = sampler.decode(noise, labels)
-            expected = solvers.sample(sampling.velocity(student.load(made, ema=ema), labels), noise, 3, "euler")
+            expected = solvers.sample(flow_matching.velocity(student.load(made, ema=ema), labels), noise, 3, "euler")
         assert torch.equal(images[ema], expected)
     first, *others = images.values()
     assert not any(torch.equal(first, other) for other in others)

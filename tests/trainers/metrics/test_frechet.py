@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nfm.trainers.metrics.frechet import fd_infinity, fit, frechet_distance, kid
+from nfm.trainers.metrics.frechet import Gaussian, fd_infinity, fit, frechet_distance, kid
 from nfm.trainers.metrics.nearest import nearest
 from nfm.trainers.metrics.prdc import manifold, prdc
 from tests.support.torchvision_stub import make_importable
@@ -42,6 +42,19 @@ def test_frechet_distance_of_gaussians_in_general_position_is_the_trace_formula(
     expected = float(shift + covariances[0].trace() + covariances[1].trace() - 2 * cross)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_to_given_moments_is_the_formula_of_scipy():
+    linalg = pytest.importorskip("scipy.linalg")
+    found, root, mean = features(40, 6, 7), features(6, 6, 8), features(1, 6, 9)[0]
+    covariance = root @ root.T
+    own = torch.cov(found.T)
+    cross = np.trace(linalg.sqrtm((own @ covariance).numpy())).real
+    shift = (found.mean(dim=0) - mean).square().sum()
+    expected = float(shift + own.trace() + covariance.trace() - 2 * cross)
+    assert frechet_distance(found, Gaussian(mean, covariance)) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="of the same D"):
+        frechet_distance(found[:, :5], Gaussian(mean, covariance))
 
 
 def test_frechet_distance_of_a_set_to_itself_is_zero_even_when_features_are_constant():

@@ -55,6 +55,21 @@ def test_batch_norm_statistics_are_averaged_and_counters_copied():
     torch.testing.assert_close(ema.model.running_mean, 0.9 * model.running_mean)
 
 
+def test_what_a_model_puts_in_a_buffers_place_is_averaged():
+    class Replaces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.register_buffer("mean", torch.zeros(1))
+
+    model = Replaces()
+    ema = EMA(model, 0.9)
+    ema.update(model)
+    model.mean = torch.ones(1)
+    ema.update(model)
+    assert ema.model.mean == pytest.approx(1 - ema.current_decay())
+
+
 def test_the_average_follows_without_touching_the_model():
     model = nn.Linear(2, 2)
     ema = EMA(model, 0.9)

@@ -193,6 +193,36 @@ def test_a_json_field_may_hold_the_names_of_classes(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "no .json, of which data.labels or data.captions names a field"),
+        (b"{", ".json cannot be read ("),
+        (b"[" * 100_000, ".json cannot be read ("),
+        (b"[1]", ".json has no fields"),
+        (b'{"n": 1}', "no field 'text' in its .json"),
+        (b'{"n": 1, "text": 5}', "field 'text' of its .json is 5, no text"),
+        (b'{"n": 1, "text": "\\ud800"}', "field 'text' of its .json has half of a character"),
+        (b'{"n": true, "text": "t"}', "field 'n' of its .json is True, no whole number"),
+        (b'{"n": 1e3, "text": "t"}', "field 'n' of its .json is 1000.0, no whole number"),
+        (b'{"n": ' + b"9" * 30 + b', "text": "t"}', "field 'n' of its .json is "),
+        (b'{"n": 1, "text": "t"}' + b" " * (1 << 20), ".json has 1,048,597 bytes, more than the 1,048,576"),
+    ],
+)
+def test_a_json_that_says_nothing_usable_sets_its_sample_aside(
+    tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    packed: dict[str, bytes] = {}
+    for row in range(3):
+        packed |= {f"{row}.png": picture(0), f"{row}.json": json.dumps({"n": row % 2, "text": "t"}).encode()}
+    packed["x.png"] = picture(0)
+    if content is not None:
+        packed["x.json"] = content
+    found = reasons(pack(tmp_path / "in.tar", packed), labels="n", captions="text")
+    assert list(found) == ["in/x"]
+    assert found["in/x"].startswith(reason)
+
+
 def test_data_without_captions_says_so(tmp_path: Path) -> None:
     make(tmp_path / "out", stock(tmp_path / "in"), heldout=0)
     with pytest.raises(StorageError, match=r"train\.parquet: the data has no captions"):
@@ -210,7 +240,7 @@ def test_labels_from_one_are_refused_with_the_setting(tmp_path: Path) -> None:
 # What is set aside
 
 ODD: dict[str, tuple[dict[str, bytes], str]] = {
-    "no image": ({"x.cls": b"0", "x.txt": b"t"}, "no image: it has .cls, .txt"),
+    "no image": ({"x.cls": b"0", "x.txt": b"t"}, "no image: it has .cls, .txt; data.images names"),
     "two images": (
         {"x.png": picture(1), "x.jpg": picture(1, "jpg"), "x.cls": b"0"},
         "two images, .png and .jpg: data.",
@@ -259,7 +289,7 @@ def test_links_and_devices_are_set_aside_and_never_followed(tmp_path: Path, kind
 def test_one_of_two_images_is_named_by_a_setting(tmp_path: Path) -> None:
     members = {"x.png": picture(1), "x.seg.png": picture(2), "x.jpg": picture(3, "jpg")}
     file = pack(tmp_path / "in.tar", members)
-    for images, value in (("png", 1), ("seg.png", 2)):
+    for images, value in (("png", 1), ("seg.png", 2), (".PNG", 1)):
         assert read(WebDataset(str(file), images=images), tmp_path / "s").images[0, 0, 0, 0] == value
 
 
