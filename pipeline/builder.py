@@ -92,7 +92,7 @@ class Builder:
         if (named := self.config.student.init) is None:
             return {}
         artifact = _finished("student.init", named, student.NAME)
-        student.fits_init(self.config.student, artifact.path)
+        student.fits_init(self.config.student, artifact.readable)
         return {"init": artifact}
 
     def measured_on(self) -> dict[str, str]:
@@ -155,7 +155,7 @@ def teacher_of(config: RunConfig) -> tuple[TeacherConfig, Artifact | None]:
     if config.teacher.artifact is None:
         return config.teacher, None
     artifact = _finished("teacher.artifact", config.teacher.artifact, teacher.NAME)
-    return teacher.of_artifact(config.teacher, artifact.path), artifact
+    return teacher.of_artifact(config.teacher, artifact.readable), artifact
 
 
 def importing(config: RunConfig, section: ImportConfig) -> dict[str, Node]:

@@ -24,6 +24,7 @@ from nfm.stages.evaluation import stage as evaluate
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.report import stage as report
 from nfm.stages.trained import features, potential, student, teacher
+from nfm.storage.files.paths import is_remote, scratch_root
 
 STAGES: dict[str, ModuleType] = {
     module.NAME: module for module in (data, features, teacher, potential, pairs, student, evaluate, report, compare)
@@ -115,7 +116,7 @@ def upstream(nodes: Mapping[str, Node], target: str) -> list[Node]:
 
 def manifest_of(artifact: Artifact) -> dict[str, Any]:
     """The manifest, read once in each process, because committed files never change."""
-    return _manifest(artifact.path.resolve(), artifact.manifest_name)
+    return _manifest(artifact.path if is_remote(artifact.path) else artifact.path.resolve(), artifact.manifest_name)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -125,7 +126,8 @@ def _manifest(path: Path, name: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=8)
 def _source(config: Any) -> dict[str, Any]:
-    return data.source_identity(config, artifacts_root() / ".sources")
+    root = artifacts_root()
+    return data.source_identity(config, (scratch_root() if is_remote(root) else root) / ".sources")
 
 
 def optional(stage: ModuleType, name: str, default: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from nfm.pipeline.artifacts import in_bucket
 from nfm.pipeline.artifacts.artifact import artifacts_root
 from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
@@ -21,6 +22,7 @@ from nfm.stages.executors import ray_cluster
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.training import TrainingSection, check_precision
+from nfm.storage.files.paths import is_remote
 
 
 def check(nodes: Mapping[str, Node], target: str) -> None:
@@ -43,6 +45,7 @@ def ready(nodes: Mapping[str, Node], target: str) -> None:
     check(nodes, target)
     known = facts(nodes)
     left = [node for node in upstream(nodes, target) if not node.made()]
+    in_bucket.check_settings(((node.stage.NAME, node.config) for node in left), launched.size())
     for node in left:
         optional(node.stage, "needs", partial(_where, node.name))(node.config)
     for node in left:
@@ -67,6 +70,8 @@ def _where(name: str, config: Section) -> None:
 def _check_room(node: Node, size: int) -> None:
     """Raises StageError if the disk has less space than the artifact still needs."""
     root, folder = artifacts_root(), node.folder()
+    if is_remote(root):  # a bucket has room, and what the disk here needs is known to nobody
+        return
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder is not None else 0
     where = next(path for path in (root, *root.absolute().parents) if path.exists())
     free = shutil.disk_usage(where).free

@@ -16,15 +16,26 @@ from typing import Any
 import click
 
 from nfm.pipeline import prechecks
-from nfm.pipeline.artifacts.artifact import SCHEMA, Artifact, ArtifactError, WrongArtifact, open_spec, publish
+from nfm.pipeline.artifacts.artifact import (
+    SCHEMA,
+    Artifact,
+    ArtifactError,
+    WrongArtifact,
+    open_spec,
+    publish,
+    readable,
+    workplace,
+)
 from nfm.pipeline.artifacts.lineage import inputs_of
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.console import Console, StopRequest
-from nfm.pipeline.graph import Node, manifest_of, optional, upstream
+from nfm.pipeline.graph import Node, manifest_of, upstream
 from nfm.stages.base import Reporter, Stopped
 from nfm.stages.display.units import clock, figure
 from nfm.storage.errors import WrongUse
 from nfm.storage.files import atomic
+from nfm.storage.files.copies import mirror
+from nfm.storage.files.paths import exists, is_remote, names_in, remove, several
 
 
 def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None) -> Artifact:
@@ -44,8 +55,10 @@ def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None)
 
 def _check_arrived(target: Node, node: Node, arrived: Mapping[str, Artifact]) -> None:
     """Lets the target refuse an input when it is made, before hours of work on the others."""
-    check = optional(target.stage, "check_arrived", lambda *_: None)
-    ready = {role: arrived[of.name].reference for role, of in target.inputs.items() if of.name in arrived}
+    check = getattr(target.stage, "check_arrived", None)
+    if check is None:
+        return
+    ready = {role: arrived[of.name].readable for role, of in target.inputs.items() if of.name in arrived}
     for role in [role for role, of in target.inputs.items() if of.name == node.name]:
         check(role, ready)
 
@@ -67,7 +80,8 @@ def _bring(node: Node, stop: StopRequest) -> Artifact:
 def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
     """Runs one stage, from its spec to its manifest."""
     inputs = node.input_artifacts() or {}
-    artifact.path.mkdir(parents=True, exist_ok=True)
+    if not is_remote(artifact.path):
+        artifact.path.mkdir(parents=True, exist_ok=True)
     with Lock(artifact.path) as lock, never_begun(artifact):
         # Asked again under the lock: the next generation of a store may have another number by now.
         artifact = node.artifact() or artifact
@@ -75,20 +89,22 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
             return artifact
         resumed = artifact.started
         spec = prepare(node, artifact, inputs)
-        console = Console(node.name, artifact.path / "events", stop, lock)
+        out = workplace(artifact.path)
+        console = console_of(node.name, artifact, stop, lock)
         started = time.time()
         # A stage that keeps nothing of a stopped run need not check for stops.
         anew = getattr(node.stage, "STARTS_ANEW", False)
         console.say(f"{'making' if not resumed else 'beginning anew' if anew else 'resuming'} {artifact.name}")
         console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
         try:
-            paths = {role: found.reference for role, found in inputs.items()}
+            paths = readable(inputs)
             with stop.at_once() if anew else contextlib.nullcontext(), _compiling(console):
-                result = node.stage.run(node.config, paths, artifact.path, console)
+                result = node.stage.run(node.config, paths, out, console)
             lock.check()
             if console.stopping:
                 raise Stopped
-            body = publish(artifact.path, result, provenance(spec, node.config.model_dump(mode="json"), started))
+            made = provenance(spec, node.config.model_dump(mode="json"), started)
+            body = publish(artifact.path, result, made, lock.check)
         except (Stopped, KeyboardInterrupt):
             lock.check()
             console.log("STOP")
@@ -125,7 +141,14 @@ def never_begun(artifact: Artifact) -> Iterator[None]:
         yield
     except WrongUse:
         if not begun:
-            shutil.rmtree(artifact.path, ignore_errors=True)
+            if is_remote(artifact.path):
+                several(
+                    artifact.path,
+                    remove,
+                    [artifact.path / "events" / name for name in names_in(artifact.path / "events")],
+                )
+                remove(artifact.path / "spec.json")
+            shutil.rmtree(mirror.local_folder(artifact.path), ignore_errors=True)
         raise
 
 
@@ -134,10 +157,14 @@ def prepare(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> d
 
     Call under its lock.
     """
-    atomic.clear_temporaries(artifact.path)
+    if not is_remote(workplace(artifact.path)):
+        atomic.clear_temporaries(workplace(artifact.path))
     if artifact.started:
-        return _standing(artifact, node.fingerprint(inputs))
-    return open_spec(artifact.path, specification(node, inputs))
+        spec = _standing(artifact, node.fingerprint(inputs))
+    else:
+        spec = open_spec(artifact.path, specification(node, inputs))
+    mirror.prepare(artifact.path)
+    return spec
 
 
 def _standing(artifact: Artifact, fingerprint: str) -> dict[str, Any]:
@@ -173,14 +200,14 @@ def seal_store(artifact: Artifact) -> Artifact:
         raise WrongArtifact(f"{artifact.name} is {what}; only stores are sealed")
     stop = StopRequest()
     with Lock(artifact.path) as lock, stop.listening():
-        inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}
-        console = Console(stage.NAME, artifact.path / "events", stop, lock)
+        inputs = readable({role: found for role, found in inputs_of(artifact).items() if found.done})
+        console = console_of(stage.NAME, artifact, stop, lock)
         try:
             result = stage.seal(artifact.path, *repair.sealable(artifact.path), inputs, console)
         finally:
             console.close()
         lock.check()
-        if not (artifact.path / result.manifest).exists():
+        if not exists(artifact.path / result.manifest):
             publish(artifact.path, result, provenance(artifact.spec, artifact.spec["config"], time.time()))
     return Artifact(artifact.path, result.manifest)
 
@@ -197,9 +224,17 @@ def specification(node: Node, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
         }
     identity = {"stage": node.stage.NAME, "version": node.stage.VERSION, "config": node.config.semantic()}
     body = {"schema": SCHEMA, **identity, "inputs": references, "external": node.external()}
-    paths = {role: found.reference for role, found in inputs.items()}
-    extra = optional(node.stage, "describe", lambda *_: {})(node.config, paths)
+    describe = getattr(node.stage, "describe", None)
+    extra = describe(node.config, readable(inputs)) if describe else {}
     return {**body, **extra, "fingerprint": node.fingerprint(inputs)}
+
+
+def console_of(name: str, artifact: Artifact, stop: StopRequest, lock: Lock | None = None) -> Console:
+    """The reporter of work on an artifact, whose events are beside it; in a bucket they are copies."""
+    folder = mirror.local_folder(artifact.path)
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = artifact.path / "events" if folder != artifact.path else None
+    return Console(name, folder / "events", stop, lock, copies=copies)
 
 
 def headline(artifact: Artifact) -> str:

@@ -2,7 +2,7 @@
 
 from nfm.storage.dataset.images import DatasetWriter, ImageDataset
 from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StateMismatch, StorageError
-from nfm.storage.files.cache import ShardCache
+from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.format.spec import Field, StoreSpec
 from nfm.storage.ledger.pair_writer import PairWriter
 from nfm.storage.mixture import Mixture

@@ -19,7 +19,7 @@ import pyarrow as pa
 from nfm.storage import layouts
 from nfm.storage.errors import NoPlace, StorageError, by, check_inside
 from nfm.storage.errors.arguments import checked, whole
-from nfm.storage.files.cache import ShardCache, default_cache
+from nfm.storage.files.copies.cache import ShardCache, default_cache
 from nfm.storage.files.paths import as_path, is_remote, store_named
 from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.format.spec import StoreSpec, read_spec

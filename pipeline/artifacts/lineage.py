@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root
-from nfm.pipeline.artifacts.ours import specs
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path, is_url, names_in
@@ -84,13 +83,11 @@ def ancestors(artifact: Artifact) -> list[Artifact]:
     return list(seen.values())
 
 
-def dependants(artifact: Artifact) -> Iterator[Artifact]:
-    """The artifacts under the root that were made from this one."""
-    for path in specs(artifacts_root()):
-        other = Artifact(path.parent)
-        with contextlib.suppress(StorageError):  # a damaged spec: its inputs are unknown
-            if any(reference.artifact == artifact.name for reference in references(other).values()):
-                yield other
+def input_names(artifact: Artifact) -> list[str]:
+    """The names of what an artifact was made from; none if its spec is damaged, since they are unknown then."""
+    with contextlib.suppress(StorageError):
+        return [reference.artifact for reference in references(artifact).values()]
+    return []
 
 
 def tree(artifact: Artifact, indent: str = "", role: str = "") -> Iterator[str]:

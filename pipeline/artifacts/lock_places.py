@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from nfm.pipeline.artifacts import conditional
 from nfm.pipeline.artifacts.conditional import Stored
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import is_remote
 
@@ -54,9 +54,11 @@ class LockPlace(Protocol):
 
 
 def place_for(folder: Path) -> LockPlace:
-    """The place of the lock of a folder. Raises NoConditions for a bucket where no lock can be kept."""
+    """The place of the lock of a folder. Raises NoPlace or NoConditions where no lock can be kept."""
     if not is_remote(folder):
         return LockFile(folder / "lock.json")
+    if getattr(folder, "protocol", "") not in ("s3", "s3a"):
+        raise NoPlace(str(folder), "no lock can be kept there; copy it to a folder or to s3://bucket/... and name that")
     conditional.check(str(folder.parent.parent))
     return LockObject(folder / "lock.json")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nfm.pipeline.artifacts import in_bucket
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
@@ -42,6 +43,7 @@ from nfm.stages.base import Unfit
 from nfm.stages.couplings.custom import Allowed
 from nfm.stages.trained.sampling import DIFFUSIONS, GRIDS, SOLVERS, check_diffusion
 from nfm.stages.trained.training import blaming
+from nfm.storage.files.paths import exists
 
 if TYPE_CHECKING:
     from nfm.pipeline.upkeep.audit import Level
@@ -220,13 +222,14 @@ def sample(
     found = find(artifact)
     found.manifest()  # an unfinished artifact has none, and says so
     stage = found.spec.get("stage", "pairs")
+    folder = found.readable
     if stage in ("student", "teacher"):
-        _check_allowed(found.path, stage, digests)
+        _check_allowed(folder, stage, digests)
     check_of_student(stage, "nfe", "solver", "grid", "ema", "diffusion")
     options = given_guidance(stage, guidance, guided)
     with blaming("--diffusion"):
         check_diffusion(solver, diffusion)
-    sample_grid(found.path, stage, count, nfe, seed, output, solver, grid, guidance, options, ema, diffusion)
+    sample_grid(folder, stage, count, nfe, seed, output, solver, grid, guidance, options, ema, diffusion)
     click.echo(str(output))
 
 
@@ -248,6 +251,7 @@ cli.add_command(submit)
 cli.add_command(teacher)
 pairs.add_command(worklist)
 pairs.add_command(encode)
+in_bucket.guard(cli)
 
 
 def _check_allowed(folder: Path, stage: str, digests: tuple[str, ...]) -> None:
@@ -265,7 +269,7 @@ def _check_allowed(folder: Path, stage: str, digests: tuple[str, ...]) -> None:
 
 def _main_output(artifact: Artifact) -> str:
     shown = [artifact.path / name for name in ("report.html", "compare.txt")]
-    return str(next((path for path in shown if path.exists()), artifact.reference))
+    return str(next((path for path in shown if exists(path)), artifact.reference))
 
 
 def main() -> None:

@@ -101,7 +101,8 @@ def _copy(made: Artifact, output: Path) -> None:
     told = {key: manifest[key] for key in ("fingerprint", "content_digest", "inputs")}
     # Written first: an interrupted copy can then be recognised, and the same command completes it.
     atomic.write_json(output / ORIGIN, {"artifact": made.name, **told, "files": names})
+    folder = made.readable
     for name in names:
-        shutil.copyfile(inside(made.path, name), output / name)
+        shutil.copyfile(inside(folder, name), output / name)
     command = masked(legible(shlex.join(["nfm", *sys.argv[1:]])))
     atomic.write_bytes(output / COMMAND, f"{command}\n".encode())

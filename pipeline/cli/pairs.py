@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -16,7 +17,7 @@ from nfm.stages.display.units import clock, size
 from nfm.stages.stores.export import LAYOUTS
 from nfm.storage.errors import StorageError, by
 from nfm.storage.files import atomic
-from nfm.storage.files.paths import is_remote
+from nfm.storage.files.paths import is_remote, names_in
 
 CODECS = ("float32", "float16", "int8")
 PLAIN_SECONDS = 15.0
@@ -38,8 +39,8 @@ def info(store: Path, as_json: bool) -> None:
     from nfm.pipeline import overview
     from nfm.stages.stores import info as pairs_info
 
-    where = _where(store)
-    body = {"store": str(where), **pairs_info.info(where)} if is_remote(where) else overview.store_info(find(store))
+    elsewhere = is_remote(store)
+    body = {"store": str(store), **pairs_info.info(store)} if elsewhere else overview.store_info(find(store))
     lines = (f"{key:18} {'-' if value is None else value}" for key, value in body.items())
     click.echo(json.dumps(body, indent=2) if as_json else "\n".join(lines))
 
@@ -107,7 +108,7 @@ def head(store: Path, count: int, draw: int, output: Path, teacher: Path) -> Non
 
     where = _where(store)
     word = str(teacher)
-    folder = None if word in ("auto", "none") else find(teacher).path
+    folder = None if word in ("auto", "none") else find(teacher).readable
     if word == "auto" and (digest := pairs_head.teacher_of(where)) is not None:
         folder = _by_content("teacher", digest)
         if folder is None:
@@ -200,13 +201,12 @@ def _any_generation(store: Path) -> Path:
 
 
 def _by_content(stage: str, digest: str) -> Path | None:
-    """The folder of the finished artifact with this content, if it is under the root."""
-    for path in sorted(artifacts_root().glob(f"{stage}/*/manifest*.json")):
-        try:
-            if atomic.read_json(path).get("content_digest") == digest:
-                return Artifact(path.parent).path
-        except StorageError:
-            continue  # damaged, which its audit reports
+    """The folder of the finished artifact with this content, if it is under the root; from a bucket it is brought."""
+    for folder in (artifacts_root() / stage / name for name in names_in(artifacts_root() / stage)):
+        for name in (name for name in names_in(folder) if name.startswith("manifest") and name.endswith(".json")):
+            with contextlib.suppress(StorageError):  # damaged, which its audit reports
+                if atomic.read_json(folder / name).get("content_digest") == digest:
+                    return Artifact(folder).readable
     return None
 
 

@@ -49,8 +49,9 @@ def encode(file: Path, task: int, of: int) -> None:
     Exit 0 when all of them are committed, 1 when some failed three times, 130 when stopped: SIGTERM and SIGINT drop the
     current shard, SIGUSR1 finishes it. The same command continues with the remaining shards.
     """
-    from nfm.pipeline.console import Console, StopRequest
-    from nfm.pipeline.runner import versions
+    from nfm.pipeline import runner
+    from nfm.pipeline.artifacts.artifact import Artifact
+    from nfm.pipeline.console import StopRequest
     from nfm.stages.base import Stopped
     from nfm.stages.display.units import clock
     from nfm.stages.pairs import worklist as pairs_worklist
@@ -61,9 +62,9 @@ def encode(file: Path, task: int, of: int) -> None:
     stop = StopRequest()
     with stop.listening():
         found = pairs_worklist.load(file)
-        console = Console("pairs", as_path(found.store) / "events", stop)
+        console = runner.console_of("pairs", Artifact(as_path(found.store)), stop)
         started = time.time()
-        console.log("START", worklist=str(file), task=task, of=of, versions=versions())
+        console.log("START", worklist=str(file), task=task, of=of, versions=runner.versions())
         try:
             metrics = pairs_worklist.encode(found, task, of, console)
         except (Stopped, KeyboardInterrupt):
@@ -87,14 +88,16 @@ def _prepared(node: Node) -> tuple[Path, dict[str, Path]]:
     `spec.json` is written, under the lock, if it does not exist yet.
     """
     from nfm.pipeline import runner
-    from nfm.pipeline.artifacts.artifact import ArtifactError
+    from nfm.pipeline.artifacts.artifact import ArtifactError, readable
     from nfm.pipeline.artifacts.lock import Lock
+    from nfm.storage.files.paths import is_remote
 
     artifact, inputs = node.artifact(), node.input_artifacts()
     if artifact is None or inputs is None:
         raise ArtifactError(f"{node.name}: an input vanished while the list was made; run it again")
     if not artifact.started:
-        artifact.path.mkdir(parents=True, exist_ok=True)
+        if not is_remote(artifact.path):
+            artifact.path.mkdir(parents=True, exist_ok=True)
         with Lock(artifact.path), runner.never_begun(artifact):
             runner.prepare(node, artifact, inputs)
-    return artifact.path, {role: found.reference for role, found in inputs.items()}
+    return artifact.path, readable(inputs)

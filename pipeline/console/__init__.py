@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from nfm.pipeline.artifacts.lock import Lock
+from nfm.pipeline.console.copies import EventCopy
 from nfm.pipeline.console.live import PARTS, Live, percent, worker_lines
 from nfm.pipeline.console.progress import last_progress
 from nfm.pipeline.console.rate import Rate
@@ -98,13 +99,14 @@ class Console:
 
     def __init__(
         self, stage: str, events: Path, stop: StopRequest, lock: Lock | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, copies: Path | None = None,
     ):  # fmt: skip
         inside(events.parent, events.name).mkdir(exist_ok=True)
         self.stage = stage
         # Workers of one store on several hosts write at the same time, each to its own file.
         name = f"{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
         self._events = (events / name).open("a", buffering=1, encoding="utf-8")
+        self._copy = EventCopy(events / name, copies / name) if copies is not None else None
         self._stop = stop
         self._lock = lock
         self._clock = clock
@@ -217,6 +219,8 @@ class Console:
         self.finish()
         with contextlib.suppress(OSError):
             self._events.close()
+        if self._copy is not None:
+            self._copy.close()
 
 
 def _figure(value: Any) -> str:

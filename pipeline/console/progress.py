@@ -13,6 +13,7 @@ from nfm.stages.display import units
 from nfm.stages.pairs import progress
 from nfm.stages.trained.training import newest_checkpoint
 from nfm.storage.errors import StorageError
+from nfm.storage.files.paths import names_in
 from nfm.storage.files.small_files import read_tail
 
 FRESH_SECONDS = 90.0  # processes report every 30 s; one that is silent for so long is dead or waits
@@ -50,7 +51,7 @@ def _from_where(folder: Path) -> str:
 
 def last_progress(events: Path) -> str:
     """The progress of the work in a folder, from the last PROGRESS line of its newest events."""
-    for path in sorted(events.glob("*.jsonl"), reverse=True):
+    for path in reversed(_logs(events)):
         for event in _backwards(path):
             if event["kind"] == "PROGRESS":
                 return f"{event['done']:,} of {event['total']:,} {event['unit']}"
@@ -59,13 +60,17 @@ def last_progress(events: Path) -> str:
 
 def _newest(events: Path, alone: bool) -> Iterator[dict[str, Any]]:
     """The last PROGRESS of every process that has not ended, or of the newest alone."""
-    for path in sorted(events.glob("*.jsonl"))[-1 if alone else 0 :]:
+    for path in _logs(events)[-1 if alone else 0 :]:
         for event in _backwards(path):
             if event["kind"] in ("COMPLETE", "STOP", "FAIL"):
                 break
             if event["kind"] == "PROGRESS":
                 yield event
                 break
+
+
+def _logs(events: Path) -> list[Path]:
+    return [events / name for name in names_in(events) if name.endswith(".jsonl")]
 
 
 def _backwards(path: Path) -> Iterator[dict[str, Any]]:

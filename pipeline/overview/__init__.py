@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, check_store, newest_manifest
-from nfm.pipeline.artifacts.lineage import dependants
+from nfm.pipeline.artifacts.lineage import input_names
+from nfm.pipeline.artifacts.listing import listed
 from nfm.pipeline.artifacts.ours import specs
 from nfm.pipeline.console import progress
 from nfm.pipeline.graph import Node, upstream
@@ -17,6 +18,7 @@ from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.stores import info
 from nfm.storage.errors import StorageError
+from nfm.storage.files.paths import is_remote, size_below
 
 Row = dict[str, Any]
 SHOWN = 3  # dependent artifacts shown by name
@@ -36,7 +38,7 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
                 "stage": node.name,
                 "state": state,
                 "artifact": name_of(node, artifact),
-                "size": units.size(_bytes(artifact.path)) if artifact is not None and artifact.started else "",
+                "size": units.size(size_below(artifact.path)) if artifact is not None and artifact.started else "",
                 "figures": _figures(artifact, getattr(node.config, "draws", None)),
             }
         )
@@ -45,19 +47,34 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
 
 def inventory() -> list[Row]:
     """One row for each artifact under the root."""
+    root = artifacts_root()
+    found = _in_bucket(root) if is_remote(root) else [_here(spec.parent) for spec in specs(root)]
+    users: dict[str, list[str]] = {}
+    for row in found:
+        for name in row.pop("inputs"):
+            users.setdefault(name, []).append(row["artifact"])
+    return [{**row, "needed by": _few(users.get(row["artifact"], []))} for row in found]
+
+
+def _here(folder: Path) -> Row:
+    artifact = Artifact(folder, newest_manifest(folder))
+    size, changed = size_below(folder), (folder / "spec.json").stat().st_mtime
+    return _row(artifact.name, state_of(artifact), size, changed, input_names(artifact))
+
+
+def _in_bucket(root: Path) -> list[Row]:
     rows = []
-    for spec in specs(artifacts_root()):
-        artifact = Artifact(spec.parent, newest_manifest(spec.parent))
-        rows.append(
-            {
-                "artifact": artifact.name,
-                "state": state_of(artifact),
-                "size": units.size(_bytes(artifact.path)),
-                "age": units.age(time.time() - spec.stat().st_mtime),
-                "needed by": _few([other.name for other in dependants(artifact)]),
-            }
-        )
+    for one in listed(root):
+        state = "damaged" if one.body is None else "done" if one.finished else "started"
+        stated = (one.body or {}).get("inputs")
+        inputs = [str(each.get("artifact")) for each in stated.values()] if isinstance(stated, dict) else []
+        rows.append(_row(Artifact(one.path).name, state, one.bytes, one.changed, inputs))
     return rows
+
+
+def _row(name: str, state: str, size: int, changed: float, inputs: list[str]) -> Row:
+    age = units.age(time.time() - changed)
+    return {"artifact": name, "state": state, "size": units.size(size), "age": age, "inputs": inputs}
 
 
 def state_of(artifact: Artifact) -> str:
@@ -79,10 +96,6 @@ def store_info(artifact: Artifact) -> Row:
 def as_text(rows: Sequence[Row]) -> str:
     """Rows as aligned columns under their names."""
     return aligned(list(rows[0]), [list(row.values()) for row in rows])
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def name_of(node: Node, artifact: Artifact | None) -> str:

@@ -8,14 +8,16 @@ and outside the root receipts are written only beside artifacts that the user na
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, fingerprint
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, fingerprint, readable, under_root
 from nfm.pipeline.artifacts.lineage import ancestors, inputs_of, references
 from nfm.pipeline.builder import build
 from nfm.pipeline.config import RunConfig
@@ -29,7 +31,7 @@ from nfm.stages.trained import student, teacher
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
-from nfm.storage.files.paths import inside, is_remote
+from nfm.storage.files.paths import inside, is_remote, names_in, size_of
 
 Level = Literal["quick", "default", "deep"]
 
@@ -61,7 +63,7 @@ def audit(
     results = []
     for found in unique.values():
         results.append(_audit_one(found, level, deep_sample, allowed))
-        if found.path in {target.path for target in targets} or _under_root(found.path):
+        if found.path in {target.path for target in targets} or under_root(found.path):
             _keep_receipt(found.path, results[-1], level)
     return results
 
@@ -91,7 +93,9 @@ def _manifests_of(node: Node) -> list[Artifact]:
         folder = node.folder()
     except (StorageError, ArtifactError):
         return []  # the manifest of an input, which is reported there
-    return [Artifact(folder, path.name) for path in sorted(folder.glob("manifest*.json"))] if folder else []
+    if folder is None:
+        return []
+    return [Artifact(folder, name) for name in names_in(folder) if re.fullmatch(r"manifest.*\.json", name)]
 
 
 def as_text(results: Sequence[Audited]) -> str:
@@ -118,7 +122,8 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
             findings += _check_identity(artifact, spec, body)
         findings += _check_files(artifact.path, body.get("files", []), hashed=level != "quick")
         if STAGES[spec.get("stage", pairs.NAME)] is pairs:
-            inputs = {role: found.reference for role, found in inputs_of(artifact).items() if found.done}
+            done = {role: found for role, found in inputs_of(artifact).items() if found.done}
+            inputs = readable(done) if level != "quick" else {}
             more, statements = store_audit.audit(inputs, artifact.reference, level, deep_sample, allowed)
             findings += more
     except (StorageError, ArtifactError, StageError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -187,10 +192,10 @@ def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> lis
             inside(folder, file["path"])
         except StorageError as error:
             return Finding(str(path), str(error).removeprefix(f"{path}: ").partition("; ")[0], remedy)
-        if not path.is_file():
+        if (size := size_of(path)) is None:
             return Finding(str(path), "missing", remedy)
-        if path.stat().st_size != file["bytes"]:
-            return Finding(str(path), f"{path.stat().st_size} bytes, the manifest says {file['bytes']}", remedy)
+        if size != file["bytes"]:
+            return Finding(str(path), f"{size} bytes, the manifest says {file['bytes']}", remedy)
         if hashed and atomic.hash_file(path)[0] != file["sha256"]:
             return Finding(str(path), "its SHA-256 is not the manifest's: the bytes changed", remedy)
         return None
@@ -198,18 +203,20 @@ def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> lis
     return [finding for finding in parallel(check, files) if finding]
 
 
-def _under_root(folder: Path) -> bool:
-    return not is_remote(folder) and folder.absolute().is_relative_to(artifacts_root().absolute())
-
-
 def _keep_receipt(folder: Path, result: Audited, level: Level) -> None:
     """Writes a dated receipt beside the artifact. If the folder is read-only, only the receipt is lost."""
-    if is_remote(folder) or not folder.is_dir() or not os.access(folder, os.W_OK):
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    receipt = folder / "audits" / f"{stamp}-{level}.json", {"level": level, **asdict(result)}
+    if is_remote(folder):
+        if under_root(folder):  # a store of somebody else's bucket is left as it is
+            with contextlib.suppress(StorageError):
+                atomic.write_json(*receipt)
+        return
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         return
     try:
         kept = inside(folder, "audits")
     except StorageError:
         return  # a link out of the artifact: nothing is written through it
     if kept.is_dir() or not kept.exists():
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        atomic.write_json(folder / "audits" / f"{stamp}-{level}.json", {"level": level, **asdict(result)})
+        atomic.write_json(*receipt)

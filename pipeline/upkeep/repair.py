@@ -9,7 +9,7 @@ from pathlib import Path
 from nfm.pipeline.artifacts.artifact import Artifact, check_store
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.stages.stores import repair
-from nfm.storage.files.paths import inside
+from nfm.storage.files.paths import inside, is_remote, move_objects
 
 
 def repair_store(artifact: Artifact) -> list[str]:
@@ -33,6 +33,9 @@ def _set_aside(root: Path, files: Iterable[Path], aside: Path) -> None:
     for file in files:
         for path in (file, aside):  # raises if a link would lead out of the store, or into it
             inside(root, str(path.parent.relative_to(root)))
-        target = aside / file.relative_to(root)
+        target = aside / str(file.relative_to(root))
+        if is_remote(root):
+            move_objects(file, target)
+            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         file.rename(target)

@@ -17,11 +17,12 @@ from nfm.stages.encoding import slots as of_slots
 from nfm.stages.encoding.coupling import load_coupling, of_shard
 from nfm.stages.encoding.jobs import ShardJob, Timing
 from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
-from nfm.stages.encoding.setup import Setup
+from nfm.stages.encoding.setup import Setup, mirrored_here
 from nfm.stages.encoding.slots import Found, Sources, mirrored
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
 from nfm.stages.trained.training import check_precision
 from nfm.storage import ImageDataset
+from nfm.storage.files.paths import as_path
 from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.commits import Commit
@@ -42,11 +43,11 @@ class Encoder:
     """
 
     def __init__(self, setup: Setup):
-        self.setup = replace(setup, device=pick_device(setup.device))
+        self.setup = replace(mirrored_here(setup), device=pick_device(setup.device))
         check_precision(self.setup.device, setup.precision)
-        self.store = Path(setup.store)
+        self.store = as_path(setup.store)
         self.spec = read_spec(self.store)
-        self.source = ImageDataset.open(setup.data, "train")
+        self.source = ImageDataset.open(self.setup.data, "train")
         with importable(Path(setup.beside or Path.cwd())):
             self.coupling = load_coupling(self.spec, self.source, self.setup)
         self.batch_size = setup.batch_size

@@ -13,6 +13,7 @@ from nfm.stages.base import StageError
 from nfm.stages.encoding.threads import threads as on_threads
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory
 from nfm.stages.trained.training import Precision, autocast_dtype
+from nfm.storage.files.copies import mirror
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +90,7 @@ def for_teacher(
     seconds: float = SECONDS,
     sizes: Sequence[int] = SIZES,
 ) -> Proposal:
-    """The batch size for a teacher, given as the folder of its stage or as a model on `device`.
+    """The batch size for a teacher, given as the folder or URL of its artifact or as a model on `device`.
 
     It is timed as the encoder runs it, on `threads` CPU threads, but not compiled: compiling for every size would take
     minutes, and the order of the sizes would be the same.
@@ -99,7 +100,7 @@ def for_teacher(
     if isinstance(teacher, str | Path):
         from nfm.stages.trained.teacher import load
 
-        teacher, _ = load(Path(teacher), device)
+        teacher, _ = load(Path(mirror.here(str(teacher))), device)
     coupling = NFM(teacher, eta or 0.0, 1.0, device, autocast_dtype(precision), precision == "tf32")
     encode = encoding(coupling, image_shape, classes)
     with on_threads(threads):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nfm.stages.trained.training import Precision
+from nfm.storage.files.copies import mirror
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The folders of the store and its inputs, and how to compute.
+    """The places of the store and its inputs (folders, or URLs in a bucket), and how to compute.
 
     `device` "auto" is chosen where the encoder runs. `batch_size` is the shape that every batch is padded to. `maker`
     is what other couplings than the teacher's are made with: the folder of the potential or of the student, or the
@@ -28,3 +29,12 @@ class Setup:
     compile: bool = False
     maker: str | None = None
     beside: str | None = None
+
+
+def mirrored_here(setup: Setup) -> Setup:
+    """The setup with folders of this machine for the inputs, which are brought here from a bucket. The store stays."""
+
+    def here(place: str | None) -> str | None:
+        return place if place is None else mirror.here(place)
+
+    return replace(setup, data=mirror.here(setup.data), teacher=here(setup.teacher), maker=here(setup.maker))

@@ -12,7 +12,7 @@ from nfm.stages.executors.tally import Tally
 from nfm.storage.errors import StorageError
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
-from nfm.storage.files.paths import inside
+from nfm.storage.files.paths import exists, inside, names_in, remove
 from nfm.storage.files.small_files import read_tail
 from nfm.storage.format.spec import StoreSpec, parse_name
 from nfm.storage.ledger import seal
@@ -59,7 +59,7 @@ def produce(
         else:
             done += outcome.commit.records
             tally.add(outcome)
-            failure_path(out, outcome.job.name).unlink(missing_ok=True)
+            remove(failure_path(out, outcome.job.name))
             report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds, worker=outcome.worker)
             used = outcome.commit.batch_size
             if used is not None and used < smallest:
@@ -83,13 +83,14 @@ def reasons(out: Path, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         path = failure_path(out, name)
-        found[name] = _reason(path, out) if path.exists() else "not encoded yet"
+        found[name] = _reason(path, out) if exists(path) else "not encoded yet"
     return found
 
 
 def all_failed(out: Path, names: Iterable[str]) -> bool:
     """Whether each of these was tried and failed. Shards that were not tried yet may not be left out."""
-    return all(failure_path(out, name).exists() for name in names)
+    tried = set(names_in(out / "failed"))
+    return all(failure_path(out, name).name in tried for name in names)
 
 
 def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, again: str) -> StageError:
@@ -101,7 +102,7 @@ def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, a
     left = len(names) - sum(len(shards[reason]) for reason in list(shards)[:_LISTED])
     more = f" and {left:,} more" if left else ""
     limit = f", pairs.max_missing allows {allowed:,}" if allowed else ""
-    told = f"What failed has its traceback in {out / 'failed'}; the other" if (out / "failed").is_dir() else "The other"
+    told = f"What failed has its traceback in {out / 'failed'}; the other" if names_in(out / "failed") else "The other"
     leave_out = "; or let the generation lack them with --set pairs.max_missing=N" if all_failed(out, names) else ""
     lacking = f"{len(names)} of {total} shards are missing, {pairs:,} pairs{limit}: {', '.join(why)}{more}"
     return StageError(

@@ -18,6 +18,7 @@ from nfm.stages.trained.training import blaming
 from nfm.storage import ImageDataset
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
+from nfm.storage.files.copies import mirror
 from nfm.storage.format.spec import StoreSpec, pair_fields
 from nfm.trainers.nfe import COSTS, GRIDS, STOCHASTIC, pick_solver
 
@@ -131,7 +132,7 @@ def maker(config: PairsConfig, inputs: Inputs) -> str | None:
     facts = facts_of(config.coupling)
     if facts.code:
         return str(custom.source_file(config.custom))
-    return str(inputs[facts.made_with].resolve()) if facts.made_with not in (None, "teacher") else None
+    return mirror.origin(inputs[facts.made_with]) if facts.made_with not in (None, "teacher") else None
 
 
 def small_groups(spec: StoreSpec, inputs: Inputs) -> str | None:

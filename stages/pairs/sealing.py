@@ -12,6 +12,7 @@ from typing import Any
 from nfm.stages.base import Inputs, Reporter, Stopped
 from nfm.storage import PairStore
 from nfm.storage.files import atomic
+from nfm.storage.files.paths import exists, remove
 from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.generation import Generation
@@ -29,10 +30,10 @@ def of_sealing(
     There is no report if torch or scipy is not installed, if the report fails or is stopped, or if an earlier report of
     the same pairs never finished: it was killed for its memory or time, and would be again.
     """
-    if seal.manifest_path(out, body["generation"]).exists():  # sealed before: it stays as it is
+    if exists(seal.manifest_path(out, body["generation"])):  # sealed before: it stays as it is
         return {}
     mark, begun = out / BEGUN, {"content_digest": body["content_digest"]}
-    if mark.exists() and atomic.read_json(mark).get("content_digest") == body["content_digest"]:
+    if exists(mark) and atomic.read_json(mark).get("content_digest") == body["content_digest"]:
         _say(report, "sealed without a coupling report: one was begun before and did not come to its end")
         return {}
     try:
@@ -52,7 +53,7 @@ def of_sealing(
             _say(report, f"sealed without a coupling report, which failed: {type(error).__name__}: {error}")
             if report is not None:
                 report.log("COUPLING_REPORT_FAILED", error=traceback.format_exc())
-    mark.unlink(missing_ok=True)
+    remove(mark)
     return found
 
 

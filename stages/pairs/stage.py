@@ -39,6 +39,7 @@ from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.export import converted
 from nfm.storage.files import atomic
+from nfm.storage.files.copies import mirror
 from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import seal as generations
 
@@ -116,7 +117,7 @@ def describe(config: PairsConfig, inputs: Inputs) -> dict[str, Any]:
         return {"store": spec.to_dict(), "encoding": {"batch_size": size}}
     from nfm.stages.encoding import probe
 
-    facts = (str(inputs["teacher"].resolve()), spec.image_shape, spec.classes or 0, spec.eta)
+    facts = (mirror.origin(inputs["teacher"]), spec.image_shape, spec.classes or 0, spec.eta)
     how: dict[str, Any] = {"precision": config.precision, "threads": config.threads}
     sizes = [size for size in probe.SIZES if size <= spec.rows_per_shard]
     address = address_of(config.ray_address)
@@ -183,7 +184,7 @@ def announce(spec: StoreSpec, setting: Setup, report: Reporter | custom.Allowed)
         report.say(custom.announced(setting.maker, str(told.get("function")), str(told.get("sha256"))))
     for stage, folder in (("teacher", setting.teacher), ("student", setting.maker if spec.student else None)):
         if folder is not None:
-            own.announce_made(Path(folder), stage, report.say)
+            own.announce_made(Path(mirror.here(folder)), stage, report.say)
 
 
 def seal(
@@ -246,9 +247,9 @@ def setup(config: PairsConfig, inputs: Inputs, out: Path) -> Setup:
         listed = {file["path"]: file["sha256"] for file in atomic.read_json(teacher / "manifest.json")["files"]}
         weights = listed[WEIGHTS]
     return Setup(
-        store=str(out.resolve()),
-        data=str(inputs["data"].resolve()),
-        teacher=str(teacher.resolve()) if teacher is not None else None,
+        store=mirror.origin(out),
+        data=mirror.origin(inputs["data"]),
+        teacher=mirror.origin(teacher) if teacher is not None else None,
         teacher_sha256=weights,
         batch_size=_batch_size(config, out),
         precision=config.precision,

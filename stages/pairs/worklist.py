@@ -13,6 +13,7 @@ from nfm.stages.pairs import stage
 from nfm.stages.pairs.config import PairsConfig
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.files import atomic
+from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import as_path, exists
 from nfm.storage.format.spec import read_spec
 
@@ -41,9 +42,9 @@ def freeze(config: PairsConfig, inputs: Inputs, out: Path, file: Path) -> Workli
     and has all pending shards. Otherwise raises StageError.
     """
     worklist = Worklist(
-        store=str(out.resolve()),
+        store=mirror.origin(out),
         fingerprint=atomic.read_json(out / "spec.json")["fingerprint"],
-        inputs={role: str(Path(path).resolve()) for role, path in inputs.items()},
+        inputs={role: mirror.origin(path) for role, path in inputs.items()},
         config=config.model_dump(mode="json"),
         draws=config.draws,
         shards=tuple(making.pending(out, read_spec(out), config.draws)),
@@ -98,7 +99,7 @@ def encode(worklist: Worklist, task: int, of: int, report: Reporter) -> dict[str
     report.say(f"{len(mine)} shards are this task's, {len(mine) - len(left)} of them committed already")
     if not left:
         return {"shards": len(mine), "committed": 0}
-    setting = stage.setup(config, {role: Path(path) for role, path in worklist.inputs.items()}, out)
+    setting = stage.setup(config, {role: Path(mirror.here(path)) for role, path in worklist.inputs.items()}, out)
     stage.announce(spec, setting, report)
     outcomes = slurm.run(setting, making.jobs(left), 1, report)
     total = making.records_of(spec, mine)

@@ -12,6 +12,7 @@ import numpy as np
 from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding.slots import drawn_eps, drawn_flips, mirrored
 from nfm.storage import ImageDataset, layouts
+from nfm.storage.files.copies.cache import default_cache
 from nfm.storage.format import codecs
 from nfm.storage.format.index import read_index
 from nfm.storage.format.spec import StoreSpec
@@ -32,7 +33,8 @@ def problems(root: Path, spec: StoreSpec, source: ImageDataset, entry: Entry, ex
     again.)
     """
     draw, number, records = entry.draw, entry.shard, entry.records
-    shard = layouts.open_shard(spec, [root / file.path for file in layouts.files(spec, entry)], records)
+    files = layouts.files(spec, entry)
+    shard = default_cache().opened(root, files, lambda paths: layouts.open_shard(spec, paths, records))
     index = read_index(root / entry.index.path, ["slot", "row", "flip", "group"], records)
     slots, rows, group = (index[name].to_numpy() for name in ("slot", "row", "group"))
     flips = index["flip"].to_numpy(zero_copy_only=False)

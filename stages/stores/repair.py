@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from re import fullmatch
 from typing import Literal
 
 from nfm.stages.base import Finding, StageError
@@ -12,7 +13,7 @@ from nfm.storage import verify as storage_verify
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.durable import StoredFile
-from nfm.storage.files.paths import as_path, inside, size_of
+from nfm.storage.files.paths import as_path, inside, names_in, size_of
 from nfm.storage.format.spec import StoreSpec, read_spec, shard_name
 from nfm.storage.ledger import commits, seal
 
@@ -85,7 +86,7 @@ def bad_shards(out: Path) -> list[str]:
     for number in seal.numbers(out):
         for entry in seal.load(out, number, spec).shards:
             sealed.setdefault(entry.name, set()).add(entry.commit_sha256)
-    committed = {path.stem for path in (out / "commits").glob("d*.json")}
+    committed = {name.removesuffix(".json") for name in names_in(out / "commits") if fullmatch(r"d.*\.json", name)}
     return [name for name in sorted(committed | set(sealed)) if not _whole(out, spec, name, sealed.get(name, set()))]
 
 
@@ -124,4 +125,4 @@ def files_of_shards(out: Path, names: list[str]) -> list[Path]:
 
 
 def _named(folder: Path, name: str) -> list[Path]:
-    return sorted(folder.glob(f"{name}.*"))
+    return [folder / found for found in names_in(folder) if found.startswith(f"{name}.")]

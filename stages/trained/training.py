@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from nfm.stages.display.watching.grids import draw_grid, grids_of, path_of
 from nfm.stages.display.watching.lines import METRICS, Lines, Watching
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
-from nfm.stages.trained.weights import SNAPSHOTS, WEIGHTS, file_of
+from nfm.stages.trained.weights import SNAPSHOTS, WEIGHTS, file_of, files_of
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.files import atomic
-from nfm.storage.files.paths import names_in
+from nfm.storage.files.copies.resume import Resume, newest
+from nfm.storage.files.paths import is_remote, names_in, temporary_name
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
 from nfm.storage.reading.reader import check_enough, check_shared
 
@@ -218,6 +220,10 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
     from nfm.trainers.training.ema import shadow_of
 
     check_precision(device, config.precision)
+    resume = Resume(out, report.check_lock)
+    if parallel.rank() == 0:
+        _bring_checkpoint(out, resume)
+
     task = make(config, inputs, device)
     plan, unit, first = recipe(config, task.examples), task.unit, parallel.rank() == 0
     shown: dict[str, float] = {}  # the figures of the last line
@@ -259,7 +265,11 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
 
     try:
         with ExitStack() as kept:
-            folder = kept.enter_context(CheckpointFolder(out / CHECKPOINTS, config.keep_checkpoints, report.check_lock))
+            folder = kept.enter_context(
+                CheckpointFolder(
+                    out / CHECKPOINTS, config.keep_checkpoints, report.check_lock, partial(_put_checkpoint, out, resume)
+                )
+            )
             kept.enter_context(matrix_products(config.precision))
             found, old = folder.read(), None
             if found is None and (out / OLD_CHECKPOINT).exists():
@@ -328,7 +338,31 @@ def seen_of(old_checkpoint: bytes) -> int:
 
 def newest_checkpoint(out: Path) -> int:
     """The examples seen of the newest checkpoint, 0 where there is none."""
+    if is_remote(out):
+        return newest(out)
     return max((int(name) for name in names_in(out / CHECKPOINTS) if name.isdecimal()), default=0)
+
+
+def _put_checkpoint(out: Path, resume: Resume, checkpoint: Path) -> None:
+    """Brings a checkpoint to the bucket, with the log and the snapshots so far."""
+    if not resume.elsewhere:
+        return
+    seen, log = int(checkpoint.name), out / temporary_name(METRICS)
+    shutil.copyfile(out / METRICS, log)  # lines are added to the log meanwhile
+    try:
+        snapshots = [file for name, file in files_of(out).items() if name.seen is not None and name.seen <= seen]
+        resume.put(seen, {**{path.name: path for path in checkpoint.iterdir()}, METRICS: log}, snapshots)
+    finally:
+        log.unlink()
+
+
+def _bring_checkpoint(out: Path, resume: Resume) -> None:
+    """Brings the newest checkpoint of another machine here, with its log, if it is newer than those that are here."""
+    if (seen := resume.newest()) > newest_checkpoint(out):
+        folder = out / CHECKPOINTS / f"{seen:012d}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        resume.bring(folder)
+        (folder / METRICS).replace(out / METRICS)
 
 
 def kept_files(out: Path) -> list[str]:

@@ -12,15 +12,11 @@ import time
 from multiprocessing.util import Finalize
 from pathlib import Path
 
-from nfm.storage.files.paths import TEMPORARY, stated_path
+from nfm.storage.files.paths import TEMPORARY
+from nfm.storage.files.places import cache_base
 
 _ABANDONED = 3600.0  # seconds after which an unfinished download in a shared folder counts as abandoned
 _held: list[int] = []  # locks of this process's own folders
-
-
-def base_folder() -> Path:
-    """The parent of all process folders: `$NFM_CACHE`, else `nfm` in the user's cache folder."""
-    return stated_path("NFM_CACHE") or (stated_path("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfm"
 
 
 def shared_folder(folder: Path) -> Path:
@@ -35,7 +31,7 @@ def shared_folder(folder: Path) -> Path:
 
 def own_folder() -> Path:
     """Makes a folder for this process, with a lock file beside it. Removes folders whose process has ended."""
-    base = base_folder()
+    base = cache_base()
     base.mkdir(parents=True, exist_ok=True)
     for lock in base.glob("p*.lock"):
         _remove_if_dead(lock)

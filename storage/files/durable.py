@@ -22,8 +22,9 @@ from typing import Any, Self
 
 from nfm.storage.errors import StorageError, cannot_write
 from nfm.storage.files import remote
-from nfm.storage.files.cache_folder import base_folder, spool_folder
+from nfm.storage.files.cache_folder import spool_folder
 from nfm.storage.files.paths import as_path, is_remote, temporary_name
+from nfm.storage.files.places import cache_base
 
 _LARGE = 1 << 20  # bytes; a piece of at least this size is hashed in a second thread while this one writes it
 _WRITEBACK = 32 << 20  # bytes between two hints to the kernel
@@ -171,7 +172,7 @@ class HashingFile(Unfinished):
         return sha.digest() == self._sha.digest()
 
     def _cannot_write(self, error: OSError) -> StorageError:
-        return cannot_write(error.filename or base_folder() if self._remote else self.path, error)
+        return cannot_write(error.filename or cache_base() if self._remote else self.path, error)
 
     def discard(self) -> None:
         """Closes and removes the temporary file. Does nothing after `close`."""

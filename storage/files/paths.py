@@ -7,13 +7,14 @@ forked processes. pathlib's own methods on a URL do none of this.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.files import remote
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.places import (
@@ -22,18 +23,35 @@ from nfm.storage.files.places import (
     is_remote,
     is_url,
     local_path,
+    scratch_root,
     stated_path,
-    store_named,
 )
 
 __all__ = [
-    "TEMPORARY", "artifacts_root", "as_path", "exists", "inside", "is_remote", "is_url", "local_path", "names_in",
-    "remove", "several", "size_of", "stated_path", "store_named", "temporary_name",
+    "TEMPORARY",
+    "artifacts_root",
+    "as_path",
+    "exists",
+    "inside",
+    "is_remote",
+    "is_url",
+    "local_path",
+    "move_objects",
+    "names_in",
+    "remove",
+    "scratch_root",
+    "several",
+    "size_below",
+    "size_of",
+    "stated_path",
+    "store_named",
+    "temporary_name",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 TEMPORARY = ".tmp-"
+_FINGERPRINT = re.compile(r"(?:pairs/)?([0-9a-f]{4,64})")  # or its beginning
 _REQUESTS = 16  # small requests at a time
 
 
@@ -94,6 +112,14 @@ def size_of(path: Path) -> int | None:
     return int(found["size"]) if found["type"] == "file" else None
 
 
+def size_below(folder: Path) -> int:
+    """Bytes of all files in a folder and in those below it."""
+    if not is_remote(folder):
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    found = remote.attempt(folder, "list", lambda fs, name: fs.find(name, detail=True))
+    return sum(int(facts["size"]) for facts in found.values())
+
+
 def exists(path: Path) -> bool:
     """Whether there is a file or a folder."""
     if not is_remote(path):
@@ -114,6 +140,43 @@ def remove(path: Path) -> None:
         remote.attempt(path, "remove", lambda fs, name: fs.rm_file(name))
     except FileNotFoundError:
         return
+
+
+def move_objects(source: Path, target: Path) -> None:
+    """Moves an object, or all objects of a folder, within a bucket. They are removed when all have been copied."""
+    found = remote.attempt(source, "list", lambda fs, name: fs.find(name))
+    below = len(_plain(source))
+    for name in found:
+        copied = _plain(target) + name[below:]
+        remote.attempt(source, "copy", lambda fs, _, name=name, copied=copied: fs.cp_file(name, copied))  # type: ignore[misc]
+    for name in found:
+        remote.attempt(source, "remove", lambda fs, _, name=name: fs.rm_file(name))  # type: ignore[misc]
+
+
+def store_named(where: str | Path) -> Path:
+    """A place as in `as_path`, or a store of `artifacts_root()` by the beginning of its name: `pairs/3fa9c1`, `3fa9c1`.
+
+    A path that exists wins. Raises NoPlace if there is neither, StorageError if several names begin so.
+    """
+    path = as_path(where)
+    if is_remote(path) or os.path.lexists(path):
+        return path
+    start = _FINGERPRINT.fullmatch(where) if isinstance(where, str) else None
+    if start is None:
+        name = (
+            "" if path.is_absolute() else f" in {Path.cwd()}, nor the beginning of a fingerprint, 4 hex digits or more"
+        )
+        raise NoPlace(str(where), f"no such folder{name}; `nfm ls` lists the stores")
+    stores = artifacts_root() / "pairs"
+    begun = [stores / name for name in names_in(stores) if name.startswith(start[1])]
+    found = [store for store in begun if exists(store / "spec.json")]
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise StorageError(f"{where} names several stores in {stores}: {names}; write more of the fingerprint")
+    if not found:
+        told = f"no such folder in {Path.cwd()}, and no store in {stores} has a name that begins so"
+        raise NoPlace(str(where), f"{told}; `nfm ls` lists them, NFM_ARTIFACTS says where they are")
+    return found[0]
 
 
 def _plain(folder: Path) -> str:

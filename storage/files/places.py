@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
@@ -16,7 +17,6 @@ from nfm.storage.errors.masked import holds_secret
 _SCHEMED = re.compile(
     r"(?P<space>\s*)(?P<chain>(?:[a-z][a-z0-9]*::)*)(?P<scheme>[a-z][a-z0-9+.-]+):(?P<slashes>/*)", re.IGNORECASE
 )
-_FINGERPRINT = re.compile(r"(?:pairs/)?([0-9a-f]{4,64})")  # or its beginning
 _FILES, _BUCKETS = ("file", "local"), ("s3", "s3a", "gs", "gcs")
 # No local file name begins with one of these by accident.
 _SCHEMES = ("file", *_BUCKETS, "memory", "az", "abfs", "http", "https")
@@ -68,47 +68,46 @@ def local_path(where: str | Path, remedy: str = "copy it to this machine, or mou
 
 def stated_path(variable: str, remedy: str = "name a folder of this machine") -> Path | None:
     """The local path in an environment variable; None if the variable is not set or empty."""
+    return _stated(variable, lambda text: local_path(text, remedy))
+
+
+def _stated(variable: str, read: Callable[[str], Path]) -> Path | None:
     stated = os.environ.get(variable, "")
     if not stated.strip():
         return None
     try:
-        return local_path(stated, remedy)
+        return read(stated)
     except NoPlace as error:
         raise NoPlace(stated, error.reason, f"{variable}=") from None
 
 
 def artifacts_root() -> Path:
-    """The folder of all artifacts: `NFM_ARTIFACTS`, else `artifacts/` in the current folder."""
-    remedy = "name a folder; a finished store goes to an object store by `nfm pairs export STORE URL`"
-    root = stated_path("NFM_ARTIFACTS", remedy) or Path("artifacts")
-    if root.exists() and not root.is_dir():
+    """Where all artifacts are: `NFM_ARTIFACTS` (a folder, or s3://bucket/...), else `artifacts/` in this folder."""
+    root = _stated("NFM_ARTIFACTS", _root) or Path("artifacts")
+    if not is_remote(root) and root.exists() and not root.is_dir():
         raise NoPlace(str(root), "a file, where artifacts need a folder; let NFM_ARTIFACTS name one")
     return root
 
 
-def store_named(where: str | Path) -> Path:
-    """A place as in `as_path`, or a store of `artifacts_root()` by the beginning of its name: `pairs/3fa9c1`, `3fa9c1`.
-
-    A path that exists wins. Raises NoPlace if there is neither, StorageError if several names begin so.
-    """
-    path = as_path(where)
-    if is_remote(path) or os.path.lexists(path):
-        return path
-    start = _FINGERPRINT.fullmatch(where) if isinstance(where, str) else None
-    if start is None:
-        name = (
-            "" if path.is_absolute() else f" in {Path.cwd()}, nor the beginning of a fingerprint, 4 hex digits or more"
+def _root(text: str) -> Path:
+    root = as_path(text)
+    if not is_remote(root):
+        return root
+    if getattr(root, "protocol", "") not in ("s3", "s3a"):
+        raise NoPlace(
+            text, "artifacts are in a folder or at s3://bucket/..., where locks can be kept; name one of these"
         )
-        raise NoPlace(str(where), f"no such folder{name}; `nfm ls` lists the stores")
-    stores = artifacts_root() / "pairs"
-    found = sorted(stores.glob(f"{start[1]}*/spec.json"))
-    if len(found) > 1:
-        names = ", ".join(one.parent.name for one in found)
-        raise StorageError(f"{where} names several stores in {stores}: {names}; write more of the fingerprint")
-    if not found:
-        told = f"no such folder in {Path.cwd()}, and no store in {stores} has a name that begins so"
-        raise NoPlace(str(where), f"{told}; `nfm ls` lists them, NFM_ARTIFACTS says where they are")
-    return found[0].parent
+    return as_path(str(root).rstrip("/"))
+
+
+def cache_base() -> Path:
+    """The folder of all local copies: `$NFM_CACHE`, else `nfm` in the user's cache folder."""
+    return stated_path("NFM_CACHE") or (stated_path("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfm"
+
+
+def scratch_root() -> Path:
+    """The folder where stages compute whose artifacts are in a bucket: `$NFM_SCRATCH`, else beside the local copies."""
+    return stated_path("NFM_SCRATCH") or cache_base() / "scratch"
 
 
 def stated_number(variable: str, unit: str, most: float) -> float | None:

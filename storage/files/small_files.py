@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from nfm.storage.errors import StorageError
 from nfm.storage.files import remote
-from nfm.storage.files.paths import inside, is_remote
+from nfm.storage.files.paths import inside, is_remote, size_of
 
 MOST_BYTES = 64 << 20  # of metadata: a manifest that lists 100,000 shards itself has half of it
 MOST_INDEX_BYTES = 1 << 30  # of an index part, or of the list of two million shards
@@ -38,7 +38,12 @@ def read_bytes(path: Path, most: int = MOST_BYTES, root: Path | None = None) -> 
 
 
 def read_tail(path: Path, most: int, root: Path | None = None) -> bytes:
-    """The last `most` bytes of a local file that grows, such as a log; all of it if it is shorter. As `read_bytes`."""
+    """The last `most` bytes of a file that grows, such as a log; all of it if it is shorter. As `read_bytes`."""
+    if is_remote(path):
+        size = size_of(path)
+        if size is None:
+            raise FileNotFoundError(f"{path}: no such file")
+        return remote.read_range(path, max(0, size - most), size) if size else b""
     with opened(path, root) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         return file.read(most)

@@ -16,7 +16,7 @@ from nfm.storage import layouts
 from nfm.storage.errors import StorageError, arguments
 from nfm.storage.files.atomic import canonical_json, create_json, read_json
 from nfm.storage.files.atomic import digest as digest_of
-from nfm.storage.files.cache import default_cache
+from nfm.storage.files.copies.cache import default_cache
 from nfm.storage.files.paths import as_path, exists, remove
 from nfm.storage.format import untrusted
 from nfm.storage.format.pair_checks import Array, RowImages, checked

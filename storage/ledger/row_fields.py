@@ -31,7 +31,7 @@ from nfm.storage.format.npy import NPY_HEADER, npy_header
 from nfm.storage.format.spec import FORMAT, check_format, read_spec
 
 if TYPE_CHECKING:
-    from nfm.storage.files.cache import ShardCache
+    from nfm.storage.files.copies.cache import ShardCache
 
 Array = npt.NDArray[Any]
 T = TypeVar("T")
@@ -109,7 +109,7 @@ class RowField:
         try:
             if not is_remote(root):
                 return opener(inside(root, file.path))
-            from nfm.storage.files.cache import default_cache
+            from nfm.storage.files.copies.cache import default_cache
 
             return (self._cache or default_cache()).opened(root, [file], lambda paths: opener(paths[0]))
         except FileNotFoundError as error:

@@ -16,6 +16,7 @@ MAY_KNOW = {
         *("nfm.pipeline", "nfm.stages", "nfm.storage.errors"),
         *("nfm.storage.files.atomic", "nfm.storage.files.paths", "nfm.storage.files.small_files"),
         *("nfm.storage.files.parallel", "nfm.storage.files.remote"),
+        *("nfm.storage.files.copies.mirror", "nfm.storage.files.copies.resume"),
     ),
     "stages": ("nfm.stages", "nfm.storage", "nfm.trainers"),
     "storage": ("nfm.storage",),

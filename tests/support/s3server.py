@@ -216,7 +216,7 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("NFM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NFM_PATIENCE", "10")
-    monkeypatch.setattr("nfm.storage.files.cache._default", None)
+    monkeypatch.setattr("nfm.storage.files.copies.cache._default", None)
     _forget_clients_of_another(s3_server.endpoint)
     s3_server.faults.clear()
     s3_server.requests.clear()

@@ -35,14 +35,21 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or
 class CheckpointFolder:
     """The checkpoints of one training, the newest `keep` of them.
 
-    `check` is called before anything in the folder is replaced, and raises when another process took it over.
+    `check` is called before anything in the folder is replaced, and raises when another process took it over. `placed`
+    is called with the folder of a checkpoint that is on disk; the next one waits until it returns.
     All processes of a training call the same methods in the same order; the folder is on a disk that all of them see.
     """
 
-    def __init__(self, root: Path, keep: int = 1, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        keep: int = 1,
+        check: Callable[[], None] = lambda: None,
+        placed: Callable[[Path], None] = lambda path: None,
+    ) -> None:
         self.root = root
         self._keep = keep
-        self._check = check
+        self._check, self._placed = check, placed
         self._first = parallel.rank() == 0
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._thread = ThreadPoolExecutor(1, "nfm-checkpoint")
@@ -122,6 +129,7 @@ class CheckpointFolder:
         _sync(self.root)
         for path in old[: max(0, len(old) + 1 - self._keep)]:
             _remove(path)
+        self._placed(final)
 
 
 def newest(root: Path) -> Path | None:

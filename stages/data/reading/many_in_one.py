@@ -75,7 +75,7 @@ class ManyInOne:
         path = self.paths[number]
         if not is_remote(path):
             return path.open("rb")
-        from nfm.storage.files.cache import default_cache
+        from nfm.storage.files.copies.cache import default_cache
 
         self.hash()
         stored = self._stored[number]

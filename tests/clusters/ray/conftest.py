@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
+
 
 @dataclass
 class Nodes:
@@ -23,8 +25,9 @@ class Nodes:
     jobs: str
     environment: dict[str, str]
 
-    def add(self, name: str, cpus: int = 1) -> None:
-        self._tell(f"add {name} {cpus}")
+    def add(self, name: str, cpus: int = 1, folder: Path | str = "") -> None:
+        """Add a node; its processes work in `folder`, if one is given, and keep their scratch there."""
+        self._tell(f"add {name} {cpus} {folder}")
 
     def remove(self, name: str) -> None:
         """Kill every process of a node, as a preempted machine would."""

@@ -1,13 +1,15 @@
 """A Ray cluster of several nodes on this machine, in a process of its own: `python nodes.py HEAD_CPUS TEMP [--jobs]`.
 
-Says a line of JSON with its addresses, then obeys lines on stdin, answering `done` to each: `add NAME CPUS`, and
-`remove NAME`, which kills every process of that node. Ends, and the cluster with it, when stdin does.
+Says a line of JSON with its addresses, then obeys lines on stdin, answering `done` to each: `add NAME CPUS [FOLDER]`,
+whose processes work in that folder and keep their scratch there, and `remove NAME`, which kills every process of that
+node. Ends, and the cluster with it, when stdin does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 from ray._private.utils import write_ray_address
@@ -39,9 +41,12 @@ def main() -> None:
     print(json.dumps({"address": cluster.address, "jobs": f"http://{cluster.webui_url}"}), flush=True)
     nodes = {}
     for line in sys.stdin:
-        verb, name, *cpus = line.split()
+        verb, name, *facts = line.split()
         if verb == "add":
-            nodes[name] = cluster.add_node(num_cpus=int(cpus[0]), object_store_memory=STORE_BYTES)
+            for folder in facts[1:]:
+                os.chdir(folder)
+                os.environ |= {"NFM_SCRATCH": f"{folder}/scratch", "NFM_CACHE": f"{folder}/cache"}
+            nodes[name] = cluster.add_node(num_cpus=int(facts[0]), object_store_memory=STORE_BYTES)
         else:
             cluster.remove_node(nodes.pop(name), allow_graceful=False)
         print("done", flush=True)

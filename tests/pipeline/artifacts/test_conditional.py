@@ -9,6 +9,7 @@ import pytest
 from nfm.pipeline.artifacts import conditional
 from nfm.pipeline.artifacts.conditional import NoConditions
 from nfm.pipeline.artifacts.lock import Lock
+from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import as_path, names_in
 from tests.support.s3server import S3
 
@@ -60,6 +61,11 @@ def test_a_server_that_refuses_conditions_is_refused_by_name(status: int, s3: S3
     s3.fail("error", ".conditions-", method="PUT", status=status, code="NotImplemented", times=100)
     with pytest.raises(NoConditions, match="it refuses puts with If-None-Match or If-Match"):
         Lock(as_path(f"{bucket}/run/teacher/0123456789ab"))
+
+
+def test_a_place_where_no_lock_can_be_kept_is_refused() -> None:
+    with pytest.raises(NoPlace, match="memory://x/store: no lock can be kept there"):
+        Lock(as_path("memory://x/store"))
 
 
 def test_a_server_is_asked_once_in_a_process(s3: S3, bucket: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nfm.pipeline.artifacts.lineage import ancestors, as_json, dependants, inputs_of, tree
+from nfm.pipeline.artifacts.lineage import ancestors, as_json, input_names, inputs_of, tree
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -24,10 +24,12 @@ def test_ancestors_come_inputs_first_each_once(lab: Lab, root: Path) -> None:
     assert [a.name.split("/")[0] for a in ancestors(lab.only("student", "independent"))] == ["data", "pairs", "student"]
 
 
-def test_dependants_are_those_made_from_it(lab: Lab, root: Path) -> None:
-    names = {artifact.name for artifact in dependants(lab.only("teacher"))}
-    assert names == {lab.only(stage).name for stage in ("pairs", "evaluate", "report")}
-    assert list(dependants(lab.only("report"))) == []
+def test_what_an_artifact_was_made_from_is_named_unless_its_spec_is_damaged(lab: Lab, root: Path) -> None:
+    pairs = lab.only("pairs")
+    assert set(input_names(pairs)) == {lab.only(stage).name for stage in ("data", "teacher")}
+    assert input_names(lab.only("data")) == []
+    (pairs.path / "spec.json").write_text("{}")
+    assert input_names(pairs) == []
 
 
 def test_a_missing_and_an_unfinished_ancestor_are_shown_as_such(lab: Lab, root: Path) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 import click
 import pytest
 
+from nfm.pipeline.artifacts import in_bucket
 from nfm.pipeline.artifacts.artifact import artifacts_root, find
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.cli import cli, main
 from nfm.pipeline.cli.options import LocalPath, Place
-from nfm.pipeline.config import ConfigError, load
+from nfm.pipeline.config import ConfigError, RunConfig, load
 from nfm.pipeline.console import Console, StopRequest
 from nfm.storage.errors import NoPlace
 from tests.support.commands import commands
@@ -225,7 +226,9 @@ def test_an_argument_where_only_local_paths_work_refuses_a_url_by_its_name(nfm: 
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
 
 
-def test_the_artifacts_root_is_a_local_place(nfm: Nfm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_artifacts_root_is_a_place_of_a_kind_that_can_hold_artifacts(
+    nfm: Nfm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for text, root in (
         ("~/art", "home/art"),
         (f"file://{tmp_path}/a%20b", "a b"),
@@ -237,7 +240,9 @@ def test_the_artifacts_root_is_a_local_place(nfm: Nfm, tmp_path: Path, monkeypat
     for text in ("", " "):
         monkeypatch.setenv("NFM_ARTIFACTS", text)
         assert artifacts_root() == Path("artifacts")
-    for text in ("s3://bucket/art", "s3:/bucket/art", "s4://x"):
+    monkeypatch.setenv("NFM_ARTIFACTS", "s3://bucket/art/")
+    assert str(artifacts_root()) == "s3://bucket/art"
+    for text in ("memory://x/art", "https://host/art", "s3:/bucket/art", "s4://x", "s3://"):
         monkeypatch.setenv("NFM_ARTIFACTS", text)
         code, told = nfm("run", "data", "-c", "tiny.toml")
         assert code == 2
@@ -247,6 +252,35 @@ def test_the_artifacts_root_is_a_local_place(nfm: Nfm, tmp_path: Path, monkeypat
     code, told = nfm("run", "data", "-c", "tiny.toml", "--set", "data.limit=40")
     assert code == 0, told
     assert len(list((tmp_path / "home" / "art" / "data").iterdir())) == 1
+
+
+def test_a_command_that_does_not_work_in_a_bucket_says_so_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NFM_ARTIFACTS", "s3://bucket/art")
+    refused = [(path, command) for path, command in commands() if " ".join(path) not in in_bucket.COMMANDS]
+    assert len(refused) + len(in_bucket.COMMANDS) == len(list(commands())), "a name in COMMANDS is no command"
+    page = (ROOT / "docs" / "places.md").read_text(encoding="utf-8")
+    told = page[page.index("Everything else is refused by name") : page.index("training in several processes")]
+    for path, command in refused:
+        name = path[0] if path[0] == "submit" else path[-1]
+        assert re.search(rf"\b{name}\b", told), f"docs/places.md: say that {name} is refused"
+        assert command.callback is not None
+        with pytest.raises(NoPlace, match=rf"NFM_ARTIFACTS=s3://bucket/art: `nfm .*{command.name}` does not work"):
+            command.callback()
+
+
+@pytest.mark.parametrize("text", ["student.workers=3", "teacher.workers=2"])
+def test_a_setting_that_does_not_work_in_a_bucket_is_refused_with_what_to_write(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field, _, value = text.partition("=")
+    section, _, name = field.partition(".")
+    config = getattr(RunConfig.model_validate({"data": {"source": "digits"}, section: {name: value}}), section)
+    in_bucket.check_settings([(section, config)], 1)
+    monkeypatch.setenv("NFM_ARTIFACTS", "s3://bucket/art")
+    with pytest.raises(NoPlace, match=rf"{field} = {value} does not work in a bucket; --set {field}="):
+        in_bucket.check_settings([(section, config)], 1)
+    with pytest.raises(NoPlace, match="in several processes"):
+        in_bucket.check_settings([], 2)
 
 
 def test_an_artifact_is_found_by_any_way_to_write_its_place(nfm: Nfm, tmp_path: Path) -> None:

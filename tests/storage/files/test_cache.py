@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.files.cache import ShardCache
+from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, size_of
 from tests.support.patience import PATIENCE
@@ -324,7 +324,7 @@ def test_the_folder_of_a_process_goes_with_it_and_after_a_kill_with_the_next(
 
 
 def test_an_orderly_end_leaves_no_folder(tmp_path: Path, memory: str) -> None:
-    code = "from nfm.storage.files.cache import default_cache as c; assert c() is c(); print(c().folder)"
+    code = "from nfm.storage.files.copies.cache import default_cache as c; assert c() is c(); print(c().folder)"
     environment = {**os.environ, "NFM_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert Path(done.stdout.strip()).parent == tmp_path / "cache"

@@ -13,7 +13,7 @@ import pytest
 
 from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.files import atomic
-from nfm.storage.files.cache import ShardCache
+from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, remove, size_of
 from nfm.storage.files.remote import patience
 from nfm.storage.files.small_files import read_bytes

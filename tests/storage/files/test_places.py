@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.export import export
-from nfm.storage.files.cache import ShardCache
-from nfm.storage.files.cache_folder import base_folder
+from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.files.paths import artifacts_root, as_path, is_remote, is_url, local_path, stated_path
+from nfm.storage.files.places import cache_base
 from nfm.storage.files.remote import patience
 
 
@@ -138,19 +138,19 @@ def test_an_environment_variable_that_is_empty_is_as_unset(tmp_path: Path, monke
         for name in ("NFM_CACHE", "XDG_CACHE_HOME", "NFM_PATIENCE"):
             monkeypatch.setenv(name, text)
         assert stated_path("NFM_CACHE") is None
-        assert base_folder() == tmp_path / "home" / ".cache" / "nfm"
+        assert cache_base() == tmp_path / "home" / ".cache" / "nfm"
         assert patience() == 60
     monkeypatch.setenv("XDG_CACHE_HOME", "~/own")
-    assert base_folder() == tmp_path / "home" / "own" / "nfm"
+    assert cache_base() == tmp_path / "home" / "own" / "nfm"
     monkeypatch.setenv("NFM_CACHE", "~/cache")
-    assert base_folder() == tmp_path / "home" / "cache"
+    assert cache_base() == tmp_path / "home" / "cache"
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/cache", "s3:/bucket/cache", "s3://k:secret@h/x"])
 def test_an_environment_variable_that_cannot_be_used_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NFM_CACHE", text)
     with pytest.raises(NoPlace, match=r"^NFM_CACHE=s3:/") as caught:
-        base_folder()
+        cache_base()
     assert "secret" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StorageError
 from nfm.storage.files.atomic import read_json, write_json
-from nfm.storage.files.cache import ShardCache
+from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.ledger.row_fields import FIELD, RowField, row_field_names, write_row_field
 
 VALUES = np.random.default_rng(0).normal(size=(50, 3, 2)).astype(np.float16)

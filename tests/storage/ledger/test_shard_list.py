@@ -17,7 +17,7 @@ from nfm.storage import PairStore
 from nfm.storage.errors import StorageError
 from nfm.storage.export import export
 from nfm.storage.files import atomic
-from nfm.storage.files.cache import ShardCache
+from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.format.spec import StoreSpec, read_spec, write_spec
 from nfm.storage.ledger import commits, seal, shard_list
 from nfm.storage.ledger.shard_list import SCHEMA, read_list

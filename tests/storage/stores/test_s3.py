@@ -13,7 +13,7 @@ import pytest
 
 from nfm.storage import PairStore
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.files.cache import ShardCache
+from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.files.paths import as_path, names_in, remove, size_of
 from nfm.storage.format.spec import StoreSpec, write_spec
 from nfm.storage.ledger import commits, seal

@@ -23,10 +23,10 @@ from typing import TypeVar
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
 from nfm.storage.errors.arguments import checked, checked_later, function, text, whole
 from nfm.storage.files import remote
-from nfm.storage.files.cache_folder import base_folder, own_folder, shared_folder
+from nfm.storage.files.cache_folder import own_folder, shared_folder
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import TEMPORARY, inside, is_remote, local_path, temporary_name
-from nfm.storage.files.places import stated_number
+from nfm.storage.files.places import cache_base, stated_number
 
 T = TypeVar("T")
 _TRIES = 3
@@ -73,7 +73,7 @@ class ShardCache:
                 try:
                     self._folder = own_folder() if self._given is None else shared_folder(self._given)
                 except OSError as error:
-                    raise cannot_write(self._given or base_folder(), error) from error
+                    raise cannot_write(self._given or cache_base(), error) from error
             return self._folder
 
     @property

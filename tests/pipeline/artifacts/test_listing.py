@@ -1,0 +1,67 @@
+"""The artifacts of a bucket are listed in few requests, whatever lies beside them and whatever is damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nfm.pipeline import overview
+from nfm.pipeline.artifacts.listing import listed
+from nfm.storage.files import atomic
+from nfm.storage.files.paths import as_path
+from tests.support.s3server import S3
+
+
+def put(root: Path, name: str, made_from: str = "", finished: bool = True) -> Path:
+    inputs = {"data": {"artifact": made_from}} if made_from else {}
+    body = {"stage": name.partition("/")[0], "fingerprint": "0" * 64, "inputs": inputs}
+    atomic.write_json(root / name / "spec.json", body)
+    if finished:
+        manifest = "manifest.g0002.json" if name.startswith("pairs") else "manifest.json"
+        atomic.write_json(root / name / manifest, {**body, "bytes": 5_000})
+    return root / name
+
+
+@pytest.fixture
+def root(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NFM_ARTIFACTS", f"{bucket}/run")
+    return as_path(f"{bucket}/run")
+
+
+def test_rows_say_state_size_and_what_was_made_from_it(root: Path) -> None:
+    put(root, "data/000000000001")
+    put(root, "pairs/000000000002", "data/000000000001")
+    put(root, "student/000000000003", "pairs/000000000002", finished=False)
+    damaged = put(root, "student/000000000004")
+    (damaged / "manifest.json").write_bytes(b"{}")
+    (root / "student/000000000005/spec.json").write_bytes(json.dumps({"of": "somebody else"}).encode())
+    (root / "data/notes.txt").write_bytes(b"a user's own")
+    rows = {row["artifact"]: row for row in overview.inventory()}
+    assert {name: (row["state"], row["needed by"]) for name, row in rows.items()} == {
+        "data/000000000001": ("done", "pairs/000000000002"),
+        "pairs/000000000002": ("done", "student/000000000003"),
+        "student/000000000003": ("started", "-"),
+        "student/000000000004": ("damaged", "-"),
+    }
+    assert rows["pairs/000000000002"]["size"] == "5 kB"
+
+
+def test_requests_are_one_an_artifact_and_a_few_a_stage_and_one_more_a_store(root: Path, s3: S3) -> None:
+    for number in range(6):
+        put(root, f"student/{number:012x}")
+        put(root, f"pairs/{number:012x}")
+        (root / f"pairs/{number:012x}/shards/d000-s00000.a.tar").write_bytes(b"")
+    s3.requests.clear()
+    assert len(listed(root)) == 12
+    assert s3.count("HEAD") == 0
+    assert s3.count("GET", ".json") == 12
+    assert s3.count("GET") - 12 <= 6 + 4, "listings: one a store, and a few"
+
+
+def test_a_read_that_fails_once_is_made_again(root: Path, s3: S3) -> None:
+    put(root, "student/000000000001")
+    for kind in ("error", "reset", "flip"):
+        s3.fail(kind, "manifest.json", method="GET")
+        assert [one.body is not None for one in listed(root)] == [True]
