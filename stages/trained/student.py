@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
+import numpy as np
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from nfm.stages.base import Inputs, LocalField, Reporter, Result, StageError, Unfit, added, one_of, operational
@@ -72,7 +73,8 @@ class StudentConfig(TrainingSection):
     first ones; what is in it is an input, and so part of the fingerprint.
 
     `emas` are relative widths of further moving averages, kept at the end and after every `snapshots` pairs. After each
-    `sample_every` pairs a grid of samples is drawn, never if it is 0.
+    `sample_every` pairs a grid of samples is drawn, never if it is 0; with `sample_distance`, the sliced Wasserstein
+    distance of so many samples to the store's first images is logged, too.
     """
 
     pairs: int = Field(240_000, ge=1)
@@ -94,6 +96,7 @@ class StudentConfig(TrainingSection):
     emas: tuple[Annotated[float, Field(ge=0.001, le=WIDEST)], ...] = added(())
     snapshots: int | None = added(None, ge=1)
     sample_every: int = operational(0, ge=0)
+    sample_distance: int = operational(0, ge=0, le=50_000)
 
     @model_validator(mode="before")
     @classmethod
@@ -150,6 +153,12 @@ class StudentConfig(TrainingSection):
             raise ValueError(f"emas names a width twice: {', '.join(map(str, self.emas))}; name each once")
         if self.snapshots is not None and not self.emas:
             raise ValueError("snapshots are of the moving averages in emas, and there are none; name their widths")
+        return self
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> Self:
+        if self.sample_distance and not self.sample_every:
+            raise ValueError("sample_distance is taken with each grid of samples; say how often by sample_every")
         return self
 
     @model_validator(mode="after")
@@ -210,7 +219,10 @@ def task(config: StudentConfig, inputs: Inputs, device: str) -> Task:
 
     read = _Permuted(batches) if config.permuted else batches
     image_dtype = store.spec.field("image").dtype
-    samples = Samples(config.sample_every, SHOWN, _decode(config), image_dtype) if config.sample_every else None
+    samples = None
+    if config.sample_every:
+        real = _real(store, config.sample_distance) if config.sample_distance else None
+        samples = Samples(config.sample_every, SHOWN, _decode(config), image_dtype, real)
     return Task(
         model, _loss(config), read, architecture, config.pairs, "pairs", snapshots=config.snapshots, samples=samples
     )
@@ -228,6 +240,16 @@ def _decode(config: StudentConfig) -> Callable[[Any, torch.Tensor, torch.Tensor]
         return solvers.sample(velocity(model, labels), noise, SHOWN_NFE, pick_solver("auto", SHOWN_NFE), "square")
 
     return decode
+
+
+def _real(store: PairStore, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first images of draw 0 and their labels, `count` of them or all that there are."""
+    slots = store.slots(0)[:count]
+    out = {"image": np.empty((len(slots), *store.spec.image_shape), np.float32)}
+    labels = np.full(len(slots), -1)
+    if store.spec.has("label"):
+        out["label"] = labels
+    return store.gather(0, slots, out)["image"], labels
 
 
 class _Permuted:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Section, StageError, Stopped, Unfit, call, operational
@@ -23,6 +24,7 @@ from nfm.storage.files import atomic
 from nfm.storage.files.copies.resume import Resume, newest
 from nfm.storage.files.paths import is_remote, names_in, temporary_name
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
+from nfm.storage.format import philox
 from nfm.storage.reading.reader import check_enough, check_shared
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 Precision = Literal["float32", "tf32", "bfloat16"]
 Sharding = Literal["ddp", "fsdp"]
 CHECKPOINTS = "checkpoints"
+DISTANCE = "samples_sliced_w2"  # of samples while training, in the log
 OLD_CHECKPOINT = "checkpoint.safetensors"  # where earlier versions kept the state of a training
 
 
@@ -165,13 +168,15 @@ def recipe(config: TrainingSection, examples: int) -> Recipe:
 class Samples:
     """Grids of `count` images that a training draws after each `every` examples, and at its end.
 
-    `decode` makes images of a model, noises and labels; `image_dtype` is that of the data.
+    `decode` makes images of a model, noises and labels; `image_dtype` is that of the data. If there are `real` images
+    [N, C, H, W], float32 with their labels [N], as many samples are made, and their distance to them is logged.
     """
 
     every: int
     count: int
     decode: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
     image_dtype: str
+    real: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -257,8 +262,13 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
                 plain.load_state_dict(weights)
         if lines is not None and task.samples is not None:
             report.check_lock()
-            _draw(path_of(out, seen), average if plain is None else plain.to(device), task, config, device)
+            model = average if plain is None else plain.to(device)
+            _draw(path_of(out, seen), model, task, config, device)
             lines.picture(seen, path_of(out, seen))
+            if task.samples.real is not None:
+                distance = _distance(model, task.samples, config, device)
+                if distance is not None:
+                    lines.add({f"{unit}_seen": seen, DISTANCE: distance})
 
     def tick(done: int) -> None:
         report.progress(done, plan.examples, unit, workers=(), **shown)
@@ -327,6 +337,28 @@ def _draw(path: Path, model: nn.Module, task: Task, config: TrainingSection, dev
             path, partial(samples.decode, model), built["image_shape"], built["classes"], samples.count, config.seed,
             device, samples.image_dtype,
         )  # fmt: skip
+
+
+def _distance(model: nn.Module, samples: Samples, config: TrainingSection, device: str) -> float | None:
+    """The sliced Wasserstein distance of samples to the real images, with their labels, from the same noises always.
+
+    None where samples are not finite: the loss tells that.
+    """
+    import torch
+
+    from nfm.trainers.metrics.wasserstein import sliced_wasserstein
+
+    assert samples.real is not None
+    real, labels = samples.real
+    eps = philox.normals(config.seed, 0, np.arange(len(real)), int(np.prod(real.shape[1:])), purpose="samples")
+    made = []
+    with torch.no_grad(), precision_context(torch.device(device).type, config.precision):
+        for start in range(0, len(real), samples.count):
+            part = slice(start, start + samples.count)
+            noise = torch.from_numpy(eps[part]).reshape(-1, *real.shape[1:]).to(device)
+            made.append(samples.decode(model, noise, torch.from_numpy(labels[part]).to(device)).float().cpu().numpy())
+    found = np.concatenate(made)
+    return sliced_wasserstein(found, real) if np.isfinite(found).all() else None
 
 
 def seen_of(old_checkpoint: bytes) -> int:

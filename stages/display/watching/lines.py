@@ -115,14 +115,19 @@ class Lines:
 
     def _keep(self, seen: int) -> list[dict[str, Any]]:
         """Drops the lines that a killed run wrote after its last checkpoint: they are written again. Gives the rest."""
-        lines = read_lines(self._path) if self._path.exists() else []
+        lines = _parsed(self._path) if self._path.exists() else []
         kept = [line for line in lines if line.get(self._step, seen + 1) <= seen]
         atomic.write_bytes(self._path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
         return kept
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines of a training log; lines cut short by a kill are left out."""
+    """The lines of the steps of a training, with their loss, from its log; those of its samples are left out."""
+    return [line for line in _parsed(path) if "loss" in line]
+
+
+def _parsed(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; lines cut short by a kill are left out."""
     lines = []
     for text in read_bytes(path).decode(errors="replace").splitlines():
         try:

@@ -62,7 +62,8 @@ class Clock:
         """
         device = pick_device(config.device)
         check_precision(device, config.precision)
-        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address", "watch", "sample_every"}
+        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address", "watch"}
+        left_out |= {"sample_every", "sample_distance"}
         sizes = {**config.model_dump(exclude=left_out), "shape": facts["image_shape"], "flops": trials[0].flops}
         return float(
             self.measured(

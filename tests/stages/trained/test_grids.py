@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ import pytest
 from PIL import Image
 
 from nfm.stages.base import Stopped
+from nfm.stages.display.watching.lines import METRICS, read_lines
 from nfm.stages.trained import student, teacher
 from nfm.stages.trained.sampling import sample_grid
 from nfm.stages.trained.student import StudentConfig
 from nfm.stages.trained.teacher import TeacherConfig
-from nfm.stages.trained.training import fit, train_here
+from nfm.stages.trained.training import DISTANCE, fit, train_here
 from nfm.storage.files import atomic
 from nfm.trainers.training import parallel
 from tests.clusters.distributed.processes import run
@@ -111,3 +113,20 @@ def test_a_teacher_draws_a_few_images_too(made: Lab, tmp_path: Path) -> None:
     config = TeacherConfig(**values)
     fit(teacher.task, config, {"data": made.only("data").path}, tmp_path, Recorder())
     assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["000000000128.png", "000000000192.png"]
+
+
+def test_a_distance_of_samples_is_logged_with_each_grid_and_changes_nothing_else(store: Path, tmp_path: Path) -> None:
+    alone = trained(store, tmp_path / "alone", sample_every=32)
+    assert trained(store, tmp_path / "with", sample_every=32, sample_distance=40) == alone
+    lines = [json.loads(line) for line in (tmp_path / "with" / METRICS).read_text().splitlines()]
+    told = {line["pairs_seen"]: line[DISTANCE] for line in lines if DISTANCE in line}
+    assert list(told) == [32, 64, 96]
+    assert all(0 < distance < 10 for distance in told.values())
+    assert read_lines(tmp_path / "with" / METRICS) == [line for line in lines if DISTANCE not in line]
+    weights = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("alone", "with")]
+    assert weights[0] == weights[1]
+
+
+def test_a_distance_without_grids_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"sample_distance .* sample_every"):
+        StudentConfig(**TINY | SIT | {"sample_distance": 40})
