@@ -87,8 +87,8 @@ def _text(store: PairStore, data: Mapping[str, Any], named: str) -> Iterator[str
     yield "from nfm.storage import PairStore  # pip install nfm-pairs\n"
     yield 'store = PairStore.open("FOLDER")  # a folder, or a URL such as s3://bucket/store'
     yield "for batch in store.batches(batch_size=256, seed=0, epochs=1):"
-    shape = ", ".join(map(str, spec.image_shape))
-    yield f"    batch.image, batch.noise  # float32 [B, {shape}]"
+    sizes = ", ".join(map(str, spec.image_shape))
+    yield f"    batch.image, batch.noise  # float32 [B, {sizes}]"
     yield "    batch.label  # int64 [B]" + ("" if spec.has("label") else ", all -1: this store has no labels")
     yield "```\n"
     yield f"{_stock(spec.layout)} `nfm pairs verify FOLDER` checks every byte."

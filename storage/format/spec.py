@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nfm.storage.errors import NewerSchema, NoPlace, StorageError
+from nfm.storage.errors import NewerSchema, NoPlace, StorageError, by
 from nfm.storage.files.atomic import create_json, is_temporary, read_json
 from nfm.storage.files.paths import as_path, exists, names_in, size_of
 from nfm.storage.format import untrusted
@@ -170,7 +170,7 @@ class StoreSpec:
         untrusted.one_of("store spec: codec", codec, CODECS)
         if len(untrusted.sequence("store spec: image_shape", image_shape, _MOST_AXES)) != 3:
             raise StorageError(
-                f"store spec: image_shape {tuple(image_shape)}: give (channels, height, width), as (1, 28, 28)"
+                f"store spec: image_shape {by(image_shape)}: give (channels, height, width), as (1, 28, 28)"
             )
         if classes == 0:
             raise StorageError("store spec: classes 0: leave classes out where images have no labels")

@@ -393,7 +393,7 @@ def test_a_gc_killed_again_and_again_leaves_no_artifact_that_claims_what_it_lack
             unfinished += 1
         assert kills < 200
     assert kills > 200 / removals / 2
-    assert unfinished >= before
+    assert unfinished >= before / 2  # an artifact of few files may go whole between two kills
     assert left_in(root) == set()
     age(root, 2 * HOUR)
     collect(older_than=0)  # empty folders, of kills between the last two removals

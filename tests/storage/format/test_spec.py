@@ -120,7 +120,7 @@ def _reads_or_is_refused(recipe: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"image_shape": (8, 8)}, r"image_shape \(8, 8\): give \(channels, height, width\)"),
+        ({"image_shape": (8, 8)}, r"image_shape 8x8: give \(channels, height, width\)"),
         ({"image_shape": (1, 1, 8, 8)}, "channels, height, width"),
         ({"image_shape": 8}, "image_shape"),
         ({"image_shape": (1, 0, 8)}, r"field 'image': a size of its shape = 0, it must be a whole number from 1"),
