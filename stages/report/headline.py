@@ -46,10 +46,16 @@ def _verdict(
         "level with it": [nfe for nfe in common if abs(gains[nfe]) <= spread],
         "behind it": [nfe for nfe in common if gains[nfe] < -spread],
     }
-    told = [f"{word} at {' and '.join(map(str, where))} evaluations" for word, where in found.items() if where]
+    told = [f"{word} at {_listed(where)} evaluations" for word, where in found.items() if where]
     if not found[f"ahead of {PLAIN} noise"]:
         told[0] = f"not ahead of {PLAIN} noise: {told[0]}"
     return f"The student on {ours} pairs is {', '.join(told)}{_straightness(curved.get(ours), curved.get(PLAIN))}."
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers in words, as "15, 7 and 5"."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _straightness(own: float | None, plain: float | None) -> str:

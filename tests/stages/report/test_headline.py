@@ -29,7 +29,7 @@ def test_the_first_sentence_says_where_the_student_is_ahead_and_how_straight_it_
         body({"nfm": nfm, "independent": PLAIN}, {"nfm": 0.0125, "independent": 0.05}, spread=0.01)
     )
     assert verdict == (
-        "The student on nfm pairs is ahead of independent noise at 15 and 7 and 5 and 3 evaluations; its paths are "
+        "The student on nfm pairs is ahead of independent noise at 15, 7, 5 and 3 evaluations; its paths are "
         "straighter, 4 times (curvature 0.013 against 0.05)."
     )
     # Independent noise is 2.1 times its own best at 5 evaluations, and 1.3 times at 15: few evaluations matter from 5.
