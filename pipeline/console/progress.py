@@ -33,7 +33,7 @@ def figures(artifact: Artifact, draws: int | None = None) -> str:
     if draws is None or alone:
         left = max((event.get("seconds_left") or 0.0 for event in running), default=0.0)
         speed = f", {units.rate(rate, running[0]['unit'])}, {units.clock(left)} left" if rate and left else ""
-        return last_progress(events) + (speed or _from_where(artifact.path))
+        return (last_progress(events) + (speed or _from_where(artifact.path))).removeprefix("; ")
     count = progress.committed(artifact.path, draws)
     words = [f"{count[some]:,} of {count[f'all_{some}']:,} {some}" for some in ("pairs", "shards")]
     words += [f"{count['failed']:,} failed"] if count["failed"] else []

@@ -343,7 +343,13 @@ def sample_grid(
     _, built = read_weights(folder)
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return sampler.decode(noise, labels, fresh_noise(seed, np.arange(count), noise))
+        images = sampler.decode(noise, labels, fresh_noise(seed, np.arange(count), noise))
+        if bad := count - int(images.isfinite().flatten(1).all(1).sum()):
+            raise StageError(
+                f"{folder}: {bad} of {count} samples have values that are not finite: guide less, and look at the loss "
+                "of its training in metrics.jsonl; nothing is drawn"
+            )
+        return images
 
     with blaming("--solver, --grid"):
         draw_grid(path, decode, built["image_shape"], built["classes"], count, seed, device, image_dtype_of(folder))

@@ -9,6 +9,7 @@ A student is sampled with `weights.safetensors`, the average of its config's `em
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, SNAPSHOTS = "weights.safetensors", "snapshots"
 POSTHOC = "posthoc:"
+_RESTORE = "restore it from a copy, or remove the artifact's folder and run its stage again"
 SHOWN = 12  # names in a message
 LARGEST_ERROR = 0.1  # of the profile of a combination, relative
 _NAME = re.compile(rf"({POSTHOC})?(\d*\.?\d+)(?:@(\d+))?")
@@ -31,13 +33,31 @@ _FILE = re.compile(r"ema-([\d.]+)(?:@(\d+))?\.safetensors")
 
 
 def read_weights(folder: Path, file: str = WEIGHTS) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights of a finished stage, in the folder's `file`, and the arguments that build its model again."""
+    """The weights of a finished stage, in the folder's `file`, and the arguments that build its model again.
+
+    Raises StageError if they are not the ones that the manifest lists: other weights would give other figures.
+    """
     from nfm.trainers.checkpoint import CheckpointError, unpack_weights
 
     try:
-        return unpack_weights(read_bytes(folder / file, MOST_STATE_BYTES))
+        data = read_bytes(folder / file, MOST_STATE_BYTES)
+    except FileNotFoundError as error:
+        raise StageError(f"{folder / file}: the file is missing; {_RESTORE}") from error
+    listed = _listed(folder)
+    if listed is not None and hashlib.sha256(data).hexdigest() != listed.get(file):
+        raise StageError(f"{folder / file}: its SHA-256 is not the manifest's, the bytes changed; {_RESTORE}")
+    try:
+        return unpack_weights(data)
     except CheckpointError as error:
         raise StageError(f"{folder / file}: {error}; `nfm audit {folder}` says what else is wrong") from error
+
+
+def _listed(folder: Path) -> dict[str, str] | None:
+    """The SHA-256 of every file in the manifest of a finished stage; None of one that is being made."""
+    if not (folder / "manifest.json").exists():
+        return None
+    files = atomic.read_json(folder / "manifest.json").get("files")
+    return None if files is None else {file["path"]: file["sha256"] for file in files}
 
 
 class Name(NamedTuple):
@@ -68,12 +88,18 @@ def file_of(width: float, seen: int | None = None) -> str:
 
 
 def files_of(folder: Path) -> dict[Name, str]:
-    """The files of all averages in a folder: those of the end, then snapshots in the order of their making."""
+    """The files of all averages of a stage: those of the end, then snapshots in the order of their making.
+
+    Of a finished one they are those of the manifest, whether they are there or not.
+    """
     found: dict[Name, str] = {}
-    for path in (*folder.glob("ema-*"), *(folder / SNAPSHOTS).glob("ema-*")):
-        if (parts := _FILE.fullmatch(path.name)) is not None:
-            name = Name(float(parts[1]), int(parts[2]) if parts[2] else None)
-            found[name] = str(path.relative_to(folder))
+    listed = _listed(folder)
+    if listed is None:
+        paths = (*folder.glob("ema-*"), *(folder / SNAPSHOTS).glob("ema-*"))
+        listed = {str(path.relative_to(folder)): "" for path in paths}
+    for file in listed:
+        if (parts := _FILE.fullmatch(file.removeprefix(f"{SNAPSHOTS}/"))) is not None:
+            found[Name(float(parts[1]), int(parts[2]) if parts[2] else None)] = file
     return dict(sorted(found.items(), key=lambda one: (one[0].seen is not None, one[0].seen, one[0].width)))
 
 
@@ -85,8 +111,9 @@ def parts_of(name: Name, there: Sequence[Name], end: int) -> dict[Name, float]:
     """
     more = f" and {len(there) - SHOWN} more" if len(there) > SHOWN else ""
     told = f"there are {', '.join(map(str, there[:SHOWN]))}{more}" if there else "student.emas names none"
-    if name in there:
-        return {name: 1.0}
+    for same in (name, name._replace(seen=None) if name.seen == end else name):  # the last one is kept by its width
+        if same in there:
+            return {same: 1.0}
     if not name.posthoc or not there:
         raise ValueError(f"{name}: no such moving average; {told}")
     known = [Profile(end if one.seen is None else one.seen, one.width) for one in there]

@@ -56,7 +56,10 @@ def _follow() -> None:
 
     while True:
         told: list[Any] = [None]
-        dist.broadcast_object_list(told, src=0)
+        try:
+            dist.broadcast_object_list(told, src=0)
+        except RuntimeError:  # the first process ended, and has said why
+            raise SystemExit(1) from None
         if told[0] is None:
             dist.destroy_process_group()
             return

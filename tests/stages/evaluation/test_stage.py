@@ -22,6 +22,7 @@ from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.trained import student
 from nfm.stages.trained.student import StudentConfig
 from nfm.storage import DatasetWriter, ImageDataset
+from nfm.storage.files import atomic
 from nfm.trainers.checkpoint import pack_weights, unpack_weights
 from tests.support.recorder import Recorder
 from tests.support.torchvision_stub import make_importable
@@ -134,6 +135,10 @@ def test_a_sample_that_is_not_finite_stops_the_evaluation_with_its_row(made: Lab
     (broken / "weights.safetensors").unlink()
     (broken / "weights.safetensors").write_bytes(pack_weights(model, architecture))
     assert state.keys() == model.state_dict().keys()
+    body = atomic.read_json(broken / "manifest.json")
+    listed = {"path": "weights.safetensors", "sha256": atomic.hash_file(broken / "weights.safetensors")[0]}
+    (broken / "manifest.json").unlink()
+    atomic.write_json(broken / "manifest.json", body | {"files": [listed]})
     (tmp_path / "out").mkdir()
     with pytest.raises(StageError, match=r"row student-nfm-euler-2: 60 of 60 samples .*not finite.*precision"):
         stage.run(EvaluateConfig(**SMALL), roles | {"student": broken}, tmp_path / "out", Recorder())

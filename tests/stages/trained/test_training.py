@@ -91,7 +91,7 @@ def test_the_classifier_has_learnt_the_digits(made: Lab) -> None:
 def test_damaged_weights_are_named(lab: Lab) -> None:
     path = lab.only("student").path / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(StageError, match=r"weights\.safetensors: 500 bytes are not a readable checkpoint"):
+    with pytest.raises(StageError, match=r"weights\.safetensors: its SHA-256 is not the manifest's"):
         student.load(path.parent)
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from nfm.pipeline.config import ConfigError, load
-from nfm.stages.base import Stopped, Unfit
+from nfm.stages.base import StageError, Stopped, Unfit
 from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.trained import sampling, student
 from nfm.stages.trained.student import StudentConfig
@@ -169,8 +169,29 @@ def test_an_evaluation_of_an_average_that_training_will_not_keep_is_refused_befo
     config.write_text(
         '[data]\nsource = "digits"\n[student]\npairs = 1000\nbatch_size = 128\nemas = [0.05, 0.1]\nsnapshots = 250\n'
     )
-    for ema in ("0.1", "0.05@256", "0.05@512", "0.05@768", "posthoc:0.08"):
+    for ema in ("0.1", "0.05@256", "0.05@512", "0.05@768", "0.05@1024", "posthoc:0.08"):
         assert load(config, [f"evaluate.ema={ema!r}"]).evaluate.ema == ema
-    for ema in ("0.07", "0.05@250", "0.05@1024", "posthoc:0.2"):
+    for ema in ("0.07", "0.05@250", "0.05@1152", "posthoc:0.2"):
         with pytest.raises(ConfigError, match=f"evaluate.ema = {ema}: "):
             load(config, [f"evaluate.ema={ema!r}"])
+
+
+def test_weights_that_are_not_the_manifests_are_refused_and_so_is_a_snapshot_that_was_lost(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "student"
+    train(StudentConfig(**KEPT), inputs, out)
+    names = [str(path.relative_to(out)) for path in sorted(out.rglob("*.safetensors"))]
+    files = [{"path": name, "sha256": atomic.hash_file(out / name)[0]} for name in names]
+    atomic.write_json(out / "manifest.json", atomic.read_json(out / "manifest.json") | {"files": files})
+    assert same(weights(out, "0.05@368"), weights(out, "0.05@368"))
+    end = atomic.read_json(out / "manifest.json")["metrics"]["pairs_seen"]
+    assert same(weights(out, f"0.05@{end}"), weights(out, "0.05"))
+    (out / "snapshots/ema-0.05@48.safetensors").unlink()
+    for name in ("0.05@48", "posthoc:0.07"):
+        with pytest.raises(StageError, match=r"ema-0\.05@48\.safetensors: .*missing"):
+            weights(out, name)
+    whole = (out / "weights.safetensors").read_bytes()
+    (out / "weights.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StageError, match=r"weights\.safetensors: its SHA-256 is not the manifest's.*restore"):
+        weights(out, None)
