@@ -129,12 +129,15 @@ def fit(make: Any, config: Any, inputs: Inputs, out: Path, report: Reporter) -> 
     Raises Stopped when the reporter is stopping, and StageError when training cannot go on.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
     given = {role: Path(path).absolute() for role, path in inputs.items()}
     work = (make, config, given, out.absolute(), Path.cwd())
     with cluster(config.ray_address, config.workers, threads, config.device) as share, _notes(out) as notes:
-        line: Any = ray.remote(Line).options(num_cpus=0).remote()
+        # On this process's own node: on another one it would be lost with that node.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        line: Any = ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
         report.say(f"training on {config.workers} workers, {share} each; the cluster has {share.left()}")
         failed: list[BaseException] = []
         thread = threading.Thread(
