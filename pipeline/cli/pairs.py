@@ -80,10 +80,11 @@ def card(store: Path, output: Path | None) -> None:
 
     Name, origin and licence of the data are those of its artifact, if it is here. No other file is replaced.
     """
+    from nfm.stages.pairs import coupling_report
     from nfm.stages.stores import card as pairs_card
 
     where = _where(store)
-    content = pairs_card.data_of(where)
+    content = coupling_report.contents_of(where)["data"]
     found = _by_content("data", content)
     if found is None:
         click.echo(f"the card lacks the data's name and licence: {content[:12]} is not in {artifacts_root()}", err=True)

@@ -33,7 +33,9 @@ def figures(artifact: Artifact, draws: int | None = None) -> str:
     if draws is None or alone:
         left = max((event.get("seconds_left") or 0.0 for event in running), default=0.0)
         speed = f", {units.rate(rate, running[0]['unit'])}, {units.clock(left)} left" if rate and left else ""
-        return (last_progress(events) + (speed or _from_where(artifact.path))).removeprefix("; ")
+        if speed:
+            return last_progress(events) + speed
+        return "; ".join(filter(None, (last_progress(events), _from_where(artifact.path))))
     count = progress.committed(artifact.path, draws)
     words = [f"{count[some]:,} of {count[f'all_{some}']:,} {some}" for some in ("pairs", "shards")]
     words += [f"{count['failed']:,} failed"] if count["failed"] else []
@@ -46,7 +48,7 @@ def figures(artifact: Artifact, draws: int | None = None) -> str:
 def _from_where(folder: Path) -> str:
     """Where a training that nobody is working on goes on, which may be before the last line of its log."""
     found = newest_checkpoint(folder)
-    return f"; the next run goes on from {found:,}" if found else ""
+    return f"the next run goes on from {found:,}" if found else ""
 
 
 def last_progress(events: Path) -> str:

@@ -38,11 +38,6 @@ def write(where: str | Path, data: Mapping[str, Any] | None = None, output: Path
     return target
 
 
-def data_of(where: str | Path) -> str:
-    """The digest of the data set whose images are in the store."""
-    return PairStore.open(where).spec.source
-
-
 def card(store: PairStore, data: Mapping[str, Any] | None = None) -> str:
     """The card of a store as Markdown, with the YAML header that Hugging Face's hub reads."""
     named = (data or {}).get("name") or f"images {store.spec.source[:12]}"

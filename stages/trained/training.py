@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from nfm.stages.base import Inputs, Reporter, Section, StageError, Stopped, Unfit, call, operational
-from nfm.stages.display.watching.grids import draw_grid, grids_of, path_of
+from nfm.stages.display.watching.grids import draw_grid, grids_of, noises, path_of
 from nfm.stages.display.watching.lines import METRICS, Lines, Watching
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
@@ -24,7 +24,6 @@ from nfm.storage.files import atomic
 from nfm.storage.files.copies.resume import Resume, newest
 from nfm.storage.files.paths import is_remote, names_in, temporary_name
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes
-from nfm.storage.format import philox
 from nfm.storage.reading.reader import check_enough, check_shared
 
 if TYPE_CHECKING:
@@ -350,13 +349,12 @@ def _distance(model: nn.Module, samples: Samples, config: TrainingSection, devic
 
     assert samples.real is not None
     real, labels = samples.real
-    eps = philox.normals(config.seed, 0, np.arange(len(real)), int(np.prod(real.shape[1:])), purpose="samples")
-    made = []
+    noise, made = torch.from_numpy(noises(config.seed, len(real), real.shape[1:])), []
     with torch.no_grad(), precision_context(torch.device(device).type, config.precision):
         for start in range(0, len(real), samples.count):
             part = slice(start, start + samples.count)
-            noise = torch.from_numpy(eps[part]).reshape(-1, *real.shape[1:]).to(device)
-            made.append(samples.decode(model, noise, torch.from_numpy(labels[part]).to(device)).float().cpu().numpy())
+            images = samples.decode(model, noise[part].to(device), torch.from_numpy(labels[part]).to(device))
+            made.append(images.float().cpu().numpy())
     found = np.concatenate(made)
     return sliced_wasserstein(found, real) if np.isfinite(found).all() else None
 

@@ -124,13 +124,12 @@ class ShardSequence:
 
     def _check(self, name: str, out: Array, records: int) -> None:
         field = self.fields[name]
-        shape, kinds = (records, *field.shape), [field.dtype]
+        shape, kinds = (records, *field.shape), [np.dtype(field.dtype)]
         if name in ("image", "noise") and field.dtype != "float32":
-            kinds.append("float32")
-        if out.shape != shape or out.dtype.name not in kinds or not out.flags.c_contiguous:
-            raise ValueError(
-                f"out[{name!r}] is {out.dtype} {by(out.shape)}: pass a contiguous {' or '.join(kinds)} {by(shape)}"
-            )
+            kinds.append(np.dtype(np.float32))
+        if out.shape != shape or out.dtype not in kinds or not out.flags.c_contiguous:
+            allowed = " or ".join(map(str, kinds))
+            raise ValueError(f"out[{name!r}] is {out.dtype} {by(out.shape)}: pass a contiguous {allowed} {by(shape)}")
 
     def shard(self, number: int) -> Shard:
         """Shard `number`, open."""

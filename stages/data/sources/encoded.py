@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nfm.stages.base import Reporter, StageError
-from nfm.stages.data.reading.decoding import SHAPE_SAMPLE, Cut, Decoder, common_size, own_limit, shape_of
+from nfm.stages.data.reading.decoding import SHAPE_SAMPLE, Crop, Cut, Decoder, common_size, own_limit, shape_of
 from nfm.stages.data.reading.labels import Labels
 from nfm.stages.data.reading.many_in_one import ManyInOne
 from nfm.stages.data.source import Loaded
@@ -36,13 +36,34 @@ class Listing(NamedTuple):
 
 
 class EncodedImages(ABC):
-    """Images in `files`, cut as `cut` says. `classes` and `first_label` are those of [data]."""
+    """Images in files that end with `ending`, by the settings of [data] that such a source reads.
 
+    `images`, `labels` and `captions` name where in the files they are; each source says how.
+    """
+
+    name: str
+    ending: str
     reads_urls = True
 
-    def __init__(self, files: ManyInOne, cut: Cut, classes: Sequence[str] | None, first_label: int | None):
-        self.files, self.cut = files, cut
+    def __init__(
+        self,
+        path: str | None,
+        image_size: int | None = None,
+        channels: int = 3,
+        average: int = 1,
+        classes: Sequence[str] | None = None,
+        threads: int = 0,
+        background: str = "white",
+        crop: Crop = "centre",
+        images: str | None = None,
+        labels: str | None = None,
+        captions: str | None = None,
+        first_label: int | None = None,
+    ):
+        cut = Cut(image_size, channels, average, background, crop, threads)
+        self.files, self.cut = ManyInOne(path, self.name, self.ending), cut
         self._given_classes, self._first = classes, first_label
+        self._wanted = (images, labels, captions)
 
     @abstractmethod
     def listed(self) -> Listing:

@@ -16,9 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nfm.stages.base import Reporter, StageError
-from nfm.stages.data.reading.decoding import Crop, Cut
 from nfm.stages.data.reading.labels import whole_numbers
-from nfm.stages.data.reading.many_in_one import ManyInOne
 from nfm.stages.data.source import check_texts, check_unpacked
 from nfm.stages.data.sources.encoded import EncodedImages, Listing, Piece
 from nfm.stages.data.sources.parquet_columns import Columns, columns_of
@@ -35,27 +33,8 @@ class Parquet(EncodedImages):
     `images`, `labels` and `captions` name the columns; labels "" means none.
     """
 
-    name = "parquet"
-
-    def __init__(
-        self,
-        path: str | None,
-        image_size: int | None = None,
-        channels: int = 3,
-        average: int = 1,
-        classes: Sequence[str] | None = None,
-        threads: int = 0,
-        background: str = "white",
-        crop: Crop = "centre",
-        images: str | None = None,
-        labels: str | None = None,
-        captions: str | None = None,
-        first_label: int | None = None,
-    ):
-        cut = Cut(image_size, channels, average, background, crop, threads)
-        super().__init__(ManyInOne(path, self.name, ".parquet"), cut, classes, first_label)
-        self._wanted = (images, labels, captions)
-        self._columns: Columns | None = None
+    name, ending = "parquet", ".parquet"
+    _columns: Columns | None = None  # of the first file that was listed
 
     def listed(self) -> Listing:
         keys: list[str] = []

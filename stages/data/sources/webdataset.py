@@ -8,14 +8,12 @@ from __future__ import annotations
 import functools
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import IO
 
 import numpy as np
 
 from nfm.stages.base import Reporter, StageError
-from nfm.stages.data.reading.decoding import Crop, Cut
-from nfm.stages.data.reading.many_in_one import ManyInOne
 from nfm.stages.data.reading.sample_facts import Facts
 from nfm.stages.data.reading.tar_samples import Member, samples
 from nfm.stages.data.sources.encoded import EncodedImages, Listing, Piece
@@ -33,30 +31,12 @@ class WebDataset(EncodedImages):
     `.json` member, by default the `.cls` and the `.txt` member; "" for none.
     """
 
-    name = "webdataset"
-
-    def __init__(
-        self,
-        path: str | None,
-        image_size: int | None = None,
-        channels: int = 3,
-        average: int = 1,
-        classes: Sequence[str] | None = None,
-        threads: int = 0,
-        background: str = "white",
-        crop: Crop = "centre",
-        images: str | None = None,
-        labels: str | None = None,
-        captions: str | None = None,
-        first_label: int | None = None,
-    ):
-        cut = Cut(image_size, channels, average, background, crop, threads)
-        super().__init__(ManyInOne(path, self.name, ".tar"), cut, classes, first_label)
-        self._endings = ENDINGS if images is None else (images.lower().removeprefix("."),)
-        self._new_facts = functools.partial(Facts, labels, captions, classes, first_label or 0)
+    name, ending = "webdataset", ".tar"
 
     def listed(self) -> Listing:
-        facts, sizes = self._new_facts(), []
+        images, labels, captions = self._wanted
+        endings = ENDINGS if images is None else (images.lower().removeprefix("."),)
+        facts, sizes = Facts(labels, captions, self._given_classes, self._first or 0), []
         keys: list[str] = []
         files: list[int] = []
         places: list[int] = []
@@ -64,7 +44,7 @@ class WebDataset(EncodedImages):
         for number, path in enumerate(self.files.paths):
             with self.files.open(number) as file:
                 for sample in samples(file, path, self.files.skipped):
-                    image, problem = self._image_of(sample.members)
+                    image, problem = _image_of(sample.members, endings)
                     if problem := sample.problem or problem:
                         problems[len(keys)] = problem
                     facts.add(sample.members, functools.partial(_bytes, file))
@@ -87,17 +67,18 @@ class WebDataset(EncodedImages):
     def tell(self, report: Reporter) -> None:
         self._facts.tell(self.files.path, report)
 
-    def _image_of(self, members: dict[str, Member]) -> tuple[Member, str | None]:
-        """The member with the image, and what is wrong about it."""
-        found = [kind for kind in members if kind in self._endings]
-        if len(found) == 1:
-            image = members[found[0]]
-            too_large = f"its image has {image.bytes:,} bytes, more than the {MOST_BYTES:,} that are read"
-            return image, too_large if image.bytes > MOST_BYTES else None
-        if found:
-            return NOTHING, f"two images, .{found[0]} and .{found[1]}: data.images says which"
-        there = ", ".join(f".{kind}" for kind in list(members)[:5])
-        return NOTHING, f"no image: it has {legible(there)}; data.images names another ending"
+
+def _image_of(members: dict[str, Member], endings: Collection[str]) -> tuple[Member, str | None]:
+    """The member with the image, and what is wrong about it."""
+    found = [kind for kind in members if kind in endings]
+    if len(found) == 1:
+        image = members[found[0]]
+        too_large = f"its image has {image.bytes:,} bytes, more than the {MOST_BYTES:,} that are read"
+        return image, too_large if image.bytes > MOST_BYTES else None
+    if found:
+        return NOTHING, f"two images, .{found[0]} and .{found[1]}: data.images says which"
+    there = ", ".join(f".{kind}" for kind in list(members)[:5])
+    return NOTHING, f"no image: it has {legible(there)}; data.images names another ending"
 
 
 def _bytes(file: IO[bytes], member: Member) -> bytes:

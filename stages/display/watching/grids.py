@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 FOLDER = "samples"  # of an artifact: grids of a training, named by the examples seen
 
 
+def noises(seed: int, count: int, image_shape: Sequence[int]) -> np.ndarray:
+    """The noises from which samples are drawn: float32 [count, *image_shape], the same ones at every call."""
+    eps = philox.normals(seed, 0, np.arange(count), int(np.prod(image_shape)), purpose="samples")
+    return eps.reshape(count, *image_shape)
+
+
 def draw_grid(
     path: Path,
     decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -34,10 +40,9 @@ def draw_grid(
     """
     import torch
 
-    eps = philox.normals(seed, 0, np.arange(count), int(np.prod(image_shape)), purpose="samples")
     labels = torch.arange(count) % max(classes, 1)
     with torch.no_grad():
-        noise = torch.from_numpy(eps).reshape(count, *image_shape)
+        noise = torch.from_numpy(noises(seed, count, image_shape))
         images = decode(noise.to(device), labels.to(device)).float().cpu().numpy()
     save_grid(path, images, image_dtype=image_dtype, labels=labels.numpy() if classes else None)
 

@@ -62,8 +62,8 @@ class Clock:
         """
         device = pick_device(config.device)
         check_precision(device, config.precision)
-        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address", "watch"}
-        left_out |= {"sample_every", "sample_distance"}
+        left_out = {"seed", "save_every", "log_every", "keep_checkpoints", "ray_address"}
+        left_out |= {"watch", "sample_every", "sample_distance"}  # of what looks on
         sizes = {**config.model_dump(exclude=left_out), "shape": facts["image_shape"], "flops": trials[0].flops}
         return float(
             self.measured(

@@ -10,7 +10,7 @@ import pytest
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
-from nfm.storage.files.paths import as_path, names_in, remove, size_of
+from nfm.storage.files.paths import names_in, remove, size_of
 from tests.support.s3server import S3
 
 FILES = {"one.bin": b"one" * 1000, "deep/two.bin": b"two", "checkpoints/3/state": b"not needed by others", "empty": b""}
@@ -18,15 +18,6 @@ FILES = {"one.bin": b"one" * 1000, "deep/two.bin": b"two", "checkpoints/3/state"
 
 def no_check() -> None:
     pass
-
-
-@pytest.fixture
-def artifact(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The place of an artifact in a bucket, begun and not finished."""
-    monkeypatch.setenv("NFM_SCRATCH", str(tmp_path / "one"))
-    there = as_path(f"{bucket}/run/teacher/0123456789ab")
-    atomic.create_json(there / "spec.json", {"stage": "teacher"})
-    return there
 
 
 def made(artifact: Path, files: dict[str, bytes] = FILES) -> dict[str, tuple[str, int]]:

@@ -7,19 +7,10 @@ from pathlib import Path
 import pytest
 
 from nfm.storage.errors import StorageError
-from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.copies.resume import Resume
-from nfm.storage.files.paths import as_path, names_in
+from nfm.storage.files.paths import names_in
 from tests.support.s3server import S3
-
-
-@pytest.fixture
-def artifact(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NFM_SCRATCH", str(tmp_path / "one"))
-    there = as_path(f"{bucket}/run/teacher/0123456789ab")
-    atomic.create_json(there / "spec.json", {"stage": "teacher"})
-    return there
 
 
 def states(artifact: Path) -> Resume:
