@@ -98,7 +98,8 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
         try:
             paths = readable(inputs)
-            with stop.at_once() if anew else contextlib.nullcontext(), _compiling(console):
+            abrupt = anew or getattr(node.stage, "STOPS_AT_ONCE", False)
+            with stop.at_once() if abrupt else contextlib.nullcontext(), _compiling(console):
                 result = node.stage.run(node.config, paths, out, console)
             lock.check()
             if console.stopping:

@@ -6,6 +6,7 @@ There are two splits, `train` and `heldout`. Every row has a key.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from nfm.storage.dataset.record import DATASET, check_record, read_record
 from nfm.storage.errors import StorageError
 from nfm.storage.errors.arguments import checked, checked_later, whole
-from nfm.storage.files.atomic import HashingFile, hash_file, write_json
+from nfm.storage.files.atomic import HashingFile, hash_file, place, write_json
 from nfm.storage.files.paths import inside, local_path
 from nfm.storage.format.convert import to_float32
 from nfm.storage.format.index import read_index
@@ -31,15 +32,25 @@ from nfm.storage.reading.stream import Arrays, StoreStream
 
 VALUE_RANGE = (-1.0, 1.0)
 DTYPES = ("uint8", "float16", "float32")
-_ROWS_PER_BLOCK = 256
+ROWS_PER_BLOCK = 256
 CAPTION = "caption"  # a column that only data with captions has
 _TABLE = pa.schema([("row", pa.int64()), ("key", pa.string()), ("label", pa.int64())])
 _REJECTED = pa.schema([("key", pa.string()), ("reason", pa.string())])
 
-Chunk = tuple[npt.NDArray[Any], npt.NDArray[np.int64], Sequence[str]]
+
+@dataclass(frozen=True)
+class ReadyShard:
+    """A shard that was written before as it has to be: its file gets a second name, and its images are not read."""
+
+    path: Path
+    sha256: str
+    bytes: int
 
 
-def _fields(image_shape: tuple[int, ...], dtype: str) -> tuple[Field, ...]:
+Chunk = tuple[npt.NDArray[Any] | ReadyShard, npt.NDArray[np.int64], Sequence[str]]
+
+
+def fields_of(image_shape: tuple[int, ...], dtype: str) -> tuple[Field, ...]:
     return Field("image", dtype, image_shape, "image"), Field("label", "int64", (), "label")
 
 
@@ -83,6 +94,8 @@ class DatasetWriter:
     ) -> None:
         """Writes exactly `rows` records from chunks of (images [n, C, H, W], labels [n], keys [n]).
 
+        In place of the images of a whole shard, a chunk may have a `ReadyShard`.
+
         `captions` are one text a record, None where there is none; they become a column of the split's table. Raises
         StorageError if the number of records, the shape or the dtype differs, if a label has no class, or if a
         value is not finite.
@@ -92,19 +105,30 @@ class DatasetWriter:
         for number in range(-(-rows // self._rows_per_shard)):
             file = f"{split}/s{number:05d}.tar"
             records = min(self._rows_per_shard, rows - written)
+            ready = piece[0] if piece is not None and at == 0 else None
+            if piece is not None and isinstance(ready, ReadyShard):
+                _, labels, keys = piece
+                if len(keys) != records:
+                    raise StorageError(f"{ready.path}: {len(keys)} records, {file} takes {records}; run again")
+                place(ready.path, self.root / file, ready.bytes, keep=True)
+                tables.append(self._rows_of(written, keys, labels))
+                shards.append({"file": file, "records": records, "sha256": ready.sha256, "bytes": ready.bytes})
+                written, piece = written + records, next(pieces, None)
+                continue
             with ShardWriter(
                 self.root / file,
-                _fields(self._image_shape, self._dtype),
+                fields_of(self._image_shape, self._dtype),
                 records,
                 f"{split}-s{number:05d}",
-                _ROWS_PER_BLOCK,
+                ROWS_PER_BLOCK,
             ) as shard:
                 while shard.written < records and piece is not None:
                     images, labels, keys = piece
+                    if isinstance(images, ReadyShard):
+                        raise StorageError(f"{images.path}: {file} has other records already; run again")
                     end = min(len(keys), at + records - shard.written)
                     shard.append({"image": images[at:end], "label": labels[at:end]})
-                    row = np.arange(written, written + end - at)
-                    tables.append(pa.table([row, list(keys[at:end]), labels[at:end]], schema=_TABLE))
+                    tables.append(self._rows_of(written, keys[at:end], labels[at:end]))
                     written += end - at
                     piece, at = (piece, end) if end < len(keys) else (next(pieces, None), 0)
                 if shard.written < records:
@@ -143,6 +167,9 @@ class DatasetWriter:
         }
         return payload | {DATASET: hash_file(self.root / DATASET)}
 
+    def _rows_of(self, start: int, keys: Sequence[str], labels: npt.NDArray[np.int64]) -> pa.Table:
+        return pa.table([np.arange(start, start + len(keys)), list(keys), labels], schema=_TABLE)
+
     def _record(self, splits: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "format": FORMAT,
@@ -151,7 +178,7 @@ class DatasetWriter:
             "dtype": self._dtype,
             "value_range": list(VALUE_RANGE),
             "classes": self._classes,
-            "rows_per_block": _ROWS_PER_BLOCK,
+            "rows_per_block": ROWS_PER_BLOCK,
             "splits": splits,
             **{key: value for key, value in self._about.items() if value is not None},
         }
@@ -159,9 +186,10 @@ class DatasetWriter:
     def _pieces(self, split: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         for images, labels, keys in chunks:
             labels = np.asarray(labels, np.int64)
-            if not len(images) == len(labels) == len(keys):
+            count = len(keys) if isinstance(images, ReadyShard) else len(images)
+            if not count == len(labels) == len(keys):
                 raise StorageError(
-                    f"{self.root}: {split} got {len(images)} images, {len(labels)} labels and {len(keys)} keys"
+                    f"{self.root}: {split} got {count} images, {len(labels)} labels and {len(keys)} keys"
                 )
             low, high = (0, len(self._classes) - 1) if self._classes else (-1, -1)
             wrong = np.flatnonzero((labels < low) | (labels > high))
@@ -170,8 +198,10 @@ class DatasetWriter:
                     f"{self.root}: {split} record {keys[wrong[0]]!r} has label {labels[wrong[0]]}, outside "
                     f"{low}..{high} (there are {len(self._classes)} classes)"
                 )
-            if images.dtype.kind == "f" and len(
-                bad := np.flatnonzero(~np.isfinite(images).reshape(len(keys), -1).all(1))
+            if (
+                isinstance(images, np.ndarray)
+                and images.dtype.kind == "f"
+                and len(bad := np.flatnonzero(~np.isfinite(images).reshape(len(keys), -1).all(1)))
             ):
                 raise StorageError(
                     f"{self.root}: {split} record {keys[bad[0]]!r} has values that are not finite; set it aside"
@@ -215,7 +245,7 @@ class ImageDataset:
         self.rows_per_shard: int = part["rows_per_shard"]
         files = [inside(root, shard["file"]) for shard in part["shards"]]
         records = [shard["records"] for shard in part["shards"]]
-        fields, rows_per_block = _fields(self.image_shape, self.dtype), body["rows_per_block"]
+        fields, rows_per_block = fields_of(self.image_shape, self.dtype), body["rows_per_block"]
         self._shards = ShardSequence(
             lambda number: MappedShard(files[number], fields, records[number], rows_per_block),
             fields,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +15,17 @@ import numpy as np
 from pydantic import BeforeValidator
 
 from nfm.stages.base import Reporter, StageError, Unfit
-from nfm.stages.data.reading.decoding import SHAPE_SAMPLE, Crop, Cut, Decoder, common_size, own_limit, shape_of
+from nfm.stages.data.reading.decoding import (
+    SHAPE_SAMPLE,
+    Crop,
+    Cut,
+    Decoder,
+    common_size,
+    own_limit,
+    shape_of,
+)
 from nfm.stages.data.reading.tree import SPLITS, Skipped, Tree
-from nfm.stages.data.source import Loaded, check_texts, digest_files, keys_of
+from nfm.stages.data.source import Encoded, Loaded, Places, Stopping, check_texts, digest_files, keys_of
 
 UNUSED = "a validation folder beside a test folder, which is the one held out"
 BESIDE = "a folder without an image beside the training folder"
@@ -34,14 +42,14 @@ def _colour(value: Any) -> Any:
 Colour = Annotated[str, BeforeValidator(_colour)]
 
 
-class ImageFolder:
+class ImageFolder(Encoded):
     """Image files by class. Keys are paths below the folder; labels are the positions of the classes in sorted order.
 
     With `image_size`, every image is cut to a square of this edge length, as `crop` says. Without it, images keep their
     pixels, and all must have the most frequent shape.
     """
 
-    name = "images"
+    name, seeks = "images", True
 
     def __init__(
         self,
@@ -79,14 +87,26 @@ class ImageFolder:
     def shape_of(config: Any) -> tuple[int, int, int] | None:
         return shape_of(config)
 
-    def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
+    def look(self, report: Reporter) -> tuple[int, int]:
+        if side := self.cut.image_size:
+            return side, side
         with own_limit():
-            sample = self.paths[:: max(1, len(self.paths) // SHAPE_SAMPLE)]
-            side = self.cut.image_size
-            size = (side, side) if side else common_size(sample, str(self.root))
-            decoder = Decoder(self.cut, size, len(rows), scratch, report, self.root)
-            decoder.decode(range(len(rows)), lambda position: self.paths[rows[position]])
-        return decoder.loaded(self.skipped)
+            return common_size(self.paths[:: max(1, len(self.paths) // SHAPE_SAMPLE)], str(self.root))
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def places(self, rows: np.ndarray) -> Places:
+        return {"path": [os.fsencode(self.paths[row].relative_to(self.root)) for row in rows.tolist()]}
+
+    def decode(
+        self, places: Places, about: Mapping[str, Any], size: Sequence[int], scratch: Path, stopping: Stopping
+    ) -> Loaded:
+        names = places["path"]
+        with own_limit():
+            decoder = Decoder(self.cut, (size[0], size[1]), len(names), scratch, stopping, self.root)
+            decoder.decode(range(len(names)), lambda position: self.root / os.fsdecode(names[position]))
+        return decoder.loaded()
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
         return digest_files(zip(self.keys, self.paths), known=known)
