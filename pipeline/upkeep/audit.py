@@ -32,6 +32,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, is_remote, names_in, size_of
+from nfm.storage.ledger.standing import UNSEALED, again, unsealed
 
 Level = Literal["quick", "default", "deep"]
 
@@ -126,11 +127,13 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
             inputs = readable(done) if level != "quick" else {}
             more, statements = store_audit.audit(inputs, artifact.reference, level, deep_sample, allowed)
             findings += more
-    except (StorageError, ArtifactError, StageError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        findings.append(
-            Finding(str(artifact.path), f"{error}" or type(error).__name__, "restore it, or make it again: remove the "
-                    "folder and run its stage")
-        )  # fmt: skip
+    except (StorageError, ArtifactError, StageError, ValueError, KeyError, TypeError, AttributeError, OSError):
+        remedy = "restore it, or make it again: remove the folder and run its stage"
+        if artifact.of_store and not artifact.done:
+            error, remedy = StorageError(UNSEALED), unsealed(artifact.path)
+        elif artifact.of_store:
+            remedy = f"restore it from a copy; or `nfm repair` it, and then {again(artifact.path)}"
+        findings.append(Finding(str(artifact.path), f"{error}" or type(error).__name__, remedy))
     return Audited(
         artifact.name, artifact.manifest_name, files, size, findings, statements,
         round(time.monotonic() - started, 3),
