@@ -24,6 +24,7 @@ from nfm.storage.files.paths import as_path, is_remote, store_named
 from nfm.storage.format.index import INDEX_SCHEMA
 from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.format.spec import StoreSpec, read_spec
+from nfm.storage.layouts.seeded import Made
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.generation import DrawShards, Generation
 from nfm.storage.ledger.row_fields import RowField
@@ -281,13 +282,14 @@ class PairStore(Readable):
                 open_shard = partial(_open_shard, self.root, spec, shards, self.cache)
                 found = ShardSequence(
                     open_shard,
-                    spec.fields,
+                    spec.stored,
                     spec.rows,
                     spec.rows_per_shard,
                     spec.rows_per_block,
                     spec.layout,
                     spec.value_range,
                     spec.noise_step,
+                    Made.of(spec),
                     what=f"{self.root}: slot",
                 )
                 while len(self._open) >= _DRAWS_OPEN:

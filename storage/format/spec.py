@@ -22,7 +22,8 @@ from nfm.storage.format import untrusted
 from nfm.storage.format.codecs import CODECS
 
 FORMAT = 1
-ROLES = ("image", "noise", "label", "slot")
+ROLES = ("image", "noise", "label", "slot", "origin")
+ORIGIN = "noise_origin"  # what shards keep of noise that is made: draw, slot and crc32c of each record's
 IMAGE_DTYPES = ("uint8", "float16", "float32")
 SPEC = "spec.json"
 DRAFT = "spec.draft.json"  # for a store whose writer does not know its source yet
@@ -178,6 +179,11 @@ class StoreSpec:
                 f"store spec: origin {untrusted.shown(origin)}; say in words who made the pairs, and how"
             )
         untrusted.one_of("store spec: codec", codec, CODECS)
+        if CODECS[codec].made:
+            raise StorageError(
+                f"store spec: codec {codec}: noise that was made elsewhere is no function of a seed here; take "
+                f"{', '.join(name for name, kind in CODECS.items() if not kind.made)}"
+            )
         if len(untrusted.sequence("store spec: image_shape", image_shape, _MOST_AXES)) != 3:
             raise StorageError(
                 f"store spec: image_shape {by(image_shape)}: give (channels, height, width), as (1, 28, 28)"
@@ -202,6 +208,14 @@ class StoreSpec:
     def with_source(self, source: str) -> StoreSpec:
         """The same recipe for the data with this content digest."""
         return dataclasses.replace(self, source=source)
+
+    @cached_property
+    def stored(self) -> tuple[Field, ...]:
+        """The fields that lie in shards: those of a pair, but where noise comes from in place of noise that is made."""
+        if not CODECS[self.codec].made:
+            return self.fields
+        origin = Field(ORIGIN, "int64", (3,), "origin")
+        return tuple(origin if field.role == "noise" else field for field in self.fields)
 
     def field(self, name: str) -> Field:
         """The field called `name`. Raises StorageError if the store has no such field."""
@@ -282,7 +296,7 @@ class StoreSpec:
             raise StorageError(f"store spec: value_range {self.value_range}: give the lowest value, then the highest")
 
     def _check_fields(self) -> None:
-        names = [field.name for field in self.fields]
+        names = [field.name for field in self.stored]
         if len(set(names)) < len(names):
             raise StorageError(f"store spec: a field is listed twice in {names}")
         for role in ("image", "noise", "slot"):
