@@ -24,6 +24,7 @@ from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import STAGES, Node
 from nfm.stages.base import Finding, StageError
 from nfm.stages.couplings import custom
+from nfm.stages.data.latents import stage as latents
 from nfm.stages.display.units import megabytes
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.stores import audit as store_audit
@@ -70,7 +71,7 @@ def audit(
 
 def own_code(config: RunConfig) -> frozenset[str]:
     """The digests of the custom functions that a run's own config names, of their files as they are now."""
-    nodes = [node for node in build(config).values() if node.stage in (pairs, student, teacher)]
+    nodes = [node for node in build(config).values() if node.stage in (latents, pairs, student, teacher)]
     return frozenset(digest for node in nodes for digest in node.external().values())
 
 

@@ -41,6 +41,7 @@ ALLOWED = {
     "stages/data/source.py: open": "scratch that is made there",
     "stages/stores/head.py: Image.open": "a plot of this process's own, from memory",
     "stages/trained/devices/machine.py: .read_text": "the kernel's own, under /proc",
+    "stages/trained/foreign/vae.py: shutil.copyfileobj": "weights that the reader opened, to keep a copy",
     "stages/display/watching/tensor_board.py: Image.open": "a grid of this training's own",
     "stages/display/watching/lines.py: .open": "a training's log, to append to it; the reader read it",
     "storage/files/copies/cache.py: open": "a download, to write it",
