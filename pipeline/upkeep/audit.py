@@ -128,14 +128,21 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
             more, statements = store_audit.audit(inputs, artifact.reference, level, deep_sample, allowed)
             findings += more
     except (StorageError, ArtifactError, StageError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        findings.append(
-            Finding(str(artifact.path), f"{error}" or type(error).__name__, "restore it, or make it again: remove the "
-                    "folder and run its stage")
-        )  # fmt: skip
+        findings.append(_unreadable(artifact, error))
     return Audited(
         artifact.name, artifact.manifest_name, files, size, findings, statements,
         round(time.monotonic() - started, 3),
     )  # fmt: skip
+
+
+def _unreadable(artifact: Artifact, error: Exception) -> Finding:
+    """The finding of an artifact that could not be looked at to the end. A file that the error names is named once."""
+    if artifact.started and not artifact.done:
+        return Finding(str(artifact.path), f"not finished: it has no {artifact.manifest_name}", "run its stage again")
+    where, _, problem = str(error).partition(": ")
+    if not problem or not where.startswith(str(artifact.path)):
+        where, problem = str(artifact.path), str(error) or type(error).__name__
+    return Finding(where, problem.rstrip("."), "restore it, or make it again: remove the folder and run its stage")
 
 
 def _extent(body: dict[str, Any]) -> tuple[int, int]:
