@@ -18,7 +18,6 @@ ALLOWED = {
     "pipeline/console/__init__.py: .open": "a log of this process's own, in a folder that was looked at",
     "pipeline/upkeep/gc.py: os.open": "a folder, to flush it",
     "pipeline/artifacts/lock.py: .read_text": "the kernel's own, under /proc",
-    "stages/evaluation/inception.py: .open": "weights and statistics, named by the user",
     "stages/evaluation/inception.py: np.load": "statistics, named by the user; never unpickled",
     "stages/stores/export.py: np.load": "an array, named by the user; never unpickled",
     "stages/report/evaluation.py: np.load": "of a file that the reader opened; never unpickled",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from nfm.stages.base import StageError
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.foreign import vae
+from nfm.stages.trained.training import Precision
 from nfm.storage import ImageDataset
 from nfm.storage.dataset.images import shard_writer
 from nfm.storage.errors import StorageError
@@ -131,6 +132,10 @@ class LatentEncoder:
         self.out = Path(out)
         self.vae, self.facts = vae.of_artifact(self.out, pick_device(device))
         self.images = Images(data, self.facts)
+
+    def compute_in(self, precision: Precision) -> None:
+        """Computes in another precision than the artifact's own."""
+        self.vae = replace(self.vae, precision=precision)
 
     def latents(self, split: str, rows: np.ndarray) -> np.ndarray:
         """The latents of at most `batch_size` rows, float32 [n, c, h, w] before they are rounded to float16.
