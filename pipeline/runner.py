@@ -47,7 +47,7 @@ def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None)
             prechecks.ready(nodes, target)
         for node in upstream(nodes, target):
             arrived[node.name] = _bring(node, stop)
-            if node.name == "data":
+            if node.name in ("data", "latents"):
                 prechecks.ready(nodes, target)
             _check_arrived(nodes[target], node, arrived)
     return arrived[target]
