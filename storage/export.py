@@ -31,6 +31,7 @@ from nfm.storage.format import codecs
 from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.index import read_index
 from nfm.storage.format.spec import SPEC, StoreSpec, check_folder, pair_fields
+from nfm.storage.layouts.seeded import Origins
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.generation import Generation
 from nfm.storage.ledger.row_fields import FIELDS, RowField, publish_row_field, row_field_names
@@ -75,6 +76,7 @@ def export(
     what was committed.
     """
     root, spec = as_path(target), converted(source.spec, layout, codec)
+    _check_made(source, spec)
     _begin(source, root, spec)
     entries = source.sealed.shards
     done = commits.committed(root, source.draws)
@@ -123,6 +125,17 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
         there.pop("digest", None)
         if "exported" not in there or StoreSpec.from_dict(there) != spec or there.get("inputs") != mine["inputs"]:
             raise NoPlace(str(root), "another store is there; export into a new or empty folder")
+
+
+def _check_made(source: PairStore, spec: StoreSpec) -> None:
+    """Raises StorageError, before anything is written, for a codec that cannot make the noise of the first record."""
+    if CODECS[spec.codec].made:
+        slots = source.slots(0)[:1]
+        noise = codecs.unpack(source.gather(0, slots)["noise"], source.noise_step)
+        try:
+            Origins(spec, 0, int(slots[0]) // spec.rows_per_shard)(slots, noise)
+        except StorageError as error:
+            raise StorageError(f"{source.root}: {error}") from error
 
 
 def _within(path: Path, folder: Path) -> bool:
@@ -205,7 +218,7 @@ class _Loss:
     def __init__(self, before: StoreSpec, after: StoreSpec) -> None:
         self._codec, self._step = after.codec, after.noise_step
         same = (before.codec, before.noise_step) == (after.codec, after.noise_step)
-        self._possible = after.codec != "float32" and not same
+        self._possible = after.codec != "float32" and not CODECS[after.codec].made and not same
         self._lock = threading.Lock()
         self._squares, self._values, self._pairs, self._max = 0.0, 0, 0, 0.0
 

@@ -18,7 +18,8 @@ from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.copies.resume import Resume
 from nfm.storage.files.parallel import parallel
-from nfm.storage.files.paths import artifacts_root, as_path, exists, is_remote, names_in, size_of
+from nfm.storage.files.paths import artifacts_root, as_path, exists, is_remote, size_of
+from nfm.storage.ledger import seal
 
 SCHEMA = 1
 STORES = "pairs"  # the stage whose artifacts are pair stores
@@ -159,8 +160,8 @@ def check_store(artifact: Artifact) -> None:
 
 def newest_manifest(path: Path) -> str:
     """The name of the newest manifest in a folder. A store has one for each generation."""
-    names = [name for name in names_in(path) if name.startswith("manifest") and name.endswith(".json")]
-    return names[-1] if names else "manifest.json"
+    number = seal.newest_number(path)
+    return seal.manifest_path(path, number).name if number else "manifest.json"
 
 
 def open_spec(path: Path, body: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from nfm.stages.stores.export import LAYOUTS
 from nfm.storage.errors import StorageError, by
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import is_remote, names_in
+from nfm.storage.format.codecs import CODECS
 
-CODECS = ("float32", "float16", "int8")
 PLAIN_SECONDS = 15.0
 
 
@@ -149,7 +149,7 @@ def seal(store: Path) -> None:
 @click.argument("store", type=PLACE)
 @click.argument("target", type=PLACE)
 @click.option("--layout", type=click.Choice([*LAYOUTS]), help="Default: the store's own.")
-@click.option("--codec", type=click.Choice(CODECS), help="Of the noise. Default: the store's own.")
+@click.option("--codec", type=click.Choice([*CODECS]), help="Of the noise. Default: the store's own.")
 @click.option("--generation", type=Whole(1, 9999), help="Default: the newest.")
 def export(store: Path, target: Path, layout: str | None, codec: str | None, generation: int | None) -> None:
     """Write a store to TARGET, a folder or URL, in another layout or codec.

@@ -24,7 +24,10 @@ def info(where: str | Path) -> dict[str, Any]:
     size, excluded = store.sealed.bytes, store.sealed.excluded
     recipe = {key: getattr(spec, key) for key in RECIPE}
     shown = {key: value for key, value in recipe.items() if value is not None or key not in ONLY_WHERE_SET}
-    fields = ", ".join(_field(field.name, field.dtype, field.shape) for field in spec.fields)
+    fields = ", ".join(
+        _field(field.name, field.dtype, field.shape) + ("" if field in spec.stored else " (made when it is read)")
+        for field in spec.fields
+    )
     row_fields = [RowField.open(store.root, name) for name in row_field_names(store.root)]
     joined = ", ".join(_field(field.name, field.dtype.name, field.shape) for field in row_fields)
     origin = (spec.coupling_options or {}).get("origin")

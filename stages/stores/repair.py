@@ -21,7 +21,7 @@ from nfm.storage.ledger import commits, seal
 def pinned(store: str | Path) -> tuple[Path, int]:
     """(folder, generation) of a store, given as its folder or URL (newest generation) or as a manifest."""
     root, number = seal.pinned(store)
-    return root, number or max(seal.numbers(root), default=1)
+    return root, number or seal.newest_number(root) or 1
 
 
 def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> list[Finding]:
@@ -42,10 +42,9 @@ def unfinished(store: str | Path) -> str:
 
 def sealable(out: Path) -> tuple[int, dict[str, str]]:
     """(draws, shards that may be missing, with reasons) of the next generation: at least what the newest one has."""
-    found = seal.numbers(out)
-    if not found:
+    newest, draws = seal.newest(out), _complete_draws(out)
+    if newest is None:
         return complete_draws(out), {}
-    newest, draws = seal.load(out, found[-1]), _complete_draws(out)
     if draws > newest.draws:
         return draws, {}
     return newest.draws, {hole.name: hole.reason for hole in newest.excluded}

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nfm.storage.dataset.record import DATASET, check_record, read_record
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import StorageError, check_inside
 from nfm.storage.errors.arguments import checked, checked_later, whole
 from nfm.storage.files.atomic import HashingFile, hash_file, write_json
 from nfm.storage.files.paths import inside, local_path
@@ -74,6 +74,7 @@ class DatasetWriter:
         self._about = {"image_scale": image_scale, "image_decoder": image_decoder}
         self._rows_per_shard = rows_per_shard
         self._splits: dict[str, Any] = {}
+        self._closed = False
         empty = {"rows": 0, "rows_per_shard": rows_per_shard, "shards": [], "table": "train.parquet"}
         check_record(self.root / DATASET, self._record({"train": empty}))  # fail now, not after hours of writing
 
@@ -85,8 +86,11 @@ class DatasetWriter:
 
         `captions` are one text a record, None where there is none; they become a column of the split's table. Raises
         StorageError if the number of records, the shape or the dtype differs, if a label has no class, or if a
-        value is not finite.
+        value is not finite, for a split that is written already, and after `close`.
         """
+        self._check_open()
+        if split in self._splits:
+            raise StorageError(f"{self.root}: the split {split!r} is written already; write each split once")
         pieces = self._pieces(split, chunks)
         piece, at, written, shards, tables = next(pieces, None), 0, 0, [], []
         for number in range(-(-rows // self._rows_per_shard)):
@@ -133,6 +137,7 @@ class DatasetWriter:
         Returns (sha256, bytes) of each payload file, by relative path and in order: the shards of every split, then
         dataset.json. The tables are in `files`.
         """
+        self._check_open()
         columns = [[key for key, _ in rejected], [reason for _, reason in rejected]]
         self._write_table("rejected.parquet", pa.table(columns, schema=_REJECTED))
         write_json(self.root / DATASET, check_record(self.root / DATASET, self._record(self._splits)))
@@ -141,7 +146,12 @@ class DatasetWriter:
             for split in self._splits.values()
             for shard in split["shards"]
         }
+        self._closed = True
         return payload | {DATASET: hash_file(self.root / DATASET)}
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageError(f"{self.root}: this writer is closed; write another dataset with another writer")
 
     def _record(self, splits: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -255,6 +265,7 @@ class ImageDataset:
     @checked()
     def keys(self, rows: Rows) -> list[str]:
         """The names that the source gave to these rows."""
+        check_inside(f"{self.root}: row", np.asarray(rows), len(self))
         if self._keys is None:
             self._keys = read_index(self._table, ["key"], len(self))["key"]
         return self._keys.take(pa.array(np.asarray(rows, np.int64))).to_pylist()
@@ -265,6 +276,7 @@ class ImageDataset:
 
         Raises StorageError if the data was made without captions.
         """
+        check_inside(f"{self.root}: row", np.asarray(rows), len(self))
         if self._captions is None:
             table = read_index(self._table, None, len(self))
             if CAPTION not in table.column_names:

@@ -21,6 +21,7 @@ from nfm.storage.format.order import Rows
 from nfm.storage.format.spec import StoreSpec, check_format, parse_name, shard_name
 from nfm.storage.ledger.shard_list import MOST, Entry, ShardList, inline_list, read_list
 
+PART_OF = "part_of"  # in a manifest of fewer draws than the newest generation had: the number of that one
 _MOST_DRAWS = 1000
 _NEEDED = {"generation", "draws", "order_key", "content_digest", "records", "shards"}
 
@@ -82,6 +83,8 @@ class Generation:
         self.records = untrusted.integer(f"{path}: records", body["records"], 1)
         self.order_key = untrusted.sha256(f"{path}: order_key", body["order_key"])
         self.content_digest = untrusted.sha256(f"{path}: content_digest", body["content_digest"])
+        if PART_OF in body:
+            untrusted.integer(f"{path}: {PART_OF}", body[PART_OF], 1)
         _check_sums(path, body)
         listed = untrusted.sequence(f"{path}: excluded", body.get("excluded", ()), MOST)
         self.excluded = tuple(_hole(f"{path}: excluded", hole) for hole in listed)
