@@ -29,6 +29,7 @@ from nfm.pipeline.cli.options import (
     given_guidance,
     guidance_options,
     json_option,
+    level_options,
     picture_option,
     run_custom_option,
     set_option,
@@ -44,6 +45,7 @@ from nfm.stages.couplings.custom import Allowed
 from nfm.stages.trained.sampling import DIFFUSIONS, GRIDS, SOLVERS, check_diffusion
 from nfm.stages.trained.training import blaming
 from nfm.storage.files.paths import exists
+from nfm.storage.ledger.standing import again
 
 if TYPE_CHECKING:
     from nfm.pipeline.upkeep.audit import Level
@@ -109,8 +111,9 @@ def status(
     help="Audit what this config's furthest stage was made of.",
 )  # fmt: skip
 @set_option
-@click.option("--quick", "level", flag_value="quick", help="Fingerprints, digests of manifests, sizes.")
-@click.option("--deep", "level", flag_value="deep", help="Also encode a seeded sample of pairs again and decode it.")
+@level_options(
+    "Fingerprints, digests of manifests, sizes.", "Also encode a seeded sample of pairs again and decode it."
+)
 @click.option(
     "--sample",
     default=300,
@@ -123,7 +126,7 @@ def status(
 )
 @json_option
 def audit(
-    artifact: Path | None, config_path: Path | None, overrides: tuple[str, ...], level: Level | None, sample: int,
+    artifact: Path | None, config_path: Path | None, overrides: tuple[str, ...], level: Level, sample: int,
     digests: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Check that artifacts are what their manifests say, back to the data; exit 1 on any finding."""
@@ -136,7 +139,7 @@ def audit(
         config = load(config_path, overrides)
         targets, own = auditing.finished(config), auditing.own_code(config)
     allowed = Allowed(own | frozenset(digests), lambda text: click.echo(text, err=True))
-    results = auditing.audit(targets, level or "default", sample, allowed)
+    results = auditing.audit(targets, level, sample, allowed)
     click.echo(json.dumps([asdict(result) for result in results], indent=2) if as_json else auditing.as_text(results))
     if any(result.findings for result in results):
         sys.exit(1)
@@ -240,11 +243,13 @@ def sample(
 @cli.command()
 @click.argument("artifact", type=PLACE)
 def repair(artifact: Path) -> None:
-    """Move the bad shards of a store aside, so that the pairs stage encodes them again."""
+    """Move the bad shards of a store aside, so that whoever made it makes them again."""
     from nfm.pipeline.upkeep.repair import repair_store
 
-    moved = repair_store(find(artifact))
-    click.echo("\n".join([*moved, f"set aside: {len(moved)}" if moved else "nothing to repair"]))
+    found = find(artifact)
+    moved = repair_store(found)
+    said = f"set aside: {len(moved)}. To have a complete store, {again(found.path)}"
+    click.echo("\n".join([*moved, said if moved else "nothing to repair"]))
 
 
 cli.add_command(compare)

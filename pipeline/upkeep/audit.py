@@ -34,6 +34,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, is_remote, names_in, size_of
+from nfm.storage.ledger.standing import UNSEALED, again, unsealed
 
 Level = Literal["quick", "default", "deep"]
 
@@ -143,11 +144,16 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
 def _unreadable(artifact: Artifact, error: Exception) -> Finding:
     """The finding of an artifact that could not be looked at to the end. A file that the error names is named once."""
     if artifact.started and not artifact.done:
+        if artifact.of_store:
+            return Finding(str(artifact.path), UNSEALED, unsealed(artifact.path))
         return Finding(str(artifact.path), f"not finished: it has no {artifact.manifest_name}", "run its stage again")
     where, _, problem = str(error).partition(": ")
     if not problem or not where.startswith(str(artifact.path)):
         where, problem = str(artifact.path), str(error) or type(error).__name__
-    return Finding(where, problem.rstrip("."), "restore it, or make it again: remove the folder and run its stage")
+    remedy = "restore it, or make it again: remove the folder and run its stage"
+    if artifact.of_store:
+        remedy = f"restore it from a copy; or `nfm repair` it, and then {again(artifact.path)}"
+    return Finding(where, problem.rstrip("."), remedy)
 
 
 def _extent(body: dict[str, Any]) -> tuple[int, int]:

@@ -82,11 +82,11 @@ def _sampled(lab: Lab, sha256: str, ran: Path) -> None:
 def _audited(lab: Lab, sha256: str, ran: Path) -> None:
     """An audit reaches the latents by the lineage, and encodes some again where their code may run."""
     ran.unlink()
-    said = lab.nfm("audit", lab.name("pairs"), "--deep", "--sample", 40).stdout
+    said = lab.nfm("audit", lab.name("teacher"), "--deep", "--sample", 40).stdout
     assert "its images were not encoded again: their function 'mine_vae:vae' is code" in said
     assert f"file of SHA-256 {sha256}, give --run-custom" in said
     assert not ran.exists()
-    said = lab.nfm("audit", lab.name("pairs"), "--deep", "--sample", 40, "--run-custom", sha256).stdout
+    said = lab.nfm("audit", lab.name("teacher"), "--deep", "--sample", 40, "--run-custom", sha256).stdout
     assert "0 of 40 latents bad" in said
 
 
