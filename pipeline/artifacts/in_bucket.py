@@ -16,7 +16,7 @@ from nfm.storage.files.paths import is_remote
 COMMANDS = {
     *("run", "student", "compare", "plan", "status", "ls", "lineage", "sample", "audit", "repair"),
     *("pairs encode", "pairs export", "pairs head", "pairs info", "pairs report", "pairs seal", "pairs verify"),
-    "pairs worklist",
+    *("pairs worklist", "pairs card", "pairs add-field", "teacher import"),
 }
 # Settings whose work is done where the artifacts cannot be reached yet: field -> (values that work, what to write).
 SETTINGS: Mapping[str, tuple[tuple[Any, ...], str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nfm.storage.errors import NewerSchema, NoPlace, StorageError, by
+from nfm.storage.errors.arguments import unknown
 from nfm.storage.files.atomic import create_json, is_temporary, read_json
 from nfm.storage.files.paths import as_path, exists, names_in, size_of
 from nfm.storage.format import untrusted
@@ -35,8 +37,11 @@ _MOST_SHARDS = 100_000  # names end at shard 99999
 _MOST_VALUE = 1e6  # of a value range; float32 ends far above it
 _MOST_RECORD = 1 << 28  # bytes of one record
 _MOST_OPTIONS = 64
+# What `StoreSpec.external` takes beside its named arguments; the rest of a recipe follows from those.
+_OTHERS = ("noise_step", "image_scale", "image_decoder", "flips", "seed", "eta", "sigma_f", "teacher", "potential",
+           "student")  # fmt: skip
 # Left out of the JSON if they are None.
-_LATER = ("noise_step", "image_scale", "image_decoder", "potential", "student", "coupling_options")
+_LATER = ("noise_step", "image_scale", "image_shift", "image_decoder", "potential", "student", "coupling_options")
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class StoreSpec:
     noise_step: float | None = None  # noise = noise_step * stored integer; None: the codec's own step, or floats
     value_range: tuple[float, float] = (-1.0, 1.0)  # the values of the uint8 pixels 0 and 255
     image_scale: float | None = None  # float images (latents) are divided by it before `image_decoder`
+    image_shift: float | None = None  # and this is added then
     image_decoder: str | None = None  # what turns float images into pictures
     flips: bool = False
     seed: int = 0
@@ -161,9 +167,14 @@ class StoreSpec:
 
         `image_shape` is (C, H, W). `value_range`: for uint8 images the values that 0 and 255 stand for, for
         float images the range that their values must lie in. `classes=None` means that there are no labels. `source` is
-        a content digest of the images; without it the writer computes one. Other arguments are the fields of
-        `StoreSpec`. Raises StorageError for an invalid value and names the argument.
+        a content digest of the images; without it the writer computes one. Also taken: noise_step, image_scale,
+        image_decoder, flips, seed, eta, sigma_f, teacher, potential and student, see `StoreSpec`. Raises StorageError
+        for an invalid value and names the argument.
         """
+        for name in others:
+            if name not in _OTHERS:
+                named = [*inspect.signature(cls.external).parameters][:-1]
+                raise unknown("StoreSpec.external", name, [*named, *_OTHERS])
         if not isinstance(origin, str) or not origin.strip():
             raise StorageError(
                 f"store spec: origin {untrusted.shown(origin)}; say in words who made the pairs, and how"
@@ -270,7 +281,7 @@ class StoreSpec:
         for name in ("coupling", "source"):
             untrusted.text(f"store spec: {name}", getattr(self, name))
         untrusted.truth("store spec: flips", self.flips)
-        for name in ("noise_step", "image_scale", "eta", "sigma_f"):
+        for name in ("noise_step", "image_scale", "image_shift", "eta", "sigma_f"):
             if getattr(self, name) is not None:
                 keep(name, untrusted.real(f"store spec: {name}", getattr(self, name)))
         for name in ("teacher", "potential", "student", "image_decoder"):

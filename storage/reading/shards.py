@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from nfm.storage.errors import CorruptShard, by, check_inside
+from nfm.storage.errors import CorruptShard, check_inside
+from nfm.storage.errors.arguments import some_of, writable
 from nfm.storage.format.convert import to_float32
 from nfm.storage.format.spec import ORIGIN, Field
 from nfm.storage.layouts import LAYOUTS, Shard
@@ -80,10 +81,11 @@ class ShardSequence:
         """The records at `rows` ([n] integers, in any order) as arrays [n, *shape], in `out` if given.
 
         An array of `out` has the stored dtype. For images and noise it may be float32; then they are converted. Raises
-        OutOfRange for a row that does not exist, MissingShard or CorruptShard (naming the file) for a bad file.
+        WrongArgument for another array or an unknown field, OutOfRange for a row that does not exist, MissingShard or
+        CorruptShard (naming the file) for a bad file.
         """
         rows = np.asarray(rows, np.int64)
-        result = dict(out) if out is not None else self.empty(names, len(rows))
+        result = self.empty(names, len(rows)) if out is None else self._checked(out, len(rows))
         if not len(rows):
             return result
         check_inside(self.what, rows, self.rows)
@@ -95,7 +97,6 @@ class ShardSequence:
         records = np.minimum(self.rows - number * self.rows_per_shard, self.rows_per_shard)
         offsets = layout.offsets(list(self.stored.values()), records, inside, self.rows_per_block)
         for name in names:
-            self._check(name, result[name], len(rows))
             made = self._made if name == "noise" else None
             stored = name if made is None else ORIGIN
             if stored not in offsets:  # it follows from the position
@@ -134,14 +135,14 @@ class ShardSequence:
             records.copy(first, part)
             to_float32(part, self._value_range, target, step, torch=torch)
 
-    def _check(self, name: str, out: Array, records: int) -> None:
-        field = self.fields[name]
-        shape, kinds = (records, *field.shape), [np.dtype(field.dtype)]
-        if name in ("image", "noise") and field.dtype != "float32":
-            kinds.append(np.dtype(np.float32))
-        if out.shape != shape or out.dtype not in kinds or not out.flags.c_contiguous:
-            allowed = " or ".join(map(str, kinds))
-            raise ValueError(f"out[{name!r}] is {out.dtype} {by(out.shape)}: pass a contiguous {allowed} {by(shape)}")
+    def _checked(self, out: Mapping[str, Array], records: int) -> dict[str, Array]:
+        for name in some_of(list(self.fields))("out", out.keys()):
+            field = self.fields[name]
+            kinds = [np.dtype(field.dtype)]
+            if name in ("image", "noise") and field.dtype != "float32":
+                kinds.append(np.dtype(np.float32))
+            writable(f"out[{name!r}]", out[name], (records, *field.shape), kinds)
+        return dict(out)
 
     def shard(self, number: int) -> Shard:
         """Shard `number`, open."""

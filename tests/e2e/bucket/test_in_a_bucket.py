@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,20 +12,12 @@ from nfm.stages.display.watching.lines import read_lines
 from nfm.storage import PairStore
 from nfm.storage.files.paths import as_path, names_in, remove, size_of
 from nfm.storage.verify import verify
-from tests.support.in_bucket import Bucket
-from tests.support.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-    from tests.support.s3server import S3
+    from tests.support.in_bucket import Bucket
 
 NO_REPORT = "pairs.report=false"
-
-
-@pytest.fixture
-def there(made: Lab, s3: S3, bucket: str, tmp_path: Path) -> Bucket:  # noqa: F811
-    """The run in a bucket where nothing is made yet."""
-    return Bucket(f"{bucket}/run", s3, made.config, tmp_path / "machines")
 
 
 @pytest.mark.seconds(60)
