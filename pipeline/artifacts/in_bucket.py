@@ -14,7 +14,7 @@ from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import is_remote
 
 COMMANDS = {
-    *("run", "student", "compare", "plan", "status", "ls", "lineage", "sample", "audit", "repair"),
+    *("run", "student", "compare", "plan", "status", "ls", "lineage", "sample", "audit", "repair", "gc"),
     *("pairs encode", "pairs export", "pairs head", "pairs info", "pairs report", "pairs seal", "pairs verify"),
     *("pairs worklist", "pairs card", "pairs add-field", "teacher import"),
 }
