@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, by, check_inside
-from nfm.storage.errors.arguments import checked, checked_later, whole
+from nfm.storage.errors.arguments import checked, checked_later, whole, writable
 from nfm.storage.files.atomic import HashingFile, create_json, read_json
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove
@@ -72,7 +72,7 @@ class RowField:
             raise StorageError(f"{folder}: no field {name!r} (there are: {known}); `nfm pairs add-field` adds one")
         return cls(folder, _checked(as_path(root), name), cache)
 
-    @checked()
+    @checked(out=checked_later)
     def gather(self, rows: npt.ArrayLike, out: Array | None = None) -> Array:
         """The values at these source rows ([n] integers, in any order) as [n, *shape], in `out` if given.
 
@@ -81,6 +81,7 @@ class RowField:
         wanted = np.asarray(rows, np.int64)
         if out is None:
             out = np.empty((len(wanted), *self.shape), self.dtype)
+        writable("out", out, (len(wanted), *self.shape), [self.dtype])
         if not len(wanted):
             return out
         check_inside(f"field {self.name!r}: row", wanted, self.rows)

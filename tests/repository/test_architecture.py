@@ -95,7 +95,7 @@ ARROWS: dict[str, dict[str, str]] = {
     },
     "stages": {
         "base": "",
-        "data": "base",
+        "data": "base couplings display trained executors",
         "couplings": "base",
         "display": "base couplings",
         "trained": "base couplings display",

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
-from nfm.stages.data.reading.decoding import SHAPE_SAMPLE, Crop, Cut, Decoder, common_size, own_limit, shape_of
+from nfm.stages.base import Reporter, Unfit
+from nfm.stages.data.reading.decoding import Crop, Cut, Decoder, own_limit, shape_of, size_of
 from nfm.stages.data.reading.labels import Labels
 from nfm.stages.data.reading.many_in_one import ManyInOne
 from nfm.stages.data.source import Loaded
@@ -124,6 +124,8 @@ class EncodedImages(ABC):
 
     def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
         found = self.listing
+        if not found.keys:
+            raise Unfit(f"data.path = {self.files.path!r}: there is no image in it; name other files")
         self.files.tell_splits(report)
         self.tell(report)
         self._check_labels(report)
@@ -131,8 +133,7 @@ class EncodedImages(ABC):
         unusable = self._labels.outside(rows, len(self.classes)) | {at: why for at, why in problems.items() if why}
         left = np.setdiff1d(np.arange(len(rows)), list(unusable))
         with own_limit():
-            side = self.cut.image_size
-            size = (side, side) if side else common_size(self._sample(), self.files.path)
+            size = size_of(self.cut, self._sample, len(self._good()))
             decoder = Decoder(self.cut, size, len(rows), scratch, report)
             decoder.set_aside(unusable)
             for positions, opener in self._read(left, rows):
@@ -148,9 +149,7 @@ class EncodedImages(ABC):
             return
         for field, value in (("classes", self._given_classes), ("first_label", self._first)):
             if value is not None:
-                raise StageError(
-                    f"data.{field} is of labels, but the images of {self.files.path} have none: leave it out"
-                )
+                raise Unfit(f"data.{field} is of labels, but the images of {self.files.path} have none: leave it out")
 
     def _read(self, positions: np.ndarray, rows: np.ndarray) -> Iterator[tuple[list[int], Callable[[int], Any]]]:
         """The images at `rows[positions]`, in the order in which they stand in the files."""
@@ -163,12 +162,11 @@ class EncodedImages(ABC):
                 at = dict(zip(own[part].tolist(), range(part.start, part.stop)))
                 yield list(at), functools.partial(_opened, opener, at)
 
-    def _sample(self) -> Iterator[Any]:
-        """Some images of all files, whose shapes are looked at."""
+    def _sample(self, step: int) -> Iterator[Any]:
+        """Every `step`-th image of all files, whose shapes are looked at."""
         from nfm.stages.data.reading.pixels import MisfitError
 
-        rows = np.array(self._good(), np.int64)
-        rows = rows[:: max(1, len(rows) // SHAPE_SAMPLE)]
+        rows = np.array(self._good(), np.int64)[::step]
         for positions, opener in self._read(np.arange(len(rows)), rows):
             for position in positions:
                 with contextlib.suppress(MisfitError):  # set aside when it is decoded

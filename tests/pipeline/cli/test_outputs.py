@@ -17,6 +17,7 @@ BENCHMARKS = (
     "kill_reader",
     "scale",
     "marginals",
+    "studies",
     "teacher_curve",
     "store.command",
     "encode.command",
