@@ -46,7 +46,7 @@ def _orphans(store: Path) -> list[Leftover]:
 
     All files of an attempt get the same age: its payload may be unchanged while its index part is being written.
     """
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, list[str]] = {}
     doubtful: dict[str, bool] = {}
     for file in storage_verify.orphans(store):
         match = _OF_A_SHARD.match(file)
@@ -56,8 +56,7 @@ def _orphans(store: Path) -> list[Leftover]:
                 doubtful[shard] = _unreadable(store, shard)
             if doubtful[shard]:
                 continue  # left to `nfm repair`: it is unknown which attempt was committed
-        name = match[1] if match is not None else file
-        groups.setdefault(name, []).append(file)
+        groups.setdefault(match[1] if match is not None else file, []).append(file)
     kinds = {name: "temporary" if atomic.is_temporary(name) else "attempt" for name in groups}
     facts = folder.below(store) if groups else {}
     return [
