@@ -18,6 +18,7 @@ from nfm.storage.dataset.record import DATASET, SPLIT_NAME, check_record, read_r
 from nfm.storage.errors import StorageError, check_inside, is_utf8
 from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, instance, numbers, shown, whole, wrong
 from nfm.storage.files.atomic import HashingFile, hash_file, write_json
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import inside, local_path
 from nfm.storage.format import untrusted
 from nfm.storage.format.convert import to_float32
@@ -44,12 +45,20 @@ def _fields(image_shape: tuple[int, ...], dtype: str) -> tuple[Field, ...]:
     return Field("image", dtype, image_shape, "image"), Field("label", "int64", (), "label")
 
 
+def shard_writer(
+    path: Path, split: str, number: int, records: int, image_shape: tuple[int, ...], dtype: str
+) -> ShardWriter:
+    """A writer of shard `number` of a split, at any path."""
+    return ShardWriter(path, _fields(image_shape, dtype), records, f"{split}-s{number:05d}", _ROWS_PER_BLOCK)
+
+
 class DatasetWriter:
     """Writes a dataset of images: write each split once, then call `close`, which writes dataset.json last.
 
     `classes` are the names of the labels 0, 1, ...; without classes every label is -1. `dtype` is the type of the
-    images. If they are floats (latents), they are divided by `image_scale` before `image_decoder` turns them into
-    pictures. If an earlier writer was killed in this folder, writing starts from the beginning.
+    images. If they are floats (latents), they are divided by `image_scale`, and `image_shift` is added, before
+    `image_decoder` turns them into pictures. If an earlier writer was killed in this folder, writing starts from the
+    beginning.
     """
 
     @checked()
@@ -63,6 +72,7 @@ class DatasetWriter:
         dtype: str = "uint8",
         image_scale: float | None = None,
         image_decoder: str | None = None,
+        image_shift: float | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise StorageError(f"{root}: images of dtype {dtype!r}; convert them to one of {', '.join(DTYPES)}")
@@ -72,7 +82,7 @@ class DatasetWriter:
         self._image_shape = tuple(image_shape)
         self._classes = list(classes)
         self._dtype = dtype
-        self._about = {"image_scale": image_scale, "image_decoder": image_decoder}
+        self._about = {"image_scale": image_scale, "image_decoder": image_decoder, "image_shift": image_shift}
         self._rows_per_shard = rows_per_shard
         self._splits: dict[str, Any] = {}
         self._closed = False
@@ -89,22 +99,13 @@ class DatasetWriter:
         StorageError if the number of records, the shape or the dtype differs, if a label has no class, or if a
         value is not finite, for a split that is written already, and after `close`.
         """
-        self._check_open()
-        untrusted.text(f"{self.root}: split", split, SPLIT_NAME, 100)
-        if split in self._splits:
-            raise StorageError(f"{self.root}: the split {split!r} is written already; write each split once")
+        self._check_new(split)
         pieces = self._pieces(split, chunks)
         piece, at, written, shards, tables = next(pieces, None), 0, 0, [], []
         for number in range(-(-rows // self._rows_per_shard)):
             file = f"{split}/s{number:05d}.tar"
             records = min(self._rows_per_shard, rows - written)
-            with ShardWriter(
-                self.root / file,
-                _fields(self._image_shape, self._dtype),
-                records,
-                f"{split}-s{number:05d}",
-                _ROWS_PER_BLOCK,
-            ) as shard:
+            with shard_writer(self.root / file, split, number, records, self._image_shape, self._dtype) as shard:
                 while shard.written < records and piece is not None:
                     images, labels, keys = piece
                     end = min(len(keys), at + records - shard.written)
@@ -119,15 +120,39 @@ class DatasetWriter:
             shards.append({"file": file, "records": records, "sha256": payload.sha256, "bytes": payload.bytes})
         if piece is not None:
             raise StorageError(f"{self.root}: {split} has more records than the {rows} announced")
-        table = pa.concat_tables([_TABLE.empty_table(), *tables])
+        self._add_split(split, shards, pa.concat_tables([_TABLE.empty_table(), *tables]), captions)
+
+    @checked(shards=checked_later, labels=checked_later, keys=checked_later, captions=checked_later)
+    def adopt_split(
+        self,
+        split: str,
+        shards: Sequence[StoredFile],
+        labels: npt.NDArray[np.int64],
+        keys: Sequence[str],
+        captions: Sequence[str | None] | None = None,
+    ) -> None:
+        """A split whose shards others wrote with `shard_writer`, at their places, `SPLIT/s00000.tar` and so on."""
+        self._check_new(split)
+        left = range(0, len(keys), self._rows_per_shard)
+        records = [min(self._rows_per_shard, len(keys) - start) for start in left]
+        entries = [
+            {"file": f"{split}/s{number:05d}.tar", "records": count, "sha256": shard.sha256, "bytes": shard.bytes}
+            for number, (count, shard) in enumerate(zip(records, shards, strict=True))
+        ]
+        rows = np.arange(len(keys))
+        self._add_split(split, entries, pa.table([rows, list(keys), labels], schema=_TABLE), captions)
+
+    def _add_split(
+        self, split: str, shards: list[dict[str, Any]], table: pa.Table, captions: Sequence[str | None] | None
+    ) -> None:
         if captions is not None:
             _check_texts(f"{self.root}: {split}: a caption", captions, or_none=True)
-            if len(captions) != rows:
-                raise StorageError(f"{self.root}: {split} got {len(captions)} captions for {rows} records")
+            if len(captions) != len(table):
+                raise StorageError(f"{self.root}: {split} got {len(captions)} captions for {len(table)} records")
             table = table.append_column(CAPTION, pa.array(captions, pa.string()))
         self._write_table(f"{split}.parquet", table)
         self._splits[split] = {
-            "rows": rows,
+            "rows": len(table),
             "rows_per_shard": self._rows_per_shard,
             "shards": shards,
             "table": f"{split}.parquet",
@@ -155,6 +180,13 @@ class DatasetWriter:
         }
         self._closed = True
         return payload | {DATASET: hash_file(self.root / DATASET)}
+
+    def _check_new(self, split: str) -> None:
+        """Raises StorageError for a split that cannot be written, or not any more."""
+        self._check_open()
+        untrusted.text(f"{self.root}: split", split, SPLIT_NAME, 100)
+        if split in self._splits:
+            raise StorageError(f"{self.root}: the split {split!r} is written already; write each split once")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -235,6 +267,7 @@ class ImageDataset:
         self.dtype: str = body.get("dtype", "uint8")
         self.image_scale: float | None = body.get("image_scale")
         self.image_decoder: str | None = body.get("image_decoder")
+        self.image_shift: float | None = body.get("image_shift")
         self.classes: list[str] = list(body["classes"])
         low, high = body["value_range"]
         self.value_range: tuple[float, float] = (low, high)
@@ -290,6 +323,11 @@ class ImageDataset:
         if self._keys is None:
             self._keys = read_index(self._table, ["key"], len(self))["key"]
         return self._keys.take(pa.array(np.asarray(rows, np.int64))).to_pylist()
+
+    @property
+    def captioned(self) -> bool:
+        """Whether the data has captions."""
+        return CAPTION in read_index(self._table, None, len(self)).column_names
 
     @checked()
     def captions(self, rows: Rows) -> list[str | None]:

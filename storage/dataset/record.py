@@ -48,8 +48,9 @@ def check_record(path: Path, body: dict[str, Any]) -> dict[str, Any]:
     for name in untrusted.sequence(f"{path}: classes", body["classes"], _MOST_CLASSES):
         untrusted.text(f"{path}: classes", name)
     untrusted.integer(f"{path}: rows_per_block", body["rows_per_block"], 1, _MOST_ROWS)
-    if body.get("image_scale") is not None:
-        untrusted.real(f"{path}: image_scale", body["image_scale"])
+    for name in ("image_scale", "image_shift"):
+        if body.get(name) is not None:
+            untrusted.real(f"{path}: {name}", body[name])
     if body.get("image_decoder") is not None:
         untrusted.text(f"{path}: image_decoder", body["image_decoder"])
     for split, part in untrusted.mapping(f"{path}: splits", body["splits"]).items():

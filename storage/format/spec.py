@@ -42,7 +42,7 @@ _MOST_OPTIONS = 64
 _OTHERS = ("noise_step", "image_scale", "image_decoder", "flips", "seed", "eta", "sigma_f", "teacher", "potential",
            "student")  # fmt: skip
 # Left out of the JSON if they are None.
-_LATER = ("noise_step", "image_scale", "image_decoder", "potential", "student", "coupling_options")
+_LATER = ("noise_step", "image_scale", "image_shift", "image_decoder", "potential", "student", "coupling_options")
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class StoreSpec:
     noise_step: float | None = None  # noise = noise_step * stored integer; None: the codec's own step, or floats
     value_range: tuple[float, float] = (-1.0, 1.0)  # the values of the uint8 pixels 0 and 255
     image_scale: float | None = None  # float images (latents) are divided by it before `image_decoder`
+    image_shift: float | None = None  # and this is added then
     image_decoder: str | None = None  # what turns float images into pictures
     flips: bool = False
     seed: int = 0
@@ -281,7 +282,7 @@ class StoreSpec:
         for name in ("coupling", "source"):
             untrusted.text(f"store spec: {name}", getattr(self, name))
         untrusted.truth("store spec: flips", self.flips)
-        for name in ("noise_step", "image_scale", "eta", "sigma_f"):
+        for name in ("noise_step", "image_scale", "image_shift", "eta", "sigma_f"):
             if getattr(self, name) is not None:
                 keep(name, untrusted.real(f"store spec: {name}", getattr(self, name)))
         for name in ("teacher", "potential", "student", "image_decoder"):

@@ -17,6 +17,7 @@ MAY_KNOW = {
         *("nfm.storage.files.atomic", "nfm.storage.files.paths", "nfm.storage.files.small_files"),
         *("nfm.storage.files.parallel", "nfm.storage.files.remote"),
         *("nfm.storage.files.copies.mirror", "nfm.storage.files.copies.resume"),
+        "nfm.storage.ledger.standing",
     ),
     "stages": ("nfm.stages", "nfm.storage", "nfm.trainers"),
     "storage": ("nfm.storage",),
@@ -95,7 +96,7 @@ ARROWS: dict[str, dict[str, str]] = {
     },
     "stages": {
         "base": "",
-        "data": "base",
+        "data": "base couplings display trained executors",
         "couplings": "base",
         "display": "base couplings",
         "trained": "base couplings display",
