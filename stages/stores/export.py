@@ -13,6 +13,7 @@ from nfm.stages.couplings.rows import slot_is_row
 from nfm.stages.display.units import megabytes
 from nfm.storage import PairStore
 from nfm.storage.export import Progress, export
+from nfm.storage.format.codecs import CODECS as CODECS
 from nfm.storage.layouts import LAYOUTS as LAYOUTS
 from nfm.storage.ledger.row_fields import RowField, write_row_field
 

@@ -15,7 +15,7 @@ MAY_KNOW = {
     "pipeline": (
         *("nfm.pipeline", "nfm.stages", "nfm.storage.errors"),
         *("nfm.storage.files.atomic", "nfm.storage.files.paths", "nfm.storage.files.small_files"),
-        *("nfm.storage.files.parallel", "nfm.storage.files.remote"),
+        *("nfm.storage.files.parallel", "nfm.storage.files.remote", "nfm.storage.files.folder"),
         *("nfm.storage.files.copies.mirror", "nfm.storage.files.copies.resume"),
         "nfm.storage.ledger.standing",
     ),
