@@ -13,15 +13,14 @@ from typing import Any
 
 from nfm.pipeline.artifacts.ours import folders, is_foreign, of_ours
 from nfm.stages.base import Result
+from nfm.stages.stores import repair
 from nfm.storage.errors import StorageError, Told, WrongUse
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.copies.resume import Resume
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import artifacts_root, as_path, exists, is_remote, size_of
-from nfm.storage.format.spec import DRAFT
-from nfm.storage.ledger import seal
-from nfm.storage.ledger.standing import UNSEALED, again, unsealed
+from nfm.storage.ledger.standing import UNSEALED, again, is_begun, unsealed
 
 SCHEMA = 1
 STORES = "pairs"  # the stage whose artifacts are pair stores
@@ -147,7 +146,7 @@ def find(reference: str | Path) -> Artifact:
             if is_foreign(path / "spec.json"):
                 raise WrongArtifact(f"{path}: no artifact, its spec.json is none of ours; `nfm ls` lists what there is")
             return Artifact(path, newest_manifest(path))
-        if exists(path / DRAFT):
+        if is_begun(path):
             raise WrongArtifact(f"{path}: a pair store that was begun and is not complete; {again(path)}")
     if remote:
         raise WrongArtifact(f"{text}: no store there, it has no spec.json; check the URL")
@@ -179,8 +178,7 @@ def check_store(artifact: Artifact) -> None:
 
 def newest_manifest(path: Path) -> str:
     """The name of the newest manifest in a folder. A store has one for each generation."""
-    number = seal.newest_number(path)
-    return seal.manifest_path(path, number).name if number else "manifest.json"
+    return repair.newest_manifest(path) or "manifest.json"
 
 
 def open_spec(path: Path, body: dict[str, Any]) -> dict[str, Any]:
