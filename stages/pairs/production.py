@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nfm.stages.base import Reporter, StageError
-from nfm.stages.encoding.jobs import Outcome, ShardJob, new_attempt
+from nfm.stages.executors.jobs import Job, Outcome, new_attempt
 from nfm.stages.executors.tally import Tally
 from nfm.storage.errors import StorageError
 from nfm.storage.errors.masked import masked
@@ -28,9 +28,9 @@ def pending(out: Path, spec: StoreSpec, draws: int) -> list[str]:
     return seal.pending(out, spec, draws)
 
 
-def jobs(names: Iterable[str]) -> Iterator[ShardJob]:
+def jobs(names: Iterable[str]) -> Iterator[Job]:
     """A new attempt for each."""
-    return (ShardJob(*parse_name(name), new_attempt()) for name in names)
+    return (Job(name, new_attempt()) for name in names)
 
 
 def records_of(spec: StoreSpec, names: Iterable[str]) -> int:
