@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 from matplotlib.figure import Figure
 
-from benchmarks.told import machine, versions
+from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
 from nfm.stages.display.tables import aligned
 from nfm.stages.evaluation import compare
 from nfm.stages.evaluation.table import DISTANCE
-from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 
 PACKAGES = ("nfm-pairs", "numpy", "torch")
@@ -132,7 +129,7 @@ def main(
     atomic.write_json(output / "study.json", body)
     atomic.write_bytes(output / "study.txt", text.encode())
     atomic.write_bytes(output / "study.png", draw(setting, points, f"{config_path.stem}: {setting}"))
-    atomic.write_bytes(output / "command.txt", masked(f"{shlex.join(['python', *sys.argv])}\n").encode())
+    atomic.write_bytes(output / "command.txt", f"{command('benchmarks.studies')}\n".encode())
     click.echo(text.rstrip())
 
 

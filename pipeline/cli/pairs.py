@@ -14,11 +14,10 @@ import click
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, check_store, find
 from nfm.pipeline.cli.options import PLACE, LocalPath, OutputFile, Whole, json_option, level_options, picture_option
 from nfm.stages.display.units import clock, size
-from nfm.stages.stores.export import LAYOUTS
+from nfm.stages.stores.export import CODECS, LAYOUTS
 from nfm.storage.errors import StorageError, by
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import is_remote, names_in
-from nfm.storage.format.codecs import CODECS
 
 PLAIN_SECONDS = 15.0
 

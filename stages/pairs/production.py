@@ -47,6 +47,9 @@ def produce(
     """
     failures: list[Outcome] = []
     told: set[str] = set()
+    failed_before = set(
+        names_in(out / "failed")
+    )  # so that a shard that never failed costs no request to remove nothing
     tally = Tally()
     smallest = batch_size
     report.progress(done, total, "pairs")
@@ -59,7 +62,8 @@ def produce(
         else:
             done += outcome.commit.records
             tally.add(outcome)
-            remove(failure_path(out, outcome.job.name))
+            if (failure := failure_path(out, outcome.job.name)).name in failed_before:
+                remove(failure)
             report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds, worker=outcome.worker)
             used = outcome.commit.batch_size
             if used is not None and used < smallest:

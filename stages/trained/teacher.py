@@ -81,7 +81,7 @@ class TeacherConfig(TrainingSection):
     layers: int = Field(4, ge=1)
     head_size: int = Field(64, ge=1)
     eta: float = Field(0.1, gt=0)
-    label_drop: float = Field(0.1, ge=0, le=1)
+    label_drop: float = Field(0.1, ge=0, lt=1)
     flips: bool = False
     learning_rate: float = Field(2e-3, gt=0)
     sigma_rows: int = Field(4096, ge=1)

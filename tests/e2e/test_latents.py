@@ -51,7 +51,8 @@ def test_from_images_to_samples_in_pixels(folded: Lab) -> None:
     metrics, rows = latents.manifest()["metrics"], len(ImageDataset.open(data.path, "train"))
     assert (metrics["images"], metrics["image_shape"], metrics["scale"]) == (2 * rows, [4, 4, 4], 2.0)
     for stage, read in (("teacher", latents), ("pairs", latents), ("features", data), ("evaluate", data)):
-        assert folded.only(stage).spec["inputs"]["data"]["artifact"] == f"{read.path.parent.name}/{read.path.name}", stage
+        name = f"{read.path.parent.name}/{read.path.name}"
+        assert folded.only(stage).spec["inputs"]["data"]["artifact"] == name, stage
     spec = folded.only("pairs").spec["store"]
     assert (spec["image_scale"], spec["image_shift"], spec["rows"]) == (2.0, 0.125, 2 * rows)
 
