@@ -38,7 +38,7 @@ class LatentsConfig(Section):
     vae: VaeField | None = operational(None)
     options: dict[str, JsonValue] = Field(default_factory=dict)
     scale: float | None = Field(None, gt=0)
-    shift: float | None = None
+    shift: float | None = Field(None, ge=-100, le=100)
     posterior: Literal["sample", "mode"] = "sample"
     mirrors: bool = False
     seed: int = Field(0, ge=0)
