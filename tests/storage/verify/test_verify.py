@@ -165,7 +165,7 @@ def test_a_store_that_is_missing_or_never_sealed_is_reported(make_store, tmp_pat
     assert "seal it with `nfm pairs seal" in finding.remedy
     shutil.rmtree(root)
     (finding,) = verify(root)
-    assert "no such file" in finding.problem
+    assert "it has no spec.json" in finding.problem
 
 
 @pytest.mark.parametrize("name", ["blocks", "samples", "zarr"])
