@@ -159,7 +159,9 @@ def test_noise_that_moments_do_not_show_is_found_and_advised_on(make: Make, line
         (0.95, "semidiscrete-ot, with any number of evaluations: at an AUC above 0.86"),
     ],
 )
-def test_the_coupling_that_is_likely_best_is_told_before_a_student_is_trained(make: Make, auc: float, says: str) -> None:
+def test_the_coupling_that_is_likely_best_is_told_before_a_student_is_trained(
+    make: Make, auc: float, says: str
+) -> None:
     body = measured(make("nfm", normal(300), nll=0.2)) | {"auc": auc, "auc_error": 0.005}
     assert coupling_report.lines(body)["likely best"].startswith(says)
     assert f"likely best: {says}" in " ".join(coupling_report.advice(body))
