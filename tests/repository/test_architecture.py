@@ -94,7 +94,7 @@ ARROWS: dict[str, dict[str, str]] = {
     },
     "stages": {
         "base": "",
-        "data": "base couplings display trained executors",
+        "data": "base couplings display executors trained",
         "couplings": "base",
         "display": "base couplings",
         "trained": "base couplings display",
