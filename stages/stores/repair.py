@@ -60,12 +60,6 @@ def unfinished(store: str | Path) -> str:
     return f"{len(left)} files of unfinished attempts, {megabytes(held)}: of no harm and of no use" if left else ""
 
 
-def newest_manifest(folder: Path) -> str:
-    """The name of the manifest of the newest generation in a folder; empty if it holds no generation."""
-    number = seal.newest_number(folder)
-    return seal.manifest_path(folder, number).name if number else ""
-
-
 def sealable(out: Path) -> tuple[int, dict[str, str]]:
     """(draws, shards that may be missing, with reasons) of the next generation: at least what the newest one has."""
     newest, draws = seal.newest(out), _complete_draws(out)

@@ -21,6 +21,7 @@ vae = "mine_vae:vae"
 mirrors = true
 rows_per_shard = 96
 batch_size = 32
+executor = "serial"
 """
 
 
