@@ -28,6 +28,7 @@ from nfm.pipeline.cli.options import (
     config_option,
     given_guidance,
     guidance_options,
+    is_given,
     json_option,
     level_options,
     picture_option,
@@ -134,6 +135,8 @@ def audit(
 
     if (artifact is None) == (config_path is None):
         raise click.UsageError("name an artifact or give -c CONFIG, one of the two")
+    if level != "deep" and is_given("sample"):
+        raise click.UsageError("--sample is of --deep: give that too, or leave it out")
     targets, own = [find(artifact)] if artifact is not None else [], frozenset[str]()
     if config_path is not None:
         config = load(config_path, overrides)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nfm.stages.encoding.jobs import Outcome, ShardJob
+from nfm.stages.executors.jobs import Job, Outcome
 from nfm.stages.pairs.production import failure_path, produce
 from nfm.storage.files.paths import as_path, exists
 from nfm.storage.ledger import commits
@@ -18,7 +18,7 @@ def test_a_traceback_goes_when_its_shard_is_made_and_others_cost_no_request(
 ) -> None:
     store = shop.make(shop.config(coupling="independent"))
     out = as_path(f"{bucket}/store")
-    made = [Outcome(ShardJob(0, number, "a"), commits.read(store.root, f"d000-s0000{number}")) for number in (0, 1)]
+    made = [Outcome(Job(name, "a"), commits.read(store.root, name)) for name in ("d000-s00000", "d000-s00001")]
     produce(out, [Outcome(made[1].job, error="OSError: once")], 16, Recorder(), 0, 2)
     assert exists(failure_path(out, "d000-s00001"))
     produce(out, made, 16, Recorder(), 0, 2)
