@@ -2,7 +2,7 @@
 # the linters need besides is added to it by the first target that needs it. (`make bench` builds an environment of its
 # own, .venv-bench, with the peers that it measures.)
 #
-#   CONFIG=configs/fashion.toml   the run's config (default: configs/digits.toml, data included)
+#   CONFIG=configs/fashion.toml   the run's config (default: configs/glyphs.toml, letters that it draws)
 #   ARGS="--set pairs.draws=8"    more arguments for nfm
 #   PYTHON=/path/to/python        use this environment as it is instead of making one
 #   TORCH="torch==2.13.0"         the torch requirement, for instance a CUDA build
@@ -11,7 +11,7 @@
 #   MINUTES=10                    how long `make fuzz` goes on
 #   TIMES=20                      how often `make test-busy` runs its tests
 
-CONFIG ?= configs/digits.toml
+CONFIG ?= configs/glyphs.toml
 ARGS ?=
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=

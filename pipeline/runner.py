@@ -36,6 +36,7 @@ from nfm.storage.errors import WrongUse
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import exists, is_remote, names_in, remove, several
+from nfm.storage.ledger.standing import again
 
 
 def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None) -> Artifact:
@@ -47,7 +48,7 @@ def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None)
             prechecks.ready(nodes, target)
         for node in upstream(nodes, target):
             arrived[node.name] = _bring(node, stop)
-            if node.name == "data":
+            if node.name in ("data", "latents"):
                 prechecks.ready(nodes, target)
             _check_arrived(nodes[target], node, arrived)
     return arrived[target]
@@ -195,9 +196,13 @@ def seal_store(artifact: Artifact) -> Artifact:
     from nfm.stages.stores import repair
 
     spec = artifact.spec
-    if spec.get("stage") != stage.NAME:
-        what = "an exported store, which its export seals" if "exported" in spec else "no pair store"
-        raise WrongArtifact(f"{artifact.name} is {what}; only stores are sealed")
+    if "store" not in spec:
+        raise WrongArtifact(f"{artifact.name} is no pair store; only stores are sealed")
+    if "exported" in spec:
+        raise WrongArtifact(f"{artifact.name} is an exported store, which its export seals: {again(artifact.path)}")
+    if spec.get("stage") != stage.NAME:  # made without the pipeline
+        with Lock(artifact.path):
+            return Artifact(artifact.path, repair.seal_complete(artifact.path))
     stop = StopRequest()
     with Lock(artifact.path) as lock, stop.listening():
         inputs = readable({role: found for role, found in inputs_of(artifact).items() if found.done})

@@ -37,6 +37,7 @@ from nfm.storage.ledger.generation import Generation
 from nfm.storage.ledger.row_fields import FIELDS, RowField, publish_row_field, row_field_names
 from nfm.storage.ledger.shard_list import Entry
 from nfm.storage.ledger.shard_writer import write_shard
+from nfm.storage.ledger.standing import differences, other_inputs
 from nfm.storage.store import PairStore
 
 T = TypeVar("T")
@@ -123,8 +124,10 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
     if not create_json(root / SPEC, mine):
         there = read_json(root / SPEC)
         there.pop("digest", None)
-        if "exported" not in there or StoreSpec.from_dict(there) != spec or there.get("inputs") != mine["inputs"]:
-            raise NoPlace(str(root), "another store is there; export into a new or empty folder")
+        kind = "" if "exported" in there else "it was not exported"
+        inputs = other_inputs(there.get("inputs"), mine["inputs"])
+        if told := "; ".join(filter(None, [kind, differences(StoreSpec.from_dict(there), spec), inputs])):
+            raise NoPlace(str(root), f"another store is there: {told}. Export into a new or empty folder")
 
 
 def _check_made(source: PairStore, spec: StoreSpec) -> None:

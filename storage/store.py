@@ -28,6 +28,7 @@ from nfm.storage.layouts.seeded import Made
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.generation import DrawShards, Generation
 from nfm.storage.ledger.row_fields import RowField
+from nfm.storage.ledger.standing import UNSEALED, unsealed
 from nfm.storage.reading.reader import BatchReader, ReadOptions
 from nfm.storage.reading.selection import Filter, read_parts, select
 from nfm.storage.reading.shards import ShardSequence
@@ -141,10 +142,7 @@ class PairStore(Readable):
             return cls(seal.load(root, generation, spec), cache)
         newest = seal.newest(root, spec)
         if newest is None:
-            raise StorageError(
-                f"{root}: a pair store without a sealed generation; finish the pairs stage, or seal what is "
-                f"complete with `nfm pairs seal {root}`"
-            )
+            raise StorageError(f"{root}: {UNSEALED}; {unsealed(root)}")
         return cls(newest, cache)
 
     def __repr__(self) -> str:

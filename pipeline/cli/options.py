@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -143,6 +144,23 @@ class MovingAverage(click.ParamType):
             return str(parse(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+def level_options(quick: str, deep: str) -> Any:
+    """`--quick` and `--deep`, of which one may be given; the command gets `level`."""
+
+    def decorate(command: Any) -> Any:
+        @functools.wraps(command)
+        def leveled(*arguments: Any, quick: bool, deep: bool, **others: Any) -> Any:
+            if quick and deep:
+                raise click.UsageError("--quick and --deep are two levels: give one of them")
+            level = "quick" if quick else "deep" if deep else "default"
+            return command(*arguments, level=level, **others)
+
+        flags = (click.option("--quick", is_flag=True, help=quick), click.option("--deep", is_flag=True, help=deep))
+        return flags[0](flags[1](leveled))
+
+    return decorate
 
 
 def run_custom_option(told: str) -> Any:

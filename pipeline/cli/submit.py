@@ -112,7 +112,8 @@ def _check(config: RunConfig, stage: str, processes: int | None = None) -> None:
         config = config.model_copy(update=alone)
     shape = image_shape(config.data)
     known = {} if shape is None else {"image_shape": list(shape)}
-    prechecks.check_fits(upstream(builder.build(config, target=stage), stage), known)
+    nodes = builder.build(config, target=stage)
+    prechecks.check_fits(upstream(nodes, stage), prechecks.Facts(nodes, known))
 
 
 def _training(stage: str) -> click.Command:

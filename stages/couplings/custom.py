@@ -170,6 +170,16 @@ def announced(file: str | Path | None, named: str, sha256: str, field: str = FIE
     return f"{field} = {named!r} runs the code of {file}, SHA-256 {sha256}"
 
 
+def not_run(what: str, named: str, sha256: str, allowed: Allowed) -> str:
+    """The statement of an audit that left something undone, because it takes code that nobody allowed."""
+    others = ", ".join(sorted(digest[:12] for digest in allowed.digests))
+    return (
+        f"{what}: their function {named!r} is code, and an audit runs none "
+        f"unasked. When you know the file of SHA-256 {sha256}, give --run-custom with it, or "
+        f"audit with -c CONFIG, the config of yours that names it{f'; allowed were others, {others}' if others else ''}"
+    )
+
+
 def _recorded(file: Path, named: str, sha256: str, field: str) -> bytes:
     """The bytes of a module's file, which have this digest."""
     source = _source(file, field)

@@ -51,6 +51,11 @@ class Bench:
         return ImageDataset.open(self.inputs["data"], "train")
 
     @functools.cached_property
+    def drawn(self) -> ImageDataset:
+        """What the models were trained on: the latents of `source`, if there are any. Its rows have the same labels."""
+        return ImageDataset.open(self.inputs.get("latents", self.inputs["data"]), "train")
+
+    @functools.cached_property
     def reference(self) -> Reference:
         return Reference(self.config, self.inputs, self.source, self.count, self.device, self.report)
 
@@ -97,7 +102,7 @@ class Bench:
         parts: list[np.ndarray] = []
         shown: list[np.ndarray] = []
         self.report.progress(0, self.count, "images", row=sampler.name)
-        for images in draw(sampler.decode, self.source, self.count, config.seed, config.batch_size, self.device):
+        for images in draw(sampler.decode, self.drawn, self.count, config.seed, config.batch_size, self.device):
             if self.report.stopping:
                 raise Stopped
             _refuse_broken(sampler.name, images, config)
@@ -127,7 +132,7 @@ class Bench:
         from nfm.trainers.solvers import curvature
 
         trajectories = self.config.curvature_trajectories
-        noise, labels = initial(self.source, np.arange(trajectories), self.config.seed, self.device)
+        noise, labels = initial(self.drawn, np.arange(trajectories), self.config.seed, self.device)
         model = student.load(self.inputs[role], self.device, self.config.ema)
         with torch.no_grad(), precision_context(noise.device.type, self.config.precision):
             value = float(curvature(velocity(model, labels), noise, CURVATURE_STEPS))
@@ -154,7 +159,7 @@ class Bench:
         import torch
 
         slots = np.arange(batch)
-        noise, labels = initial(self.source, slots, 0, self.device)
+        noise, labels = initial(self.drawn, slots, 0, self.device)
         fresh = fresh_noise(0, slots, noise)
         taken = []
         for _ in range(repeats + 1):  # the first run is a warm-up

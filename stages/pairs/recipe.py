@@ -51,6 +51,7 @@ def store_spec(config: PairsConfig, inputs: Inputs, custom_sha256: str | None = 
         codec=config.codec,
         value_range=source.value_range,
         image_scale=source.image_scale,
+        image_shift=source.image_shift,
         image_decoder=source.image_decoder,
         flips=config.flips,
         seed=config.seed,

@@ -11,10 +11,10 @@ from nfm.storage.errors import by
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.row_fields import RowField, row_field_names
 
-RECIPE = ("coupling", "layout", "codec", "noise_step", "image_scale", "image_decoder", "rows", "rows_per_shard", "eta",
-          "sigma_f", "seed", "flips", "classes", "teacher", "source")  # fmt: skip
+RECIPE = ("coupling", "layout", "codec", "noise_step", "image_scale", "image_shift", "image_decoder", "rows",
+          "rows_per_shard", "eta", "sigma_f", "seed", "flips", "classes", "teacher", "source")  # fmt: skip
 ENCODED = ("precision", "batch_sizes", "noise_error")  # what the commits say about the encoding
-ONLY_WHERE_SET = ("noise_step", "image_scale", "image_decoder")
+ONLY_WHERE_SET = ("noise_step", "image_scale", "image_shift", "image_decoder")
 
 
 def info(where: str | Path) -> dict[str, Any]:

@@ -14,11 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nfm.storage.dataset.record import DATASET, check_record, read_record
-from nfm.storage.errors import StorageError, check_inside
-from nfm.storage.errors.arguments import checked, checked_later, whole
+from nfm.storage.dataset.record import DATASET, SPLIT_NAME, check_record, read_record
+from nfm.storage.errors import StorageError, check_inside, is_utf8
+from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, instance, numbers, shown, whole, wrong
 from nfm.storage.files.atomic import HashingFile, hash_file, write_json
+from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import inside, local_path
+from nfm.storage.format import untrusted
 from nfm.storage.format.convert import to_float32
 from nfm.storage.format.index import read_index
 from nfm.storage.format.order import Rows, Shuffle, order_key
@@ -43,12 +45,20 @@ def _fields(image_shape: tuple[int, ...], dtype: str) -> tuple[Field, ...]:
     return Field("image", dtype, image_shape, "image"), Field("label", "int64", (), "label")
 
 
+def shard_writer(
+    path: Path, split: str, number: int, records: int, image_shape: tuple[int, ...], dtype: str
+) -> ShardWriter:
+    """A writer of shard `number` of a split, at any path."""
+    return ShardWriter(path, _fields(image_shape, dtype), records, f"{split}-s{number:05d}", _ROWS_PER_BLOCK)
+
+
 class DatasetWriter:
     """Writes a dataset of images: write each split once, then call `close`, which writes dataset.json last.
 
     `classes` are the names of the labels 0, 1, ...; without classes every label is -1. `dtype` is the type of the
-    images. If they are floats (latents), they are divided by `image_scale` before `image_decoder` turns them into
-    pictures. If an earlier writer was killed in this folder, writing starts from the beginning.
+    images. If they are floats (latents), they are divided by `image_scale`, and `image_shift` is added, before
+    `image_decoder` turns them into pictures. If an earlier writer was killed in this folder, writing starts from the
+    beginning.
     """
 
     @checked()
@@ -62,6 +72,7 @@ class DatasetWriter:
         dtype: str = "uint8",
         image_scale: float | None = None,
         image_decoder: str | None = None,
+        image_shift: float | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise StorageError(f"{root}: images of dtype {dtype!r}; convert them to one of {', '.join(DTYPES)}")
@@ -71,7 +82,7 @@ class DatasetWriter:
         self._image_shape = tuple(image_shape)
         self._classes = list(classes)
         self._dtype = dtype
-        self._about = {"image_scale": image_scale, "image_decoder": image_decoder}
+        self._about = {"image_scale": image_scale, "image_decoder": image_decoder, "image_shift": image_shift}
         self._rows_per_shard = rows_per_shard
         self._splits: dict[str, Any] = {}
         self._closed = False
@@ -88,21 +99,13 @@ class DatasetWriter:
         StorageError if the number of records, the shape or the dtype differs, if a label has no class, or if a
         value is not finite, for a split that is written already, and after `close`.
         """
-        self._check_open()
-        if split in self._splits:
-            raise StorageError(f"{self.root}: the split {split!r} is written already; write each split once")
+        self._check_new(split)
         pieces = self._pieces(split, chunks)
         piece, at, written, shards, tables = next(pieces, None), 0, 0, [], []
         for number in range(-(-rows // self._rows_per_shard)):
             file = f"{split}/s{number:05d}.tar"
             records = min(self._rows_per_shard, rows - written)
-            with ShardWriter(
-                self.root / file,
-                _fields(self._image_shape, self._dtype),
-                records,
-                f"{split}-s{number:05d}",
-                _ROWS_PER_BLOCK,
-            ) as shard:
+            with shard_writer(self.root / file, split, number, records, self._image_shape, self._dtype) as shard:
                 while shard.written < records and piece is not None:
                     images, labels, keys = piece
                     end = min(len(keys), at + records - shard.written)
@@ -117,14 +120,39 @@ class DatasetWriter:
             shards.append({"file": file, "records": records, "sha256": payload.sha256, "bytes": payload.bytes})
         if piece is not None:
             raise StorageError(f"{self.root}: {split} has more records than the {rows} announced")
-        table = pa.concat_tables([_TABLE.empty_table(), *tables])
+        self._add_split(split, shards, pa.concat_tables([_TABLE.empty_table(), *tables]), captions)
+
+    @checked(shards=checked_later, labels=checked_later, keys=checked_later, captions=checked_later)
+    def adopt_split(
+        self,
+        split: str,
+        shards: Sequence[StoredFile],
+        labels: npt.NDArray[np.int64],
+        keys: Sequence[str],
+        captions: Sequence[str | None] | None = None,
+    ) -> None:
+        """A split whose shards others wrote with `shard_writer`, at their places, `SPLIT/s00000.tar` and so on."""
+        self._check_new(split)
+        left = range(0, len(keys), self._rows_per_shard)
+        records = [min(self._rows_per_shard, len(keys) - start) for start in left]
+        entries = [
+            {"file": f"{split}/s{number:05d}.tar", "records": count, "sha256": shard.sha256, "bytes": shard.bytes}
+            for number, (count, shard) in enumerate(zip(records, shards, strict=True))
+        ]
+        rows = np.arange(len(keys))
+        self._add_split(split, entries, pa.table([rows, list(keys), labels], schema=_TABLE), captions)
+
+    def _add_split(
+        self, split: str, shards: list[dict[str, Any]], table: pa.Table, captions: Sequence[str | None] | None
+    ) -> None:
         if captions is not None:
-            if len(captions) != rows:
-                raise StorageError(f"{self.root}: {split} got {len(captions)} captions for {rows} records")
+            _check_texts(f"{self.root}: {split}: a caption", captions, or_none=True)
+            if len(captions) != len(table):
+                raise StorageError(f"{self.root}: {split} got {len(captions)} captions for {len(table)} records")
             table = table.append_column(CAPTION, pa.array(captions, pa.string()))
         self._write_table(f"{split}.parquet", table)
         self._splits[split] = {
-            "rows": rows,
+            "rows": len(table),
             "rows_per_shard": self._rows_per_shard,
             "shards": shards,
             "table": f"{split}.parquet",
@@ -138,6 +166,10 @@ class DatasetWriter:
         dataset.json. The tables are in `files`.
         """
         self._check_open()
+        if not all(isinstance(one, tuple | list) and len(one) == 2 for one in rejected):
+            raise wrong("rejected", rejected, "pairs of texts (key, reason)")
+        for number, what in enumerate(("a rejected key", "a reason")):
+            _check_texts(f"{self.root}: {what}", [pair[number] for pair in rejected])
         columns = [[key for key, _ in rejected], [reason for _, reason in rejected]]
         self._write_table("rejected.parquet", pa.table(columns, schema=_REJECTED))
         write_json(self.root / DATASET, check_record(self.root / DATASET, self._record(self._splits)))
@@ -148,6 +180,13 @@ class DatasetWriter:
         }
         self._closed = True
         return payload | {DATASET: hash_file(self.root / DATASET)}
+
+    def _check_new(self, split: str) -> None:
+        """Raises StorageError for a split that cannot be written, or not any more."""
+        self._check_open()
+        untrusted.text(f"{self.root}: split", split, SPLIT_NAME, 100)
+        if split in self._splits:
+            raise StorageError(f"{self.root}: the split {split!r} is written already; write each split once")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -167,8 +206,15 @@ class DatasetWriter:
         }
 
     def _pieces(self, split: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        for images, labels, keys in chunks:
-            labels = np.asarray(labels, np.int64)
+        where = f"{self.root}: {split}"
+        for chunk in chunks:
+            if not isinstance(chunk, tuple | list) or len(chunk) != 3 or not isinstance(chunk[0], np.ndarray):
+                raise StorageError(
+                    f"{where} got {shown(chunk)} as a chunk: give (images, labels, keys), the images as a numpy array"
+                )
+            images, labels, keys = chunk
+            labels = numbers(f"{where}: labels", labels)
+            _check_texts(f"{where}: a key", keys)
             if not len(images) == len(labels) == len(keys):
                 raise StorageError(
                     f"{self.root}: {split} got {len(images)} images, {len(labels)} labels and {len(keys)} keys"
@@ -197,6 +243,13 @@ class DatasetWriter:
         self.files[file] = (out.sha256, out.bytes)
 
 
+def _check_texts(where: str, texts: Sequence[Any], or_none: bool = False) -> None:
+    """Raises StorageError for anything but texts that a table can hold."""
+    for text in texts:
+        if not (text is None and or_none) and not (isinstance(text, str) and is_utf8(text)):
+            raise StorageError(f"{where} is {shown(text)}: give a text (str) in UTF-8{' or None' if or_none else ''}")
+
+
 class ImageDataset:
     """One split of a dataset of images, open for reading. Rows 0 to n - 1 are in the order in which they were read."""
 
@@ -214,6 +267,7 @@ class ImageDataset:
         self.dtype: str = body.get("dtype", "uint8")
         self.image_scale: float | None = body.get("image_scale")
         self.image_decoder: str | None = body.get("image_decoder")
+        self.image_shift: float | None = body.get("image_shift")
         self.classes: list[str] = list(body["classes"])
         low, high = body["value_range"]
         self.value_range: tuple[float, float] = (low, high)
@@ -270,6 +324,11 @@ class ImageDataset:
             self._keys = read_index(self._table, ["key"], len(self))["key"]
         return self._keys.take(pa.array(np.asarray(rows, np.int64))).to_pylist()
 
+    @property
+    def captioned(self) -> bool:
+        """Whether the data has captions."""
+        return CAPTION in read_index(self._table, None, len(self)).column_names
+
     @checked()
     def captions(self, rows: Rows) -> list[str | None]:
         """The captions at these rows, None where there is none; a text embedding of them can become a row field.
@@ -284,9 +343,11 @@ class ImageDataset:
             self._captions = table[CAPTION]
         return self._captions.take(pa.array(np.asarray(rows, np.int64))).to_pylist()
 
-    @checked(images=checked_later)
+    @checked(images=instance("ndarray"))
     def to_float(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """The images as float32 of the same shape. Pixels are scaled to `value_range`; floats keep their values."""
+        if images.dtype != self.dtype:
+            raise WrongArgument("images", f"are {images.dtype}, those of {self.root} are {self.dtype}: give its own")
         return to_float32(images, self.value_range)
 
     @checked(options=ReadOptions)

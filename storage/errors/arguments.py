@@ -237,6 +237,7 @@ RULES: Mapping[str, Rule] = {
     "shape": shape,
     "rows_per_shard": whole(1),
     "image_scale": or_none(real("a number above 0", lambda scale: scale > 0)),
+    "image_shift": or_none(real("a number", lambda shift: True)),
     "image_decoder": or_none(text),
     "max_bytes": whole(1, or_none="what the disk can give"),
     "file_bytes": whole(1),

@@ -23,6 +23,7 @@ from nfm.storage.format.codecs import CODECS
 
 FORMAT = 1
 ROLES = ("image", "noise", "label", "slot", "origin")
+OF_BATCHES = ("image", "noise", "label", "slot", "draw", "store")  # every batch has them; no field of rows is so named
 ORIGIN = "noise_origin"  # what shards keep of noise that is made: draw, slot and crc32c of each record's
 IMAGE_DTYPES = ("uint8", "float16", "float32")
 SPEC = "spec.json"
@@ -41,7 +42,7 @@ _MOST_OPTIONS = 64
 _OTHERS = ("noise_step", "image_scale", "image_decoder", "flips", "seed", "eta", "sigma_f", "teacher", "potential",
            "student")  # fmt: skip
 # Left out of the JSON if they are None.
-_LATER = ("noise_step", "image_scale", "image_decoder", "potential", "student", "coupling_options")
+_LATER = ("noise_step", "image_scale", "image_shift", "image_decoder", "potential", "student", "coupling_options")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class StoreSpec:
     noise_step: float | None = None  # noise = noise_step * stored integer; None: the codec's own step, or floats
     value_range: tuple[float, float] = (-1.0, 1.0)  # the values of the uint8 pixels 0 and 255
     image_scale: float | None = None  # float images (latents) are divided by it before `image_decoder`
+    image_shift: float | None = None  # and this is added then
     image_decoder: str | None = None  # what turns float images into pictures
     flips: bool = False
     seed: int = 0
@@ -280,7 +282,7 @@ class StoreSpec:
         for name in ("coupling", "source"):
             untrusted.text(f"store spec: {name}", getattr(self, name))
         untrusted.truth("store spec: flips", self.flips)
-        for name in ("noise_step", "image_scale", "eta", "sigma_f"):
+        for name in ("noise_step", "image_scale", "image_shift", "eta", "sigma_f"):
             if getattr(self, name) is not None:
                 keep(name, untrusted.real(f"store spec: {name}", getattr(self, name)))
         for name in ("teacher", "potential", "student", "image_decoder"):
@@ -366,6 +368,8 @@ def read_spec(root: str | Path) -> StoreSpec:
     try:
         return StoreSpec.from_dict(read_json(path))
     except StorageError as error:
+        if not exists(path):
+            raise NoPlace(str(root), "no pair store, it has no spec.json; name the folder of one") from error
         raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from error
 
 

@@ -73,6 +73,7 @@ def _meaning(spec: StoreSpec, field: Field) -> dict[str, Any]:
         facts |= {"value_range": list(spec.value_range)}  # the values of the pixels 0 and 255
     elif field.role == "image":
         facts |= {"image_scale": spec.image_scale, "image_decoder": spec.image_decoder}
+        facts |= {} if spec.image_shift is None else {"image_shift": spec.image_shift}
     return facts
 
 

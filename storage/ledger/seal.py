@@ -27,6 +27,7 @@ from nfm.storage.ledger.manifests import (
     pinned,
 )
 from nfm.storage.ledger.shard_list import Entry
+from nfm.storage.ledger.standing import again
 from nfm.storage.ledger.sums import Totals
 
 __all__ = [
@@ -129,19 +130,19 @@ def _present(root: Path, spec: StoreSpec, draws: int, excluded: Mapping[str, str
         more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
         raise MissingShard(
             f"{root}: {len(missing)} of {len(names)} shards are not committed: "
-            f"{', '.join(missing[:_LISTED])}{more}; run the pairs stage again to encode them"
+            f"{', '.join(missing[:_LISTED])}{more}; {again(root)}"
         )
     if not lacking:
         return names, []
     if not layouts.of(spec).holes:
         raise StorageError(
             f"{root}: {len(lacking)} shards are missing ({lacking[0]}, ...), and the arrays of layout {spec.layout} "
-            "can have no holes; run the pairs stage again to encode them, or make the store in layout blocks"
+            f"can have no holes; {again(root)}, or make the store in layout blocks"
         )
     absent = set(lacking)
     held = [name for name in names if name not in absent]
     if empty := sorted(set(range(draws)) - {parse_name(name)[0] for name in held}):
-        raise StorageError(f"{root}: draw {empty[0]} would hold no shard at all; run the pairs stage again")
+        raise StorageError(f"{root}: draw {empty[0]} would hold no shard at all; {again(root)}")
     return held, [_hole(spec, name, excluded[name]) for name in lacking]
 
 
@@ -163,7 +164,7 @@ def _check_commit(root: Path, spec: StoreSpec, commit: Commit, there: Mapping[st
         raise MissingShard(
             f"{path}: {'missing' if found is None else f'{found} bytes instead of {size}'}, though "
             f"{commits.commit_path(root, commit.name)} says it was committed. Restore the file, or run "
-            f"`nfm repair {root}` and then this command again to encode the shard anew"
+            f"`nfm repair {root}`, which sets the shard aside, and then {again(root)}"
         )
 
 

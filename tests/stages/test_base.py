@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from nfm.pipeline.config import RunConfig
 from nfm.stages.base import LocalField, PlaceField
 from nfm.stages.data.config import DataConfig
+from nfm.stages.data.latents.config import VaeField
 from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.pairs.config import PairsConfig
 
@@ -21,7 +22,7 @@ NO_PLACES = {
     *(
         "pairs.coupling",
         "pairs.layout",
-        "pairs.coupling",
+        "pairs.codec",
         "pairs.executor",
         "student.arch",
         "data.source",
@@ -32,6 +33,7 @@ NO_PLACES = {
         *("pairs.ray_address", "teacher.ray_address", "student.ray_address", "features.ray_address"),
     ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
+    "latents.options",
     *("teacher.model", "teacher.options", "student.model", "student.options"),
     *("student.times", "student.objective", "student.sampler", "evaluate.ema"),
 }
@@ -49,7 +51,7 @@ def test_every_config_field_that_is_text_takes_places_by_the_rule_or_names_none(
             if not holds_text(info.annotation) or field == "device":
                 continue
             seen.add(key)
-            local = info.annotation in (LocalField | None, PlaceField | None)
+            local = info.annotation in (LocalField | None, PlaceField | None, VaeField | None)
             assert local != (key in NO_PLACES), f"{key}: is it a place? See nfm.pipeline.cli.options"
     assert seen > NO_PLACES
 
@@ -63,11 +65,11 @@ def test_a_field_names_a_local_path_as_an_argument_does(tmp_path: Path, monkeypa
 
 
 def test_the_traceback_of_a_shard_that_is_set_aside_holds_no_secret(tmp_path: Path) -> None:
-    from nfm.stages.encoding.jobs import Outcome, ShardJob
+    from nfm.stages.executors.jobs import Job, Outcome
     from nfm.stages.pairs.production import failure_path, produce
     from tests.support.recorder import Recorder
 
-    failed = Outcome(ShardJob(0, 0, "a"), error="Traceback\nOSError: s3://key:secret@host/x")
+    failed = Outcome(Job("d000-s00000", "a"), error="Traceback\nOSError: s3://key:secret@host/x")
     assert [one.job.name for one in produce(tmp_path, iter([failed]), 1, Recorder(), 0, 1)] == ["d000-s00000"]
     assert failure_path(tmp_path, "d000-s00000").read_text() == "Traceback\nOSError: s3://***@host/x"
 

@@ -8,6 +8,8 @@ import platform
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,22 @@ def pick_device(name: str) -> str:
         if int(name.partition(":")[2] or 0) >= count:
             raise Unfit(f"device = {name!r}: torch sees {count} CUDA devices here, counted from 0; name one of them")
     return name
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Computes with this many threads inside the block, and then with the number from before.
+
+    Results depend on it, bit by bit.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
