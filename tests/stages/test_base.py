@@ -22,7 +22,7 @@ NO_PLACES = {
     *(
         "pairs.coupling",
         "pairs.layout",
-        "pairs.coupling",
+        "pairs.codec",
         "pairs.executor",
         "student.arch",
         "data.source",
