@@ -14,13 +14,13 @@ from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import is_remote
 
 COMMANDS = {
-    *("run", "student", "compare", "plan", "status", "ls", "lineage", "sample", "audit", "repair"),
+    *("run", "student", "compare", "plan", "status", "ls", "lineage", "sample", "audit", "repair", "gc"),
     *("pairs encode", "pairs export", "pairs head", "pairs info", "pairs report", "pairs seal", "pairs verify"),
     *("pairs worklist", "pairs card", "pairs add-field", "teacher import"),
 }
 # Settings whose work is done where the artifacts cannot be reached yet: field -> (values that work, what to write).
 SETTINGS: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "workers": ((1,), "--set {section}.workers=1"),
+    "workers": ((1,), "start several processes by torchrun or `nfm submit`, or --set {section}.workers=1"),
 }
 
 
@@ -50,8 +50,11 @@ def _refusing(name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_settings(sections: Iterable[tuple[str, Section]], processes: int) -> None:
-    """Raises NoPlace for settings of stages that are to run, by name, which do not work in a bucket."""
-    if not is_remote(root := artifacts_root()):
+    """Raises NoPlace for settings of stages that are to run, by name, which do not work in a bucket.
+
+    `processes` of a launcher train in place of the workers of Ray.
+    """
+    if not is_remote(root := artifacts_root()) or processes > 1:
         return
     for name, section in sections:
         for field, (works, remedy) in SETTINGS.items():
@@ -59,5 +62,3 @@ def check_settings(sections: Iterable[tuple[str, Section]], processes: int) -> N
             if value not in works and not (field == "workers" and hasattr(section, "executor")):
                 told = f"{name}.{field} = {value} does not work in a bucket; {remedy.format(section=name)}"
                 raise NoPlace(str(root), f"{told}, or name a folder", "NFM_ARTIFACTS=")
-    if processes > 1:
-        raise NoPlace(str(root), "training in several processes does not work in a bucket; start one", "NFM_ARTIFACTS=")
