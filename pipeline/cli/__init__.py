@@ -81,7 +81,7 @@ def run(
     overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
         told = f"--ray-address {ray_address}"
-        sections = ("pairs", "teacher", "student", "features")
+        sections = ("latents", "pairs", "teacher", "student", "features")
         overrides += tuple(Override(f"{section}.ray_address={ray_address}", told) for section in sections)
     artifact = runner.run(builder.build(load(config_path, overrides), target=stage), stage)
     click.echo(_main_output(artifact))
