@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nfm.pipeline.artifacts import in_bucket
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
@@ -263,7 +262,6 @@ cli.add_command(submit)
 cli.add_command(teacher)
 pairs.add_command(worklist)
 pairs.add_command(encode)
-in_bucket.guard(cli)
 
 
 def _decoder_of(model: Artifact, as_latents: bool) -> Path | None:

@@ -58,6 +58,7 @@ ALLOWED = {
     "storage/layouts/zarr.py: zarr.open_array": "links to payload whose size and digest were checked",
     "trainers/training/checkpoint_folder.py: .read_text": "a training's own state, whose size was looked at",
     "trainers/training/checkpoint_folder.py: .open": "the same, to write it",
+    "trainers/training/apart.py: .open": "a checkpoint that this training's own processes write and read",
     "trainers/training/checkpoint_folder.py: os.open": "files and folders, to flush them",
     "trainers/models/published.py: torch.load": "weights, named by the user; weights only",
     "trainers/models/inception.py: torch.load": "weights, named by the user; weights only",

@@ -34,6 +34,7 @@ NO_PLACES = {
     ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
     "latents.options",
+        "latents.executor",
     *("teacher.model", "teacher.options", "student.model", "student.options"),
     *("student.times", "student.objective", "student.sampler", "evaluate.ema"),
 }
