@@ -88,6 +88,7 @@ ARROWS: dict[str, dict[str, str]] = {
         "checkpoint": "",
         "training": "checkpoint",
         "flow_matching": "training",
+        "likelihood": "models training",
         "couplings": "models training",
         "solvers": "nfe",
         "loop": "checkpoint training",
