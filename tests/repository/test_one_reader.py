@@ -16,7 +16,6 @@ ALLOWED = {
     "pipeline/cli/exits.py: os.open": "the null device",
     "pipeline/config.py: .read_bytes": "a config, named by the user, who may give a pipe",
     "pipeline/console/__init__.py: .open": "a log of this process's own, in a folder that was looked at",
-    "pipeline/upkeep/gc.py: os.open": "a folder, to flush it",
     "pipeline/artifacts/lock.py: .read_text": "the kernel's own, under /proc",
     "stages/evaluation/inception.py: np.load": "statistics, named by the user; never unpickled",
     "stages/stores/export.py: np.load": "an array, named by the user; never unpickled",

@@ -35,6 +35,7 @@ NO_PLACES = {
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
     "latents.options",
         "latents.executor",
+        "latents.ray_address",
     *("teacher.model", "teacher.options", "student.model", "student.options"),
     *("student.times", "student.objective", "student.sampler", "evaluate.ema"),
 }
