@@ -2,7 +2,7 @@
 # the linters need besides is added to it by the first target that needs it. (`make bench` builds an environment of its
 # own, .venv-bench, with the peers that it measures.)
 #
-#   CONFIG=configs/fashion.toml   the run's config (default: configs/digits.toml, data included)
+#   CONFIG=configs/fashion.toml   the run's config (default: configs/glyphs.toml, letters that it draws)
 #   ARGS="--set pairs.draws=8"    more arguments for nfm
 #   PYTHON=/path/to/python        use this environment as it is instead of making one
 #   TORCH="torch==2.13.0"         the torch requirement, for instance a CUDA build
@@ -11,7 +11,7 @@
 #   MINUTES=10                    how long `make fuzz` goes on
 #   TIMES=20                      how often `make test-busy` runs its tests
 
-CONFIG ?= configs/digits.toml
+CONFIG ?= configs/glyphs.toml
 ARGS ?=
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
@@ -40,7 +40,7 @@ NFM := $(PY) -m nfm.pipeline.cli
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench kills fuzz lint format docs clean-env
+.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench gpu kills fuzz lint format docs clean-env
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,10 @@ $(PEERS)/.installed: pyproject.toml
 	python3 -m venv $(PEERS)
 	$(PEERS_PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) '$(TORCH)' -e '.[train,zarr,report,bench]'
 	touch $@
+
+# By the links, so that PYTHON may be one with torch, numpy, scipy, safetensors and click alone.
+gpu: $(ENV) .types/nfm  ## what a GPU gives: tests, rates, a teacher and its students, in pieces of at most 9 minutes
+	PYTHONPATH=.types:. $(PY) -m benchmarks.accelerator $(ARGS)
 
 kills: $(ENV)  ## kill a reader 100 times and compare the sequence
 	$(PY) -m benchmarks.kill_reader $(ARGS)

@@ -19,7 +19,8 @@ import webdataset as wds
 
 def pairs(store: str, draw: int = 0) -> Iterator[tuple[Any, Any, int]]:
     """Pairs of one draw of the newest generation: image [C, H, W], noise [C, H, W] as they are stored, label."""
-    manifest = json.loads(max(Path(store).glob("manifest.g*.json")).read_text(encoding="utf-8"))
+    sealed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(store).glob("manifest.g*.json"))]
+    manifest = [each for each in sealed if "part_of" not in each][-1]
     shards = manifest["shards"]  # of a large store in a Parquet file beside the manifest
     if isinstance(shards, dict):
         shards = pq.read_table(Path(store, shards["file"]), columns=["name", "payload"]).to_pylist()

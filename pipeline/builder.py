@@ -49,13 +49,19 @@ class Builder:
             self.nodes[name] = Node(name, stage, section, inputs, given)
         return name
 
+    def images(self) -> str:
+        """What trains and is paired: the data, or its latents if the config names a VAE."""
+        if self.config.latents.vae is None:
+            return "data"
+        return self.add("latents", self.config.latents, {"data": "data"})
+
     def potential(self) -> str:
-        return self.add("potential", self.config.potential, {"data": "data"})
+        return self.add("potential", self.config.potential, {"data": self.images()})
 
     def teacher(self) -> str:
         """The teacher that is trained, or the finished one that the config names."""
         section, artifact = teacher_of(self.config)
-        self.nodes["teacher"] = Node("teacher", teacher, section, {"data": self.nodes["data"]}, {}, artifact)
+        self.nodes["teacher"] = Node("teacher", teacher, section, {"data": self.nodes[self.images()]}, {}, artifact)
         return "teacher"
 
     def pairs(self, coupling: str) -> str:
@@ -72,7 +78,7 @@ class Builder:
             elif role == "student":
                 roles[role] = self._generator(section.reflow_of)
             else:
-                roles[role] = role
+                roles[role] = self.images() if role == "data" else role
         name = "pairs" if coupling == self.config.pairs.coupling else f"pairs:{coupling}"
         return self.add(name, section, roles, given)
 
@@ -96,9 +102,9 @@ class Builder:
         return {"init": artifact}
 
     def measured_on(self) -> dict[str, str]:
-        """What every evaluation reads of the data: this run's classifier, if distances use its features."""
+        """What every evaluation reads: the data, its latents, this run's classifier if distances use its features."""
         own = self.config.evaluate.features == "cnn"
-        return {"data": "data", "features": "features"} if own else {"data": "data"}
+        return {name: name for name in dict.fromkeys(("data", self.images(), *(["features"] if own else [])))}
 
     def uses_teacher(self, targets: Iterable[str]) -> bool:
         """Whether the teacher made any store that these nodes depend on, directly or indirectly."""
@@ -162,7 +168,7 @@ def importing(config: RunConfig, section: ImportConfig) -> dict[str, Node]:
     """The graph of `nfm teacher import`: the data, and a teacher that is read from a file in place of being trained."""
     graph = Builder(config)
     graph.add("data", config.data, {})
-    graph.nodes["teacher"] = Node("teacher", imported, section, {"data": graph.nodes["data"]}, {})
+    graph.nodes["teacher"] = Node("teacher", imported, section, {"data": graph.nodes[graph.images()]}, {})
     return graph.nodes
 
 

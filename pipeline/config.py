@@ -12,6 +12,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nfm.stages.data.config import DataConfig
+from nfm.stages.data.latents.config import LatentsConfig
 from nfm.stages.data.sources import SOURCES
 from nfm.stages.data.sources.planar import POINT
 from nfm.stages.evaluation.compare import CompareConfig
@@ -37,6 +38,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: DataConfig
+    latents: LatentsConfig = Field(default_factory=LatentsConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     potential: PotentialConfig = Field(default_factory=PotentialConfig)

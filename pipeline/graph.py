@@ -1,4 +1,4 @@
-"""The stage graph: data -> {features, teacher} -> pairs -> student -> evaluate -> report.
+"""The stage graph: data -> {features, [latents ->] teacher} -> pairs -> student -> evaluate -> report.
 
 A *node* is a stage in a run. Another coupling than the run's own has its own pairs and student nodes,
 `pairs:independent` and `student:independent`, which differ from the main ones only in the coupling. Semidiscrete OT
@@ -19,6 +19,7 @@ from nfm.pipeline.artifacts.lineage import references
 from nfm.pipeline.config import ConfigError
 from nfm.stages.base import Section
 from nfm.stages.data import stage as data
+from nfm.stages.data.latents import stage as latents
 from nfm.stages.evaluation import compare
 from nfm.stages.evaluation import stage as evaluate
 from nfm.stages.pairs import stage as pairs
@@ -27,7 +28,8 @@ from nfm.stages.trained import features, potential, student, teacher
 from nfm.storage.files.paths import is_remote, scratch_root
 
 STAGES: dict[str, ModuleType] = {
-    module.NAME: module for module in (data, features, teacher, potential, pairs, student, evaluate, report, compare)
+    module.NAME: module
+    for module in (data, latents, features, teacher, potential, pairs, student, evaluate, report, compare)
 }
 
 
@@ -81,6 +83,10 @@ class Node:
         contents = {role: manifest_of(artifact)["content_digest"] for role, artifact in inputs.items()}
         identity = {**contents, **self.external()}
         return fingerprint(self.stage.NAME, self.stage.VERSION, self.config.semantic(), identity)
+
+    def sees_pixels(self) -> bool:
+        """Whether its images are those of the data, also where the run has latents."""
+        return self.stage in (data, latents, features)
 
     def external(self) -> dict[str, str]:
         """Digests of what is outside all artifacts: the source files of the data, the code of a custom coupling."""

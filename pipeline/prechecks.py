@@ -1,7 +1,8 @@
 """Checks that the sections of a run fit each other and the data, before anything is made from them.
 
-A stage with such rules has `fits(config, facts)`, which raises Unfit. The facts of the data grow: the config gives the
-shape of some sources' images, the finished data stage gives everything.
+A stage with such rules has `fits(config, facts)`, which raises Unfit. The facts are of the images that it sees, those
+of the data or their latents. They grow: the config gives the shape of some sources' images, the finished data stage
+gives everything.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from nfm.pipeline.artifacts import in_bucket
-from nfm.pipeline.artifacts.artifact import artifacts_root
+from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root
 from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Section, StageError
@@ -27,13 +28,13 @@ from nfm.storage.files.paths import is_remote
 
 def check(nodes: Mapping[str, Node], target: str) -> None:
     """Raises Unfit where a stage that is still to be made could not be, as far as can be told yet."""
-    check_fits((node for node in upstream(nodes, target) if not node.made()), facts(nodes))
+    check_fits((node for node in upstream(nodes, target) if not node.made()), Facts(nodes))
 
 
-def check_fits(nodes: Iterable[Node], known: Mapping[str, Any]) -> None:
-    """Raises Unfit for a section that does not fit data of which this is known."""
+def check_fits(nodes: Iterable[Node], known: Facts) -> None:
+    """Raises Unfit for a section that does not fit images of which this is known."""
     for node in nodes:
-        optional(node.stage, "fits", lambda *_: None)(node.config, known)
+        optional(node.stage, "fits", lambda *_: None)(node.config, known.of(node))
 
 
 def ready(nodes: Mapping[str, Node], target: str) -> None:
@@ -43,15 +44,15 @@ def ready(nodes: Mapping[str, Node], target: str) -> None:
     what only its user's own code can tell, which runs here and never where a run is planned.
     """
     check(nodes, target)
-    known = facts(nodes)
+    known = Facts(nodes)
     left = [node for node in upstream(nodes, target) if not node.made()]
     in_bucket.check_settings(((node.stage.NAME, node.config) for node in left), launched.size())
     for node in left:
         optional(node.stage, "needs", partial(_where, node.name))(node.config)
     for node in left:
-        optional(node.stage, "tries", lambda *_: None)(node.config, known)
+        optional(node.stage, "tries", lambda *_: None)(node.config, known.of(node))
     for node in left:
-        _check_room(node, optional(node.stage, "room", lambda *_: 0)(node.config, known))
+        _check_room(node, optional(node.stage, "room", lambda *_: 0)(node.config, known.of(node)))
 
 
 def _where(name: str, config: Section) -> None:
@@ -82,14 +83,34 @@ def _check_room(node: Node, size: int) -> None:
         )
 
 
-def facts(nodes: Mapping[str, Node]) -> dict[str, Any]:
-    """What is known about the data: the metrics of its finished stage, else the shape if the config determines it."""
-    node = nodes.get("data")
+class Facts:
+    """What is known of the images: the metrics of the finished stage that made them, else what the configs determine.
+
+    `data` stands for a data stage that is not looked at.
+    """
+
+    def __init__(self, nodes: Mapping[str, Node], data: Mapping[str, Any] | None = None) -> None:
+        self.data = _of_data(nodes.get("data")) if data is None else dict(data)
+        self.latents, node = self.data, nodes.get("latents")
+        if node is not None:
+            artifact = node.artifact() if data is None else None
+            made = artifact is not None and artifact.done
+            self.latents = _metrics(artifact) if made else optional(node.stage, "told", dict)(node.config, self.data)
+
+    def of(self, node: Node) -> dict[str, Any]:
+        """Of the images that this node sees."""
+        return self.data if node.sees_pixels() else self.latents
+
+
+def _of_data(node: Node | None) -> dict[str, Any]:
     if node is None:
         return {}
     if node.made():
-        artifact = node.artifact()
-        return {} if artifact is None else dict(manifest_of(artifact)["metrics"])
+        return _metrics(node.artifact())
     assert isinstance(node.config, DataConfig)
     shape = image_shape(node.config)
     return {} if shape is None else {"image_shape": list(shape)}
+
+
+def _metrics(artifact: Artifact | None) -> dict[str, Any]:
+    return {} if artifact is None else dict(manifest_of(artifact)["metrics"])

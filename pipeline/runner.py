@@ -29,13 +29,14 @@ from nfm.pipeline.artifacts.artifact import (
 from nfm.pipeline.artifacts.lineage import inputs_of
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.console import Console, StopRequest
-from nfm.pipeline.graph import Node, manifest_of, upstream
+from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Reporter, Stopped
 from nfm.stages.display.units import clock, figure
 from nfm.storage.errors import WrongUse
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import exists, is_remote, names_in, remove, several
+from nfm.storage.ledger.standing import again
 
 
 def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None) -> Artifact:
@@ -47,7 +48,7 @@ def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None)
             prechecks.ready(nodes, target)
         for node in upstream(nodes, target):
             arrived[node.name] = _bring(node, stop)
-            if node.name == "data":
+            if node.name in ("data", "latents"):
                 prechecks.ready(nodes, target)
             _check_arrived(nodes[target], node, arrived)
     return arrived[target]
@@ -92,13 +93,13 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         out = workplace(artifact.path)
         console = console_of(node.name, artifact, stop, lock)
         started = time.time()
-        # A stage that keeps nothing of a stopped run need not check for stops.
-        anew = getattr(node.stage, "STARTS_ANEW", False)
+        anew = optional(node.stage, "starts_anew", lambda config: False)(node.config)
         console.say(f"{'making' if not resumed else 'beginning anew' if anew else 'resuming'} {artifact.name}")
         console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
         try:
             paths = readable(inputs)
-            abrupt = anew or getattr(node.stage, "STOPS_AT_ONCE", False)
+            # A stage whose work in hand is worth little need not check for stops.
+            abrupt = getattr(node.stage, "STOPS_AT_ONCE", False)
             with stop.at_once() if abrupt else contextlib.nullcontext(), _compiling(console):
                 result = node.stage.run(node.config, paths, out, console)
             lock.check()
@@ -196,9 +197,13 @@ def seal_store(artifact: Artifact) -> Artifact:
     from nfm.stages.stores import repair
 
     spec = artifact.spec
-    if spec.get("stage") != stage.NAME:
-        what = "an exported store, which its export seals" if "exported" in spec else "no pair store"
-        raise WrongArtifact(f"{artifact.name} is {what}; only stores are sealed")
+    if "store" not in spec:
+        raise WrongArtifact(f"{artifact.name} is no pair store; only stores are sealed")
+    if "exported" in spec:
+        raise WrongArtifact(f"{artifact.name} is an exported store, which its export seals: {again(artifact.path)}")
+    if spec.get("stage") != stage.NAME:  # made without the pipeline
+        with Lock(artifact.path):
+            return Artifact(artifact.path, repair.seal_complete(artifact.path))
     stop = StopRequest()
     with Lock(artifact.path) as lock, stop.listening():
         inputs = readable({role: found for role, found in inputs_of(artifact).items() if found.done})

@@ -31,11 +31,13 @@ from nfm.storage.format import codecs
 from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.index import read_index
 from nfm.storage.format.spec import SPEC, StoreSpec, check_folder, pair_fields
+from nfm.storage.layouts.seeded import Origins
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.generation import Generation
 from nfm.storage.ledger.row_fields import FIELDS, RowField, publish_row_field, row_field_names
 from nfm.storage.ledger.shard_list import Entry
 from nfm.storage.ledger.shard_writer import write_shard
+from nfm.storage.ledger.standing import differences, other_inputs
 from nfm.storage.store import PairStore
 
 T = TypeVar("T")
@@ -75,6 +77,7 @@ def export(
     what was committed.
     """
     root, spec = as_path(target), converted(source.spec, layout, codec)
+    _check_made(source, spec)
     _begin(source, root, spec)
     entries = source.sealed.shards
     done = commits.committed(root, source.draws)
@@ -121,8 +124,21 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
     if not create_json(root / SPEC, mine):
         there = read_json(root / SPEC)
         there.pop("digest", None)
-        if "exported" not in there or StoreSpec.from_dict(there) != spec or there.get("inputs") != mine["inputs"]:
-            raise NoPlace(str(root), "another store is there; export into a new or empty folder")
+        kind = "" if "exported" in there else "it was not exported"
+        inputs = other_inputs(there.get("inputs"), mine["inputs"])
+        if told := "; ".join(filter(None, [kind, differences(StoreSpec.from_dict(there), spec), inputs])):
+            raise NoPlace(str(root), f"another store is there: {told}. Export into a new or empty folder")
+
+
+def _check_made(source: PairStore, spec: StoreSpec) -> None:
+    """Raises StorageError, before anything is written, for a codec that cannot make the noise of the first record."""
+    if CODECS[spec.codec].made:
+        slots = source.slots(0)[:1]
+        noise = codecs.unpack(source.gather(0, slots)["noise"], source.noise_step)
+        try:
+            Origins(spec, 0, int(slots[0]) // spec.rows_per_shard)(slots, noise)
+        except StorageError as error:
+            raise StorageError(f"{source.root}: {error}") from error
 
 
 def _within(path: Path, folder: Path) -> bool:
@@ -205,7 +221,7 @@ class _Loss:
     def __init__(self, before: StoreSpec, after: StoreSpec) -> None:
         self._codec, self._step = after.codec, after.noise_step
         same = (before.codec, before.noise_step) == (after.codec, after.noise_step)
-        self._possible = after.codec != "float32" and not same
+        self._possible = after.codec != "float32" and not CODECS[after.codec].made and not same
         self._lock = threading.Lock()
         self._squares, self._values, self._pairs, self._max = 0.0, 0, 0, 0.0
 

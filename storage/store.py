@@ -18,14 +18,17 @@ import pyarrow as pa
 
 from nfm.storage import layouts
 from nfm.storage.errors import NoPlace, StorageError, by, check_inside
-from nfm.storage.errors.arguments import checked, whole
+from nfm.storage.errors.arguments import checked, or_none, some_of, whole
 from nfm.storage.files.copies.cache import ShardCache, default_cache
 from nfm.storage.files.paths import as_path, is_remote, store_named
+from nfm.storage.format.index import INDEX_SCHEMA
 from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.format.spec import StoreSpec, read_spec
+from nfm.storage.layouts.seeded import Made
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.generation import DrawShards, Generation
 from nfm.storage.ledger.row_fields import RowField
+from nfm.storage.ledger.standing import UNSEALED, unsealed
 from nfm.storage.reading.reader import BatchReader, ReadOptions
 from nfm.storage.reading.selection import Filter, read_parts, select
 from nfm.storage.reading.shards import ShardSequence
@@ -107,6 +110,7 @@ class PairStore(Readable):
         self.remote = is_remote(self.root)
         self.sealed = sealed.checked()
         self._cache = cache
+        self._closed = False
         self._begin()
         _stores.add(self)
 
@@ -138,10 +142,7 @@ class PairStore(Readable):
             return cls(seal.load(root, generation, spec), cache)
         newest = seal.newest(root, spec)
         if newest is None:
-            raise StorageError(
-                f"{root}: a pair store without a sealed generation; finish the pairs stage, or seal what is "
-                f"complete with `nfm pairs seal {root}`"
-            )
+            raise StorageError(f"{root}: {UNSEALED}; {unsealed(root)}")
         return cls(newest, cache)
 
     def __repr__(self) -> str:
@@ -155,10 +156,15 @@ class PairStore(Readable):
         self.close()
 
     def close(self) -> None:
-        """Closes the mapped shards. A later read opens them again."""
+        """Closes the mapped shards. A later read raises StorageError; what its facts say stays."""
+        self._closed = True
         with self._lock:
             self._open.clear()
             self._rows.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageError(f"{self.root}: this store is closed; open it again with `PairStore.open`")
 
     def __reduce__(self) -> tuple[Callable[..., PairStore], tuple[Any, ...]]:
         return PairStore.open, (str(self.root), self.generation, self._cache)
@@ -184,23 +190,26 @@ class PairStore(Readable):
         """The pairs of a draw at these slots: arrays [n, *shape] by field name, as stored, in the order of `slots`.
 
         `slots` are integers [n] in any order. With `out`, only its fields are read, into its arrays; an image or noise
-        array of float32 gets them converted, as in a batch. Raises OutOfRange for a slot that does not exist,
-        MissingShard or CorruptShard if a shard is not what was committed.
+        array of float32 gets them converted, as in a batch. Raises WrongArgument for an unknown field or another
+        array, OutOfRange for a slot that does not exist, MissingShard or CorruptShard if a shard is not what was
+        committed.
         """
         names = [field.name for field in self.spec.fields] if out is None else list(out)
         return self._draw(draw).gather(names, slots, out)
 
-    @checked(draw=whole(0, or_none="all"))
+    @checked(draw=whole(0, or_none="all"), columns=or_none(some_of(INDEX_SCHEMA.names)))
     def index(self, columns: Sequence[str] | None = None, draw: int | None = None) -> pa.Table:
         """The index as a table with one row for each record: key, slot, row, draw, flip, label, group, nll.
 
         `columns` selects some of these, `draw` one draw. The default is all.
         """
+        self._check_open()
         return read_parts(self.root, self.sealed.shards if draw is None else self.sealed.of(draw).entries, columns)
 
     @checked()
     def image_rows(self, draw: int, slots: Rows) -> Rows:
         """The source rows of the images at these slots of a draw: integers [n], from the index."""
+        self._check_open()
         with self._lock:
             if draw not in self._rows:
                 self._rows[draw] = self._rows_of(draw)
@@ -230,6 +239,7 @@ class PairStore(Readable):
     @checked()
     def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> StoreStream:
         """The order of records that a reader or a mixture follows."""
+        self._check_open()
         if self.remote:
             self._check_room(shuffle, window)
         selection = None
@@ -255,6 +265,7 @@ class PairStore(Readable):
     @checked()
     def row_field(self, name: str) -> JoinedField:
         """A row-scoped field, joined by the image rows of slots. Raises StorageError if the store has no such field."""
+        self._check_open()
         return JoinedField(self, RowField.open(self.root, name, self._cache))
 
     @property
@@ -263,6 +274,7 @@ class PairStore(Readable):
         return self._cache or default_cache()
 
     def _draw(self, draw: int) -> ShardSequence:
+        self._check_open()
         with self._lock:
             found = self._open.pop(draw, None)
             if found is None:
@@ -270,13 +282,14 @@ class PairStore(Readable):
                 open_shard = partial(_open_shard, self.root, spec, shards, self.cache)
                 found = ShardSequence(
                     open_shard,
-                    spec.fields,
+                    spec.stored,
                     spec.rows,
                     spec.rows_per_shard,
                     spec.rows_per_block,
                     spec.layout,
                     spec.value_range,
                     spec.noise_step,
+                    Made.of(spec),
                     what=f"{self.root}: slot",
                 )
                 while len(self._open) >= _DRAWS_OPEN:

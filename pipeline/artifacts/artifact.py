@@ -18,7 +18,8 @@ from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.copies.resume import Resume
 from nfm.storage.files.parallel import parallel
-from nfm.storage.files.paths import artifacts_root, as_path, exists, is_remote, names_in, size_of
+from nfm.storage.files.paths import artifacts_root, as_path, exists, is_remote, size_of
+from nfm.storage.ledger import manifests, standing
 
 SCHEMA = 1
 STORES = "pairs"  # the stage whose artifacts are pair stores
@@ -67,6 +68,13 @@ class Artifact:
         return exists(self.path / self.manifest_name)
 
     @property
+    def of_store(self) -> bool:
+        """Whether its spec is that of a pair store, wherever it was made."""
+        with contextlib.suppress(StorageError):
+            return "store" in self.spec
+        return False
+
+    @property
     def name(self) -> str:
         """`stage/fingerprint` under the root; elsewhere the whole path or the URL."""
         path = self.path if is_remote(self.path) else self.path.resolve()
@@ -86,7 +94,12 @@ class Artifact:
         return self.reference if is_store(self.path) else mirror.pull(self.path)
 
     def manifest(self) -> dict[str, Any]:
-        body = atomic.read_json(self.path / self.manifest_name)
+        try:
+            body = atomic.read_json(self.path / self.manifest_name)
+        except StorageError as error:
+            if self.done or not self.of_store:
+                raise
+            raise ArtifactError(f"{self.name}: {standing.UNSEALED}; {standing.unsealed(self.path)}") from error
         if body.get("schema", 0) > SCHEMA:
             raise ArtifactError(
                 f"{self.path / self.manifest_name}: schema {body['schema']} is newer than this version of nfm "
@@ -132,6 +145,8 @@ def find(reference: str | Path) -> Artifact:
             if is_foreign(path / "spec.json"):
                 raise WrongArtifact(f"{path}: no artifact, its spec.json is none of ours; `nfm ls` lists what there is")
             return Artifact(path, newest_manifest(path))
+        if standing.begun(path):
+            raise WrongArtifact(f"{path}: a pair store that was begun and is not complete; {standing.again(path)}")
     if remote:
         raise WrongArtifact(f"{text}: no store there, it has no spec.json; check the URL")
     begun = [path for path in folders(root) if _short_name(path, "/" in text).startswith(text)]
@@ -141,6 +156,9 @@ def find(reference: str | Path) -> Artifact:
     if found:
         several = ", ".join(_short_name(path) for path in found)
         raise WrongArtifact(f"{text} names several artifacts: {several}; write more of the fingerprint")
+    if Path(text).exists():
+        kind = "a folder without a spec.json of ours" if Path(text).is_dir() else "a file, and an artifact is a folder"
+        raise WrongArtifact(f"{text}: {kind}, so no artifact; `nfm ls` lists what there is")
     raise WrongArtifact(f"no artifact {text} under {root}; `nfm ls` lists what there is")
 
 
@@ -159,8 +177,8 @@ def check_store(artifact: Artifact) -> None:
 
 def newest_manifest(path: Path) -> str:
     """The name of the newest manifest in a folder. A store has one for each generation."""
-    names = [name for name in names_in(path) if name.startswith("manifest") and name.endswith(".json")]
-    return names[-1] if names else "manifest.json"
+    number = manifests.newest_number(path)
+    return manifests.manifest_path(path, number).name if number else "manifest.json"
 
 
 def open_spec(path: Path, body: dict[str, Any]) -> dict[str, Any]:

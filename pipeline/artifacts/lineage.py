@@ -97,15 +97,14 @@ def tree(artifact: Artifact, indent: str = "", role: str = "") -> Iterator[str]:
         yield f"{lead}  (not finished)" if artifact.started else f"{lead}  (missing)"
         return
     body = artifact.manifest()
-    made = "made without the pipeline"
-    if "finished" in body:
+    made, exported = "made without the pipeline", body.get("exported")
+    if exported:
+        source = f"content {exported['content_digest'][:12]} generation {exported['generation']}"
+        made = f"exported from {source} ({exported['layout']}, {exported['codec']})"
+    elif "finished" in body:
         code = (body["git_commit"] or "unknown code")[:12]
         made = f"made {body['finished']} in {body['seconds']:.0f} s by {code}"
     yield f"{lead}  content {body['content_digest'][:12]}  {artifact.manifest_name}  {made}"
-    exported = body.get("exported")
-    if exported:
-        source = f"content {exported['content_digest'][:12]} generation {exported['generation']}"
-        yield f"{indent}    exported from {source} ({exported['layout']}, {exported['codec']})"
     imported = body.get("imported")
     if imported:
         yield f"{indent}    imported from {imported['file']}, SHA-256 {imported['sha256']}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from nfm.pipeline.artifacts.artifact import STORES
 from nfm.pipeline.artifacts.ours import is_foreign
+from nfm.stages.stores.repair import bytes_told
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic, remote
 from nfm.storage.files.paths import names_in, several, size_below
@@ -57,7 +58,8 @@ def _telling(names: Files) -> str:
 def _row(path: Path, name: str, body: Mapping[str, Any] | None, names: Files) -> Listed:
     size = sum(size for size, _ in names.values())
     if path.parent.name == STORES:  # its shards were not listed
-        size = int(body["bytes"]) if body is not None and "bytes" in body else size_below(path)
+        told = bytes_told(body or {})
+        size = size_below(path) if told is None else told
     return Listed(path, body, name != "spec.json", size, names["spec.json"][1])
 
 

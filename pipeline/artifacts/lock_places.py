@@ -54,12 +54,11 @@ class LockPlace(Protocol):
 
 
 def place_for(folder: Path) -> LockPlace:
-    """The place of the lock of a folder. Raises NoPlace or NoConditions where no lock can be kept."""
+    """The place of the lock of a folder. Raises NoPlace where no lock can be kept."""
     if not is_remote(folder):
         return LockFile(folder / "lock.json")
     if getattr(folder, "protocol", "") not in ("s3", "s3a"):
         raise NoPlace(str(folder), "no lock can be kept there; copy it to a folder or to s3://bucket/... and name that")
-    conditional.check(str(folder.parent.parent))
     return LockObject(folder / "lock.json")
 
 
@@ -131,6 +130,7 @@ class LockObject:
         return 0.0 if stored is None or body.get("free") else stored.age
 
     def create(self, body: Body) -> bool:
+        conditional.check(str(self.path.parent.parent.parent))
         if self._written(conditional.create(self.path, self._text(body))):
             return True
         stored, found = self._read()

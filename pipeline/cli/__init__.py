@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nfm.pipeline.artifacts import in_bucket
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
@@ -28,7 +27,9 @@ from nfm.pipeline.cli.options import (
     config_option,
     given_guidance,
     guidance_options,
+    is_given,
     json_option,
+    level_options,
     picture_option,
     run_custom_option,
     set_option,
@@ -44,11 +45,14 @@ from nfm.stages.couplings.custom import Allowed
 from nfm.stages.trained.sampling import DIFFUSIONS, GRIDS, SOLVERS, check_diffusion
 from nfm.stages.trained.training import blaming
 from nfm.storage.files.paths import exists
+from nfm.storage.ledger.standing import again
 
 if TYPE_CHECKING:
     from nfm.pipeline.upkeep.audit import Level
 
-STAGE_NAMES = ["data", "features", "teacher", "potential", "pairs", "student", "evaluate", "report", "compare"]
+STAGE_NAMES = [
+    *("data", "latents", "features", "teacher", "potential", "pairs", "student", "evaluate", "report", "compare")
+]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -76,7 +80,7 @@ def run(
     overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
         told = f"--ray-address {ray_address}"
-        sections = ("pairs", "teacher", "student", "features")
+        sections = ("latents", "pairs", "teacher", "student", "features")
         overrides += tuple(Override(f"{section}.ray_address={ray_address}", told) for section in sections)
     artifact = runner.run(builder.build(load(config_path, overrides), target=stage), stage)
     click.echo(_main_output(artifact))
@@ -107,8 +111,9 @@ def status(
     help="Audit what this config's furthest stage was made of.",
 )  # fmt: skip
 @set_option
-@click.option("--quick", "level", flag_value="quick", help="Fingerprints, digests of manifests, sizes.")
-@click.option("--deep", "level", flag_value="deep", help="Also encode a seeded sample of pairs again and decode it.")
+@level_options(
+    "Fingerprints, digests of manifests, sizes.", "Also encode a seeded sample of pairs again and decode it."
+)
 @click.option(
     "--sample",
     default=300,
@@ -121,7 +126,7 @@ def status(
 )
 @json_option
 def audit(
-    artifact: Path | None, config_path: Path | None, overrides: tuple[str, ...], level: Level | None, sample: int,
+    artifact: Path | None, config_path: Path | None, overrides: tuple[str, ...], level: Level, sample: int,
     digests: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Check that artifacts are what their manifests say, back to the data; exit 1 on any finding."""
@@ -129,12 +134,14 @@ def audit(
 
     if (artifact is None) == (config_path is None):
         raise click.UsageError("name an artifact or give -c CONFIG, one of the two")
+    if level != "deep" and is_given("sample"):
+        raise click.UsageError("--sample is of --deep: give that too, or leave it out")
     targets, own = [find(artifact)] if artifact is not None else [], frozenset[str]()
     if config_path is not None:
         config = load(config_path, overrides)
         targets, own = auditing.finished(config), auditing.own_code(config)
     allowed = Allowed(own | frozenset(digests), lambda text: click.echo(text, err=True))
-    results = auditing.audit(targets, level or "default", sample, allowed)
+    results = auditing.audit(targets, level, sample, allowed)
     click.echo(json.dumps([asdict(result) for result in results], indent=2) if as_json else auditing.as_text(results))
     if any(result.findings for result in results):
         sys.exit(1)
@@ -211,36 +218,40 @@ def list_artifacts(as_json: bool) -> None:
 @click.option("--ema", type=MovingAverage(), metavar="NAME", help="Of a student: the moving average of this name.")
 @click.option("--seed", default=0, type=SEED, show_default=True, help="Of the noise.")
 @run_custom_option("The code of a model that is its user's own may run: of the file with this digest. Repeatable.")
+@click.option("--latents", "as_latents", is_flag=True, help="Of a model of latents: draw these, in false colours.")
 @picture_option("grid.png")
 def sample(
     artifact: Path, count: int, nfe: int, solver: str, grid: str, guidance: float, diffusion: str,
-    ema: str | None, seed: int, output: Path, digests: tuple[str, ...], **guided: Any,
+    ema: str | None, seed: int, output: Path, digests: tuple[str, ...], as_latents: bool, **guided: Any,
 ) -> None:  # fmt: skip
-    """Draw a grid of images from a student or teacher."""
+    """Draw a grid of images from a student or teacher; its latents are decoded by the VAE that made them."""
     from nfm.stages.trained.sampling import sample_grid
 
     found = find(artifact)
     found.manifest()  # an unfinished artifact has none, and says so
     stage = found.spec.get("stage", "pairs")
-    folder = found.readable
+    folder, latents = found.readable, None
     if stage in ("student", "teacher"):
-        _check_allowed(folder, stage, digests)
+        latents = _decoder_of(found, as_latents)
+        _check_allowed(folder, stage, digests, latents)
     check_of_student(stage, "nfe", "solver", "grid", "ema", "diffusion")
     options = given_guidance(stage, guidance, guided)
     with blaming("--diffusion"):
         check_diffusion(solver, diffusion)
-    sample_grid(folder, stage, count, nfe, seed, output, solver, grid, guidance, options, ema, diffusion)
+    sample_grid(folder, stage, count, nfe, seed, output, solver, grid, guidance, options, ema, diffusion, latents)
     click.echo(str(output))
 
 
 @cli.command()
 @click.argument("artifact", type=PLACE)
 def repair(artifact: Path) -> None:
-    """Move the bad shards of a store aside, so that the pairs stage encodes them again."""
+    """Move the bad shards of a store aside, so that whoever made it makes them again."""
     from nfm.pipeline.upkeep.repair import repair_store
 
-    moved = repair_store(find(artifact))
-    click.echo("\n".join([*moved, f"set aside: {len(moved)}" if moved else "nothing to repair"]))
+    found = find(artifact)
+    moved = repair_store(found)
+    said = f"set aside: {len(moved)}. To have a complete store, {again(found.path)}"
+    click.echo("\n".join([*moved, said if moved else "nothing to repair"]))
 
 
 cli.add_command(compare)
@@ -251,20 +262,32 @@ cli.add_command(submit)
 cli.add_command(teacher)
 pairs.add_command(worklist)
 pairs.add_command(encode)
-in_bucket.guard(cli)
 
 
-def _check_allowed(folder: Path, stage: str, digests: tuple[str, ...]) -> None:
+def _decoder_of(model: Artifact, as_latents: bool) -> Path | None:
+    """The latents that a model was trained on, whose VAE decodes its samples; None if it was trained on data."""
+    from nfm.pipeline.artifacts.lineage import ancestors
+    from nfm.stages.data.latents.stage import NAME
+    from nfm.stages.trained.sampling import image_dtype_of
+
+    found = next((one for one in ancestors(model) if one.done and one.spec.get("stage") == NAME), None)
+    if as_latents and image_dtype_of(model.readable) == "uint8":
+        raise Unfit(f"--latents: {model.name} was trained on pixels; leave it out")
+    return None if found is None or as_latents else found.readable
+
+
+def _check_allowed(folder: Path, stage: str, digests: tuple[str, ...], latents: Path | None) -> None:
     """Raises Unfit where sampling would run code that its user has not allowed; says whose code runs."""
-    from nfm.stages.trained.foreign import own
+    from nfm.stages.trained.foreign import own, vae
 
-    for field, (function, sha256) in own.recorded(folder, stage).items():
+    code = own.recorded(folder, stage) | ({} if latents is None else vae.recorded(latents))
+    for field, (function, sha256) in code.items():
         if sha256 not in digests:
             raise Unfit(
                 f"{folder}: {field} = {function!r} is code, and may have been sent with the artifact: "
                 f"when you know the file of SHA-256 {sha256}, give --run-custom with it"
             )
-    own.announce_made(folder, stage, lambda text: click.echo(text, err=True))
+    own.announce({field: function for field, (function, _) in code.items()}, lambda text: click.echo(text, err=True))
 
 
 def _main_output(artifact: Artifact) -> str:

@@ -22,6 +22,7 @@ EXTRAS = {
     "ray": "ray",
     "matplotlib": "report",
     "torch_fidelity": "fid",
+    "diffusers": "latents",
     **dict.fromkeys(("tensorboard", "wandb"), "watch"),
 }
 

@@ -11,15 +11,14 @@ from typing import Literal
 
 import click
 
-from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, check_store, find
-from nfm.pipeline.cli.options import PLACE, LocalPath, OutputFile, Whole, json_option, picture_option
+from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact, artifacts_root, check_store, find
+from nfm.pipeline.cli.options import PLACE, LocalPath, OutputFile, Whole, json_option, level_options, picture_option
 from nfm.stages.display.units import clock, size
-from nfm.stages.stores.export import LAYOUTS
+from nfm.stages.stores.export import CODECS, LAYOUTS
 from nfm.storage.errors import StorageError, by
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import is_remote, names_in
 
-CODECS = ("float32", "float16", "int8")
 PLAIN_SECONDS = 15.0
 
 
@@ -109,7 +108,7 @@ def head(store: Path, count: int, draw: int, output: Path, teacher: Path) -> Non
 
     where = _where(store)
     word = str(teacher)
-    folder = None if word in ("auto", "none") else find(teacher).readable
+    folder = None if word in ("auto", "none") else _teacher(find(teacher))
     if word == "auto" and (digest := pairs_head.teacher_of(where)) is not None:
         folder = _by_content("teacher", digest)
         if folder is None:
@@ -120,20 +119,20 @@ def head(store: Path, count: int, draw: int, output: Path, teacher: Path) -> Non
 
 @pairs.command()
 @click.argument("store", type=PLACE)
-@click.option("--quick", "level", flag_value="quick", help="Sizes and digests of commits and manifests only.")
-@click.option("--deep", "level", flag_value="deep", help="Also read every record as stock readers do.")
-def verify(store: Path, level: Literal["quick", "deep"] | None) -> None:
+@level_options("Sizes and digests of commits and manifests only.", "Also read every record as stock readers do.")
+def verify(store: Path, level: Literal["quick", "default", "deep"]) -> None:
     """Check a store by itself, without its lineage; exit 1 on any finding."""
     from nfm.stages.stores import repair
 
-    findings = repair.verify(_where(store), level or "default")
+    where = _where(store)
+    findings = repair.verify(where, level)
     for finding in findings:
         click.echo(f"{finding.file}: {finding.problem}; {finding.remedy}")
     if findings:
         sys.exit(1)
-    if left := repair.unfinished(_where(store)):
+    if left := repair.unfinished(where):
         click.echo(left)
-    click.echo("clean")
+    click.echo(f"clean: {repair.looked_at(where, level)}")
 
 
 @pairs.command()
@@ -149,7 +148,7 @@ def seal(store: Path) -> None:
 @click.argument("store", type=PLACE)
 @click.argument("target", type=PLACE)
 @click.option("--layout", type=click.Choice([*LAYOUTS]), help="Default: the store's own.")
-@click.option("--codec", type=click.Choice(CODECS), help="Of the noise. Default: the store's own.")
+@click.option("--codec", type=click.Choice([*CODECS]), help="Of the noise. Default: the store's own.")
 @click.option("--generation", type=Whole(1, 9999), help="Default: the newest.")
 def export(store: Path, target: Path, layout: str | None, codec: str | None, generation: int | None) -> None:
     """Write a store to TARGET, a folder or URL, in another layout or codec.
@@ -191,6 +190,13 @@ def _where(store: Path) -> Path:
     artifact = find(store)
     check_store(artifact)
     return artifact.reference
+
+
+def _teacher(found: Artifact) -> Path:
+    """The folder of a teacher that was named."""
+    if (stage := found.spec.get("stage")) != "teacher":
+        raise WrongArtifact(f"--teacher {found.name}: of the stage {stage or 'pairs'}, not a teacher")
+    return found.readable
 
 
 def _any_generation(store: Path) -> Path:

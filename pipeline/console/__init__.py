@@ -81,7 +81,7 @@ class StopRequest:
         self.asked = True
         if self._at_once:
             raise KeyboardInterrupt
-        self._tell("stopping after the work in hand (again: at once; either way the next run goes on)")
+        self._tell("stopping; an unfinished shard is dropped (again: at once; either way the next run goes on)")
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if not self.asked_to_end:

@@ -9,9 +9,11 @@ from typing import Any
 from nfm.pipeline import prechecks
 from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.pipeline.config import RunConfig
-from nfm.pipeline.graph import STAGES, Node, manifest_of, optional, upstream
+from nfm.pipeline.graph import STAGES, Node, optional, upstream
 from nfm.pipeline.overview import Row, as_text, name_of, state_of
+from nfm.pipeline.prechecks import Facts
 from nfm.stages.base import Unfit
+from nfm.stages.data.latents import stage as latents
 from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
 from nfm.stages.pairs import progress as pairs_progress
@@ -27,7 +29,13 @@ from nfm.stages.trained.training import TrainingSection
 DONE, LATER = "nothing, is done", "run after its inputs"
 WORKERS = (1, 8, 64)
 TRAINED = (features.NAME, teacher.NAME, student.NAME)
-RATED = {features.NAME: "images", teacher.NAME: "images", pairs.NAME: "pairs", student.NAME: "pairs"}
+RATED = {
+    latents.NAME: "images",
+    features.NAME: "images",
+    teacher.NAME: "images",
+    pairs.NAME: "pairs",
+    student.NAME: "pairs",
+}
 
 
 @dataclass(frozen=True)
@@ -66,23 +74,24 @@ def plan(nodes: Mapping[str, Node], target: str, asked: Asked, say: Callable[[st
     asked.check(target)
     if asked.data is None:
         prechecks.check(nodes, target)
-        facts = _facts(nodes)
+        known = Facts(nodes) if nodes["data"].made() else Facts(nodes, {})
     else:
-        prechecks.check_fits(upstream(nodes, target), asked.data)
-        facts = dict(asked.data)
-    if not facts and (asked.rate or asked.workers):
+        known = Facts(nodes, asked.data)
+        prechecks.check_fits(upstream(nodes, target), known)
+    if not known.data and (asked.rate or asked.workers):
         raise Unfit(f"--rate and --workers: nothing can be counted yet; {_REMEDY}")
-    if facts and asked.memory is not None:
-        facts["device_memory"] = asked.memory * 1e9
+    memory = {} if asked.memory is None else {"device_memory": asked.memory * 1e9}
     clock = Clock(say) if asked.rate is None else None
     there = [(node, node.artifact() if asked.data is None else None) for node in upstream(nodes, target)]
     rows = []
     for node, artifact in there[asked.data is not None :]:  # inputs come first, and the first is the data
-        cost = Cost()
-        wanted = facts and (not _done(artifact) or (node.name == target and asked.rate))
+        cost, facts = Cost(), known.of(node)
+        wanted = known.data and (not _done(artifact) or (node.name == target and asked.rate))
         try:
-            if wanted:
-                cost = _cost(node, _facts_of(node, nodes, facts), clock)
+            if wanted and "image_shape" in facts:
+                cost = _cost(node, _facts_of(node, nodes, facts | memory), clock)
+            elif wanted:
+                cost = Cost(unknown=_AFTER_LATENTS)
         except ModuleNotFoundError as error:  # of the base install; the rest of the plan is told all the same
             cost = Cost(unknown=f"told with {error.name}, which is not installed here")
         if node.name == target and asked.rate and cost.count:
@@ -93,7 +102,8 @@ def plan(nodes: Mapping[str, Node], target: str, asked: Asked, say: Callable[[st
             {"stage": node.name, "artifact": name_of(node, artifact), "would": would, "cost": str(cost)}
             | {"figures": cost.figures()}
         )
-    if target == pairs.NAME and facts and (asked.workers or asked.rate or rows[-1]["would"] != DONE):
+    facts = known.of(nodes[target])
+    if target == pairs.NAME and "image_shape" in facts and (asked.workers or asked.rate or rows[-1]["would"] != DONE):
         rows[-1]["plan"] = _of_pairs(nodes[target], there[-1][1], _facts_of(nodes[target], nodes, facts), asked, clock)
     return rows
 
@@ -108,6 +118,7 @@ def plan_text(rows: Sequence[Row], target: str) -> str:
     return f"{text}\n\ncosts are not told before the data is there: {_REMEDY}" if untold else text
 
 
+_AFTER_LATENTS = "told when the latents are there (their VAE is code of its user's own, which a plan does not run)"
 _REMEDY = "run the data stage, or give --images N --image-shape CxHxW to plan without"
 
 
@@ -165,14 +176,8 @@ def _of_pairs(node: Node, artifact: Artifact | None, facts: Row, asked: Asked, c
     return found
 
 
-def _facts(nodes: Mapping[str, Node]) -> Row:
-    """What costs follow from: rows and shape, known once the data stage ran."""
-    data = nodes["data"].artifact() if "data" in nodes else None
-    return {} if data is None or not data.done else dict(manifest_of(data)["metrics"])
-
-
 def _facts_of(node: Node, nodes: Mapping[str, Node], facts: Row) -> Row:
-    """The same with the sections that this node's cost depends on, and the roles of its inputs.
+    """The facts of the images with the sections that this node's cost depends on, and the roles of its inputs.
 
     Reflow's student is the one that generates: an artifact that was named, or of the run.
     """

@@ -24,6 +24,8 @@ from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import STAGES, Node
 from nfm.stages.base import Finding, StageError
 from nfm.stages.couplings import custom
+from nfm.stages.data.latents import audit as latents_audit
+from nfm.stages.data.latents import stage as latents
 from nfm.stages.display.units import megabytes
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.stores import audit as store_audit
@@ -32,6 +34,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, is_remote, names_in, size_of
+from nfm.storage.ledger.standing import UNSEALED, again, unsealed
 
 Level = Literal["quick", "default", "deep"]
 
@@ -70,7 +73,7 @@ def audit(
 
 def own_code(config: RunConfig) -> frozenset[str]:
     """The digests of the custom functions that a run's own config names, of their files as they are now."""
-    nodes = [node for node in build(config).values() if node.stage in (pairs, student, teacher)]
+    nodes = [node for node in build(config).values() if node.stage in (latents, pairs, student, teacher)]
     return frozenset(digest for node in nodes for digest in node.external().values())
 
 
@@ -121,20 +124,36 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
         if "stage" in spec:  # otherwise the store was made without the pipeline: it has files but no identity
             findings += _check_identity(artifact, spec, body)
         findings += _check_files(artifact.path, body.get("files", []), hashed=level != "quick")
-        if STAGES[spec.get("stage", pairs.NAME)] is pairs:
-            done = {role: found for role, found in inputs_of(artifact).items() if found.done}
-            inputs = readable(done) if level != "quick" else {}
+        stage = STAGES[spec.get("stage", pairs.NAME)]
+        done = {role: found for role, found in inputs_of(artifact).items() if found.done}
+        inputs = readable(done) if stage in (pairs, latents) and level != "quick" else {}
+        if stage is pairs:
             more, statements = store_audit.audit(inputs, artifact.reference, level, deep_sample, allowed)
             findings += more
+        elif inputs and not findings:
+            more, statements = latents_audit.audit(inputs, artifact.readable, level, deep_sample, allowed)
+            findings += more
     except (StorageError, ArtifactError, StageError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        findings.append(
-            Finding(str(artifact.path), f"{error}" or type(error).__name__, "restore it, or make it again: remove the "
-                    "folder and run its stage")
-        )  # fmt: skip
+        findings.append(_unreadable(artifact, error))
     return Audited(
         artifact.name, artifact.manifest_name, files, size, findings, statements,
         round(time.monotonic() - started, 3),
     )  # fmt: skip
+
+
+def _unreadable(artifact: Artifact, error: Exception) -> Finding:
+    """The finding of an artifact that could not be looked at to the end. A file that the error names is named once."""
+    if artifact.started and not artifact.done:
+        if artifact.of_store:
+            return Finding(str(artifact.path), UNSEALED, unsealed(artifact.path))
+        return Finding(str(artifact.path), f"not finished: it has no {artifact.manifest_name}", "run its stage again")
+    where, _, problem = str(error).partition(": ")
+    if not problem or not where.startswith(str(artifact.path)):
+        where, problem = str(artifact.path), str(error) or type(error).__name__
+    remedy = "restore it, or make it again: remove the folder and run its stage"
+    if artifact.of_store:
+        remedy = f"restore it from a copy; or `nfm repair` it, and then {again(artifact.path)}"
+    return Finding(where, problem.rstrip("."), remedy)
 
 
 def _extent(body: dict[str, Any]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,14 +21,18 @@ from nfm.pipeline.upkeep.needed import IDLE_SECONDS, Standing
 from nfm.stages.display import units
 from nfm.stages.stores import leftovers
 from nfm.storage.errors import StorageError
-from nfm.storage.files import atomic
-from nfm.storage.files.paths import size_of
+from nfm.storage.files import atomic, paths
+from nfm.storage.files.copies import resume
+from nfm.storage.files.durable import sync_folder
+from nfm.storage.files.folder import below
+from nfm.storage.files.paths import exists, is_remote, several
 
 Say = Callable[[str], None]
 BESIDE = ("events", "audits", "failed")  # folders that a store's own check of its files ignores
 WHY = {
     "attempt": "its worker was killed before the commit",
     "temporary": "its writer was killed",
+    "state": "of a training that is finished",
     "quarantine": "set aside by nfm repair",
 }
 
@@ -37,7 +41,7 @@ WHY = {
 class Garbage:
     """One thing that may be removed: an artifact, or leftovers in one. `name` is relative to the root."""
 
-    kind: str  # attempt, temporary, quarantine, artifact or remains
+    kind: str  # attempt, temporary, state, quarantine, artifact or remains
     name: str
     folder: Path  # of the artifact, or of the artifact that holds the leftovers
     files: int
@@ -84,7 +88,7 @@ def remove(found: Iterable[Garbage], older_than: float, say: Say) -> list[Garbag
                 gone += _take(folder, batch, older_than, say, ours.check)
         except lock.Held as error:
             say(f"stays: {error}")
-        if not (folder / "spec.json").exists():
+        if not is_remote(folder) and not (folder / "spec.json").exists():
             with contextlib.suppress(OSError):  # another process starts it again
                 folder.rmdir()
     return gone
@@ -111,14 +115,17 @@ def _leftovers(folder: Path, store: bool) -> list[Garbage]:
     """What may be removed from an artifact that is kept."""
     prefix, found = f"{folder.parent.name}/{folder.name}", list[Garbage]()
     now = time.time()
-    for part in [folder / name for name in BESIDE] if store else [folder]:
-        for path in _files(part):
-            if not atomic.is_temporary(path):
-                continue
-            with contextlib.suppress(FileNotFoundError):  # published a moment ago
-                facts, name = path.lstat(), f"{prefix}/{path.relative_to(folder)}"
-                if now - facts.st_mtime >= IDLE_SECONDS:
-                    found.append(Garbage("temporary", name, folder, 1, facts.st_size, WHY["temporary"], (path,)))
+    for part in [f"{name}/" for name in BESIDE] if store else [""]:
+        files = below(folder / part if part else folder)
+        for name, facts in files.items():
+            if atomic.is_temporary(name) and now - facts.changed >= IDLE_SECONDS:
+                whole, path = f"{prefix}/{part}{name}", folder / f"{part}{name}"
+                found.append(Garbage("temporary", whole, folder, 1, facts.bytes, WHY["temporary"], (path,)))
+        if is_remote(folder) and not store and "manifest.json" in files:
+            states = {name: facts for name, facts in files.items() if name.startswith(f"{resume.FOLDER}/")}
+            if states and all(now - facts.changed >= IDLE_SECONDS for facts in states.values()):
+                size, left = sum(facts.bytes for facts in states.values()), tuple(folder / name for name in states)
+                found.append(Garbage("state", f"{prefix}/{resume.FOLDER}", folder, len(left), size, WHY["state"], left))
     with contextlib.suppress(StorageError):  # it became unreadable since it was checked
         for one in leftovers.leftovers(folder) if store else ():
             if now - one.since >= IDLE_SECONDS:
@@ -128,13 +135,11 @@ def _leftovers(folder: Path, store: bool) -> list[Garbage]:
 
 
 def _whole(held: Standing) -> Garbage:
-    count = size = 0
-    for path in _files(held.path):
-        if not gc_needed.of_lock(path.name):
-            count, size = count + 1, size + (size_of(path) or 0)
+    files = {name: facts for name, facts in below(held.path).items() if not _of_lock(name)}
+    count, size = len(files), sum(facts.bytes for facts in files.values())
     if not held.stage:
         return Garbage("remains", held.name, held.path, count, size, "an empty folder")
-    unfinished = "" if any(held.path.glob("manifest*.json")) else ", and it is not finished"
+    unfinished = "" if gc_needed.manifests_in(held.path) else ", and it is not finished"
     return Garbage("artifact", held.name, held.path, count, size, f"nothing depends on it{unfinished}")
 
 
@@ -154,7 +159,7 @@ def _take(folder: Path, batch: list[Garbage], older_than: float, say: Say, check
     if batch[0].kind in ("artifact", "remains"):
         user = gc_needed.user_of(batch[0].name)
         why = f"{user} was made from it" if user else ""
-        if (folder / "spec.json").exists():  # otherwise only the folder shows its age, which our lock has just changed
+        if exists(folder / "spec.json"):  # otherwise only the folder shows its age, which our lock has just changed
             why = why or gc_needed.recently(folder, older_than, time.time())
         if why:
             say(f"stays: {batch[0].name}: {why}")
@@ -165,8 +170,10 @@ def _take(folder: Path, batch: list[Garbage], older_than: float, say: Say, check
     gone = [one for one in batch if still.issuperset(one.paths)]
     for one in gone:
         check()
-        _unlink(one.paths)
-        for parent in sorted({path.parent for path in one.paths}, key=lambda path: -len(path.parts)):
+        several(folder, paths.remove, one.paths)
+        for parent in (
+            () if is_remote(folder) else sorted({path.parent for path in one.paths}, key=lambda path: -len(path.parts))
+        ):
             _remove_empty(parent, folder)
     return gone
 
@@ -181,36 +188,37 @@ def _remove_artifact(folder: Path, check: Callable[[], None]) -> None:
     If it is killed in between, the artifact is not finished.
     """
     check()
-    _unlink(folder.glob("manifest*.json"))
-    _flush(folder)
-    commits = folder / "commits"
-    if commits.is_dir() and not commits.is_symlink():  # files behind a link do not belong to this artifact
-        _unlink(path for path in commits.iterdir() if path.is_symlink() or not path.is_dir())
-        _flush(commits)
+    _remove_files(folder, gc_needed.manifests_in(folder))
+    _remove_files(folder, [name for name in below(folder) if name.startswith("commits/")])
     check()
-    last = folder / "spec.json"
-    _unlink(path for path in _files(folder) if path != last and not gc_needed.of_lock(path.name))
+    several(
+        folder, paths.remove, [folder / name for name in below(folder) if name != "spec.json" and not _of_lock(name)]
+    )
+    if is_remote(folder):
+        paths.remove(folder / "spec.json")
+        return
     for inside, folders, _ in os.walk(folder, topdown=False):
         for name in folders:
             os.rmdir(os.path.join(inside, name))
-    _flush(folder)
-    last.unlink(missing_ok=True)
-    _unlink(folder.glob("lock.*.taken"))  # of killed takeovers, as are these:
+    sync_folder(folder)
+    (folder / "spec.json").unlink(missing_ok=True)
+    for path in folder.glob("lock.*.taken"):  # of killed takeovers, as are these:
+        path.unlink(missing_ok=True)
     atomic.clear_temporaries(folder)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, and every link. Links are not followed, even if the folder is one."""
-    if folder.is_symlink():
-        return
-    for inside, folders, names in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(inside, name))]
-        yield from (Path(inside, name) for name in [*names, *links])
+def _remove_files(folder: Path, names: Sequence[str]) -> None:
+    """Removes files of an artifact. On a disk it is durable before others are removed: after a power cut, a manifest
+    must not reappear without its shards.
+    """
+    several(folder, paths.remove, [folder / name for name in names])
+    if not is_remote(folder):
+        for parent in {(folder / name).parent for name in names}:
+            sync_folder(parent)
 
 
-def _unlink(files: Iterable[Path]) -> None:
-    for path in files:
-        path.unlink(missing_ok=True)
+def _of_lock(name: str) -> bool:
+    return gc_needed.of_lock(name.rpartition("/")[2])
 
 
 def _remove_empty(folder: Path, root: Path) -> None:
@@ -222,14 +230,3 @@ def _remove_empty(folder: Path, root: Path) -> None:
         except OSError:
             return
         folder = folder.parent
-
-
-def _flush(folder: Path) -> None:
-    """Makes removals durable before others begin: after a power cut, a manifest must not reappear without
-    its shards.
-    """
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

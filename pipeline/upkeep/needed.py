@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +14,14 @@ from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.builder import build
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import STAGES, Node
+from nfm.pipeline.submit.slurm import SUBMISSIONS
 from nfm.stages.base import StageError
 from nfm.stages.pairs import stage as pairs
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
+from nfm.storage.files.folder import below
+from nfm.storage.files.paths import as_path, exists, is_remote, names_in, several
 
-SUBMISSIONS = "submissions"
 END_PRODUCTS = ("student", "evaluate", "report", "compare")
 IDLE_SECONDS = 3600.0  # changed more recently: it may be in progress, as not every worker takes the lock
 
@@ -51,7 +52,8 @@ def survey(configs: Sequence[RunConfig], older_than: float) -> list[Standing]:
     a config, listed by a submission, changed within `older_than` seconds, or if something that is kept was made from
     it. Without any config, pair stores are kept too, because readers elsewhere are unknown.
     """
-    found = {_name(path): _look(path) for path in _folders()}
+    paths = _folders()
+    found = {_name(path): held for path, held in zip(paths, several(artifacts_root(), _look, paths))}
     queued = _queued()
     reached = [reach for config in configs for reach in _reached(config)]
     for held in found.values():
@@ -84,32 +86,44 @@ def of_lock(name: str) -> bool:
 
 def user_of(name: str) -> str:
     """An artifact that was made from the one of this name; empty if there is none now."""
-    for path in _folders():
+
+    def look(path: Path) -> Standing:
         other = Standing(path)
-        if _describe(other, ["spec"]) and name in other.inputs:
-            return other.name
-    return ""
+        _describe(other, ["spec.json"])
+        return other
+
+    others = several(artifacts_root(), look, _folders())
+    return next((other.name for other in others if name in other.inputs), "")
 
 
 def _folders() -> list[Path]:
     """The folders of artifacts, complete or not. Hidden ones belong to the pipeline, others to the user."""
-    root = artifacts_root().resolve()
-    return [path for path in sorted(root.glob("[!.]*/[!.]*")) if path.is_dir() and _is_ours(path)]
+    root = artifacts_root()
+    if is_remote(root):
+        found = ours.folders(root)
+    else:
+        found = [path for path in sorted(root.resolve().glob("[!.]*/[!.]*")) if path.is_dir()]
+    return [path for path, own in zip(found, several(root, _is_ours, found)) if own]
 
 
 def _is_ours(path: Path) -> bool:
     """Whether a folder is ours, by its `spec.json`; without one (after a killed run or gc), by its name."""
-    if (path / "spec.json").exists():
+    if exists(path / "spec.json"):
         return path.parent.name != SUBMISSIONS and not ours.is_foreign(path / "spec.json")
-    return path.parent.name in STAGES and ours.FINGERPRINT.fullmatch(path.name) is not None
+    if path.parent.name not in STAGES or ours.FINGERPRINT.fullmatch(path.name) is None:
+        return False
+    # A lock that was given back stays in a bucket; a folder with nothing else is no artifact's.
+    return not is_remote(path) or not all(of_lock(name) for name in below(path)) or Lock(path).lives()
 
 
 def _queued() -> dict[str, str]:
     """Stores that tasks of a submission may be about to complete: name -> submission. Such tasks hold no lock."""
     found = {}
-    for file in sorted(artifacts_root().glob(f"{SUBMISSIONS}/*/worklist.json")):
+    submissions = artifacts_root() / SUBMISSIONS
+    for name in names_in(submissions):
         try:
-            found[_name(Path(atomic.read_json(file)["store"]))] = f"{SUBMISSIONS}/{file.parent.name}"
+            body = atomic.read_json(submissions / name / "worklist.json")
+            found[_name(as_path(body["store"]))] = f"{SUBMISSIONS}/{name}"
         except (StorageError, KeyError, TypeError):
             continue  # damaged: its tasks refuse it too
     return found
@@ -122,25 +136,31 @@ def _name(path: Path) -> str:
 
 def _look(path: Path) -> Standing:
     held = Standing(path, locked=Lock(path).lives())
-    if not (path / "spec.json").exists():
-        if any(not of_lock(name) for _, _, names in os.walk(path) for name in names):
+    manifests = manifests_in(path)
+    if not exists(path / "spec.json"):
+        if any(not of_lock(name.rpartition("/")[2]) for name in below(path)):
             held.damage = "it has no spec.json"
-        held.told = not any(path.glob("manifest*.json")) or _describe(held, ["manifest"])
+        held.told = not manifests or _describe(held, manifests)
         return held
-    held.told = _describe(held, ["spec", "manifest"])
+    held.told = _describe(held, ["spec.json", *manifests])
     try:
-        for name in ["spec.json", *(manifest.name for manifest in path.glob("manifest*.json"))]:
+        for name in ["spec.json", *manifests]:
             Artifact(path, name).manifest()
     except (StorageError, ArtifactError) as error:
-        held.damage = str(error).removeprefix(f"{path}{os.sep}")
+        held.damage = str(error).removeprefix(f"{path}/")
     return held
 
 
-def _describe(held: Standing, sources: Sequence[str]) -> bool:
+def manifests_in(path: Path) -> list[str]:
+    """The names of the manifests of an artifact."""
+    return [name for name in names_in(path) if name.startswith("manifest") and name.endswith(".json")]
+
+
+def _describe(held: Standing, names: Sequence[str]) -> bool:
     """Fills in stage, config and inputs from the first readable file. Returns False if none is readable."""
-    for file in (file for source in sources for file in sorted(held.path.glob(f"{source}*.json"))):
+    for name in names:
         try:
-            body = atomic.read_json(file)
+            body = atomic.read_json(held.path / name)
             references = body.get("inputs", {}).values()
             held.inputs = [_name(Path(reference["artifact"])) for reference in references]
         except (StorageError, KeyError, TypeError, AttributeError):
@@ -158,7 +178,7 @@ def _own_reason(held: Standing, reached: Sequence[_Reach], queued: Mapping[str, 
         return "somebody works on it"
     if held.stage in END_PRODUCTS:
         return f"an end product ({held.stage})"
-    if held.path.is_symlink():
+    if not is_remote(held.path) and held.path.is_symlink():
         return "a link: its files lie elsewhere"
     if held.stage == "elsewhere":
         return "made without the pipeline"
@@ -166,7 +186,7 @@ def _own_reason(held: Standing, reached: Sequence[_Reach], queued: Mapping[str, 
         return "a config given with -c reaches it"
     if held.name in queued:
         return f"{queued[held.name]} is to complete it"
-    if held.store and not reached and any(held.path.glob("commits/*.json")):
+    if held.store and not reached and names_in(held.path / "commits"):
         return "a pair store with work in it; it goes only where -c names the configs in use and none reaches it"
     return ""
 
@@ -221,20 +241,16 @@ def _spread(found: dict[str, Standing]) -> None:
 
 def _times(path: Path) -> tuple[float, float, float]:
     """The times of the last change of any file, of the last change by work, and of the last change of a manifest."""
-    sealed = 0.0
-    changed = written = 0.0 if (path / "spec.json").exists() else path.stat().st_mtime  # a run may be starting there
-    for folder, _, names in os.walk(path):
-        records = Path(folder) != path and Path(folder).relative_to(path).parts[0] in ("events", "audits")
-        for name in names:
-            if of_lock(name):
-                continue
-            try:
-                at = os.lstat(os.path.join(folder, name)).st_mtime
-            except FileNotFoundError:
-                at = time.time()  # it has just disappeared: another process is at work
-            changed = max(changed, at)
-            if name.startswith("manifest") and folder == str(path):
-                sealed = max(sealed, at)
-            elif not records:
-                written = max(written, at)
+    sealed = changed = written = 0.0
+    if not is_remote(path) and not (path / "spec.json").exists():
+        changed = written = path.stat().st_mtime  # a run may be starting there
+    for name, facts in below(path).items():
+        top, _, rest = name.partition("/")
+        if of_lock(name.rpartition("/")[2]):
+            continue
+        changed = max(changed, facts.changed)
+        if name.startswith("manifest") and not rest:
+            sealed = max(sealed, facts.changed)
+        elif top not in ("events", "audits") or not rest:
+            written = max(written, facts.changed)
     return changed, written, sealed

@@ -45,7 +45,7 @@ class CouplingFacts:
 
     @property
     def gaussian(self) -> bool:
-        """Whether the noise is exactly N(0, I) when it is made."""
+        """Whether the noise is drawn from the seed, exactly N(0, I), so that codec `seeded` can make it again."""
         return self.noise != "made"
 
 

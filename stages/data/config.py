@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -64,6 +64,14 @@ class DataConfig(Section):
     name: str | None = None  # written to dataset.json, which the content digest covers
     licence: str | None = operational(None)
     origin: str | None = operational(None)
+
+    @field_validator("heldout", "max_rejected", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        """Tells a count from a share."""
+        if isinstance(value, int | float) and value > 1:
+            raise ValueError("a share of all images, from 0 to 1, no count: 0.05 is one in twenty")
+        return value
 
     @field_validator("path")
     @classmethod

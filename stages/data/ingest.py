@@ -24,12 +24,12 @@ from nfm.stages.data.source import Encoded, Loaded
 from nfm.stages.data.sources import opened
 from nfm.stages.executors.jobs import Job, Timing, Unit, Work, new_attempt
 from nfm.stages.executors.outcomes import reasons, settled
-from nfm.storage.dataset.images import ROWS_PER_BLOCK, fields_of
+from nfm.storage.dataset.images import shard_writer
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import as_path, is_remote
-from nfm.storage.layouts.tar_blocks import ShardWriter
 
 TOLD_FAILURES = 3
+WRITE_ROWS = 256  # at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,10 @@ def ingest_shard(
         usable = np.setdiff1d(np.arange(len(mine.labels)), list(loaded.rejected))
         sha256, size = "", 0
         if len(usable):
-            fields = fields_of(loaded.images.shape[1:], "uint8")
-            with ShardWriter(file, fields, len(usable), job.name, ROWS_PER_BLOCK) as shard:
-                for start in range(0, len(usable), ROWS_PER_BLOCK):
-                    some = usable[start : start + ROWS_PER_BLOCK]
+            split, number = of_parts.split_name(job.name)
+            with shard_writer(file, split, number, len(usable), loaded.images.shape[1:], "uint8") as shard:
+                for start in range(0, len(usable), WRITE_ROWS):
+                    some = usable[start : start + WRITE_ROWS]
                     shard.append({"image": loaded.images[some], "label": mine.labels[some]})
                 (stored,) = shard.close()
             sha256, size = stored.sha256, stored.bytes

@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nfm.stages.data.source import Encoded, Places
-from nfm.storage.dataset.images import ROWS_PER_BLOCK, ReadyShard, fields_of
+from nfm.storage.dataset.images import ReadyShard, written_shard
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import exists, size_of
 from nfm.storage.files.small_files import plain
-from nfm.storage.layouts.tar_blocks import MappedShard
+from nfm.storage.layouts import Shard
 
 FOLDER = "parts"
 _PLAN = f"{FOLDER}/plan.parquet"
@@ -61,6 +61,12 @@ class PartCommit:
     @property
     def file(self) -> str:
         return part_file(self.name, self.attempt)
+
+
+def split_name(name: str) -> tuple[str, int]:
+    """The split, or "listed", and the number of a part."""
+    split, _, number = name.rpartition("-s")
+    return split, int(number)
 
 
 def part_file(name: str, attempt: str) -> str:
@@ -183,7 +189,7 @@ class Parts:
         total = sum(len(part.positions) for part in parts)
         self.out, self._commits, self.shape = out, commits, (total, *image_shape)
         self._part, self._at = np.full(total, -1), np.full(total, -1)
-        self._open: dict[int, MappedShard] = {}
+        self._open: dict[int, Shard] = {}
         self.rejected: dict[int, str] = {}
         for number, (part, commit) in enumerate(zip(parts, commits)):
             left = np.delete(part.positions, [int(place) for place in commit.rejected])
@@ -213,9 +219,8 @@ class Parts:
             return None
         return ReadyShard(self.out / commit.file, commit.sha256, commit.bytes)
 
-    def _shard(self, number: int) -> MappedShard:
+    def _shard(self, number: int) -> Shard:
         if number not in self._open:
             commit = self._commits[number]
-            fields = fields_of(tuple(self.shape[1:]), "uint8")
-            self._open[number] = MappedShard(self.out / commit.file, fields, commit.records, ROWS_PER_BLOCK)
+            self._open[number] = written_shard(self.out / commit.file, commit.records, self.shape[1:], "uint8")
         return self._open[number]

@@ -29,7 +29,8 @@ from nfm.stages.data.parts import Parts
 from nfm.stages.data.reading.tree import Skipped
 from nfm.stages.data.settings import check_names, check_owners, check_settings, tell_untrained
 from nfm.stages.data.source import Encoded
-from nfm.stages.data.sources import Source, opened
+from nfm.stages.data.sources import SOURCES, Source, opened
+from nfm.stages.executors import EXECUTORS, ray_cluster
 from nfm.storage.dataset.images import DatasetWriter, ReadyShard
 from nfm.storage.format.order import permute
 
@@ -38,7 +39,6 @@ VERSION = 1
 STOPS_AT_ONCE = True  # what is committed stays, and nothing else is worth waiting for
 
 WRITE_CHUNK = 1024
-NAMED_REJECTS = 3
 TOLD_REASONS = 8
 PRODUCTS = ("train", "heldout", "train.parquet", "heldout.parquet", "rejected.parquet", "dataset.json")
 
@@ -70,6 +70,17 @@ def open_source(config: DataConfig) -> Source:
     check_names(config)
     source: Source = opened(config)
     return source
+
+
+def starts_anew(config: DataConfig) -> bool:
+    """Whether a stopped run leaves nothing: arrays are copied as a whole, encoded images are decoded in parts."""
+    return not issubclass(SOURCES[config.source], Encoded)
+
+
+def needs(config: DataConfig) -> None:
+    """Raises StageError if something that a run needs is missing: the Ray cluster."""
+    if EXECUTORS[config.executor].cluster:
+        ray_cluster.check_reachable(config.ray_address, 'data.executor = "ray"', "--set data.executor=serial")
 
 
 def source_identity(config: DataConfig, known: Path | None = None) -> dict[str, Any]:
@@ -116,11 +127,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
             loaded = source.load(rows, scratch, report)
         rejected = [(source.keys[rows[position]], reason) for position, reason in loaded.rejected.items()]
         if rejected:
-            _set_aside(rejected, len(rows), config.max_rejected, out / "rejected.parquet")
-            aside = Skipped()
-            for key, reason in rejected:
-                aside.add(reason, key)
-            for line in aside.lines(TOLD_REASONS):
+            for line in _set_aside(rejected, len(rows), config.max_rejected, out / "rejected.parquet"):
                 report.say(f"set aside: {line}")
         about = _about(config, source, identity)
         image_shape = loaded.images.shape[1:]
@@ -131,7 +138,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         usable = np.setdiff1d(np.arange(len(rows)), list(loaded.rejected))
         train, heldout = np.split(usable, [np.searchsorted(usable, len(own))])
         if not len(train):
-            why = f"see {out / 'rejected.parquet'}" if rejected else "data.limit and data.heldout leave none"
+            why = f"all of them with reasons: {out / 'rejected.parquet'}" if rejected else "data.heldout leaves none"
             raise StageError(f"none of the {len(own)} training images can be used: {why}")
         tell_untrained(config, source, rows[train], rows[heldout], report)
         writer = DatasetWriter(
@@ -199,17 +206,24 @@ def _reported(chunks: Iterator[Chunk], done: int, total: int, report: Reporter) 
         report.progress(done, total, "images")
 
 
-def _set_aside(rejected: Sequence[tuple[str, str]], total: int, fraction: float, table: Path) -> None:
-    """Writes the table of rejected records, which must remain after a failure. Fails if there are too many."""
+def _set_aside(rejected: Sequence[tuple[str, str]], total: int, share: float, table: Path) -> list[str]:
+    """Writes the table of rejected records, which must remain after a failure. Fails if there are too many.
+
+    Returns a line for each reason.
+    """
     columns = {"key": [key for key, _ in rejected], "reason": [reason for _, reason in rejected]}
     pq.write_table(pa.table(columns), table)
-    if len(rejected) > fraction * total:
-        first = "; ".join(f"{key}: {reason}" for key, reason in rejected[:NAMED_REJECTS])
+    aside = Skipped()
+    for key, reason in rejected:
+        aside.add(reason, key)
+    lines = aside.lines(TOLD_REASONS)
+    if len(rejected) > share * total:
         raise StageError(
-            f"{len(rejected)} of {total} images cannot be used, data.max_rejected = {fraction:g} allows "
-            f"{int(fraction * total)}: {first}{'; ...' if len(rejected) > NAMED_REJECTS else ''}. "
-            f"All of them with reasons: {table}. Repair or remove them, or raise data.max_rejected"
+            f"{len(rejected)} of {total} images cannot be used, data.max_rejected = {share:g} allows "
+            f"{int(share * total)}: {'; '.join(lines)}. All of them with reasons: {table}. Repair or remove them, or "
+            "raise data.max_rejected, the share of the images that may be set aside"
         )
+    return lines
 
 
 def _about(config: DataConfig, source: Source, identity: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,11 @@ def clock(seconds: float | None) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def at_most(bad: int, looked_at: int) -> str:
+    """What a sample says of the rest: if none of n is bad, at most 3/n are, by the rule of three."""
+    return "see the findings" if bad else f"at most {3 / looked_at:.2%} with 95 % confidence"
+
+
 def duration(seconds: float) -> str:
     """A time to the second, written out: `1 min 15 s`."""
     whole = round(seconds)

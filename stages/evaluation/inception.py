@@ -7,7 +7,6 @@ those of TensorFlow's graph of 2015-12-05, gives the features that FID is define
 from __future__ import annotations
 
 import functools
-import hashlib
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import numpy as np
 from nfm.stages.base import Unfit
 from nfm.storage import ImageDataset
 from nfm.storage.errors import by
+from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,12 +40,12 @@ def find_weights(path: str | None) -> Path:
 
 def weights_sha256(path: str | None) -> str:
     """SHA-256 of the weights file, read once in each process unless the file changes. Raises as `find_weights`."""
-    return _sha256(*_now(find_weights(path)))
+    return atomic.standing_sha256(find_weights(path))
 
 
 def statistics_sha256(path: str) -> str:
     """SHA-256 of a file of statistics, in the same way. Raises as `statistics`."""
-    return _sha256(*_now(_find_statistics(path)))
+    return atomic.standing_sha256(_find_statistics(path))
 
 
 def statistics(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -96,12 +96,6 @@ def _statistics(file: Path, size: int, modified_ns: int) -> tuple[np.ndarray, np
 def _now(file: Path) -> tuple[Path, int, int]:
     found = file.stat()
     return file.resolve(), found.st_size, found.st_mtime_ns
-
-
-@functools.lru_cache(maxsize=8)
-def _sha256(file: Path, size: int, modified_ns: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def load(weights: str | None, source: ImageDataset, device: str) -> nn.Module:

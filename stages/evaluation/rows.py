@@ -33,10 +33,7 @@ SHOWN = 64
 # Columns that only a sampler has.
 NOT_SAMPLED = ["coupling", "sampler", "nfe", "guidance", "images_per_second", "batch", "latency_seconds", "parameters"]
 
-_REMEDY = (
-    'use evaluate.precision = "float32" or less guidance, or look at the loss of its training in metrics.jsonl: one '
-    "that diverged wants a smaller learning_rate"
-)
+_DIVERGED = "look at the loss of its training in metrics.jsonl: one that diverged wants a smaller learning_rate"
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,11 @@ class Bench:
     @functools.cached_property
     def source(self) -> ImageDataset:
         return ImageDataset.open(self.inputs["data"], "train")
+
+    @functools.cached_property
+    def drawn(self) -> ImageDataset:
+        """What the models were trained on: the latents of `source`, if there are any. Its rows have the same labels."""
+        return ImageDataset.open(self.inputs.get("latents", self.inputs["data"]), "train")
 
     @functools.cached_property
     def reference(self) -> Reference:
@@ -100,7 +102,7 @@ class Bench:
         parts: list[np.ndarray] = []
         shown: list[np.ndarray] = []
         self.report.progress(0, self.count, "images", row=sampler.name)
-        for images in draw(sampler.decode, self.source, self.count, config.seed, config.batch_size, self.device):
+        for images in draw(sampler.decode, self.drawn, self.count, config.seed, config.batch_size, self.device):
             if self.report.stopping:
                 raise Stopped
             _refuse_broken(sampler.name, images, config)
@@ -130,13 +132,13 @@ class Bench:
         from nfm.trainers.solvers import curvature
 
         trajectories = self.config.curvature_trajectories
-        noise, labels = initial(self.source, np.arange(trajectories), self.config.seed, self.device)
+        noise, labels = initial(self.drawn, np.arange(trajectories), self.config.seed, self.device)
         model = student.load(self.inputs[role], self.device, self.config.ema)
         with torch.no_grad(), precision_context(noise.device.type, self.config.precision):
             value = float(curvature(velocity(model, labels), noise, CURVATURE_STEPS))
         variant = variant_of(self.inputs[role])
         if not math.isfinite(value):
-            raise StageError(f"the curvature of the student on {variant} pairs is {value}: {_REMEDY}")
+            raise StageError(f"the curvature of the student on {variant} pairs is {value}: {_remedy(self.config)}")
         return {
             "model": "student",
             "coupling": variant,
@@ -157,7 +159,7 @@ class Bench:
         import torch
 
         slots = np.arange(batch)
-        noise, labels = initial(self.source, slots, 0, self.device)
+        noise, labels = initial(self.drawn, slots, 0, self.device)
         fresh = fresh_noise(0, slots, noise)
         taken = []
         for _ in range(repeats + 1):  # the first run is a warm-up
@@ -174,5 +176,12 @@ def _refuse_broken(row: str, images: np.ndarray, config: EvaluateConfig) -> None
     if broken:
         raise StageError(
             f"row {row}: {broken} of {len(images)} samples in a batch have values that are not finite "
-            f'(evaluate.precision = "{config.precision}"): {_REMEDY}'
+            f'(evaluate.precision = "{config.precision}"): {_remedy(config)}'
         )
+
+
+def _remedy(config: EvaluateConfig) -> str:
+    """What may help against values that are not finite, of what is not so already."""
+    ways = [] if config.precision == "float32" else ['use evaluate.precision = "float32"']
+    ways += ["use less guidance"] if config.guidance or config.student_guidance else []
+    return ", or ".join([*ways, _DIVERGED])

@@ -33,12 +33,13 @@ from nfm.stages.trained import student
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock
-from nfm.stages.trained.foreign import own
+from nfm.stages.trained.foreign import own, vae
 from nfm.stages.trained.sampling import (
     Sampler,
     evaluations_per_second,
     find_reference_solver,
     has_own_sampler,
+    in_pixels,
     own_sampler,
     reference_sampler,
     student_sampler,
@@ -89,10 +90,16 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     check(config)
     if config.statistics is not None:
         report.say(_of_published(config, bench.count))
+    for variant in config.baselines:
+        if f"student:{variant}" not in inputs:
+            report.say(f"evaluate.baselines names {variant}, which is the run's own student: it has one row")
     for role in ("teacher", *_students(inputs)):
         if role in inputs:
             own.announce_made(inputs[role], role.partition(":")[0], report.say)
-    samplers = list(_samplers(config, inputs, device))
+    if "latents" in inputs:
+        vae.announce(vae.read_facts(inputs["latents"]).vae, report.say)
+    decoder = vae.of_artifact(inputs["latents"], device)[0].decode if "latents" in inputs else None
+    samplers = [in_pixels(sampler, decoder) for sampler in _samplers(config, inputs, device)]
     pictures = [f"{SAMPLES}/{sampler.name}.npz" for sampler in samplers]
     if len(set(pictures)) < len(pictures):
         raise StageError(f"two students are of one variant: {', '.join(s.name for s in samplers)}; evaluate them apart")

@@ -9,6 +9,7 @@ stay, unfinished ones are dropped. If `halt.ending` becomes true, started jobs a
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Protocol, Self
 from nfm.stages.base import call
 
 TRIES = 3
+_OUR_CLASS = re.compile(r"^nfm\.[\w.]+: ")
 
 
 class Halt(Protocol):
@@ -116,3 +118,8 @@ class Outcome:
 
 def new_attempt() -> str:
     return secrets.token_hex(4)
+
+
+def last_line(traceback: str) -> str:
+    """The last line of a failed job's traceback; for our own errors, only their message."""
+    return _OUR_CLASS.sub("", (traceback.strip().splitlines() or ["no message"])[-1])

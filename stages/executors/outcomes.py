@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from nfm.stages.base import Reporter
-from nfm.stages.executors.jobs import Outcome
+from nfm.stages.executors.jobs import Outcome, last_line
 from nfm.stages.executors.tally import Tally
 from nfm.storage.errors import StorageError
 from nfm.storage.errors.masked import masked
@@ -16,7 +15,6 @@ from nfm.storage.files import atomic
 from nfm.storage.files.paths import exists, inside, names_in, remove
 from nfm.storage.files.small_files import read_tail
 
-_OUR_CLASS = re.compile(r"^nfm\.[\w.]+: ")
 _TAIL_BYTES = 1 << 16  # of a traceback, whose last line is reported
 
 
@@ -37,6 +35,7 @@ def settled(
     """
     failures: list[Outcome] = []
     told: set[str] = set()
+    failed_before = set(names_in(out / "failed"))  # so that other jobs cost no request to remove nothing
     tally = Tally()
     report.progress(done, total, unit)
     for outcome in outcomes:
@@ -48,7 +47,8 @@ def settled(
         else:
             done += count(outcome.commit)
             tally.add(outcome)
-            remove(failure_path(out, outcome.job.name))
+            if (failure := failure_path(out, outcome.job.name)).name in failed_before:
+                remove(failure)
             report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds, worker=outcome.worker)
             also(outcome)
         report.progress(done, total, unit, tally.rows(), failed=len(failures))
@@ -80,7 +80,7 @@ def _set_aside(out: Path, outcome: Outcome, report: Reporter, told: set[str]) ->
     error = masked(outcome.error or "no message")
     inside(out, "failed")  # raises if a link would lead out of the store
     atomic.write_bytes(failure_path(out, outcome.job.name), error.encode())
-    reason = _last_line(error)
+    reason = last_line(error)
     if reason not in told:
         told.add(reason)
         report.say(f"{outcome.job.name} failed and is set aside: {reason}")
@@ -89,11 +89,6 @@ def _set_aside(out: Path, outcome: Outcome, report: Reporter, told: set[str]) ->
 
 def _reason(path: Path, out: Path) -> str:
     try:
-        return _last_line(read_tail(path, _TAIL_BYTES, root=out).decode(errors="replace"))
+        return last_line(read_tail(path, _TAIL_BYTES, root=out).decode(errors="replace"))
     except (StorageError, OSError) as error:
         return f"its traceback cannot be read: {error}"
-
-
-def _last_line(text: str) -> str:
-    """The last line of a traceback; for our own errors, only their message."""
-    return _OUR_CLASS.sub("", (text.strip().splitlines() or ["no message"])[-1])

@@ -10,6 +10,7 @@ from nfm.stages.base import Guidance, LocalField, Section, added, one_of, operat
 from nfm.stages.couplings.facts import FACTS
 from nfm.stages.executors import EXECUTORS
 from nfm.stages.trained.training import Precision
+from nfm.storage.format.codecs import CODECS
 from nfm.storage.layouts import LAYOUTS
 
 PLAIN_BATCH = 256  # of "auto", where there is no teacher to run
@@ -30,7 +31,7 @@ class PairsConfig(Section):
 
     coupling: Annotated[str, one_of(FACTS)] = "nfm"
     draws: int = operational(1, ge=1, le=1000)
-    codec: Literal["float16", "float32", "int8"] = "float16"
+    codec: Annotated[str, one_of(CODECS)] = "float16"
     layout: Annotated[str, one_of(LAYOUTS)] = added("blocks")
     rows_per_shard: int = Field(4096, ge=1)
     rows_per_block: int = Field(256, ge=1)

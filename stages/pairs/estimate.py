@@ -19,8 +19,8 @@ from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import check_precision
 from nfm.storage import StoreSpec, layouts
+from nfm.storage.format.codecs import CODECS
 
-CODECS = ("float32", "float16", "int8")
 INDEX_BYTES = (2500, 13.5)  # of a shard's index part: fixed, and for each record; measured at 64 to 65,536 records
 COMMIT_BYTES = 1200
 _NO_FLOPS = "not counted: it runs no teacher, or one that is code of its user's own"
@@ -75,7 +75,8 @@ def estimate(
     the coupling can be.
     Raises Unfit for sizes that do not fit each other.
     """
-    specs = {codec: planned_spec(config, facts, codec) for codec in {*CODECS, config.codec}}
+    able = [codec for codec in CODECS if facts_of(config.coupling).gaussian or not CODECS[codec].made]
+    specs = {codec: planned_spec(config, facts, codec) for codec in {*able, config.codec}}
     spec = specs[config.codec]
     pairs = spec.rows * config.draws
     left, flops = pairs - committed, pair_flops(config, facts)
@@ -88,7 +89,7 @@ def estimate(
         "rows_per_shard": config.rows_per_shard,
         "layout": config.layout,
         "codec": config.codec,
-        "bytes": {codec: bytes_of_draw(specs[codec]) * config.draws for codec in sorted(specs, key=_order)},
+        "bytes": {codec: bytes_of_draw(specs[codec]) * config.draws for codec in CODECS if codec in specs},
         **({"flops": left * flops, "flops_per_image": flops} if flops else {}),
     }
     try:
@@ -168,7 +169,3 @@ def reflow_worker(config: PairsConfig, facts: Mapping[str, Any], device: str) ->
     with threads(config.threads):
         rate = evaluations_per_second(facts["student"], facts, device, config.precision, size, config.reflow_guidance)
     return rate / config.reflow_nfe, size
-
-
-def _order(codec: str) -> int:
-    return CODECS.index(codec) if codec in CODECS else len(CODECS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from nfm.storage.ledger import seal
 
 _LISTED = 5
 _LOOKED_AT = 1000  # tracebacks of failed shards, at most
-_OUR_CLASS = re.compile(r"^nfm\.[\w.]+: ")
 _TAIL_BYTES = 1 << 16  # of a traceback, whose last line is reported
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from nfm.stages.base import Inputs, Unfit, call
 from nfm.stages.couplings import custom
-from nfm.stages.couplings.facts import facts_of
+from nfm.stages.couplings.facts import FACTS, facts_of
 from nfm.stages.display import units
 from nfm.stages.trained import costs, student
 from nfm.stages.trained.training import blaming
@@ -19,6 +19,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
+from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.spec import StoreSpec, pair_fields
 from nfm.trainers.nfe import COSTS, GRIDS, STOCHASTIC, pick_solver
 
@@ -50,6 +51,7 @@ def store_spec(config: PairsConfig, inputs: Inputs, custom_sha256: str | None = 
         codec=config.codec,
         value_range=source.value_range,
         image_scale=source.image_scale,
+        image_shift=source.image_shift,
         image_decoder=source.image_decoder,
         flips=config.flips,
         seed=config.seed,
@@ -78,7 +80,18 @@ def check_flips(config: PairsConfig, image_dtype: str) -> None:
         )
 
 
+def check_codec(config: PairsConfig, codec: str) -> None:
+    """Raises Unfit for a codec that makes the noise again where the coupling's is no function of the seed."""
+    if CODECS[codec].made and not facts_of(config.coupling).gaussian:
+        able = ", ".join(name for name, facts in FACTS.items() if facts.gaussian)
+        raise Unfit(
+            f"pairs.codec = {codec!r}: the noise of coupling {config.coupling} is no function of the seed, so it must "
+            f"be stored; take another codec, or a coupling whose noise is drawn: {able}"
+        )
+
+
 def _spec(config: PairsConfig, rows: int, fields: Any, **facts: Any) -> StoreSpec:
+    check_codec(config, facts["codec"])
     try:
         return StoreSpec(
             rows=rows,

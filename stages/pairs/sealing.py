@@ -27,8 +27,9 @@ def of_sealing(
 ) -> dict[str, dict[str, Any]]:
     """`{"coupling_report": ...}` for the manifest `body`; or nothing, after a message that says why.
 
-    There is no report if torch or scipy is not installed, if the report fails or is stopped, or if an earlier report of
-    the same pairs never finished: it was killed for its memory or time, and would be again.
+    There is no report if torch or scipy is not installed, if the report fails, or if an earlier report of the same
+    pairs never finished: it was killed for its memory or time, and would be again. Raises Stopped where the user stops
+    it, before anything is sealed; the next seal then makes it.
     """
     if exists(seal.manifest_path(out, body["generation"])):  # sealed before: it stays as it is
         return {}
@@ -42,9 +43,11 @@ def of_sealing(
 
         store = PairStore(Generation(out, read_spec(out), body["generation"], body))
         found = {"coupling_report": coupling_report.measure(store, inputs, report, device)}
-    except Stopped:
-        _say(report, "the coupling report was stopped")
-        return {}  # the marker stays, so that the next seal of these pairs skips the report
+    except (Stopped, KeyboardInterrupt):
+        remove(mark)
+        if report is not None:
+            report.say("the coupling report was stopped before its end; the same command makes it and seals the pairs")
+        raise
     except Exception as error:
         found = {}
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in OPTIONAL:

@@ -201,6 +201,8 @@ def seal(
     body = generations.build(out, read_spec(out), draws, excluded)
     if inputs is not None:
         body = body | sealing.of_sealing(out, body, inputs, report, device)
+    if report is not None and (whole := body.get(generations.PART_OF)) is not None:
+        report.say(f"sealed for this config; whoever opens the folder still gets generation {whole}, with more draws")
     moments = body["moments"]
     metrics = {
         "pairs": body["records"],

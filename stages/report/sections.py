@@ -29,7 +29,7 @@ PAIRS_SHOWN = 8
 POINTS_SHOWN = 2000
 NOISE_RECORDS = 4096
 NOISE_SHOWN = 3.0  # noise from -3 to 3 becomes black to white
-ORDER = ("data", "features", "teacher", "pairs", "student", "evaluate")
+ORDER = ("data", "latents", "features", "teacher", "pairs", "student", "evaluate")
 
 
 def stages(manifests: Mapping[str, Mapping[str, Any]]) -> str:

@@ -41,6 +41,9 @@ def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Re
 
     drawn = [("Stages", sections.stages(manifests))]
     drawn.append(("Data", sections.data(inputs["data"], manifests["data"], config.samples, config.seed)))
+    if "latents" in inputs:
+        shown = sections.data(inputs["latents"], manifests["latents"], config.samples, config.seed)
+        drawn.append(("Latents", shown))
     if "teacher" in inputs:
         drawn.append(("Teacher", sections.teacher(inputs["teacher"], manifests["teacher"], evaluation)))
     if stores:

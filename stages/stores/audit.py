@@ -11,6 +11,7 @@ import numpy as np
 from nfm.stages.base import Finding, Inputs, StageError, Unfit
 from nfm.stages.couplings import custom
 from nfm.stages.couplings.facts import facts_of
+from nfm.stages.display import units
 from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.pairs import stage
@@ -38,6 +39,7 @@ NOISE_TOLERANCE = {"float32": 0.01, "tf32": 0.03, "bfloat16": 0.1}
 DECODE_TOLERANCE = {"float32": 0.05, "tf32": 0.1, "bfloat16": 0.2}
 # RMS, in image units, of a student's image minus the same image generated again. A pixel's step is 0.008.
 IMAGE_TOLERANCE = {"float32": 0.01, "tf32": 0.03, "bfloat16": 0.1}
+_NOT_AGAIN = "its pairs were not encoded again"
 AMPLIFIED = 10  # how much the flow may amplify the rounding of an int8 codec, as a factor
 
 
@@ -72,11 +74,12 @@ def audit(
         return findings, []
     if facts_of(found.coupling).code and (found.coupling_options or {}).get("sha256") not in allowed.digests:
         options = found.coupling_options or {}
-        return findings, [_not_run(str(options.get("function")), str(options.get("sha256")), allowed)]
+        told = str(options.get("function")), str(options.get("sha256"))
+        return findings, [custom.not_run(_NOT_AGAIN, *told, allowed)]
     for maker in sorted({"teacher", "student"} & inputs.keys()):
         for function, sha256 in own.recorded(inputs[maker], maker).values():
             if sha256 not in allowed.digests:
-                return findings, [_not_run(function, sha256, allowed)]
+                return findings, [custom.not_run(_NOT_AGAIN, function, sha256, allowed)]
     # Wherever the pairs were encoded, the device that is here encodes them again.
     try:
         encoder = stage.setup(config.model_copy(update={"device": "auto"}), inputs, root)
@@ -88,15 +91,6 @@ def audit(
             raise
         remedy = "put the module that made the store on Python's path, its digest stands in spec.json"
         return [Finding(str(root / "spec.json"), f"its pairs cannot be made again: {error}", remedy)], []
-
-
-def _not_run(function: str, sha256: str, allowed: custom.Allowed) -> str:
-    others = ", ".join(sorted(digest[:12] for digest in allowed.digests))
-    return (
-        f"its pairs were not encoded again: their function {function!r} is code, and an audit runs none "
-        f"unasked. When you know the file of SHA-256 {sha256}, give --run-custom with it, or "
-        f"audit with -c CONFIG, the config of yours that names it{f'; allowed were others, {others}' if others else ''}"
-    )
 
 
 def against_source(sealed: Generation, inputs: Inputs) -> list[Finding]:
@@ -141,8 +135,7 @@ def encode_again(sealed: Generation, setup: Setup, count: int, seed: int = 0) ->
 
     The new noise must equal the stored noise, exactly unless a teacher made it. The image of the row, or the image
     generated again, must equal the stored image. flip, group and nll must be those of the index. The stored noise of a
-    teacher must decode to x + eta eps' in float32. If none of n is bad, at most 3/n are bad with 95 % confidence (the
-    rule of three).
+    teacher must decode to x + eta eps' in float32.
     """
     spec, total = sealed.spec, sealed.records
     try:
@@ -179,7 +172,7 @@ def encode_again(sealed: Generation, setup: Setup, count: int, seed: int = 0) ->
             right &= _rms(np.subtract(*images)) <= (IMAGE_TOLERANCE[setup.precision] if spec.student else 0.0)
             findings += [_not_its_noise(sealed, draw, int(slot)) for slot in part[~right]]
     worst, back = np.concatenate(encoded).max(), np.concatenate(decoded).max()
-    bound = "see the findings" if findings else f"at most {3 / len(picked):.2%} with 95 % confidence"
+    bound = units.at_most(len(findings), len(picked))
     said = f"{len(findings)} of {len(picked)} pairs bad: {bound}; encoded again within {worst:.2g} (RMS, worst record)"
     if spec.teacher:
         said += f", stored noise decoded in float32 within {back:.2g} of x + eta eps'"

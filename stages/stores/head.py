@@ -54,6 +54,8 @@ def draw(where: str | Path, count: int, draw: int, teacher: Path | None, output:
     store's own teacher, which decodes sigma_f z. Raises StageError for another teacher.
     """
     store = PairStore.open(where)
+    if draw >= store.draws:
+        raise Unfit(f"--draw {draw}: generation {store.generation} of {where} has draws 0 to {store.draws - 1}")
     table = store.index(["key", "slot", "label", "nll", "flip"], draw=draw)
     columns = {name: table[name].to_pylist() for name in ("key", "label", "flip")}
     nll, slots = table["nll"].to_numpy(), table["slot"].to_numpy()

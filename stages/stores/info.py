@@ -11,10 +11,10 @@ from nfm.storage.errors import by
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.row_fields import RowField, row_field_names
 
-RECIPE = ("coupling", "layout", "codec", "noise_step", "image_scale", "image_decoder", "rows", "rows_per_shard", "eta",
-          "sigma_f", "seed", "flips", "classes", "teacher", "source")  # fmt: skip
+RECIPE = ("coupling", "layout", "codec", "noise_step", "image_scale", "image_shift", "image_decoder", "rows",
+          "rows_per_shard", "eta", "sigma_f", "seed", "flips", "classes", "teacher", "source")  # fmt: skip
 ENCODED = ("precision", "batch_sizes", "noise_error")  # what the commits say about the encoding
-ONLY_WHERE_SET = ("noise_step", "image_scale", "image_decoder")
+ONLY_WHERE_SET = ("noise_step", "image_scale", "image_shift", "image_decoder")
 
 
 def info(where: str | Path) -> dict[str, Any]:
@@ -24,7 +24,10 @@ def info(where: str | Path) -> dict[str, Any]:
     size, excluded = store.sealed.bytes, store.sealed.excluded
     recipe = {key: getattr(spec, key) for key in RECIPE}
     shown = {key: value for key, value in recipe.items() if value is not None or key not in ONLY_WHERE_SET}
-    fields = ", ".join(_field(field.name, field.dtype, field.shape) for field in spec.fields)
+    fields = ", ".join(
+        _field(field.name, field.dtype, field.shape) + ("" if field in spec.stored else " (made when it is read)")
+        for field in spec.fields
+    )
     row_fields = [RowField.open(store.root, name) for name in row_field_names(store.root)]
     joined = ", ".join(_field(field.name, field.dtype.name, field.shape) for field in row_fields)
     origin = (spec.coupling_options or {}).get("origin")

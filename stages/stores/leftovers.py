@@ -11,10 +11,12 @@ from pathlib import Path
 from nfm.stages.stores.repair import damaged_manifests
 from nfm.storage import verify as storage_verify
 from nfm.storage.errors import StorageError
-from nfm.storage.files import atomic
+from nfm.storage.files import atomic, folder
+from nfm.storage.files.folder import Facts
 from nfm.storage.ledger import commits, seal
 
 _OF_A_SHARD = re.compile(r"(?:shards|index)/((d\d+-s\d+)\.[^/.]+)")
+QUARANTINE = "quarantine"
 _MANIFEST = re.compile(r"manifest\.g(\d{4,})\.json")
 
 
@@ -44,7 +46,7 @@ def _orphans(store: Path) -> list[Leftover]:
 
     All files of an attempt get the same age: its payload may be unchanged while its index part is being written.
     """
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, list[str]] = {}
     doubtful: dict[str, bool] = {}
     for file in storage_verify.orphans(store):
         match = _OF_A_SHARD.match(file)
@@ -54,11 +56,14 @@ def _orphans(store: Path) -> list[Leftover]:
                 doubtful[shard] = _unreadable(store, shard)
             if doubtful[shard]:
                 continue  # left to `nfm repair`: it is unknown which attempt was committed
-        name = match[1] if match is not None else file
-        groups.setdefault(name, []).append(store / file)
+        groups.setdefault(match[1] if match is not None else file, []).append(file)
     kinds = {name: "temporary" if atomic.is_temporary(name) else "attempt" for name in groups}
-    found = [_leftover(kinds[name], name, files) for name, files in groups.items()]
-    return [leftover for leftover in found if leftover is not None]
+    facts = folder.below(store) if groups else {}
+    return [
+        _leftover(kinds[name], name, store, {file: facts[file] for file in files})
+        for name, files in groups.items()
+        if facts.keys() >= set(files)  # else some were removed meanwhile
+    ]
 
 
 def _unreadable(store: Path, shard: str) -> bool:
@@ -76,38 +81,28 @@ def _quarantined(store: Path) -> list[Leftover]:
     number follows from the existing ones.
     """
     newest = max(seal.numbers(store), default=0)
-    found, quarantine = [], store / "quarantine"
-    # Files behind a link do not belong to the store.
-    folders = [] if quarantine.is_symlink() else sorted(quarantine.glob("*"))
-    for folder in folders:
-        if folder.is_symlink():
-            continue
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
-        numbered = ((path, _MANIFEST.fullmatch(path.name)) for path in files)
-        going = [path for path, match in numbered if match is None or int(match[1]) < newest]
-        leftover = _leftover("quarantine", f"quarantine/{folder.name}", going, _set_aside_at(folder))
-        found += [leftover] if leftover is not None else []
-    return found
+    repairs: dict[str, dict[str, Facts]] = {}
+    for name, facts in folder.below(store / QUARANTINE).items():
+        repair, _, file = name.partition("/")
+        numbered = _MANIFEST.fullmatch(file.rpartition("/")[2])
+        if file and (numbered is None or int(numbered[1]) < newest):
+            repairs.setdefault(repair, {})[f"{QUARANTINE}/{name}"] = facts
+    return [
+        _leftover("quarantine", f"{QUARANTINE}/{repair}", store, files, _set_aside_at(repair))
+        for repair, files in sorted(repairs.items())
+    ]
 
 
-def _set_aside_at(folder: Path) -> float | None:
+def _set_aside_at(name: str) -> float | None:
     """When a repair filled its folder, by the folder's name: moved files keep their own times."""
     try:
-        return float(calendar.timegm(time.strptime(folder.name, "%Y%m%dT%H%M%SZ")))
+        return float(calendar.timegm(time.strptime(name, "%Y%m%dT%H%M%SZ")))
     except ValueError:
         return None
 
 
-def _leftover(kind: str, name: str, files: list[Path], since: float | None = None) -> Leftover | None:
-    """Files as a `Leftover`; None if they were removed while they were listed."""
-    facts = {}
-    for path in files:
-        try:
-            facts[path] = path.lstat()
-        except FileNotFoundError:
-            continue
-    if not facts:
-        return None
+def _leftover(kind: str, name: str, store: Path, files: dict[str, Facts], since: float | None = None) -> Leftover:
     if since is None:
-        since = max(fact.st_mtime for fact in facts.values())
-    return Leftover(kind, name, tuple(facts), sum(fact.st_size for fact in facts.values()), since)
+        since = max(facts.changed for facts in files.values())
+    size = sum(facts.bytes for facts in files.values())
+    return Leftover(kind, name, tuple(store / file for file in files), size, since)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from re import fullmatch
-from typing import Literal
+from typing import Any, Literal
 
 from nfm.stages.base import Finding, StageError
-from nfm.stages.display.units import megabytes
+from nfm.stages.display.units import megabytes, size
 from nfm.storage import layouts
 from nfm.storage import verify as storage_verify
 from nfm.storage.errors import NewerSchema, StorageError
@@ -16,15 +17,23 @@ from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, inside, names_in, size_of
 from nfm.storage.format.spec import StoreSpec, read_spec, shard_name
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.standing import again
+
+Level = Literal["quick", "default", "deep"]
+_READ = {
+    "quick": "their sizes and the digests of commits and manifests were checked, no shard was read",
+    "default": "every byte was read",
+    "deep": "every byte was read, and every record as stock readers do",
+}
 
 
 def pinned(store: str | Path) -> tuple[Path, int]:
     """(folder, generation) of a store, given as its folder or URL (newest generation) or as a manifest."""
     root, number = seal.pinned(store)
-    return root, number or max(seal.numbers(root), default=1)
+    return root, number or seal.newest_number(root) or 1
 
 
-def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> list[Finding]:
+def verify(store: str | Path, level: Level) -> list[Finding]:
     """What is wrong with a store itself, or with the one generation whose manifest `store` is."""
     root, generation = pinned(store)
     whole = root == as_path(store)
@@ -32,30 +41,50 @@ def verify(store: str | Path, level: Literal["quick", "default", "deep"]) -> lis
     return [Finding(finding.file, finding.problem, finding.remedy) for finding in found]
 
 
+def looked_at(store: str | Path, level: Level) -> str:
+    """What `verify` of this level read of a store without findings, in words."""
+    root, spec = seal.pinned(store)[0], read_spec(seal.pinned(store)[0])
+    numbers = seal.numbers(root) if root == as_path(store) else [pinned(store)[1]]
+    entries = {entry.name: entry for number in numbers for entry in seal.load(root, number, spec).shards}
+    files = [file for entry in entries.values() for file in (*layouts.files(spec, entry), entry.index)]
+    held = f"{len(entries):,} shards of {sum(entry.records for entry in entries.values()):,} pairs"
+    extent = f"{len(files):,} files, {size(sum(file.bytes for file in files))}"
+    return f"{held}, {extent}; {_READ[level]}"
+
+
 def unfinished(store: str | Path) -> str:
     """A sentence about what killed attempts left in a store; empty if they left nothing."""
     root, _ = pinned(store)
     left = storage_verify.orphans(root)
-    size = sum(size_of(root / name) or 0 for name in left)
-    return f"{len(left)} files of unfinished attempts, {megabytes(size)}: of no harm and of no use" if left else ""
+    held = sum(size_of(root / name) or 0 for name in left)
+    return f"{len(left)} files of unfinished attempts, {megabytes(held)}: of no harm and of no use" if left else ""
 
 
 def sealable(out: Path) -> tuple[int, dict[str, str]]:
     """(draws, shards that may be missing, with reasons) of the next generation: at least what the newest one has."""
-    found = seal.numbers(out)
-    if not found:
+    newest, draws = seal.newest(out), _complete_draws(out)
+    if newest is None:
         return complete_draws(out), {}
-    newest, draws = seal.load(out, found[-1]), _complete_draws(out)
     if draws > newest.draws:
         return draws, {}
     return newest.draws, {hole.name: hole.reason for hole in newest.excluded}
+
+
+def seal_complete(out: Path) -> str:
+    """Seals what is complete of a store that the pipeline did not make; returns the manifest's name."""
+    return seal.seal(out, *sealable(out)).path.name
+
+
+def bytes_told(manifest: Mapping[str, Any]) -> int | None:
+    """The bytes of all files of a store, if a manifest tells: that of a part of a larger generation does not."""
+    return int(manifest["bytes"]) if "bytes" in manifest and seal.PART_OF not in manifest else None
 
 
 def complete_draws(out: Path) -> int:
     """The number of leading draws with all shards committed. Raises StageError if there is none."""
     draws = _complete_draws(out)
     if not draws:
-        raise StageError(f"{out}: no draw is complete yet; run the pairs stage again")
+        raise StageError(f"{out}: no draw is complete yet; {again(out)}")
     return draws
 
 

@@ -17,7 +17,7 @@ from nfm.stages.trained import student, teacher
 from nfm.stages.trained.costs import Trial
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import rate_of_calls
-from nfm.stages.trained.foreign import own
+from nfm.stages.trained.foreign import own, vae
 from nfm.stages.trained.training import blaming, parameter_count, precision_context
 from nfm.stages.trained.weights import read_weights
 from nfm.storage import ImageDataset
@@ -136,7 +136,8 @@ def reference_sampler(
         except AssertionError as error:  # torchdiffeq's own: no step is small enough
             raise StageError(
                 f"row {name}: {REFERENCE} cannot reach its tolerance of {TOLERANCE} ({error}); "
-                'use evaluate.precision = "float32", or leave evaluate.reference out'
+                + ("" if precision == "float32" else 'use evaluate.precision = "float32", or ')
+                + "leave evaluate.reference out"
             ) from error
         taken.append(nfe)
         return images
@@ -144,10 +145,22 @@ def reference_sampler(
     return Sampler(name, "student", variant, REFERENCE, 0, guidance, parameter_count(model), decode, taken)
 
 
+def in_pixels(sampler: Sampler, decoder: Callable[[torch.Tensor], torch.Tensor] | None) -> Sampler:
+    """The sampler of images, where it makes latents that `decoder` turns into images."""
+    if decoder is None:
+        return sampler
+    latents, decoded = sampler.decode, decoder
+
+    def decode(noise: torch.Tensor, labels: torch.Tensor, fresh: Fresh | None = None) -> torch.Tensor:
+        return decoded(latents(noise, labels, fresh))
+
+    return sampler._replace(decode=decode)
+
+
 def check_diffusion(solver: str, diffusion: str) -> None:
     """Raises ValueError for another diffusion than the default where a solver adds no noise."""
     if solver not in STOCHASTIC and diffusion != DIFFUSIONS[0]:
-        raise ValueError(f"diffusion = {diffusion!r} is of solvers that add noise, {' and '.join(STOCHASTIC)}")
+        raise ValueError(f"{diffusion!r} is of solvers that add noise, {' and '.join(STOCHASTIC)}")
 
 
 def has_own_sampler(folder: Path) -> bool:
@@ -320,11 +333,13 @@ def sample_grid(
     guided: Mapping[str, Any] | None = None,
     ema: str | None = None,
     diffusion: str = "sigma",
+    latents: Path | None = None,
 ) -> None:
     """Draws `count` images of a finished student or teacher, class by class, as one picture with titles.
 
     Its format is that of the path's ending. `guided` are further options of the guidance: `interval` of a student's,
-    those of `tarflow.Guidance` of a teacher's. `ema` names a moving average of a student.
+    those of `tarflow.Guidance` of a teacher's. `ema` names a moving average of a student. `latents` are those that
+    it was trained on, whose VAE decodes; without them latents are shown in false colours.
     """
     from nfm.trainers.models.tarflow import Guidance
 
@@ -340,6 +355,8 @@ def sample_grid(
             sampler = teacher_sampler(folder, Guidance(guidance, **(guided or {})), True, device, "float32")
     else:
         raise Unfit(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
+    if latents is not None:
+        sampler = in_pixels(sampler, vae.of_artifact(latents, device)[0].decode)
     _, built = read_weights(folder)
 
     def decode(noise: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -352,7 +369,8 @@ def sample_grid(
         return images
 
     with blaming("--solver, --grid"):
-        draw_grid(path, decode, built["image_shape"], built["classes"], count, seed, device, image_dtype_of(folder))
+        shown = image_dtype_of(folder) if latents is None else "uint8"
+        draw_grid(path, decode, built["image_shape"], built["classes"], count, seed, device, shown)
 
 
 def image_dtype_of(folder: Path) -> str:

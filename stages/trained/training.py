@@ -276,7 +276,11 @@ def train_here(make: Make, config: TrainingSection, inputs: Inputs, out: Path, r
         with ExitStack() as kept:
             folder = kept.enter_context(
                 CheckpointFolder(
-                    out / CHECKPOINTS, config.keep_checkpoints, report.check_lock, partial(_put_checkpoint, out, resume)
+                    out / CHECKPOINTS,
+                    config.keep_checkpoints,
+                    report.check_lock,
+                    partial(_put_checkpoint, out, resume),
+                    own=resume.elsewhere,
                 )
             )
             kept.enter_context(matrix_products(config.precision))

@@ -12,18 +12,19 @@ import inspect
 import math
 import operator
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from nfm.storage.errors import StorageError, WrongUse
+from nfm.storage.errors import StorageError, WrongUse, by
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Rule = Callable[[str, Any], Any]
 _SHOWN = 80  # characters of a value in a message
 _MOST = 2**63 - 1
+MOST_EPOCH = 10**9  # so that positions over all epochs fit 64 bits
 
 
 class WrongArgument(StorageError, WrongUse, ValueError):  # noqa: N818 - as the other errors, it says what is wrong
@@ -117,6 +118,19 @@ def names(name: str, value: Any) -> tuple[str, ...]:
     return found
 
 
+def some_of(choices: Collection[str]) -> Rule:
+    """A list of names that are all among `choices`. The error suggests the nearest one."""
+
+    def rule(name: str, value: Any) -> tuple[str, ...]:
+        found = names(name, value)
+        for one in found:
+            if one not in choices:
+                raise WrongArgument(name, f"has {one!r}{nearest(one, choices)}; there are {', '.join(choices)}")
+        return found
+
+    return rule
+
+
 def place(name: str, value: Any) -> Any:
     """A path or a URL. nfm.storage.files.places decides which ones are valid."""
     if isinstance(value, str | Path) or hasattr(value, "protocol"):  # a path of universal_pathlib
@@ -185,7 +199,7 @@ RULES: Mapping[str, Rule] = {
     "batch_size": whole(1),
     "seed": whole(0, 2**64 - 1),
     "epochs": whole(0, or_none="without end"),
-    "epoch": whole(),
+    "epoch": whole(0, MOST_EPOCH),
     "shuffle": one_of(("full", "windowed", None)),
     "window": whole(1),
     "last": one_of(("drop", "keep")),
@@ -214,7 +228,7 @@ RULES: Mapping[str, Rule] = {
     "codec": text,
     "dtype": text,
     "cache": instance("ShardCache", none=True),
-    "out": checked_later,  # checked by the layouts: arrays of the right shape and type
+    "out": instance("dict", "Mapping", none=True),  # its arrays are checked by `writable`
     "progress": function,
     "threads": whole(1, or_none="as many as there are cores"),
     "state": instance("dict", "Mapping"),
@@ -223,6 +237,7 @@ RULES: Mapping[str, Rule] = {
     "shape": shape,
     "rows_per_shard": whole(1),
     "image_scale": or_none(real("a number above 0", lambda scale: scale > 0)),
+    "image_shift": or_none(real("a number", lambda shift: True)),
     "image_decoder": or_none(text),
     "max_bytes": whole(1, or_none="what the disk can give"),
     "file_bytes": whole(1),
@@ -247,9 +262,11 @@ def checked(*, options: type | None = None, **own: Rule) -> Callable[[Callable[P
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             for name in kwargs:
                 if name not in rules:
-                    said = f"{call.__name__} has no argument {name!r}{nearest(name, known)}"
-                    raise TypeError(f"{said}; it takes {', '.join(known)}")
-            bound = signature.bind(*args, **kwargs)
+                    raise unknown(call.__name__, name, known)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:  # one is missing, or there are too many
+                raise TypeError(f"{call.__qualname__.removesuffix('.__init__')}: {error}") from None
             given = bound.arguments
             for name in given:
                 if name == rest:
@@ -262,6 +279,26 @@ def checked(*, options: type | None = None, **own: Rule) -> Callable[[Callable[P
         return wrapper
 
     return decorate
+
+
+def unknown(call: str, name: str, known: Collection[str]) -> TypeError:
+    """The error for an argument that a call does not have."""
+    return TypeError(f"{call} has no argument {name!r}{nearest(name, known)}; it takes {', '.join(known)}")
+
+
+def writable(name: str, value: Any, shape: tuple[int, ...], dtypes: Sequence[Any]) -> Any:
+    """An array of numpy to write into, contiguous, of this shape and of one of these dtypes."""
+    import numpy as np
+
+    must = f"a contiguous, writable numpy array of {' or '.join(map(str, dtypes))} {by(shape)}"
+    if not isinstance(value, np.ndarray):
+        raise WrongArgument(name, f"is a {type(value).__name__}: it must be {must}")
+    if value.shape != shape or value.dtype not in dtypes:
+        raise WrongArgument(name, f"is {value.dtype} {by(value.shape)}: it must be {must}")
+    if not value.flags.c_contiguous or not value.flags.writeable:
+        lacks = "read-only" if value.flags.c_contiguous else "not contiguous"
+        raise WrongArgument(name, f"is {lacks}: it must be {must}")
+    return value
 
 
 def nearest(value: Any, choices: Iterable[Any]) -> str:

@@ -6,6 +6,7 @@ Every function takes a local path or a URL of `as_path`. Errors are StorageError
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import time
@@ -43,6 +44,17 @@ def hash_file(path: str | Path) -> tuple[str, int]:
     except OSError as error:
         raise StorageError(f"{path}: cannot read ({error.strerror or error}); restore it or run `nfm audit`") from error
     return sha.hexdigest(), size
+
+
+def standing_sha256(path: str | Path) -> str:
+    """SHA-256 of a local file, read once in each process unless the file changes. Raises OSError, StorageError."""
+    found = Path(path).stat()
+    return _standing(Path(path).resolve(), found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=32)
+def _standing(path: Path, size: int, modified_ns: int) -> str:
+    return hash_file(path)[0]
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

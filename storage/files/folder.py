@@ -1,4 +1,4 @@
-"""Lists a folder of a store in one pass: its names, and the sizes of its files.
+"""Lists a folder in one pass: its names, and the sizes of its files.
 
 A store of 200,000 shards has that many files in each of three folders. To check each by name, with every link on its
 path, would take minutes.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -69,6 +71,49 @@ def _remote_sizes(path: Path) -> dict[str, int]:
 def shard_files(root: Path) -> dict[str, int]:
     """Bytes of every plain file in the folders of payloads and index parts, by path relative to the store."""
     return {f"{folder}/{name}": size for folder in ("shards", "index") for name, size in sizes(root, folder).items()}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Bytes of a file, and the Unix time of its last change; of an object by the clock of its server."""
+
+    bytes: int
+    changed: float
+
+
+def below(folder: Path) -> dict[str, Facts]:
+    """Every file and every link below a folder, by path relative to it.
+
+    Links are not followed, even if the folder is one. A file that vanishes meanwhile counts as changed just now.
+    """
+    if is_remote(folder):
+        return _objects_below(folder)
+    found: dict[str, Facts] = {}
+    for inside_it, folders, files in os.walk(folder) if not folder.is_symlink() else ():
+        links = [name for name in folders if os.path.islink(os.path.join(inside_it, name))]
+        for path in (os.path.join(inside_it, name) for name in [*files, *links]):
+            try:
+                status = os.lstat(path)
+                facts = Facts(status.st_size, status.st_mtime)
+            except FileNotFoundError:
+                facts = Facts(0, time.time())
+            found[os.path.relpath(path, folder)] = facts
+    return found
+
+
+def _objects_below(folder: Path) -> dict[str, Facts]:
+    try:
+        listed: Any = remote.attempt(folder, "list", lambda fs, name: fs.find(name, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    prefix = str(getattr(folder, "path")).rstrip("/") + "/"  # noqa: B009 not an attribute of pathlib's paths
+    return {name.removeprefix(prefix): facts_of(item) for name, item in listed.items()}
+
+
+def facts_of(item: dict[str, Any]) -> Facts:
+    """The facts in an entry of a listing of fsspec's."""
+    changed = item.get("LastModified")
+    return Facts(int(item["size"]), changed.timestamp() if changed is not None else time.time())
 
 
 class Folder:

@@ -1,4 +1,4 @@
-"""Codecs of the noise: floats, or whole numbers of steps with values beyond their range clipped."""
+"""Codecs of the noise: floats, whole numbers of steps with values beyond their range clipped, or noise made again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from nfm.storage.errors import StorageError
 
 @dataclass(frozen=True)
 class Codec:
-    """How the noise is stored: its dtype, and for integer types the default `step`."""
+    """How the noise is stored: its dtype, and for integer types the default `step`.
+
+    `made`: not stored, but made when it is read, in the dtype of the codec.
+    """
 
     dtype: str
     step: float | None = None
+    made: bool = False
 
     @property
     def limit(self) -> int:
@@ -25,9 +29,10 @@ class Codec:
 
 
 CODECS = {
-    "float16": Codec("float16"),  # its error is 10 times below the rounding of an 8-bit image
     "float32": Codec("float32"),
+    "float16": Codec("float16"),  # its error is 10 times below the rounding of an 8-bit image
     "int8": Codec("int8", 1 / 20),  # +-6.35
+    "seeded": Codec("float32", made=True),  # a function of the seed, see layouts/seeded.py
 }
 
 

@@ -138,7 +138,7 @@ def parse(path: Path, name: str, body: Mapping[str, Any]) -> Commit:
     """The commit of the shard `name`, from the contents of `path`. Raises StorageError or NewerSchema."""
     check_format(path, body)
     where = str(path)
-    again = "set it aside and run the pairs stage again"
+    again = "`nfm repair` on its store sets it aside and says what makes it again"
     lacking = [key for key in _NEEDED if key not in body]
     if lacking:
         raise StorageError(f"{where}: no complete commit, it lacks {', '.join(lacking)}; {again}")

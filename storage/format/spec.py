@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -14,13 +15,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from nfm.storage.errors import NewerSchema, NoPlace, StorageError, by
+from nfm.storage.errors.arguments import unknown
 from nfm.storage.files.atomic import create_json, is_temporary, read_json
 from nfm.storage.files.paths import as_path, exists, names_in, size_of
 from nfm.storage.format import untrusted
 from nfm.storage.format.codecs import CODECS
 
 FORMAT = 1
-ROLES = ("image", "noise", "label", "slot")
+ROLES = ("image", "noise", "label", "slot", "origin")
+OF_BATCHES = ("image", "noise", "label", "slot", "draw", "store")  # every batch has them; no field of rows is so named
+ORIGIN = "noise_origin"  # what shards keep of noise that is made: draw, slot and crc32c of each record's
 IMAGE_DTYPES = ("uint8", "float16", "float32")
 SPEC = "spec.json"
 DRAFT = "spec.draft.json"  # for a store whose writer does not know its source yet
@@ -34,8 +38,11 @@ _MOST_SHARDS = 100_000  # names end at shard 99999
 _MOST_VALUE = 1e6  # of a value range; float32 ends far above it
 _MOST_RECORD = 1 << 28  # bytes of one record
 _MOST_OPTIONS = 64
+# What `StoreSpec.external` takes beside its named arguments; the rest of a recipe follows from those.
+_OTHERS = ("noise_step", "image_scale", "image_decoder", "flips", "seed", "eta", "sigma_f", "teacher", "potential",
+           "student")  # fmt: skip
 # Left out of the JSON if they are None.
-_LATER = ("noise_step", "image_scale", "image_decoder", "potential", "student", "coupling_options")
+_LATER = ("noise_step", "image_scale", "image_shift", "image_decoder", "potential", "student", "coupling_options")
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,7 @@ class StoreSpec:
     noise_step: float | None = None  # noise = noise_step * stored integer; None: the codec's own step, or floats
     value_range: tuple[float, float] = (-1.0, 1.0)  # the values of the uint8 pixels 0 and 255
     image_scale: float | None = None  # float images (latents) are divided by it before `image_decoder`
+    image_shift: float | None = None  # and this is added then
     image_decoder: str | None = None  # what turns float images into pictures
     flips: bool = False
     seed: int = 0
@@ -160,14 +168,24 @@ class StoreSpec:
 
         `image_shape` is (C, H, W). `value_range`: for uint8 images the values that 0 and 255 stand for, for
         float images the range that their values must lie in. `classes=None` means that there are no labels. `source` is
-        a content digest of the images; without it the writer computes one. Other arguments are the fields of
-        `StoreSpec`. Raises StorageError for an invalid value and names the argument.
+        a content digest of the images; without it the writer computes one. Also taken: noise_step, image_scale,
+        image_decoder, flips, seed, eta, sigma_f, teacher, potential and student, see `StoreSpec`. Raises StorageError
+        for an invalid value and names the argument.
         """
+        for name in others:
+            if name not in _OTHERS:
+                named = [*inspect.signature(cls.external).parameters][:-1]
+                raise unknown("StoreSpec.external", name, [*named, *_OTHERS])
         if not isinstance(origin, str) or not origin.strip():
             raise StorageError(
                 f"store spec: origin {untrusted.shown(origin)}; say in words who made the pairs, and how"
             )
         untrusted.one_of("store spec: codec", codec, CODECS)
+        if CODECS[codec].made:
+            raise StorageError(
+                f"store spec: codec {codec}: noise that was made elsewhere is no function of a seed here; take "
+                f"{', '.join(name for name, kind in CODECS.items() if not kind.made)}"
+            )
         if len(untrusted.sequence("store spec: image_shape", image_shape, _MOST_AXES)) != 3:
             raise StorageError(
                 f"store spec: image_shape {by(image_shape)}: give (channels, height, width), as (1, 28, 28)"
@@ -192,6 +210,14 @@ class StoreSpec:
     def with_source(self, source: str) -> StoreSpec:
         """The same recipe for the data with this content digest."""
         return dataclasses.replace(self, source=source)
+
+    @cached_property
+    def stored(self) -> tuple[Field, ...]:
+        """The fields that lie in shards: those of a pair, but where noise comes from in place of noise that is made."""
+        if not CODECS[self.codec].made:
+            return self.fields
+        origin = Field(ORIGIN, "int64", (3,), "origin")
+        return tuple(origin if field.role == "noise" else field for field in self.fields)
 
     def field(self, name: str) -> Field:
         """The field called `name`. Raises StorageError if the store has no such field."""
@@ -256,7 +282,7 @@ class StoreSpec:
         for name in ("coupling", "source"):
             untrusted.text(f"store spec: {name}", getattr(self, name))
         untrusted.truth("store spec: flips", self.flips)
-        for name in ("noise_step", "image_scale", "eta", "sigma_f"):
+        for name in ("noise_step", "image_scale", "image_shift", "eta", "sigma_f"):
             if getattr(self, name) is not None:
                 keep(name, untrusted.real(f"store spec: {name}", getattr(self, name)))
         for name in ("teacher", "potential", "student", "image_decoder"):
@@ -272,7 +298,7 @@ class StoreSpec:
             raise StorageError(f"store spec: value_range {self.value_range}: give the lowest value, then the highest")
 
     def _check_fields(self) -> None:
-        names = [field.name for field in self.fields]
+        names = [field.name for field in self.stored]
         if len(set(names)) < len(names):
             raise StorageError(f"store spec: a field is listed twice in {names}")
         for role in ("image", "noise", "slot"):
@@ -342,6 +368,8 @@ def read_spec(root: str | Path) -> StoreSpec:
     try:
         return StoreSpec.from_dict(read_json(path))
     except StorageError as error:
+        if not exists(path):
+            raise NoPlace(str(root), "no pair store, it has no spec.json; name the folder of one") from error
         raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from error
 
 

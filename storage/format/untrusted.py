@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import re
@@ -14,6 +15,26 @@ _SHOWN = 60  # longest shown part of a wrong value in a message
 _HEX = re.compile(r"[0-9a-f]{64}")
 PLAIN = r"[^\x00-\x1f]*"
 Value = TypeVar("Value")
+
+
+def json_value(written: str | bytes) -> Any:
+    """The value in JSON that another program wrote.
+
+    Raises ValueError for what is no JSON, for a key that is twice in an object, and for nesting that is too deep.
+    """
+    try:
+        return json.loads(written, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} is there twice")
+        found[key] = value
+    return found
 
 
 def integer(where: str, value: Any, low: int = 0, high: int = 2**63 - 1) -> int:

@@ -19,6 +19,7 @@ from nfm.storage.files.small_files import read_bytes
 from nfm.storage.format.commit import ShardFiles
 from nfm.storage.format.spec import Field, StoreSpec, use_layouts
 from nfm.storage.layouts.mapped import Shard
+from nfm.storage.layouts.seeded import Made
 from nfm.storage.layouts.tar_base import BlockWriter, Stock, Text
 from nfm.storage.layouts.tar_blocks import Blocks
 from nfm.storage.layouts.tar_samples import Samples
@@ -139,7 +140,7 @@ def files(spec: StoreSpec, shard: ShardFiles, sealed: bool = True) -> list[Store
                 f"{name}: {payload.path} is no shard of layout {spec.layout}; run `nfm audit` on its store"
             )
         return [payload]
-    if [part.path for part in parts] != [f"{payload.path}/{field.name}" for field in spec.fields]:
+    if [part.path for part in parts] != [f"{payload.path}/{field.name}" for field in spec.stored]:
         raise StorageError(f"{name}: {payload.path} has not one file a field of the spec; run `nfm audit` on its store")
     return [replace(part, path=path) for path, part in zip(of(spec).placed(spec, name), parts)] if sealed else [*parts]
 
@@ -193,4 +194,6 @@ def open_shard(spec: StoreSpec, paths: Sequence[Path], records: int) -> Shard:
     for path in paths:
         if is_remote(path):
             raise StorageError(f"{path}: a shard is mapped from a local file; fetch it first")
-    return of(spec).mapped(spec, paths, records)
+    shard = of(spec).mapped(spec, paths, records)
+    shard.made = Made.of(spec)
+    return shard

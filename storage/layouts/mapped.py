@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files.small_files import plain
-from nfm.storage.format.spec import Field
+from nfm.storage.format.spec import ORIGIN, Field
+from nfm.storage.layouts.seeded import Made
 
 Array = npt.NDArray[Any]
 
@@ -38,6 +39,7 @@ class Shard(ABC):
         self.path, self.fields, self.records = Path(path), tuple(fields), records
         self.maps: list[Mapped] = []  # of all files
         self.addresses: dict[str, int] = {}  # where the map of a field's file begins
+        self.made: Made | None = None  # makes the noise, if it is not stored
 
     def __len__(self) -> int:
         return self.records
@@ -46,6 +48,8 @@ class Shard(ABC):
         """Records start to stop of one field, in a new array [stop - start, *shape]."""
         if not 0 <= start <= stop <= self.records:
             raise StorageError(f"{self.path}: records {start} to {stop} asked for, it holds {self.records}")
+        if self.made is not None and name == "noise":
+            return self.made(self._read(ORIGIN, start, stop), [self.path])
         return self._read(name, start, stop)
 
     @abstractmethod

@@ -151,11 +151,11 @@ class Blocks(TarLayout):
     def writer(self, spec: StoreSpec, path: Path, name: str) -> ShardWriter:
         """Begins to write the shard `name`."""
         records = len(spec.slots_of(parse_name(name)[1]))
-        return ShardWriter(path, spec.fields, records, name, spec.rows_per_block)
+        return ShardWriter(path, spec.stored, records, name, spec.rows_per_block)
 
     def mapped(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedShard:
         """Maps a shard."""
-        return MappedShard(paths[0], spec.fields, records, spec.rows_per_block)
+        return MappedShard(paths[0], spec.stored, records, spec.rows_per_block)
 
     def offsets(self, fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int) -> dict[str, Array]:
         """The offsets of rows, see `record_offsets`."""
@@ -163,13 +163,13 @@ class Blocks(TarLayout):
 
     def shard_bytes(self, spec: StoreSpec, records: int) -> int:
         """Size in bytes of a shard's files."""
-        return shard_bytes(spec.fields, records, spec.rows_per_block)
+        return shard_bytes(spec.stored, records, spec.rows_per_block)
 
     def stock_arrays(self, spec: StoreSpec, files: Sequence[Path], draw: int, shard: int) -> Stock:
         """(field, records) by tarfile and numpy."""
-        key = shard_name(draw, shard)
+        key, names = shard_name(draw, shard), {field.name for field in spec.stored}
         for name, data in stock_members(files[0]):
             match = re.fullmatch(rf"{key}-b\d{{5}}\.(\w+)\.npy", name)
-            if match is None or not spec.has(match[1]):
+            if match is None or match[1] not in names:
                 raise CorruptShard(f"the member {name!r} is no block of {key}")
             yield match[1], stock_array(data)

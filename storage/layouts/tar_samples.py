@@ -194,11 +194,11 @@ class Samples(TarLayout):
         """Begins to write the shard `name`."""
         draw, shard = parse_name(name)
         slots = spec.slots_of(shard)
-        return SampleWriter(path, spec.fields, len(slots), draw, slots.start)
+        return SampleWriter(path, spec.stored, len(slots), draw, slots.start)
 
     def mapped(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedSamples:
         """Maps a shard."""
-        return MappedSamples(paths[0], spec.fields, records)
+        return MappedSamples(paths[0], spec.stored, records)
 
     def offsets(self, fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int) -> dict[str, Array]:
         """The offsets of rows, see `record_offsets`."""
@@ -210,14 +210,14 @@ class Samples(TarLayout):
 
     def shard_bytes(self, spec: StoreSpec, records: int) -> int:
         """Size in bytes of a shard's files."""
-        return shard_bytes(spec.fields, records)
+        return shard_bytes(spec.stored, records)
 
     def stock_arrays(self, spec: StoreSpec, files: Sequence[Path], draw: int, shard: int) -> Stock:
         """(field, records) by tarfile and numpy."""
-        slot = -1
+        slot, names = -1, {field.name for field in spec.stored}
         for name, data in stock_members(files[0]):
             match = re.fullmatch(rf"d{draw:03d}-(\d{{9}})\.(?:(\w+)\.npy|cls)", name)
-            if match is None or not spec.has(match[2] or "label"):
+            if match is None or (match[2] or "label") not in names:
                 raise CorruptShard(f"the member {name!r} is no record of {shard_name(draw, shard)}")
             if int(match[1]) != slot:
                 slot = int(match[1])

@@ -30,11 +30,11 @@ class Zarr:
     def writer(self, spec: StoreSpec, path: Path, name: str) -> ZarrWriter:
         """Begins to write the shard `name`."""
         records = len(spec.slots_of(parse_name(name)[1]))
-        return ZarrWriter(path, spec.fields, records, spec.rows_per_shard, spec.rows_per_block)
+        return ZarrWriter(path, spec.stored, records, spec.rows_per_shard, spec.rows_per_block)
 
     def mapped(self, spec: StoreSpec, paths: Sequence[Path], records: int) -> MappedZarr:
         """Maps a shard."""
-        return MappedZarr(paths, spec.fields, records, spec.rows_per_shard, spec.rows_per_block)
+        return MappedZarr(paths, spec.stored, records, spec.rows_per_shard, spec.rows_per_block)
 
     def offsets(self, fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int) -> dict[str, Array]:
         """The offsets of rows, each field in its own file."""
@@ -47,7 +47,7 @@ class Zarr:
     def shard_bytes(self, spec: StoreSpec, records: int) -> int:
         """Size in bytes of a shard's files."""
         sizes = spec.rows_per_shard, spec.rows_per_block
-        return sum(zarr_shard.shard_bytes(field, records, *sizes) for field in spec.fields)
+        return sum(zarr_shard.shard_bytes(field, records, *sizes) for field in spec.stored)
 
     def check(self, spec: StoreSpec) -> None:
         """Raises StorageError unless a shard consists of whole chunks."""
@@ -67,7 +67,7 @@ class Zarr:
 
     def placed(self, spec: StoreSpec, name: str) -> list[str]:
         """Where stock readers look for the files of a shard."""
-        return [zarr_metadata.chunk_path(field, *parse_name(name)) for field in spec.fields]
+        return [zarr_metadata.chunk_path(field, *parse_name(name)) for field in spec.stored]
 
     def metadata(self, spec: StoreSpec, draws: int) -> dict[str, bytes]:
         """The zarr.json files."""
@@ -79,7 +79,7 @@ class Zarr:
 
         slots = spec.slots_of(shard)
         with TemporaryDirectory(prefix="nfm-verify-") as scratch:
-            for field, file in zip(spec.fields, files):
+            for field, file in zip(spec.stored, files):
                 folder = f"d{draw:03d}/{field.name}"
                 link = Path(scratch) / zarr_metadata.chunk_path(field, draw, shard)
                 link.parent.mkdir(parents=True)

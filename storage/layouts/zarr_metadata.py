@@ -20,7 +20,7 @@ def documents(spec: StoreSpec, draws: int) -> dict[str, bytes]:
     found = {"zarr.json": _rendered(_group({"nfm": spec.to_dict()}))}
     for draw in range(draws):
         found[f"d{draw:03d}/zarr.json"] = _rendered(_group({"draw": draw}))
-        for field in spec.fields:
+        for field in spec.stored:
             found[f"d{draw:03d}/{field.name}/zarr.json"] = _rendered(_array(spec, field))
     return found
 
@@ -67,10 +67,13 @@ def _meaning(spec: StoreSpec, field: Field) -> dict[str, Any]:
     facts: dict[str, Any] = {"role": field.role}
     if field.role == "noise":
         facts |= {"codec": spec.codec, "noise_step": spec.noise_step}  # noise = noise_step * stored
+    elif field.role == "origin":
+        facts |= {"codec": spec.codec, "seed": spec.seed}  # the noise is made from these
     elif field.role == "image" and field.dtype == "uint8":
         facts |= {"value_range": list(spec.value_range)}  # the values of the pixels 0 and 255
     elif field.role == "image":
         facts |= {"image_scale": spec.image_scale, "image_decoder": spec.image_decoder}
+        facts |= {} if spec.image_shift is None else {"image_shift": spec.image_shift}
     return facts
 
 

@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from nfm.storage.errors import MissingShard, StorageError
+from nfm.storage.errors import MissingShard, OutOfRange, StorageError
 from nfm.storage.format import untrusted
 from nfm.storage.format.moments import check_moments
 from nfm.storage.format.order import Rows
 from nfm.storage.format.spec import StoreSpec, check_format, parse_name, shard_name
 from nfm.storage.ledger.shard_list import MOST, Entry, ShardList, inline_list, read_list
+from nfm.storage.ledger.standing import again
 
+PART_OF = "part_of"  # in a manifest of fewer draws than the newest generation had: the number of that one
 _MOST_DRAWS = 1000
 _NEEDED = {"generation", "draws", "order_key", "content_digest", "records", "shards"}
 
@@ -82,6 +84,8 @@ class Generation:
         self.records = untrusted.integer(f"{path}: records", body["records"], 1)
         self.order_key = untrusted.sha256(f"{path}: order_key", body["order_key"])
         self.content_digest = untrusted.sha256(f"{path}: content_digest", body["content_digest"])
+        if PART_OF in body:
+            untrusted.integer(f"{path}: {PART_OF}", body[PART_OF], 1)
         _check_sums(path, body)
         listed = untrusted.sequence(f"{path}: excluded", body.get("excluded", ()), MOST)
         self.excluded = tuple(_hole(f"{path}: excluded", hole) for hole in listed)
@@ -142,9 +146,9 @@ class Generation:
         return None if self.complete else {draw: self._numbers(draw) for draw in range(self.draws)}
 
     def of(self, draw: int) -> DrawShards:
-        """The shards of a draw. Raises StorageError if the generation has no such draw."""
+        """The shards of a draw. Raises OutOfRange if the generation has no such draw."""
         if not 0 <= draw < self.draws:
-            raise StorageError(f"{self.path}: draw {draw} is outside 0..{self.draws - 1} of generation {self.number}")
+            raise OutOfRange(f"{self.path}: draw {draw} is outside 0..{self.draws - 1} of generation {self.number}")
         each, absent = self.spec.shards_per_draw, self._absent.get(draw, {})
         start = draw * each - sum(len(self._absent.get(before, ())) for before in range(draw))
         entries = self.shards[start : start + each - len(absent)]
@@ -157,7 +161,7 @@ class Generation:
         for hole in self.excluded:
             found.setdefault(hole.draw, {})[parse_name(hole.name)[1]] = (
                 f"its slots {hole.slots.start} to {hole.slots.stop - 1} are excluded from generation {self.number} "
-                f"({hole.reason}); run the pairs stage again to encode them, and open the generation that it seals"
+                f"({hole.reason}); {again(self.root)}, and open the generation that is sealed then"
             )
         return found
 

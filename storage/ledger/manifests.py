@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nfm.storage.errors import NoPlace
+from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.files.atomic import read_json
 from nfm.storage.files.paths import as_path, exists, names_in, size_of
 from nfm.storage.format import untrusted
 from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.ledger import generation
-from nfm.storage.ledger.generation import Generation
+from nfm.storage.ledger.generation import PART_OF, Generation
 from nfm.storage.ledger.shard_list import is_list_name
+
+_MANIFEST = re.compile(r"manifest\.g(\d{4,})\.json")
 
 
 def manifest_path(root: str | Path, number: int) -> Path:
@@ -23,14 +25,14 @@ def manifest_path(root: str | Path, number: int) -> Path:
 def pinned(where: str | Path) -> tuple[Path, int | None]:
     """(the folder of a store, the generation whose manifest `where` is); None if it is the folder itself."""
     root = as_path(where)
-    if root.suffix == ".json" and size_of(root) is not None:
+    if _MANIFEST.fullmatch(root.name) and size_of(root) is not None:
         return root.parent, untrusted.integer(f"{root}: generation", read_json(root).get("generation", 0))
     return root, None
 
 
 def numbers(root: str | Path) -> list[int]:
     """The sealed generations of a store, ascending."""
-    found = (re.fullmatch(r"manifest\.g(\d{4,})\.json", name) for name in names_in(as_path(root)))
+    found = (_MANIFEST.fullmatch(name) for name in names_in(as_path(root)))
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -50,10 +52,26 @@ def load(root: str | Path, number: int, spec: StoreSpec | None = None) -> Genera
     return Generation(path.parent, spec or read_spec(root), number, read_json(path))
 
 
-def newest(root: str | Path, spec: StoreSpec | None = None) -> Generation | None:
-    """The newest generation; None if the store has never been sealed."""
+def newest_number(root: str | Path) -> int:
+    """The number of the newest generation, 0 if there is none. One that is part of a larger one is not the newest.
+
+    A manifest that cannot be read counts as the newest, so that whoever opens it tells of the damage.
+    """
     found = numbers(root)
-    return load(root, found[-1], spec) if found else None
+    for at in range(len(found) - 1, 0, -1):
+        try:
+            whole = read_json(manifest_path(root, found[at])).get(PART_OF)
+        except StorageError:
+            return found[at]
+        if whole not in found[:at]:  # also where a repair set the larger one aside
+            return found[at]
+    return found[0] if found else 0
+
+
+def newest(root: str | Path, spec: StoreSpec | None = None) -> Generation | None:
+    """The newest generation, see `newest_number`; None if the store has never been sealed."""
+    number = newest_number(root)
+    return load(root, number, spec) if number else None
 
 
 def files_of(root: str | Path, number: int) -> list[Path]:

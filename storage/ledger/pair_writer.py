@@ -13,18 +13,17 @@ from typing import Any, Self
 import numpy as np
 
 from nfm.storage import layouts
-from nfm.storage.errors import StorageError, arguments
+from nfm.storage.errors import NoPlace, StorageError, arguments
 from nfm.storage.files.atomic import canonical_json, create_json, read_json
 from nfm.storage.files.atomic import digest as digest_of
 from nfm.storage.files.copies.cache import default_cache
 from nfm.storage.files.paths import as_path, exists, remove
-from nfm.storage.format import untrusted
 from nfm.storage.format.pair_checks import Array, RowImages, checked
 from nfm.storage.format.spec import DRAFT, SPEC, StoreSpec, check_folder, parse_name, shard_name
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
+from nfm.storage.ledger.standing import WRITER, differences
 
-_MARK = "writer"  # in spec.json: whether the writer computed the digest of the source or was given it
 _STEP = 1 << 24  # bytes of images that are read back at a time
 
 
@@ -152,11 +151,11 @@ class PairWriter:
                 self._compare(StoreSpec.from_dict(read_json(draft)), computed=True)
         if exists(self.root / SPEC):
             body = read_json(self.root / SPEC)
-            self._compare(StoreSpec.from_dict(body), (body.get(_MARK) or {}).get("source") == "computed")
+            self._compare(StoreSpec.from_dict(body), (body.get(WRITER) or {}).get("source") == "computed")
 
     def _create(self, spec: StoreSpec) -> None:
         kind = "computed" if self._computed else "given"
-        if not create_json(self.root / SPEC, {"store": spec.to_dict(), _MARK: {"source": kind}}):
+        if not create_json(self.root / SPEC, {"store": spec.to_dict(), WRITER: {"source": kind}}):
             there = StoreSpec.from_dict(read_json(self.root / SPEC))
             if there != spec:
                 self._refuse(there, spec)
@@ -168,14 +167,8 @@ class PairWriter:
             self._refuse(there, self.spec)
 
     def _refuse(self, there: StoreSpec, here: StoreSpec) -> None:
-        ours, theirs = here.to_dict(), there.to_dict()
-        # fields last: a difference in another key explains more
-        names = sorted(ours | theirs, key=lambda key: key == "fields")
-        name = next(key for key in names if ours.get(key) != theirs.get(key))
-        raise StorageError(
-            f"{self.root}: another store is there: its {name} is {untrusted.shown(theirs.get(name))}, the spec's is "
-            f"{untrusted.shown(ours.get(name))}; write to another folder, or open it with its own spec"
-        )
+        remedy = "Write to another folder, or open it with its own spec"
+        raise NoPlace(str(self.root), f"another store is there: {differences(there, here)}. {remedy}")
 
     def _of(self, draw: int) -> _Draw:
         if draw not in self._open:

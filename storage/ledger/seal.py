@@ -15,14 +15,24 @@ from nfm.storage.format.order import order_key
 from nfm.storage.format.spec import FORMAT, StoreSpec, parse_name, read_spec
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.commits import Commit
-from nfm.storage.ledger.generation import Generation, Hole, names_of, slots_of
-from nfm.storage.ledger.manifests import files_of, load, manifest_path, newest, next_number, numbers, pinned
+from nfm.storage.ledger.generation import PART_OF, Generation, Hole, names_of, slots_of
+from nfm.storage.ledger.manifests import (
+    files_of,
+    load,
+    manifest_path,
+    newest,
+    newest_number,
+    next_number,
+    numbers,
+    pinned,
+)
 from nfm.storage.ledger.shard_list import Entry
+from nfm.storage.ledger.standing import again
 from nfm.storage.ledger.sums import Totals
 
 __all__ = [
-    "build", "files_of", "load", "manifest_path", "names_of", "newest", "next_number", "numbers", "pending", "pinned",
-    "remove_lost_attempts", "seal",
+    "PART_OF", "build", "files_of", "load", "manifest_path", "names_of", "newest", "newest_number", "next_number",
+    "numbers", "pending", "pinned", "remove_lost_attempts", "seal",
 ]  # fmt: skip
 _LISTED = 8  # pending shards named in a message
 _MOST_REASON = 1000  # characters
@@ -35,7 +45,9 @@ def pending(root: str | Path, spec: StoreSpec, draws: int) -> list[str]:
 
 
 def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The manifest of draws 0 to `draws` - 1, to be published; the newest one itself if it holds exactly that.
+    """The manifest of draws 0 to `draws` - 1, to be published; a sealed one itself if it holds exactly that.
+
+    If the newest generation has more draws, it stays the newest one, and this manifest says of which one it is a part.
 
     Shards in `excluded` (name: reason) that are not committed are left out, and the manifest lists them.
     `content_digest` is over the payload digests alone, in order; `records` counts all draws; `moments` are pooled. A
@@ -49,9 +61,9 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
     where = as_path(root)
     number = next_number(root)  # before reading the newest: if two processes seal at once, one then finds the other's
     names, holes = _present(where, spec, draws, excluded or {})
-    held: list[Commit] = []
+    held, last = list[Commit](), newest(where, spec)
     there = folder.shard_files(where)
-    with Totals(where, spec, len(names), _newest_like(where, spec, draws, holes)) as totals:
+    with Totals(where, spec, len(names), _like(where, spec, last, draws, holes)) as totals:
         for commit, sha256 in commits.read_many(where, names):
             _check_commit(where, spec, commit, there)
             totals.add(commit, sha256)
@@ -67,8 +79,10 @@ def build(root: str | Path, spec: StoreSpec, draws: int, excluded: Mapping[str, 
             "order_key": order_key(spec.source, spec.rows, draws, slots_of(holes)),
             **totals.body(),
         } | ({"excluded": [hole.to_json() for hole in holes]} if holes else {})
-        if (last := totals.same) is not None and _agrees(last.body, body):
-            return {**body, **last.body}
+        if (same := totals.same) is not None and _agrees(same.body, body):
+            return {**body, **same.body}
+        if last is not None and last.draws > draws:
+            body[PART_OF] = last.number
         return body | {"shards": totals.listed(body["generation"])}
 
 
@@ -116,19 +130,19 @@ def _present(root: Path, spec: StoreSpec, draws: int, excluded: Mapping[str, str
         more = f" and {len(missing) - _LISTED} more" if len(missing) > _LISTED else ""
         raise MissingShard(
             f"{root}: {len(missing)} of {len(names)} shards are not committed: "
-            f"{', '.join(missing[:_LISTED])}{more}; run the pairs stage again to encode them"
+            f"{', '.join(missing[:_LISTED])}{more}; {again(root)}"
         )
     if not lacking:
         return names, []
     if not layouts.of(spec).holes:
         raise StorageError(
             f"{root}: {len(lacking)} shards are missing ({lacking[0]}, ...), and the arrays of layout {spec.layout} "
-            "can have no holes; run the pairs stage again to encode them, or make the store in layout blocks"
+            f"can have no holes; {again(root)}, or make the store in layout blocks"
         )
     absent = set(lacking)
     held = [name for name in names if name not in absent]
     if empty := sorted(set(range(draws)) - {parse_name(name)[0] for name in held}):
-        raise StorageError(f"{root}: draw {empty[0]} would hold no shard at all; run the pairs stage again")
+        raise StorageError(f"{root}: draw {empty[0]} would hold no shard at all; {again(root)}")
     return held, [_hole(spec, name, excluded[name]) for name in lacking]
 
 
@@ -150,13 +164,15 @@ def _check_commit(root: Path, spec: StoreSpec, commit: Commit, there: Mapping[st
         raise MissingShard(
             f"{path}: {'missing' if found is None else f'{found} bytes instead of {size}'}, though "
             f"{commits.commit_path(root, commit.name)} says it was committed. Restore the file, or run "
-            f"`nfm repair {root}` and then this command again to encode the shard anew"
+            f"`nfm repair {root}`, which sets the shard aside, and then {again(root)}"
         )
 
 
-def _newest_like(root: Path, spec: StoreSpec, draws: int, holes: list[Hole]) -> Generation | None:
-    """The newest generation, if it could be the one that is being built."""
-    last = newest(root, spec)
+def _like(root: Path, spec: StoreSpec, last: Generation | None, draws: int, holes: list[Hole]) -> Generation | None:
+    """The sealed generation that could be the one that is being built: the newest, `last`, or one with fewer draws."""
+    if last is not None and last.draws > draws:
+        fewer = (load(root, number, spec) for number in reversed(numbers(root)))
+        last = next((sealed for sealed in fewer if sealed.draws == draws), None)
     if last is None or last.draws != draws:
         return None
     return last if [hole.name for hole in last.excluded] == [hole.name for hole in holes] else None

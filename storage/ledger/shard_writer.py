@@ -14,10 +14,12 @@ from nfm.storage import layouts
 from nfm.storage.errors import StorageError
 from nfm.storage.files.paths import as_path
 from nfm.storage.format import codecs
+from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.commit import ATTEMPT, Commit
 from nfm.storage.format.index import index_rows, keys_digest, write_index
 from nfm.storage.format.moments import MomentSums
-from nfm.storage.format.spec import StoreSpec, shard_name
+from nfm.storage.format.spec import ORIGIN, StoreSpec, shard_name
+from nfm.storage.layouts.seeded import Origins
 from nfm.storage.layouts.tar_base import Array
 from nfm.storage.ledger import commits
 
@@ -33,9 +35,10 @@ def write_shard(
     """Writes the payload and the index part of one shard, both durable on return. The result is not published yet.
 
     Each item of `records` has arrays over n records: every field of the spec (the noise in float32; it is stored in the
-    spec's codec), `slot` counting through `spec.slots_of(shard)`, and optionally `row` (default: the slot), `flip`,
-    `group` and `nll`. Raises StorageError for wrong slots, shapes and types, for noise that is not finite, and if the
-    disk is full; then nothing is left behind. Moments are of the noise as stored.
+    spec's codec, or where it comes from), `slot` counting through `spec.slots_of(shard)`, and optionally `row`
+    (default: the slot), `flip`, `group` and `nll`. Raises StorageError for wrong slots, shapes and types, for noise
+    that is not finite or that the codec cannot make again, and if the disk is full; then nothing is left behind.
+    Moments are of the noise as stored.
     """
     if not re.fullmatch(ATTEMPT, attempt):
         raise StorageError(f"attempt {attempt!r}: use letters, digits, - and _ only, it becomes part of file names")
@@ -46,6 +49,7 @@ def write_shard(
         raise StorageError(f"{root}: {name} is committed under attempt {attempt!r}; use a new attempt's name")
     payload, index = layouts.payload_name(spec, name, attempt), f"index/{name}.{attempt}.parquet"
     sums, rows, clipped = MomentSums(), [], 0
+    origins = Origins(spec, draw, shard) if CODECS[spec.codec].made else None
     with layouts.writer(spec, root, name, attempt) as writer:
         for chunk in records:
             start = slots.start + writer.written
@@ -56,7 +60,9 @@ def write_shard(
                     f"{writer.path}: {sums.nonfinite} values of the noise are not finite from slot {start} on; "
                     "check what made them, or use codec float32 if they are too large for another one"
                 )
-            writer.append(arrays)
+            if origins is not None:
+                arrays[ORIGIN] = _origins_of(writer.path, origins, arrays)
+            writer.append({field.name: arrays[field.name] for field in spec.stored})
             rows.append(index_rows(draw, {**chunk, **arrays}))
             clipped += beyond
         whole, parts = layouts.closed(writer, payload)
@@ -77,6 +83,13 @@ def write_shard(
         parts=parts,
         seconds=time.monotonic() - begin,
     )
+
+
+def _origins_of(path: Path, origins: Origins, arrays: Mapping[str, Array]) -> Array:
+    try:
+        return origins(arrays["slot"], arrays["noise"])
+    except StorageError as error:
+        raise StorageError(f"{path}: {error}") from error
 
 
 def _fields_of(path: Path, spec: StoreSpec, chunk: Mapping[str, Array], start: int) -> tuple[dict[str, Array], int]:

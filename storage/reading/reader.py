@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage.errors import StateMismatch, StorageError
-from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, whole
+from nfm.storage.errors.arguments import MOST_EPOCH, WrongArgument, checked, checked_later, whole
 from nfm.storage.reading.batch import Assembly, Batch
 from nfm.storage.reading.device import Upload
 from nfm.storage.reading.readahead import ReadAhead
@@ -65,9 +65,9 @@ class BatchReader:
     """An iterator of `Batch`. `state_dict` and `load_state_dict` resume it exactly, on any number of ranks.
 
     `wait_seconds` is the total time that the caller has waited for batches. Reading begins at the first `next`. It
-    stops at the end, on an error, at `close`, or when nothing refers to the reader any more; a later `next` continues
-    from the state. With `turns=(skip, step)` it reads every step-th batch after the first `skip`, so that workers can
-    share a stream.
+    stops at the end, on an error, at `close`, or when nothing refers to the reader any more. After an error a later
+    `next` continues from the state; after `close` it raises StorageError. With `turns=(skip, step)` it reads every
+    step-th batch after the first `skip`, so that workers can share a stream.
     """
 
     @checked(stream=checked_later, turns=checked_later)
@@ -107,6 +107,7 @@ class BatchReader:
         self._filled: Iterator[_Filled] | None = None
         self._stop: weakref.finalize[Any, Any] | None = None
         self._process = os.getpid()
+        self._closed = False
         self._lock = threading.RLock()  # threads that share a reader get different batches
 
     def __iter__(self) -> BatchReader:
@@ -145,6 +146,7 @@ class BatchReader:
             return self._next()
 
     def _next(self) -> Batch:
+        self._check_open()
         started = time.perf_counter()
         try:
             if self._filled is None:
@@ -152,7 +154,7 @@ class BatchReader:
             self._asked.put(True)
             filled = next(self._filled)
         except BaseException:  # the end, an error in the thread, or an interrupt: none may leave a thread behind
-            self.close()
+            self._halt()
             raise
         finally:
             self.wait_seconds += time.perf_counter() - started
@@ -194,14 +196,20 @@ class BatchReader:
         The number of ranks may differ. So may the batch size: the next batch still starts at the next record. Raises
         StateMismatch if the state is of another store, generation, seed or order.
         """
+        self._check_open()
         self.check(state)
-        self.close()
+        if self._epochs is not None and state["epoch"] >= self._epochs:
+            raise StateMismatch(
+                f"reader state: epoch is {state['epoch']} there, and this reader has epochs 0 to {self._epochs - 1}: "
+                f"read with epochs={state['epoch'] + 1} or more, or start without a state"
+            )
+        self._halt()
         self.epoch, self.consumed = int(state["epoch"]), int(state["consumed"])
 
     @checked()
     def check(self, state: Mapping[str, Any]) -> None:
         """Raises StateMismatch unless the state belongs to this order of records."""
-        softened = float(state.get("soften", 0.0))
+        softened = state.get("soften", 0.0)
         if softened != self._soften:
             raise StateMismatch(
                 f"reader state: soften is {softened} there and {self._soften} here; read with soften={softened}, or "
@@ -216,7 +224,8 @@ class BatchReader:
         for name in ("epoch", "consumed"):
             if name not in state:
                 raise StateMismatch(f"reader state: it has no {name}; give a whole one, as `state_dict` returns it")
-        epoch, consumed = (whole()(f"state['{name}']", state[name]) for name in ("epoch", "consumed"))
+        epoch = whole(0, MOST_EPOCH)("state['epoch']", state["epoch"])
+        consumed = whole()("state['consumed']", state["consumed"])
         if consumed > (records := self._stream.rows(epoch)):
             raise StateMismatch(
                 f"reader state: consumed is {consumed:,} there, and epoch {epoch} has {records:,} records; give a "
@@ -224,7 +233,19 @@ class BatchReader:
             )
 
     def close(self) -> None:
-        """Stops reading ahead. Batches that were yielded stay valid."""
+        """Ends the reader. Batches that were yielded stay valid, and so does its state."""
+        self._closed = True
+        self._halt()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageError(
+                "this reader is closed: make another one with `batches`; `load_state_dict` makes it continue from this "
+                "one's `state_dict()`"
+            )
+
+    def _halt(self) -> None:
+        """Stops reading ahead; the next batch starts it again."""
         if self._stop is not None:
             self._stop()
         self._forget()

@@ -17,12 +17,15 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from nfm.storage.errors import CorruptShard, by, check_inside
-from nfm.storage.format.convert import CHUNK, TORCH_CHUNK, to_float32
-from nfm.storage.format.spec import Field
+from nfm.storage.errors import CorruptShard, check_inside
+from nfm.storage.errors.arguments import some_of, writable
+from nfm.storage.format.convert import to_float32
+from nfm.storage.format.spec import ORIGIN, Field
 from nfm.storage.layouts import LAYOUTS, Shard
+from nfm.storage.layouts.seeded import Made
 
 Array = npt.NDArray[Any]
+_STAGED = 1 << 18  # numbers gathered before they are converted: half a MiB of float16, in a core's second-level cache
 _LARGE_RECORD = 4096  # bytes; from here on one copy for each record is faster than numpy's gather, which copies twice
 
 
@@ -31,7 +34,8 @@ class ShardSequence:
 
     `open_shard(number)` opens a shard; it is called when the shard is first read. `what` is a row in messages. Each map
     holds a file descriptor. Beyond a quarter of the process's limit (`ulimit -n`), the least recently used are closed.
-    uint8 images are converted to `value_range`, and integer noise by `noise_step`, as `to_float32` does.
+    uint8 images are converted to `value_range`, and integer noise by `noise_step`, as `to_float32` does. `fields` are
+    the stored ones; noise that is not among them is `made`.
     """
 
     def __init__(
@@ -44,17 +48,20 @@ class ShardSequence:
         layout: str = "blocks",
         value_range: tuple[float, float] = (-1.0, 1.0),
         noise_step: float | None = None,
+        made: Made | None = None,
         what: str = "row",
     ) -> None:
         self.what = what
-        self.fields = {field.name: field for field in fields}
+        self.stored = {field.name: field for field in fields}
+        self.fields = self.stored | ({} if made is None else {"noise": made.field})
+        self._made = made
         self.rows = rows
         self.rows_per_shard = rows_per_shard
         self.rows_per_block = rows_per_block
         self.layout = layout
         self._value_range, self._noise_step = value_range, noise_step
         self._open_shard = open_shard
-        files = len(self.fields) if LAYOUTS[layout].by_field else 1
+        files = len(self.stored) if LAYOUTS[layout].by_field else 1
         self._most = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4 // files)
         self._begin()
         _sequences.add(self)
@@ -74,10 +81,11 @@ class ShardSequence:
         """The records at `rows` ([n] integers, in any order) as arrays [n, *shape], in `out` if given.
 
         An array of `out` has the stored dtype. For images and noise it may be float32; then they are converted. Raises
-        OutOfRange for a row that does not exist, MissingShard or CorruptShard (naming the file) for a bad file.
+        WrongArgument for another array or an unknown field, OutOfRange for a row that does not exist, MissingShard or
+        CorruptShard (naming the file) for a bad file.
         """
         rows = np.asarray(rows, np.int64)
-        result = dict(out) if out is not None else self.empty(names, len(rows))
+        result = self.empty(names, len(rows)) if out is None else self._checked(out, len(rows))
         if not len(rows):
             return result
         check_inside(self.what, rows, self.rows)
@@ -87,14 +95,19 @@ class ShardSequence:
         inside = rows - number * self.rows_per_shard
         layout = LAYOUTS[self.layout]
         records = np.minimum(self.rows - number * self.rows_per_shard, self.rows_per_shard)
-        offsets = layout.offsets(list(self.fields.values()), records, inside, self.rows_per_block)
+        offsets = layout.offsets(list(self.stored.values()), records, inside, self.rows_per_block)
         for name in names:
-            self._check(name, result[name], len(rows))
-            if name not in offsets:  # it follows from the position
+            made = self._made if name == "noise" else None
+            stored = name if made is None else ORIGIN
+            if stored not in offsets:  # it follows from the position
                 result[name][...] = rows
                 continue
-            starts = np.array([shard.addresses[name] for shard in held], np.int64)[which] + offsets[name]
-            if (text := layout.text(name)) is not None:
+            starts = np.array([shard.addresses[stored] for shard in held], np.int64)[which] + offsets[stored]
+            if made is not None:
+                origins = np.empty((len(rows), *self.stored[ORIGIN].shape), np.int64)
+                _Records(starts, self.stored[ORIGIN].bytes_per_record).copy(0, origins)
+                made(origins, [shard.path for shard in held], which, result[name])
+            elif (text := layout.text(name)) is not None:
                 written = np.empty((len(rows), text.bytes), np.uint8)
                 _Records(starts, text.bytes).copy(0, written)
                 result[name][...] = text.parse(written)
@@ -106,14 +119,14 @@ class ShardSequence:
         return result
 
     def _converted(self, name: str, starts: Array, out: Array) -> None:
-        """Fills float32 `out` a few records at a time, which are converted while they are in the core's cache.
+        """Fills float32 `out` some records at a time, which are converted while they are in the core's cache.
 
-        torch is the faster converter, if the process has it.
+        Fewer at a time would cost more calls than they save in memory. torch is the faster converter, if the process
+        has it.
         """
         field, torch = self.fields[name], "torch" in sys.modules
         step = self._noise_step if name == "noise" else None
-        numbers = TORCH_CHUNK if torch and field.dtype == "float16" else CHUNK
-        some = max(1, numbers // math.prod(field.shape))
+        some = max(1, _STAGED // math.prod(field.shape))
         stored = np.empty((min(some, len(out)), *field.shape), field.dtype)
         records = _Records(starts, field.bytes_per_record)
         for first in range(0, len(out), some):
@@ -122,14 +135,14 @@ class ShardSequence:
             records.copy(first, part)
             to_float32(part, self._value_range, target, step, torch=torch)
 
-    def _check(self, name: str, out: Array, records: int) -> None:
-        field = self.fields[name]
-        shape, kinds = (records, *field.shape), [np.dtype(field.dtype)]
-        if name in ("image", "noise") and field.dtype != "float32":
-            kinds.append(np.dtype(np.float32))
-        if out.shape != shape or out.dtype not in kinds or not out.flags.c_contiguous:
-            allowed = " or ".join(map(str, kinds))
-            raise ValueError(f"out[{name!r}] is {out.dtype} {by(out.shape)}: pass a contiguous {allowed} {by(shape)}")
+    def _checked(self, out: Mapping[str, Array], records: int) -> dict[str, Array]:
+        for name in some_of(list(self.fields))("out", out.keys()):
+            field = self.fields[name]
+            kinds = [np.dtype(field.dtype)]
+            if name in ("image", "noise") and field.dtype != "float32":
+                kinds.append(np.dtype(np.float32))
+            writable(f"out[{name!r}]", out[name], (records, *field.shape), kinds)
+        return dict(out)
 
     def shard(self, number: int) -> Shard:
         """Shard `number`, open."""

@@ -15,6 +15,7 @@ from nfm.storage.format.order import order_key
 from nfm.storage.format.spec import SPEC
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.generation import Generation, slots_of
+from nfm.storage.ledger.standing import unsealed
 from nfm.storage.ledger.sums import Sums
 from nfm.storage.verify.content import close
 from nfm.storage.verify.files import LEVELS, Finding, Level, finding_of, leads_outside, surplus
@@ -24,7 +25,6 @@ from nfm.storage.verify.survey import Survey, load, survey
 
 __all__ = ["LEVELS", "Finding", "Level", "orphans", "verify"]
 _RESEAL = "restore it from a copy, or set it aside and run `nfm pairs seal` on the store"
-_UNSEALED = "restore it, or run the pairs stage to its end, which seals the store"
 
 
 def verify(store_root: str | Path, generation: int | None = None, level: Level = "quick") -> list[Finding]:
@@ -67,7 +67,7 @@ def _manifest_findings(found: Survey, number: int, sums: Sums) -> Iterator[Findi
     path = seal.manifest_path(found.root, number)
     sealed = found.generations.get(number) or load(found.root, number, found.spec)
     if isinstance(sealed, StorageError):
-        yield finding_of("quick", path, sealed, _UNSEALED)
+        yield finding_of("quick", path, sealed, f"restore it, or {unsealed(found.root)}")
         return
     problems = [*_list_problems(found, sealed), *_sum_problems(sealed, sums)]
     yield from (Finding("quick", str(path), problem, _RESEAL) for problem in problems)

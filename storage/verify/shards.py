@@ -23,7 +23,7 @@ from nfm.storage.verify.content import content_problems
 from nfm.storage.verify.files import Finding, Level, check_file, finding_of, local_copies
 from nfm.storage.verify.survey import Listed, Survey, read_commit
 
-AGAIN = "restore it from a copy, or run `nfm repair` on the store and then the pairs stage again"
+AGAIN = "restore it from a copy, or run `nfm repair` on the store, which says what makes it again"
 REMAKE = "its bytes are as committed: what encoded it was at fault, move the store away and make it again"
 COPY = "restore it from a copy"
 _TOGETHER = 256  # shards that a thread takes at a time, if the check of each is quick

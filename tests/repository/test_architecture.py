@@ -13,10 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MAY_KNOW = {
     "pipeline": (
-        *("nfm.pipeline", "nfm.stages", "nfm.storage.errors"),
-        *("nfm.storage.files.atomic", "nfm.storage.files.paths", "nfm.storage.files.small_files"),
-        *("nfm.storage.files.parallel", "nfm.storage.files.remote"),
-        *("nfm.storage.files.copies.mirror", "nfm.storage.files.copies.resume"),
+        *("nfm.pipeline", "nfm.stages"),
+        *("nfm.storage.errors", "nfm.storage.files"),  # names, places, locks: what is not about pairs
+        *("nfm.storage.ledger.manifests", "nfm.storage.ledger.standing"),  # the newest generation; what completes it
     ),
     "stages": ("nfm.stages", "nfm.storage", "nfm.trainers"),
     "storage": ("nfm.storage",),
@@ -89,13 +88,14 @@ ARROWS: dict[str, dict[str, str]] = {
         "checkpoint": "",
         "training": "checkpoint",
         "flow_matching": "training",
+        "likelihood": "models training",
         "couplings": "models training",
         "solvers": "nfe",
         "loop": "checkpoint training",
     },
     "stages": {
         "base": "",
-        "data": "base couplings executors trained",
+        "data": "base couplings display executors trained",
         "couplings": "base",
         "display": "base couplings",
         "trained": "base couplings display",
@@ -115,7 +115,7 @@ ARROWS: dict[str, dict[str, str]] = {
         "prechecks": "artifacts config graph",
         "console": "artifacts",
         "runner": "artifacts console graph prechecks",
-        "upkeep": "artifacts builder config graph",
+        "upkeep": "artifacts builder config graph submit",
         "overview": "artifacts config console graph prechecks runner",
         "cli": "artifacts builder config console graph prechecks overview runner submit upkeep",
     },

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from nfm.pipeline.config import RunConfig
 from nfm.stages.base import LocalField, PlaceField
 from nfm.stages.data.config import DataConfig
+from nfm.stages.data.latents.config import VaeField
 from nfm.stages.evaluation.config import EvaluateConfig
 from nfm.stages.pairs.config import PairsConfig
 
@@ -21,7 +22,7 @@ NO_PLACES = {
     *(
         "pairs.coupling",
         "pairs.layout",
-        "pairs.coupling",
+        "pairs.codec",
         "pairs.executor",
         "data.executor",
         "student.arch",
@@ -39,6 +40,9 @@ NO_PLACES = {
         ),
     ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
+    "latents.options",
+    "latents.executor",
+    "latents.ray_address",
     *("teacher.model", "teacher.options", "student.model", "student.options"),
     *("student.times", "student.objective", "student.sampler", "evaluate.ema"),
 }
@@ -56,7 +60,7 @@ def test_every_config_field_that_is_text_takes_places_by_the_rule_or_names_none(
             if not holds_text(info.annotation) or field == "device":
                 continue
             seen.add(key)
-            local = info.annotation in (LocalField | None, PlaceField | None)
+            local = info.annotation in (LocalField | None, PlaceField | None, VaeField | None)
             assert local != (key in NO_PLACES), f"{key}: is it a place? See nfm.pipeline.cli.options"
     assert seen > NO_PLACES
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from nfm.pipeline.artifacts.artifact import Artifact, newest_manifest
 from nfm.storage.files.paths import as_path, names_in
@@ -59,6 +61,11 @@ class Bucket:
             for file in sorted((lab.artifacts / stage).rglob("*")):
                 if file.is_file() and file.parent.name != "events":
                     where.fs.put_file(str(file), f"{where.path}/{file.relative_to(lab.artifacts)}")
+
+    def brought(self, artifact: Artifact) -> Path:
+        """The files of a finished artifact, on this machine."""
+        with mock.patch.dict(os.environ, self.environment):
+            return artifact.readable
 
     def all(self, stage: str) -> list[Artifact]:
         """The artifacts of a stage, each at its newest manifest."""

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nfm.trainers.checkpoint import CheckpointError, Tensors
-from nfm.trainers.training import parallel
+from nfm.trainers.training import apart, parallel
 
 STATE = "state.json"  # what a training is besides tensors, and how long the other files are
 MOST_STATE_BYTES = 2**26
@@ -37,7 +37,8 @@ class CheckpointFolder:
 
     `check` is called before anything in the folder is replaced, and raises when another process took it over. `placed`
     is called with the folder of a checkpoint that is on disk; the next one waits until it returns.
-    All processes of a training call the same methods in the same order; the folder is on a disk that all of them see.
+    All processes of a training call the same methods in the same order. The folder is on a disk that all of them see;
+    or each has one of its `own`, and the first one keeps the checkpoints.
     """
 
     def __init__(
@@ -46,18 +47,22 @@ class CheckpointFolder:
         keep: int = 1,
         check: Callable[[], None] = lambda: None,
         placed: Callable[[Path], None] = lambda path: None,
+        own: bool = False,
     ) -> None:
         self.root = root
         self._keep = keep
         self._check, self._placed = check, placed
         self._first = parallel.rank() == 0
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._apart = own and self._group is not None
         self._thread = ThreadPoolExecutor(1, "nfm-checkpoint")
         self._pending: Future[None] | None = None
         self._read: tuple[Path, dict[str, Any]] | None = None
 
     def read(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint and what `read_state` says of it, or None. Files are read once until the next save."""
+        if self._apart and self._read is None:
+            apart.share_out(newest(self.root) if self._first else None, self.root, self._group)
         found = newest(self.root)
         if found is not None and (self._read is None or self._read[0] != found):
             self._read = found, read_state(found)
@@ -70,6 +75,7 @@ class CheckpointFolder:
         part, final = self.root / f"{PART}{examples_seen}", self.root / f"{examples_seen:012d}"
         if self._first:
             self._check()
+        if self._first or self._apart:
             for path in self.root.glob(f"{PART}*"):
                 shutil.rmtree(path)
             part.mkdir(parents=True)
@@ -99,6 +105,8 @@ class CheckpointFolder:
     def _publish(self, written: Any, part: Path, final: Path, state: Mapping[str, Any]) -> None:
         try:
             written.result()
+            if self._apart:
+                apart.collect(part, self._group)
             if self._first:
                 self._place(part, final, state)
         except CheckpointException as error:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 from nfm.storage.errors import by
 
 Axes = Literal["nchw", "nhwc", "nhw"]
@@ -23,7 +23,8 @@ def image_shape(shape: tuple[int, ...], axes: Axes | None, where: str) -> tuple[
     elif len(shape) == 2 and axes != "nhw" and (side := math.isqrt(shape[1] // 3)) and 3 * side * side == shape[1]:
         found = (3, side, side)
     else:
-        raise StageError(f"{where}, expected [N, C, H, W], or uint8 [N, 3 * side * side]; {_remedy(shape, axes)}")
+        error = StageError if axes is None and len(shape) != 3 else Unfit
+        raise error(f"{where}, expected [N, C, H, W], or uint8 [N, 3 * side * side]; {_remedy(shape, axes)}")
     if min(found) < 1:
         raise StageError(f"{where}: images of {by(found)} hold nothing")
     return found[0], found[1], found[2]
@@ -58,7 +59,7 @@ def check_axes(shape: tuple[int, ...], axes: Axes | None, where: str) -> str | N
             f"{_told(*other)}"
         )
     if _looks_like(last, rather_than=first):
-        raise StageError(
+        raise Unfit(
             f"{where}: channels first, which is the rule here, it holds {_told(*first)}; channels last, "
             f'{_told(*last)}. Set data.axes = "nhwc" if its channels are last (or save it with '
             '.transpose(0, 3, 1, 2)), data.axes = "nchw" if they are first'

@@ -56,8 +56,8 @@ def own_limit() -> AbstractContextManager[None]:
     return pixels.own_limit()
 
 
-def common_size(openable: Iterable[Any], where: str) -> tuple[int, int]:
-    """(height, width) of the most frequent shape of these images. Raises StageError if none can be read."""
+def common_size(openable: Iterable[Any]) -> tuple[int, int] | None:
+    """(height, width) of the most frequent shape of these images; None if none can be read."""
     from PIL import Image
 
     from nfm.stages.data.reading.pixels import upright_size
@@ -70,9 +70,21 @@ def common_size(openable: Iterable[Any], where: str) -> tuple[int, int]:
         except Exception:  # counted and set aside when it is decoded
             continue
     if not sizes:
-        raise StageError(f"{where}: none of the files tried is an image that Pillow reads")
+        return None
     width, height = max(sizes, key=lambda size: (sizes[size], size))
     return height, width
+
+
+def size_of(cut: Cut, openable: Callable[[int], Iterable[Any]], total: int) -> tuple[int, int]:
+    """(height, width) of all images. `openable(n)` gives every n-th of `total` images.
+
+    If no image can be read at all, every one is set aside with its reason, and the size does not matter.
+    """
+    if cut.image_size:
+        return cut.image_size, cut.image_size
+    step = max(1, total // SHAPE_SAMPLE)
+    found = common_size(openable(step)) or (common_size(openable(1)) if step > 1 else None)
+    return found or (cut.average, cut.average)
 
 
 class Decoder:

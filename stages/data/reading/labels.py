@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
+from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.storage.errors import by
 
 MOST_CLASSES = 10**6  # classes of a data set
 FEW_EMPTY = 16  # fewer numbers without an image are not reported: part of a small data set may lack as many
 SHOWN = 8
+NO_LABEL = -1  # what data sets give an image without a label, such as those of a hidden test set
 
 RENUMBER = "renumber them (np.unique(labels, return_inverse=True)[1])"
 
@@ -34,36 +35,39 @@ class Labels(NamedTuple):
         return self.values - self.first
 
     def classes(self) -> list[str]:
-        """The class names of the config, else the numbers from 0.
-
-        Raises StageError if there are too many for memory.
-        """
+        """The class names of the config, else the numbers from 0. Raises Unfit if there are too many for memory."""
         if self.names:
             return list(self.names)
         count = int(self.values.max(initial=self.first - 1)) - self.first + 1
         if count > MOST_CLASSES:
             row = int(self.values.argmax())
-            raise StageError(f"{self.where}: {self.keys[row]} has label {self.values[row]}, {self._too_far()}")
+            raise Unfit(f"{self.where}: {self.keys[row]} has label {self.values[row]}, {self._too_far()}")
         return [str(label) for label in range(count)]
 
     def check(self, report: Reporter) -> None:
         """Refuses numbers that cannot be classes, and reports classes without an image."""
+        labels = self.values[self.values != NO_LABEL]
         if self.names:
+            if len(self.values) and not len(labels) and self.first != NO_LABEL:
+                raise Unfit(
+                    f"{self.where}: every label is {NO_LABEL}, which means no label, but data.classes names "
+                    f"{len(self.names)} classes: leave it out"
+                )
             return
         there = np.unique(self.values[self.values >= self.first])
         if not len(there):
-            if (self.values != -1).any():
-                raise StageError(
-                    f"{self.where}: labels run from {self.values.min()} to {self.values.max()}, classes are counted "
-                    f"from {self.first}: set data.first_label = {self.values.min()}"
+            if len(labels):
+                raise Unfit(
+                    f"{self.where}: labels run from {labels.min()} to {labels.max()}, classes are counted "
+                    f"from {self.first}: set data.first_label = {labels.min()}"
                 )
             if len(self.values):
-                report.say(f"{self.where}: every label is -1: taken as images without labels")
+                report.say(f"{self.where}: every label is {NO_LABEL}: taken as images without labels")
             return
         low, high = int(there[0]), int(there[-1])
         if low > self.first:
             far, odd = _far_above(there), self._odd(there)
-            raise StageError(
+            raise Unfit(
                 f"{self.where}: labels run from {low} to {there[-1 - len(far)]}, expected to begin with {self.first}, "
                 f"and a class without images would be made: set data.first_label = {low}, or name every class, from "
                 f"{self.first} on, with data.classes" + (f". Then leave out {odd}, far from the others" if odd else "")
@@ -71,7 +75,7 @@ class Labels(NamedTuple):
         empty = high - low + 1 - len(there)
         if _far_above(there):
             row = int(self.values.argmax())
-            raise StageError(
+            raise Unfit(
                 f"{self.where}: {self.keys[row]} has label {high}, {self._too_far()}. "
                 "If it marks images without a class, leave those images out"
             )
@@ -98,13 +102,17 @@ class Labels(NamedTuple):
         """The positions in `rows` whose label is not one of `count` classes, with the reason."""
         values = self.values[rows]
         if not count:
-            # Without classes, -1 means no label.
-            places = np.flatnonzero(values != -1)
+            places = np.flatnonzero(values != NO_LABEL)
         else:
             places = np.flatnonzero((values < self.first) | (values >= self.first + count))
         return {int(place): self._reason(int(values[place]), count) for place in places}
 
     def _reason(self, label: int, count: int) -> str:
+        if label == NO_LABEL:
+            return (
+                f"label {label}, which means no label, among images with labels; take it out, or take all images "
+                'without labels (data.labels = "")'
+            )
         reason = f"label {label} is outside the {count} classes, labels {self.first} to {self.first + count - 1}"
         return reason if label >= self.first else f"{reason}; data.first_label = {label} if that is where they begin"
 
@@ -125,9 +133,13 @@ def whole_numbers(values: np.ndarray, rows: int, where: str) -> np.ndarray:
     if values.ndim == 2 and values.dtype.kind in "biuf":
         raise StageError(f"{is_}; of one-hot rows, save labels.argmax(1)")
     if values.dtype.kind in "US":
-        raise StageError(
+        raise Unfit(
             f"{is_}: save the labels of `names, labels = np.unique(labels, return_inverse=True)`, and set data.classes "
             "to the names"
+        )
+    if values.ndim == 1 and values.dtype.kind == "f" and (odd := np.flatnonzero(values != np.rint(values))).size:
+        raise StageError(
+            f"{is_}; {values[odd[0]]} in row {odd[0]} is no class: save the number of each image's class, from 0 on"
         )
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise StageError(f"{is_}: save labels.astype(np.int64), one a row")

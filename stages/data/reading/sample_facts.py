@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from nfm.stages.base import Reporter
+from nfm.stages.base import Reporter, Unfit
 from nfm.stages.data.reading.tar_samples import Member
 from nfm.storage.errors import is_utf8, legible
+from nfm.storage.format import untrusted
 from nfm.storage.format.untrusted import shown
 
 Read = Callable[[Member], bytes]
 
+SHOWN, MOST_FIELDS = 12, 1000
 MOST_BYTES = {"cls": 64, "txt": 1 << 16, "json": 1 << 20}
 
 
@@ -36,7 +38,8 @@ class Facts:
         self._labels: list[int | None] = []
         self._captions: list[str | None] = []
         self._problems: dict[int, str] = {}
-        self._json = self._cls = 0  # samples that have such a member
+        self._json = self._cls = self._read = 0  # samples with such a member, and with fields in the .json
+        self._fields: Counter[str] = Counter()  # samples whose .json has the field
 
     def add(self, members: Mapping[str, Member], read: Read) -> None:
         """The next sample."""
@@ -45,6 +48,9 @@ class Facts:
         self._cls += "cls" in members
         try:
             fields = _json(members, read) if any(self._from.values()) else {}
+            self._read += bool(fields)
+            few = len(self._fields) < MOST_FIELDS
+            self._fields.update(field for field in fields if few or field in self._from.values())
             label = self._label(members, read, fields)
             caption = self._caption(members, read, fields)
         except UnfitError as error:
@@ -75,6 +81,16 @@ class Facts:
             return self._problems
         lacking = {row: "no .cls, which others have" for row, label in enumerate(self._labels) if label is None}
         return lacking | self._problems
+
+    def check(self, where: str) -> None:
+        """Refuses a setting that names what no sample has."""
+        for what, field in self._from.items():
+            if not field or self._fields[field] or not self._labels:
+                continue
+            if not self._json:
+                raise Unfit(f"data.{what} = {field!r} names a field of the .json members, and {where} has none of them")
+            if self._read:
+                raise Unfit(f"data.{what} = {field!r}: no .json of {where} has that field; {_common(self._fields)}")
 
     def tell(self, where: str, report: Reporter) -> None:
         """Tells where labels and captions may be, and how many captions are missing."""
@@ -118,6 +134,12 @@ class Facts:
         return value
 
 
+def _common(counts: Counter[str]) -> str:
+    """The names that most samples have."""
+    shown = ", ".join(legible(name[:40]) for name, _ in counts.most_common(SHOWN))
+    return f"there are {shown}{', ...' if len(counts) > SHOWN else ''}"
+
+
 def _field(fields: Mapping[str, Any], name: str) -> Any:
     if name not in fields:
         raise UnfitError(f"no field {name!r} in its .json")
@@ -138,8 +160,8 @@ def _json(members: Mapping[str, Member], read: Read) -> dict[str, Any]:
     if "json" not in members:
         raise UnfitError("no .json, of which data.labels or data.captions names a field")
     try:
-        found = json.loads(_text(members, "json", read))
-    except (ValueError, RecursionError) as error:
+        found = untrusted.json_value(_text(members, "json", read))
+    except ValueError as error:
         if isinstance(error, UnfitError):
             raise
         raise UnfitError(f".json cannot be read ({error})") from error

@@ -16,7 +16,9 @@ def clear_nonfinite(values: np.ndarray) -> dict[int, str]:
     reasons: dict[int, str] = {}
     for row in np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3))):
         bad = values[row].size - np.isfinite(values[row]).sum()
-        reasons[int(row)] = f"{bad} of {values[row].size} values are not finite"
+        beyond = values.dtype == np.float16 and np.isinf(values[row]).any()
+        remedy = "; float16 ends at 65,504: save float32 if they were larger" if beyond else ""
+        reasons[int(row)] = f"{bad} of {values[row].size} values are not finite{remedy}"
         values[row] = 0
     return reasons
 
@@ -42,7 +44,9 @@ class Values:
         if dtype == "uint8":
             told = f"uint8 from {self.low:g} to {self.high:g}, where 255 is white: scale the values if they mean more"
             return told if 0 <= self.high < DARK else None
-        size = math.sqrt(self.power / max(self.count, 1))
+        if not self.count:
+            return None
+        size = math.sqrt(self.power / self.count)
         text = (
             f"{dtype} from {self.low:.4g} to {self.high:.4g}, root mean square {size:.4g}, taken as latents, as they "
             "are; a teacher wants about 1"

@@ -14,16 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
-from nfm.stages.data.reading.decoding import (
-    SHAPE_SAMPLE,
-    Crop,
-    Cut,
-    Decoder,
-    common_size,
-    own_limit,
-    shape_of,
-)
+from nfm.stages.base import Reporter, Unfit
+from nfm.stages.data.reading.decoding import Crop, Cut, Decoder, own_limit, shape_of, size_of
 from nfm.stages.data.reading.labels import Labels
 from nfm.stages.data.reading.many_in_one import ManyInOne
 from nfm.stages.data.source import Encoded, Loaded, Places, Stopping
@@ -143,14 +135,13 @@ class EncodedImages(Encoded):
         return [row for row in range(len(self.keys)) if row not in self.listing.problems]
 
     def look(self, report: Reporter) -> tuple[int, int]:
-        _ = self.listing  # read before anything is told of it
+        if not self.listing.keys:
+            raise Unfit(f"data.path = {self.files.path!r}: there is no image in it; name other files")
         self.files.tell_splits(report)
         self.tell(report)
         self._check_labels(report)
-        if side := self.cut.image_size:
-            return side, side
         with own_limit():
-            return common_size(self._sample(), self.files.path)
+            return size_of(self.cut, self._sample, len(self._good()))
 
     def about(self) -> dict[str, Any]:
         return self.files.about()
@@ -193,9 +184,7 @@ class EncodedImages(Encoded):
             return
         for field, value in (("classes", self._given_classes), ("first_label", self._first)):
             if value is not None:
-                raise StageError(
-                    f"data.{field} is of labels, but the images of {self.files.path} have none: leave it out"
-                )
+                raise Unfit(f"data.{field} is of labels, but the images of {self.files.path} have none: leave it out")
 
     def _read(self, where: Standing) -> Iterator[tuple[list[int], Callable[[int], Any]]]:
         """The images at these places, in the order in which they stand in the files: numbers of places, some at a time,
@@ -209,12 +198,11 @@ class EncodedImages(Encoded):
                 at = dict(zip(own[part].tolist(), range(part.start, part.stop)))
                 yield list(at), functools.partial(_opened, opener, at)
 
-    def _sample(self) -> Iterator[Any]:
-        """Some images of all files, whose shapes are looked at."""
+    def _sample(self, step: int) -> Iterator[Any]:
+        """Every `step`-th image of all files, whose shapes are looked at."""
         from nfm.stages.data.reading.pixels import MisfitError
 
-        rows = np.array(self._good(), np.int64)
-        rows = rows[:: max(1, len(rows) // SHAPE_SAMPLE)]
+        rows = np.array(self._good(), np.int64)[::step]
         found = self.listing
         sizes = np.zeros(len(found.keys), np.int64) if found.sizes is None else found.sizes
         for numbers, opener in self._read(Standing(found.files[rows], found.places[rows], sizes[rows])):

@@ -15,15 +15,7 @@ import numpy as np
 from pydantic import BeforeValidator
 
 from nfm.stages.base import Reporter, StageError, Unfit
-from nfm.stages.data.reading.decoding import (
-    SHAPE_SAMPLE,
-    Crop,
-    Cut,
-    Decoder,
-    common_size,
-    own_limit,
-    shape_of,
-)
+from nfm.stages.data.reading.decoding import Crop, Cut, Decoder, own_limit, shape_of, size_of
 from nfm.stages.data.reading.tree import SPLITS, Skipped, Tree
 from nfm.stages.data.source import Encoded, Loaded, Places, Stopping, check_texts, digest_files, keys_of
 
@@ -72,7 +64,7 @@ class ImageFolder(Encoded):
         check_texts(f"{self.root}: the name of a class folder", class_of.values() if classes is None else ())
         self.classes = sorted(class_of.values()) if classes is None else list(classes)
         if unknown := sorted(set(class_of.values()) - set(self.classes)):
-            raise StageError(f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class")
+            raise Unfit(f"{self.root}: class folders {unknown[:5]} are not in data.classes: name every class")
         names: list[str] = []
         labels: list[int] = []
         tests: list[bool] = []
@@ -88,10 +80,8 @@ class ImageFolder(Encoded):
         return shape_of(config)
 
     def look(self, report: Reporter) -> tuple[int, int]:
-        if side := self.cut.image_size:
-            return side, side
         with own_limit():
-            return common_size(self.paths[:: max(1, len(self.paths) // SHAPE_SAMPLE)], str(self.root))
+            return size_of(self.cut, lambda step: self.paths[::step], len(self.paths))
 
     def about(self) -> dict[str, Any]:
         return {}
@@ -153,7 +143,7 @@ def _splits(tree: Tree, top: Sequence[str], classes: Collection[str]) -> tuple[s
     if "training" not in parts or (found := [name for name in others if _has_image(tree.root, name)]):
         held = ", ".join(f"{name}/" for name in parts.values())
         beside = ", ".join(f"{name}/" for name in (others if "training" not in parts else found)[:5])
-        raise StageError(
+        raise Unfit(
             f"{tree.root}: {held} cannot be told from a class"
             + (f" beside {beside}" if beside else " without a training folder (train/) beside")
             + ": a training and a held-out folder hold class folders and stand alone; move away what is neither, or, "
@@ -174,7 +164,7 @@ def _refuse_near_splits(root: Path, names: Sequence[str], classes: Collection[st
     """Refuses names such as train2017 or test_a: they are not split names, and probably not classes."""
     near = [name for name in names if "".join(filter(str.isalpha, name.casefold())) in SPLITS and name not in classes]
     if near:
-        raise StageError(
+        raise Unfit(
             f"{root}: {', '.join(f'{name}/' for name in near[:5])} may be a training or held-out folder, or a class: "
             "rename it to train or test, or name every class in data.classes"
         )
@@ -184,7 +174,7 @@ def _refuse_splits(root: Path, folder: str, inside: Sequence[str]) -> None:
     roles = {SPLITS.get(name.casefold()) for name in inside}
     if "training" in roles and roles & {"test", "validation"}:
         held = ", ".join(f"{name}/" for name in inside if name.casefold() in SPLITS)
-        raise StageError(
+        raise Unfit(
             f"{root / folder}: holds {held}, and would be one class of what is trained on and held out: "
             "training and held-out folders stand at the top of data.path, with the class folders in them"
         )

@@ -198,7 +198,7 @@ def _files(folder: Path) -> dict[str, Path]:
     if f"{TRAIN}-images-idx3" not in found:
         others = sorted(file.name for file in folder.iterdir() if "idx" in file.name)[:4]
         instead = f", but {', '.join(others)}: rename them so, or" if others else ":"
-        raise StageError(
+        raise Unfit(
             f"{folder}: no train-images-idx3-ubyte[.gz] here{instead} set data.path to the folder that holds it"
         )
     return found

@@ -61,7 +61,7 @@ class Npz:
             raise Unfit(f"data.average = {average}: {self.files[0]} holds {self.dtype}, only pixels are averaged")
         for field, value in (("classes", classes or None), ("first_label", first_label)):
             if value is not None and first.labels is None:
-                raise StageError(f"data.{field} is of labels, but {self.files[0]} has no labels: leave it out")
+                raise Unfit(f"data.{field} is of labels, but {self.files[0]} has no labels: leave it out")
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
         if first_label is None:
             first_label = 1 if len(first.images.shape) == 2 and first.labels is not None else 0
@@ -89,7 +89,7 @@ class Npz:
                 taken = channels_first(piece[own[here] - at], self.image_shape, self.axes)
                 reasons = clear_nonfinite(taken)
                 rejected |= {int(places[here][row]): reason for row, reason in reasons.items()}
-                values.add(taken)
+                values.add(np.delete(taken, list(reasons), axis=0) if reasons else taken)
                 images[places[here]] = box_average(taken, self.average)
                 done += len(taken)
                 report.progress(done, len(rows), "images read")
@@ -110,7 +110,7 @@ class Npz:
                 raise StageError(f"{file}: {head.images} holds no image: fetch the file anew, or take it away")
             if self.unnamed_labels and head.labels is None and (others := head.like_labels()):
                 shown = ", ".join(map(str, others))
-                raise StageError(
+                raise Unfit(
                     f"{file}: no array {LABELS!r}, but {shown}: set data.labels = {_quoted(others[0].name)} if those "
                     'are the labels, or data.labels = "" for images without labels'
                 )
@@ -166,9 +166,9 @@ def _header(file: Path, images: str, labels: str | None, axes: Axes | None) -> _
         several = [other for other in held.values() if len(other.shape) > 1]
         likely = max(several, key=lambda other: other.row_bytes * other.shape[0], default=None)
         remedy = f"set data.images = {_quoted(likely.name)}" if likely else "save the images as an array of it"
-        raise StageError(f"{file}: no array {images!r} for the images; it holds {there}: {remedy}")
+        raise Unfit(f"{file}: no array {images!r} for the images; it holds {there}: {remedy}")
     if labels and labels not in held:
-        raise StageError(f"{file}: no array {labels!r}, which data.labels names; it holds {there}")
+        raise Unfit(f"{file}: no array {labels!r}, which data.labels names; it holds {there}")
     where = f"{file}: {array}"
     if array.dtype.name not in DTYPES or (len(array.shape) == 2 and array.dtype != np.uint8):
         raise StageError(
@@ -199,8 +199,10 @@ def _labels(file: Path, head: _Header) -> np.ndarray:
     """int64 [N] as in the file; -1 if there are no labels."""
     if head.labels is None:
         return np.full(head.rows, -1, np.int64)
-    # The header is checked first, so that an array which cannot be labels is not read.
-    whole_numbers(np.broadcast_to(np.zeros((), head.labels.dtype), head.labels.shape), head.rows, str(file))
+    # The header is checked first, so that an array which cannot be labels is not read. Of fractions the remedy depends
+    # on the values.
+    if head.labels.dtype.kind != "f" or head.labels.shape != (head.rows,):
+        whole_numbers(np.broadcast_to(np.zeros((), head.labels.dtype), head.labels.shape), head.rows, str(file))
     return whole_numbers(read_whole(file, head.labels), head.rows, str(file))
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nfm.stages.base import Reporter, StageError
-from nfm.stages.data.reading.labels import whole_numbers
+from nfm.stages.base import Reporter, StageError, Unfit
+from nfm.stages.data.reading.labels import NO_LABEL, whole_numbers
 from nfm.stages.data.source import check_texts, check_unpacked
 from nfm.stages.data.sources.encoded import EncodedImages, Listing, Piece
 from nfm.stages.data.sources.parquet_columns import Columns, columns_of
@@ -60,14 +60,16 @@ class Parquet(EncodedImages):
                     captions += file.read([columns.captions])[columns.captions].to_pylist()
                 counts.append(count)
                 keys += [f"{self.files.stem(number)}/{row:07d}" for row in range(count)]
+        found = np.concatenate(labels) if first.labels else None
+        unlabelled = found is not None and len(found) > 0 and not (found != NO_LABEL).any()  # as hidden test sets are
         return Listing(
             keys,
             np.repeat(np.arange(len(counts)), counts),
             np.concatenate([np.arange(count) for count in counts]),
-            problems,
-            np.concatenate(labels) if first.labels else None,
+            {} if unlabelled else problems,
+            found,
             captions if first.captions else None,
-            self._names(first),
+            None if unlabelled else self._names(first),
         )
 
     def about(self) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class Parquet(EncodedImages):
         if columns.names is not None:
             check_texts(f"{self.files.path}: a class of column {columns.labels!r}", columns.names)
             if given is not None and len(given) != len(columns.names):
-                raise StageError(
+                raise Unfit(
                     f"{self.files.path}: its schema names {len(columns.names)} classes, data.classes {len(given)}: "
                     "name as many, or leave it out"
                 )
@@ -161,8 +163,8 @@ def _rows_at_a_time(path: Path, group: Any, name: str) -> int:
 
 
 def _labels(path: Path, file: pq.ParquetFile, name: str) -> tuple[np.ndarray, list[int]]:
-    """The labels as the file has them, int64 [N], and the rows whose label is null."""
+    """The labels as the file has them, int64 [N], NO_LABEL where they are null, and the rows where they are."""
     column = file.read([name])[name].combine_chunks()
     lacking = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist()
-    values = column.fill_null(0).to_numpy(zero_copy_only=False)
+    values = column.fill_null(NO_LABEL).to_numpy(zero_copy_only=False)
     return whole_numbers(values, len(values), f"{path}: column {name!r}"), lacking

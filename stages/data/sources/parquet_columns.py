@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 from nfm.storage.errors import legible
+from nfm.storage.format import untrusted
 
 IMAGES, LABELS, CAPTIONS = ("image", "img"), ("label", "labels"), ("caption", "text")
+ENCODED = "the bytes of encoded images (PNG, JPEG), one a row, or a struct of bytes and path"
 NO_LABELS = 'data.labels = "" for images without labels'
 
 
@@ -45,9 +46,7 @@ def columns_of(file: Path, schema: pa.Schema, images: str | None, labels: str | 
     label = _label(file, schema, features, labels)
     caption = _named(file, schema, "captions", captions) if captions else ""
     if caption and not _is_text(schema.field(caption).type):
-        raise StageError(
-            f"{file}: column {caption!r}, which data.captions names, is {schema.field(caption).type}, no text"
-        )
+        raise Unfit(f"{file}: column {caption!r}, which data.captions names, is {schema.field(caption).type}, no text")
     texts = tuple(name for name in CAPTIONS if name in schema.names and _is_text(schema.field(name).type))
     return Columns(image, label, caption, _class_names(file, label, features.get(label)), texts)
 
@@ -58,7 +57,9 @@ def _image(file: Path, schema: pa.Schema, given: str | None) -> str:
         found = found or [field.name for field in schema if _content(field.type) is not None]
         if len(found) != 1:
             what = f"{len(found)} columns may be the images" if found else "no column of images"
-            raise StageError(f"{file}: {what}; it holds {_told(schema)}: set data.images to the name of one")
+            may_be = found or [field.name for field in schema if _is_bytes(field.type)]
+            remedy = f"set data.images to one of {', '.join(may_be)}" if may_be else f"save {ENCODED}"
+            raise Unfit(f"{file}: {what}; it holds {_told(schema)}: {remedy}")
         given = found[0]
     name = _named(file, schema, "images", given)
     kind = schema.field(name).type
@@ -68,13 +69,16 @@ def _image(file: Path, schema: pa.Schema, given: str | None) -> str:
         return name
     where = f"{file}: column {name!r} is {kind}"
     if pa.types.is_nested(kind) and not pa.types.is_struct(kind):
-        raise StageError(
+        inner = getattr(kind, "value_type", pa.null())
+        if _is_bytes(inner) or _content(inner) is not None:
+            raise StageError(f"{where}: several images in a row: save one a row")
+        raise Unfit(
             f"{where}: pixels as lists, which lose their type and size; save the images as PNG bytes, or as one uint8 "
             'array for data.source = "npz"'
         )
     if _is_text(kind):
         raise StageError(f"{where}: paths or links, not images: put the bytes of the images into the file")
-    raise StageError(f"{where}, expected the bytes of encoded images, or a struct of bytes and path")
+    raise StageError(f"{where}, expected {ENCODED}")
 
 
 def _content(kind: pa.DataType) -> pa.DataType | None:
@@ -90,8 +94,9 @@ def _label(file: Path, schema: pa.Schema, features: dict[str, Any], given: str |
     if given is None:
         found = [name for name in schema.names if _is_class_label(features.get(name))]
         found = found or [name for name in LABELS if name in schema.names]
-        if len(found) > 1:
-            raise StageError(f"{file}: {', '.join(found)} may be the labels: set data.labels to one, or {NO_LABELS}")
+        doubtful = found if len(found) > 1 else [] if found else [one.name for one in schema if _like_labels(one)]
+        if doubtful:
+            raise Unfit(f"{file}: {', '.join(doubtful)} may be the labels: set data.labels to one, or {NO_LABELS}")
         if not found:
             return ""
         given = found[0]
@@ -123,8 +128,8 @@ def _features(file: Path, schema: pa.Schema) -> dict[str, Any]:
     if (text := (schema.metadata or {}).get(b"huggingface")) is None:
         return {}
     try:
-        found = json.loads(text)["info"]["features"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        found = untrusted.json_value(text)["info"]["features"]
+    except (ValueError, KeyError, TypeError) as error:
         raise StageError(f"{file}: its schema's entry huggingface cannot be read ({error!r}): save it anew") from error
     return found if isinstance(found, dict) else {}
 
@@ -133,10 +138,17 @@ def _is_class_label(feature: Any) -> bool:
     return isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
 
 
+def _like_labels(field: pa.Field) -> bool:
+    """Whether a column may be labels under another name. pandas keeps its index as a column."""
+    return (pa.types.is_integer(field.type) or pa.types.is_dictionary(field.type)) and not field.name.startswith(
+        "__index_level_"
+    )
+
+
 def _named(file: Path, schema: pa.Schema, setting: str, name: str) -> str:
     if schema.names.count(name) != 1:
         many = "no column" if name not in schema.names else "two columns"
-        raise StageError(f"{file}: {many} {name!r}, which data.{setting} names; it holds {_told(schema)}")
+        raise Unfit(f"{file}: {many} {name!r}, which data.{setting} names; it holds {_told(schema)}")
     return name
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import io
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import IO
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError
+from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.stages.data.reading.sample_facts import Facts
 from nfm.stages.data.reading.tar_samples import Member, samples
 from nfm.stages.data.sources.encoded import EncodedImages, Listing, Piece
@@ -21,6 +22,7 @@ from nfm.storage.errors import legible
 
 ENDINGS = ("jpg", "jpeg", "png", "webp")
 NOTHING = Member(0, 0)
+SHOWN, MOST_KINDS = 5, 1000
 MOST_BYTES = 1 << 30  # of an encoded image
 
 
@@ -41,10 +43,13 @@ class WebDataset(EncodedImages):
         files: list[int] = []
         places: list[int] = []
         problems: dict[int, str] = {}
+        found, others = 0, Counter[str]()  # samples with the image's member, and endings of members
         for number, path in enumerate(self.files.paths):
             with self.files.open(number) as file:
                 for sample in samples(file, path, self.files.skipped):
                     image, problem = _image_of(sample.members, endings)
+                    found += any(kind in endings for kind in sample.members)
+                    others.update(list(sample.members)[:SHOWN] if len(others) < MOST_KINDS else ())
                     if problem := sample.problem or problem:
                         problems[len(keys)] = problem
                     facts.add(sample.members, functools.partial(_bytes, file))
@@ -52,6 +57,10 @@ class WebDataset(EncodedImages):
                     files.append(number)
                     places.append(image.at)
                     sizes.append(image.bytes)
+        if images is not None and keys and not found:
+            told = ", ".join(f".{legible(kind)}" for kind, _ in others.most_common(SHOWN))
+            raise Unfit(f"data.images = {images!r}: no sample of {self.files.path} has such a member; there are {told}")
+        facts.check(self.files.path)
         self._facts = facts
         problems = facts.problems() | problems
         return Listing(
@@ -77,7 +86,7 @@ def _image_of(members: dict[str, Member], endings: Collection[str]) -> tuple[Mem
         return image, too_large if image.bytes > MOST_BYTES else None
     if found:
         return NOTHING, f"two images, .{found[0]} and .{found[1]}: data.images says which"
-    there = ", ".join(f".{kind}" for kind in list(members)[:5])
+    there = ", ".join(f".{kind}" for kind in list(members)[:SHOWN])
     return NOTHING, f"no image: it has {legible(there)}; data.images names another ending"
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from nfm.stages.base import Inputs, Reporter, StageError, Unfit
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.storage.files.copies import mirror
+from nfm.storage.files.paths import is_remote
 
 PATIENCE = timedelta(days=7)  # the others wait while the first process makes what a training needs
 
@@ -47,8 +49,13 @@ def following() -> Iterator[bool]:
 
 def lead(train: Callable[..., None], make: Any, config: Any, inputs: Inputs, out: Path, report: Reporter) -> None:
     """`train` together with the processes that follow."""
-    _tell((train, make, config, dict(inputs), out))
+    _tell((train, make, config, {role: _elsewhere(path) for role, path in inputs.items()}, mirror.origin(out)))
     train(make, config, inputs, out, report, _device(config.device))
+
+
+def _elsewhere(path: Path) -> Path | str:
+    """An input as other machines find it: a store where it is, what was brought from a bucket by its URL there."""
+    return path if is_remote(path) else mirror.origin(path)
 
 
 def _follow() -> None:
@@ -63,8 +70,9 @@ def _follow() -> None:
         if told[0] is None:
             dist.destroy_process_group()
             return
-        train, make, config, inputs, out = told[0]
-        with _listening(Silent()) as report:
+        train, make, config, places, made = told[0]
+        inputs = {role: Path(mirror.here(place)) if isinstance(place, str) else place for role, place in places.items()}
+        with _listening(Silent()) as report, mirror.beside(made) as out:
             train(make, config, inputs, out, report, _device(config.device))
 
 

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
@@ -55,6 +56,21 @@ def origin(folder: Path) -> str:
 def here(place: str) -> str:
     """The text of `origin` as a folder of this machine: the files of an artifact in a bucket are brought here."""
     return str(pull(as_path(place))) if is_url(place) else place
+
+
+@contextlib.contextmanager
+def beside(place: str) -> Iterator[Path]:
+    """The text of `origin` as a folder where a process works that shares the making of an artifact with others.
+
+    Of an artifact in a bucket it is a folder of this process alone, which is removed in the end.
+    """
+    if not is_url(place):
+        yield Path(place)
+        return
+    scratch_root().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="part-", dir=scratch_root()) as folder:
+        atomic.write_json(Path(folder) / ORIGIN, {"artifact": place, "manifest": ""})
+        yield Path(folder)
 
 
 def pull(artifact: Path, left_out: str = "checkpoints/") -> Path:

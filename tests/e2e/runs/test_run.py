@@ -98,6 +98,25 @@ def test_going_back_to_fewer_draws_finds_the_older_generation(lab: Lab) -> None:
     ]
 
 
+def test_a_config_of_fewer_draws_gets_its_own_and_the_store_keeps_all_for_others(lab: Lab) -> None:
+    store = lab.only("pairs").path
+    said = lab.run("pairs", "pairs.draws=1").stderr
+    assert "whoever opens the folder still gets generation 1, with more draws" in said
+    assert "done in" in said
+    assert "draws 1" in said
+    assert "is up to date (pairs 256, draws 1" in lab.run("pairs", "pairs.draws=1").stderr
+    assert PairStore.open(store).draws == 2
+    assert json.loads(lab.nfm("pairs", "info", store, "--json").stdout)["draws"] == 2
+    lab.nfm("pairs", "export", store, "copy")
+    assert PairStore.open(lab.folder / "copy").draws == 2
+    lab.run("student", "pairs.draws=1", "student.pairs=128")
+    pairs = next(found.manifest() for found in lab.all("student") if found.manifest()["metrics"]["draws"] == 1)
+    assert pairs["inputs"]["pairs"]["manifest"] == "manifest.g0002.json"
+    lab.nfm("pairs", "seal", store)
+    assert PairStore.open(store).draws == 2
+    lab.nfm("audit", store)
+
+
 def test_workers_and_executors_stay_out_of_the_fingerprint(made: Lab) -> None:
     done = made.nfm("plan", "pairs", "-c", "tiny.toml", "--set", "pairs.executor=ray", "--set", "pairs.workers=7",
                     "--set", "teacher.log_every=1", "--json")  # fmt: skip

@@ -52,7 +52,7 @@ def test_a_server_that_ignores_conditions_is_refused_by_name_and_nothing_is_left
 ) -> None:
     s3.fail(header, times=100)
     with pytest.raises(NoConditions, match=rf"(?i){bucket}/run: this object store has no conditional writes.*{header}"):
-        Lock(as_path(f"{bucket}/run/teacher/0123456789ab"))
+        Lock(as_path(f"{bucket}/run/teacher/0123456789ab")).__enter__()
     assert names_in(as_path(bucket)) == []
 
 
@@ -60,7 +60,7 @@ def test_a_server_that_ignores_conditions_is_refused_by_name_and_nothing_is_left
 def test_a_server_that_refuses_conditions_is_refused_by_name(status: int, s3: S3, bucket: str) -> None:
     s3.fail("error", ".conditions-", method="PUT", status=status, code="NotImplemented", times=100)
     with pytest.raises(NoConditions, match="it refuses puts with If-None-Match or If-Match"):
-        Lock(as_path(f"{bucket}/run/teacher/0123456789ab"))
+        Lock(as_path(f"{bucket}/run/teacher/0123456789ab")).__enter__()
 
 
 def test_a_place_where_no_lock_can_be_kept_is_refused() -> None:
@@ -70,5 +70,6 @@ def test_a_place_where_no_lock_can_be_kept_is_refused() -> None:
 
 def test_a_server_is_asked_once_in_a_process(s3: S3, bucket: str) -> None:
     for name in ("0123456789ab", "ba9876543210"):
-        Lock(as_path(f"{bucket}/run/teacher/{name}"))
+        with Lock(as_path(f"{bucket}/run/teacher/{name}")):
+            pass
     assert s3.count("PUT", ".conditions-") == 4

@@ -116,4 +116,12 @@ def test_a_receipt_tells_level_findings_and_when(lab: Lab, root: Path) -> None:
 def test_an_unfinished_artifact_is_a_finding(lab: Lab, root: Path) -> None:
     student = lab.only("student")
     (student.path / "manifest.json").unlink()
-    assert any("manifest.json: no such file" in text for text in problems(student))
+    assert problems(student) == [f"{student.path}: not finished: it has no manifest.json"]
+
+
+def test_a_file_that_cannot_be_read_is_named_once(lab: Lab, root: Path) -> None:
+    manifest = lab.only("teacher").path / "manifest.json"
+    manifest.write_text("{")
+    (text,) = problems(lab.only("teacher"))
+    assert text.count(str(manifest)) == 1
+    assert text.startswith(f"{manifest}: not valid JSON")

@@ -185,7 +185,9 @@ def test_an_image_is_recognised_without_an_image_ending(tmp_path: Path) -> None:
 def test_what_calls_itself_an_image_and_cannot_be_read_fails_as_one(tmp_path: Path, name: str) -> None:
     root = folder(tmp_path / "in", "a/1.png", "a/2.png")
     (root / "a" / name).write_bytes(b"something else")
-    with pytest.raises(StageError, match=rf"1 of 3 images cannot be used.*a/{name}: not an image that Pillow reads"):
+    with pytest.raises(
+        StageError, match=rf"1 of 3 images cannot be used.*1 x not an image that Pillow reads \(a/{name}\)"
+    ):
         make(tmp_path / "out", root)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nfm.stages.base import Unfit
 from nfm.stages.pairs import estimate, stage
 from nfm.stages.pairs import recipe as pairs_recipe
 from nfm.stages.trained import costs, student
@@ -121,3 +122,23 @@ RECIPES = [*FIXTURES.glob("store-format-1/*/spec.json"), *FIXTURES.glob("*/made/
 def test_a_recipe_of_before_is_written_as_it_was(fixture: Path) -> None:
     stored = atomic.read_json(fixture)["store"]
     assert read_spec(fixture.parent).to_dict() == stored
+
+
+@pytest.mark.parametrize("coupling", ["nfm", "custom"])
+def test_noise_that_no_seed_draws_must_be_stored(coupling: str) -> None:
+    config = stage.PairsConfig(coupling=coupling, codec="seeded", custom="own:noise")
+    facts = {"images": 100, "image_shape": SHAPE}
+    with pytest.raises(
+        Unfit, match=f"pairs.codec = 'seeded': the noise of coupling {coupling} is no function"
+    ) as error:
+        pairs_recipe.planned_spec(config, facts, config.codec)
+    assert "independent, minibatch-ot, semidiscrete-ot, reflow" in str(error.value)
+
+
+@pytest.mark.parametrize(("coupling", "more"), [("independent", ["seeded"]), ("nfm", [])])
+def test_a_plan_counts_the_bytes_of_the_codecs_that_the_coupling_can_have(coupling: str, more: list[str]) -> None:
+    config = stage.PairsConfig(coupling=coupling)
+    facts = {"images": 10_000, "image_shape": (3, 64, 64), "teacher": TeacherConfig()}
+    sizes = estimate.estimate(config, facts, [1], rate=1.0)["bytes"]
+    assert [*sizes] == ["float32", "float16", "int8", *more]
+    assert [*sizes.values()] == sorted(sizes.values(), reverse=True)

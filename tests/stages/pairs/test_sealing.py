@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nfm.stages.base import Stopped
 from nfm.stages.pairs import sealing, stage
+from nfm.storage.files import atomic
 from tests.stages.pairs.shop import Heard, Shop
 
 
@@ -45,17 +47,22 @@ def sealed(shop: Shop, out: Path, heard: Heard, device: str = "auto") -> tuple[b
     return "coupling_report" in result.extra, " ".join(heard.said)
 
 
-def test_a_report_that_was_stopped_is_told_and_the_generation_is_sealed_without(shop: Shop, encoded: Path) -> None:
-    heard = Heard()
+@pytest.mark.parametrize("error", [Stopped, KeyboardInterrupt])
+def test_a_report_that_was_stopped_is_made_by_the_same_command(
+    shop: Shop, encoded: Path, error: type[BaseException]
+) -> None:
+    heard = Heard() if error is Stopped else Interrupted()
     heard.patience = 3
-    reported, said = sealed(shop, encoded, heard)
-    assert not reported
-    assert "the coupling report was stopped; `nfm pairs report`" in said
+    with pytest.raises(error):
+        sealed(shop, encoded, heard)
+    assert "the same command makes it and seals the pairs" in " ".join(heard.said)
+    assert not list(encoded.glob("manifest.*"))
+    assert sealed(shop, encoded, Heard())[0]
 
 
 def test_a_report_that_was_killed_is_not_made_again_so_that_the_manifest_comes(shop: Shop, encoded: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        sealed(shop, encoded, Interrupted())
+    content = stage.seal(encoded, 2).content_digest
+    atomic.write_json(encoded / sealing.BEGUN, {"content_digest": content})
     reported, said = sealed(shop, encoded, Heard())
     assert not reported
     assert "one was begun before and did not come to its end; `nfm pairs report`" in said

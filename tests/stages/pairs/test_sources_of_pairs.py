@@ -262,3 +262,14 @@ def test_shards_are_not_advised_beyond_memory(shop: Shop) -> None:
     told = recipe.small_groups(spec, shop.inputs)
     assert told is not None
     assert "larger shards, which a worker holds in memory, would take more than 4.3 GB" in told
+
+
+@pytest.mark.parametrize("coupling", [name for name in EVERY if facts_of(name).gaussian])
+def test_noise_that_is_drawn_need_not_be_stored(shop: Shop, coupling: str) -> None:
+    options = {"coupling": coupling, "flips": True, **OPTIONS[coupling]}
+    made = shop.make(shop.config(codec="seeded", **options), "seeded")
+    stored = shop.make(shop.config(codec="float32", **options), "stored")
+    for draw in range(2):
+        assert all_of(made, draw)["noise"].tobytes() == all_of(stored, draw)["noise"].tobytes()
+    assert made.sealed.bytes < stored.sealed.bytes
+    assert shop.audit(made) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nfm.storage import PairStore
 from nfm.storage import errors as storage_errors
 from nfm.storage import layouts as layouts
 from nfm.storage.errors import MissingShard, NewerSchema, StorageError
@@ -19,6 +20,7 @@ from nfm.storage.format.order import order_key
 from nfm.storage.format.spec import StoreSpec, read_spec, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
+from nfm.storage.verify import verify
 
 
 def test_a_sealed_generation_lists_every_shard_in_order(make_store, small_spec: StoreSpec) -> None:
@@ -34,7 +36,7 @@ def test_a_sealed_generation_lists_every_shard_in_order(make_store, small_spec: 
 
 def test_pending_shards_are_listed_and_nothing_is_sealed(make_store) -> None:
     root = make_store(draws=1, sealed=False)
-    with pytest.raises(MissingShard, match=r"3 of 6 .*d001-s00000, d001-s00001, d001-s00002; run"):
+    with pytest.raises(MissingShard, match=r"3 of 6 .*d001-s00000, d001-s00001, d001-s00002; make"):
         seal.seal(root, 2)
     assert seal.newest(root) is None
     assert seal.next_number(root) == 1
@@ -60,6 +62,37 @@ def test_more_draws_make_a_new_generation_and_leave_the_old(make_store, small_sp
     assert sealed.content_digest != seal.load(root, 1).content_digest
     assert seal.manifest_path(root, 1).read_bytes() == before
     assert seal.newest(root).number == 2
+
+
+@pytest.mark.parametrize("layout", ["blocks", "zarr"])
+def test_fewer_draws_are_a_part_and_readers_of_the_folder_keep_the_larger_generation(
+    make_store, spec_of, layout: str
+) -> None:
+    root = make_store(2, spec_of(layout))
+    alone = seal.seal(make_store(1, spec_of(layout), "alone"), 1)
+    part = seal.seal(root, 1)
+    assert (part.number, part.draws, part.body["part_of"]) == (2, 1, 1)
+    assert (part.content_digest, part.order_key) == (alone.content_digest, alone.order_key)
+    assert PairStore.open(root).generation == seal.newest_number(root) == 1
+    assert PairStore.open(root, generation=2).draws == 1
+    assert seal.seal(root, 1).number == 2  # a second time nothing is sealed
+    assert seal.seal(root, 2).number == 1
+    assert verify(root, level="default") == []
+
+
+def test_a_part_is_the_newest_generation_once_the_larger_one_is_set_aside(make_store) -> None:
+    root = make_store(draws=2)
+    seal.seal(root, 1)
+    seal.manifest_path(root, 1).unlink()
+    assert seal.newest(root).draws == 1
+
+
+def test_a_damaged_newest_manifest_is_told_and_no_other_taken_in_its_place(make_store) -> None:
+    root = make_store(draws=2)
+    seal.seal(root, 1)
+    seal.manifest_path(root, 2).write_text("{")
+    with pytest.raises(StorageError, match=r"g0002\.json: not valid JSON"):
+        PairStore.open(root)
 
 
 def test_the_content_digest_ignores_attempts_and_hosts(tmp_path: Path, small_spec, make_store, records) -> None:

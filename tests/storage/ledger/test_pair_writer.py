@@ -259,8 +259,8 @@ def test_one_of_two_simultaneous_writers_gets_an_error_and_the_store_is_intact(t
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"codec": "float32"}, "codec"), ({"rows": 51}, "rows"), ({"origin": "other"}, "coupling_options"),
-     ({"source": "ab" * 32}, "source")],
+    [({"codec": "float32"}, "its codec is 'float16', here 'float32'"), ({"rows": 51}, "its rows is 50, here 51"),
+     ({"origin": "other"}, "its origin is .*, here 'other'"), ({"source": "ab" * 32}, "source")],
 )  # fmt: skip
 def test_another_spec_is_refused_by_the_name_of_what_differs(change: dict[str, Any], said: str, tmp_path: Path) -> None:
     PairWriter(tmp_path, spec_of())

@@ -299,6 +299,7 @@ def test_threads_end_with_the_epoch_with_close_and_with_the_reader():
     assert len(threads()) == 1
     reader.close()
     assert not threads()
+    reader = make_reader(Numbers(40), epochs=None)
     next(reader)
     del reader
     gc.collect()

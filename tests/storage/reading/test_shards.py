@@ -142,7 +142,7 @@ def test_rows_outside_and_buffers_that_do_not_fit_are_refused(tmp_path: Path, sp
         with pytest.raises(IndexError, match=r"0\.\.49"):
             sequence.gather(["slot"], np.array(rows))
     for out in (np.empty(3, np.int32), np.empty(2, np.int64), np.empty(6, np.int64)[::2]):
-        with pytest.raises(ValueError, match="contiguous int64"):
+        with pytest.raises(ValueError, match="contiguous, writable numpy array of int64"):
             sequence.gather(["slot"], np.arange(3), {"slot": out})
     assert sequence.gather(["image"], np.array([], int))["image"].shape == (0, 1, 4, 4)
 

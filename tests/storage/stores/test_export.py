@@ -141,10 +141,10 @@ def test_a_store_is_not_exported_into_itself(source, below):
 
 def test_a_target_that_is_another_store_is_refused(source, make_store, tmp_path):
     export(source, tmp_path / "out", "blocks", "float16")
-    with pytest.raises(StorageError, match="another store is there"):
+    with pytest.raises(StorageError, match="another store is there: its codec is 'float16', here 'float32'"):
         export(source, tmp_path / "out", "blocks", "float32")
     other = dataclasses.replace(source.spec, seed=1)
-    with pytest.raises(StorageError, match="another store is there"):
+    with pytest.raises(StorageError, match=r"another store is there: its seed is 0, here 1\. Export into"):
         export(PairStore.open(make_store(spec=other, name="other")), tmp_path / "out", "blocks", "float16")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("years of work")

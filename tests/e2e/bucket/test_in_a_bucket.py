@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,20 +13,12 @@ from nfm.stages.display.watching.lines import read_lines
 from nfm.storage import PairStore
 from nfm.storage.files.paths import as_path, names_in, remove, size_of
 from nfm.storage.verify import verify
-from tests.support.in_bucket import Bucket
-from tests.support.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-    from tests.support.s3server import S3
+    from tests.support.in_bucket import Bucket
 
 NO_REPORT = "pairs.report=false"
-
-
-@pytest.fixture
-def there(made: Lab, s3: S3, bucket: str, tmp_path: Path) -> Bucket:  # noqa: F811
-    """The run in a bucket where nothing is made yet."""
-    return Bucket(f"{bucket}/run", s3, made.config, tmp_path / "machines")
 
 
 @pytest.mark.seconds(60)
@@ -143,12 +135,12 @@ def test_commands_about_stores_find_their_makers_in_the_bucket(made: Lab, there:
 @pytest.mark.seconds(60)
 def test_tasks_of_an_array_share_a_list_and_a_bucket(made: Lab, there: Bucket) -> None:
     there.upload(made, "data", "teacher")
-    there.nfm("pairs", "worklist", "-c", "tiny.toml", "-o", "list.json", "--set", "pairs.executor=slurm")
-    listed = (there.lab.folder / "list.json").read_bytes()
+    told = there.nfm("submit", "pairs", "-c", "tiny.toml", "--slurm").stdout
+    (where,) = set(re.findall(rf"{there.url}/submissions/\S+/worklist.json", told))
+    assert names_in(as_path(there.url)) == ["data", "teacher"], "printing scripts writes nothing"
+    there.nfm("pairs", "worklist", "-c", "tiny.toml", "-o", where, "--set", "pairs.executor=slurm")
     for task in range(2):
-        other = there.on(f"task{task}")
-        (other.lab.folder / "list.json").write_bytes(listed)
-        other.nfm("pairs", "encode", "list.json", "--task", task, "--of", 2)
+        there.on(f"task{task}").nfm("pairs", "encode", where, "--task", task, "--of", 2)
     there.run("pairs", NO_REPORT, "pairs.executor=slurm")
     (store,) = there.all("pairs")
     assert store.manifest()["content_digest"] == made.only("pairs").manifest()["content_digest"]

@@ -1,0 +1,1 @@
+"""The latents stage, between the data and what trains on it: a VAE's latents in place of pixels."""

@@ -1,0 +1,234 @@
+"""One unit of work of the latents stage: from the rows of the data to the commit of one shard of latents.
+
+A shard is written under the name of its attempt, then its commit is created, if nobody else has done so. The stage
+places committed shards at the end. So a killed worker leaves nothing that counts, and two on one shard leave one.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nfm.stages.base import StageError
+from nfm.stages.couplings import custom
+from nfm.stages.executors.jobs import Job, Timing, Unit, Work
+from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.foreign import vae
+from nfm.stages.trained.training import Precision
+from nfm.storage import ImageDataset
+from nfm.storage.dataset.images import shard_writer
+from nfm.storage.errors import StorageError
+from nfm.storage.files import atomic
+from nfm.storage.files.copies import mirror
+from nfm.storage.files.paths import remove
+from nfm.storage.format import philox, untrusted
+
+SPLITS = ("train", "heldout")
+COMMITS, ATTEMPTS = "commits", "attempts"
+DTYPE = "float16"
+_NAME = re.compile(r"(train|heldout)-s(\d{5})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The record that makes a shard exist: its file's SHA-256 and size, the sums of its values and of their squares."""
+
+    name: str
+    attempt: str
+    sha256: str
+    bytes: int
+    records: int
+    total: float
+    squares: float
+    seconds: float
+
+    @property
+    def written(self) -> str:
+        """The path of the file before it is placed, relative to the artifact."""
+        return f"{ATTEMPTS}/{self.name}.{self.attempt}.tar"
+
+
+def name_of(split: str, number: int) -> str:
+    return f"{split}-s{number:05d}"
+
+
+def place_of(name: str) -> str:
+    """The path of a shard in the finished artifact."""
+    split, number = _parts(name)
+    return f"{split}/s{number:05d}.tar"
+
+
+def _parts(name: str) -> tuple[str, int]:
+    found = _NAME.fullmatch(name)
+    assert found is not None, name
+    return found[1], int(found[2])
+
+
+def commit_path(out: Path, name: str) -> Path:
+    return out / COMMITS / f"{name}.json"
+
+
+def read_commit(out: Path, name: str) -> Commit:
+    """The commit of a shard. Raises StorageError if there is none, or if it is damaged."""
+    path = commit_path(out, name)
+    body = untrusted.mapping(str(path), atomic.read_json(path))
+    try:
+        commit = Commit(**{key: value for key, value in body.items() if key != "digest"})
+    except TypeError as error:
+        raise StorageError(f"{path}: no commit of a shard ({error}); remove it and run the stage again") from None
+    if commit.name != name:
+        raise StorageError(f"{path}: is the commit of {str(commit.name)[:40]}; remove it and run the stage again")
+    return commit
+
+
+class Images:
+    """The rows of latents as images of the data: with mirrors, row n + r is row r of n training images, mirrored."""
+
+    def __init__(self, data: str | Path, facts: vae.VaeFacts) -> None:
+        self.splits = {split: ImageDataset.open(data, split) for split in SPLITS}
+        self.facts = facts
+
+    def rows(self, split: str) -> int:
+        return len(self.splits[split]) * (2 if self._mirrored(split) else 1)
+
+    def images(self, split: str, rows: np.ndarray) -> np.ndarray:
+        """float32 [n, C, H, W] in [-1, 1]."""
+        source = self.splits[split]
+        found = source.to_float(source.images(rows % len(source)))
+        mirrored = rows >= len(source)
+        found[mirrored] = found[mirrored][..., ::-1]
+        return found
+
+    def labels(self, split: str, rows: np.ndarray) -> np.ndarray:
+        return self.splits[split].labels(rows % len(self.splits[split]))
+
+    def keys(self, split: str, rows: np.ndarray) -> list[str]:
+        source = self.splits[split]
+        return [
+            key if row < len(source) else f"{key}{MIRRORED}" for key, row in zip(source.keys(rows % len(source)), rows)
+        ]
+
+    def captions(self, split: str, rows: np.ndarray) -> list[str | None] | None:
+        source = self.splits[split]
+        return source.captions(rows % len(source)) if source.captioned else None
+
+    def _mirrored(self, split: str) -> bool:
+        return self.facts.mirrors and split == "train"
+
+
+MIRRORED = "#mirrored"  # ends the key of a mirrored image
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentWork(Work):
+    """Where the data and the artifact, `store`, are; `beside` is where modules of the user are looked for too."""
+
+    unit: ClassVar[str] = "nfm.stages.data.latents.shards:unit"
+    section: ClassVar[str] = "latents"
+    memory: ClassVar[str] = "latents.batch_size or latents.workers"
+    data: str
+    rows_per_shard: int
+    beside: str
+
+
+def unit(work: LatentWork) -> Unit:
+    """Encodes a shard of one artifact of latents."""
+    with custom.importable(Path(work.beside)):
+        encoder = LatentEncoder(work.store, mirror.here(work.data), work.device)
+
+    def encode(job: Job, stopping: Callable[[], bool]) -> tuple[Commit, Timing]:
+        began = time.perf_counter()
+        commit = encoder.encode_shard(job.name, work.rows_per_shard, job.attempt, stopping)
+        return commit, Timing(wall := time.perf_counter() - began, encode=wall)
+
+    return encode
+
+
+class LatentEncoder:
+    """Encodes shards of one artifact of latents; the VAE, from the artifact's own copy, is loaded once.
+
+    The code of a VAE that is its user's own function runs here.
+    """
+
+    def __init__(self, out: str | Path, data: str | Path, device: str) -> None:
+        self.out = Path(out)
+        self.vae, self.facts = vae.of_artifact(self.out, pick_device(device))
+        self.images = Images(data, self.facts)
+
+    def compute_in(self, precision: Precision) -> None:
+        """Computes in another precision than the artifact's own."""
+        self.vae = replace(self.vae, precision=precision)
+
+    def latents(self, split: str, rows: np.ndarray) -> np.ndarray:
+        """The latents of at most `batch_size` rows, float32 [n, c, h, w] before they are rounded to float16.
+
+        Every batch is padded to that size, so that a row's latent does not depend on the rows beside it.
+        """
+        import torch
+
+        facts, count = self.facts, len(rows)
+        padded = np.concatenate([rows, np.repeat(rows[-1:], facts.batch_size - count)])
+        eps = None
+        if facts.posterior == "sample":
+            values = int(np.prod(facts.latent_shape))
+            found = philox.normals(facts.seed, 0, padded, values, purpose=f"latents/{split}")
+            eps = torch.from_numpy(found.reshape(-1, *facts.latent_shape))
+        made = self.vae.encode(torch.from_numpy(self.images.images(split, padded)), eps)
+        return made[:count].float().cpu().numpy()
+
+    def encode_shard(
+        self, name: str, rows_per_shard: int, attempt: str, stopping: Callable[[], bool] = lambda: False
+    ) -> Commit:
+        """Encodes a shard and commits it. Returns the valid commit, which may be an earlier one.
+
+        Raises InterruptedError if `stopping()` becomes true between batches; then nothing is left behind. Raises
+        StageError for latents that are not finite.
+        """
+        began = time.monotonic()
+        (split, number), size = _parts(name), self.facts.batch_size
+        rows = np.arange(number * rows_per_shard, min((number + 1) * rows_per_shard, self.images.rows(split)))
+        path = self.out / ATTEMPTS / f"{name}.{attempt}.tar"
+        total = squares = 0.0
+        with shard_writer(path, split, number, len(rows), self.facts.latent_shape, DTYPE) as writer:
+            for start in range(0, len(rows), size):
+                if stopping():
+                    raise InterruptedError
+                chosen = rows[start : start + size]
+                latents = self._finite(split, chosen, self.latents(split, chosen))
+                writer.append({"image": latents, "label": self.images.labels(split, chosen)})
+                total += float(latents.sum(dtype=np.float64))
+                squares += float(np.square(latents, dtype=np.float64).sum())
+            (payload,) = writer.close()
+        seconds = round(time.monotonic() - began, 3)
+        mine = Commit(name, attempt, payload.sha256, payload.bytes, len(rows), total, squares, seconds)
+        if atomic.create_json(commit_path(self.out, name), asdict(mine)):
+            return mine
+        remove(self.out / mine.written)
+        return read_commit(self.out, name)
+
+    def _finite(self, split: str, rows: np.ndarray, latents: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            stored = latents.astype(DTYPE)
+        bad = np.flatnonzero(~np.isfinite(stored).reshape(len(rows), -1).all(1))
+        if len(bad):
+            key = self.images.keys(split, rows[bad[:1]])[0]
+            raise StageError(
+                f"the latent of {split} image {key!r} has values that are not finite in float16 "
+                f'(latents.precision = "{self.facts.precision}", scale {self.facts.scale:g}); use "float32", or a '
+                "smaller latents.scale"
+            )
+        return stored
+
+
+def moments(commits: Mapping[str, Commit], values: int) -> dict[str, Any]:
+    """Mean and standard deviation of all stored values, from the sums in the commits; a latent has `values`."""
+    count = sum(commit.records for commit in commits.values()) * values
+    mean = sum(commit.total for commit in commits.values()) / count
+    variance = max(sum(commit.squares for commit in commits.values()) / count - mean**2, 0.0)
+    return {"mean": mean, "std": variance**0.5}

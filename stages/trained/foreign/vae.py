@@ -1,0 +1,296 @@
+"""A VAE, between images and latents: a folder of diffusers' AutoencoderKL, or `module:function`.
+
+    latents.vae(image_shape, **options) -> a VAE in evaluation mode: encode(x) -> (mean, std), both [B, c, h, w], or the
+        mean alone; decode(latents) -> x; x float32 [B, C, H, W] in [-1, 1]
+
+Stored is (latent - shift) * scale, of about unit variance. A folder is known by the SHA-256 of its weights and by its
+config, never by its path; its two files are copied beside the latents, so that whoever has these can decode. A function
+is known by its name and the SHA-256 of its file, and the weights that it loads by those of its first state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import JsonValue, ValidationError
+
+from nfm.stages.base import Section, StageError, Unfit
+from nfm.stages.couplings import custom
+from nfm.stages.trained.foreign import own
+from nfm.stages.trained.training import Precision, precision_context
+from nfm.storage.errors import StorageError, by
+from nfm.storage.files import atomic
+from nfm.storage.files.durable import HashingFile
+from nfm.storage.files.small_files import plain, read_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIELD = "latents.vae"
+FACTS, FOLDER = "latents.json", "vae"  # of an artifact of latents; the folder has the copies of the two files below
+KIND, CONFIG, WEIGHTS = "AutoencoderKL", "config.json", "diffusion_pytorch_model.safetensors"
+DECODED = 16  # images at a time: activations of a decoder take most of the memory
+_FUNCTION = re.compile(r"[^\W\d][\w.]*:\w+")
+
+
+class VaeFacts(Section):
+    """What of an artifact's latents its readers need to make them, or images of them, again."""
+
+    vae: str  # KIND, or `module:function`
+    sha256: str  # of the weights and the config, or of the function's file
+    options: dict[str, JsonValue]
+    state: str | None = None  # of the weights of a function's VAE
+    scale: float
+    shift: float
+    image_shape: tuple[int, int, int]
+    latent_shape: tuple[int, int, int]
+    posterior: Literal["sample", "mode"]
+    seed: int
+    mirrors: bool
+    batch_size: int
+    precision: Precision
+
+
+def is_function(named: str) -> bool:
+    """Whether the text names a function of its user's own; anything else is a folder."""
+    return _FUNCTION.fullmatch(named) is not None
+
+
+def identity(named: str) -> dict[str, str]:
+    """What decides the latents but is neither config nor artifact. Nothing is run. Raises Unfit where it is missing."""
+    if is_function(named):
+        file = custom.source_file(named, FIELD)
+        custom.check(file, named, FIELD)
+        return {"vae": custom.digest(file, FIELD), "function": named}
+    return {"vae": digest_of(Path(named))}
+
+
+def digest_of(folder: Path) -> str:
+    """The SHA-256 of a folder's weights and of what its config says of the network."""
+    weights = folder / WEIGHTS
+    config = config_of(folder)
+    try:
+        return atomic.digest(atomic.canonical_json({"config": config, "weights": atomic.standing_sha256(weights)}))
+    except FileNotFoundError:
+        raise Unfit(
+            f"{FIELD} = {str(folder)!r}: it has no {WEIGHTS}; save the VAE with save_pretrained(FOLDER), which writes "
+            "one file of safetensors; pickles (.bin) are not read, as they may hold code"
+        ) from None
+    except (OSError, StorageError) as error:
+        raise Unfit(f"{FIELD} = {str(folder)!r}: {error}") from error
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """What the config.json of a folder says of the network, without where it came from. Raises Unfit."""
+    said = f"{FIELD} = {str(folder)!r}"
+    try:
+        body = json.loads(read_bytes(folder / CONFIG))
+    except FileNotFoundError:
+        name = f"name the folder of an {KIND}, or a function as `module:function`"
+        if (folder / FOLDER / CONFIG).is_file():
+            name = f"did you mean {folder / FOLDER}?"
+        raise Unfit(f"{said}: it has no {CONFIG}; {name}") from None
+    except (OSError, StorageError, ValueError, RecursionError) as error:
+        raise Unfit(f"{said}: its {CONFIG} cannot be read ({error})") from error
+    if not isinstance(body, dict) or body.get("_class_name") != KIND:
+        raise Unfit(
+            f"{said}: its {CONFIG} is none of an {KIND}, the one kind that is read; wrap others in "
+            "a function, `module:function`"
+        )
+    if body.get("latents_mean") is not None or body.get("latents_std") is not None:
+        raise Unfit(
+            f"{said}: its latents have a mean and a deviation for each channel, where one shift and scale are stored; "
+            "wrap it in a function, `module:function`"
+        )
+    whole = {name: body.get(name) for name in ("in_channels", "latent_channels")}
+    blocks = body.get("block_out_channels")
+    if not all(type(value) is int and value > 0 for value in whole.values()) or not isinstance(blocks, list):
+        raise Unfit(f"{said}: its {CONFIG} lacks in_channels, latent_channels or block_out_channels; save it again")
+    return {key: value for key, value in body.items() if not key.startswith("_") or key == "_class_name"}
+
+
+def latent_shape(named: str, image_shape: Sequence[int]) -> tuple[int, int, int] | None:
+    """The shape of a latent of such images; None of a function, which would have to run. Raises Unfit."""
+    if is_function(named):
+        return None
+    said, config = f"{FIELD} = {named!r}", config_of(Path(named))
+    channels, height, width = image_shape
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    if channels != config["in_channels"]:
+        grey = "; set data.channels = 3" if (channels, config["in_channels"]) == (1, 3) else ""
+        raise Unfit(
+            f"{said}: it takes images of {config['in_channels']} channels, the data has {by(image_shape)}{grey}"
+        )
+    if height % factor or width % factor:
+        raise Unfit(
+            f"{said}: it takes images whose sides are multiples of {factor}, the data has {by(image_shape)}; set "
+            "data.image_size"
+        )
+    return config["latent_channels"], height // factor, width // factor
+
+
+def keep(named: str, out: Path, sha256: str) -> dict[str, tuple[str, int]]:
+    """Copies a folder's two files beside the latents; gives (sha256, bytes) by their paths. None of a function.
+
+    Raises StageError where they are not those of this digest any more.
+    """
+    if is_function(named):
+        return {}
+    folder, files = Path(named), (CONFIG, WEIGHTS)
+    atomic.write_bytes(out / FOLDER / CONFIG, (json.dumps(config_of(folder), indent=2) + "\n").encode())
+    with HashingFile(out / FOLDER / WEIGHTS) as copy, plain(folder / WEIGHTS) as weights:
+        shutil.copyfileobj(weights, copy)
+    if digest_of(out / FOLDER) != sha256:
+        raise StageError(f"{FIELD} = {named!r}: it changed while it was read; run again when nobody writes to it")
+    return {f"{FOLDER}/{file}": atomic.hash_file(out / FOLDER / file) for file in files}
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A VAE on a device, for float32 images [B, C, H, W] in [-1, 1] and latents [B, c, h, w] as they are stored."""
+
+    encoder: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    decoder: Callable[[Tensor], Tensor]
+    scale: float
+    shift: float
+    device: str
+    precision: Precision
+    state: str | None = None
+
+    def encode(self, images: Tensor, eps: Tensor | None = None) -> Tensor:
+        """(mean + std eps - shift) scale, float32 on the device; the mode of the posterior without `eps`."""
+        import torch
+
+        with torch.inference_mode(), precision_context(torch.device(self.device).type, self.precision):
+            mean, std = self.encoder(images.to(self.device))
+        latents = mean.float() if eps is None or std is None else mean.float() + std.float() * eps.to(self.device)
+        return (latents - self.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images float32 [B, C, H, W] of stored latents, on the device; a few at a time."""
+        import torch
+
+        found = latents.to(self.device).float() / self.scale + self.shift
+        with torch.inference_mode(), precision_context(torch.device(self.device).type, self.precision):
+            return torch.cat([self.decoder(part).float() for part in found.split(DECODED)])
+
+
+def load(
+    named: str, image_shape: Sequence[int], options: Mapping[str, Any], device: str, precision: Precision,
+    sha256: str | None = None,
+) -> Vae:  # fmt: skip
+    """The VAE with the scale and the shift that are its own. The code of a function runs here.
+
+    Raises StageError where its file has another digest than `sha256`, Unfit where it cannot be loaded.
+    """
+    if is_function(named):
+        return _own(named, image_shape, options, device, precision, sha256)
+    from nfm.trainers.models import autoencoder
+
+    config = config_of(Path(named))
+    try:
+        model = autoencoder.load(Path(named)).to(device)
+    except (ImportError, ValueError) as error:
+        raise Unfit(f"{FIELD}: {error}") from error
+    encode, decode = partial(autoencoder.encode, model), partial(autoencoder.decode, model)
+    scale, shift = (config.get(name) for name in ("scaling_factor", "shift_factor"))
+    return Vae(encode, decode, float(scale or 1.0), float(shift or 0.0), device, precision)
+
+
+def _own(
+    named: str, image_shape: Sequence[int], options: Mapping[str, Any], device: str, precision: Precision,
+    sha256: str | None,
+) -> Vae:  # fmt: skip
+    from torch import nn
+
+    file = custom.source_file(named, FIELD)
+    made = custom.load(file, named, sha256 or custom.digest(file, FIELD), FIELD)(tuple(image_shape), **options)
+    if not callable(getattr(made, "encode", None)) or not callable(getattr(made, "decode", None)):
+        raise Unfit(f"{FIELD} = {named!r}: returned {type(made).__name__}; return one that has encode and decode")
+    state = None
+    if isinstance(made, nn.Module):
+        state, made = _state(made), made.eval().requires_grad_(False).to(device)
+
+    def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = made.encode(images)
+        return found if isinstance(found, tuple) else (found, None)
+
+    scale, shift = getattr(made, "scale", 1.0), getattr(made, "shift", 0.0)
+    return Vae(encode, made.decode, float(scale), float(shift), device, precision, state)
+
+
+def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
+    """The shape of a latent of two made-up images. Raises Unfit where the VAE does not encode and decode them."""
+    said = f"{FIELD} = {named!r}"
+    try:
+        latents = vae.encode(images)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise Unfit(f"{said}: cannot encode images of {by(images.shape[1:])}: {error}") from error
+    if latents.dim() != 4 or len(latents) != len(images) or not latents.isfinite().all():
+        raise Unfit(f"{said}: encode gave {by(latents.shape)} for two images; give finite floats [B, c, h, w]")
+    back = vae.decode(latents)
+    if back.shape != images.shape or not back.isfinite().all():
+        raise Unfit(f"{said}: decode gave {by(back.shape)} for {by(images.shape)}; give finite images")
+    _, channels, height, width = latents.shape
+    return channels, height, width
+
+
+def announce(named: str, say: Callable[[str], None]) -> None:
+    """Says whose code is about to run, if the VAE is of a function."""
+    if is_function(named):
+        own.announce({FIELD: named}, say)
+
+
+def recorded(folder: Path) -> dict[str, tuple[str, str]]:
+    """The function that decoding an artifact of latents runs, with its digest, by field."""
+    facts = read_facts(folder)
+    return {FIELD: (facts.vae, facts.sha256)} if is_function(facts.vae) else {}
+
+
+def of_artifact(folder: Path, device: str) -> tuple[Vae, VaeFacts]:
+    """The VAE that made an artifact of latents, and what it was made with. The code of a function runs here.
+
+    Raises StageError where the VAE is not the one that made them.
+    """
+    facts = read_facts(folder)
+    function = is_function(facts.vae)
+    if not function and digest_of(folder / FOLDER) != facts.sha256:
+        raise StageError(f"{folder / FOLDER}: not the VAE that made these latents; restore its files from a copy")
+    named = facts.vae if function else str(folder / FOLDER)
+    vae = load(named, facts.image_shape, facts.options, device, facts.precision, facts.sha256)
+    if vae.state != facts.state:
+        raise StageError(
+            f"{FIELD} = {facts.vae!r}: the weights that it loads are not those that made the latents in {folder}; "
+            "restore its file of weights"
+        )
+    return replace(vae, scale=facts.scale, shift=facts.shift), facts
+
+
+def read_facts(folder: Path) -> VaeFacts:
+    """What an artifact of latents was made with. Raises StorageError, StageError."""
+    body = atomic.read_json(folder / FACTS)
+    del body["digest"]
+    try:
+        return VaeFacts.model_validate(body)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise StageError(f"{folder / FACTS}: {problem['loc']}: {problem['msg']}; restore it from a copy") from None
+
+
+def _state(network: Any) -> str:
+    """The SHA-256 of all weights of a network, by name."""
+    import torch
+
+    sha = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        sha.update(f"{name} {value.dtype} {by(value.shape)}\n".encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
