@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +105,37 @@ def test_workers_of_ray_give_the_same_bytes(tmp_path: Path, kind: str, cluster: 
     result = made(settings.model_copy(update={"executor": "ray"}), tmp_path / "there", report)
     assert dict(result.digests) == expected
     assert report.seen[-1][:2] == (ROWS - result.metrics["rejected"],) * 2
+
+
+class KillsAWorker(Recorder):
+    """Kills the actor of this process's own Ray when the first part is there."""
+
+    killed = False
+
+    def progress(self, done: int, total: int, unit: str, workers: object = (), **figures: object) -> None:
+        super().progress(done, total, unit)
+        if done and not self.killed:
+            self.killed = True
+            for pid in filter(is_our_actor, [int(path.name) for path in Path("/proc").glob("[0-9]*")]):
+                os.kill(pid, signal.SIGKILL)
+
+
+def is_our_actor(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        if (Path("/proc") / str(pid) / "cmdline").read_bytes().startswith(b"ray::Worker"):
+            while pid > 1 and pid != os.getpid():
+                pid = int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+            return pid == os.getpid()
+    return False
+
+
+def test_a_killed_worker_of_ray_changes_nothing(tmp_path: Path, cluster: None) -> None:
+    settings = folder(tmp_path, bad=(3,))
+    expected = dict(made(settings, tmp_path / "here").digests)
+    report = KillsAWorker()
+    result = made(settings.model_copy(update={"executor": "ray", "workers": 1}), tmp_path / "there", report)
+    assert any("lost Ray actor" in said for said in report.said)
+    assert dict(result.digests) == expected
 
 
 KILLED = """
