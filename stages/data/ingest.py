@@ -34,19 +34,26 @@ WRITE_ROWS = 256  # at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Ingest(Work):
-    """Decodes parts of the data set in folder `store`, by its plan and the section [data] of the config."""
+    """Decodes parts of the data set in folder `store`, by its plan and the section [data] of the config.
+
+    `beside` is where the command runs: paths of the config are relative to it.
+    """
 
     unit: ClassVar[str] = "nfm.stages.data.ingest:unit"
     section: ClassVar[str] = "data"
     memory: ClassVar[str] = "data.rows_per_shard, data.threads or data.workers"
     torch: ClassVar[bool] = False
     config: Mapping[str, Any]
+    beside: str
     device: str = "cpu"
 
 
 def unit(work: Ingest) -> Unit:
     """For executors: one part after another."""
     config = DataConfig.model_validate({**work.config, "threads": work.threads})
+    if config.path is not None and not is_remote(as_path(config.path)):
+        # Not validated: where the command runs may have a name that no config takes.
+        config = config.model_copy(update={"path": str(Path(work.beside) / config.path)})
     source, out = opened(config), Path(work.store)
     return lambda job, stopping: ingest_shard(source, out, job, stopping)
 
@@ -133,11 +140,11 @@ def remove_parts(out: Path) -> None:
 
 def _decode(parts: list[Part], config: DataConfig, out: Path, report: Reporter, done: int, total: int) -> list[Any]:
     here = config.executor == "serial"
-    settings = config.model_dump(mode="json")
-    if config.path is not None and not is_remote(as_path(config.path)):
-        settings["path"] = str(Path(config.path).absolute())
     work = Ingest(
-        store=str(out.absolute()), config=settings, threads=config.threads if here else max(1, config.threads)
+        store=str(out.absolute()),
+        config=config.model_dump(mode="json"),
+        beside=str(Path.cwd()),
+        threads=config.threads if here else max(1, config.threads),
     )
     jobs = (Job(part.name, new_attempt()) for part in parts)
     outcomes = executors.run(config, work, jobs, report)
