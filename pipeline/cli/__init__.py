@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nfm.pipeline.artifacts import in_bucket
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
@@ -81,7 +80,7 @@ def run(
     overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
         told = f"--ray-address {ray_address}"
-        sections = ("pairs", "teacher", "student", "features")
+        sections = ("latents", "pairs", "teacher", "student", "features")
         overrides += tuple(Override(f"{section}.ray_address={ray_address}", told) for section in sections)
     artifact = runner.run(builder.build(load(config_path, overrides), target=stage), stage)
     click.echo(_main_output(artifact))
@@ -263,7 +262,6 @@ cli.add_command(submit)
 cli.add_command(teacher)
 pairs.add_command(worklist)
 pairs.add_command(encode)
-in_bucket.guard(cli)
 
 
 def _decoder_of(model: Artifact, as_latents: bool) -> Path | None:
