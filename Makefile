@@ -104,6 +104,10 @@ $(PEERS)/.installed: pyproject.toml
 	$(PEERS_PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) '$(TORCH)' -e '.[train,zarr,report,bench]'
 	touch $@
 
+# By the links, so that PYTHON may be one with torch, numpy, scipy, safetensors and click alone.
+gpu: $(ENV) .types/nfm  ## what a GPU gives: tests, rates, a teacher and its students, in pieces of at most 9 minutes
+	PYTHONPATH=.types:. $(PY) -m benchmarks.accelerator $(ARGS)
+
 kills: $(ENV)  ## kill a reader 100 times and compare the sequence
 	$(PY) -m benchmarks.kill_reader $(ARGS)
 

@@ -19,7 +19,7 @@ from nfm.stages.display.tables import aligned
 
 if TYPE_CHECKING:
     from benchmarks.train.cases import Case
-    from benchmarks.train.rows import Peer
+    from benchmarks.turns import Peer
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 TARGET = 1.0  # of each peer

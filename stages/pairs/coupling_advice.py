@@ -60,8 +60,8 @@ def which_coupling(report: Report) -> str | None:
     most = next((evaluations for largest, evaluations in PAYS if auc <= largest), None)
     if most is None:
         return (
-            f"semidiscrete-ot, with any number of evaluations: at an AUC above {PAYS[-1][0]:.2f} students on this noise "
-            "were no better than on independent noise (docs/results.md)"
+            f"semidiscrete-ot, with any number of evaluations: at an AUC above {PAYS[-1][0]:.2f} students on such "
+            "noise were no better than on independent noise (docs/results.md)"
         )
     return f"this with up to {most} evaluations, semidiscrete-ot with more (docs/results.md)"
 

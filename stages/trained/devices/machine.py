@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nfm.stages.base import Unfit
-
 # Messages of torch's CPU allocator, of cuBLAS, and of CUDA below torch's allocator.
 _WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
 
@@ -40,6 +38,7 @@ def pick_device(name: str) -> str:
     """
     import torch
 
+    from nfm.stages.base import Unfit  # here, for benchmarks that describe a machine without the library's config
     from nfm.trainers.training.products import forbid_tf32
 
     forbid_tf32()

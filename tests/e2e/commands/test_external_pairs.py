@@ -107,6 +107,7 @@ def test_a_draw_that_a_store_lacks_is_wrong_use(mine: Path, nfm_anew: Nfm) -> No
     said = nfm_anew("pairs", "head", mine, "--draw", 5, exits=2)
     assert f"--draw 5: generation 1 of {mine}" in said
     assert "has draws 0 to 0" in said
+    assert "of the stage pairs, not a teacher" in nfm_anew("pairs", "head", mine, "--teacher", mine, exits=2)
 
 
 def test_lineage_says_of_an_export_what_it_was_made_from(mine: Path, nfm_anew: Nfm, tmp_path: Path) -> None:
