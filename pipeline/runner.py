@@ -29,7 +29,7 @@ from nfm.pipeline.artifacts.artifact import (
 from nfm.pipeline.artifacts.lineage import inputs_of
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.console import Console, StopRequest
-from nfm.pipeline.graph import Node, manifest_of, upstream
+from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Reporter, Stopped
 from nfm.stages.display.units import clock, figure
 from nfm.storage.errors import WrongUse
@@ -93,13 +93,14 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         out = workplace(artifact.path)
         console = console_of(node.name, artifact, stop, lock)
         started = time.time()
-        # A stage that keeps nothing of a stopped run need not check for stops.
-        anew = getattr(node.stage, "STARTS_ANEW", False)
+        anew = optional(node.stage, "starts_anew", lambda config: False)(node.config)
         console.say(f"{'making' if not resumed else 'beginning anew' if anew else 'resuming'} {artifact.name}")
         console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
         try:
             paths = readable(inputs)
-            with stop.at_once() if anew else contextlib.nullcontext(), _compiling(console):
+            # A stage whose work in hand is worth little need not check for stops.
+            abrupt = getattr(node.stage, "STOPS_AT_ONCE", False)
+            with stop.at_once() if abrupt else contextlib.nullcontext(), _compiling(console):
                 result = node.stage.run(node.config, paths, out, console)
             lock.check()
             if console.stopping:

@@ -8,15 +8,16 @@ import math
 import os
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from nfm.stages.base import Reporter, StageError, Unfit
+from nfm.stages.base import Reporter, StageError, Stopped, Unfit
 from nfm.storage.errors import StorageError, is_utf8, legible
 from nfm.storage.files import atomic, remote
 from nfm.storage.files.parallel import parallel
@@ -27,11 +28,15 @@ HASH_CHUNK = 1 << 20
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 500  # only a repeated value can be packed so tightly
 
 
+Places = Mapping[str, list[Any]]
+Stopping = Callable[[], bool]
+
+
 @dataclass(frozen=True)
 class Loaded:
     """Rows of a source in the requested order. A rejected position holds zeros, and its reason is in `rejected`."""
 
-    images: np.ndarray  # [n, C, H, W] uint8, or float16 or float32 if the source holds floats
+    images: Any  # [n, C, H, W] uint8, or float16 or float32 if the source holds floats; an array, or `Parts`
     rejected: dict[int, str] = field(default_factory=dict)  # position -> reason
     skipped: dict[str, Any] = field(default_factory=dict)  # reason -> paths of the input that are not rows, see `tree`
     notes: dict[str, int] = field(default_factory=dict)  # decision -> number of images that it was made for
@@ -60,6 +65,52 @@ class Source(Protocol):
         `known` is a folder that keeps digests of unchanged files, so that they are not read again.
         """
         ...
+
+
+class Encoded(ABC):
+    """A source of encoded images, which are decoded in parts, in any order, by workers that do not list its rows.
+
+    `seeks` says whether rows in any order cost no more than rows in their own order. `skipped` is what is not a row
+    (`tree.Skipped`).
+    """
+
+    seeks: bool
+    skipped: Any
+
+    @abstractmethod
+    def look(self, report: Reporter) -> tuple[int, int]:
+        """(height, width) of every image before averages are taken. Refuses and reports what is wrong as a whole."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What `decode` needs besides the places: plain values for JSON."""
+
+    @abstractmethod
+    def places(self, rows: np.ndarray) -> Places:
+        """Where these rows are, as columns of equal length: a list of bytes, integers or texts each."""
+
+    @abstractmethod
+    def decode(
+        self, places: Places, about: Mapping[str, Any], size: Sequence[int], scratch: Path, stopping: Stopping
+    ) -> Loaded:
+        """The pixels at these places, in that order. Raises InterruptedError soon after `stopping` became true."""
+
+    def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
+        """All at once, in this process; see `Source.load`."""
+        size = self.look(report)
+        try:
+            loaded = self.decode(self.places(rows), self.about(), size, scratch, lambda: report.stopping)
+        except InterruptedError:
+            raise Stopped from None
+        self.tell_taken(loaded.notes, report)
+        return replace(loaded, skipped=self.skipped.reasons)
+
+    def tell_taken(self, notes: Mapping[str, int], report: Reporter) -> None:
+        """Reports what is not a row, and what was decided about images."""
+        for line in self.skipped.lines():
+            report.say(f"not taken: {line}")
+        for note, count in sorted(notes.items()):
+            report.say(f"images: {count:,} x {note}")
 
 
 def box_average(images: np.ndarray, factor: int) -> np.ndarray:

@@ -24,21 +24,25 @@ from nfm.stages.base import (
     Unfit,
 )
 from nfm.stages.data.config import DataConfig
+from nfm.stages.data.ingest import ingested, remove_parts
+from nfm.stages.data.parts import Parts
 from nfm.stages.data.reading.tree import Skipped
 from nfm.stages.data.settings import check_names, check_owners, check_settings, tell_untrained
-from nfm.stages.data.sources import SOURCES, Source, settings_of
-from nfm.storage.dataset.images import DatasetWriter
+from nfm.stages.data.source import Encoded
+from nfm.stages.data.sources import SOURCES, Source, opened
+from nfm.stages.executors import EXECUTORS, ray_cluster
+from nfm.storage.dataset.images import DatasetWriter, ReadyShard
 from nfm.storage.format.order import permute
 
 NAME = "data"
 VERSION = 1
-STARTS_ANEW = True  # a stopped run leaves nothing to continue, so it may stop anywhere
+STOPS_AT_ONCE = True  # what is committed stays, and nothing else is worth waiting for
 
 WRITE_CHUNK = 1024
 TOLD_REASONS = 8
 PRODUCTS = ("train", "heldout", "train.parquet", "heldout.parquet", "rejected.parquet", "dataset.json")
 
-Chunk = tuple[np.ndarray, np.ndarray, list[str]]  # images [n, C, H, W] as stored, labels [n], keys
+Chunk = tuple[np.ndarray | ReadyShard, np.ndarray, list[str]]  # images [n, C, H, W] as stored, labels [n], keys
 
 # Licence and origin of known inputs, by the digest of their content, wherever the files are.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -64,9 +68,19 @@ def open_source(config: DataConfig) -> Source:
     """The source in the config. Its records are listed but not loaded."""
     check_owners(config)
     check_names(config)
-    own = {field: getattr(config, field) for field in settings_of(config.source)}
-    opened: Source = SOURCES[config.source](**own)
-    return opened
+    source: Source = opened(config)
+    return source
+
+
+def starts_anew(config: DataConfig) -> bool:
+    """Whether a stopped run leaves nothing: arrays are copied as a whole, encoded images are decoded in parts."""
+    return not issubclass(SOURCES[config.source], Encoded)
+
+
+def needs(config: DataConfig) -> None:
+    """Raises StageError if something that a run needs is missing: the Ray cluster."""
+    if EXECUTORS[config.executor].cluster:
+        ray_cluster.check_reachable(config.ray_address, 'data.executor = "ray"', "--set data.executor=serial")
 
 
 def source_identity(config: DataConfig, known: Path | None = None) -> dict[str, Any]:
@@ -92,7 +106,7 @@ def split_rows(source: Source, config: DataConfig) -> tuple[np.ndarray, np.ndarr
 
 
 def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
-    """Writes the images as shards. What a killed run left is removed, and the work starts from the beginning."""
+    """Writes the images as shards. Parts that a killed run decoded are used; the rest starts from the beginning."""
     if report.stopping:
         raise Stopped
     for leftover in (*PRODUCTS, "scratch"):
@@ -106,7 +120,11 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
     scratch = out / "scratch"
     scratch.mkdir()
     try:
-        loaded = source.load(rows, scratch, report)
+        if isinstance(source, Encoded):
+            loaded = ingested(source, rows, source.labels[rows], len(own), config, out, report)
+        else:
+            _check_one_process(config)
+            loaded = source.load(rows, scratch, report)
         rejected = [(source.keys[rows[position]], reason) for position, reason in loaded.rejected.items()]
         if rejected:
             for line in _set_aside(rejected, len(rows), config.max_rejected, out / "rejected.parquet"):
@@ -129,12 +147,13 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         )  # fmt: skip
         captions = getattr(source, "captions", None)
         for split, positions, done in (("train", train, 0), ("heldout", heldout, len(train))):
-            chunks = _chunks(source, loaded.images, rows, positions)
+            chunks = _chunks(source, loaded.images, rows, positions, split, config.rows_per_shard)
             texts = None if captions is None else [captions[row] for row in rows[positions].tolist()]
             writer.write_split(split, len(positions), _reported(chunks, done, len(usable), report), texts)
         payload = writer.close(rejected)
     finally:
         _remove(scratch)
+    remove_parts(out)
     metrics = {
         "images": len(train),
         "heldout": len(heldout),
@@ -155,10 +174,26 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
     )
 
 
-def _chunks(source: Source, images: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> Iterator[Chunk]:
-    for start in range(0, len(positions), WRITE_CHUNK):
-        chosen = positions[start : start + WRITE_CHUNK]
-        yield images[chosen], source.labels[rows[chosen]], [source.keys[row] for row in rows[chosen]]
+def _chunks(
+    source: Source, images: np.ndarray | Parts, rows: np.ndarray, positions: np.ndarray, split: str, each: int
+) -> Iterator[Chunk]:
+    """The chosen images in order, by shards of `each`. A part that already is the shard is not read."""
+    for number, first in enumerate(range(0, len(positions), each)):
+        shard = positions[first : first + each]
+        ready = images.ready(shard, f"{split}-s{number:05d}") if isinstance(images, Parts) else None
+        size = len(shard) if ready else WRITE_CHUNK
+        for start in range(0, len(shard), size):
+            chosen = shard[start : start + size]
+            keys = [source.keys[row] for row in rows[chosen]]
+            yield ready or images[chosen], source.labels[rows[chosen]], keys
+
+
+def _check_one_process(config: DataConfig) -> None:
+    if config.executor != "serial":
+        raise Unfit(
+            f'data.executor = "{config.executor}": source "{config.source}" has no encoded images, one process copies '
+            "its arrays; leave data.executor out"
+        )
 
 
 def _reported(chunks: Iterator[Chunk], done: int, total: int, report: Reporter) -> Iterator[Chunk]:

@@ -5,7 +5,12 @@ A new executor is one line in the table and one file with a function as describe
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+from nfm.stages.base import Reporter, call
+from nfm.stages.executors.jobs import Job, Outcome, Work
 
 
 @dataclass(frozen=True)
@@ -27,3 +32,11 @@ EXECUTORS = {
     "serial": Executor("nfm.stages.executors.serial:run"),
     "slurm": Executor("nfm.stages.executors.slurm:run", later=True, again="run `nfm submit pairs --slurm` again"),
 }
+
+
+def run(config: Any, work: Work, jobs: Iterable[Job], report: Reporter) -> Iterator[Outcome | None]:
+    """Does the jobs on the executor of a section, with its `executor`, `workers` and `ray_address`."""
+    executor = EXECUTORS[config.executor]
+    more = {"address": config.ray_address, "say": report.say} if executor.cluster else {}
+    outcomes: Iterator[Outcome | None] = call(executor.run, work, jobs, config.workers, report, **more)
+    return outcomes

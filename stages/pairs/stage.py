@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nfm.stages import executors
 from nfm.stages.base import (
     Inputs,
     Reporter,
     Result,
     StageError,
     Stopped,
-    call,
 )
 from nfm.stages.couplings import custom
 from nfm.stages.couplings.facts import FACTS, facts_of
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.executors import EXECUTORS, ray_cluster
-from nfm.stages.executors.jobs import Job, Outcome
+from nfm.stages.executors.outcomes import all_failed, reasons
 from nfm.stages.executors.ray_cluster import address_of
 from nfm.stages.pairs import production as making
 from nfm.stages.pairs import sealing
@@ -164,17 +164,15 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
         setting = setup(config, inputs, out)
         announce(spec, setting, report)
         done = total - making.records_of(spec, lacking)
-        outcomes = _encode(config, setting, making.jobs(lacking), report)
+        outcomes = executors.run(config, setting, making.jobs(lacking), report)
         failed = making.produce(out, outcomes, setting.batch_size, report, done, total)
         lacking = making.pending(out, spec, config.draws)
         if report.stopping or (report.ending and len(lacking) > len(failed)):
             raise Stopped
     pairs = making.records_of(spec, lacking)
-    if pairs > config.max_missing or not making.all_failed(out, lacking):
+    if pairs > config.max_missing or not all_failed(out, lacking):
         raise making.missing(out, lacking, shards, pairs, config.max_missing, EXECUTORS[config.executor].again)
-    return seal(
-        out, config.draws, making.reasons(out, lacking), inputs if config.report else None, report, config.device
-    )
+    return seal(out, config.draws, reasons(out, lacking), inputs if config.report else None, report, config.device)
 
 
 def announce(spec: StoreSpec, setting: Setup, report: Reporter | custom.Allowed) -> None:
@@ -267,10 +265,3 @@ def _batch_size(config: PairsConfig, out: Path) -> int:
     """The batch shape in the store's spec. Older stores and exports have none; then the config's."""
     stated = atomic.read_json(out / "spec.json").get("encoding", {}).get("batch_size", config.batch_size)
     return PLAIN_BATCH if stated == "auto" else int(stated)
-
-
-def _encode(config: PairsConfig, encoder: Setup, jobs: Iterable[Job], report: Reporter) -> Iterator[Outcome | None]:
-    executor = EXECUTORS[config.executor]
-    more = {"address": config.ray_address, "say": report.say} if executor.cluster else {}
-    outcomes: Iterator[Outcome | None] = call(executor.run, encoder, jobs, config.workers, report, **more)
-    return outcomes

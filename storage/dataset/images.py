@@ -6,6 +6,7 @@ There are two splits, `train` and `heldout`. Every row has a key.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from nfm.storage.dataset.record import DATASET, SPLIT_NAME, check_record, read_record
 from nfm.storage.errors import StorageError, check_inside, is_utf8
 from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, instance, numbers, shown, whole, wrong
-from nfm.storage.files.atomic import HashingFile, hash_file, write_json
+from nfm.storage.files.atomic import HashingFile, hash_file, place, write_json
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import inside, local_path
 from nfm.storage.format import untrusted
@@ -38,7 +39,17 @@ CAPTION = "caption"  # a column that only data with captions has
 _TABLE = pa.schema([("row", pa.int64()), ("key", pa.string()), ("label", pa.int64())])
 _REJECTED = pa.schema([("key", pa.string()), ("reason", pa.string())])
 
-Chunk = tuple[npt.NDArray[Any], npt.NDArray[np.int64], Sequence[str]]
+
+@dataclass(frozen=True)
+class ReadyShard:
+    """A shard that was written before as it has to be: its file gets a second name, and its images are not read."""
+
+    path: Path
+    sha256: str
+    bytes: int
+
+
+Chunk = tuple[npt.NDArray[Any] | ReadyShard, npt.NDArray[np.int64], Sequence[str]]
 
 
 def _fields(image_shape: tuple[int, ...], dtype: str) -> tuple[Field, ...]:
@@ -50,6 +61,11 @@ def shard_writer(
 ) -> ShardWriter:
     """A writer of shard `number` of a split, at any path."""
     return ShardWriter(path, _fields(image_shape, dtype), records, f"{split}-s{number:05d}", _ROWS_PER_BLOCK)
+
+
+def written_shard(path: Path, records: int, image_shape: tuple[int, ...], dtype: str) -> MappedShard:
+    """What `shard_writer` wrote, mapped into memory."""
+    return MappedShard(path, _fields(image_shape, dtype), records, _ROWS_PER_BLOCK)
 
 
 class DatasetWriter:
@@ -95,6 +111,8 @@ class DatasetWriter:
     ) -> None:
         """Writes exactly `rows` records from chunks of (images [n, C, H, W], labels [n], keys [n]).
 
+        In place of the images of a whole shard, a chunk may have a `ReadyShard`.
+
         `captions` are one text a record, None where there is none; they become a column of the split's table. Raises
         StorageError if the number of records, the shape or the dtype differs, if a label has no class, or if a
         value is not finite, for a split that is written already, and after `close`.
@@ -105,13 +123,24 @@ class DatasetWriter:
         for number in range(-(-rows // self._rows_per_shard)):
             file = f"{split}/s{number:05d}.tar"
             records = min(self._rows_per_shard, rows - written)
+            ready = piece[0] if piece is not None and at == 0 else None
+            if piece is not None and isinstance(ready, ReadyShard):
+                _, labels, keys = piece
+                if len(keys) != records:
+                    raise StorageError(f"{ready.path}: {len(keys)} records, {file} takes {records}; run again")
+                place(ready.path, self.root / file, ready.bytes, keep=True)
+                tables.append(_rows_of(written, keys, labels))
+                shards.append({"file": file, "records": records, "sha256": ready.sha256, "bytes": ready.bytes})
+                written, piece = written + records, next(pieces, None)
+                continue
             with shard_writer(self.root / file, split, number, records, self._image_shape, self._dtype) as shard:
                 while shard.written < records and piece is not None:
                     images, labels, keys = piece
+                    if isinstance(images, ReadyShard):
+                        raise StorageError(f"{images.path}: {file} has other records already; run again")
                     end = min(len(keys), at + records - shard.written)
                     shard.append({"image": images[at:end], "label": labels[at:end]})
-                    row = np.arange(written, written + end - at)
-                    tables.append(pa.table([row, list(keys[at:end]), labels[at:end]], schema=_TABLE))
+                    tables.append(_rows_of(written, keys[at:end], labels[at:end]))
                     written += end - at
                     piece, at = (piece, end) if end < len(keys) else (next(pieces, None), 0)
                 if shard.written < records:
@@ -139,8 +168,7 @@ class DatasetWriter:
             {"file": f"{split}/s{number:05d}.tar", "records": count, "sha256": shard.sha256, "bytes": shard.bytes}
             for number, (count, shard) in enumerate(zip(records, shards, strict=True))
         ]
-        rows = np.arange(len(keys))
-        self._add_split(split, entries, pa.table([rows, list(keys), labels], schema=_TABLE), captions)
+        self._add_split(split, entries, _rows_of(0, keys, labels), captions)
 
     def _add_split(
         self, split: str, shards: list[dict[str, Any]], table: pa.Table, captions: Sequence[str | None] | None
@@ -208,16 +236,21 @@ class DatasetWriter:
     def _pieces(self, split: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         where = f"{self.root}: {split}"
         for chunk in chunks:
-            if not isinstance(chunk, tuple | list) or len(chunk) != 3 or not isinstance(chunk[0], np.ndarray):
+            if (
+                not isinstance(chunk, tuple | list)
+                or len(chunk) != 3
+                or not isinstance(chunk[0], np.ndarray | ReadyShard)
+            ):
                 raise StorageError(
                     f"{where} got {shown(chunk)} as a chunk: give (images, labels, keys), the images as a numpy array"
                 )
             images, labels, keys = chunk
             labels = numbers(f"{where}: labels", labels)
             _check_texts(f"{where}: a key", keys)
-            if not len(images) == len(labels) == len(keys):
+            count = len(keys) if isinstance(images, ReadyShard) else len(images)
+            if not count == len(labels) == len(keys):
                 raise StorageError(
-                    f"{self.root}: {split} got {len(images)} images, {len(labels)} labels and {len(keys)} keys"
+                    f"{self.root}: {split} got {count} images, {len(labels)} labels and {len(keys)} keys"
                 )
             low, high = (0, len(self._classes) - 1) if self._classes else (-1, -1)
             wrong = np.flatnonzero((labels < low) | (labels > high))
@@ -226,8 +259,10 @@ class DatasetWriter:
                     f"{self.root}: {split} record {keys[wrong[0]]!r} has label {labels[wrong[0]]}, outside "
                     f"{low}..{high} (there are {len(self._classes)} classes)"
                 )
-            if images.dtype.kind == "f" and len(
-                bad := np.flatnonzero(~np.isfinite(images).reshape(len(keys), -1).all(1))
+            if (
+                isinstance(images, np.ndarray)
+                and images.dtype.kind == "f"
+                and len(bad := np.flatnonzero(~np.isfinite(images).reshape(len(keys), -1).all(1)))
             ):
                 raise StorageError(
                     f"{self.root}: {split} record {keys[bad[0]]!r} has values that are not finite; set it aside"
@@ -248,6 +283,10 @@ def _check_texts(where: str, texts: Sequence[Any], or_none: bool = False) -> Non
     for text in texts:
         if not (text is None and or_none) and not (isinstance(text, str) and is_utf8(text)):
             raise StorageError(f"{where} is {shown(text)}: give a text (str) in UTF-8{' or None' if or_none else ''}")
+
+
+def _rows_of(start: int, keys: Sequence[str], labels: npt.NDArray[np.int64]) -> pa.Table:
+    return pa.table([np.arange(start, start + len(keys)), list(keys), labels], schema=_TABLE)
 
 
 class ImageDataset:

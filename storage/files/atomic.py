@@ -111,23 +111,23 @@ def create_bytes(path: str | Path, data: bytes) -> bool:
     return file.published
 
 
-def place(source: Path, target: Path, size: int | None = None) -> None:
+def place(source: Path, target: Path, size: int | None = None, keep: bool = False) -> None:
     """Moves a durable file of a store to its final name.
 
-    On a local disk this is a hard link, on an object store a copy within it. It may be killed and called again at any
-    point: if `source` is gone, `target` must exist, with `size` bytes if given. Raises MissingShard, CorruptShard, or
-    StorageError if another file has that name.
+    On a local disk this is a hard link, on an object store a copy within it. With `keep`, the old name stays too.
+    It may be killed and called again at any point: if `source` is gone, `target` must exist, with `size` bytes if
+    given. Raises MissingShard, CorruptShard, or StorageError if another file has that name.
     """
     source, target = as_path(source), as_path(target)
     try:
-        _place(source, target, size)
+        _place(source, target, size, keep)
     except FileNotFoundError as error:
         if size_of(source) is not None or size_of(target) is None or size not in (None, size_of(target)):
             raise MissingShard(f"{source}: vanished while it was placed; who removes files of the store?") from error
         # Another process sealed the same store and removed the old name first.
 
 
-def _place(source: Path, target: Path, size: int | None) -> None:
+def _place(source: Path, target: Path, size: int | None, keep: bool) -> None:
     have, found = size_of(source), size_of(target)
     if have is None and found is None:
         raise MissingShard(f"{source}: the file is missing; restore it, or run `nfm repair` on its store")
@@ -141,7 +141,8 @@ def _place(source: Path, target: Path, size: int | None) -> None:
         raise CorruptShard(f"{target}: {found} bytes, {expected} were committed; run `nfm repair` on its store")
     if have is not None and not is_remote(target):
         sync_folder(target.parent)  # the new name is durable before the old one is removed
-    remove(source)
+    if not keep:
+        remove(source)
 
 
 def _second_name(source: Path, target: Path) -> None:

@@ -130,14 +130,14 @@ def test_a_signal_stops_the_data_stage_wherever_it_is(
     assert bool(list(empty.artifacts.glob("data/*"))) == begun
     assert note.exists() == begun
     told = capsys.readouterr().err
-    assert ("stopped; the same command begins it anew" in told) == begun
-    assert "goes on from here" not in told
+    assert ("stopped; the same command goes on from here" in told) == begun
+    assert "begins it anew" not in told
     if begun:  # once more, asked to stop before it has done anything
         again = StopRequest()
         again.asked = True
         with pytest.raises(Stopped):
             runner.run(nodes, "data", again)
-        assert "data: beginning anew data/" in capsys.readouterr().err
+        assert "data: resuming data/" in capsys.readouterr().err
     assert set(threading.enumerate()) <= before  # no thread goes on reading
 
 

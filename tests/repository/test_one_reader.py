@@ -31,6 +31,7 @@ ALLOWED = {
     "stages/data/reading/arrays.py: zipfile.ZipFile": "a user's own data",
     "stages/data/reading/many_in_one.py: .open": "a user's own data, or a copy that was checked on arrival",
     "stages/data/reading/tar_samples.py: tarfile.open": "a user's own data, header by header; nothing is unpacked",
+    "stages/data/parts.py: pq.ParquetFile": "of a file that the reader opened",
     "stages/data/sources/parquet.py: .open": "a user's own data, by many_in_one.py",
     "stages/data/sources/parquet.py: pq.ParquetFile": "of a file that many_in_one.py opened",
     "stages/data/sources/webdataset.py: .open": "a user's own data, by many_in_one.py",

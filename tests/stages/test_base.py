@@ -24,13 +24,20 @@ NO_PLACES = {
         "pairs.layout",
         "pairs.codec",
         "pairs.executor",
+        "data.executor",
         "student.arch",
         "data.source",
         "pairs.custom",
         "pairs.reflow_of",
         "pairs.reflow_solver",
         "pairs.reflow_grid",
-        *("pairs.ray_address", "teacher.ray_address", "student.ray_address", "features.ray_address"),
+        *(
+            "pairs.ray_address",
+            "data.ray_address",
+            "teacher.ray_address",
+            "student.ray_address",
+            "features.ray_address",
+        ),
     ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
     "latents.options",
@@ -68,7 +75,8 @@ def test_a_field_names_a_local_path_as_an_argument_does(tmp_path: Path, monkeypa
 
 def test_the_traceback_of_a_shard_that_is_set_aside_holds_no_secret(tmp_path: Path) -> None:
     from nfm.stages.executors.jobs import Job, Outcome
-    from nfm.stages.pairs.production import failure_path, produce
+    from nfm.stages.executors.outcomes import failure_path
+    from nfm.stages.pairs.production import produce
     from tests.support.recorder import Recorder
 
     failed = Outcome(Job("d000-s00000", "a"), error="Traceback\nOSError: s3://key:secret@host/x")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nfm.stages.base import Reporter, StageError, Stopped, Unfit
-from nfm.stages.data.source import Loaded, box_average, scratch_array
+from nfm.stages.base import StageError, Unfit
+from nfm.stages.data.source import Loaded, Stopping, box_average, scratch_array
 from nfm.storage.errors import legible
 from nfm.storage.files.parallel import parallel
 
@@ -91,45 +91,33 @@ class Decoder:
     """Decodes images into an array in `scratch`, in any order and some at a time. `loaded` gives the result.
 
     `size` is the (height, width) of all images. `root` is taken out of the reasons for which images are set aside.
+    Raises InterruptedError soon after `stopping` became true.
     """
 
-    def __init__(self, cut: Cut, size: tuple[int, int], total: int, scratch: Path, report: Reporter, root: Any = ""):
-        self.cut, self.size, self.total, self.report, self.root = cut, size, total, report, root
+    def __init__(self, cut: Cut, size: tuple[int, int], total: int, scratch: Path, stopping: Stopping, root: Any = ""):
+        self.cut, self.size, self.stopping, self.root = cut, size, stopping, root
         height, width = size
         self.images = scratch_array(scratch, (total, cut.channels, height // cut.average, width // cut.average))
         self.rejected: dict[int, str] = {}
         self.counts: Counter[str] = Counter()
-        self.done = 0
-        report.progress(0, total, "images read")
 
     def set_aside(self, reasons: dict[int, str]) -> None:
         """Sets positions aside that are not decoded at all."""
         self.rejected |= reasons
-        self._advance(len(reasons))
 
     def decode(self, positions: Sequence[int], opener: Opener) -> None:
-        """Decodes the images at these positions. Raises Stopped soon after the user asked for it."""
+        """Decodes the images at these positions."""
         threads = self.cut.threads or os.cpu_count() or 1
         for start in range(0, len(positions), DECODE_BATCH):
+            if self.stopping():
+                raise InterruptedError
             some = positions[start : start + DECODE_BATCH]
             for notes in parallel(lambda position: self._decode(position, opener), some, threads):
                 self.counts.update(notes)
-            self._advance(len(some))
 
-    def loaded(self, skipped: Any = None) -> Loaded:
-        """The images. Reports what was decided on the way, and the paths of `skipped`, which are not rows."""
-        for line in skipped.lines() if skipped else ():
-            self.report.say(f"not taken: {line}")
-        for note, count in sorted(self.counts.items()):
-            self.report.say(f"images: {count:,} x {note}")
-        reasons = skipped.reasons if skipped else {}
-        return Loaded(self.images, dict(sorted(self.rejected.items())), reasons, dict(sorted(self.counts.items())))
-
-    def _advance(self, count: int) -> None:
-        self.done += count
-        self.report.progress(self.done, self.total, "images read")
-        if self.report.stopping:
-            raise Stopped
+    def loaded(self) -> Loaded:
+        """The images, and what was decided on the way."""
+        return Loaded(self.images, dict(sorted(self.rejected.items())), notes=dict(sorted(self.counts.items())))
 
     def _decode(self, position: int, opener: Opener) -> list[str]:
         """Notes about decisions on the way; none if the image is set aside."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -63,6 +63,18 @@ class ManyInOne:
         if self._stored:
             return together((file.path, file.bytes, file.sha256) for file in self._stored)
         return digest_files(zip(self.names, self.paths), _opened, known=known)
+
+    def about(self) -> dict[str, Any]:
+        """What another process needs to read the same files: their names, and the hashes of those behind URLs."""
+        if any(map(is_remote, self.paths)):
+            self.hash()
+        return {"names": self.names, "stored": [[file.path, file.sha256, file.bytes] for file in self._stored]}
+
+    def recall(self, about: Mapping[str, Any]) -> None:
+        """Takes over what `about` said elsewhere. Raises StageError if other files are here."""
+        if about["names"] != self.names:
+            raise StageError(f"{self.path}: other files are here than were listed when the work began: run again")
+        self._stored = [StoredFile(name, sha256, size) for name, sha256, size in about["stored"]]
 
     def hash(self) -> None:
         """Reads files behind URLs once, so that copies of them can be checked; `open` does it if nobody has."""

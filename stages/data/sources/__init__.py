@@ -35,5 +35,10 @@ def settings_of(name: str) -> list[str]:
     return list(inspect.signature(SOURCES[name]).parameters)
 
 
+def opened(config: Any) -> Any:
+    """The source that [data] names. Its files are listed but not decoded."""
+    return SOURCES[config.source](**{field: getattr(config, field) for field in settings_of(config.source)})
+
+
 __all__ = ["SOURCES", "Checkerboard", "Digits", "Gaussians", "Glyphs", "Idx", "ImageFolder", "Loaded", "Npz", "Parquet",
-           "Planar", "Source", "WebDataset", "settings_of"]  # fmt: skip
+           "Planar", "Source", "WebDataset", "opened", "settings_of"]  # fmt: skip

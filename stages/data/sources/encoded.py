@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,10 @@ from nfm.stages.base import Reporter, Unfit
 from nfm.stages.data.reading.decoding import Crop, Cut, Decoder, own_limit, shape_of, size_of
 from nfm.stages.data.reading.labels import Labels
 from nfm.stages.data.reading.many_in_one import ManyInOne
-from nfm.stages.data.source import Loaded
+from nfm.stages.data.source import Encoded, Loaded, Places, Stopping
+from nfm.storage.files.paths import is_remote
 
-Piece = tuple[slice, Callable[[int], Any]]  # some of the wanted rows, and what Pillow opens for each, by its position
+Piece = tuple[slice, Callable[[int], Any]]  # some of the places, and what Pillow opens for each, by its position
 
 
 class Listing(NamedTuple):
@@ -33,9 +34,18 @@ class Listing(NamedTuple):
     labels: np.ndarray | None  # [N] as the files have them, int64; None if the images have no labels
     captions: list[str | None] | None
     classes: Sequence[str] | None = None  # names that the files themselves give
+    sizes: np.ndarray | None = None  # [N] bytes of the encoded image, if its place does not say where it ends
 
 
-class EncodedImages(ABC):
+class Standing(NamedTuple):
+    """Where images are: int64 [n] each, as in `Listing`."""
+
+    file: np.ndarray
+    place: np.ndarray
+    bytes: np.ndarray
+
+
+class EncodedImages(Encoded):
     """Images in files that end with `ending`, by the settings of [data] that such a source reads.
 
     `images`, `labels` and `captions` name where in the files they are; each source says how.
@@ -44,6 +54,7 @@ class EncodedImages(ABC):
     name: str
     ending: str
     reads_urls = True
+    anywhere = True  # whether an image of a local file is read without those around it
 
     def __init__(
         self,
@@ -62,6 +73,7 @@ class EncodedImages(ABC):
     ):
         cut = Cut(image_size, channels, average, background, crop, threads)
         self.files, self.cut = ManyInOne(path, self.name, self.ending), cut
+        self.seeks, self.skipped = self.anywhere and not any(map(is_remote, self.files.paths)), self.files.skipped
         self._given_classes, self._first = classes, first_label
         self._wanted = (images, labels, captions)
 
@@ -70,8 +82,8 @@ class EncodedImages(ABC):
         """Reads what is needed to list the rows, but no image."""
 
     @abstractmethod
-    def pieces(self, number: int, rows: np.ndarray) -> Iterator[Piece]:
-        """The images at these rows of file `number`, in the order of `places`, as many at a time as memory allows."""
+    def pieces(self, number: int, places: np.ndarray, sizes: np.ndarray) -> Iterator[Piece]:
+        """The images at these places of file `number`, which ascend, as many at a time as memory allows."""
 
     @abstractmethod
     def tell(self, report: Reporter) -> None:
@@ -122,23 +134,46 @@ class EncodedImages(ABC):
     def _good(self) -> list[int]:
         return [row for row in range(len(self.keys)) if row not in self.listing.problems]
 
-    def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
-        found = self.listing
-        if not found.keys:
+    def look(self, report: Reporter) -> tuple[int, int]:
+        if not self.listing.keys:
             raise Unfit(f"data.path = {self.files.path!r}: there is no image in it; name other files")
         self.files.tell_splits(report)
         self.tell(report)
         self._check_labels(report)
-        problems = {place: found.problems.get(row) for place, row in enumerate(rows.tolist())}
-        unusable = self._labels.outside(rows, len(self.classes)) | {at: why for at, why in problems.items() if why}
-        left = np.setdiff1d(np.arange(len(rows)), list(unusable))
         with own_limit():
-            size = size_of(self.cut, self._sample, len(self._good()))
-            decoder = Decoder(self.cut, size, len(rows), scratch, report)
+            return size_of(self.cut, self._sample, len(self._good()))
+
+    def about(self) -> dict[str, Any]:
+        return self.files.about()
+
+    def recall(self, about: Mapping[str, Any]) -> None:
+        """Takes over what `about` said in the process that listed the rows."""
+        self.files.recall(about)
+
+    def places(self, rows: np.ndarray) -> Places:
+        found = self.listing
+        outside = self._labels.outside(rows, len(self.classes))
+        return {
+            "file": found.files[rows].tolist(),
+            "place": found.places[rows].tolist(),
+            "bytes": [0] * len(rows) if found.sizes is None else found.sizes[rows].tolist(),
+            "problem": [found.problems.get(row, outside.get(at)) for at, row in enumerate(rows.tolist())],
+        }
+
+    def decode(
+        self, places: Places, about: Mapping[str, Any], size: Sequence[int], scratch: Path, stopping: Stopping
+    ) -> Loaded:
+        self.recall(about)
+        unusable = {at: why for at, why in enumerate(places["problem"]) if why is not None}
+        left = np.array([at for at in range(len(places["problem"])) if at not in unusable], np.int64)
+        with own_limit():
+            decoder = Decoder(self.cut, (size[0], size[1]), len(places["problem"]), scratch, stopping)
             decoder.set_aside(unusable)
-            for positions, opener in self._read(left, rows):
-                decoder.decode(positions, opener)
-        return decoder.loaded(self.files.skipped)
+            where = Standing(*(np.array(places[name], np.int64)[left] for name in Standing._fields))
+            for some, opener in self._read(where):
+                at = dict(zip(left[some].tolist(), some))
+                decoder.decode(list(at), functools.partial(_opened, opener, at))
+        return decoder.loaded()
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
         return self.files.digest(known)
@@ -151,14 +186,15 @@ class EncodedImages(ABC):
             if value is not None:
                 raise Unfit(f"data.{field} is of labels, but the images of {self.files.path} have none: leave it out")
 
-    def _read(self, positions: np.ndarray, rows: np.ndarray) -> Iterator[tuple[list[int], Callable[[int], Any]]]:
-        """The images at `rows[positions]`, in the order in which they stand in the files."""
-        numbers, places = self.listing.files[rows[positions]], self.listing.places[rows[positions]]
-        order = np.lexsort((places, numbers))
-        ends = np.searchsorted(numbers[order], np.arange(len(self.files) + 1))
+    def _read(self, where: Standing) -> Iterator[tuple[list[int], Callable[[int], Any]]]:
+        """The images at these places, in the order in which they stand in the files: numbers of places, some at a time,
+        and what opens the image of a number.
+        """
+        order = np.lexsort((where.place, where.file))
+        ends = np.searchsorted(where.file[order], np.arange(len(self.files) + 1))
         for number in range(len(self.files)):
-            own = positions[order[ends[number] : ends[number + 1]]]
-            for part, opener in self.pieces(number, rows[own]) if len(own) else ():
+            own = order[ends[number] : ends[number + 1]]
+            for part, opener in self.pieces(number, where.place[own], where.bytes[own]) if len(own) else ():
                 at = dict(zip(own[part].tolist(), range(part.start, part.stop)))
                 yield list(at), functools.partial(_opened, opener, at)
 
@@ -167,8 +203,10 @@ class EncodedImages(ABC):
         from nfm.stages.data.reading.pixels import MisfitError
 
         rows = np.array(self._good(), np.int64)[::step]
-        for positions, opener in self._read(np.arange(len(rows)), rows):
-            for position in positions:
+        found = self.listing
+        sizes = np.zeros(len(found.keys), np.int64) if found.sizes is None else found.sizes
+        for numbers, opener in self._read(Standing(found.files[rows], found.places[rows], sizes[rows])):
+            for position in numbers:
                 with contextlib.suppress(MisfitError):  # set aside when it is decoded
                     yield opener(position)
 

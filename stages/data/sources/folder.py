@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from pydantic import BeforeValidator
 from nfm.stages.base import Reporter, StageError, Unfit
 from nfm.stages.data.reading.decoding import Crop, Cut, Decoder, own_limit, shape_of, size_of
 from nfm.stages.data.reading.tree import SPLITS, Skipped, Tree
-from nfm.stages.data.source import Loaded, check_texts, digest_files, keys_of
+from nfm.stages.data.source import Encoded, Loaded, Places, Stopping, check_texts, digest_files, keys_of
 
 UNUSED = "a validation folder beside a test folder, which is the one held out"
 BESIDE = "a folder without an image beside the training folder"
@@ -34,14 +34,14 @@ def _colour(value: Any) -> Any:
 Colour = Annotated[str, BeforeValidator(_colour)]
 
 
-class ImageFolder:
+class ImageFolder(Encoded):
     """Image files by class. Keys are paths below the folder; labels are the positions of the classes in sorted order.
 
     With `image_size`, every image is cut to a square of this edge length, as `crop` says. Without it, images keep their
     pixels, and all must have the most frequent shape.
     """
 
-    name = "images"
+    name, seeks = "images", True
 
     def __init__(
         self,
@@ -79,12 +79,24 @@ class ImageFolder:
     def shape_of(config: Any) -> tuple[int, int, int] | None:
         return shape_of(config)
 
-    def load(self, rows: np.ndarray, scratch: Path, report: Reporter) -> Loaded:
+    def look(self, report: Reporter) -> tuple[int, int]:
         with own_limit():
-            size = size_of(self.cut, lambda step: self.paths[::step], len(self.paths))
-            decoder = Decoder(self.cut, size, len(rows), scratch, report, self.root)
-            decoder.decode(range(len(rows)), lambda position: self.paths[rows[position]])
-        return decoder.loaded(self.skipped)
+            return size_of(self.cut, lambda step: self.paths[::step], len(self.paths))
+
+    def about(self) -> dict[str, Any]:
+        return {}
+
+    def places(self, rows: np.ndarray) -> Places:
+        return {"path": [os.fsencode(self.paths[row].relative_to(self.root)) for row in rows.tolist()]}
+
+    def decode(
+        self, places: Places, about: Mapping[str, Any], size: Sequence[int], scratch: Path, stopping: Stopping
+    ) -> Loaded:
+        names = places["path"]
+        with own_limit():
+            decoder = Decoder(self.cut, (size[0], size[1]), len(names), scratch, stopping, self.root)
+            decoder.decode(range(len(names)), lambda position: self.root / os.fsdecode(names[position]))
+        return decoder.loaded()
 
     def digest(self, known: Path | None = None) -> dict[str, Any]:
         return digest_files(zip(self.keys, self.paths), known=known)

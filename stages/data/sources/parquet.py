@@ -6,7 +6,7 @@ An image is a struct of bytes and path, or plain bytes. docs/data.md says what i
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Parquet(EncodedImages):
     `images`, `labels` and `captions` name the columns; labels "" means none.
     """
 
-    name, ending = "parquet", ".parquet"
+    name, ending, anywhere = "parquet", ".parquet", False
     _columns: Columns | None = None  # of the first file that was listed
 
     def listed(self) -> Listing:
@@ -46,7 +46,7 @@ class Parquet(EncodedImages):
             with self._opened(number) as file:
                 columns = columns_of(path, file.schema_arrow, *self._wanted)
                 first = self._columns or columns
-                self._columns = first
+                self._columns, self._images = first, first.images
                 if columns.kind != first.kind:
                     raise StageError(
                         f"{path}: holds {columns}, {self.files.names[0]} holds {first}: all files must agree"
@@ -72,9 +72,15 @@ class Parquet(EncodedImages):
             None if unlabelled else self._names(first),
         )
 
-    def pieces(self, number: int, rows: np.ndarray) -> Iterator[Piece]:
-        assert self._columns is not None
-        name, places, path = self._columns.images, self.listing.places[rows], self.files.paths[number]
+    def about(self) -> dict[str, Any]:
+        return super().about() | {"images": self._images}
+
+    def recall(self, about: Mapping[str, Any]) -> None:
+        super().recall(about)
+        self._images = about["images"]
+
+    def pieces(self, number: int, places: np.ndarray, sizes: np.ndarray) -> Iterator[Piece]:
+        name, path = self._images, self.files.paths[number]
         start = 0  # the first row of the batch, in the file
         with self._opened(number) as file:
             for group in range(file.metadata.num_row_groups):

@@ -61,17 +61,17 @@ class WebDataset(EncodedImages):
             told = ", ".join(f".{legible(kind)}" for kind, _ in others.most_common(SHOWN))
             raise Unfit(f"data.images = {images!r}: no sample of {self.files.path} has such a member; there are {told}")
         facts.check(self.files.path)
-        self._facts, self._bytes = facts, sizes
+        self._facts = facts
         problems = facts.problems() | problems
         return Listing(
-            keys, np.array(files, np.int64), np.array(places, np.int64), problems, facts.labels(), facts.captions()
-        )
+            keys, np.array(files, np.int64), np.array(places, np.int64), problems, facts.labels(), facts.captions(),
+            sizes=np.array(sizes, np.int64),
+        )  # fmt: skip
 
-    def pieces(self, number: int, rows: np.ndarray) -> Iterator[Piece]:
-        places = self.listing.places[rows].tolist()
-        members = [Member(at, self._bytes[row]) for at, row in zip(places, rows.tolist())]
+    def pieces(self, number: int, places: np.ndarray, sizes: np.ndarray) -> Iterator[Piece]:
+        members = [Member(at, size) for at, size in zip(places.tolist(), sizes.tolist())]
         with self.files.open(number) as file:
-            yield slice(0, len(rows)), lambda at: io.BytesIO(_bytes(file, members[at]))
+            yield slice(0, len(members)), lambda at: io.BytesIO(_bytes(file, members[at]))
 
     def tell(self, report: Reporter) -> None:
         self._facts.tell(self.files.path, report)

@@ -1,0 +1,160 @@
+"""`ingest_shard` decodes one part of a data set, on any machine; `ingested` has all parts decoded by an executor.
+
+What is committed is not decoded again. Images, order and bytes are the same wherever the parts were made.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nfm.stages import executors
+from nfm.stages.base import Reporter, StageError, Stopped, Unfit
+from nfm.stages.data import parts as of_parts
+from nfm.stages.data.config import DataConfig
+from nfm.stages.data.parts import Part, PartCommit, Parts
+from nfm.stages.data.source import Encoded, Loaded
+from nfm.stages.data.sources import opened
+from nfm.stages.executors.jobs import Job, Timing, Unit, Work, new_attempt
+from nfm.stages.executors.outcomes import reasons, settled
+from nfm.storage.dataset.images import shard_writer
+from nfm.storage.files.copies import mirror
+from nfm.storage.files.paths import as_path, is_remote
+
+TOLD_FAILURES = 3
+WRITE_ROWS = 256  # at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ingest(Work):
+    """Decodes parts of the data set in folder `store`, by its plan and the section [data] of the config."""
+
+    unit: ClassVar[str] = "nfm.stages.data.ingest:unit"
+    section: ClassVar[str] = "data"
+    memory: ClassVar[str] = "data.rows_per_shard, data.threads or data.workers"
+    torch: ClassVar[bool] = False
+    config: Mapping[str, Any]
+    device: str = "cpu"
+
+
+def unit(work: Ingest) -> Unit:
+    """For executors: one part after another."""
+    config = DataConfig.model_validate({**work.config, "threads": work.threads})
+    source, out = opened(config), Path(work.store)
+    return lambda job, stopping: ingest_shard(source, out, job, stopping)
+
+
+def ingest_shard(
+    source: Encoded, out: Path, job: Job, stopping: Callable[[], bool] = lambda: False
+) -> tuple[PartCommit, Timing]:
+    """Decodes one part, writes what can be used of it, and commits it.
+
+    Returns the valid commit, which may be an earlier one. Raises InterruptedError if `stopping()` becomes true between
+    batches of images; then nothing is published.
+    """
+    began, mine = time.monotonic(), of_parts.read_slice(out, job.name)
+    file, scratch = out / of_parts.part_file(job.name, job.attempt), out / of_parts.FOLDER / f"scratch.{job.attempt}"
+    scratch.mkdir()
+    try:
+        loaded = source.decode(mine.places, mine.about, mine.size, scratch, stopping)
+        decoded = time.monotonic()
+        usable = np.setdiff1d(np.arange(len(mine.labels)), list(loaded.rejected))
+        sha256, size = "", 0
+        if len(usable):
+            split, number = of_parts.split_name(job.name)
+            with shard_writer(file, split, number, len(usable), loaded.images.shape[1:], "uint8") as shard:
+                for start in range(0, len(usable), WRITE_ROWS):
+                    some = usable[start : start + WRITE_ROWS]
+                    shard.append({"image": loaded.images[some], "label": mine.labels[some]})
+                (stored,) = shard.close()
+            sha256, size = stored.sha256, stored.bytes
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    ended = time.monotonic()
+    commit = of_parts.publish(
+        out,
+        PartCommit(
+            name=job.name,
+            attempt=job.attempt,
+            rows_digest=mine.digest,
+            records=len(usable),
+            bytes=size,
+            sha256=sha256,
+            rejected={str(place): reason for place, reason in loaded.rejected.items()},
+            notes=loaded.notes,
+            seconds=ended - began,
+        ),
+    )
+    return commit, Timing(ended - began, read=decoded - began, write=ended - decoded)
+
+
+def ingested(
+    source: Encoded, rows: np.ndarray, labels: np.ndarray, own: int, config: DataConfig, out: Path, report: Reporter
+) -> Loaded:
+    """All rows, decoded: those of parts without a commit now, on the executor of the config."""
+    if config.executor != "serial" and is_remote(as_path(mirror.origin(out))):
+        raise Unfit(
+            f'data.executor = "{config.executor}": workers write parts to the folder of the artifact, and this '
+            'one is in a bucket: set data.executor = "serial", or set NFM_ARTIFACTS to a folder that all workers see'
+        )
+    size = source.look(report)
+    plan = of_parts.planned(source, rows, labels, own, config.rows_per_shard, size)
+    of_parts.write_plan(out, plan, source, rows, labels, size)
+    lacking = [part for part in plan if of_parts.committed(out, part) is None]
+    done = len(rows) - sum(len(part.positions) for part in lacking)
+    if len(lacking) < len(plan):
+        report.say(f"{len(plan) - len(lacking)} of {len(plan)} parts are decoded already")
+    failed = _decode(lacking, config, out, report, done, len(rows)) if lacking else []
+    commits = [commit for part in plan if (commit := of_parts.committed(out, part))]
+    if len(commits) < len(plan):
+        if report.stopping or (report.ending and len(plan) - len(commits) > len(failed)):
+            raise Stopped
+        raise _missing(out, [part for part in plan if of_parts.committed(out, part) is None], len(plan))
+    notes: Counter[str] = Counter()
+    for commit in commits:
+        notes.update(commit.notes)
+    source.tell_taken(notes, report)
+    images = Parts(out, plan, commits, _shape(config, size))
+    return Loaded(images, images.rejected, source.skipped.reasons, dict(sorted(notes.items())))
+
+
+def remove_parts(out: Path) -> None:
+    """Removes the parts when the data set is made of them."""
+    for folder in (of_parts.FOLDER, "commits", "failed"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+
+
+def _decode(parts: list[Part], config: DataConfig, out: Path, report: Reporter, done: int, total: int) -> list[Any]:
+    here = config.executor == "serial"
+    settings = config.model_dump(mode="json")
+    if config.path is not None and not is_remote(as_path(config.path)):
+        settings["path"] = str(Path(config.path).absolute())
+    work = Ingest(
+        store=str(out.absolute()), config=settings, threads=config.threads if here else max(1, config.threads)
+    )
+    jobs = (Job(part.name, new_attempt()) for part in parts)
+    outcomes = executors.run(config, work, jobs, report)
+    rows = {part.name: len(part.positions) for part in parts}
+    return settled(out, outcomes, report, done, total, "images read", lambda commit: rows[commit.name])
+
+
+def _missing(out: Path, parts: list[Part], total: int) -> StageError:
+    told = reasons(out, [part.name for part in parts[:TOLD_FAILURES]])
+    why = "; ".join(f"{name}: {reason}" for name, reason in told.items())
+    more = f"; and {len(parts) - len(told)} more" if len(parts) > len(told) else ""
+    return StageError(
+        f"{len(parts)} of {total} parts of the data are missing: {why}{more}. Tracebacks are in {out / 'failed'}; the "
+        "other parts are committed. Mend the cause and run the same command again, which makes only these"
+    )
+
+
+def _shape(config: DataConfig, size: tuple[int, int]) -> tuple[int, int, int]:
+    height, width = size
+    return config.channels, height // config.average, width // config.average

@@ -1,0 +1,94 @@
+"""From the outcomes of an executor to progress, and to the tracebacks of failed jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from nfm.stages.base import Reporter
+from nfm.stages.executors.jobs import Outcome, last_line
+from nfm.stages.executors.tally import Tally
+from nfm.storage.errors import StorageError
+from nfm.storage.errors.masked import masked
+from nfm.storage.files import atomic
+from nfm.storage.files.paths import exists, inside, names_in, remove
+from nfm.storage.files.small_files import read_tail
+
+_TAIL_BYTES = 1 << 16  # of a traceback, whose last line is reported
+
+
+def settled(
+    out: Path,
+    outcomes: Iterable[Outcome | None],
+    report: Reporter,
+    done: int,
+    total: int,
+    unit: str,
+    count: Callable[[Any], int] = lambda commit: int(commit.records),
+    also: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
+    """Handles outcomes, with `done` of `total` units complete at the start. Returns the failures.
+
+    A commit is `count` units. The traceback of a failed job is written to `failed/NAME.txt`, until a later run does the
+    job. `also` is called with each outcome that has a commit.
+    """
+    failures: list[Outcome] = []
+    told: set[str] = set()
+    failed_before = set(names_in(out / "failed"))  # so that other jobs cost no request to remove nothing
+    tally = Tally()
+    report.progress(done, total, unit)
+    for outcome in outcomes:
+        if outcome is None:
+            pass
+        elif outcome.commit is None:
+            failures.append(outcome)
+            _set_aside(out, outcome, report, told)
+        else:
+            done += count(outcome.commit)
+            tally.add(outcome)
+            if (failure := failure_path(out, outcome.job.name)).name in failed_before:
+                remove(failure)
+            report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds, worker=outcome.worker)
+            also(outcome)
+        report.progress(done, total, unit, tally.rows(), failed=len(failures))
+    return failures
+
+
+def failure_path(out: Path, name: str) -> Path:
+    """The path of a failed shard's traceback."""
+    return out / "failed" / f"{name}.txt"
+
+
+def reasons(out: Path, names: Iterable[str]) -> dict[str, str]:
+    """Why each of these shards is missing: the last line of its traceback, if it was tried."""
+    found = {}
+    for name in names:
+        path = failure_path(out, name)
+        found[name] = _reason(path, out) if exists(path) else "not encoded yet"
+    return found
+
+
+def all_failed(out: Path, names: Iterable[str]) -> bool:
+    """Whether each of these was tried and failed. Shards that were not tried yet may not be left out."""
+    tried = set(names_in(out / "failed"))
+    return all(failure_path(out, name).name in tried for name in names)
+
+
+def _set_aside(out: Path, outcome: Outcome, report: Reporter, told: set[str]) -> None:
+    """Keeps the traceback. Its last line is reported only once, however many shards fail with it."""
+    error = masked(outcome.error or "no message")
+    inside(out, "failed")  # raises if a link would lead out of the store
+    atomic.write_bytes(failure_path(out, outcome.job.name), error.encode())
+    reason = last_line(error)
+    if reason not in told:
+        told.add(reason)
+        report.say(f"{outcome.job.name} failed and is set aside: {reason}")
+    report.log("SHARD_FAILED", shard=outcome.job.name, error=error, worker=outcome.worker)
+
+
+def _reason(path: Path, out: Path) -> str:
+    try:
+        return last_line(read_tail(path, _TAIL_BYTES, root=out).decode(errors="replace"))
+    except (StorageError, OSError) as error:
+        return f"its traceback cannot be read: {error}"
