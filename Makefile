@@ -40,7 +40,7 @@ NFM := $(PY) -m nfm.pipeline.cli
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench kills fuzz lint format docs clean-env
+.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench gpu kills fuzz lint format docs clean-env
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,10 @@ $(PEERS)/.installed: pyproject.toml
 	python3 -m venv $(PEERS)
 	$(PEERS_PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) '$(TORCH)' -e '.[train,zarr,report,bench]'
 	touch $@
+
+# By the links, so that PYTHON may be one with torch, numpy, scipy, safetensors and click alone.
+gpu: $(ENV) .types/nfm  ## what a GPU gives: tests, rates, a teacher and its students, in pieces of at most 9 minutes
+	PYTHONPATH=.types:. $(PY) -m benchmarks.accelerator $(ARGS)
 
 kills: $(ENV)  ## kill a reader 100 times and compare the sequence
 	$(PY) -m benchmarks.kill_reader $(ARGS)

@@ -9,8 +9,6 @@ The map is fitted on other records than those that the AUC is measured on, but f
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.told import machine, versions
+from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
@@ -33,7 +31,6 @@ from nfm.stages.pairs.coupling_sample import Sample, draw_sample
 from nfm.stages.trained import student
 from nfm.stages.trained.student import StudentConfig
 from nfm.storage import PairStore
-from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 from nfm.trainers import flow_matching
 from nfm.trainers.metrics.gaussianity import deviation
@@ -170,7 +167,7 @@ def main(config_path: Path, overrides: tuple[str, ...], work: Path, output: Path
         {"rows": rows, "machine": machine(), "versions": versions(*PACKAGES)},
     )
     atomic.write_bytes(output / "marginals.txt", f"{text}\n".encode())
-    atomic.write_bytes(output / "command.txt", masked(f"{shlex.join(['python', *sys.argv])}\n").encode())
+    atomic.write_bytes(output / "command.txt", f"{command('benchmarks.marginals')}\n".encode())
     click.echo(text)
 
 

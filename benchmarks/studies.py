@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 from matplotlib.figure import Figure
 
-from benchmarks.told import machine, versions
+from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
+from nfm.stages.display.axes import make_log
 from nfm.stages.display.tables import aligned
 from nfm.stages.evaluation import compare
 from nfm.stages.evaluation.table import DISTANCE
-from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 
 PACKAGES = ("nfm-pairs", "numpy", "torch")
@@ -97,15 +95,25 @@ def draw(setting: str, points: dict[str, dict[str, Any]], title: str) -> bytes:
             colour = f"C{shade}"
             axes.errorbar(nfes, means, errors, marker="o", capsize=3, color=colour, label=f"{setting} = {value}")
         axes.axhline(first["floor"]["mean"], ls="--", lw=1, color="0.5", label="floor")
-        axes.set(title=coupling, xlabel="NFE", xscale="log", yscale="log")
+        axes.set(title=coupling, xlabel="NFE", xscale="log")
         axes.set_xticks(nfes, [str(nfe) for nfe in nfes])
         axes.minorticks_off()
+        make_log(axes.yaxis, _ends(points))
     panels[0].set_ylabel(f"{DISTANCE[first['distance']]} (lower is better)")
     panels[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.suptitle(title)
     png = io.BytesIO()
     figure.savefig(png, dpi=130)
     return png.getvalue()
+
+
+def _ends(points: dict[str, dict[str, Any]]) -> list[float]:
+    """The values that the axis of distances has to show, with their spread."""
+    told = [
+        metric for made in points.values() for one in made["couplings"].values() for metric in one["distances"].values()
+    ]
+    ends = [metric["mean"] + sign * (metric["spread"] or 0.0) for metric in told for sign in (-1, 1)]
+    return [*ends, *(made["floor"]["mean"] for made in points.values())]
 
 
 @click.command()
@@ -132,7 +140,7 @@ def main(
     atomic.write_json(output / "study.json", body)
     atomic.write_bytes(output / "study.txt", text.encode())
     atomic.write_bytes(output / "study.png", draw(setting, points, f"{config_path.stem}: {setting}"))
-    atomic.write_bytes(output / "command.txt", masked(f"{shlex.join(['python', *sys.argv])}\n").encode())
+    atomic.write_bytes(output / "command.txt", f"{command('benchmarks.studies')}\n".encode())
     click.echo(text.rstrip())
 
 

@@ -9,8 +9,6 @@ killed, the same command goes on, and runs of `nfm compare` with the same config
 from __future__ import annotations
 
 import io
-import shlex
-import sys
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import click
 from matplotlib.figure import Figure
 
-from benchmarks.told import machine, versions
+from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
@@ -27,7 +25,6 @@ from nfm.stages.display.axes import compact
 from nfm.stages.display.tables import aligned
 from nfm.stages.evaluation import compare
 from nfm.stages.evaluation.table import DISTANCE
-from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 
 BASELINE = "independent"
@@ -139,7 +136,7 @@ def main(config_path: Path, images: str, variant: str, overrides: tuple[str, ...
     atomic.write_json(output / "teacher_curve.json", body)
     atomic.write_bytes(output / "teacher_curve.txt", text.encode())
     atomic.write_bytes(output / "teacher_curve.png", draw(points, f"{config_path.stem}: is the teacher enough?"))
-    atomic.write_bytes(output / "command.txt", masked(f"{shlex.join(['python', *sys.argv])}\n").encode())
+    atomic.write_bytes(output / "command.txt", f"{command('benchmarks.teacher_curve')}\n".encode())
     click.echo(text.rstrip())
 
 

@@ -7,13 +7,14 @@ import shlex
 import sys
 
 from nfm.stages.trained.devices.machine import machine
-from nfm.storage.errors.masked import masked
 
 __all__ = ["command", "machine", "versions"]
 
 
 def command(module: str) -> str:
     """The command without where it wrote, for whoever repeats it elsewhere."""
+    from nfm.storage.errors.masked import masked
+
     kept: list[str] = []
     left = iter(sys.argv[1:])
     for argument in left:

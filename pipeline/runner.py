@@ -36,7 +36,6 @@ from nfm.storage.errors import WrongUse
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import exists, is_remote, names_in, remove, several
-from nfm.storage.ledger import seal as generations
 from nfm.storage.ledger.standing import again
 
 
@@ -203,8 +202,7 @@ def seal_store(artifact: Artifact) -> Artifact:
         raise WrongArtifact(f"{artifact.name} is an exported store, which its export seals: {again(artifact.path)}")
     if spec.get("stage") != stage.NAME:  # made without the pipeline
         with Lock(artifact.path):
-            sealed = generations.seal(artifact.path, *repair.sealable(artifact.path))
-        return Artifact(artifact.path, sealed.path.name)
+            return Artifact(artifact.path, repair.seal_complete(artifact.path))
     stop = StopRequest()
     with Lock(artifact.path) as lock, stop.listening():
         inputs = readable({role: found for role, found in inputs_of(artifact).items() if found.done})

@@ -93,7 +93,7 @@ def measure(cases: Sequence[Case], passes: int, compiled: bool, ray: bool, quick
 
     from benchmarks.encode import rows as bench_encode_rows
     from benchmarks.encode import shards
-    from nfm.stages.encoding.threads import threads
+    from nfm.stages.trained.devices.machine import threads
 
     body: dict[str, Any] = {
         "command": command("benchmarks.encode"),

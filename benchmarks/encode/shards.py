@@ -16,13 +16,13 @@ from benchmarks.encode.rows import ETA, Case
 from benchmarks.store.rows import in_turns
 from nfm.stages.encoding import probe
 from nfm.stages.encoding.encoder import Setup
-from nfm.stages.encoding.jobs import Outcome, ShardJob, new_attempt
-from nfm.stages.encoding.threads import threads
+from nfm.stages.executors.jobs import Job, Outcome, new_attempt
+from nfm.stages.trained.devices.machine import threads
 from nfm.stages.trained.training import Precision, autocast_dtype
 from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage import DatasetWriter, StoreSpec
 from nfm.storage.files import atomic
-from nfm.storage.format.spec import pair_fields, write_spec
+from nfm.storage.format.spec import pair_fields, shard_name, write_spec
 
 SHARD_SECONDS = 1.0  # of encoding; real shards are longer, and their fixed costs smaller
 SHARDS = 5  # the first is not counted
@@ -70,8 +70,8 @@ class Workshop:
             precision=self.precision, device=self.case.device, threads=self.case.threads,
         )  # fmt: skip
 
-    def jobs(self) -> list[ShardJob]:
-        return [ShardJob(0, shard, new_attempt()) for shard in range(SHARDS)]
+    def jobs(self) -> list[Job]:
+        return [Job(shard_name(0, shard), new_attempt()) for shard in range(SHARDS)]
 
 
 def end_to_end(shop: Workshop, passes: int) -> dict[str, Any]:

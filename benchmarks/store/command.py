@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 SECTIONS = ("reading", "writing", "opening", "cold", "student")
 PACKAGES = (
     "nfm-pairs", "numpy", "torch", "pyarrow", "webdataset", "mosaicml-streaming", "litdata", "datasets", "zarr",
+    "tensorstore", "pylance", "array-record", "grain",
 )  # fmt: skip
 OUTPUT = "benchmarks/results/store.json"
 SECONDS_PER_PASS = 5.0  # the slowest peers are stopped in the middle of an epoch

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.store.by_number import array_record, grain, lance, tensorstore
 from benchmarks.store.formats import (
     CHUNK,
     GROUP,
@@ -161,6 +162,13 @@ PEERS = (
         hugging_face_arrow, ("datasets",)),
     Row(ZARR_POOL, "peer", f"chunks of {CHUNK} in a shuffled order, {POOL} records mixed", zarr_pool, ("zarr",)),
     Row("Zarr, random records", "peer", "oindex of 256 sorted rows, full shuffle", zarr_records, ("zarr",)),
+    Row("TensorStore, zarr3", "peer", "array[256 sorted rows].read(), shards of single records, decoded ones cached",
+        tensorstore, ("tensorstore",)),
+    Row("Lance", "peer", "take(256 sorted rows), fixed-size lists, Arrow's buffers as tensors", lance, ("lance",)),
+    Row("ArrayRecord", "peer", "__getitems__ of 256 sorted rows, group_size:1, uncompressed, joined", array_record,
+        ("array_record",)),
+    Row("Grain, ArrayRecord", "peer", "MapDataset.shuffle(seed).batch(256) of the same files, num_threads=0", grain,
+        ("grain", "array_record")),
     Row("Parquet, row groups in a pool", "peer", f"row groups of {GROUP}, fixed-size binary, mapped, {POOL} mixed",
         parquet, ("pyarrow",)),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage import PairStore, StoreSpec
+from nfm.storage.format.philox import normals
 from nfm.storage.format.spec import pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
@@ -32,10 +34,11 @@ HANDED_OVER = 512  # records, from an encoder to the store
 
 @dataclass(frozen=True)
 class Reading:
-    """Something ready to be read: its epochs, and the files they come from."""
+    """Something ready to be read: its epochs, the files they come from, and `noise(number)` if it is not the data's."""
 
     epoch: Epoch
     files: tuple[Path, ...] = ()
+    noise: Callable[[int], Array] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,12 @@ class Workload:
         return np.random.default_rng(seed).permutation(self.records)
 
 
-def write_store(
-    root: Path, part: Part, records: int, layout: str = "blocks", rows_per_shard: int | None = None
-) -> None:
+def write_store(root: Path, part: Part, records: int, layout: str = "blocks", codec: str = "float16") -> None:
     """A sealed store of one draw of that many records, of which `part(start, stop)` gives some."""
     shape = part(0, 1)["image"].shape[1:]
     spec = StoreSpec(
-        rows=records, rows_per_shard=RECORDS_PER_SHARD, fields=pair_fields(shape), coupling="independent",
-        source="random", layout=layout,
+        rows=records, rows_per_shard=RECORDS_PER_SHARD, fields=pair_fields(shape, codec), coupling="independent",
+        source="random", layout=layout, codec=codec,
     )  # fmt: skip
     write_spec(root, spec)
     for shard in range(spec.shards_per_draw):
@@ -159,6 +160,33 @@ def ours(layout: str, **options: Any) -> Callable[[Workload], Reading]:
     return make
 
 
+def ours_seeded(**options: Any) -> Callable[[Workload], Reading]:
+    """`PairStore.batches` on a store of the same images, whose noise is drawn and not kept."""
+
+    def make(work: Workload) -> Reading:
+        root = work.folder / "ours-seeded"
+        if not root.exists():
+
+            def part(start: int, stop: int) -> dict[str, Array]:
+                return work.part(start, stop) | {"noise": drawn(np.arange(start, stop), work.shape)}
+
+            write_store(root, part, work.records, codec="seeded")
+        store = PairStore.open(root)
+
+        def epoch(seed: int) -> Iterator[Triple]:
+            for batch in store.batches(work.batch, seed, device="cpu", last="keep", raw=True, **options):
+                yield batch.image, batch.noise, batch.label
+
+        return Reading(epoch, (root,), lambda number: drawn(np.array([number]), work.shape)[0])
+
+    return make
+
+
+def drawn(slots: Array, shape: tuple[int, ...]) -> Array:
+    """The noise that seed 0 draws for these slots: float32 [n, C, H, W]."""
+    return normals(0, 0, slots, math.prod(shape)).reshape(-1, *shape)
+
+
 def ours_through_workers(work: Workload) -> Reading:
     """`as_torch_dataset` behind a DataLoader whose workers stay alive between epochs."""
     from torch.utils.data import DataLoader
@@ -181,8 +209,12 @@ ROWS = (
     Row(COPY, "limit", "the same bytes from memory to one batch's memory, in order", copied),
     Row(INLINE, "ours", "batches(raw=True, prefetch=False), full shuffle", ours("blocks", raw=True, prefetch=False)),
     Row(PREFETCHED, "ours", "batches(raw=True), full shuffle", ours("blocks", raw=True)),
-    Row("ours: blocks, float32, prefetch thread", "ours", "batches(), full shuffle, converted on the host",
-        ours("blocks")),
+    Row("ours: blocks, float32, inline", "ours", "batches(prefetch=False), full shuffle, converted on the host",
+        ours("blocks", prefetch=False)),
+    Row("ours: blocks, float32, prefetch thread", "ours", "batches(), the same in a thread", ours("blocks")),
+    Row("ours: blocks, seeded, inline", "ours", "as inline, noise made from its seed, float32",
+        ours_seeded(prefetch=False)),
+    Row("ours: blocks, seeded, prefetch thread", "ours", "the same in a thread", ours_seeded()),
     Row("ours: samples, raw, inline", "ours", "as above, layout samples", ours("samples", raw=True, prefetch=False)),
     Row(ZARR, "ours", "as above, layout zarr: mapped chunks", ours("zarr", raw=True, prefetch=False)),
     Row("ours: blocks, raw, 2 loader workers", "ours", "as_torch_dataset(raw=True) in a DataLoader",
@@ -211,7 +243,11 @@ def checked_epoch(work: Workload, reading: Reading, seconds: float) -> int:
         number, found = int(label[0]), label.numpy().copy()
         seen.append(found)
         for name, value in (("image", image), ("noise", noise)):
-            expected, got = work.data[name][number], value[0].numpy()
+            if reading.noise is not None and name == "noise":
+                expected = reading.noise(number)
+            else:
+                expected = work.data[name][number]
+            got = value[0].numpy()
             if got.dtype != expected.dtype and name == "image" and got.dtype == np.float32:
                 expected = expected.astype(np.float32) * np.float32(2 / 255) - np.float32(1)
             if len(found) != len(value) or not np.array_equal(got, expected):

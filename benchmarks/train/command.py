@@ -19,7 +19,7 @@ from nfm.stages.display.tables import aligned
 
 if TYPE_CHECKING:
     from benchmarks.train.cases import Case
-    from benchmarks.train.rows import Peer
+    from benchmarks.turns import Peer
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 TARGET = 1.0  # of each peer
@@ -89,8 +89,8 @@ def measure(
 
     from benchmarks.train import rows
     from benchmarks.train.checkouts import commit
-    from nfm.stages.encoding.threads import threads as computing_with
     from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory
+    from nfm.stages.trained.devices.machine import threads as computing_with
 
     device = cases[0].config.device
     on_gpu = device.startswith("cuda")

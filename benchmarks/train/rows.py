@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from benchmarks.train.cases import Case
+from benchmarks.turns import Peer, Turns
 from nfm.stages.trained.costs import Trial
 from nfm.stages.trained.devices.timing import BACKWARD, matrix_rate, random_batch
 from nfm.stages.trained.training import autocast_dtype, parameter_count, recipe
@@ -18,20 +18,8 @@ from nfm.storage.reading.batch import Batch
 from nfm.trainers import loop
 from nfm.trainers.training.state import Recipe
 
-WARM = 3  # steps of each before its time counts
 BATCHES = 4  # that come round and round
 SAME = 1e-4  # relative, of two losses in float32
-
-
-class Peer(Protocol):
-    """A peer's training of a case."""
-
-    model: nn.Module
-    stand_ins: list[str]
-
-    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None: ...
-
-    def losses(self, image: Tensor, label: Tensor) -> tuple[float, float]: ...
 
 
 def measure(
@@ -70,52 +58,6 @@ def measure(
         "ours_over_theirs": round(median(ratios), 3), "lowest": round(min(ratios), 3),
         "highest": round(max(ratios), 3), **same,
     }  # fmt: skip
-
-
-class Turns:
-    """Batches for our loop that never end; before each round's, the peer trains on the same ones."""
-
-    def __init__(
-        self, batches: list[Batch], peer: Peer | None, rounds: int, seconds: float, clock: Callable[[], float]
-    ) -> None:
-        self._batches, self._peer, self._rounds, self._seconds, self._clock = batches, peer, rounds, seconds, clock
-        self.ours: list[float] = []  # images a second, a round
-        self.theirs: list[float] = []
-        self.steps, self.over = 0, False
-
-    def __iter__(self) -> Iterator[Batch]:
-        yield from self._some(WARM)
-        began = self._wait()
-        yield self._batches[0]
-        took = self._wait() - began
-        if self._peer is not None:
-            self._peer.train(self._pairs(WARM))
-        self.steps = max(1, round(self._seconds / took))
-        for _ in range(self._rounds):
-            if self._peer is not None:
-                began = self._wait()
-                self._peer.train(self._pairs(self.steps))
-                self.theirs.append(self._rate(began))
-            began = self._wait()
-            yield from self._some(self.steps)
-            self.ours.append(self._rate(began))
-        self.over = True
-        yield self._batches[0]  # the loop hears of the end after one more step
-
-    def _some(self, steps: int) -> Iterator[Batch]:
-        return (self._batches[step % len(self._batches)] for step in range(steps))
-
-    def _pairs(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((batch.image, batch.label) for batch in self._some(steps))
-
-    def _wait(self) -> float:
-        """The time, when the device has done all that it was given."""
-        if self._batches[0].image.is_cuda:
-            torch.cuda.synchronize()
-        return self._clock()
-
-    def _rate(self, began: float) -> float:
-        return self.steps * len(self._batches[0].image) / (self._wait() - began)
 
 
 def check_same(case: Case, theirs: Peer, batch: Batch) -> dict[str, Any]:

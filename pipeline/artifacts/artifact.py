@@ -19,9 +19,7 @@ from nfm.storage.files.copies import mirror
 from nfm.storage.files.copies.resume import Resume
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import artifacts_root, as_path, exists, is_remote, size_of
-from nfm.storage.format.spec import DRAFT
-from nfm.storage.ledger import seal
-from nfm.storage.ledger.standing import UNSEALED, again, unsealed
+from nfm.storage.ledger import manifests, standing
 
 SCHEMA = 1
 STORES = "pairs"  # the stage whose artifacts are pair stores
@@ -101,7 +99,7 @@ class Artifact:
         except StorageError as error:
             if self.done or not self.of_store:
                 raise
-            raise ArtifactError(f"{self.name}: {UNSEALED}; {unsealed(self.path)}") from error
+            raise ArtifactError(f"{self.name}: {standing.UNSEALED}; {standing.unsealed(self.path)}") from error
         if body.get("schema", 0) > SCHEMA:
             raise ArtifactError(
                 f"{self.path / self.manifest_name}: schema {body['schema']} is newer than this version of nfm "
@@ -147,8 +145,8 @@ def find(reference: str | Path) -> Artifact:
             if is_foreign(path / "spec.json"):
                 raise WrongArtifact(f"{path}: no artifact, its spec.json is none of ours; `nfm ls` lists what there is")
             return Artifact(path, newest_manifest(path))
-        if exists(path / DRAFT):
-            raise WrongArtifact(f"{path}: a pair store that was begun and is not complete; {again(path)}")
+        if standing.begun(path):
+            raise WrongArtifact(f"{path}: a pair store that was begun and is not complete; {standing.again(path)}")
     if remote:
         raise WrongArtifact(f"{text}: no store there, it has no spec.json; check the URL")
     begun = [path for path in folders(root) if _short_name(path, "/" in text).startswith(text)]
@@ -179,8 +177,8 @@ def check_store(artifact: Artifact) -> None:
 
 def newest_manifest(path: Path) -> str:
     """The name of the newest manifest in a folder. A store has one for each generation."""
-    number = seal.newest_number(path)
-    return seal.manifest_path(path, number).name if number else "manifest.json"
+    number = manifests.newest_number(path)
+    return manifests.manifest_path(path, number).name if number else "manifest.json"
 
 
 def open_spec(path: Path, body: dict[str, Any]) -> dict[str, Any]:

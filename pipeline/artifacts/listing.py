@@ -14,6 +14,7 @@ from typing import Any
 
 from nfm.pipeline.artifacts.artifact import STORES
 from nfm.pipeline.artifacts.ours import is_foreign
+from nfm.stages.stores.repair import bytes_told
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic, remote
 from nfm.storage.files.copies import mirror
@@ -85,8 +86,7 @@ def _notes_of(root: Path, tags: Mapping[Path, str]) -> dict[Path, Mapping[str, A
 def _note(body: Mapping[str, Any] | None) -> dict[str, Any]:
     stated = (body or {}).get("inputs")
     inputs = [str(each.get("artifact")) for each in stated.values()] if isinstance(stated, dict) else []
-    size = (body or {}).get("bytes")
-    return {"damaged": body is None, "inputs": inputs, "bytes": size if isinstance(size, int) else None}
+    return {"damaged": body is None, "inputs": inputs, "bytes": bytes_told(body or {})}
 
 
 def _read(root: Path, paths: Iterable[Path]) -> list[Mapping[str, Any] | None]:

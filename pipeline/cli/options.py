@@ -203,12 +203,15 @@ def guidance_options(command: Any) -> Any:
     return command
 
 
+def is_given(name: str) -> bool:
+    """Whether the user gave this option of the running command."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
 def check_of_student(stage: str, *options: str) -> None:
     """Raises UsageError where one of these options of this command was given for the samples of a teacher."""
-    context = click.get_current_context()
     for name in options:
-        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if given and stage == "teacher":
+        if is_given(name) and stage == "teacher":
             raise click.UsageError(f"--{name} is of a student's samples; a teacher is inverted: leave it out")
 
 

@@ -11,14 +11,13 @@ from typing import Literal
 
 import click
 
-from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, check_store, find
+from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact, artifacts_root, check_store, find
 from nfm.pipeline.cli.options import PLACE, LocalPath, OutputFile, Whole, json_option, level_options, picture_option
 from nfm.stages.display.units import clock, size
-from nfm.stages.stores.export import LAYOUTS
+from nfm.stages.stores.export import CODECS, LAYOUTS
 from nfm.storage.errors import StorageError, by
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import is_remote, names_in
-from nfm.storage.format.codecs import CODECS
 
 PLAIN_SECONDS = 15.0
 
@@ -109,7 +108,7 @@ def head(store: Path, count: int, draw: int, output: Path, teacher: Path) -> Non
 
     where = _where(store)
     word = str(teacher)
-    folder = None if word in ("auto", "none") else find(teacher).readable
+    folder = None if word in ("auto", "none") else _teacher(find(teacher))
     if word == "auto" and (digest := pairs_head.teacher_of(where)) is not None:
         folder = _by_content("teacher", digest)
         if folder is None:
@@ -191,6 +190,13 @@ def _where(store: Path) -> Path:
     artifact = find(store)
     check_store(artifact)
     return artifact.reference
+
+
+def _teacher(found: Artifact) -> Path:
+    """The folder of a teacher that was named."""
+    if (stage := found.spec.get("stage")) != "teacher":
+        raise WrongArtifact(f"--teacher {found.name}: of the stage {stage or 'pairs'}, not a teacher")
+    return found.readable
 
 
 def _any_generation(store: Path) -> Path:

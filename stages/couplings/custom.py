@@ -163,8 +163,10 @@ def _source(file: Path, field: str) -> bytes:
         raise StageError(f"{file}: the module of {field} cannot be read ({error}); is it on every node?") from error
 
 
-def announced(file: str | None, named: str, sha256: str, field: str = FIELD) -> str:
-    """Whose code is about to run, in a line."""
+def announced(file: str | Path | None, named: str, sha256: str, field: str = FIELD) -> str:
+    """Whose code is about to run, in a line. Raises StageError where the file has another digest: none of it runs."""
+    if file is not None:
+        _recorded(Path(file), named, sha256, field)
     return f"{field} = {named!r} runs the code of {file}, SHA-256 {sha256}"
 
 
@@ -178,17 +180,23 @@ def not_run(what: str, named: str, sha256: str, allowed: Allowed) -> str:
     )
 
 
-def load(file: Path, named: str, sha256: str, field: str = FIELD) -> Callable[..., Any]:
-    """The function, from the bytes of `file` that have this digest. Raises StageError where they have another, where
-    the module cannot be executed, and, by the function's name, where a call of it fails.
-    """
-    module, function = named.split(":")
+def _recorded(file: Path, named: str, sha256: str, field: str) -> bytes:
+    """The bytes of a module's file, which have this digest."""
     source = _source(file, field)
     if atomic.digest(source) != sha256:
         raise StageError(
             f"{file}: not the file that was recorded, {field} = {named!r} of digest {sha256[:12]}. Restore it, or run "
             "the stage again from the changed one, which makes an artifact of its own"
         )
+    return source
+
+
+def load(file: Path, named: str, sha256: str, field: str = FIELD) -> Callable[..., Any]:
+    """The function, from the bytes of `file` that have this digest. Raises StageError where they have another, where
+    the module cannot be executed, and, by the function's name, where a call of it fails.
+    """
+    module, function = named.split(":")
+    source = _recorded(file, named, sha256, field)
     spec = importlib.util.spec_from_file_location(module, file)
     assert spec is not None
     loaded = importlib.util.module_from_spec(spec)
@@ -217,6 +225,7 @@ def load(file: Path, named: str, sha256: str, field: str = FIELD) -> Callable[..
         except (Exception, SystemExit) as error:  # which would end the command with its code and no word
             raise StageError(f"{field} = {named!r}: the function raised {_told(error)}; mend it in {file}") from error
 
+    called.__wrapped__ = found  # type: ignore[attr-defined]  # whose signature is looked at
     return called
 
 

@@ -15,15 +15,15 @@ from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding import reference
 from nfm.stages.encoding import slots as of_slots
 from nfm.stages.encoding.coupling import load_coupling, of_shard
-from nfm.stages.encoding.jobs import ShardJob, Timing
-from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
 from nfm.stages.encoding.setup import Setup, mirrored_here
 from nfm.stages.encoding.slots import Found, Sources, mirrored
+from nfm.stages.executors.jobs import Job, Timing, Unit
+from nfm.stages.executors.overlap import Ahead, Stopwatch, running
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
 from nfm.stages.trained.training import check_precision
 from nfm.storage import ImageDataset
 from nfm.storage.files.paths import as_path
-from nfm.storage.format.spec import read_spec
+from nfm.storage.format.spec import parse_name, read_spec
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.commits import Commit
 from nfm.storage.ledger.shard_writer import write_shard
@@ -55,17 +55,18 @@ class Encoder:
         self.noise_error: float | None = None
         self._shard: tuple[tuple[int, int], Records] | None = None  # the last one that `encode_slots` completed
 
-    def encode_shard(self, job: ShardJob, stopping: Callable[[], bool] = lambda: False) -> Commit:
+    def encode_shard(self, job: Job, stopping: Callable[[], bool] = lambda: False) -> Commit:
         """Encodes one shard and commits it. Returns the valid commit, which may be an earlier one.
 
         Reading, encoding and writing overlap, in one thread each. Raises InterruptedError if `stopping()` becomes true
         between batches; then nothing is published.
         """
         read, encode, wait, wall = Stopwatch(), Stopwatch(), Stopwatch(), Stopwatch()
-        sources = Ahead(read.over(self._read(job.draw, job.shard)))
-        records = Ahead(self._encode(job, sources, encode, stopping))
+        draw, shard = parse_name(job.name)
+        sources = Ahead(read.over(self._read(draw, shard)))
+        records = Ahead(self._encode(draw, shard, sources, encode, stopping))
         with wall, running(records, sources):
-            written = write_shard(self.store, self.spec, job.draw, job.shard, job.attempt, wait.over(records))
+            written = write_shard(self.store, self.spec, draw, shard, job.attempt, wait.over(records))
             commit = commits.publish(self.store, replace(
                 written,
                 precision=self.setup.precision,
@@ -84,7 +85,7 @@ class Encoder:
             yield self._sources(draw, np.arange(start, min(start + self.setup.batch_size, slots.stop)))
 
     def _encode(
-        self, job: ShardJob, sources: Iterator[Sources], busy: Stopwatch, stopping: Callable[[], bool]
+        self, draw: int, shard: int, sources: Iterator[Sources], busy: Stopwatch, stopping: Callable[[], bool]
     ) -> Iterator[Records]:
         import torch
 
@@ -93,12 +94,12 @@ class Encoder:
             if stopping():
                 raise InterruptedError
             with busy:
-                records = self._records(job.draw, source)
+                records = self._records(draw, source)
                 # only once for a store, because float64 is slow
-                if (job.draw, job.shard, source.slots[0]) == (0, 0, 0):
+                if (draw, shard, source.slots[0]) == (0, 0, 0):
                     self.noise_error = reference.against_reference(self.coupling, self.source, source, records["noise"])
                     if facts_of(self.spec.coupling).code:
-                        reference.check_repeatable(records["noise"], self._records(job.draw, source)["noise"])
+                        reference.check_repeatable(records["noise"], self._records(draw, source)["noise"])
                 if self.spec.codec == "float16":  # torch gives the same bits as numpy, several times as fast
                     records["noise"] = torch.from_numpy(records["noise"]).half().numpy()
             yield from _batches(records, self.setup.batch_size)
@@ -172,6 +173,12 @@ class Encoder:
 
     def _sources(self, draw: int, slots: np.ndarray) -> Sources:
         return of_slots.read(self.spec, self.source, draw, slots)
+
+
+def unit(setup: Setup) -> Unit:
+    """For executors: encodes one shard of the store after another."""
+    encoder = Encoder(setup)
+    return lambda job, stopping: (encoder.encode_shard(job, stopping), encoder.timing)
 
 
 def _whole(sources: Iterator[Sources], stopping: Callable[[], bool]) -> Iterator[Sources]:

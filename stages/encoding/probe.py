@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfm.stages.base import StageError
-from nfm.stages.encoding.threads import threads as on_threads
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory
+from nfm.stages.trained.devices.machine import threads as on_threads
 from nfm.stages.trained.training import Precision, autocast_dtype
 from nfm.storage.files.copies import mirror
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
+from nfm.stages.executors.jobs import Work
 from nfm.stages.trained.training import Precision
 from nfm.storage.files.copies import mirror
 
 
-@dataclass(frozen=True)
-class Setup:
+@dataclass(frozen=True, kw_only=True)
+class Setup(Work):
     """The places of the store and its inputs (folders, or URLs in a bucket), and how to compute.
 
     `device` "auto" is chosen where the encoder runs. `batch_size` is the shape that every batch is padded to. `maker`
@@ -18,14 +20,14 @@ class Setup:
     network of its user's own is looked for there too.
     """
 
-    store: str
+    unit: ClassVar[str] = "nfm.stages.encoding.encoder:unit"
+    section: ClassVar[str] = "pairs"
+    memory: ClassVar[str] = "pairs.batch_size or pairs.workers"
     data: str
     teacher: str | None
     teacher_sha256: str | None
     batch_size: int
     precision: Precision
-    device: str
-    threads: int
     compile: bool = False
     maker: str | None = None
     beside: str | None = None

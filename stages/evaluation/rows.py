@@ -33,10 +33,7 @@ SHOWN = 64
 # Columns that only a sampler has.
 NOT_SAMPLED = ["coupling", "sampler", "nfe", "guidance", "images_per_second", "batch", "latency_seconds", "parameters"]
 
-_REMEDY = (
-    'use evaluate.precision = "float32" or less guidance, or look at the loss of its training in metrics.jsonl: one '
-    "that diverged wants a smaller learning_rate"
-)
+_DIVERGED = "look at the loss of its training in metrics.jsonl: one that diverged wants a smaller learning_rate"
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ class Bench:
             value = float(curvature(velocity(model, labels), noise, CURVATURE_STEPS))
         variant = variant_of(self.inputs[role])
         if not math.isfinite(value):
-            raise StageError(f"the curvature of the student on {variant} pairs is {value}: {_REMEDY}")
+            raise StageError(f"the curvature of the student on {variant} pairs is {value}: {_remedy(self.config)}")
         return {
             "model": "student",
             "coupling": variant,
@@ -179,5 +176,12 @@ def _refuse_broken(row: str, images: np.ndarray, config: EvaluateConfig) -> None
     if broken:
         raise StageError(
             f"row {row}: {broken} of {len(images)} samples in a batch have values that are not finite "
-            f'(evaluate.precision = "{config.precision}"): {_REMEDY}'
+            f'(evaluate.precision = "{config.precision}"): {_remedy(config)}'
         )
+
+
+def _remedy(config: EvaluateConfig) -> str:
+    """What may help against values that are not finite, of what is not so already."""
+    ways = [] if config.precision == "float32" else ['use evaluate.precision = "float32"']
+    ways += ["use less guidance"] if config.guidance or config.student_guidance else []
+    return ", or ".join([*ways, _DIVERGED])

@@ -90,6 +90,9 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     check(config)
     if config.statistics is not None:
         report.say(_of_published(config, bench.count))
+    for variant in config.baselines:
+        if f"student:{variant}" not in inputs:
+            report.say(f"evaluate.baselines names {variant}, which is the run's own student: it has one row")
     for role in ("teacher", *_students(inputs)):
         if role in inputs:
             own.announce_made(inputs[role], role.partition(":")[0], report.say)

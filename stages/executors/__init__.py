@@ -1,6 +1,6 @@
-"""The table of executors: where shards are encoded, and how lost workers are handled.
+"""The table of executors: where units of work are done, and how lost workers are handled.
 
-A new executor is one line in the table and one file with a function as described in `encoding.jobs`.
+A new executor is one line in the table and one file with a function as described in `executors.jobs`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Executor:
-    """`run`, as `module:function`, is called with (setup, jobs, workers, halt) and yields outcomes.
+    """`run`, as `module:function`, is called with (work, jobs, workers, halt) and yields outcomes.
 
-    An executor with a Ray `cluster` also takes `address` and `say`. With `later`, other tasks encode, and the pairs
-    stage only seals what they committed. `again` tells the user what to do about missing shards.
+    An executor with a Ray `cluster` also takes `address` and `say`. With `later`, other tasks do the work, and the
+    stage only collects what they committed. `again` tells the user what to do about missing jobs.
     """
 
     run: str

@@ -1,4 +1,4 @@
-"""The Ray executor: one actor for each GPU or share of CPUs. It sends shard descriptions and gets commits, no images.
+"""The Ray executor: one actor for each GPU or share of CPUs. It sends jobs and gets commits, no images.
 
 The driver manages the attempts. If an actor dies (a killed process, a lost node, Ray's memory monitor), it is replaced
 and its shards start again. A shard that fails is tried `TRIES` times; one whose worker dies, `DEATHS` times. A cluster
@@ -15,8 +15,7 @@ from typing import Any
 
 from nfm.stages.base import StageError
 from nfm.stages.couplings.custom import called_beside
-from nfm.stages.encoding.encoder import Setup
-from nfm.stages.encoding.jobs import TRIES, Halt, Outcome, ShardJob
+from nfm.stages.executors.jobs import TRIES, Halt, Job, Outcome, Work
 from nfm.stages.executors.ray_actors import IN_FLIGHT, ActorPool, Answer
 from nfm.stages.executors.ray_cluster import cluster
 from nfm.stages.executors.ray_messages import logs
@@ -27,15 +26,15 @@ PATIENCE_SECONDS = 600.0
 
 
 def run(
-    setup: Setup,
-    jobs: Iterable[ShardJob],
+    work: Work,
+    jobs: Iterable[Job],
     workers: int,
     halt: Halt,
     address: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     patience: float = PATIENCE_SECONDS,
 ) -> Iterator[Outcome | None]:
-    """Encodes the jobs on `workers` actors of a cluster; 0 means as many as fit. Jobs are taken as they are needed.
+    """Does the jobs on `workers` actors of a cluster; 0 means as many as fit. Jobs are taken as they are needed.
 
     The cluster is the one that this process is connected to, else the one at `address` or RAY_ADDRESS, else a new local
     one. `say` gets messages for the user. Raises StageError if no cluster answers, if no actor is ready for `patience`
@@ -44,8 +43,8 @@ def run(
     backlog = _Backlog(jobs)
     if halt.ending or not backlog.refill(1):
         return
-    with cluster(address, workers, setup.threads, setup.device) as share:
-        pool = ActorPool(setup, workers, share, say, patience)
+    with cluster(address, workers, work.threads, work.device, work.section) as share:
+        pool = ActorPool(work, workers, share, say, patience)
         try:
             yield from _Production(pool, backlog, halt, say).outcomes()
         finally:
@@ -84,10 +83,10 @@ class _Backlog:
     single shard kills actors, or every shard does.
     """
 
-    def __init__(self, jobs: Iterable[ShardJob]):
+    def __init__(self, jobs: Iterable[Job]):
         self._source = iter(jobs)
-        self.waiting: deque[ShardJob] = deque()
-        self.suspects: list[ShardJob] = []
+        self.waiting: deque[Job] = deque()
+        self.suspects: list[Job] = []
 
     def refill(self, count: int) -> bool:
         """Takes jobs until this many wait. Returns False if none waits."""
@@ -161,7 +160,7 @@ class _Production:
         self.backlog.release()
         return Outcome(job, commit=commit, worker=worker, timing=timing)
 
-    def _died(self, job: ShardJob, answer: Answer) -> Outcome | None:
+    def _died(self, job: Job, answer: Answer) -> Outcome | None:
         """Handles a shard whose actor died: it starts again later, or is set aside as the cause."""
         self._lose(answer, job.name)
         job = job.again(died=not _with_its_node(answer.result))
@@ -181,16 +180,16 @@ class _Production:
             f"lost Ray actor {seat.name}: {_reason(answer.result)}; its shards start again elsewhere (its logs are in "
             f"{logs()})"
         )
-        self.lost.add(what if isinstance(answer.call, ShardJob) else f"{what}, {len(self.lost)}")
+        self.lost.add(what if isinstance(answer.call, Job) else f"{what}, {len(self.lost)}")
         if len(self.lost) > max(5, 3 * self.pool.wanted):
             raise StageError(
                 f"{len(self.lost)} Ray actors in a row died without finishing a shard; the last one: "
                 f"{_reason(answer.result)}. Look for the reason in {logs()} (out of memory is the usual one: "
-                "lower pairs.batch_size or pairs.workers); committed shards stay, run the same command again"
+                f"lower {self.pool.work.memory}); committed shards stay, run the same command again"
             ) from answer.result
 
     def _not_begun(self, answer: Answer) -> None:
-        """Handles an actor that could not load its teacher: the run ends, unless other actors could.
+        """Handles an actor that could not begin: the run ends, unless other actors could.
 
         Then the node is at fault.
         """

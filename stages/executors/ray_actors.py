@@ -1,7 +1,7 @@
 """The pool of Ray actors: their resources, their calls in progress, and which are started, lost or replaced.
 
 An actor goes through three states: *asked for* (its resources are not granted yet), *placed* (its process runs and
-loads the teacher), *ready* (it takes shards, at most `IN_FLIGHT` at once).
+begins its work), *ready* (it takes jobs, at most `IN_FLIGHT` at once).
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nfm.stages.base import StageError
-from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.encoding.jobs import ShardJob, Timing
+from nfm.stages.executors.jobs import Job, Timing, Work
 from nfm.stages.executors.ray_cluster import Share, carried
-from nfm.storage.ledger.commits import Commit
 
 IN_FLIGHT = 2
 ANSWER_SECONDS = 1.0  # how long an answer is waited for at a time
@@ -27,7 +25,7 @@ PAUSE_SECONDS = 60.0  # how long to start no actor after one could not start whi
 
 
 class Worker:
-    """The code inside an actor: it loads a teacher once, then encodes one shard after another."""
+    """The code inside an actor: it begins once, then does one job after another."""
 
     def __init__(self) -> None:
         self.ending = False
@@ -38,20 +36,19 @@ class Worker:
 
         return ray.util.get_node_ip_address()
 
-    def begin(self, setup: Setup) -> None:
-        import torch
+    def begin(self, work: Work) -> None:
+        if work.torch:
+            import torch
 
-        torch.set_num_threads(setup.threads)
-        self.encoder = Encoder(setup)
+            torch.set_num_threads(work.threads)
+        self.unit = work.begin()
 
-    def encode(self, job: ShardJob) -> tuple[Commit, Timing] | None:
-        """The valid commit and where the time went; None for a shard that had not started when the end came."""
-        if self.ending:
-            return None
-        return self.encoder.encode_shard(job), self.encoder.timing
+    def do(self, job: Job) -> tuple[Any, Timing] | None:
+        """The valid commit and where the time went; None for a job that had not started when the end came."""
+        return None if self.ending else self.unit(job, lambda: False)
 
     def end(self) -> None:
-        """Makes it start no other shard. Runs in parallel with `encode`."""
+        """Makes it start no other job. Runs in parallel with `do`."""
         self.ending = True
 
 
@@ -61,7 +58,7 @@ class Seat:
 
     number: int
     actor: Any
-    calls: deque[tuple[Any, ShardJob | str]] = field(default_factory=deque)
+    calls: deque[tuple[Any, Job | str]] = field(default_factory=deque)
     host: str = ""
     ready: bool = False
 
@@ -71,8 +68,8 @@ class Seat:
         return f"{self.host or 'unplaced'}/{self.number}"
 
     @property
-    def jobs(self) -> list[ShardJob]:
-        return [call for _, call in self.calls if isinstance(call, ShardJob)]
+    def jobs(self) -> list[Job]:
+        return [call for _, call in self.calls if isinstance(call, Job)]
 
 
 @dataclass(frozen=True)
@@ -80,21 +77,21 @@ class Answer:
     """A call with its answer: a value, or an error of Ray."""
 
     seat: Seat
-    call: ShardJob | str
+    call: Job | str
     result: Any
 
 
 class ActorPool:
-    """The actors for a setup: `workers` of them, or if that is 0, as many as fit on the cluster at the time.
+    """The actors for some work: `workers` of them, or if that is 0, as many as fit on the cluster at the time.
 
     `wanted` is this number when it was last computed. `say` gets messages about actors that wait for resources. Raises
     StageError if none is ready for `patience` seconds.
     """
 
-    def __init__(self, setup: Setup, workers: int, share: Share, say: Callable[[str], None], patience: float):
+    def __init__(self, work: Work, workers: int, share: Share, say: Callable[[str], None], patience: float):
         import ray
 
-        self.setup = replace(setup, device="cuda" if share.gpus else setup.device.replace("auto", "cpu"))
+        self.work = replace(work, device="cuda" if share.gpus else work.device.replace("auto", "cpu"))
         self.workers, self.share, self.say, self.patience = workers, share, say, patience
         self.seats: dict[int, Seat] = {}
         self.wanted = self._count()
@@ -103,8 +100,8 @@ class ActorPool:
             num_cpus=share.cpus,
             num_gpus=share.gpus,
             max_restarts=0,
-            concurrency_groups={"control": 1},  # so that `end` does not wait for `encode`
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(setup.threads)}},
+            concurrency_groups={"control": 1},  # so that `end` does not wait for `do`
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(work.threads)}},
         )(Worker).remote
         self._started = self._last_ready = time.monotonic()
         self._next_word = self._started + FIRST_WORD
@@ -121,7 +118,7 @@ class ActorPool:
         return any(seat.ready for seat in self.seats.values())
 
     def fill(self, jobs: int) -> None:
-        """Starts the actors that are missing for `jobs` shards, and says which wait for resources.
+        """Starts the actors that are missing for so many `jobs`, and says which wait for resources.
 
         Those that wait for a node that left are given up.
         """
@@ -139,7 +136,7 @@ class ActorPool:
             self.remove(seat)
         self._tell_who_waits(now)
 
-    def send(self, waiting: deque[ShardJob]) -> None:
+    def send(self, waiting: deque[Job]) -> None:
         """Gives jobs to ready actors, idle ones first.
 
         Near the end of the list no actor queues a job that another could do.
@@ -149,7 +146,7 @@ class ActorPool:
                 scarce = depth > 1 and len(waiting) < len(self.seats)
                 if seat.ready and len(seat.calls) < depth and waiting and not scarce and not self._ended:
                     job = waiting.popleft()
-                    seat.calls.append((seat.actor.encode.remote(job), job))
+                    seat.calls.append((seat.actor.do.remote(job), job))
 
     def next_answer(self) -> Answer | None:
         """The next call that is answered within a second. The calls of one actor are answered in order."""
@@ -183,7 +180,7 @@ class ActorPool:
         """Starts no actor for a while."""
         self._paused_until = time.monotonic() + PAUSE_SECONDS
 
-    def remove(self, seat: Seat) -> list[ShardJob]:
+    def remove(self, seat: Seat) -> list[Job]:
         """Removes an actor. Returns the jobs that were in progress there."""
         import ray
 
@@ -193,7 +190,7 @@ class ActorPool:
         return seat.jobs
 
     def end(self) -> None:
-        """Lets the actors finish their current shards and start no other."""
+        """Lets the actors finish their current jobs and start no other."""
         if not self._ended:
             self._ended = True
             for seat in self.seats.values():
@@ -211,7 +208,7 @@ class ActorPool:
         number = next(number for number in range(len(self.seats) + 1) if number not in self.seats)
         seat = self.seats[number] = Seat(number, self._new_actor())
         seat.calls.append((seat.actor.place.remote(), "place"))
-        seat.calls.append((seat.actor.begin.remote(self.setup), "begin"))
+        seat.calls.append((seat.actor.begin.remote(self.work), "begin"))
 
     def _room_for_one_more(self) -> bool:
         """Whether to ask for another actor: up to a requested number always, otherwise only if resources are free.
@@ -229,7 +226,7 @@ class ActorPool:
         if now - self._last_ready > self.patience:
             raise StageError(
                 f"no Ray actor was ready within {self.patience:.0f} s; {unplaced} of {len(self.seats)} wait for "
-                f"resources, the others load the teacher. {self._state(unplaced)}"
+                f"resources, the others begin. {self._state(unplaced)}"
             )
         alone = unplaced == len(self.seats)
         if not unplaced or (alone and self._next_word == float("inf")):

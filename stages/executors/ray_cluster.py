@@ -28,6 +28,7 @@ class Share:
 
     cpus: int
     gpus: int
+    section: str = "pairs"  # of the config, for messages
 
     def __str__(self) -> str:
         cpus = f"{self.cpus} CPU{'s' * (self.cpus > 1)}"
@@ -36,7 +37,7 @@ class Share:
     @property
     def remedy(self) -> str:
         """What to do if no node has so much."""
-        device = "pairs.device = 'cpu'" if self.gpus else "fewer pairs.threads"
+        device = f"{self.section}.device = 'cpu'" if self.gpus else f"fewer {self.section}.threads"
         return f"set {device}, or add a node that has {self}"
 
     def fits(self, resources: Mapping[str, float]) -> int:
@@ -74,7 +75,7 @@ def address_of(stated: str | None) -> str:
 
 
 @contextmanager
-def cluster(address: str | None, workers: int, threads: int, device: str) -> Iterator[Share]:
+def cluster(address: str | None, workers: int, threads: int, device: str, section: str = "pairs") -> Iterator[Share]:
     """Connects to a cluster, or starts a local one that ends with this process. Yields the share of one actor.
 
     It uses a Ray that is already initialised, else the one at `address` or RAY_ADDRESS. The caller's signal handlers
@@ -84,32 +85,34 @@ def cluster(address: str | None, workers: int, threads: int, device: str) -> Ite
 
     address = address_of(address)
     if ray.is_initialized():
-        yield _share(threads, device)
+        yield _share(threads, device, section)
         return
     with shortened():
         with _interruptible():
             if address == "local":
-                _make(workers, threads, device)
+                _make(workers, threads, device, section)
             else:
                 _connect(address)
         try:
-            yield _share(threads, device)
+            yield _share(threads, device, section)
         finally:
             ray.shutdown()
 
 
-def _share(threads: int, device: str) -> Share:
+def _share(threads: int, device: str, section: str) -> Share:
     import ray
 
     gpus = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
-    return Share(threads, int(gpus))
+    return Share(threads, int(gpus), section)
 
 
-def _make(workers: int, threads: int, device: str) -> None:
+def _make(workers: int, threads: int, device: str, section: str) -> None:
     """Starts a local cluster, with CPUs for the requested workers or else all cores, and the GPUs that torch sees."""
-    import torch
+    gpus = 0
+    if device == "auto" or device.startswith("cuda"):
+        import torch
 
-    gpus = torch.cuda.device_count() if device == "auto" or device.startswith("cuda") else 0
+        gpus = torch.cuda.device_count()
     if not workers:
         workers = gpus or max(1, len(os.sched_getaffinity(0)) // threads)
     try:
@@ -117,7 +120,7 @@ def _make(workers: int, threads: int, device: str) -> None:
     except Exception as error:  # Ray raises that itself where one of its processes ends during the start
         raise StageError(
             f"a local Ray cannot start: {_first_line(error)}; see the logs in {logs()}, or do "
-            "without it: --set pairs.executor=serial"
+            f"without it: --set {section}.executor=serial"
         ) from error
 
 

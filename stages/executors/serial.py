@@ -1,4 +1,4 @@
-"""The serial executor: encodes all shards in this process, one after another. For debugging, and for array tasks."""
+"""The serial executor: does all jobs in this process, one after another. For one machine, and for array tasks."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 import socket
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 
-from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.encoding.jobs import TRIES, Halt, Outcome, ShardJob
-from nfm.stages.encoding.overlap import Ahead, running
-from nfm.stages.encoding.threads import threads
+from nfm.stages.executors.jobs import TRIES, Halt, Job, Outcome, Work
+from nfm.stages.executors.overlap import Ahead, running
+from nfm.stages.trained.devices.machine import threads
 
 TICK_SECONDS = 1.0
 
 
-def run(setup: Setup, jobs: Iterable[ShardJob], workers: int, halt: Halt) -> Iterator[Outcome | None]:
-    """Encodes the jobs in order, always with one worker."""
-    with threads(setup.threads):
-        outcomes = Ahead(_outcomes(setup, jobs, halt), depth=1)
+def run(work: Work, jobs: Iterable[Job], workers: int, halt: Halt) -> Iterator[Outcome | None]:
+    """Does the jobs in order, always with one worker."""
+    with threads(work.threads) if work.torch else nullcontext():
+        outcomes = Ahead(_outcomes(work, jobs, halt), depth=1)
         with running(outcomes):
             while True:
                 if not outcomes.wait(TICK_SECONDS):
@@ -30,14 +30,14 @@ def run(setup: Setup, jobs: Iterable[ShardJob], workers: int, halt: Halt) -> Ite
                     return
 
 
-def _outcomes(setup: Setup, jobs: Iterable[ShardJob], halt: Halt) -> Iterator[Outcome]:
+def _outcomes(work: Work, jobs: Iterable[Job], halt: Halt) -> Iterator[Outcome]:
     worker = f"{socket.gethostname()}:{os.getpid()}"
-    encoder = Encoder(setup)
+    unit = work.begin()
     for job in jobs:
         while not halt.ending:
             try:
-                commit = encoder.encode_shard(job, lambda: halt.stopping)
-                yield Outcome(job, commit=commit, worker=worker, timing=encoder.timing)
+                commit, timing = unit(job, lambda: halt.stopping)
+                yield Outcome(job, commit=commit, worker=worker, timing=timing)
                 break
             except InterruptedError:
                 return

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nfm.stages.encoding.jobs import Outcome, Timing
+from nfm.stages.executors.jobs import Outcome, Timing
 
 # a worker is gone after the longer of two times: these seconds, or the time of so many shards
 GONE_SECONDS, GONE_SHARDS = 120.0, 4

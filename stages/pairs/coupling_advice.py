@@ -9,6 +9,9 @@ from nfm.stages.couplings.facts import facts_of
 
 Report = Mapping[str, Any]
 AUC = 0.6  # above this, a student's initial noise visibly differs from its store's
+# Where students on a teacher's noise were nearer to the data than on independent noise: the largest AUC, and the most
+# evaluations. Interpolated between five teachers (docs/results.md, "Is my teacher good enough?").
+PAYS = ((0.70, 5), (0.86, 3))
 OVERFITTED = 0.05  # nats per dimension between held-out and training rows
 ERRORS = 5.0  # standard errors beyond which a figure is not chance
 MOMENT = 0.05  # RMS over dimensions of a mean, or of a variance minus 1, beyond the effect of sampling
@@ -42,9 +45,25 @@ def lines(report: Report) -> dict[str, str]:
             f"class, {worst['label']}, of {len(report['classes'])}"
         )
     found |= _rows(report) | _nll(report)
+    if (told := which_coupling(report)) is not None:
+        found["likely best"] = told
     found["exact"] = "; ".join(report["exact"]) or "-"
     found["approximate"] = "; ".join(report["approximate"]) or "-"
     return found
+
+
+def which_coupling(report: Report) -> str | None:
+    """With how many evaluations a teacher's pairs are likely the best choice; None for pairs that no teacher made."""
+    auc = report.get("auc")
+    if auc is None or _made_with(report) != "teacher":
+        return None
+    most = next((evaluations for largest, evaluations in PAYS if auc <= largest), None)
+    if most is None:
+        return (
+            f"semidiscrete-ot, with any number of evaluations: at an AUC above {PAYS[-1][0]:.2f} students on such "
+            "noise were no better than on independent noise (docs/results.md)"
+        )
+    return f"this with up to {most} evaluations, semidiscrete-ot with more (docs/results.md)"
 
 
 def advice(report: Report) -> list[str]:
@@ -111,7 +130,9 @@ def _of_auc(report: Report) -> str | None:
     if auc < AUC:
         return None
     mended = better_teacher(report) if _made_with(report) == "teacher" else _own(report)
-    return f"{told}: {mended}, or soften the student (student.soften = 0.5)"
+    best = which_coupling(report)
+    likely = f"; likely best: {best}" if best else ""
+    return f"{told}: {mended}, or soften the student (student.soften = 0.5){likely}"
 
 
 def _of_mean(report: Report) -> str | None:

@@ -162,7 +162,7 @@ def nfm_worker(config: PairsConfig, facts: Mapping[str, Any], device: str) -> tu
 
 def reflow_worker(config: PairsConfig, facts: Mapping[str, Any], device: str) -> tuple[float, int]:
     """Images a second that a student of random weights generates, and the batch; one evaluation of it is timed."""
-    from nfm.stages.encoding.threads import threads
+    from nfm.stages.trained.devices.machine import threads
     from nfm.stages.trained.sampling import evaluations_per_second
 
     size = PLAIN_BATCH if config.batch_size == "auto" else config.batch_size

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nfm.stages.base import Reporter, StageError
-from nfm.stages.encoding.jobs import Outcome, ShardJob, new_attempt
+from nfm.stages.executors.jobs import Job, Outcome, last_line, new_attempt
 from nfm.stages.executors.tally import Tally
 from nfm.storage.errors import StorageError
 from nfm.storage.errors.masked import masked
@@ -19,7 +18,6 @@ from nfm.storage.ledger import seal
 
 _LISTED = 5
 _LOOKED_AT = 1000  # tracebacks of failed shards, at most
-_OUR_CLASS = re.compile(r"^nfm\.[\w.]+: ")
 _TAIL_BYTES = 1 << 16  # of a traceback, whose last line is reported
 
 
@@ -28,9 +26,9 @@ def pending(out: Path, spec: StoreSpec, draws: int) -> list[str]:
     return seal.pending(out, spec, draws)
 
 
-def jobs(names: Iterable[str]) -> Iterator[ShardJob]:
+def jobs(names: Iterable[str]) -> Iterator[Job]:
     """A new attempt for each."""
-    return (ShardJob(*parse_name(name), new_attempt()) for name in names)
+    return (Job(name, new_attempt()) for name in names)
 
 
 def records_of(spec: StoreSpec, names: Iterable[str]) -> int:
@@ -47,6 +45,7 @@ def produce(
     """
     failures: list[Outcome] = []
     told: set[str] = set()
+    failed_before = set(names_in(out / "failed"))  # so that other shards cost no request to remove nothing
     tally = Tally()
     smallest = batch_size
     report.progress(done, total, "pairs")
@@ -59,7 +58,8 @@ def produce(
         else:
             done += outcome.commit.records
             tally.add(outcome)
-            remove(failure_path(out, outcome.job.name))
+            if (failure := failure_path(out, outcome.job.name)).name in failed_before:
+                remove(failure)
             report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds, worker=outcome.worker)
             used = outcome.commit.batch_size
             if used is not None and used < smallest:
@@ -119,7 +119,7 @@ def _set_aside(out: Path, outcome: Outcome, report: Reporter, told: set[str]) ->
     error = masked(outcome.error or "no message")
     inside(out, "failed")  # raises if a link would lead out of the store
     atomic.write_bytes(failure_path(out, outcome.job.name), error.encode())
-    reason = _last_line(error)
+    reason = last_line(error)
     if reason not in told:
         told.add(reason)
         report.say(f"{outcome.job.name} failed and is set aside: {reason}")
@@ -128,11 +128,6 @@ def _set_aside(out: Path, outcome: Outcome, report: Reporter, told: set[str]) ->
 
 def _reason(path: Path, out: Path) -> str:
     try:
-        return _last_line(read_tail(path, _TAIL_BYTES, root=out).decode(errors="replace"))
+        return last_line(read_tail(path, _TAIL_BYTES, root=out).decode(errors="replace"))
     except (StorageError, OSError) as error:
         return f"its traceback cannot be read: {error}"
-
-
-def _last_line(text: str) -> str:
-    """The last line of a traceback; for our own errors, only their message."""
-    return _OUR_CLASS.sub("", (text.strip().splitlines() or ["no message"])[-1])

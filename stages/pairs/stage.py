@@ -16,9 +16,9 @@ from nfm.stages.base import (
 )
 from nfm.stages.couplings import custom
 from nfm.stages.couplings.facts import FACTS, facts_of
-from nfm.stages.encoding.jobs import Outcome, ShardJob
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.executors import EXECUTORS, ray_cluster
+from nfm.stages.executors.jobs import Job, Outcome
 from nfm.stages.executors.ray_cluster import address_of
 from nfm.stages.pairs import production as making
 from nfm.stages.pairs import sealing
@@ -269,9 +269,7 @@ def _batch_size(config: PairsConfig, out: Path) -> int:
     return PLAIN_BATCH if stated == "auto" else int(stated)
 
 
-def _encode(
-    config: PairsConfig, encoder: Setup, jobs: Iterable[ShardJob], report: Reporter
-) -> Iterator[Outcome | None]:
+def _encode(config: PairsConfig, encoder: Setup, jobs: Iterable[Job], report: Reporter) -> Iterator[Outcome | None]:
     executor = EXECUTORS[config.executor]
     more = {"address": config.ray_address, "say": report.say} if executor.cluster else {}
     outcomes: Iterator[Outcome | None] = call(executor.run, encoder, jobs, config.workers, report, **more)

@@ -14,12 +14,11 @@ from nfm.stages.couplings.facts import facts_of
 from nfm.stages.display import units
 from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.encoding.setup import Setup
-from nfm.stages.encoding.threads import threads
 from nfm.stages.pairs import stage
 from nfm.stages.pairs.coupling_advice import better_teacher
 from nfm.stages.stores import against_source as pairs_source
 from nfm.stages.stores.repair import pinned, verify
-from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.machine import pick_device, threads
 from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import check_precision
 from nfm.storage import ImageDataset, PairStore, layouts

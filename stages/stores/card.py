@@ -15,6 +15,8 @@ from nfm.storage.errors import StorageError, by
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path, exists
 from nfm.storage.files.small_files import read_bytes
+from nfm.storage.format.codecs import CODECS
+from nfm.storage.format.spec import StoreSpec
 from nfm.storage.layouts import LAYOUTS
 
 NAME = "README.md"
@@ -86,7 +88,7 @@ def _text(store: PairStore, data: Mapping[str, Any], named: str) -> Iterator[str
     yield f"    batch.image, batch.noise  # float32 [B, {sizes}]"
     yield "    batch.label  # int64 [B]" + ("" if spec.has("label") else ", all -1: this store has no labels")
     yield "```\n"
-    yield f"{_stock(spec.layout)} `nfm pairs verify FOLDER` checks every byte."
+    yield f"{_stock(spec.layout)}{_made(spec)} `nfm pairs verify FOLDER` checks every byte."
 
 
 def _facts(store: PairStore, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,6 +126,16 @@ def _stock(layout: str) -> str:
     return (
         "The shards are tars with a `.npy` member for each field of a block of records. "
         "`nfm pairs export FOLDER TARGET --layout samples` writes WebDataset's usual form, a sample a record."
+    )
+
+
+def _made(spec: StoreSpec) -> str:
+    """Where the noise is, if it is not in the shards."""
+    if not CODECS[spec.codec].made:
+        return ""
+    return (
+        " They hold no noise: nfm-pairs makes it from the seed when it reads. `nfm pairs export FOLDER TARGET --codec "
+        "float16` writes it for programs that do not have nfm-pairs."
     )
 
 

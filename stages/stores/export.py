@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from nfm.stages.base import StageError
+from nfm.stages.base import Unfit
 from nfm.stages.couplings.rows import slot_is_row
 from nfm.stages.display.units import megabytes
 from nfm.storage import PairStore
 from nfm.storage.export import Progress, export
+from nfm.storage.format.codecs import CODECS as CODECS
 from nfm.storage.layouts import LAYOUTS as LAYOUTS
 from nfm.storage.ledger.row_fields import RowField, write_row_field
 
@@ -57,18 +58,17 @@ def add_field(where: str | Path, name: str, file: Path) -> RowField:
     try:
         values = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise StageError(f"{file}: not an .npy file of numbers ({error}); write it with numpy.save") from error
+        why = "it would have to be unpickled" if "pickle" in str(error) else error  # numpy advises to unpickle it
+        raise Unfit(f"{file}: not an .npy file of numbers ({why}); write it with numpy.save") from error
     if not isinstance(values, np.ndarray) or not values.ndim:
-        raise StageError(f"{file}: one array [rows, ...] is needed; write it with numpy.save")
+        raise Unfit(f"{file}: one array [rows, ...] is needed; write it with numpy.save")
     rows = store.spec.rows
     if not slot_is_row(store.spec):
         # The source may have more rows than a draw has slots. The rows that the pairs name must exist.
         named = int(max(part.as_py() for part in store.index(["row"])["row"].combine_chunks().unique()))
         rows = max(len(values), named + 1)
     if len(values) != rows:
-        raise StageError(
-            f"{file}: {len(values):,} rows, the store's source has {rows:,}: one value a row, in its order"
-        )
+        raise Unfit(f"{file}: {len(values):,} rows, the store's source has {rows:,}: one value a row, in its order")
     return write_row_field(store.root, name, _chunks(values), values.shape[1:], values.dtype.name, rows)
 
 

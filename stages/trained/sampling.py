@@ -136,7 +136,8 @@ def reference_sampler(
         except AssertionError as error:  # torchdiffeq's own: no step is small enough
             raise StageError(
                 f"row {name}: {REFERENCE} cannot reach its tolerance of {TOLERANCE} ({error}); "
-                'use evaluate.precision = "float32", or leave evaluate.reference out'
+                + ("" if precision == "float32" else 'use evaluate.precision = "float32", or ')
+                + "leave evaluate.reference out"
             ) from error
         taken.append(nfe)
         return images
@@ -159,7 +160,7 @@ def in_pixels(sampler: Sampler, decoder: Callable[[torch.Tensor], torch.Tensor] 
 def check_diffusion(solver: str, diffusion: str) -> None:
     """Raises ValueError for another diffusion than the default where a solver adds no noise."""
     if solver not in STOCHASTIC and diffusion != DIFFUSIONS[0]:
-        raise ValueError(f"diffusion = {diffusion!r} is of solvers that add noise, {' and '.join(STOCHASTIC)}")
+        raise ValueError(f"{diffusion!r} is of solvers that add noise, {' and '.join(STOCHASTIC)}")
 
 
 def has_own_sampler(folder: Path) -> bool:

@@ -82,7 +82,7 @@ class StudentConfig(TrainingSection):
     width: int = Field(128, ge=1)
     depth: int = Field(6, ge=1)
     head_size: int = Field(64, ge=1)
-    label_drop: float = Field(0.1, ge=0, le=1)
+    label_drop: float = Field(0.1, ge=0, lt=1)
     model: str | None = added(None)
     options: dict[str, JsonValue] = added({})
     times: str = added(TIMES)

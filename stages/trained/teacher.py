@@ -81,7 +81,7 @@ class TeacherConfig(TrainingSection):
     layers: int = Field(4, ge=1)
     head_size: int = Field(64, ge=1)
     eta: float = Field(0.1, gt=0)
-    label_drop: float = Field(0.1, ge=0, le=1)
+    label_drop: float = Field(0.1, ge=0, lt=1)
     flips: bool = False
     learning_rate: float = Field(2e-3, gt=0)
     sigma_rows: int = Field(4096, ge=1)
@@ -245,17 +245,10 @@ def trials(config: TeacherConfig, facts: Mapping[str, Any]) -> list[Trial]:
 
 
 def _loss(config: TeacherConfig) -> Loss:
-    import torch
-
-    from nfm.trainers.models.tarflow import nll_per_dim
+    from nfm.trainers import likelihood
 
     def loss(model: TarFlow, batch: Any, random: Randomness) -> tuple[torch.Tensor, dict[str, float]]:
-        image = batch.image
-        if config.flips:
-            image = torch.where(random.uniform(1, 1, 1) < 0.5, image.flip(-1), image)
-        eps = random.normal(*image.shape[1:])
-        label = torch.where(random.uniform() < config.label_drop, -1, batch.label)
-        return nll_per_dim(*model.encode(image + config.eta * eps, label)).mean(), {}
+        return likelihood.loss(model, batch.image, batch.label, random, config.eta, config.label_drop, config.flips), {}
 
     return loss
 

@@ -14,12 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nfm.storage.dataset.record import DATASET, check_record, read_record
-from nfm.storage.errors import StorageError, check_inside
-from nfm.storage.errors.arguments import checked, checked_later, whole
+from nfm.storage.dataset.record import DATASET, SPLIT_NAME, check_record, read_record
+from nfm.storage.errors import StorageError, check_inside, is_utf8
+from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, instance, numbers, shown, whole, wrong
 from nfm.storage.files.atomic import HashingFile, hash_file, write_json
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import inside, local_path
+from nfm.storage.format import untrusted
 from nfm.storage.format.convert import to_float32
 from nfm.storage.format.index import read_index
 from nfm.storage.format.order import Rows, Shuffle, order_key
@@ -98,9 +99,7 @@ class DatasetWriter:
         StorageError if the number of records, the shape or the dtype differs, if a label has no class, or if a
         value is not finite, for a split that is written already, and after `close`.
         """
-        self._check_open()
-        if split in self._splits:
-            raise StorageError(f"{self.root}: the split {split!r} is written already; write each split once")
+        self._check_new(split)
         pieces = self._pieces(split, chunks)
         piece, at, written, shards, tables = next(pieces, None), 0, 0, [], []
         for number in range(-(-rows // self._rows_per_shard)):
@@ -133,6 +132,7 @@ class DatasetWriter:
         captions: Sequence[str | None] | None = None,
     ) -> None:
         """A split whose shards others wrote with `shard_writer`, at their places, `SPLIT/s00000.tar` and so on."""
+        self._check_new(split)
         left = range(0, len(keys), self._rows_per_shard)
         records = [min(self._rows_per_shard, len(keys) - start) for start in left]
         entries = [
@@ -146,6 +146,7 @@ class DatasetWriter:
         self, split: str, shards: list[dict[str, Any]], table: pa.Table, captions: Sequence[str | None] | None
     ) -> None:
         if captions is not None:
+            _check_texts(f"{self.root}: {split}: a caption", captions, or_none=True)
             if len(captions) != len(table):
                 raise StorageError(f"{self.root}: {split} got {len(captions)} captions for {len(table)} records")
             table = table.append_column(CAPTION, pa.array(captions, pa.string()))
@@ -165,6 +166,10 @@ class DatasetWriter:
         dataset.json. The tables are in `files`.
         """
         self._check_open()
+        if not all(isinstance(one, tuple | list) and len(one) == 2 for one in rejected):
+            raise wrong("rejected", rejected, "pairs of texts (key, reason)")
+        for number, what in enumerate(("a rejected key", "a reason")):
+            _check_texts(f"{self.root}: {what}", [pair[number] for pair in rejected])
         columns = [[key for key, _ in rejected], [reason for _, reason in rejected]]
         self._write_table("rejected.parquet", pa.table(columns, schema=_REJECTED))
         write_json(self.root / DATASET, check_record(self.root / DATASET, self._record(self._splits)))
@@ -175,6 +180,13 @@ class DatasetWriter:
         }
         self._closed = True
         return payload | {DATASET: hash_file(self.root / DATASET)}
+
+    def _check_new(self, split: str) -> None:
+        """Raises StorageError for a split that cannot be written, or not any more."""
+        self._check_open()
+        untrusted.text(f"{self.root}: split", split, SPLIT_NAME, 100)
+        if split in self._splits:
+            raise StorageError(f"{self.root}: the split {split!r} is written already; write each split once")
 
     def _check_open(self) -> None:
         if self._closed:
@@ -194,8 +206,15 @@ class DatasetWriter:
         }
 
     def _pieces(self, split: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        for images, labels, keys in chunks:
-            labels = np.asarray(labels, np.int64)
+        where = f"{self.root}: {split}"
+        for chunk in chunks:
+            if not isinstance(chunk, tuple | list) or len(chunk) != 3 or not isinstance(chunk[0], np.ndarray):
+                raise StorageError(
+                    f"{where} got {shown(chunk)} as a chunk: give (images, labels, keys), the images as a numpy array"
+                )
+            images, labels, keys = chunk
+            labels = numbers(f"{where}: labels", labels)
+            _check_texts(f"{where}: a key", keys)
             if not len(images) == len(labels) == len(keys):
                 raise StorageError(
                     f"{self.root}: {split} got {len(images)} images, {len(labels)} labels and {len(keys)} keys"
@@ -222,6 +241,13 @@ class DatasetWriter:
         with HashingFile(self.root / file) as out:
             out.write(sink.getvalue())
         self.files[file] = (out.sha256, out.bytes)
+
+
+def _check_texts(where: str, texts: Sequence[Any], or_none: bool = False) -> None:
+    """Raises StorageError for anything but texts that a table can hold."""
+    for text in texts:
+        if not (text is None and or_none) and not (isinstance(text, str) and is_utf8(text)):
+            raise StorageError(f"{where} is {shown(text)}: give a text (str) in UTF-8{' or None' if or_none else ''}")
 
 
 class ImageDataset:
@@ -317,9 +343,11 @@ class ImageDataset:
             self._captions = table[CAPTION]
         return self._captions.take(pa.array(np.asarray(rows, np.int64))).to_pylist()
 
-    @checked(images=checked_later)
+    @checked(images=instance("ndarray"))
     def to_float(self, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """The images as float32 of the same shape. Pixels are scaled to `value_range`; floats keep their values."""
+        if images.dtype != self.dtype:
+            raise WrongArgument("images", f"are {images.dtype}, those of {self.root} are {self.dtype}: give its own")
         return to_float32(images, self.value_range)
 
     @checked(options=ReadOptions)

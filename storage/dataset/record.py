@@ -12,6 +12,7 @@ from nfm.storage.format import untrusted
 from nfm.storage.format.spec import IMAGE_DTYPES, Field, check_format
 
 DATASET = "dataset.json"
+SPLIT_NAME = r"[A-Za-z0-9_-]+"
 _MOST_ROWS = 10**9
 _MOST_CLASSES = 10**6
 
@@ -59,7 +60,7 @@ def check_record(path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
 def _check_split(path: Path, split: str, part: Mapping[str, Any]) -> None:
     where = f"{path}: split {untrusted.shown(split)}"
-    untrusted.text(where, split, r"[A-Za-z0-9_-]+", 100)
+    untrusted.text(where, split, SPLIT_NAME, 100)
     if lacking := {"rows", "rows_per_shard", "shards", "table"} - set(part):
         raise StorageError(f"{where}: lacks {', '.join(sorted(lacking))}; restore it from a copy")
     rows = untrusted.integer(f"{where}: rows", part["rows"], 0, _MOST_ROWS)

@@ -95,9 +95,9 @@ def _from_float16(stored: Array, out: Floats) -> None:
 
 
 def _from_float16_by_torch(stored: Array, out: Floats) -> None:
-    from torch import from_numpy
+    from torch import from_numpy, get_num_threads
 
-    if stored.size <= TORCH_CHUNK:
+    if stored.size <= TORCH_CHUNK or get_num_threads() == 1:
         from_numpy(out).copy_(from_numpy(stored))
     else:
         parts = from_numpy(stored.reshape(-1)).split(TORCH_CHUNK)

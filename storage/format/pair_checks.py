@@ -93,6 +93,8 @@ class RowImages:
 
 def _array(name: str, value: Any) -> Array:
     """A copy of the array or tensor (any device, no gradient), so that the caller may reuse it."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise StorageError(f"{name}: has masked values, and a store has none; leave those records out")
     detached = value.detach() if callable(getattr(value, "detach", None)) else value
     on_host = detached.cpu() if callable(getattr(detached, "cpu", None)) else detached
     try:

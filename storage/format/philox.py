@@ -109,8 +109,9 @@ def _sqrt_minus_two_log(uniform: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 def _horner(coefficients: list[float], x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The polynomial with these coefficients, lowest degree first."""
-    value = np.full_like(x, coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
-        value *= x
+    value = x * coefficients[-1]
+    for coefficient in coefficients[-2:0:-1]:
         value += coefficient
+        value *= x
+    value += coefficients[0]
     return value

@@ -23,6 +23,7 @@ from nfm.storage.format.codecs import CODECS
 
 FORMAT = 1
 ROLES = ("image", "noise", "label", "slot", "origin")
+OF_BATCHES = ("image", "noise", "label", "slot", "draw", "store")  # every batch has them; no field of rows is so named
 ORIGIN = "noise_origin"  # what shards keep of noise that is made: draw, slot and crc32c of each record's
 IMAGE_DTYPES = ("uint8", "float16", "float32")
 SPEC = "spec.json"
@@ -367,6 +368,8 @@ def read_spec(root: str | Path) -> StoreSpec:
     try:
         return StoreSpec.from_dict(read_json(path))
     except StorageError as error:
+        if not exists(path):
+            raise NoPlace(str(root), "no pair store, it has no spec.json; name the folder of one") from error
         raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from error
 
 

@@ -25,7 +25,7 @@ from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.spec import StoreSpec
 
 Array = npt.NDArray[Any]
-_CHUNK = 16384  # numbers made at a time: they are checked while they are in the core's cache
+_CHUNK = 1 << 17  # numbers made at a time: they are checked while they are in a core's second-level cache
 _MOST_DRAWS = 1000
 
 

@@ -14,6 +14,8 @@ from nfm.storage.ledger import generation
 from nfm.storage.ledger.generation import PART_OF, Generation
 from nfm.storage.ledger.shard_list import is_list_name
 
+_MANIFEST = re.compile(r"manifest\.g(\d{4,})\.json")
+
 
 def manifest_path(root: str | Path, number: int) -> Path:
     """The path of the manifest of a generation."""
@@ -23,14 +25,14 @@ def manifest_path(root: str | Path, number: int) -> Path:
 def pinned(where: str | Path) -> tuple[Path, int | None]:
     """(the folder of a store, the generation whose manifest `where` is); None if it is the folder itself."""
     root = as_path(where)
-    if root.suffix == ".json" and size_of(root) is not None:
+    if _MANIFEST.fullmatch(root.name) and size_of(root) is not None:
         return root.parent, untrusted.integer(f"{root}: generation", read_json(root).get("generation", 0))
     return root, None
 
 
 def numbers(root: str | Path) -> list[int]:
     """The sealed generations of a store, ascending."""
-    found = (re.fullmatch(r"manifest\.g(\d{4,})\.json", name) for name in names_in(as_path(root)))
+    found = (_MANIFEST.fullmatch(name) for name in names_in(as_path(root)))
     return sorted(int(match[1]) for match in found if match)
 
 

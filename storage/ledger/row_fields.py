@@ -21,14 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, by, check_inside
-from nfm.storage.errors.arguments import checked, checked_later, whole, writable
+from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, whole, writable, wrong
 from nfm.storage.files.atomic import HashingFile, create_json, read_json
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove
 from nfm.storage.files.small_files import plain
 from nfm.storage.format import untrusted
 from nfm.storage.format.npy import NPY_HEADER, npy_header
-from nfm.storage.format.spec import FORMAT, check_format, read_spec
+from nfm.storage.format.spec import FORMAT, OF_BATCHES, check_format, read_spec
 
 if TYPE_CHECKING:
     from nfm.storage.files.copies.cache import ShardCache
@@ -174,8 +174,12 @@ def write_row_field(
             f"{folder}: the images of coupling {spec.coupling!r} are generated, so that values of source rows "
             "are not theirs; add fields to a store of another coupling"
         )
-    if spec.has(name):
-        raise StorageError(f"{folder}: {name!r} is a field of the records themselves; choose another name")
+    if name in OF_BATCHES or spec.has(name):
+        raise WrongArgument("name", f"is {name!r}, an array that every batch has of its own: choose another name")
+    if dtype not in _DTYPES:
+        raise WrongArgument("dtype", f"of field {name!r} is {dtype!r}: it must be one of {', '.join(_DTYPES)}")
+    if 0 in shape:
+        raise WrongArgument("shape", f"of field {name!r} is {by(shape)}, no value at all: every size is at least 1")
     kind, shape, expected = _stored(name, dtype), tuple(int(size) for size in shape), rows or spec.rows
     per_row = kind.itemsize * math.prod(shape)
     rows_per_file = max(1, min(expected, file_bytes // max(per_row, 1)))
@@ -205,7 +209,7 @@ def publish_row_field(folder: Path, body: Mapping[str, Any]) -> bool:
         return True
     there = _checked(folder.parent.parent, body["name"])
     if [part["sha256"] for part in there["files"]] != [part["sha256"] for part in body["files"]]:
-        raise StorageError(f"{folder}: the store has a field {body['name']!r} with other values; choose another name")
+        raise WrongArgument("name", f"is {body['name']!r}: {folder} has other values, and stays; choose another name")
     return False
 
 
@@ -242,6 +246,8 @@ def _pieces(
     folder: Path, name: str, chunks: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Iterator[Array]:
     for chunk in chunks:
+        if not isinstance(chunk, np.ndarray):
+            raise wrong("a chunk", chunk, f"a numpy array [n, ...] of the rows of field {name!r}")
         if chunk.shape[1:] != shape or chunk.dtype.newbyteorder("=") != dtype.newbyteorder("="):
             raise StorageError(
                 f"{folder}: field {name!r} got {chunk.dtype} {by(chunk.shape[1:])} a row, "
@@ -279,7 +285,7 @@ def _checked(root: Path, name: str) -> dict[str, Any]:
 
 def _folder(root: str | Path, name: str) -> Path:
     if not re.fullmatch(_NAME, name):
-        raise StorageError(f"field {name!r}: a name is lower case letters, digits and underscores")
+        raise WrongArgument("name", f"is {name!r}: the name of a field is lower case letters, digits and underscores")
     return as_path(root) / FIELDS / name
 
 

@@ -26,9 +26,14 @@ def again(root: str | Path) -> str:
         return "run the pairs stage again"
     if "exported" in body:
         return "run the same `nfm pairs export` again"
-    if WRITER in body or (not body and exists(where / DRAFT)):
+    if WRITER in body or (not body and begun(where)):
         return "open it again with `PairWriter` and its spec, and write on from next_slot"
     return "make it again with the program that made it"
+
+
+def begun(root: str | Path) -> bool:
+    """Whether `PairWriter` has begun a store there and not yet written its spec.json."""
+    return exists(as_path(root) / DRAFT)
 
 
 def unsealed(root: str | Path) -> str:

@@ -12,12 +12,11 @@ import numpy.typing as npt
 from nfm.storage.errors import StorageError, by
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.format.convert import scale_of
+from nfm.storage.format.spec import OF_BATCHES
 from nfm.storage.reading.device import Upload
 from nfm.storage.reading.pool import Pool, empty
 from nfm.storage.reading.soften import Softener
 from nfm.storage.reading.stream import Arrays, Records, Source
-
-_CORE = ("image", "noise", "label", "slot", "draw", "store")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Assembly:
                 raise WrongArgument("soften", "mixes fresh noise into a store's, and a dataset has none: leave it out")
             self._common["noise"] = np.empty(self._common["noise"].shape, np.float32)
         for name in fields:
-            if name in _CORE:
+            if name in OF_BATCHES:
                 raise StorageError(f"field {name!r} has the name of a batch's own array: store it under another one")
             kinds = {(str(joined[name].dtype), joined[name].shape) for joined in self._joined}
             if len(kinds) > 1:
@@ -119,7 +118,7 @@ class Assembly:
 
     def batch(self, arrays: dict[str, Any], epoch: int, place: npt.NDArray[np.int64]) -> Batch:
         """The batch made of the result of `fill`."""
-        core = {name: arrays.get(name) for name in _CORE}
+        core = {name: arrays.get(name) for name in OF_BATCHES}
         return Batch(**core, epoch=epoch, fields={name: arrays[name] for name in self._fields}, place=place)
 
     def _gather(self, store: int, draw: int, slots: npt.NDArray[np.int64], out: Arrays) -> None:

@@ -65,9 +65,8 @@ def select(root: Path, shards: Mapping[int, Sequence[ShardFiles]], filter: Filte
             _check(root, draw, slots, rows)
             found[draw] = slots.astype(np.int32 if rows < 2**31 else np.int64)
     if "nll" in columns and not any(_has_nll(root, entries) for entries in shards.values()):
-        raise WrongArgument(
-            "filter", f"{text}: no record of {root} has an nll, which nfm pairs alone have; choose by another column"
-        )
+        said = f"no record of {root} has an nll, which nfm pairs have, and those that a writer gave one"
+        raise WrongArgument("filter", f"{text}: {said}; choose by another column")
     if not found:
         raise StorageError(f"{root}: no record matches the filter {text}; `store.index()` shows what there is")
     return Selection(text, found)

@@ -19,12 +19,13 @@ from numpy.lib.stride_tricks import as_strided
 
 from nfm.storage.errors import CorruptShard, check_inside
 from nfm.storage.errors.arguments import some_of, writable
-from nfm.storage.format.convert import CHUNK, TORCH_CHUNK, to_float32
+from nfm.storage.format.convert import to_float32
 from nfm.storage.format.spec import ORIGIN, Field
 from nfm.storage.layouts import LAYOUTS, Shard
 from nfm.storage.layouts.seeded import Made
 
 Array = npt.NDArray[Any]
+_STAGED = 1 << 18  # numbers gathered before they are converted: half a MiB of float16, in a core's second-level cache
 _LARGE_RECORD = 4096  # bytes; from here on one copy for each record is faster than numpy's gather, which copies twice
 
 
@@ -118,14 +119,14 @@ class ShardSequence:
         return result
 
     def _converted(self, name: str, starts: Array, out: Array) -> None:
-        """Fills float32 `out` a few records at a time, which are converted while they are in the core's cache.
+        """Fills float32 `out` some records at a time, which are converted while they are in the core's cache.
 
-        torch is the faster converter, if the process has it.
+        Fewer at a time would cost more calls than they save in memory. torch is the faster converter, if the process
+        has it.
         """
         field, torch = self.fields[name], "torch" in sys.modules
         step = self._noise_step if name == "noise" else None
-        numbers = TORCH_CHUNK if torch and field.dtype == "float16" else CHUNK
-        some = max(1, numbers // math.prod(field.shape))
+        some = max(1, _STAGED // math.prod(field.shape))
         stored = np.empty((min(some, len(out)), *field.shape), field.dtype)
         records = _Records(starts, field.bytes_per_record)
         for first in range(0, len(out), some):

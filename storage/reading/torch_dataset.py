@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from nfm.storage.errors import StateMismatch
-from nfm.storage.errors.arguments import WrongArgument, checked, checked_later
+from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, flag, shape, whole, wrong
 from nfm.storage.reading.batch import Batch
 from nfm.storage.reading.reader import BatchReader, ReadOptions, find_rank
 from nfm.storage.reading.starts import Start, Starts
@@ -136,6 +136,7 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         If the state is from the end of an iteration, the next iteration is the one after it.
         """
         self._reader.check(state)
+        _check_turn(state)
         first, epoch, consumed = self._starts.next_epoch, int(state["epoch"]), int(state["consumed"])
         if epoch < first or (self._epochs is not None and epoch >= first + self._epochs):
             first = epoch  # a state of `store.batches`, in an epoch that this iteration would not reach
@@ -166,6 +167,17 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         epochs = None if self._epochs is None else first_epoch + self._epochs
         options: ReadOptions = {**self._options, "device": "cpu", "prefetch": prefetch}
         return BatchReader(self._stream, self._batch_size, epochs, turns=turns, **options)
+
+
+def _check_turn(state: Mapping[str, Any]) -> None:
+    """Raises WrongArgument for what a loader adds to a reader's state, where it cannot be."""
+    if "first_epoch" in state:
+        whole(0, int(state["epoch"]))("state['first_epoch']", state["first_epoch"])
+    flag("state['finished']", state.get("finished", False))
+    if (turn := state.get("turn")) is not None:
+        pair = shape("state['turn']", turn)
+        if len(pair) != 2 or not pair[0] < pair[1]:
+            raise wrong("state['turn']", turn, "None, or [worker, workers] such as [0, 2]")
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
+from tests.stages.data.latents.small import FOLDED
 from tests.support.lab import Lab
 
-FOLDED = """
-import pathlib
-import torch
-
-pathlib.Path("ran.txt").touch()
-
-class Folded:
-    scale, shift = 2.0, 0.125
-
-    def encode(self, x):
-        return torch.nn.functional.pixel_unshuffle(x, 2)
-
-    def decode(self, latents):
-        return torch.nn.functional.pixel_shuffle(latents, 2)
-
-def vae(image_shape):
-    return Folded()
-"""
 LATENTS = """
 [latents]
 vae = "mine_vae:vae"
 mirrors = true
 rows_per_shard = 96
 batch_size = 32
+executor = "serial"
 """
 
 
-SMALL = ("data.limit=120", "features.images=256", "teacher.images=256", "pairs.draws=1", "student.pairs=256")
-SMALL += ("evaluate.nfe=[5]", "evaluate.samples=20", "evaluate.kid_size=10")
+SMALL = ("data.limit=100", "features.images=128", "teacher.images=128", "pairs.draws=1", "student.pairs=128")
+SMALL += ("evaluate.nfe=[5]", "evaluate.samples=20", "evaluate.kid_size=10", "evaluate.baselines=[]")
 
 
 @pytest.fixture
@@ -53,24 +38,59 @@ def folded(empty: Lab) -> Iterator[Lab]:
     sys.modules.pop("mine_vae", None)
 
 
+@pytest.mark.seconds(40)
 def test_from_images_to_samples_in_pixels(folded: Lab) -> None:
-    said = folded.run("report", *SMALL).stderr
-    file = folded.folder / "mine_vae.py"
+    ran, file = folded.folder / "ran.txt", folded.folder / "mine_vae.py"
     sha256 = atomic.hash_file(file)[0]
+    folded.run("data", *SMALL)
+    assert "told when the latents are there" in folded.nfm("plan", "student", "-c", "tiny.toml", *sets(SMALL)).stdout
+    assert not ran.exists(), "a plan runs nobody's code"
+    said = folded.run("report", *SMALL).stderr
     assert said.count(f"latents.vae = 'mine_vae:vae' runs the code of {file.resolve()}, SHA-256 {sha256}") == 2
 
-    data, latents = folded.only("data"), folded.only("latents")
-    metrics = latents.manifest()["metrics"]
-    assert (metrics["images"], metrics["image_shape"], metrics["scale"]) == (512, [4, 4, 4], 2.0)
-    for stage in ("teacher", "pairs", "features", "evaluate"):
-        inputs = folded.all(stage)[0].spec["inputs"]
-        assert inputs["data"]["artifact"].startswith("data" if stage in ("features", "evaluate") else "latents")
+    data, latents, evaluation = (folded.only(stage) for stage in ("data", "latents", "evaluate"))
+    metrics, rows = latents.manifest()["metrics"], len(ImageDataset.open(data.path, "train"))
+    assert (metrics["images"], metrics["image_shape"], metrics["scale"]) == (2 * rows, [4, 4, 4], 2.0)
+    for stage, read in (("teacher", latents), ("pairs", latents), ("features", data), ("evaluate", data)):
+        name = f"{read.path.parent.name}/{read.path.name}"
+        assert folded.only(stage).spec["inputs"]["data"]["artifact"] == name, stage
     spec = folded.only("pairs").spec["store"]
-    assert (spec["image_scale"], spec["image_shift"], spec["rows"]) == (2.0, 0.125, 512)
+    assert (spec["image_scale"], spec["image_shift"], spec["rows"]) == (2.0, 0.125, 2 * rows)
 
-    pictures = sorted((folded.only("evaluate").path / "samples").glob("*.npz"))
-    with np.load(pictures[0]) as arrays:
-        assert arrays["images"].shape[1:] == (1, 8, 8)
+    with np.load(next((evaluation.path / "samples").glob("student*.npz"))) as arrays:
+        assert arrays["images"].shape == (20, 1, 8, 8)
         assert arrays["images"].dtype == np.uint8
-    floor = json.loads((folded.only("evaluate").path / "rows" / "floor.json").read_text())
-    assert floor["samples"] == min(100, len(ImageDataset.open(data.path, "heldout")))
+    assert "Latents" in (folded.only("report").path / "report.html").read_text()
+
+    _sampled(folded, sha256, ran)
+    _audited(folded, sha256, ran)
+    folded.run("evaluate", *SMALL)
+    assert len(folded.all("latents")) == 1
+
+
+def _sampled(lab: Lab, sha256: str, ran: Path) -> None:
+    """Samples are decoded by the VAE of the lineage, where its code may run."""
+    ran.unlink()
+    student = lab.name("student")
+    assert f"SHA-256 {sha256}, give --run-custom" in lab.nfm("sample", student, "-n", 4, exits=2).stderr
+    lab.nfm("sample", student, "-n", 4, "--latents", "-o", "latents.png")
+    assert not ran.exists()
+    lab.nfm("sample", student, "-n", 4, "-o", "pixels.png", "--run-custom", sha256)
+    sizes = [Image.open(lab.folder / name).text for name in ("latents.png", "pixels.png")]
+    assert "false colours" in sizes[0]["Description"]
+    assert "Description" not in sizes[1]
+
+
+def _audited(lab: Lab, sha256: str, ran: Path) -> None:
+    """An audit reaches the latents by the lineage, and encodes some again where their code may run."""
+    ran.unlink()
+    said = lab.nfm("audit", lab.name("teacher"), "--deep", "--sample", 40).stdout
+    assert "its images were not encoded again: their function 'mine_vae:vae' is code" in said
+    assert f"file of SHA-256 {sha256}, give --run-custom" in said
+    assert not ran.exists()
+    said = lab.nfm("audit", lab.name("teacher"), "--deep", "--sample", 40, "--run-custom", sha256).stdout
+    assert "0 of 40 latents bad" in said
+
+
+def sets(texts: Sequence[str]) -> list[str]:
+    return [part for text in texts for part in ("--set", text)]

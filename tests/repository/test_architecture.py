@@ -13,10 +13,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MAY_KNOW = {
     "pipeline": (
-        *("nfm.pipeline", "nfm.stages", "nfm.storage.errors"),
-        *("nfm.storage.files.atomic", "nfm.storage.files.paths", "nfm.storage.files.small_files"),
-        *("nfm.storage.files.parallel", "nfm.storage.files.remote"),
-        *("nfm.storage.files.copies.mirror", "nfm.storage.files.copies.resume"),
+        *("nfm.pipeline", "nfm.stages"),
+        *("nfm.storage.errors", "nfm.storage.files"),  # names, places, locks: what is not about pairs
+        *("nfm.storage.ledger.manifests", "nfm.storage.ledger.standing"),  # the newest generation; what completes it
     ),
     "stages": ("nfm.stages", "nfm.storage", "nfm.trainers"),
     "storage": ("nfm.storage",),
@@ -89,18 +88,19 @@ ARROWS: dict[str, dict[str, str]] = {
         "checkpoint": "",
         "training": "checkpoint",
         "flow_matching": "training",
+        "likelihood": "models training",
         "couplings": "models training",
         "solvers": "nfe",
         "loop": "checkpoint training",
     },
     "stages": {
         "base": "",
-        "data": "base couplings display trained executors",
+        "data": "base couplings display executors trained",
         "couplings": "base",
         "display": "base couplings",
         "trained": "base couplings display",
-        "encoding": "base couplings display trained",
-        "executors": "base couplings encoding trained",
+        "encoding": "base couplings display trained executors",
+        "executors": "base couplings trained",
         "pairs": "base couplings display trained encoding executors",
         "stores": "base couplings display trained encoding pairs",
         "evaluation": "base couplings display trained",

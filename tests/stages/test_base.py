@@ -22,7 +22,7 @@ NO_PLACES = {
     *(
         "pairs.coupling",
         "pairs.layout",
-        "pairs.coupling",
+        "pairs.codec",
         "pairs.executor",
         "student.arch",
         "data.source",
@@ -34,6 +34,8 @@ NO_PLACES = {
     ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
     "latents.options",
+    "latents.executor",
+    "latents.ray_address",
     *("teacher.model", "teacher.options", "student.model", "student.options"),
     *("student.times", "student.objective", "student.sampler", "evaluate.ema"),
 }
@@ -65,11 +67,11 @@ def test_a_field_names_a_local_path_as_an_argument_does(tmp_path: Path, monkeypa
 
 
 def test_the_traceback_of_a_shard_that_is_set_aside_holds_no_secret(tmp_path: Path) -> None:
-    from nfm.stages.encoding.jobs import Outcome, ShardJob
+    from nfm.stages.executors.jobs import Job, Outcome
     from nfm.stages.pairs.production import failure_path, produce
     from tests.support.recorder import Recorder
 
-    failed = Outcome(ShardJob(0, 0, "a"), error="Traceback\nOSError: s3://key:secret@host/x")
+    failed = Outcome(Job("d000-s00000", "a"), error="Traceback\nOSError: s3://key:secret@host/x")
     assert [one.job.name for one in produce(tmp_path, iter([failed]), 1, Recorder(), 0, 1)] == ["d000-s00000"]
     assert failure_path(tmp_path, "d000-s00000").read_text() == "Traceback\nOSError: s3://***@host/x"
 

@@ -5,7 +5,8 @@ TF32 rounds the factors to 10 bits of mantissa and adds up in float32. Torch con
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,6 +33,28 @@ def products(tf32: bool) -> Iterator[None]:
         yield
     finally:
         _set(before)
+
+
+def matrix_rate(
+    device: str, dtype: torch.dtype | None = None, tf32: bool = False, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """FLOP/s of products of square matrices of this type, without casts, of a size that suits the device.
+
+    The best of many in a few tenths of a second, for others may be at work on the machine; sizes double until a product
+    takes a hundredth of a second.
+    """
+    size, rate, began = 256, 0.0, clock()
+    while True:
+        a, taken = torch.randn(size, size, device=device, dtype=dtype), list[float]()
+        with torch.no_grad(), products(tf32):
+            while len(taken) < 3 or (min(taken) > 0.01 and clock() < began + 0.3):
+                started = clock()
+                (a @ a)[0, 0].item()
+                taken.append(clock() - started)
+        rate = max(rate, 2 * size**3 / min(taken))
+        if min(taken) > 0.01 or size == 8192:
+            return rate
+        size *= 2
 
 
 def _set(tf32: bool) -> None:

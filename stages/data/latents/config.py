@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
-from nfm.stages.base import Section, operational
+from nfm.stages.base import Section, one_of, operational
+from nfm.stages.executors import EXECUTORS
 from nfm.stages.trained.foreign.vae import is_function
 from nfm.stages.trained.training import Precision
 from nfm.storage.errors import NoPlace
@@ -32,19 +33,24 @@ class LatentsConfig(Section):
     trained/foreign/vae.py; it is known by its content. Stored is (latent - `shift`) * `scale`, by default those of the
     VAE's own config. `posterior` "sample" takes one sample of each image's posterior, seeded by its row, as published
     latents are made; "mode" takes its mean. With `mirrors` the training images are encoded as they are and mirrored,
-    in rows of their own. `batch_size` is the shape that every batch is padded to.
+    in rows of their own. `batch_size` is the shape that every batch is padded to. `executor` and what follows say where
+    shards are encoded, as in [pairs].
     """
 
     vae: VaeField | None = operational(None)
     options: dict[str, JsonValue] = Field(default_factory=dict)
     scale: float | None = Field(None, gt=0)
-    shift: float | None = None
+    shift: float | None = Field(None, ge=-100, le=100)
     posterior: Literal["sample", "mode"] = "sample"
     mirrors: bool = False
     seed: int = Field(0, ge=0)
     rows_per_shard: int = Field(4096, ge=1)
     batch_size: int = Field(32, ge=1)
     precision: Precision = "float32"
+    executor: Annotated[str, one_of(EXECUTORS)] = operational("ray")
+    ray_address: str | None = operational(None)
+    workers: int = operational(0, ge=0)
+    threads: int = operational(1, ge=1)
     device: str = operational("auto")
 
     @model_validator(mode="after")

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from nfm.stages.base import StageError
+from nfm.stages.couplings import custom
+from nfm.stages.executors.jobs import Job, Timing, Unit, Work
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.foreign import vae
 from nfm.stages.trained.training import Precision
@@ -23,6 +25,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.dataset.images import shard_writer
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
+from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import remove
 from nfm.storage.format import philox, untrusted
 
@@ -120,6 +123,31 @@ class Images:
 
 
 MIRRORED = "#mirrored"  # ends the key of a mirrored image
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentWork(Work):
+    """Where the data and the artifact, `store`, are; `beside` is where modules of the user are looked for too."""
+
+    unit: ClassVar[str] = "nfm.stages.data.latents.shards:unit"
+    section: ClassVar[str] = "latents"
+    memory: ClassVar[str] = "latents.batch_size or latents.workers"
+    data: str
+    rows_per_shard: int
+    beside: str
+
+
+def unit(work: LatentWork) -> Unit:
+    """Encodes a shard of one artifact of latents."""
+    with custom.importable(Path(work.beside)):
+        encoder = LatentEncoder(work.store, mirror.here(work.data), work.device)
+
+    def encode(job: Job, stopping: Callable[[], bool]) -> tuple[Commit, Timing]:
+        began = time.perf_counter()
+        commit = encoder.encode_shard(job.name, work.rows_per_shard, job.attempt, stopping)
+        return commit, Timing(wall := time.perf_counter() - began, encode=wall)
+
+    return encode
 
 
 class LatentEncoder:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,21 +16,27 @@ from typing import Any
 
 import numpy as np
 
-from nfm.stages.base import Inputs, Reporter, Result, Stopped, Unfit
+from nfm.stages.base import Inputs, Reporter, Result, StageError, Stopped, Unfit, call
 from nfm.stages.data.latents import shards
 from nfm.stages.data.latents.config import LatentsConfig
-from nfm.stages.data.latents.shards import ATTEMPTS, Commit, Images, LatentEncoder, commit_path, place_of
+from nfm.stages.data.latents.shards import ATTEMPTS, Commit, Images, LatentEncoder, LatentWork, commit_path, place_of
+from nfm.stages.executors import EXECUTORS, ray_cluster
+from nfm.stages.executors.jobs import Job, last_line, new_attempt
+from nfm.stages.executors.tally import Tally
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import vae
 from nfm.stages.trained.foreign.vae import Vae, VaeFacts
+from nfm.stages.trained.training import check_precision
 from nfm.storage import ImageDataset
 from nfm.storage.dataset.images import DatasetWriter
 from nfm.storage.errors import by
+from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
+from nfm.storage.files.copies import mirror
 from nfm.storage.files.durable import StoredFile
-from nfm.storage.files.paths import size_of
+from nfm.storage.files.paths import artifacts_root, is_remote, size_of
 
 NAME = "latents"
 VERSION = 1
@@ -73,6 +78,20 @@ def tries(config: LatentsConfig, facts: Mapping[str, Any]) -> None:
         raise Unfit(f"latents.vae = {named!r} is read with diffusers, which is not installed: {INSTALL}")
 
 
+def needs(config: LatentsConfig) -> None:
+    """Raises StageError if something that a run needs is missing: the Ray cluster or the device."""
+    executor = EXECUTORS[config.executor]
+    if executor.later:
+        raise Unfit(f'latents.executor = "{config.executor}" is of pairs; use "ray", or "serial"')
+    if executor.cluster and is_remote(root := artifacts_root()):
+        raise Unfit(f'latents.executor = "{config.executor}": artifacts are in {root}; use "serial"')
+    if executor.cluster:
+        who, without = f'latents.executor = "{config.executor}"', "--set latents.executor=serial"
+        ray_cluster.check_reachable(config.ray_address, who, without)
+    if not executor.cluster or ray_cluster.address_of(config.ray_address) == "local":
+        check_precision(pick_device(config.device), config.precision, "latents.precision")
+
+
 def room(config: LatentsConfig, facts: Mapping[str, Any]) -> int:
     """The bytes on disk; 0 where the shape of a latent is not known yet."""
     known = told(config, facts)
@@ -104,23 +123,52 @@ def run(config: LatentsConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     if done and len(done) < len(names):
         report.say(f"{len(done)} of {len(names)} shards are committed already")
     report.progress(finished, total, "images")
-    encoder = LatentEncoder(out, inputs["data"], config.device)
-    for name in names:
-        if name in done:
-            continue
-        if report.ending:
-            raise Stopped
-        try:
-            done[name] = encoder.encode_shard(
-                name, config.rows_per_shard, secrets.token_hex(4), lambda: report.stopping
-            )
-        except InterruptedError:
-            raise Stopped from None
-        finished += done[name].records
-        report.log("COMMIT", shard=name, seconds=done[name].seconds)
-        report.progress(finished, total, "images")
+    if lacking := [name for name in names if name not in done]:
+        done |= _encode(config, inputs["data"], out, lacking, finished, total, report)
+    encoder = LatentEncoder(out, inputs["data"], _here(config))
     error = _reconstruction(encoder)
     return _finish(config, inputs["data"], out, {name: done[name] for name in names}, encoder, kept, error, report)
+
+
+def _encode(
+    config: LatentsConfig, data: Path, out: Path, names: list[str], finished: int, total: int, report: Reporter
+) -> dict[str, Commit]:
+    """The commits of these shards, encoded where the config says. Raises Stopped, or StageError if some failed."""
+    executor = EXECUTORS[config.executor]
+    work = LatentWork(
+        store=str(out.resolve()), data=mirror.origin(data), rows_per_shard=config.rows_per_shard,
+        beside=str(Path.cwd()), device=config.device, threads=config.threads,
+    )  # fmt: skip
+    more = {"address": config.ray_address, "say": report.say} if executor.cluster else {}
+    jobs = (Job(name, new_attempt()) for name in names)
+    done: dict[str, Commit] = {}
+    failed: dict[str, str] = {}
+    tally = Tally()
+    for outcome in call(executor.run, work, jobs, config.workers, report, **more):
+        if outcome is not None and outcome.commit is None:
+            failed[outcome.job.name] = str(outcome.error)
+            report.log("SHARD_FAILED", shard=outcome.job.name, error=masked(str(outcome.error)), worker=outcome.worker)
+        elif outcome is not None:
+            done[outcome.job.name] = outcome.commit
+            finished += outcome.commit.records
+            tally.add(outcome)
+            report.log("COMMIT", shard=outcome.job.name, seconds=outcome.commit.seconds, worker=outcome.worker)
+        report.progress(finished, total, "images", tally.rows(), failed=len(failed))
+    if failed:
+        name, error = next(iter(failed.items()))
+        raise StageError(
+            f"{len(failed)} of {len(names)} shards failed, the first one {name}: {last_line(masked(error))}; all "
+            f"tracebacks are in the log, {out / 'events'}. The other shards are committed: mend the cause and "
+            f"{executor.again}"
+        )
+    if len(done) < len(names):
+        raise Stopped
+    return done
+
+
+def _here(config: LatentsConfig) -> str:
+    """The device of this process, which with a cluster need not be one of its workers."""
+    return pick_device("auto" if EXECUTORS[config.executor].cluster else config.device)
 
 
 def _named(config: LatentsConfig) -> str:
@@ -152,7 +200,7 @@ def _begin(config: LatentsConfig, data: Path, out: Path) -> tuple[dict[str, tupl
     source, sha256 = ImageDataset.open(data, "train"), vae.identity(_named(config))["vae"]
     fits(config, {"image_dtype": source.dtype, "image_shape": source.image_shape})
     channels, height, width = source.image_shape
-    loaded, shape = _tried(config, (channels, height, width), pick_device(config.device))
+    loaded, shape = _tried(config, (channels, height, width), _here(config))
     kept = vae.keep(_named(config), out, sha256)
     facts = VaeFacts(
         vae=vae.KIND if kept else _named(config), sha256=sha256, options=config.options, state=loaded.state,

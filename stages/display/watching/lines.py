@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -19,6 +20,7 @@ from nfm.storage.files import atomic
 from nfm.storage.files.small_files import read_bytes
 
 METRICS = "metrics.jsonl"
+MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")  # of the variable WANDB_MODE
 EXTRA = "pip install 'nfm-pairs[watch]' brings it"
 Watching = Literal["tensorboard", "wandb"]
 Line = Mapping[str, float]
@@ -55,7 +57,11 @@ WATCHERS: dict[Watching, Known] = {
 
 
 def check_watching(section: str, watch: Sequence[Watching]) -> None:
-    """Raises Unfit where a package is missing that somebody who is to be told needs."""
+    """Raises Unfit where somebody is named twice, or a package is missing that somebody who is to be told needs."""
+    if twice := sorted({name for name in watch if watch.count(name) > 1}):
+        raise Unfit(f"{section}.watch names {', '.join(map(repr, twice))} more than once: name each once")
+    if "wandb" in watch and (mode := os.environ.get("WANDB_MODE", MODES[0])) not in MODES:
+        raise Unfit(f"WANDB_MODE = {mode!r} is no mode of W&B: unset it, or set it to {', '.join(MODES)}")
     for name in watch:
         if not WATCHERS[name].package():
             raise Unfit(f"{section}.watch names {name!r}, and {name} is not installed: {EXTRA}")

@@ -8,10 +8,10 @@ import platform
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from nfm.stages.base import Unfit
 
 # Messages of torch's CPU allocator, of cuBLAS, and of CUDA below torch's allocator.
 _WORDS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "out of memory")
@@ -38,6 +38,7 @@ def pick_device(name: str) -> str:
     """
     import torch
 
+    from nfm.stages.base import Unfit  # here, for benchmarks that describe a machine without the library's config
     from nfm.trainers.training.products import forbid_tf32
 
     forbid_tf32()
@@ -52,6 +53,22 @@ def pick_device(name: str) -> str:
         if int(name.partition(":")[2] or 0) >= count:
             raise Unfit(f"device = {name!r}: torch sees {count} CUDA devices here, counted from 0; name one of them")
     return name
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Computes with this many threads inside the block, and then with the number from before.
+
+    Results depend on it, bit by bit.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

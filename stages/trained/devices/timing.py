@@ -232,25 +232,10 @@ def _rate(
 
 @functools.cache
 def matrix_rate(device: str, precision: Precision, clock: Callable[[], float] = time.perf_counter) -> float:
-    """FLOP/s of products of square matrices in this precision, without casts, of a size that suits the device.
+    """FLOP/s of products of square matrices in this precision, measured once a process."""
+    from nfm.trainers.training import products
 
-    The best of many in a few tenths of a second, for others may be at work on the machine; sizes double until a product
-    takes a hundredth of a second.
-    """
-    import torch
-
-    size, rate, began = 256, 0.0, clock()
-    while True:
-        a, taken = torch.randn(size, size, device=device, dtype=autocast_dtype(precision)), list[float]()
-        with torch.no_grad(), matrix_products(precision):
-            while len(taken) < 3 or (min(taken) > 0.01 and clock() < began + 0.3):
-                started = clock()
-                (a @ a)[0, 0].item()
-                taken.append(clock() - started)
-        rate = max(rate, 2 * size**3 / min(taken))
-        if min(taken) > 0.01 or size == 8192:
-            return rate
-        size *= 2
+    return products.matrix_rate(device, autocast_dtype(precision), precision == "tf32", clock)
 
 
 def _typical(ticks: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ tried on two made-up records before anything is trained.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from nfm.stages.base import StageError, Unfit
 from nfm.stages.couplings import custom
 from nfm.stages.trained.weights import read_weights
 from nfm.storage.errors import by
+from nfm.storage.errors.arguments import nearest
 from nfm.storage.files import atomic
 
 if TYPE_CHECKING:
@@ -60,10 +62,9 @@ def look_for(config: Any, stage: str) -> None:
 
 
 def announce(functions: Mapping[str, str], say: Callable[[str], None]) -> None:
-    """Says whose code is about to run."""
+    """Says whose code is about to run, of the files as they are now."""
     for field, function in functions.items():
-        file = custom.source_file(function, field)
-        say(custom.announced(str(file), function, custom.digest(file, field), field))
+        say(custom.announced(custom.source_file(function, field), function, _digest(field, function), field))
 
 
 def load(field: str, function: str, sha256: str | None = None) -> Callable[..., Any]:
@@ -87,8 +88,9 @@ def recorded(folder: Path, stage: str) -> dict[str, tuple[str, str]]:
 
 
 def announce_made(folder: Path, stage: str, say: Callable[[str], None]) -> None:
-    """Says whose code using a finished teacher or student runs."""
-    announce({field: function for field, (function, _) in recorded(folder, stage).items()}, say)
+    """Says whose code using a finished teacher or student runs. Raises StageError where it is not what was recorded."""
+    for field, (function, sha256) in recorded(folder, stage).items():
+        say(custom.announced(custom.source_file(function, field), function, sha256, field))
 
 
 def sizes_of(config: Any, stage: str, image_shape: Sequence[int], classes: int) -> dict[str, Any]:
@@ -103,12 +105,35 @@ def build(sizes: Mapping[str, Any], stage: str) -> nn.Module:
     from torch import nn
 
     function, shape, options = sizes["model"], tuple(sizes["image_shape"]), sizes["options"]
-    network = load(f"{stage}.model", function, sizes["sha256"])(shape, sizes["classes"], **options)
+    maker = load(f"{stage}.model", function, sizes["sha256"])
+    _check_options(maker, stage, function, options)
+    try:
+        network = maker(shape, sizes["classes"], **options)
+    except StageError as error:
+        if not (options and isinstance(error.__cause__, TypeError)):
+            raise
+        raise Unfit(f"{error}, or correct {stage}.options ({', '.join(options)})") from error
     if not isinstance(network, nn.Module) or not any(part.requires_grad for part in network.parameters()):
         raise Unfit(
             f"{stage}.model = {function!r}: returned {_kind(network)}; return a torch.nn.Module that has parameters"
         )
     return network
+
+
+def _check_options(maker: Callable[..., Any], stage: str, function: str, options: Mapping[str, Any]) -> None:
+    """Raises Unfit for an option that is no keyword of the function."""
+    try:
+        taken = list(inspect.signature(maker).parameters.values())
+    except (TypeError, ValueError):
+        return  # a function without a signature says itself what it does not take
+    if any(one.kind is one.VAR_KEYWORD for one in taken):
+        return
+    known = [one.name for place, one in enumerate(taken) if one.kind is one.KEYWORD_ONLY
+             or (one.kind is one.POSITIONAL_OR_KEYWORD and place > 1)]  # fmt: skip
+    for name in options:
+        if name not in known:
+            there = f"it takes {', '.join(known)}{nearest(name, known)}" if known else "it takes none"
+            raise Unfit(f"{stage}.options.{name}: {stage}.model = {function!r} has no such keyword; {there}")
 
 
 def check(config: Any, stage: str, image_shape: Sequence[int], classes: int, network: Callable[[], nn.Module]) -> None:

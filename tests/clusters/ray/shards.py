@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nfm.stages.encoding.encoder import Setup
-from nfm.stages.encoding.jobs import Outcome, ShardJob, new_attempt
 from nfm.stages.executors import serial
+from nfm.stages.executors.jobs import Job, Outcome, new_attempt
 from nfm.stages.pairs import stage as pairs
+from nfm.storage.format.spec import shard_name
 from nfm.storage.ledger import commits
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def serially(lab: Lab, store: Path) -> dict[str, str]:
     return digests(setup)
 
 
-def jobs() -> list[ShardJob]:
-    return [ShardJob(draw, shard, new_attempt()) for draw in range(2) for shard in range(4)]
+def jobs() -> list[Job]:
+    return [Job(shard_name(draw, shard), new_attempt()) for draw in range(2) for shard in range(4)]
 
 
 def digests(setup: Setup) -> dict[str, str]:

@@ -107,17 +107,26 @@ def test_a_field_is_added_to_a_finished_store_and_joined_by_row(lab: Lab, nfm: N
     assert json.loads(nfm("pairs", "info", "out", "--json"))["row fields"] == "said float16 5"
 
 
-def test_a_field_that_does_not_fit_is_refused_and_nothing_is_unpickled(lab: Lab, nfm: Nfm) -> None:
+def test_a_field_that_does_not_fit_is_wrong_use_and_nothing_is_unpickled(lab: Lab, nfm: Nfm) -> None:
     store = lab.only("pairs").path
-    np.save(lab.folder / "few.npy", np.zeros((255, 2)))
+    arrays = {
+        "few": np.zeros((255, 2)), "good": np.zeros((256, 2)), "empty": np.zeros((256, 0)), "one": np.float32(3),
+        "words": np.array(["a"] * 256),
+    }  # fmt: skip
+    for name, array in arrays.items():
+        np.save(lab.folder / f"{name}.npy", array)
     np.save(lab.folder / "objects.npy", np.array([print] * 256), allow_pickle=True)
     (lab.folder / "text.npy").write_text("no array")
-    for file, said in (("few", "255 rows, the store's source has 256"), ("objects", "not an .npy file of numbers"),
-                       ("text", "not an .npy file of numbers")):  # fmt: skip
-        assert said in nfm("pairs", "add-field", store, "said", f"{file}.npy", exits=1)
-    np.save(lab.folder / "good.npy", np.zeros((256, 2)))
-    assert "choose another name" in nfm("pairs", "add-field", store, "image", "good.npy", exits=1)
-    assert not (store / "fields").exists()
+    for name, file, said in (
+        ("said", "few", "255 rows, the store's source has 256"), ("said", "one", r"one array [rows, ...] is needed"),
+        ("said", "objects", "not an .npy file of numbers"), ("said", "text", "it would have to be unpickled"),
+        ("said", "empty", "shape of field 'said' is 0, no value at all"),
+        ("said", "words", "dtype of field 'said' is 'str32': it must be one of bool, uint8"),
+        ("image", "good", "choose another name"), ("draw", "good", "an array that every batch has of its own"),
+        ("Said", "good", "name is 'Said': the name of a field is lower case"),
+    ):  # fmt: skip
+        assert said in nfm("pairs", "add-field", store, name, f"{file}.npy", exits=2), file
+    assert not list(store.glob("fields/*"))
 
 
 def test_head_finds_the_teacher_among_the_artifacts_or_goes_without(lab: Lab, nfm: Nfm) -> None:

@@ -80,6 +80,7 @@ def test_no_other_file_decides_what_a_place_is(folder: str) -> None:
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in sorted((ROOT / folder).glob("**/*.py"))
+        if path.parent.name != "accelerator"  # runs where pydantic is not, which the rule's module needs
         for line in path.read_text().splitlines()
         if other.search(line)
     ]

@@ -11,7 +11,7 @@ import pytest
 from nfm.stages.base import StageError, Unfit
 from nfm.stages.couplings import custom
 from nfm.stages.encoding.encoder import Encoder
-from nfm.stages.encoding.jobs import ShardJob
+from nfm.stages.executors.jobs import Job
 from nfm.stages.pairs import stage
 from nfm.stages.stores import audit
 from nfm.storage.files import atomic
@@ -51,7 +51,7 @@ def test_a_result_that_is_not_noise_is_refused_with_the_functions_name(shop: Sho
     config = shop.config(coupling="custom", custom=f"own_couplings:{function}")
     encoder = Encoder(stage.setup(config, shop.of(config), shop.begin(config)))
     with pytest.raises(ValueError, match=f"own_couplings:{function}.*{said}"):
-        encoder.encode_shard(ShardJob(0, 0, "a1"))
+        encoder.encode_shard(Job("d000-s00000", "a1"))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_function_that_fails_is_named_and_so_is_one_that_gives_other_noise_whe
     config = shop.config(coupling="custom", custom=f"own_couplings:{function}")
     encoder = Encoder(stage.setup(config, shop.of(config), shop.begin(config)))
     with pytest.raises(StageError, match=said):
-        encoder.encode_shard(ShardJob(0, 0, "a1"))
+        encoder.encode_shard(Job("d000-s00000", "a1"))
 
 
 def test_why_all_shards_failed_is_said_once_and_once_at_the_end(shop: Shop) -> None:

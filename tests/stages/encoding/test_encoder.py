@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.encoding.jobs import ShardJob
+from nfm.stages.executors.jobs import Job
 from nfm.stages.pairs import stage as pairs
 from nfm.storage import layouts
 from nfm.storage.format import codecs
@@ -29,17 +29,17 @@ LARGE = 8_192  # rows of a batch: some hundred MB in the tiny teacher
 UNDER_A_LIMIT = """
 import json, resource, sys
 from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.encoding.jobs import ShardJob
+from nfm.stages.executors.jobs import Job
 encoder = Encoder(Setup(**json.loads(sys.argv[1])))
 encoder.batch_size = 32
-encoder.encode_shard(ShardJob(1, 0, "warm"))  # what is loaded and reserved by a first shard is not the batch's
+encoder.encode_shard(Job("d001-s00000", "warm"))  # what is loaded and reserved by a first shard is not the batch's
 encoder.batch_size = encoder.setup.batch_size
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 _, hard = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (used + 140 * 2**20, hard))
-first = encoder.encode_shard(ShardJob(0, 0, "one"))
+first = encoder.encode_shard(Job("d000-s00000", "one"))
 resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-second = encoder.encode_shard(ShardJob(0, 1, "two"))
+second = encoder.encode_shard(Job("d000-s00001", "two"))
 print(first.batch_size, second.batch_size, encoder.batch_size)
 """
 
@@ -83,27 +83,27 @@ def test_only_after_out_of_memory_a_smaller_batch_is_tried(prepared: Setup) -> N
     encoder = Encoder(prepared)
     encoder.coupling.model.blocks[0].positions.data = encoder.coupling.model.blocks[0].positions.data[:3]  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="size of tensor"):
-        encoder.encode_shard(ShardJob(0, 0, "a1"))
+        encoder.encode_shard(Job("d000-s00000", "a1"))
     assert encoder.batch_size == 32
 
 
 def test_a_shard_says_where_its_time_went_and_how_far_it_is_from_float64(prepared: Setup) -> None:
     encoder = Encoder(prepared)
-    commit = encoder.encode_shard(ShardJob(0, 0, "a1"))
+    commit = encoder.encode_shard(Job("d000-s00000", "a1"))
     timing = encoder.timing
     # The watches stop one after the other, on threads that may be kept waiting in between.
     assert 0 < max(timing.read, timing.encode, timing.write) <= timing.wall + 0.1
     assert commit.noise_error is not None
     assert 0 < commit.noise_error < 1e-4
     coarse = Encoder(Setup(**{**asdict(prepared), "precision": "bfloat16"}))
-    assert coarse.encode_shard(ShardJob(0, 0, "b1")) == commit  # the first one stands
+    assert coarse.encode_shard(Job("d000-s00000", "b1")) == commit  # the first one stands
     assert coarse.noise_error is not None
     assert 10 * commit.noise_error < coarse.noise_error < 0.1
-    assert encoder.encode_shard(ShardJob(0, 1, "a1")).noise_error is None  # once a store is enough
+    assert encoder.encode_shard(Job("d000-s00001", "a1")).noise_error is None  # once a store is enough
 
 
 def test_nothing_is_left_when_a_shard_is_dropped_in_the_middle(prepared: Setup) -> None:
     encoder, looks = Encoder(prepared), iter([False, True])
     with pytest.raises(InterruptedError):
-        encoder.encode_shard(ShardJob(0, 0, "a1"), lambda: next(looks))
+        encoder.encode_shard(Job("d000-s00000", "a1"), lambda: next(looks))
     assert not [path for folder in ("shards", "index", "commits") for path in encoder.store.glob(f"{folder}/*")]

@@ -140,8 +140,10 @@ def test_a_sample_that_is_not_finite_stops_the_evaluation_with_its_row(made: Lab
     (broken / "manifest.json").unlink()
     atomic.write_json(broken / "manifest.json", body | {"files": [listed]})
     (tmp_path / "out").mkdir()
-    with pytest.raises(StageError, match=r"row student-nfm-euler-2: 60 of 60 samples .*not finite.*precision"):
+    says = r"row student-nfm-euler-2: 60 of 60 samples .*not finite.*precision.*: look at"
+    with pytest.raises(StageError, match=says) as caught:
         stage.run(EvaluateConfig(**SMALL), roles | {"student": broken}, tmp_path / "out", Recorder())
+    assert "use evaluate.precision" not in str(caught.value), "which is float32 already"
     assert not list((tmp_path / "out" / stage.ROWS).glob("student*")), "no figure was made of it"
 
 
@@ -286,7 +288,7 @@ def test_the_config_says_which_evaluations_a_solver_can_spend() -> None:
         ({"solver": "midpoint"}, "use 30 or 32"),
         ({"nfe": [7, 5, 7]}, "7 is named more than once"),
         ({"nfe": [8], "solver": "sde-heun"}, "use 7 or 9"),
-        ({"diffusion": "constant"}, "diffusion = 'constant' is of solvers that add noise, sde-euler and sde-heun"),
+        ({"diffusion": "constant"}, "'constant' is of solvers that add noise, sde-euler and sde-heun"),
         ({"diffusion": "cubic", "solver": "sde-euler"}, "'sigma', 'constant', 'sin.2' or 'decreasing'"),
         ({"baselines": ["nearest"]}, "coupling 'nearest' is unknown"),
     ):
@@ -476,3 +478,12 @@ def test_without_torch_fidelity_the_way_to_get_it_is_told(tmp_path: Path, monkey
     source = ImageDataset.open(small_pictures(tmp_path / "data"), "train")
     with pytest.raises(StageError, match="pip install torch-fidelity"):
         inception.load(str(weights), source, "cpu")
+
+
+def test_a_baseline_that_is_the_runs_own_student_is_told(made: Lab, tmp_path: Path) -> None:
+    roles = {role: made.only(role).path for role in ("data", "features", "student")}
+    (tmp_path / "out").mkdir()
+    report = Recorder(patience=0)
+    with pytest.raises(Stopped):
+        stage.run(EvaluateConfig(**SMALL, baselines=["nfm"]), roles, tmp_path / "out", report)
+    assert "evaluate.baselines names nfm, which is the run's own student: it has one row" in report.said

@@ -12,11 +12,11 @@ import pytest
 
 from nfm.stages.base import StageError
 from nfm.stages.encoding.encoder import Encoder, Setup
-from nfm.stages.encoding.jobs import Outcome, ShardJob, new_attempt
 from nfm.stages.executors import ray as on_ray
 from nfm.stages.executors import serial, slurm
+from nfm.stages.executors.jobs import Job, Outcome, new_attempt
 from nfm.stages.pairs import stage as pairs
-from nfm.storage.format.spec import read_spec
+from nfm.storage.format.spec import read_spec, shard_name
 from nfm.storage.ledger import commits
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.seconds(30)]  # a small machine starts one Ray at a time
@@ -50,8 +50,8 @@ def prepared(lab: Lab) -> Setup:
     return pairs.setup(pairs.PairsConfig(batch_size=32), inputs, store.path)
 
 
-def jobs() -> list[ShardJob]:
-    return [ShardJob(draw, shard, new_attempt()) for draw in range(2) for shard in range(4)]
+def jobs() -> list[Job]:
+    return [Job(shard_name(draw, shard), new_attempt()) for draw in range(2) for shard in range(4)]
 
 
 def digests(store: str) -> dict[str, str]:
@@ -90,7 +90,9 @@ def test_a_shard_that_fails_three_times_is_yielded_with_its_traceback_and_the_re
     shard = Path(prepared.data) / "train/s00001.tar"  # rows 128 to 255: shards 2 and 3 of both draws
     shard.write_bytes(shard.read_bytes()[:-3000])
     outcomes = list(run(executor, prepared))
-    assert sorted((o.job.draw, o.job.shard) for o in outcomes if o.commit) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert sorted(o.job.name for o in outcomes if o.commit) == [
+        shard_name(draw, at) for draw in (0, 1) for at in (0, 1)
+    ]
     failed = [outcome for outcome in outcomes if outcome.commit is None]
     assert len(failed) == 4
     assert all("s00001.tar" in (outcome.error or "") for outcome in failed)
@@ -142,8 +144,8 @@ def test_decoding_the_stored_noise_gives_the_noised_image_back(made: Lab) -> Non
 
 def test_a_losing_attempt_returns_the_commit_that_stands(prepared: Setup) -> None:
     encoder = Encoder(prepared)
-    first = encoder.encode_shard(ShardJob(0, 0, "first"))
-    second = encoder.encode_shard(ShardJob(0, 0, "second"))
+    first = encoder.encode_shard(Job("d000-s00000", "first"))
+    second = encoder.encode_shard(Job("d000-s00000", "second"))
     assert second.attempt == first.attempt == "first"
     assert [path.name for path in Path(prepared.store).glob("shards/*")] == ["d000-s00000.first.tar"]
     assert read_spec(prepared.store).slots_of(0) == range(64)

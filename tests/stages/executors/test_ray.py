@@ -16,8 +16,8 @@ import pytest
 
 from nfm.stages.base import StageError, Unfit
 from nfm.stages.encoding.encoder import Setup
-from nfm.stages.encoding.jobs import ShardJob
 from nfm.stages.executors import ray as on_ray
+from nfm.stages.executors.jobs import Job
 from tests.clusters.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially
 from tests.support.patience import allowed
 
@@ -75,7 +75,7 @@ def test_jobs_are_drawn_as_needed_and_a_stop_leaves_other_peoples_actors_alone(p
     import ray
 
     other = ray.remote(num_cpus=1)(Other).remote()
-    drawn: list[ShardJob] = []
+    drawn: list[Job] = []
     plenty = (drawn.append(job) or job for _ in range(25_000) for job in jobs())
     switch, outcomes, asked = Switch(), [], 0.0
     for outcome in on_ray.run(prepared, plenty, 2, switch):

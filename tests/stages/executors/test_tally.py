@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from nfm.stages.encoding.jobs import Outcome, ShardJob, Timing
+from nfm.stages.executors.jobs import Job, Outcome, Timing
 from nfm.stages.executors.tally import GONE_SECONDS, Tally
 
-JOB = ShardJob(0, 0, "a1")
+JOB = Job("d000-s00000", "a1")
 
 
 def done(worker: str, records: int, timing: Timing) -> Outcome:

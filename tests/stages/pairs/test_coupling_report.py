@@ -151,6 +151,24 @@ def test_noise_that_moments_do_not_show_is_found_and_advised_on(make: Make, line
     assert "two-sample AUC" in coupling_report.lines(body)
 
 
+@pytest.mark.parametrize(
+    ("auc", "says"),
+    [
+        (0.61, "this with up to 5 evaluations, semidiscrete-ot with more"),
+        (0.80, "this with up to 3 evaluations, semidiscrete-ot with more"),
+        (0.95, "semidiscrete-ot, with any number of evaluations: at an AUC above 0.86"),
+    ],
+)
+def test_the_coupling_that_is_likely_best_is_told_before_a_student_is_trained(
+    make: Make, auc: float, says: str
+) -> None:
+    body = measured(make("nfm", normal(300), nll=0.2)) | {"auc": auc, "auc_error": 0.005}
+    assert coupling_report.lines(body)["likely best"].startswith(says)
+    assert f"likely best: {says}" in " ".join(coupling_report.advice(body))
+    other = body | {"coupling": "semidiscrete-ot"}
+    assert "likely best" not in coupling_report.lines(other)
+
+
 def test_moments_name_the_dimension_and_the_class_that_are_off(make: Make) -> None:
     z = normal(300)
     z[1::2, 0, 3, 3] = 3 * z[1::2, 0, 3, 3] + 1

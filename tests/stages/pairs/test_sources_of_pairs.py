@@ -14,13 +14,13 @@ import torch
 from nfm.stages.base import StageError
 from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding.encoder import Encoder
-from nfm.stages.encoding.jobs import ShardJob, new_attempt
+from nfm.stages.executors.jobs import Job, new_attempt
 from nfm.stages.pairs import recipe, stage
 from nfm.stages.trained import potential, student
 from nfm.storage import PairStore
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
-from nfm.storage.format.spec import pair_fields, read_spec
+from nfm.storage.format.spec import pair_fields, read_spec, shard_name
 from nfm.storage.ledger import seal
 from nfm.trainers import solvers
 from tests.stages.pairs.shop import EVERY, OF_A_SLOT, OPTIONS, ROWS, Shop, all_of, cost_of, eps_of, store_images
@@ -64,7 +64,7 @@ def test_pairs_do_not_depend_on_the_batch_or_on_who_encodes_which_shard(shop: Sh
     workers = [Encoder(stage.setup(other, shop.of(other), out)) for _ in range(2)]
     for number, name in enumerate(reversed(seal.names_of(read_spec(out), 2))):
         draw, shard = int(name[1:4]), int(name[6:])
-        workers[number % 2].encode_shard(ShardJob(draw, shard, new_attempt()))
+        workers[number % 2].encode_shard(Job(shard_name(draw, shard), new_attempt()))
     seal.seal(out, 2)
     second = PairStore.open(out)
     for draw in range(2):
@@ -93,7 +93,7 @@ def test_nothing_is_published_of_a_shard_that_is_stopped(shop: Shop, coupling: s
     out = shop.begin(config)
     looks = iter([False, True, True, True, True])
     with pytest.raises(InterruptedError):
-        Encoder(stage.setup(config, shop.of(config), out)).encode_shard(ShardJob(0, 0, "a1"), lambda: next(looks))
+        Encoder(stage.setup(config, shop.of(config), out)).encode_shard(Job("d000-s00000", "a1"), lambda: next(looks))
     assert not [path for folder in ("shards", "index", "commits") for path in out.glob(f"{folder}/*")]
 
 

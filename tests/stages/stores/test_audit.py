@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nfm.stages.encoding.encoder import Encoder
-from nfm.stages.encoding.jobs import ShardJob, new_attempt
+from nfm.stages.executors.jobs import Job, new_attempt
 from nfm.stages.pairs import stage
 from nfm.storage import PairStore
 from nfm.storage.format.spec import read_spec
@@ -27,7 +27,7 @@ def spoiled(shop: Shop, config: stage.PairsConfig, field: str, change: Callable[
     right = encoder._records
     encoder._records = lambda draw, source: (found := right(draw, source)) | {field: change(found[field])}  # type: ignore[method-assign]
     for name in seal.names_of(read_spec(out), 2):
-        encoder.encode_shard(ShardJob(int(name[1:4]), int(name[6:]), new_attempt()))
+        encoder.encode_shard(Job(name, new_attempt()))
     seal.seal(out, 2, config=config.model_dump(mode="json"))
     return PairStore.open(out)
 
@@ -104,7 +104,7 @@ def test_an_audit_finds_groups_whose_noises_were_not_assigned(shop: Shop, shift:
     encoder = Encoder(stage.setup(config, shop.of(config), out))
     encoder.coupling = Undealt(shift)  # type: ignore[assignment]
     for name in seal.names_of(read_spec(out), 2):
-        encoder.encode_shard(ShardJob(int(name[1:4]), int(name[6:]), new_attempt()))
+        encoder.encode_shard(Job(name, new_attempt()))
     seal.seal(out, 2, config=config.model_dump(mode="json"))
     found = shop.audit(PairStore.open(out), "default")
     assert len(found) >= 8, "one a shard"

@@ -12,6 +12,8 @@ import yaml
 
 from nfm.stages.stores import card
 from nfm.storage import PairStore, PairWriter, StorageError, StoreSpec
+from nfm.storage.format import philox
+from nfm.storage.format.spec import pair_fields
 from nfm.storage.verify import verify
 from tests.support.lab import Lab
 
@@ -74,3 +76,18 @@ def test_zarr_shows_no_samples_to_the_viewer(tmp_path: Path) -> None:
     text = card.card(PairStore.open(external(tmp_path / "store", layout="zarr", rows_per_block=4, rows_per_shard=4)))
     assert "configs" not in header(text)
     assert "Zarr opens the folder" in text
+
+
+def test_a_card_says_that_the_shards_of_codec_seeded_hold_no_noise(tmp_path: Path) -> None:
+    spec = StoreSpec(
+        rows=4, rows_per_shard=4, fields=pair_fields((1, 2, 2), "seeded"), coupling="independent", source="ab" * 32,
+        codec="seeded", classes=2,
+    )  # fmt: skip
+    slots = np.arange(4)
+    noise = philox.normals(0, 0, slots, 4).reshape(-1, 1, 2, 2)
+    with PairWriter(tmp_path / "store", spec) as writer:
+        writer.write(image=np.zeros((4, 1, 2, 2), np.uint8), noise=noise, label=slots % 2)
+    text = card.card(PairStore.open(tmp_path / "store"))
+    assert "hold no noise" in text
+    assert "--codec float16" in text
+    assert "hold no noise" not in card.card(PairStore.open(external(tmp_path / "other")))

@@ -149,6 +149,10 @@ def test_a_network_of_ones_own_is_trained_and_loaded_again_from_the_file_of_its_
     code.write_text(CODE + "\n", encoding="utf-8")
     with pytest.raises(StageError, match=r"mine\.py: not the file that was recorded, student\.model = 'mine:net'"):
         student.load(tmp_path / "out")
+    said: list[str] = []
+    with pytest.raises(StageError, match=r"mine\.py: not the file that was recorded, student\.model = 'mine:net'"):
+        own.announce_made(tmp_path / "out", "student", said.append)
+    assert said == [], "nothing of a file that is not run is said to run"
 
 
 def test_the_digests_of_all_functions_are_in_the_fingerprint_and_nothing_of_them_runs(code: Path) -> None:
@@ -170,7 +174,15 @@ def test_the_digests_of_all_functions_are_in_the_fingerprint_and_nothing_of_them
     ("options", "message"),
     [
         ({"model": "mine:nothing"}, r"student\.model = 'mine:nothing': .*mine\.py has no function 'nothing'"),
-        ({"model": "mine:net", "options": {"depth": 3}}, "raised TypeError: .*unexpected keyword argument 'depth'"),
+        (
+            {"model": "mine:net", "options": {"depth": 3}},
+            r"raised TypeError: .*keyword argument 'depth'; mend it in .*, or correct student\.options \(depth\)",
+        ),
+        (
+            {"model": "mine:Network", "options": {"widht": 3}},
+            r"student\.options\.widht: .* has no such keyword; it takes width, out \(did you mean 'width'\?\)",
+        ),
+        ({"model": "mine:Network", "options": {"classes": 3}}, r"student\.options\.classes: .* has no such keyword"),
         ({"model": "mine:no_module"}, r"returned list; return a torch\.nn\.Module"),
         ({"model": "mine:fails"}, "raised KeyError: 'no such size'"),
         (
@@ -302,3 +314,10 @@ def test_a_teachers_old_fingerprint_stands_and_a_flow_of_ones_own_is_in_it(code:
     assert str(teacher.cost(config, {"image_shape": list(SHAPE)}, None)).startswith("360,000 images, no time or FLOPs")
     with pytest.raises(ValidationError, match=r"options are the keywords of teacher\.model, and there is none"):
         TeacherConfig(options={"shift": 1.0})
+
+
+@pytest.mark.parametrize("section", [StudentConfig, TeacherConfig])
+def test_labels_are_not_all_dropped(section: Any) -> None:
+    """A model that has never seen a label would know no class, and nothing would say so."""
+    with pytest.raises(ValidationError, match="less than 1"):
+        section(label_drop=1.0)

@@ -217,3 +217,30 @@ def test_names_that_are_written_are_read(tmp_path, name):
     writer.close()
     train = ImageDataset.open(tmp_path)
     assert (train.name, train.classes[0]) == (name, name)
+
+
+def test_a_chunk_that_is_none_is_refused_by_name_and_labels_are_never_rounded(tmp_path):
+    image, label, key = IMAGES[:3], LABELS[:3], KEYS[:3]
+    for number, (split, chunk, more, said) in enumerate((
+        ("train", (image.tolist(), label, key), {}, "the images as a numpy array"),
+        ("train", (image, label), {}, r"give \(images, labels, keys\)"),
+        ("train", (image, label + 0.5, key), {}, r"labels is array\(\[0.5, 1.5.*whole numbers"),
+        ("train", (image, None, key), {}, "labels is None"),
+        ("train", (image, label, [1, 2, 3]), {}, "a key is 1: give a text"),
+        ("train", (image, label, ["\udc80", "b", "c"]), {}, "in UTF-8"),
+        ("train", (image, label, key), {"captions": [1, 2, 3]}, "a caption is 1: give a text .* or None"),
+        ("../up", (image, label, key), {}, "split = '../up'"),
+    )):  # fmt: skip
+        writer = write(tmp_path / str(number))
+        with pytest.raises(StorageError, match=said):
+            writer.write_split(split, 3, [chunk], **more)
+    assert not (tmp_path / "up").exists()
+    with pytest.raises(StorageError, match=r"rejected is .*pairs of texts"):
+        write(tmp_path).close(["key"])
+
+
+def test_images_of_another_kind_are_not_scaled_in_silence(root):
+    train = ImageDataset.open(root)
+    for images, said in (([1, 2], "ndarray"), (IMAGES.astype(np.int16), "are int16, those of .* are uint8")):
+        with pytest.raises(StorageError, match=said):
+            train.to_float(images)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nfm.storage import DatasetWriter, Mixture, PairStore, PairWriter, StateMismatch, StorageError, StoreSpec
+from nfm.storage.errors import NoPlace
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.ledger.row_fields import write_row_field
 
@@ -115,3 +116,29 @@ def test_a_state_that_cannot_be_is_refused(make_store) -> None:
     reader = store.batches(10, epochs=None)
     reader.load_state_dict(state | {"epoch": 7})
     assert next(reader).epoch == 7
+
+
+def test_a_loaders_state_that_cannot_be_is_refused(make_store) -> None:
+    dataset = PairStore.open(make_store(1)).as_torch_dataset(10)
+    state = dataset.state_dict()
+    dataset.load_state_dict(state | {"turn": [1, 2]})
+    for change in (
+        {"turn": "x"}, {"turn": [2, 2]}, {"turn": [0]}, {"first_epoch": "x"}, {"first_epoch": -1}, {"first_epoch": 1},
+        {"finished": "yes"}, {"epoch": 10**12},
+    ):  # fmt: skip
+        with pytest.raises(WrongArgument, match=rf"state\['{next(iter(change))}'\] is "):
+            dataset.load_state_dict(state | change)
+
+
+def test_what_is_opened_is_a_store_or_a_manifest_of_one(make_store, tmp_path: Path) -> None:
+    root = make_store(1)
+    (tmp_path / "plain").mkdir()
+    for place, said in (
+        (tmp_path / "plain", "no pair store, it has no spec.json; name the folder of one"),
+        (tmp_path / "none", "no such folder"),
+        (root / "spec.json", "a file that is no manifest of a store; name the folder of the store"),
+        (next(root.glob("commits/*")), "a file that is no manifest of a store"),
+    ):
+        with pytest.raises(NoPlace, match=said):
+            PairStore.open(place)
+    assert PairStore.open(root / "manifest.g0001.json").generation == 1

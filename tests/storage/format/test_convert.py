@@ -102,3 +102,16 @@ def test_an_out_of_another_shape_or_type_is_refused() -> None:
     for out in (np.empty((3, 2), np.float32), np.empty((2, 3), np.float64)):
         with pytest.raises(ValueError, match="pass float32"):
             to_float32(stored, UNIT, out)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torch_gives_the_same_bits_with_any_number_of_threads(threads: int) -> None:
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    stored = np.tile(PATTERNS[np.isfinite(PATTERNS)], 2)  # more than a chunk
+    torch.set_num_threads(threads)
+    try:
+        wide = to_float32(stored, UNIT, torch=True)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(wide.view(np.int32), stored.astype(np.float32).view(np.int32))

@@ -145,7 +145,7 @@ def test_a_file_where_a_store_should_be_is_told_to_readers_and_writers(tmp_path:
 
 
 def test_a_folder_that_is_no_store_says_so(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"spec\.json: no such file"):
+    with pytest.raises(StorageError, match=r"no pair store, it has no spec\.json"):
         read_spec(tmp_path)
     atomic.write_json(tmp_path / "spec.json", {"stage": "teacher"})
     with pytest.raises(StorageError, match=r"spec\.json.*is it a pair store"):

@@ -118,7 +118,7 @@ def test_what_is_excluded_cannot_be_gathered_and_the_error_says_why(root: Path) 
     assert len(store) == 50
     assert [store.slots(draw).tolist() for draw in (0, 1)] == [THERE[0], THERE[1]]
     assert store.gather(0, store.slots(0)[-3:])["slot"].tolist() == [47, 48, 49]
-    with pytest.raises(MissingShard, match=r"slots 20 to 39 are excluded .*1 \(out of memory\).*pairs stage"):
+    with pytest.raises(MissingShard, match=r"slots 20 to 39 are excluded .*1 \(out of memory\).*that made it"):
         store.gather(0, np.array([19, 20]))
     with pytest.raises(MissingShard, match="killed five times"):
         store.shard(1, 2)

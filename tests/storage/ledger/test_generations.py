@@ -36,7 +36,7 @@ def test_a_sealed_generation_lists_every_shard_in_order(make_store, small_spec: 
 
 def test_pending_shards_are_listed_and_nothing_is_sealed(make_store) -> None:
     root = make_store(draws=1, sealed=False)
-    with pytest.raises(MissingShard, match=r"3 of 6 .*d001-s00000, d001-s00001, d001-s00002; run"):
+    with pytest.raises(MissingShard, match=r"3 of 6 .*d001-s00000, d001-s00001, d001-s00002; make"):
         seal.seal(root, 2)
     assert seal.newest(root) is None
     assert seal.next_number(root) == 1

@@ -162,10 +162,10 @@ def test_an_older_generation_is_verified_by_its_number(make_store, small_spec: S
 def test_a_store_that_is_missing_or_never_sealed_is_reported(make_store, tmp_path: Path) -> None:
     root = make_store(draws=1, sealed=False)
     (finding,) = verify(root)
-    assert "seals the store" in finding.remedy
+    assert "seal it with `nfm pairs seal" in finding.remedy
     shutil.rmtree(root)
     (finding,) = verify(root)
-    assert "no such file" in finding.problem
+    assert "it has no spec.json" in finding.problem
 
 
 @pytest.mark.parametrize("name", ["blocks", "samples", "zarr"])

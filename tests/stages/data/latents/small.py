@@ -63,5 +63,7 @@ def write_data(
 def make(out: Path, data: Path, report: Recorder | None = None, **config: Any) -> Result:
     """The latents stage in this process, with the VAE of the module above unless another is named."""
     out.mkdir(exist_ok=True)
-    section = LatentsConfig.model_validate({"vae": "mine_vae:vae", "rows_per_shard": 5, "batch_size": 3, **config})
+    section = LatentsConfig.model_validate(
+        {"vae": "mine_vae:vae", "rows_per_shard": 5, "batch_size": 3, "executor": "serial", **config}
+    )
     return stage.run(section, {"data": data}, out, report or Recorder())

@@ -267,3 +267,15 @@ def test_half_a_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
         lines.add({"pairs_seen": 32.0, "loss": math.pi})
     assert read_lines(tmp_path / "metrics.jsonl") == [{"pairs_seen": 16, "loss": 1.0},
                                                       {"pairs_seen": 32.0, "loss": 3.141593}]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["", "ofline"])
+def test_a_mode_that_is_none_is_wrong_use_before_the_training(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    with pytest.raises(Unfit, match=f"WANDB_MODE = '{mode}' is no mode of W&B: unset it, or set it to online, offline"):
+        check_watching("student", ["wandb"])
+
+
+def test_nobody_is_told_twice() -> None:
+    with pytest.raises(Unfit, match=r"student\.watch names 'tensorboard' more than once: name each once"):
+        check_watching("student", ["tensorboard", "tensorboard"])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nfm.stages.encoding.overlap import Ahead, Stopwatch, running
+from nfm.stages.executors.overlap import Ahead, Stopwatch, running
 from tests.support.patience import PATIENCE, until
 
 

@@ -1,0 +1,4 @@
+from benchmarks.accelerator.command import accelerator
+
+if __name__ == "__main__":
+    accelerator()
