@@ -21,6 +21,7 @@ from nfm.stages.data.source import Encoded
 from nfm.stages.executors.jobs import Job
 from nfm.storage.dataset.images import DatasetWriter
 from nfm.storage.files import atomic
+from nfm.storage.files.copies import mirror
 from tests.stages.data.image_files import picture
 from tests.stages.data.sources import test_parquet as parquet
 from tests.stages.data.sources import test_webdataset as webdataset
@@ -97,6 +98,7 @@ def test_parts_give_the_bytes_of_a_data_set_that_was_decoded_in_one_go(tmp_path:
     assert not any((tmp_path / "out" / left).exists() for left in ("parts", "commits", "failed", "scratch"))
 
 
+@pytest.mark.seconds(60)
 @pytest.mark.parametrize("kind", ["a folder with images that cannot be read", "parquet"])
 def test_workers_of_ray_give_the_same_bytes(tmp_path: Path, kind: str, cluster: None) -> None:
     settings = MADE_FROM[kind](tmp_path)
@@ -129,6 +131,7 @@ def is_our_actor(pid: int) -> bool:
     return False
 
 
+@pytest.mark.seconds(60)
 def test_a_killed_worker_of_ray_changes_nothing(tmp_path: Path, cluster: None) -> None:
     settings = folder(tmp_path, bad=(3,))
     expected = dict(made(settings, tmp_path / "here").digests)
@@ -154,6 +157,7 @@ stage.run(DataConfig.model_validate_json(sys.argv[1]), {}, Path(sys.argv[2]), Ki
 """
 
 
+@pytest.mark.seconds(40)
 def test_a_killed_run_goes_on_with_the_parts_that_it_committed(tmp_path: Path) -> None:
     settings, out = folder(tmp_path, bad=(3, 9, 17)), tmp_path / "out"
     out.mkdir()
@@ -241,3 +245,12 @@ def test_parts_that_fail_are_named_and_the_others_stay_committed(tmp_path: Path)
 def test_a_source_without_encoded_images_is_not_sent_to_workers(tmp_path: Path) -> None:
     with pytest.raises(Unfit, match=r'data\.executor = "ray": source "digits" has no encoded images'):
         made(config(source="digits", executor="ray", workers=0), tmp_path / "out")
+
+
+def test_workers_are_not_sent_to_an_artifact_in_a_bucket(tmp_path: Path) -> None:
+    settings, out = folder(tmp_path).model_copy(update={"executor": "ray"}), tmp_path / "out"
+    out.mkdir()
+    atomic.write_json(out / mirror.ORIGIN, {"artifact": "s3://bucket/data/ab12", "manifest": ""})
+    with pytest.raises(Unfit, match=r'data\.executor = "ray": .* in a bucket: set data\.executor = "serial"'):
+        made(settings, out)
+    assert not (out / "commits").exists()
