@@ -40,7 +40,7 @@ NFM := $(PY) -m nfm.pipeline.cli
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench kills fuzz lint format docs clean-env
+.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench gpu kills fuzz lint format docs clean-env
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

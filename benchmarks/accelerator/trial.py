@@ -34,7 +34,7 @@ from nfm.trainers.training.checkpoint_folder import CheckpointFolder
 NFES = (31, 15, 7, 5, 3, 1)
 COUPLINGS = ("independent", "nfm")
 CHUNK = 1024  # images at a time
-SAVES = 8  # checkpoints of a training
+SAVES = 4  # checkpoints of a training
 
 
 def teacher(job: Job) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nfm.pipeline.artifacts import in_bucket
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root, find
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.compare import compare
@@ -28,6 +27,7 @@ from nfm.pipeline.cli.options import (
     config_option,
     given_guidance,
     guidance_options,
+    is_given,
     json_option,
     level_options,
     picture_option,
@@ -80,7 +80,7 @@ def run(
     overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
         told = f"--ray-address {ray_address}"
-        sections = ("pairs", "teacher", "student", "features")
+        sections = ("latents", "pairs", "teacher", "student", "features")
         overrides += tuple(Override(f"{section}.ray_address={ray_address}", told) for section in sections)
     artifact = runner.run(builder.build(load(config_path, overrides), target=stage), stage)
     click.echo(_main_output(artifact))
@@ -134,6 +134,8 @@ def audit(
 
     if (artifact is None) == (config_path is None):
         raise click.UsageError("name an artifact or give -c CONFIG, one of the two")
+    if level != "deep" and is_given("sample"):
+        raise click.UsageError("--sample is of --deep: give that too, or leave it out")
     targets, own = [find(artifact)] if artifact is not None else [], frozenset[str]()
     if config_path is not None:
         config = load(config_path, overrides)
@@ -260,7 +262,6 @@ cli.add_command(submit)
 cli.add_command(teacher)
 pairs.add_command(worklist)
 pairs.add_command(encode)
-in_bucket.guard(cli)
 
 
 def _decoder_of(model: Artifact, as_latents: bool) -> Path | None:

@@ -15,7 +15,7 @@ from click.core import ParameterSource
 from nfm.stages.display.endings import PICTURE, check_ending
 from nfm.stages.trained.weights import parse
 from nfm.storage.errors import NoPlace
-from nfm.storage.files.paths import as_path, local_path
+from nfm.storage.files.paths import as_path, is_remote, local_path
 
 
 class Place(click.ParamType):
@@ -45,6 +45,19 @@ class LocalPath(click.Path):
 
 PLACE = Place()
 LOCAL_PATH = LocalPath()
+
+
+class FileOrUrl(Place):
+    """A file of this machine, or an object at a URL."""
+
+    name = "FILE"
+
+    def __init__(self, exists: bool = False) -> None:
+        self._local = LocalPath(exists=exists, dir_okay=False)
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        found = super().convert(value, param, ctx)
+        return found if is_remote(found) else self._local.convert(found, param, ctx)
 
 
 class OutputFile(LocalPath):
@@ -190,12 +203,15 @@ def guidance_options(command: Any) -> Any:
     return command
 
 
+def is_given(name: str) -> bool:
+    """Whether the user gave this option of the running command."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
 def check_of_student(stage: str, *options: str) -> None:
     """Raises UsageError where one of these options of this command was given for the samples of a teacher."""
-    context = click.get_current_context()
     for name in options:
-        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
-        if given and stage == "teacher":
+        if is_given(name) and stage == "teacher":
             raise click.UsageError(f"--{name} is of a student's samples; a teacher is inverted: leave it out")
 
 

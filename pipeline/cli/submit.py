@@ -15,9 +15,11 @@ import click
 
 from nfm.pipeline.artifacts.artifact import artifacts_root
 from nfm.pipeline.cli.options import Whole, config_option, set_option
+from nfm.pipeline.submit.slurm import SUBMISSIONS
 from nfm.stages.base import StageError
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
+from nfm.storage.files.paths import is_remote, names_in
 
 if TYPE_CHECKING:
     from nfm.pipeline.config import RunConfig
@@ -161,11 +163,12 @@ def _submission(
 ) -> Submission:  # fmt: skip
     from nfm.pipeline.submit.slurm import Submission
 
-    folder = _next_folder(atomic.digest(atomic.canonical_json(config.model_dump(mode="json")))[:8])
+    root = artifacts_root()
+    folder = _next_folder(root, atomic.digest(atomic.canonical_json(config.model_dump(mode="json")))[:8])
     return Submission(
         folder=folder,
         work=Path.cwd(),
-        artifacts=artifacts_root().absolute(),
+        artifacts=str(root if is_remote(root) else root.absolute()),
         nfm=(sys.executable, "-m", "nfm.pipeline.cli"),
         config=folder / "config.toml",
         sets=overrides,
@@ -176,11 +179,15 @@ def _submission(
     )
 
 
-def _next_folder(digest: str) -> Path:
-    """`submissions/DIGEST-NUMBER` with the digest of the config and a number above all existing ones."""
-    root = artifacts_root().absolute() / "submissions"
-    taken = [int(match[1]) for path in root.glob(f"{digest}-*") if (match := re.search(r"-(\d+)$", path.name))]
-    return root / f"{digest}-{max(taken, default=0) + 1:03d}"
+def _next_folder(root: Path, digest: str) -> Path:
+    """`submissions/DIGEST-NUMBER` with the digest of the config and a number above all existing ones.
+
+    It lies among the artifacts; if these are in a bucket, in the working directory, which the jobs must see.
+    """
+    here = (Path.cwd() if is_remote(root) else root.absolute()) / SUBMISSIONS
+    names = {*names_in(here), *(names_in(root / SUBMISSIONS) if is_remote(root) else ())}
+    taken = [int(match[1]) for name in names if (match := re.fullmatch(rf"{digest}-(\d+)", name))]
+    return here / f"{digest}-{max(taken, default=0) + 1:03d}"
 
 
 def _array_limit() -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nfm.pipeline.cli.options import MANY, LocalPath, Whole, config_option, set_option
+from nfm.pipeline.cli.options import MANY, FileOrUrl, Whole, config_option, set_option
 
 if TYPE_CHECKING:
     from nfm.pipeline.graph import Node
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @config_option
 @set_option
-@click.option("-o", "--output", required=True, type=LocalPath(dir_okay=False), help="Where it goes.")
+@click.option("-o", "--output", required=True, type=FileOrUrl(), help="Where it goes, a file or a URL.")
 def worklist(config_path: Path, overrides: tuple[str, ...], output: Path) -> None:
     """Write the fixed, numbered list of missing shards of a store, for the tasks of an array.
 
@@ -40,7 +40,7 @@ def worklist(config_path: Path, overrides: tuple[str, ...], output: Path) -> Non
 
 
 @click.command()
-@click.argument("file", type=LocalPath(exists=True, dir_okay=False))
+@click.argument("file", type=FileOrUrl(exists=True))
 @click.option("--task", required=True, type=Whole(0, MANY), help="Which task this is, from 0.")
 @click.option("--of", required=True, type=Whole(1, MANY), help="How many tasks share the list.")
 def encode(file: Path, task: int, of: int) -> None:

@@ -14,7 +14,7 @@ STOP_SECONDS = 15  # Ray's own 3 s may be too short for a driver whose actors fi
 
 def job_command(submission: Submission, address: str | None, name: str) -> list[str]:
     """`ray job submit` of `nfm run pairs`. The cluster must see the same files and have the same environment."""
-    variables = {"NFM_ARTIFACTS": str(submission.artifacts), "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+    variables = {"NFM_ARTIFACTS": submission.artifacts, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
     line = f"cd -- {shlex.quote(str(submission.work))} && exec {_run(submission)}"
     return [
         "ray",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nfm.stages.base import Unfit
+from nfm.storage.files.paths import is_url
 
 PLAIN = re.compile(r"[\w./:=%@+,-]*")  # allowed in a `#SBATCH` line without quotes
 FIXED = {  # what the scripts decide, and what to use instead
@@ -22,6 +23,9 @@ FIXED = {  # what the scripts decide, and what to use instead
 }
 
 
+SUBMISSIONS = "submissions"  # the folder of worklists, among the artifacts
+# Every node has its own, which its tasks share.
+_OWN_SCRATCH = 'export NFM_SCRATCH="${NFM_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/nfm-scratch-$(id -u)}"'
 _CHAINED = "--kill-on-invalid-dep=yes"  # of jobs that wait for others
 # Sets $nodes, and $head to the address of the first one: its name need not be known to the name service.
 HEAD = """\
@@ -32,7 +36,7 @@ head=$(getent ahostsv4 "$name" | awk '{print $1; exit}') || { echo "$name: no su
 
 @dataclass(frozen=True)
 class Submission:
-    """What all scripts of one submission have in common. Paths are absolute.
+    """What all scripts of one submission have in common. Paths are absolute; `artifacts` may be a URL.
 
     `nfm` is the command as arguments. `config` is the copy of the config in `folder`. `before` are the user's own lines
     that prepare the environment (`module load cuda`). `compute` and `sealing` are the user's `sbatch` options for the
@@ -41,7 +45,7 @@ class Submission:
 
     folder: Path
     work: Path
-    artifacts: Path
+    artifacts: str
     nfm: tuple[str, ...]
     config: Path
     sets: tuple[str, ...] = ()
@@ -51,8 +55,15 @@ class Submission:
     sealing: tuple[str, ...] = ()
 
     @property
-    def worklist(self) -> Path:
-        return self.folder / "worklist.json"
+    def worklist(self) -> str:
+        """Among the artifacts: so tasks find it wherever these are, and gc knows which store they complete."""
+        return f"{self.artifacts}/{SUBMISSIONS}/{self.folder.name}/worklist.json"
+
+    @property
+    def variables(self) -> list[str]:
+        """Lines of bash that say where artifacts are, and where a node computes that shares only a bucket."""
+        lines = [f"export NFM_ARTIFACTS={shlex.quote(self.artifacts)}"]
+        return [*lines, _OWN_SCRATCH] if is_url(self.artifacts) else lines
 
     @property
     def logs(self) -> Path:
@@ -139,7 +150,7 @@ def script(submission: Submission, options: Sequence[str], *lines: str) -> str:
             "set -eo pipefail",
             *submission.before,
             f"cd -- {shlex.quote(str(submission.work))}",
-            f"export NFM_ARTIFACTS={shlex.quote(str(submission.artifacts))}",
+            *submission.variables,
             *lines,
             "",
         ]

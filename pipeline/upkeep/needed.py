@@ -14,6 +14,7 @@ from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.builder import build
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import STAGES, Node
+from nfm.pipeline.submit.slurm import SUBMISSIONS
 from nfm.stages.base import StageError
 from nfm.stages.pairs import stage as pairs
 from nfm.storage.errors import StorageError
@@ -21,7 +22,6 @@ from nfm.storage.files import atomic
 from nfm.storage.files.folder import below
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, several
 
-SUBMISSIONS = "submissions"
 END_PRODUCTS = ("student", "evaluate", "report", "compare")
 IDLE_SECONDS = 3600.0  # changed more recently: it may be in progress, as not every worker takes the lock
 

@@ -45,9 +45,7 @@ def produce(
     """
     failures: list[Outcome] = []
     told: set[str] = set()
-    failed_before = set(
-        names_in(out / "failed")
-    )  # so that a shard that never failed costs no request to remove nothing
+    failed_before = set(names_in(out / "failed"))  # so that other shards cost no request to remove nothing
     tally = Tally()
     smallest = batch_size
     report.progress(done, total, "pairs")

@@ -144,7 +144,7 @@ def test_pairs_that_such_a_student_generated_are_encoded_again_where_its_digest_
 def test_code_that_does_not_fit_is_wrong_use_before_anything_is_made(own: Lab) -> None:
     own.drop("pairs")
     for change, message in (
-        ("student.options={depth = 2}", "student.model = 'mine_net:net': the function raised TypeError"),
+        ("student.options={depth = 2}", "student.options.depth: student.model = 'mine_net:net' has no such keyword"),
         ("student.model=mine_net:other", "has no function 'other'"),
         ("student.model=nowhere:net", "there is no module nowhere"),
         ("student.times=mine_net:net", "student.times = 'mine_net:net'"),

@@ -34,6 +34,8 @@ NO_PLACES = {
     ),
     *("student.mixture", "evaluate.baselines", "compare.couplings"),
     "latents.options",
+    "latents.executor",
+    "latents.ray_address",
     *("teacher.model", "teacher.options", "student.model", "student.options"),
     *("student.times", "student.objective", "student.sampler", "evaluate.ema"),
 }

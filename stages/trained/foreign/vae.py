@@ -291,6 +291,6 @@ def _state(network: Any) -> str:
 
     sha = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(f"{name} {value.dtype} {by(value.shape)}\n".encode())
         sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

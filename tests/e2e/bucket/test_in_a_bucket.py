@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from typing import TYPE_CHECKING
 
@@ -134,12 +135,12 @@ def test_commands_about_stores_find_their_makers_in_the_bucket(made: Lab, there:
 @pytest.mark.seconds(60)
 def test_tasks_of_an_array_share_a_list_and_a_bucket(made: Lab, there: Bucket) -> None:
     there.upload(made, "data", "teacher")
-    there.nfm("pairs", "worklist", "-c", "tiny.toml", "-o", "list.json", "--set", "pairs.executor=slurm")
-    listed = (there.lab.folder / "list.json").read_bytes()
+    told = there.nfm("submit", "pairs", "-c", "tiny.toml", "--slurm").stdout
+    (where,) = set(re.findall(rf"{there.url}/submissions/\S+/worklist.json", told))
+    assert names_in(as_path(there.url)) == ["data", "teacher"], "printing scripts writes nothing"
+    there.nfm("pairs", "worklist", "-c", "tiny.toml", "-o", where, "--set", "pairs.executor=slurm")
     for task in range(2):
-        other = there.on(f"task{task}")
-        (other.lab.folder / "list.json").write_bytes(listed)
-        other.nfm("pairs", "encode", "list.json", "--task", task, "--of", 2)
+        there.on(f"task{task}").nfm("pairs", "encode", where, "--task", task, "--of", 2)
     there.run("pairs", NO_REPORT, "pairs.executor=slurm")
     (store,) = there.all("pairs")
     assert store.manifest()["content_digest"] == made.only("pairs").manifest()["content_digest"]

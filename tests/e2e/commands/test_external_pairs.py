@@ -95,6 +95,7 @@ def test_what_is_no_store_yet_is_named_for_what_it_is(command: str, nfm_anew: Nf
 def test_a_level_is_one_and_verify_says_what_it_read(mine: Path, nfm_anew: Nfm) -> None:
     for command in (("pairs", "verify"), ("audit",)):
         assert "give one of them" in nfm_anew(*command, mine, "--quick", "--deep", exits=2)
+    assert "--sample is of --deep" in nfm_anew("audit", mine, "--sample", 5, exits=2)
     for option, said in (
         (("--quick",), "no shard was read"),
         ((), "every byte was read\n"),

@@ -11,8 +11,8 @@ from pathlib import Path
 import click
 import pytest
 
-from nfm.pipeline.artifacts import in_bucket
 from nfm.pipeline.artifacts.artifact import artifacts_root, find
+from nfm.pipeline.artifacts.in_bucket import check_settings
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.cli import cli, main
 from nfm.pipeline.cli.options import LocalPath, Place
@@ -80,6 +80,7 @@ def test_no_other_file_decides_what_a_place_is(folder: str) -> None:
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in sorted((ROOT / folder).glob("**/*.py"))
+        if path.parent.name != "accelerator"  # runs where pydantic is not, which the rule's module needs
         for line in path.read_text().splitlines()
         if other.search(line)
     ]
@@ -254,20 +255,6 @@ def test_the_artifacts_root_is_a_place_of_a_kind_that_can_hold_artifacts(
     assert len(list((tmp_path / "home" / "art" / "data").iterdir())) == 1
 
 
-def test_a_command_that_does_not_work_in_a_bucket_says_so_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NFM_ARTIFACTS", "s3://bucket/art")
-    refused = [(path, command) for path, command in commands() if " ".join(path) not in in_bucket.COMMANDS]
-    assert len(refused) + len(in_bucket.COMMANDS) == len(list(commands())), "a name in COMMANDS is no command"
-    page = (ROOT / "docs" / "places.md").read_text(encoding="utf-8")
-    told = page[page.index("Everything else is refused by name") : page.index("gs:// and az://")]
-    for path, command in refused:
-        name = path[0] if path[0] == "submit" else path[-1]
-        assert re.search(rf"\b{name}\b", told), f"docs/places.md: say that {name} is refused"
-        assert command.callback is not None
-        with pytest.raises(NoPlace, match=rf"NFM_ARTIFACTS=s3://bucket/art: `nfm .*{command.name}` does not work"):
-            command.callback()
-
-
 @pytest.mark.parametrize("text", ["student.workers=3", "teacher.workers=2"])
 def test_a_setting_that_does_not_work_in_a_bucket_is_refused_with_what_to_write(
     text: str, monkeypatch: pytest.MonkeyPatch
@@ -275,12 +262,12 @@ def test_a_setting_that_does_not_work_in_a_bucket_is_refused_with_what_to_write(
     field, _, value = text.partition("=")
     section, _, name = field.partition(".")
     config = getattr(RunConfig.model_validate({"data": {"source": "digits"}, section: {name: value}}), section)
-    in_bucket.check_settings([(section, config)], 1)
+    check_settings([(section, config)], 1)
     monkeypatch.setenv("NFM_ARTIFACTS", "s3://bucket/art")
     told = rf"{field} = {value} does not work in a bucket; start .* torchrun .*--set {field}=1"
     with pytest.raises(NoPlace, match=told):
-        in_bucket.check_settings([(section, config)], 1)
-    in_bucket.check_settings([(section, config)], 2)
+        check_settings([(section, config)], 1)
+    check_settings([(section, config)], 2)
 
 
 def test_an_artifact_is_found_by_any_way_to_write_its_place(nfm: Nfm, tmp_path: Path) -> None:

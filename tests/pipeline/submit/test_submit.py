@@ -26,7 +26,7 @@ def submission(root: str = ODD, **changes: object) -> Submission:
     values: dict[str, object] = {
         "folder": Path(root) / "artifacts/submissions/0123abcd-001",
         "work": Path(root),
-        "artifacts": Path(root) / "artifacts",
+        "artifacts": f"{root}/artifacts",
         "nfm": (f"{root}/venv/bin/python", "-m", "nfm.pipeline.cli"),
         "config": Path(root) / "artifacts/submissions/0123abcd-001/config.toml",
         "sets": ("pairs.draws=4", "data.source=it's $(odd)"),
@@ -211,3 +211,17 @@ def test_what_a_run_would_refuse_is_not_submitted(empty: Lab, stage: str) -> Non
     said = empty.nfm("submit", stage, "-c", "tiny.toml", "--slurm", *wrong, exits=2).stderr
     assert "channels = 12 is not a multiple of head_size = 32" in said
     assert {path.name for path in empty.folder.iterdir()} == {"tiny.toml"}
+
+
+@pytest.mark.parametrize(("given", "scratch"), [({}, "/node/nfm-scratch-"), ({"NFM_SCRATCH": "/mine"}, "/mine\n")])
+def test_jobs_whose_artifacts_are_in_a_bucket_compute_in_a_folder_of_their_node(
+    given: dict[str, str], scratch: str
+) -> None:
+    there = submission("/tmp", artifacts="s3://bucket/run", nfm=("printenv", "NFM_SCRATCH"), before=("printenv() {",
+                       '  echo "$NFM_ARTIFACTS"; command printenv "$1"', "}"))  # fmt: skip
+    assert there.worklist == "s3://bucket/run/submissions/0123abcd-001/worklist.json"
+    (prepare, *_) = array_jobs(there, 1, 1)
+    text = prepare.text.replace("exec printenv", "printenv")
+    environment = {"PATH": os.environ["PATH"], "SLURM_TMPDIR": "/node", **given}
+    told = subprocess.run(["bash"], input=text, capture_output=True, text=True, env=environment)
+    assert told.stdout.startswith(f"s3://bucket/run\n{scratch}"), told.stderr

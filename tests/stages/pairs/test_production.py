@@ -1,0 +1,26 @@
+"""What is kept of failed shards, and for how long."""
+
+from __future__ import annotations
+
+from nfm.stages.executors.jobs import Job, Outcome
+from nfm.stages.pairs.production import failure_path, produce
+from nfm.storage.files.paths import as_path, exists
+from nfm.storage.ledger import commits
+from tests.stages.pairs.shop import Shop
+from tests.support.recorder import Recorder
+from tests.support.s3server import S3
+
+
+def test_a_traceback_goes_when_its_shard_is_made_and_others_cost_no_request(
+    shop: Shop,
+    bucket: str,
+    s3: S3,
+) -> None:
+    store = shop.make(shop.config(coupling="independent"))
+    out = as_path(f"{bucket}/store")
+    made = [Outcome(Job(name, "a"), commits.read(store.root, name)) for name in ("d000-s00000", "d000-s00001")]
+    produce(out, [Outcome(made[1].job, error="OSError: once")], 16, Recorder(), 0, 2)
+    assert exists(failure_path(out, "d000-s00001"))
+    produce(out, made, 16, Recorder(), 0, 2)
+    assert not exists(failure_path(out, "d000-s00001"))
+    assert s3.count("DELETE") == 1
