@@ -43,7 +43,7 @@ SHAPE, RECORDS = (3, 32, 32), 512  # of an image; records of a shard
 def server(delay: float) -> Iterator[str]:
     """The server in a process of its own; this process finds it by its environment."""
     words = [sys.executable, "-m", "benchmarks.store.s3", str(delay)]
-    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout is not None
     endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
     os.environ |= {

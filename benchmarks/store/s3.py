@@ -98,7 +98,7 @@ class Objects:
             f"<ListBucketResult><Name>{bucket}</Name><EncodingType>url</EncodingType><KeyCount>{len(rows)}</KeyCount>"
             f"<IsTruncated>{cut}</IsTruncated>{token}{''.join(rows)}</ListBucketResult>"
         )
-        return web.Response(text=text, content_type="application/xml")
+        return web.Response(body=text.encode(), content_type="application/xml")
 
 
 def _row(name: str, facts: tuple[bytes, str, float] | None) -> str:
@@ -114,7 +114,7 @@ def _row(name: str, facts: tuple[bytes, str, float] | None) -> str:
 
 def _error(status: int, code: str) -> web.Response:
     text = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>"
-    return web.Response(status=status, text=text, content_type="application/xml")
+    return web.Response(status=status, body=text.encode(), content_type="application/xml")
 
 
 def _unchunked(body: bytes) -> bytes:
