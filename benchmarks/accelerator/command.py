@@ -23,6 +23,23 @@ RESULTS = Path("results/gpu")
 WORK, STATE = "build/accelerator", "state.json"
 
 
+class Local(click.ParamType):
+    """A path of this machine. The rule of the `nfm` command for places needs the packages that may be missing here."""
+
+    name = "path"
+
+    def __init__(self, ending: str = "") -> None:
+        self.ending = ending
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if re.match(r"[A-Za-z][\w+.-]+:/", str(value)):
+            self.fail(f"{value}: a URL, and a path of this machine is needed", param, ctx)
+        path = Path(value)
+        if not path.name.endswith(self.ending):
+            self.fail(f"{value}: its ending is {path.suffix or 'none'}, and this is {self.ending}", param, ctx)
+        return path
+
+
 class Piece(NamedTuple):
     """What to call, and what must be done before. `least` is the time in seconds with which it is begun."""
 
@@ -57,13 +74,13 @@ PIECES: dict[str, Piece] = {
 @click.command()
 @click.option("--minutes", default=30.0, show_default=True, type=click.FloatRange(min=0), help="Of this call, about.")
 @click.option("--only", multiple=True, type=click.Choice(list(PIECES)), help="Only this piece, again. Repeatable.")
-@click.option("--images", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The trial's images: an "
-              ".npz with data, uint8 [N, 1, 28, 28], and labels from 0 to 9. [default: drawn flowers]")  # fmt: skip
+@click.option("--images", type=Local(), help="The trial's images: an .npz with data, uint8 [N, 1, 28, 28], and labels "
+              "from 0 to 9. [default: drawn flowers]")  # fmt: skip
 @click.option("--tiny", is_flag=True, help="A small run that shows that all works; its figures mean nothing.")
 @click.option("--device", default="auto", show_default=True)
-@click.option("--work", default=WORK, show_default=True, type=click.Path(file_okay=False, path_type=Path),
+@click.option("--work", default=WORK, show_default=True, type=Local(),
               help="Keeps what is done and half done, for the next call. Remove it to begin anew.")  # fmt: skip
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path),
+@click.option("-o", "--output", "--out", "output", type=Local(".json"),
               help="The JSON. [default: results/gpu/CARD-DATE.json]")  # fmt: skip
 def accelerator(
     minutes: float, only: tuple[str, ...], images: Path | None, tiny: bool, device: str, work: Path,
@@ -75,6 +92,8 @@ def accelerator(
     end, plan = time.monotonic() + 60 * minutes, PLANS["tiny" if tiny else "full"]
     device = _device(device)
     forbid_tf32()
+    if images is not None and not images.is_file():
+        raise click.BadParameter(f"{images}: no such file", param_hint="--images")
     work.mkdir(parents=True, exist_ok=True)
     state = _begun(work, plan.name, device, output)
     for name in only:

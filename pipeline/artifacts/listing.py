@@ -1,11 +1,13 @@
-"""Every artifact of a bucket in few requests: one listing for each stage and each store, one read for each artifact."""
+"""Every artifact of a bucket in few requests: one listing for each stage and each store, one read for each artifact.
+
+What was read is noted in scratch by the tag of the object, which a listing tells: it is read once on each machine.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
-import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,23 @@ from nfm.pipeline.artifacts.ours import is_foreign
 from nfm.stages.stores.repair import bytes_told
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic, remote
-from nfm.storage.files.paths import names_in, several, size_below
+from nfm.storage.files.copies import mirror
+from nfm.storage.files.folder import Facts, below, objects_in
+from nfm.storage.files.paths import names_in, several
 from nfm.storage.files.small_files import MOST_BYTES
 
 _MANIFEST = re.compile(r"manifest(\.g\d+)?\.json")
-Files = dict[str, tuple[int, float]]  # name -> (bytes, Unix time of the last change)
+Files = Mapping[str, Facts]
 
 
 @dataclass(frozen=True)
 class Listed:
-    """An artifact in a bucket: its newest manifest, or its spec while there is none; None if that is unreadable."""
+    """An artifact in a bucket as its newest manifest tells of it, or its spec while there is none."""
 
     path: Path
-    body: Mapping[str, Any] | None
+    damaged: bool
     finished: bool
+    inputs: list[str]
     bytes: int
     changed: float  # when its spec was written, Unix time
 
@@ -37,17 +42,17 @@ def listed(root: Path) -> list[Listed]:
     """The artifacts under a root in a bucket, by name. Raises StorageError."""
     stages = names_in(root)
     plain = [root / stage for stage in stages if stage != STORES]
-    files: dict[Path, Files] = {}
-    for stage, found in zip(plain, several(root, _below, plain)):
+    files: dict[Path, dict[str, Facts]] = {}
+    for stage, found in zip(plain, several(root, below, plain)):
         for name, facts in found.items():
             fingerprint, _, rest = name.partition("/")
             files.setdefault(stage / fingerprint, {})[rest] = facts
     stores = [root / STORES / name for name in names_in(root / STORES)]
-    files |= dict(zip(stores, several(root, _directly_in, stores)))
-    told = {path: path / _telling(names) for path, names in files.items() if "spec.json" in names}
-    bodies = dict(zip(told, _read(root, list(told.values()))))
-    rows = [_row(path, told[path].name, bodies[path], files[path]) for path in sorted(told, key=str)]
-    return [row for row in rows if row.body is not None or not is_foreign(row.path / "spec.json")]
+    files |= dict(zip(stores, several(root, objects_in, stores)))
+    told = {path: _telling(names) for path, names in files.items() if "spec.json" in names}
+    notes = _notes_of(root, {path / name: files[path][name].tag for path, name in told.items()})
+    rows = [_row(path, told[path], notes[path / told[path]], files[path]) for path in sorted(told, key=str)]
+    return [row for row in rows if not row.damaged or not is_foreign(row.path / "spec.json")]
 
 
 def _telling(names: Files) -> str:
@@ -55,35 +60,38 @@ def _telling(names: Files) -> str:
     return max((name for name in names if _MANIFEST.fullmatch(name)), default="spec.json")
 
 
-def _row(path: Path, name: str, body: Mapping[str, Any] | None, names: Files) -> Listed:
-    size = sum(size for size, _ in names.values())
+def _row(path: Path, name: str, note: Mapping[str, Any], names: Files) -> Listed:
+    size = sum(facts.bytes for facts in names.values())
     if path.parent.name == STORES:  # its shards were not listed
-        told = bytes_told(body or {})
-        size = size_below(path) if told is None else told
-    return Listed(path, body, name != "spec.json", size, names["spec.json"][1])
+        size = note["bytes"] if note["bytes"] is not None else sum(facts.bytes for facts in below(path).values())
+    return Listed(path, note["damaged"], name != "spec.json", note["inputs"], size, names["spec.json"].changed)
 
 
-def _below(folder: Path) -> Files:
-    """All files below a folder, by path relative to it: 1,000 in a request."""
-    found = remote.attempt(folder, "list", lambda fs, name: fs.find(name, detail=True))
-    return {name.removeprefix(_key(folder) + "/"): _facts(facts) for name, facts in found.items()}
+def _notes_of(root: Path, tags: Mapping[Path, str]) -> dict[Path, Mapping[str, Any]]:
+    """What these files say, by path. Those whose tag is noted on this machine are not read."""
+    file = mirror.local_root(root) / "listing.json"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(StorageError):  # there is none yet, or it is damaged: it is made anew
+        known = atomic.read_json(file)["notes"]
+    unknown = [path for path, tag in tags.items() if not tag or known.get(str(path), {}).get("tag") != tag]
+    for path, body in zip(unknown, _read(root, unknown)):
+        known[str(path)] = {"tag": tags[path] if body is not None else "", **_note(body)}
+    notes: dict[Path, Mapping[str, Any]] = {path: known[str(path)] for path in tags}
+    if unknown:
+        with contextlib.suppress(StorageError):  # no room: it is read again next time
+            atomic.write_json(file, {"notes": {str(path): note for path, note in notes.items()}})
+    return notes
 
 
-def _directly_in(folder: Path) -> Files:
-    with contextlib.suppress(FileNotFoundError):
-        found = remote.attempt(folder, "list", lambda fs, name: fs.ls(name, detail=True, refresh=True))
-        return {str(item["name"]).rpartition("/")[2]: _facts(item) for item in found if item["type"] == "file"}
-    return {}
+def _note(body: Mapping[str, Any] | None) -> dict[str, Any]:
+    stated = (body or {}).get("inputs")
+    inputs = [str(each.get("artifact")) for each in stated.values()] if isinstance(stated, dict) else []
+    return {"damaged": body is None, "inputs": inputs, "bytes": bytes_told(body or {})}
 
 
-def _facts(facts: Mapping[str, Any]) -> tuple[int, float]:
-    changed = facts.get("LastModified")
-    return int(facts["size"]), changed.timestamp() if changed is not None else time.time()
-
-
-def _read(root: Path, paths: list[Path]) -> list[Mapping[str, Any] | None]:
-    """The JSON of these files, all requests at the same time; None for what is damaged. What fails is read again."""
-    got: Any = []
+def _read(root: Path, paths: Iterable[Path]) -> list[Mapping[str, Any] | None]:
+    """The JSON of these files, many requests at the same time; None for what is damaged. What fails is read again."""
+    paths, got = list(paths), []
     if paths:
         names, starts, ends = [_key(path) for path in paths], [0] * len(paths), [MOST_BYTES] * len(paths)
         got = remote.attempt(root, "read", lambda fs, _: fs.cat_ranges(names, starts, ends, on_error="return"))

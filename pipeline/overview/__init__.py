@@ -65,10 +65,8 @@ def _here(folder: Path) -> Row:
 def _in_bucket(root: Path) -> list[Row]:
     rows = []
     for one in listed(root):
-        state = "damaged" if one.body is None else "done" if one.finished else "started"
-        stated = (one.body or {}).get("inputs")
-        inputs = [str(each.get("artifact")) for each in stated.values()] if isinstance(stated, dict) else []
-        rows.append(_row(Artifact(one.path).name, state, one.bytes, one.changed, inputs))
+        state = "damaged" if one.damaged else "done" if one.finished else "started"
+        rows.append(_row(Artifact(one.path).name, state, one.bytes, one.changed, one.inputs))
     return rows
 
 

@@ -77,7 +77,8 @@ def seal_complete(out: Path) -> str:
 
 def bytes_told(manifest: Mapping[str, Any]) -> int | None:
     """The bytes of all files of a store, if a manifest tells: that of a part of a larger generation does not."""
-    return int(manifest["bytes"]) if "bytes" in manifest and seal.PART_OF not in manifest else None
+    told = manifest.get("bytes")
+    return told if isinstance(told, int) and seal.PART_OF not in manifest else None
 
 
 def complete_draws(out: Path) -> int:

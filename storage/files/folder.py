@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from nfm.storage.files import remote
 from nfm.storage.files.paths import inside, is_remote, names_in
@@ -44,7 +44,7 @@ def sizes(root: Path, folder: str) -> dict[str, int]:
     """
     path = root / folder
     if is_remote(root):
-        return _remote_sizes(path)
+        return {name: facts.bytes for name, facts in objects_in(path).items()}
     if path.is_symlink():
         return {}
     found: dict[str, int] = {}
@@ -59,15 +59,6 @@ def sizes(root: Path, folder: str) -> dict[str, int]:
     return found
 
 
-def _remote_sizes(path: Path) -> dict[str, int]:
-    try:
-        listed: Any = remote.attempt(path, "list", lambda fs, name: fs.ls(name, detail=True, refresh=True))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    files = (cast(dict[str, Any], item) for item in listed if item["type"] == "file")
-    return {str(item["name"]).rpartition("/")[2]: int(item["size"]) for item in files}
-
-
 def shard_files(root: Path) -> dict[str, int]:
     """Bytes of every plain file in the folders of payloads and index parts, by path relative to the store."""
     return {f"{folder}/{name}": size for folder in ("shards", "index") for name, size in sizes(root, folder).items()}
@@ -75,10 +66,11 @@ def shard_files(root: Path) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Facts:
-    """Bytes of a file, and the Unix time of its last change; of an object by the clock of its server."""
+    """Bytes of a file, and the Unix time of its last change; of an object by the clock of its server, with its tag."""
 
     bytes: int
     changed: float
+    tag: str = ""
 
 
 def below(folder: Path) -> dict[str, Facts]:
@@ -107,13 +99,23 @@ def _objects_below(folder: Path) -> dict[str, Facts]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     prefix = str(getattr(folder, "path")).rstrip("/") + "/"  # noqa: B009 not an attribute of pathlib's paths
-    return {name.removeprefix(prefix): facts_of(item) for name, item in listed.items()}
+    return {name.removeprefix(prefix): _facts_of(item) for name, item in listed.items()}
 
 
-def facts_of(item: dict[str, Any]) -> Facts:
+def objects_in(folder: Path) -> dict[str, Facts]:
+    """The objects directly in a folder of a bucket, by name; none if there is no such folder."""
+    try:
+        listed: Any = remote.attempt(folder, "list", lambda fs, name: fs.ls(name, detail=True, refresh=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return {str(item["name"]).rpartition("/")[2]: _facts_of(item) for item in listed if item["type"] == "file"}
+
+
+def _facts_of(item: dict[str, Any]) -> Facts:
     """The facts in an entry of a listing of fsspec's."""
     changed = item.get("LastModified")
-    return Facts(int(item["size"]), changed.timestamp() if changed is not None else time.time())
+    seconds = changed.timestamp() if changed is not None else time.time()
+    return Facts(int(item["size"]), seconds, str(item.get("ETag", "")))
 
 
 class Folder:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, by, check_inside
-from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, whole, writable
+from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, whole, writable, wrong
 from nfm.storage.files.atomic import HashingFile, create_json, read_json
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove
@@ -246,6 +246,8 @@ def _pieces(
     folder: Path, name: str, chunks: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Iterator[Array]:
     for chunk in chunks:
+        if not isinstance(chunk, np.ndarray):
+            raise wrong("a chunk", chunk, f"a numpy array [n, ...] of the rows of field {name!r}")
         if chunk.shape[1:] != shape or chunk.dtype.newbyteorder("=") != dtype.newbyteorder("="):
             raise StorageError(
                 f"{folder}: field {name!r} got {chunk.dtype} {by(chunk.shape[1:])} a row, "

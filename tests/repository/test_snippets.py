@@ -29,6 +29,7 @@ NOT_RUN = {
     "nfm compare -c configs/fashion14.toml": "hours; a smaller one runs in tests/e2e",
     "nfm compare -c F": "the tiny run compares nothing; tests/e2e has one that does",
     "nfm run pairs -c F --ray-address auto": "needs a Ray cluster; tests/clusters has one",
+    "nfm run latents -c F": "needs a VAE; tests/e2e/test_latents.py makes one",
     "nfm submit pairs -c F --slurm --tasks 64": "submits jobs; tests/clusters has a Slurm",
     "nfm submit teacher -c F --slurm --nodes 8": "submits a job; tests/clusters has a Slurm",
     "nfm teacher import": "needs a published checkpoint; tests/e2e/test_import.py makes one",

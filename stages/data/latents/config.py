@@ -54,6 +54,14 @@ class LatentsConfig(Section):
     device: str = operational("auto")
 
     @model_validator(mode="after")
+    def _check_vae(self) -> Self:
+        if self.vae is None and (without := sorted(self.model_fields_set & self.semantic().keys())):
+            raise ValueError(
+                f"{without[0]} is of latents, and without vae there are none: name a VAE as vae, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_options(self) -> Self:
         if self.options and (self.vae is None or not is_function(self.vae)):
             raise ValueError(

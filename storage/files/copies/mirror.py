@@ -32,8 +32,12 @@ def local_folder(artifact: Path) -> Path:
     """The folder on this machine for an artifact; the artifact itself if it is local."""
     if not is_remote(artifact):
         return artifact
-    root = str(artifact.parent.parent).rstrip("/")
-    return scratch_root() / atomic.digest(root.encode())[:12] / artifact.parent.name / artifact.name
+    return local_root(artifact.parent.parent) / artifact.parent.name / artifact.name
+
+
+def local_root(root: Path) -> Path:
+    """The folder on this machine for all artifacts of a root in a bucket."""
+    return scratch_root() / atomic.digest(str(root).rstrip("/").encode())[:12]
 
 
 def prepare(artifact: Path) -> Path:

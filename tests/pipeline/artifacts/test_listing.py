@@ -60,8 +60,24 @@ def test_requests_are_one_an_artifact_and_a_few_a_stage_and_one_more_a_store(roo
     assert s3.count("GET") - 12 <= 6 + 4, "listings: one a store, and a few"
 
 
-def test_a_read_that_fails_once_is_made_again(root: Path, s3: S3) -> None:
+def test_a_read_that_fails_once_is_made_again(
+    root: Path, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(root, "student/000000000001")
     for kind in ("error", "reset", "flip"):
         s3.fail(kind, "manifest.json", method="GET")
-        assert [one.body is not None for one in listed(root)] == [True]
+        monkeypatch.setenv("NFM_SCRATCH", str(tmp_path / kind))
+        assert [one.damaged for one in listed(root)] == [False]
+
+
+def test_a_manifest_is_read_once_on_a_machine_unless_it_is_another_by_now(root: Path, s3: S3) -> None:
+    put(root, "data/000000000001")
+    put(root, "student/000000000002", "data/000000000001")
+    before = listed(root)
+    s3.requests.clear()
+    assert listed(root) == before
+    assert s3.count("GET", ".json") == 0
+    (root / "student/000000000002/manifest.json").write_bytes(b"{}")
+    assert [one.damaged for one in listed(root)] == [False, True]
+    put(root, "student/000000000002")
+    assert [one.inputs for one in listed(root)] == [[], []]

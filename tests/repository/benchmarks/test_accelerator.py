@@ -138,6 +138,16 @@ def test_work_of_another_size_is_not_mixed_in(tmp_path: Path) -> None:
     assert "holds the tiny run of cpu, and this is the full one of cpu: give another --work" in done.output
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("-o=out.txt", "its ending is .txt"), ("--work=s3://a/b", "a URL"), ("--images=none.npz", "no such file")],
+)
+def test_a_place_that_is_none_is_wrong_use(option: str, says: str) -> None:
+    done = CliRunner().invoke(accelerator, ["--tiny", "--device=cpu", *option.split("=")])
+    assert done.exit_code == 2
+    assert says in done.output
+
+
 def test_images_of_ones_own_are_read_and_refused_by_name(tmp_path: Path) -> None:
     file, labels = tmp_path / "in.npz", np.arange(6) % 3
     np.savez(file, data=np.full((6, 1, 8, 8), 255, np.uint8), labels=labels)

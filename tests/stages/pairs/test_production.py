@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from nfm.stages.executors.jobs import Job, Outcome
-from nfm.stages.pairs.production import failure_path, produce
+from nfm.stages.executors.outcomes import failure_path
+from nfm.stages.pairs.production import produce
 from nfm.storage.files.paths import as_path, exists
 from nfm.storage.ledger import commits
 from tests.stages.pairs.shop import Shop

@@ -64,6 +64,8 @@ def test_names_shapes_and_dtypes_that_do_not_fit_are_refused(root):
             add(root, name=name)
     with pytest.raises(StorageError, match="dtype"):
         write_row_field(root, "caption", [np.array([object()])], (), "object")
+    with pytest.raises(StorageError, match=r"a chunk is \[\[1, 2\]\]: it must be a numpy array"):
+        write_row_field(root, "caption", [[[1, 2]]], (2,), "float16")
     with pytest.raises(StorageError, match="announced"):
         write_row_field(root, "caption", [VALUES.astype(np.float32)], (3, 2), "float16")
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from nfm.stages.base import StageError, Unfit
 from nfm.stages.data.latents import stage
@@ -62,6 +63,13 @@ def test_a_shard_that_fails_is_told_and_the_others_stay(place: Path, data: Path)
     (place / "broken").unlink()
     make(place / "out", data, report := Recorder())
     assert "3 of 4 shards are committed already" in report.said
+
+
+@pytest.mark.parametrize("field", [{"mirrors": True}, {"scale": 2.0}, {"options": {"std": 1.0}}])
+def test_a_setting_of_latents_without_a_vae_is_refused(field: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=f"{next(iter(field))} is of latents, and without vae there are none"):
+        LatentsConfig.model_validate(field)
+    assert LatentsConfig(ray_address="head:6379", executor="serial").vae is None
 
 
 def test_executors_that_are_of_pairs_alone_or_cannot_reach_a_bucket_are_refused(
