@@ -24,6 +24,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import exists, size_of
 from nfm.storage.files.small_files import plain
+from nfm.storage.format import untrusted
 from nfm.storage.layouts import Shard
 
 FOLDER = "parts"
@@ -131,7 +132,7 @@ class Slice:
 def read_slice(out: Path, name: str) -> Slice:
     """The rows of one part. Raises StorageError if the plan is not there or lacks the part."""
     with plain(out / _PLAN) as file, pq.ParquetFile(file) as plan:
-        head = json.loads(plan.schema_arrow.metadata[_HEAD])
+        head = untrusted.json_value(plan.schema_arrow.metadata[_HEAD])
         if name not in head["names"]:
             raise StorageError(f"{out / _PLAN}: has no part {name}: run again")
         columns = plan.read_row_group(head["names"].index(name)).to_pydict()

@@ -29,7 +29,7 @@ def test_a_report_is_made_of_what_is_in_the_bucket(made: Lab, there: Bucket) -> 
 
 @pytest.mark.seconds(60)
 def test_a_student_is_trained_from_the_url_of_a_store_that_is_no_artifact(made: Lab, there: Bucket) -> None:
-    there.upload(made, "data", "pairs")
+    there.upload(made, "data", "teacher", "pairs")
     elsewhere = f"{there.url.removesuffix('/run')}/elsewhere"
     there.nfm("pairs", "export", made.name("pairs"), elsewhere)
     there.nfm("student", "--pairs", elsewhere, "-c", "tiny.toml", "--set", "student.pairs=128")
