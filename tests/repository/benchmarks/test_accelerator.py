@@ -58,6 +58,7 @@ def job(folder: Path, until: float = math.inf) -> Job:
     return Job(TINY, "cpu", folder, until, {})
 
 
+@pytest.mark.long
 @pytest.mark.seconds(120)
 def test_every_piece_runs_tiny_without_the_packages_of_the_pipeline(tmp_path: Path) -> None:
     """In one process. The tests' piece, which starts another, has a test of its own."""
