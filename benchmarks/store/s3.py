@@ -1,6 +1,6 @@
 """A small S3 server in memory for `benchmarks.store.bucket`, which counts requests and answers after a delay.
 
-moto, which the tests use, needs tens of milliseconds of processor time for a request: what is measured with it is moto.
+moto, which the tests use, does far more for a request than this: its own time would be a part of what is measured.
 """
 
 from __future__ import annotations
