@@ -78,7 +78,8 @@ class Objects:
     def _list(self, bucket: str, request: web.Request) -> web.Response:
         prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
         most = min(int(request.query.get("max-keys", PAGE)), PAGE)
-        after, found, more = request.query.get("continuation-token", ""), {}, ""
+        found: dict[str, tuple[bytes, str, float] | None] = {}
+        after, more = request.query.get("continuation-token", ""), ""
         for whole in sorted(self.held):
             key = whole.removeprefix(f"{bucket}/")
             if not whole.startswith(f"{bucket}/{prefix}"):

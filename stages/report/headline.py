@@ -29,7 +29,9 @@ def sentences(body: Mapping[str, Any]) -> list[str]:
     common = sorted(set(plain) & set(distances.get(str(ours), {})), reverse=True)
     if ours is None or not common:
         return [_figures(rows, key, min(min(found) for found in distances.values()))]
-    shown = max((nfe for nfe in common if plain[nfe] >= STRAINED * min(plain.values())), default=common[-1])
+    best = min(plain, key=lambda nfe: plain[nfe])  # with more evaluations than this, steps are not what is missing
+    strained = [nfe for nfe in common if nfe < best and plain[nfe] >= STRAINED * plain[best]]
+    shown = max(strained, default=common[-1])
     curvature = {str(row["coupling"]): float(row["value"]) for row in body.get("curvature") or []}
     spread = next((row.get("spread") for row in rows if row["model"] == "floor"), None) or 0.0
     return [_verdict(ours, distances[ours], plain, spread, curvature), _figures(rows, key, shown)]

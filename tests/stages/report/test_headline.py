@@ -67,3 +67,9 @@ def test_where_no_number_of_evaluations_is_hard_the_fewest_are_shown() -> None:
     even = {7: 0.2, 3: 0.21}
     _, figures = sentences(body({"nfm": {7: 0.1, 3: 0.1}, "independent": even}))
     assert figures.startswith("FD-CNN at 3 evaluations")
+
+
+def test_more_evaluations_than_independent_noise_needs_are_never_where_steps_matter() -> None:
+    unlearnt = {15: 0.222, 7: 0.102, 5: 0.215, 3: 0.435}  # at 15 the student's own error is what is seen
+    _, figures = sentences(body({"nfm": {15: 0.223, 7: 0.19, 5: 0.167, 3: 0.185}, "independent": unlearnt}))
+    assert figures.startswith("FD-CNN at 5 evaluations (Euler), lower is better: nfm 0.167; independent 0.215")
