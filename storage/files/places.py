@@ -199,6 +199,9 @@ def _remote(where: str, scheme: str, rest: str) -> Path:
         raise NoPlace(where, f"{error}; use a folder, s3://bucket/..., gs://bucket/... or file:///path") from error
 
 
+CONNECTIONS = 32  # at the same time; botocore's 10 make a listing of a thousand files wait for each other
+
+
 def _options(protocol: str) -> dict[str, Any]:
     options: dict[str, Any] = {"use_listings_cache": False}
     if protocol in ("s3", "s3a"):
@@ -211,6 +214,7 @@ def _options(protocol: str) -> dict[str, Any]:
             "retries": {"total_max_attempts": 1, "mode": "standard"},
             "connect_timeout": answer_seconds(),
             "read_timeout": answer_seconds(),
+            "max_pool_connections": CONNECTIONS,
         }
     return options
 
