@@ -38,6 +38,7 @@ def test_a_student_is_trained_from_the_url_of_a_store_that_is_no_artifact(made: 
     assert " clean " in there.nfm("audit", f"student/{student.path.name}", "--quick").stdout
 
 
+@pytest.mark.long
 @pytest.mark.seconds(90)
 def test_a_store_of_zarr_is_made_repaired_and_sealed_there(made: Lab, there: Bucket) -> None:
     there.upload(made, "data", "teacher")

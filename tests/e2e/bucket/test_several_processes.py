@@ -42,6 +42,7 @@ def torchrun(there: Bucket) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.long
 def test_processes_on_machines_apart_make_the_student_of_one_and_others_go_on_from_their_checkpoint(
     made: Lab, there: Bucket
 ) -> None:
