@@ -103,8 +103,9 @@ class Console:
     ):  # fmt: skip
         inside(events.parent, events.name).mkdir(exist_ok=True)
         self.stage = stage
-        # Workers of one store on several hosts write at the same time, each to its own file.
-        name = f"{time.strftime('%Y%m%dT%H%M%S')}-{socket.gethostname()}-{os.getpid()}.jsonl"
+        # Workers of one store on several hosts write at the same time, each to its own file. Containers can have the
+        # same host name and process number: in a bucket, a name that two had would lose the events of one.
+        name = f"{units.stamp()}-{socket.gethostname()}-{os.getpid()}.jsonl"
         self._events = (events / name).open("a", buffering=1, encoding="utf-8")
         self._copy = EventCopy(events / name, copies / name) if copies is not None else None
         self._stop = stop

@@ -26,7 +26,7 @@ from nfm.stages.base import Finding, StageError
 from nfm.stages.couplings import custom
 from nfm.stages.data.latents import audit as latents_audit
 from nfm.stages.data.latents import stage as latents
-from nfm.stages.display.units import megabytes
+from nfm.stages.display import units
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.stores import audit as store_audit
 from nfm.stages.trained import student, teacher
@@ -106,7 +106,7 @@ def as_text(results: Sequence[Audited]) -> str:
     lines = []
     for result in results:
         verdict = f"{len(result.findings)} FINDINGS" if result.findings else "clean"
-        looked = f"{result.files} files, {megabytes(result.bytes)}"
+        looked = f"{result.files} files, {units.megabytes(result.bytes)}"
         lines.append(f"{result.artifact:24} {verdict:12} {looked:24} {result.seconds:6.1f} s  {result.manifest}")
         lines += [f"    {finding.file}: {finding.problem}. Remedy: {finding.remedy}" for finding in result.findings]
         lines += [f"    {statement}" for statement in result.statements]
@@ -224,8 +224,7 @@ def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> lis
 
 def _keep_receipt(folder: Path, result: Audited, level: Level) -> None:
     """Writes a dated receipt beside the artifact. If the folder is read-only, only the receipt is lost."""
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    receipt = folder / "audits" / f"{stamp}-{level}.json", {"level": level, **asdict(result)}
+    receipt = folder / "audits" / f"{units.stamp()}-{level}.json", {"level": level, **asdict(result)}
     if is_remote(folder):
         if under_root(folder):  # a store of somebody else's bucket is left as it is
             with contextlib.suppress(StorageError):

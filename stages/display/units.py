@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 _ENDLESS = 365e6 * 86400  # seconds
 
@@ -81,3 +82,8 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def stamp() -> str:
+    """The time now in a name of a file (UTC, to the microsecond), in the order of time: `20260101T000000.000000Z`."""
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
