@@ -52,6 +52,11 @@ class StopRequest:
         self.messages = 0  # messages written so far, outside of the live table
         self._at_once = False
 
+    @property
+    def ending(self) -> bool:
+        """Whether nothing new may begin."""
+        return self.asked or self.asked_to_end
+
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handles the signals during a run. A second SIGINT or SIGTERM stops at once."""
