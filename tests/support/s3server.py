@@ -175,15 +175,15 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving() -> Iterator[S3]:
-    """Runs the server and its proxy."""
+def serving(host: str = "127.0.0.1") -> Iterator[S3]:
+    """Runs the server and its proxy, which listens at `host`."""
     from moto.server import ThreadedMotoServer
 
     behind = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     behind.start()
     handler = type("Proxy", (_Proxy,), {"behind": behind.get_host_and_port()})
-    proxy = _Server(("127.0.0.1", 0), handler)
-    s3 = S3(f"http://127.0.0.1:{proxy.server_address[1]}")
+    proxy = _Server((host, 0), handler)
+    s3 = S3(f"http://{host}:{proxy.server_address[1]}")
     handler.s3 = s3  # type: ignore[attr-defined]
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
