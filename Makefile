@@ -9,6 +9,7 @@
 #   PIP_ARGS="..."                arguments for pip, for instance the index of that torch build
 #   JOBS=0                        run the tests in one process; default: on two
 #   MINUTES=10                    how long `make fuzz` goes on
+#   AT_ONCE=1                     how many students `make report` trains at a time; default: 2 of the default config, else 1
 #   TIMES=20                      how often `make test-busy` runs its tests
 
 CONFIG ?= configs/glyphs.toml
@@ -18,6 +19,7 @@ PIP_ARGS ?=
 JOBS ?= 2
 MINUTES ?= 10
 TIMES ?= 20
+AT_ONCE ?= $(if $(filter configs/glyphs.toml,$(CONFIG)),2,1)
 VENV := .venv
 PEERS := .venv-bench
 
@@ -72,7 +74,7 @@ student: $(ENV)  ## train a student on the pairs
 	$(NFM) run student -c $(CONFIG) $(ARGS)
 
 report: $(ENV)  ## students, evaluation and one HTML page
-	$(NFM) run report -c $(CONFIG) $(ARGS)
+	$(NFM) run report -c $(CONFIG) --at-once $(AT_ONCE) $(ARGS)
 
 audit: $(ENV)  ## prove that everything is what its manifest says
 	$(NFM) audit -c $(CONFIG) $(ARGS)

@@ -23,6 +23,7 @@ from nfm.pipeline.cli.options import (
     MovingAverage,
     Number,
     Whole,
+    at_once_option,
     check_of_student,
     config_option,
     given_guidance,
@@ -70,20 +71,33 @@ def cli() -> None:
     metavar="ADDRESS",
     help="The Ray cluster of all stages, as --set pairs.ray_address; or RAY_ADDRESS.",
 )
+@at_once_option
 def run(
     stage: str, config_path: Path, overrides: tuple[str, ...], couplings: list[str] | None, seeds: list[int] | None,
-    ray_address: str | None,
+    ray_address: str | None, at_once: int,
 ) -> None:  # fmt: skip
     """Run a stage and everything that it needs and that is missing."""
     from nfm.pipeline import builder, runner
+    from nfm.pipeline.runner import side_by_side
 
     overrides += overrides_of(couplings, seeds, stage)
     if ray_address is not None:
         told = f"--ray-address {ray_address}"
         sections = ("latents", "pairs", "teacher", "student", "features")
         overrides += tuple(Override(f"{section}.ray_address={ray_address}", told) for section in sections)
-    artifact = runner.run(builder.build(load(config_path, overrides), target=stage), stage)
+    config = load(config_path, overrides)
+    nodes = builder.build(config, target=stage)
+    artifact = runner.run(nodes, stage, beside=side_by_side.of(config, stage, at_once))
     click.echo(_main_output(artifact))
+
+
+@cli.command(hidden=True)
+@click.argument("name")
+def one_stage(name: str) -> None:
+    """Make one stage of a run, which `--at-once` hands over on standard input; NAME is for who looks at processes."""
+    from nfm.pipeline.runner import side_by_side
+
+    side_by_side.make(sys.stdin.buffer)
 
 
 @cli.command()

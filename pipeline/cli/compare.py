@@ -13,7 +13,7 @@ import click
 
 from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact
 from nfm.pipeline.cli.compare_options import compared_options, overrides_of
-from nfm.pipeline.cli.options import LocalPath, config_option, json_option, set_option
+from nfm.pipeline.cli.options import LocalPath, at_once_option, config_option, json_option, set_option
 from nfm.storage.errors import StorageError, legible
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
@@ -29,13 +29,14 @@ COMMAND, ORIGIN = "command.txt", "origin.json"
 @click.command()
 @config_option
 @compared_options
+@at_once_option
 @set_option
 @click.option("-o", "--output", type=LocalPath(file_okay=False), help="Also put table, JSON and plots there.")
 @click.option("--force", is_flag=True, help="Let --output replace another comparison.")
 @json_option
 def compare(
     config_path: Path, couplings: list[str] | None, seeds: list[int] | None, overrides: tuple[str, ...],
-    output: Path | None, force: bool, as_json: bool,
+    at_once: int, output: Path | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Train the same student on the pairs of each coupling and tabulate distance, curvature and speed.
 
@@ -45,13 +46,14 @@ def compare(
     """
     from nfm.pipeline import builder, runner
     from nfm.pipeline.config import load
+    from nfm.pipeline.runner import side_by_side
     from nfm.stages.evaluation import compare as stage
 
     config = load(config_path, (*overrides, *overrides_of(couplings, seeds)))
     nodes = builder.build(config, target=stage.NAME)
     if output is not None:
         _check_folder(output, nodes[stage.NAME], force)
-    made = runner.run(nodes, stage.NAME)
+    made = runner.run(nodes, stage.NAME, beside=side_by_side.of(config, stage.NAME, at_once))
     if output is not None:
         _copy(made, output)
     click.echo(read_bytes(made.path / (stage.TABLE if as_json else stage.TEXT)).decode().rstrip())

@@ -176,6 +176,15 @@ def level_options(quick: str, deep: str) -> Any:
     return decorate
 
 
+def at_once_option(command: Any) -> Any:
+    """How many stages may be made at a time."""
+    return click.option(
+        "--at-once", default=1, type=Whole(1, 64), show_default=True, metavar="N",
+        help="Stages that do not wait for each other, such as students of several couplings, are made N at a time, "
+        "each with its share of the cores.",
+    )(command)  # fmt: skip
+
+
 def run_custom_option(told: str) -> Any:
     """Whose code may run, by the digests of its files."""
     return click.option("--run-custom", "digests", multiple=True, type=Digest(), metavar="SHA256", help=told)

@@ -52,6 +52,11 @@ class StopRequest:
         self.messages = 0  # messages written so far, outside of the live table
         self._at_once = False
 
+    @property
+    def ending(self) -> bool:
+        """Whether nothing new may begin."""
+        return self.asked or self.asked_to_end
+
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
         """Handles the signals during a run. A second SIGINT or SIGTERM stops at once."""
@@ -81,7 +86,7 @@ class StopRequest:
         self.asked = True
         if self._at_once:
             raise KeyboardInterrupt
-        self._tell("stopping; an unfinished shard is dropped (again: at once; either way the next run goes on)")
+        self._tell("stopping; what is committed or saved stays, and the next run goes on (again: at once)")
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if not self.asked_to_end:

@@ -114,7 +114,7 @@ ARROWS: dict[str, dict[str, str]] = {
         "builder": "artifacts config graph",
         "prechecks": "artifacts config graph",
         "console": "artifacts",
-        "runner": "artifacts console graph prechecks",
+        "runner": "artifacts builder config console graph prechecks",
         "upkeep": "artifacts builder config graph submit",
         "overview": "artifacts config console graph prechecks runner",
         "cli": "artifacts builder config console graph prechecks overview runner submit upkeep",

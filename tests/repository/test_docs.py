@@ -25,7 +25,9 @@ page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
 
 def leaves(command: click.Command, words: tuple[str, ...] = ("nfm",)) -> Iterator[tuple[str, ...]]:
-    """The words of every command that is not a group."""
+    """The words of every command that is not a group, and not one that nfm gives itself."""
+    if command.hidden:
+        return
     if isinstance(command, click.Group):
         for name, below in command.commands.items():
             yield from leaves(below, (*words, name))

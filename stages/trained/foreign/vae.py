@@ -220,11 +220,28 @@ def _own(
         state, made = _state(made), made.eval().requires_grad_(False).to(device)
 
     def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        found = made.encode(images)
-        return found if isinstance(found, tuple) else (found, None)
+        return _mean_and_deviation(made.encode(images), f"{FIELD} = {named!r}")
 
     scale, shift = getattr(made, "scale", 1.0), getattr(made, "shift", 0.0)
     return Vae(encode, made.decode, float(scale), float(shift), device, precision, state)
+
+
+def _mean_and_deviation(found: Any, said: str) -> tuple[Tensor, Tensor | None]:
+    """What `encode` of one's own gave. Raises Unfit where it is something else."""
+    from torch import Tensor
+
+    mean, std = found if isinstance(found, tuple | list) and len(found) == 2 else (found, None)
+    if not isinstance(mean, Tensor) or not isinstance(std, Tensor | None):
+        what = f"{len(found)} values" if isinstance(found, tuple | list) else type(found).__name__
+        raise Unfit(f"{said}: encode gave {what}; give the mean, or (mean, deviation), as tensors [B, c, h, w]")
+    if std is not None and std.shape != mean.shape:
+        raise Unfit(f"{said}: encode gave a mean {by(mean.shape)} and a deviation {by(std.shape)}; give both one shape")
+    if std is not None and (std < 0).any():
+        raise Unfit(
+            f"{said}: encode gave a deviation of {float(std.min()):.4g}; it is at least 0: of a log-variance give "
+            "(logvar / 2).exp()"
+        )
+    return mean, std
 
 
 def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
@@ -234,11 +251,15 @@ def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
         latents = vae.encode(images)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise Unfit(f"{said}: cannot encode images of {by(images.shape[1:])}: {error}") from error
-    if latents.dim() != 4 or len(latents) != len(images) or not latents.isfinite().all():
-        raise Unfit(f"{said}: encode gave {by(latents.shape)} for two images; give finite floats [B, c, h, w]")
+    if latents.dim() != 4 or len(latents) != len(images):
+        raise Unfit(f"{said}: encode gave {by(latents.shape)} for two images; give floats [B, c, h, w]")
+    if not latents.isfinite().all():
+        raise Unfit(f"{said}: encode gave values that are not finite; mend its weights, or train it in float32")
     back = vae.decode(latents)
-    if back.shape != images.shape or not back.isfinite().all():
-        raise Unfit(f"{said}: decode gave {by(back.shape)} for {by(images.shape)}; give finite images")
+    if back.shape != images.shape:
+        raise Unfit(f"{said}: decode gave {by(back.shape)} for {by(images.shape)}; give images of that shape")
+    if not back.isfinite().all():
+        raise Unfit(f"{said}: decode gave values that are not finite; mend its weights, or train it in float32")
     _, channels, height, width = latents.shape
     return channels, height, width
 

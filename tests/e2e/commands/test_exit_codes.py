@@ -19,6 +19,7 @@ CASES: dict[str, tuple[tuple[str, ...], int]] = {
     "gc": (("--dry-run",), 0),
     "lineage": (("{teacher}",), 0),
     "ls": ((), 0),
+    "one-stage": (("student",), 2),
     "pairs add-field": (("{pairs}", "said", "none.npy"), 2),
     "pairs encode": (("none.json", "--task", "0", "--of", "1"), 2),
     "pairs export": (("{teacher}", "out"), 2),

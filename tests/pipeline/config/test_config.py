@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from nfm.pipeline.builder import build
 from nfm.pipeline.config import ConfigError, Override, RunConfig, load
+from nfm.pipeline.runner.side_by_side import handed_over
 from nfm.stages.pairs.config import PairsConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.toml"))
@@ -192,3 +194,12 @@ def test_a_missing_file_suggests_what_there_is(tmp_path: Path, monkeypatch: pyte
         load("configs/digit.toml")
     with pytest.raises(ConfigError, match=r"there are configs/digits.toml"):
         load("/elsewhere.json")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_that_is_handed_to_another_process_arrives_as_it_was(path: Path) -> None:
+    config = load(path, ["student.ema=0.99", "compare.seeds=[0, 1]"])
+    arrived = RunConfig.model_validate(json.loads(json.dumps(handed_over(config))))
+    assert arrived == config
+    for name in RunConfig.model_fields:
+        assert getattr(arrived, name).model_fields_set == getattr(config, name).model_fields_set

@@ -138,6 +138,13 @@ def test_data_that_is_no_pixels_and_a_vae_that_is_none_are_refused(place: Path) 
          "def vae(shape): return V()", "encode gave 2x72 for two images"),
         ("class V:\n encode = staticmethod(lambda x: x)\n decode = staticmethod(lambda x: x[:, :1])\n"
          "def vae(shape): return V()", "decode gave 2x1x4x6 for 2x3x4x6"),
+        *((f"class V:\n encode = staticmethod(lambda x: {given})\n decode = staticmethod(lambda x: x)\n"
+           "def vae(shape): return V()", said) for given, said in (
+               ("(x, x, x)", "encode gave 3 values; give the mean, or"),
+               ("None", "encode gave NoneType; give the mean, or"),
+               ("(x, x[:, :1])", "a mean 2x3x4x6 and a deviation 2x1x4x6; give both one shape"),
+               ("(x, 0 * x - 0.5)", "encode gave a deviation of -0.5; it is at least 0: of a log-variance give"),
+               ("x / 0", "encode gave values that are not finite"))),
         ("def vae(shape): raise OSError('no weights')", "the function raised OSError: no weights"),
     ):  # fmt: skip
         wrong.write_text(code)

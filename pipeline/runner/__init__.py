@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
@@ -39,15 +39,28 @@ from nfm.storage.files.paths import exists, is_remote, names_in, remove, several
 from nfm.storage.ledger.standing import again
 
 
-def run(nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None) -> Artifact:
-    """Makes `target` and its inputs, inputs first. What is complete is only reported."""
+class Beside(Protocol):
+    """Makes stages that do not wait for each other at once, see side_by_side.py."""
+
+    def finished(self, nodes: Mapping[str, Node], stop: StopRequest) -> Iterator[tuple[Node, bool]]:
+        """The nodes of the run when their inputs are finished, and whether each was made just now."""
+
+
+def run(
+    nodes: Mapping[str, Node], target: str, stop: StopRequest | None = None, beside: Beside | None = None
+) -> Artifact:
+    """Makes `target` and its inputs, inputs first. What is complete is only reported.
+
+    With `beside`, stages that do not wait for each other are made at once.
+    """
     stop = stop or StopRequest()
     with stop.listening():
         arrived: dict[str, Artifact] = {}
         with stop.at_once():  # the name of a data set depends on its files, which may take minutes to read
             prechecks.ready(nodes, target)
-        for node in upstream(nodes, target):
-            arrived[node.name] = _bring(node, stop)
+        order = beside.finished(nodes, stop) if beside else ((node, False) for node in upstream(nodes, target))
+        for node, just_made in order:
+            arrived[node.name] = bring(node, stop, tell=not just_made)
             if node.name in ("data", "latents"):
                 prechecks.ready(nodes, target)
             _check_arrived(nodes[target], node, arrived)
@@ -64,15 +77,16 @@ def _check_arrived(target: Node, node: Node, arrived: Mapping[str, Artifact]) ->
         check(role, ready)
 
 
-def _bring(node: Node, stop: StopRequest) -> Artifact:
-    """The finished artifact of a node; it is made now if it is missing."""
+def bring(node: Node, stop: StopRequest, tell: bool = True) -> Artifact:
+    """The finished artifact of a node; it is made now if it is missing. `tell` says it of one that is not."""
     with stop.at_once():  # its name depends on all source files, which may take minutes to read
         artifact = node.artifact()
     if artifact is None:
         raise ArtifactError(f"{node.name}: an input vanished while the run went on; run it again")
     if artifact.done:
         _standing(artifact, artifact.path.name)  # the folder is named by the fingerprint, which includes the inputs
-        click.echo(f"{node.name}: {artifact.name} is up to date ({headline(artifact)})", err=True)
+        if tell:
+            click.echo(f"{node.name}: {artifact.name} is up to date ({headline(artifact)})", err=True)
     else:
         artifact = _execute(node, artifact, stop)
     return artifact

@@ -1,0 +1,77 @@
+"""`--at-once N`: students of several couplings at a time end as one after the other does, also when one fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.conftest import Lab
+
+TWO = ("--at-once", 2)
+
+
+def processes_of(lab: Lab) -> dict[str, int]:
+    """The processes that make one stage in this lab, by the stage's name."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().decode().split("\0")
+            here = (path / "cwd").readlink() == lab.folder.resolve()
+        except OSError:
+            continue
+        if here and "one-stage" in words:
+            found[words[words.index("one-stage") + 1]] = int(path.name)
+    return found
+
+
+@pytest.mark.seconds(40)
+def test_students_side_by_side_are_those_of_one_after_the_other_also_when_one_fails_at_first(lab: Lab) -> None:
+    before = {lab.only("student", name).manifest()["content_digest"] for name in ("nfm", "independent")}
+    lab.drop("student")
+    shards = {path: path.read_bytes() for path in (lab.only("pairs", "independent").path / "shards").iterdir()}
+    for path in shards:
+        path.write_bytes(b"")
+    failed = lab.wait(lab.script(*lab.arguments("report"), *TWO), exits=1).stderr
+    assert "student:independent: failed; student goes on to its end, nothing new begins" in failed
+    assert "nfm: student:independent failed, see the lines above; the same command goes on from here" in failed
+    assert "student: done" in failed
+    assert "student: making" in failed[: failed.index("student: done")]
+    assert not processes_of(lab)
+
+    for path, held in shards.items():
+        path.write_bytes(held)
+    done = lab.wait(lab.script(*lab.arguments("report"), *TWO))
+    assert "student: student/" in done.stderr, "what is finished is not made again"
+    assert {lab.only("student", name).manifest()["content_digest"] for name in ("nfm", "independent")} == before
+    assert done.stdout.strip() == str(lab.only("report").path / "report.html"), "nothing else is on standard output"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_all_of_them_and_the_same_command_goes_on(lab: Lab, number: signal.Signals) -> None:
+    lab.drop("student")
+    more = ("student.pairs=60_000", "student.log_every=500")
+    process = lab.start(*lab.arguments("report", *more), *TWO)
+    lab.until(lambda: len(list(lab.artifacts.glob("student/*/metrics.jsonl"))) == 2, process)
+    process.send_signal(number)
+    said = lab.wait(process, exits=130).stderr
+    assert said.count("stopped; the same command goes on from here") == 2
+    assert not processes_of(lab)
+    resumed = lab.wait(lab.script(*lab.arguments("report", *more), *TWO)).stderr
+    assert resumed.count("continuing from") == 2
+
+
+@pytest.mark.long
+def test_they_do_not_outlive_a_killed_command(lab: Lab) -> None:
+    lab.drop("student")
+    process = lab.start(*lab.arguments("report", "student.pairs=600_000"), *TWO)
+    lab.until(lambda: len(list(lab.artifacts.glob("student/*/metrics.jsonl"))) == 2, process)
+    assert set(processes_of(lab)) == {"student", "student:independent"}
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()  # the end of what the processes print
+    assert not processes_of(lab)
