@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from nfm.pipeline.artifacts import in_bucket
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root
 from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
@@ -46,7 +45,6 @@ def ready(nodes: Mapping[str, Node], target: str) -> None:
     check(nodes, target)
     known = Facts(nodes)
     left = [node for node in upstream(nodes, target) if not node.made()]
-    in_bucket.check_settings(((node.stage.NAME, node.config) for node in left), launched.size())
     for node in left:
         optional(node.stage, "needs", partial(_where, node.name))(node.config)
     for node in left:

@@ -399,6 +399,11 @@ def _bring_checkpoint(out: Path, resume: Resume) -> None:
         (folder / METRICS).replace(out / METRICS)
 
 
+def left_files(out: Path) -> list[str]:
+    """What a training leaves in its folder: the averaged weights, and what `kept_files` names."""
+    return [WEIGHTS, *files_of(out).values(), *kept_files(out)]
+
+
 def kept_files(out: Path) -> list[str]:
     """What a finished training leaves beside its weights."""
     states = [path for path in sorted((out / CHECKPOINTS).rglob("*")) if path.is_file()]
