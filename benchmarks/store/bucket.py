@@ -39,6 +39,7 @@ from nfm.storage.files.paths import as_path, several
 LOCK_SECONDS = 12  # two beats and a little
 SHAPE, RECORDS = (3, 32, 32), 512  # of an image; records of a shard
 STUDENT, BATCH = {"patch": 8, "width": 64, "depth": 1, "head_size": 64}, 256
+TURNS = 2
 
 
 @contextmanager
@@ -103,6 +104,23 @@ def train(where: str, cache: Path) -> dict[str, Any]:
     }
 
 
+def students(endpoint: str, local: str, url: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """A student of each kind, in turns: of each, the turn in which it was the fastest."""
+    rows: dict[str, dict[str, Any]] = {}
+    import torch
+
+    torch.set_num_threads(1)  # one core is left to the server
+    train(local, folder)  # what the first one alone waits for: imports
+    for turn in range(TURNS):
+        for name, place in (("local", local), ("cold", url), ("warm", url)):
+            row: dict[str, Any] = {}
+            row |= counted(endpoint, lambda: row.update(train(place, folder / f"turn{turn}")))  # noqa: B023
+            known = rows.get(f"a student, {name}")
+            if known is None or row["pairs_per_second"] > known["pairs_per_second"]:
+                rows[f"a student, {name}"] = row
+    return rows
+
+
 def commit_stage() -> None:
     """What a run does around a stage that leaves two files."""
     artifact = as_path("s3://bucket/run/teacher/0123456789ab")
@@ -141,7 +159,7 @@ def fill(artifacts: int) -> None:
 
 @click.command()
 @click.option("--delay", default=0.03, show_default=True, type=click.FloatRange(0, 10), help="Seconds of each answer.")
-@click.option("--artifacts", default=1000, show_default=True, type=click.IntRange(1, 100_000), help="That are listed.")
+@click.option("--artifacts", default=1000, show_default=True, type=click.IntRange(0, 100_000), help="That are listed.")
 @click.option("--shards", default=16, show_default=True, type=click.IntRange(1, 10_000), help="That are written.")
 @click.option("-o", "--output", default="results/bucket/bucket.json", show_default=True, type=OutputFile(JSON))
 def main(delay: float, artifacts: int, shards: int, output: Path) -> None:
@@ -156,13 +174,11 @@ def main(delay: float, artifacts: int, shards: int, output: Path) -> None:
         rows["an epoch, local"] = counted(endpoint, lambda: read_store(f"{folder}/store", cache))
         rows["an epoch, cold"] = counted(endpoint, lambda: read_store(url, cache))
         rows["an epoch, warm"] = counted(endpoint, lambda: read_store(url, cache))
-        for name, place in (("local", f"{folder}/store"), ("cold", url), ("warm", url)):
-            told_by: dict[str, Any] = {}
-            row = counted(endpoint, lambda: told_by.update(train(place, Path(folder) / "of a student")))  # noqa: B023
-            rows[f"a student, {name}"] = row | told_by
-        fill(artifacts)
-        rows[f"nfm ls of {artifacts} artifacts, first"] = counted(endpoint, inventory)
-        rows[f"nfm ls of {artifacts} artifacts, again"] = counted(endpoint, inventory)
+        rows |= students(endpoint, f"{folder}/store", url, Path(folder))
+        if artifacts:
+            fill(artifacts)
+            rows[f"nfm ls of {artifacts} artifacts, first"] = counted(endpoint, inventory)
+            rows[f"nfm ls of {artifacts} artifacts, again"] = counted(endpoint, inventory)
     for name, row in rows.items():
         if name.startswith("an epoch"):
             row["records_per_second"] = round(shards * RECORDS / row["seconds"])

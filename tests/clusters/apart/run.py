@@ -82,7 +82,7 @@ class Session:
         self.environment = {
             **s3.environment(), "NFM_ARTIFACTS": URL, "NFM_SCRATCH": f"{folder}/scratch",
             "NFM_CACHE": f"{folder}/cache", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "",
-            "RAY_worker_niceness": "0",  # else they starve on a busy machine
+            "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "300",  # for a busy machine
         }  # fmt: skip
 
     def machine(self, name: str) -> Machine:
