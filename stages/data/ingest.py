@@ -144,8 +144,13 @@ def ingested(
     for commit in commits:
         notes.update(commit.notes)
     source.tell_taken(notes, report)
-    images = Parts(out, plan, commits, _shape(config, size))
+    images = Parts(out, plan, commits, image_shape(config, size))
     return Loaded(images, images.rejected, source.skipped.reasons, dict(sorted(notes.items())))
+
+
+def threads_of(config: DataConfig) -> int:
+    """The threads of a worker, 0 for as many as there are cores."""
+    return config.threads if config.executor == "serial" else max(1, config.threads)
 
 
 def remove_parts(out: Path) -> None:
@@ -171,12 +176,11 @@ def _bring(shared: Path, out: Path, commits: Sequence[PartCommit], report: Repor
 
 
 def _decode(parts: list[Part], config: DataConfig, out: Path, report: Reporter, done: int, total: int) -> list[Any]:
-    here = config.executor == "serial"
     work = Ingest(
         store=str(out if is_remote(out) else out.absolute()),
         config=config.model_dump(mode="json"),
         beside=str(Path.cwd()),
-        threads=config.threads if here else max(1, config.threads),
+        threads=threads_of(config),
     )
     jobs = (Job(part.name, new_attempt()) for part in parts)
     outcomes = executors.run(config, work, jobs, report)
@@ -194,6 +198,7 @@ def _missing(out: Path, parts: list[Part], total: int) -> StageError:
     )
 
 
-def _shape(config: DataConfig, size: tuple[int, int]) -> tuple[int, int, int]:
+def image_shape(config: DataConfig, size: tuple[int, int]) -> tuple[int, int, int]:
+    """[C, H, W] as stored, of encoded images of such a (height, width)."""
     height, width = size
     return config.channels, height // config.average, width // config.average

@@ -44,12 +44,20 @@ class Clock:
         self._known: dict[str, Any] = {}
 
     def measured(self, what: str, precision: str, sizes: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-        """What `measure()` gives, once for each `sizes`, which are JSON's types."""
-        key = json.dumps([what, precision, sizes], sort_keys=True, default=str)
-        if key not in self._known:
-            self._say(f"timing {what} on this device in {precision}, {math.ceil(SECONDS)} s at most ...")
+        """What `measure()` gives of this device, with torch's randomness from a seed; as `once`."""
+
+        def seeded() -> Any:
             with _seeded():
-                self._known[key] = measure()
+                return measure()
+
+        return self.once(f"{what} on this device in {precision}", sizes, seeded)
+
+    def once(self, what: str, sizes: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+        """What `measure()` gives, once for each `sizes`, which are JSON's types."""
+        key = json.dumps([what, sizes], sort_keys=True, default=str)
+        if key not in self._known:
+            self._say(f"timing {what}, {math.ceil(SECONDS)} s at most ...")
+            self._known[key] = measure()
         return self._known[key]
 
     def training(self, stage: str, config: TrainingSection, facts: Mapping[str, Any], trials: Sequence[Trial]) -> float:

@@ -104,3 +104,13 @@ def _files(folder):  # type: ignore[no-untyped-def]
     for name in names_in(folder):
         inner = names_in(folder / name)
         yield from _files(folder / name) if inner else [folder / name]
+
+
+@pytest.mark.long
+def test_stages_side_by_side_are_made_in_a_bucket_too(made: Lab, there: Bucket) -> None:
+    there.upload(made, "data", "teacher", "features")
+    there.lab.wait(there.lab.script(*there.lab.arguments("evaluate"), "--at-once", 2, **there.environment))
+    assert len(there.all("student")) == 2
+    assert {one.manifest()["content_digest"] for one in there.all("student")} == {
+        one.manifest()["content_digest"] for one in made.all("student")
+    }
