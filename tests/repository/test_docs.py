@@ -67,9 +67,10 @@ def fault_of(line: str) -> str:
 
 
 def slugs(path: Path) -> set[str]:
-    """The anchors of a page's headings."""
+    """The anchors of a page's headings, where GitHub and the site, which makes one - of several, give the same."""
     headings = re.findall(r"^#+ +(.+?) *$", FENCE.sub("", path.read_text("utf-8")), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    return {anchor for anchor in anchors if "--" not in anchor}
 
 
 def test_every_command_and_every_target_is_described() -> None:
