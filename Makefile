@@ -46,7 +46,7 @@ INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -
 .PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm test-s3 bench gpu kills fuzz lint format docs clean-env
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  settings: CONFIG=$(CONFIG)  ARGS  PYTHON  TORCH=$(TORCH)  PIP_ARGS"
 
 env: $(DEV)  ## make the environment in .venv, development tools included
