@@ -94,8 +94,6 @@ def bring(node: Node, stop: StopRequest, tell: bool = True) -> Artifact:
 
 def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
     """Runs one stage, from its spec to its manifest."""
-    if stop.asked:  # while its name was found out
-        raise Stopped
     inputs = node.input_artifacts() or {}
     if not is_remote(artifact.path):
         artifact.path.mkdir(parents=True, exist_ok=True)

@@ -164,6 +164,8 @@ def make(told: IO[bytes]) -> None:
         handed = json.loads(line)
         sys.path[:] = handed["path"]
         nodes = builder.build(RunConfig.model_validate(handed["config"]), target=handed["target"])
+        if stop.asked:  # meanwhile, also by the end of the process that began this one
+            raise Stopped
         runner.bring(nodes[handed["name"]], stop)
 
 
