@@ -124,6 +124,7 @@ class Lab:
 
     def nfm(self, *arguments: object, exits: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run `nfm` in this process, which saves the seconds of a start, and check its exit code."""
+        assert "RAY_AUTH_TOKEN_PATH" not in environment, "Ray reads a token once in each process: use `start`"
         words, out, err, code = ["nfm", *map(str, arguments)], io.StringIO(), io.StringIO(), 0
         with (
             mock.patch.dict(os.environ, self.environment(**environment)),

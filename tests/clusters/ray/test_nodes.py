@@ -126,7 +126,7 @@ def test_a_cluster_that_is_not_ours_is_still_up_afterwards(
     assert time.monotonic() - asked < allowed(10)
     kept = commits_in(lab)
     assert 20 <= kept < 32 * DRAWS
-    done = lab.run("pairs", *RAY, **nodes.environment)
+    done = lab.wait(lab.start(*lab.arguments("pairs", *RAY), **nodes.environment))
     assert f"{kept} of {32 * DRAWS} shards are committed already" in done.stderr
     check_whole(lab, uninterrupted)
 
