@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 
-from nfm.stages.pairs.sealing import BEGUN
 from nfm.storage import PairStore
 from nfm.storage.files.paths import TEMPORARY
 from nfm.storage.format.index import record_keys
@@ -194,7 +193,6 @@ def _check_files(making: Making, orphans: int, lacking: frozenset[str]) -> None:
     assert named <= files
     if orphans:
         named.add("lock.json")  # of a killed driver; whoever works here next takes it over
-        named.add(BEGUN)  # killed while it made the coupling report, which is not begun twice
     attempts, others = set(), 0
     for name in sorted(files - named):
         match = _ATTEMPT.fullmatch(name)
