@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from nfm.pipeline.artifacts import in_bucket
 from nfm.pipeline.artifacts.artifact import Artifact, artifacts_root
 from nfm.pipeline.config import image_shape
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
@@ -22,7 +21,8 @@ from nfm.stages.display.watching.lines import check_watching
 from nfm.stages.executors import ray_cluster
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
-from nfm.stages.trained.training import TrainingSection, check_precision
+from nfm.stages.trained.devices.precision import check_precision
+from nfm.stages.trained.training.section import TrainingSection
 from nfm.storage.files.paths import is_remote
 
 
@@ -46,7 +46,6 @@ def ready(nodes: Mapping[str, Node], target: str) -> None:
     check(nodes, target)
     known = Facts(nodes)
     left = [node for node in upstream(nodes, target) if not node.made()]
-    in_bucket.check_settings(((node.stage.NAME, node.config) for node in left), launched.size())
     for node in left:
         optional(node.stage, "needs", partial(_where, node.name))(node.config)
     for node in left:

@@ -79,7 +79,7 @@ def one_turn(found: Mapping[str, Way], images: int, spent: dict[str, Spent], lac
 @click.option("--compared", type=click.IntRange(min=1), help="Of the images, those of every way.  [default: all]")
 @click.option("--side", default=256, show_default=True, type=click.IntRange(min=1))
 @click.option("--folder", type=LOCAL_PATH, help="Where the images are made and removed again.")
-@click.option("-o", "--output", default="benchmarks/results/ingest.json", show_default=True, type=OutputFile(JSON))
+@click.option("-o", "--output", default="results/ingest/cpu-1-core.json", show_default=True, type=OutputFile(JSON))
 def ingest(images: int, compared: int | None, side: int, folder: Path | None, output: Path) -> None:
     """Measures how many images a second each source, and the whole data stage, makes on a core."""
     began, load = time.monotonic(), [os.getloadavg()[0]]

@@ -97,7 +97,8 @@ def as_text(rows: Sequence[Row]) -> str:
 
 
 def name_of(node: Node, artifact: Artifact | None) -> str:
-    return artifact.name if artifact is not None else f"{node.stage.NAME}/(after its inputs)"
+    later = "after its inputs" if node.inputs else "of such images"
+    return artifact.name if artifact is not None else f"{node.stage.NAME}/({later})"
 
 
 def _figures(artifact: Artifact | None, draws: int | None) -> str:

@@ -13,6 +13,7 @@ from nfm.pipeline.graph import STAGES, Node, optional, upstream
 from nfm.pipeline.overview import Row, as_text, name_of, state_of
 from nfm.pipeline.prechecks import Facts
 from nfm.stages.base import Unfit
+from nfm.stages.data import stage as data
 from nfm.stages.data.latents import stage as latents
 from nfm.stages.display import units
 from nfm.stages.display.tables import aligned
@@ -24,12 +25,13 @@ from nfm.stages.trained import features, student, teacher
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.student import StudentConfig
-from nfm.stages.trained.training import TrainingSection
+from nfm.stages.trained.training.section import TrainingSection
 
 DONE, LATER = "nothing, is done", "run after its inputs"
 WORKERS = (1, 8, 64)
 TRAINED = (features.NAME, teacher.NAME, student.NAME)
 RATED = {
+    data.NAME: "images",
     latents.NAME: "images",
     features.NAME: "images",
     teacher.NAME: "images",
@@ -49,8 +51,6 @@ class Asked:
 
     def check(self, target: str) -> None:
         """Raises Unfit for an option that would say nothing of this stage."""
-        if self.data is not None and target == "data":
-            raise Unfit("--images and --image-shape stand for the data stage, which cannot be planned by them")
         if self.rate is not None and target not in RATED:
             raise Unfit(f"--rate is of what {_listed(RATED)} do a second; {target} has no rate: leave it out")
         if self.workers and target != pairs.NAME:
@@ -78,26 +78,30 @@ def plan(nodes: Mapping[str, Node], target: str, asked: Asked, say: Callable[[st
     else:
         known = Facts(nodes, asked.data)
         prechecks.check_fits(upstream(nodes, target), known)
-    if not known.data and (asked.rate or asked.workers):
+    if not known.data and (asked.rate or asked.workers) and target != data.NAME:
         raise Unfit(f"--rate and --workers: nothing can be counted yet; {_REMEDY}")
     memory = {} if asked.memory is None else {"device_memory": asked.memory * 1e9}
     clock = Clock(say) if asked.rate is None else None
     there = [(node, node.artifact() if asked.data is None else None) for node in upstream(nodes, target)]
+    if asked.data is not None and target != data.NAME:
+        del there[0]  # inputs come first, and the first is the data, which the options stand for
     rows = []
-    for node, artifact in there[asked.data is not None :]:  # inputs come first, and the first is the data
+    for node, artifact in there:
         cost, facts = Cost(), known.of(node)
-        wanted = known.data and (not _done(artifact) or (node.name == target and asked.rate))
+        wanted = not _done(artifact) or (node.name == target and asked.rate)
         try:
-            if wanted and "image_shape" in facts:
+            if wanted and node.name == data.NAME:
+                cost = _cost(node, facts, clock)
+            elif wanted and "image_shape" in facts:
                 cost = _cost(node, _facts_of(node, nodes, facts | memory), clock)
-            elif wanted:
+            elif wanted and known.data:
                 cost = Cost(unknown=_AFTER_LATENTS)
         except ModuleNotFoundError as error:  # of the base install; the rest of the plan is told all the same
             cost = Cost(unknown=f"told with {error.name}, which is not installed here")
         if node.name == target and asked.rate and cost.count:
             workers = node.config.workers if isinstance(node.config, TrainingSection) else 1
-            cost = replace(cost, seconds=cost.count / (asked.rate * workers), where="at --rate")
-        would = _action(artifact)
+            cost = replace(cost, seconds=cost.count / (asked.rate * workers), unknown="", where="at --rate")
+        would = _action(artifact) if artifact is not None or node.inputs else "run"
         rows.append(
             {"stage": node.name, "artifact": name_of(node, artifact), "would": would, "cost": str(cost)}
             | {"figures": cost.figures()}

@@ -1,6 +1,7 @@
 """`ingest_shard` decodes one part of a data set, on any machine; `ingested` has all parts decoded by an executor.
 
-What is committed is not decoded again. Images, order and bytes are the same wherever the parts were made.
+What is committed is not decoded again. Images, order and bytes are the same wherever the parts were made. Workers of an
+artifact in a bucket bring their parts there; the stage brings all of them here, and removes them in the end.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from nfm.stages import executors
-from nfm.stages.base import Reporter, StageError, Stopped, Unfit
+from nfm.stages.base import Reporter, StageError, Stopped
 from nfm.stages.data import parts as of_parts
 from nfm.stages.data.config import DataConfig
 from nfm.stages.data.parts import Part, PartCommit, Parts
@@ -26,10 +27,12 @@ from nfm.stages.executors.jobs import Job, Timing, Unit, Work, new_attempt
 from nfm.stages.executors.outcomes import reasons, settled
 from nfm.storage.dataset.images import shard_writer
 from nfm.storage.files.copies import mirror
-from nfm.storage.files.paths import as_path, is_remote
+from nfm.storage.files.parallel import parallel
+from nfm.storage.files.paths import as_path, is_remote, remove_below, several
 
 TOLD_FAILURES = 3
 WRITE_ROWS = 256  # at a time
+FILES = 4  # brought at a time, each in several requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +57,33 @@ def unit(work: Ingest) -> Unit:
     if config.path is not None and not is_remote(as_path(config.path)):
         # Not validated: where the command runs may have a name that no config takes.
         config = config.model_copy(update={"path": str(Path(work.beside) / config.path)})
-    source, out = opened(config), Path(work.store)
-    return lambda job, stopping: ingest_shard(source, out, job, stopping)
+    source, out = opened(config), as_path(work.store)
+    plan = of_parts.plan_of(out)
+
+    def ingest(job: Job, stopping: Callable[[], bool]) -> tuple[PartCommit, Timing]:
+        with mirror.beside(work.store) as folder:
+            return ingest_shard(source, out, job, stopping, plan, folder)
+
+    return ingest
 
 
 def ingest_shard(
-    source: Encoded, out: Path, job: Job, stopping: Callable[[], bool] = lambda: False
+    source: Encoded,
+    out: Path,
+    job: Job,
+    stopping: Callable[[], bool] = lambda: False,
+    plan: Path | bytes | None = None,
+    folder: Path | None = None,
 ) -> tuple[PartCommit, Timing]:
-    """Decodes one part, writes what can be used of it, and commits it.
+    """Decodes one part, writes what can be used of it, and commits it in `out`, by the `plan` there.
 
     Returns the valid commit, which may be an earlier one. Raises InterruptedError if `stopping()` becomes true between
-    batches of images; then nothing is published.
+    batches of images; then nothing is published. If `out` is in a bucket, files are written to `folder` first.
     """
-    began, mine = time.monotonic(), of_parts.read_slice(out, job.name)
-    file, scratch = out / of_parts.part_file(job.name, job.attempt), out / of_parts.FOLDER / f"scratch.{job.attempt}"
-    scratch.mkdir()
+    began, mine = time.monotonic(), of_parts.read_slice(plan or of_parts.plan_of(out), job.name)
+    here, name = folder or out, of_parts.part_file(job.name, job.attempt)
+    file, scratch = here / name, here / of_parts.FOLDER / f"scratch.{job.attempt}"
+    scratch.mkdir(parents=True)
     try:
         loaded = source.decode(mine.places, mine.about, mine.size, scratch, stopping)
         decoded = time.monotonic()
@@ -84,6 +99,8 @@ def ingest_shard(
             sha256, size = stored.sha256, stored.bytes
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if size and is_remote(out):
+        mirror.push(out, here, {name: (sha256, size)}, lambda: None)  # no other attempt writes to that name
     ended = time.monotonic()
     commit = of_parts.publish(
         out,
@@ -106,45 +123,64 @@ def ingested(
     source: Encoded, rows: np.ndarray, labels: np.ndarray, own: int, config: DataConfig, out: Path, report: Reporter
 ) -> Loaded:
     """All rows, decoded: those of parts without a commit now, on the executor of the config."""
-    if config.executor != "serial" and is_remote(as_path(mirror.origin(out))):
-        raise Unfit(
-            f'data.executor = "{config.executor}": workers write parts to the folder of the artifact, and this '
-            'one is in a bucket: set data.executor = "serial", or set NFM_ARTIFACTS to a folder that all workers see'
-        )
     size = source.look(report)
     plan = of_parts.planned(source, rows, labels, own, config.rows_per_shard, size)
-    of_parts.write_plan(out, plan, source, rows, labels, size)
-    lacking = [part for part in plan if of_parts.committed(out, part) is None]
+    shared = out if config.executor == "serial" else as_path(mirror.origin(out))  # what all workers see
+    of_parts.write_plan(shared, plan, source, rows, labels, size)
+    lacking = _lacking(shared, plan)
     done = len(rows) - sum(len(part.positions) for part in lacking)
     if len(lacking) < len(plan):
         report.say(f"{len(plan) - len(lacking)} of {len(plan)} parts are decoded already")
-    failed = _decode(lacking, config, out, report, done, len(rows)) if lacking else []
-    commits = [commit for part in plan if (commit := of_parts.committed(out, part))]
-    if len(commits) < len(plan):
-        if report.stopping or (report.ending and len(plan) - len(commits) > len(failed)):
+    failed = _decode(lacking, config, shared, report, done, len(rows)) if lacking else []
+    found = several(shared, lambda part: of_parts.committed(shared, part), plan)
+    commits = [commit for commit in found if commit is not None]
+    if missing := [part for part, commit in zip(plan, found) if commit is None]:
+        if report.stopping or (report.ending and len(missing) > len(failed)):
             raise Stopped
-        raise _missing(out, [part for part in plan if of_parts.committed(out, part) is None], len(plan))
+        raise _missing(shared, missing, len(plan))
+    if is_remote(shared):
+        _bring(shared, out, commits, report)
     notes: Counter[str] = Counter()
     for commit in commits:
         notes.update(commit.notes)
     source.tell_taken(notes, report)
-    images = Parts(out, plan, commits, _shape(config, size))
+    images = Parts(out, plan, commits, image_shape(config, size))
     return Loaded(images, images.rejected, source.skipped.reasons, dict(sorted(notes.items())))
+
+
+def threads_of(config: DataConfig) -> int:
+    """The threads of a worker, 0 for as many as there are cores."""
+    return config.threads if config.executor == "serial" else max(1, config.threads)
 
 
 def remove_parts(out: Path) -> None:
     """Removes the parts when the data set is made of them."""
-    for folder in (of_parts.FOLDER, "commits", "failed"):
-        shutil.rmtree(out / folder, ignore_errors=True)
+    for name in (of_parts.FOLDER, "commits", "failed"):
+        for folder in {out, as_path(mirror.origin(out))}:
+            remove_below(folder / name)
+
+
+def _lacking(out: Path, plan: Sequence[Part]) -> list[Part]:
+    """The parts without a valid commit."""
+    found = several(out, lambda part: of_parts.committed(out, part), plan)
+    return [part for part, commit in zip(plan, found) if commit is None]
+
+
+def _bring(shared: Path, out: Path, commits: Sequence[PartCommit], report: Reporter) -> None:
+    """Brings the files of all parts here."""
+    report.say(f"{len(commits)} parts are decoded; their files are brought here from {shared}")
+    files = [{"path": made.file, "sha256": made.sha256, "bytes": made.bytes} for made in commits if made.records]
+    for _ in parallel(lambda file: mirror.fetch(shared, out, file), files, FILES):
+        if report.stopping:
+            raise Stopped
 
 
 def _decode(parts: list[Part], config: DataConfig, out: Path, report: Reporter, done: int, total: int) -> list[Any]:
-    here = config.executor == "serial"
     work = Ingest(
-        store=str(out.absolute()),
+        store=str(out if is_remote(out) else out.absolute()),
         config=config.model_dump(mode="json"),
         beside=str(Path.cwd()),
-        threads=config.threads if here else max(1, config.threads),
+        threads=threads_of(config),
     )
     jobs = (Job(part.name, new_attempt()) for part in parts)
     outcomes = executors.run(config, work, jobs, report)
@@ -162,6 +198,7 @@ def _missing(out: Path, parts: list[Part], total: int) -> StageError:
     )
 
 
-def _shape(config: DataConfig, size: tuple[int, int]) -> tuple[int, int, int]:
+def image_shape(config: DataConfig, size: tuple[int, int]) -> tuple[int, int, int]:
+    """[C, H, W] as stored, of encoded images of such a (height, width)."""
     height, width = size
     return config.channels, height // config.average, width // config.average

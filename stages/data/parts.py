@@ -1,7 +1,8 @@
 """Parts of a data set that is being made: which rows each has, its commit, and the images of all of them together.
 
 The plan is a Parquet file with one row group a part: a worker reads the places of its own rows and lists nothing.
-A part is a tar as the finished data set has them; it exists when its commit does.
+A part is a tar as the finished data set has them; it exists when its commit does. All of this is in a folder, or, where
+workers share no disk, in the bucket of the artifact.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from nfm.stages.data.source import Encoded, Places
 from nfm.storage.dataset.images import ReadyShard, written_shard
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
-from nfm.storage.files.paths import exists, size_of
-from nfm.storage.files.small_files import plain
+from nfm.storage.files.paths import exists, is_remote, remove, size_of
+from nfm.storage.files.small_files import MOST_INDEX_BYTES, plain, read_bytes
 from nfm.storage.format import untrusted
 from nfm.storage.layouts import Shard
 
@@ -114,8 +115,13 @@ def write_plan(
         writer.write_table(pa.table(list(columns.values()), schema=schema), row_group_size=max(len(own), 1))
     if writer is not None:
         writer.close()
-    (out / FOLDER).mkdir(exist_ok=True)
     atomic.write_bytes(out / _PLAN, sink.getvalue())
+
+
+def plan_of(out: Path) -> Path | bytes:
+    """The plan for `read_slice`: its path, or what a bucket holds, which is read once for all parts of a worker."""
+    path = out / _PLAN
+    return read_bytes(path, MOST_INDEX_BYTES) if is_remote(path) else path
 
 
 @dataclass(frozen=True)
@@ -129,13 +135,13 @@ class Slice:
     digest: str
 
 
-def read_slice(out: Path, name: str) -> Slice:
+def read_slice(plan: Path | bytes, name: str) -> Slice:
     """The rows of one part. Raises StorageError if the plan is not there or lacks the part."""
-    with plain(out / _PLAN) as file, pq.ParquetFile(file) as plan:
-        head = untrusted.json_value(plan.schema_arrow.metadata[_HEAD])
+    with io.BytesIO(plan) if isinstance(plan, bytes) else plain(plan) as file, pq.ParquetFile(file) as groups:
+        head = untrusted.json_value(groups.schema_arrow.metadata[_HEAD])
         if name not in head["names"]:
-            raise StorageError(f"{out / _PLAN}: has no part {name}: run again")
-        columns = plan.read_row_group(head["names"].index(name)).to_pydict()
+            raise StorageError(f"{_PLAN} of the data stage has no part {name}: run again")
+        columns = groups.read_row_group(head["names"].index(name)).to_pydict()
     rows, labels = (np.array(columns.pop(column), np.int64) for column in ("row", "label"))
     height, width = head["size"]
     return Slice(labels, columns, head["about"], (height, width), _digest(rows, labels, (height, width)))
@@ -151,7 +157,7 @@ def publish(out: Path, commit: PartCommit) -> PartCommit:
         return commit
     winner = _read(out, commit.name)
     if winner.attempt != commit.attempt:
-        (out / commit.file).unlink(missing_ok=True)
+        remove(out / commit.file)
     return winner
 
 
@@ -172,7 +178,7 @@ def committed(out: Path, part: Part) -> PartCommit | None:
         there = not found.records or size_of(out / found.file) == found.bytes
         if there:
             return found
-    path.unlink(missing_ok=True)
+    remove(path)
     return None
 
 

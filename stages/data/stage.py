@@ -7,7 +7,7 @@ Records that cannot be used are listed in `rejected.parquet` with the reason.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,16 @@ from nfm.stages.base import (
     Unfit,
 )
 from nfm.stages.data.config import DataConfig
-from nfm.stages.data.ingest import ingested, remove_parts
+from nfm.stages.data.cost import of_planned, of_source
+from nfm.stages.data.ingest import ingested, remove_parts, threads_of
 from nfm.stages.data.parts import Parts
 from nfm.stages.data.reading.tree import Skipped
 from nfm.stages.data.settings import check_names, check_owners, check_settings, tell_untrained
 from nfm.stages.data.source import Encoded
 from nfm.stages.data.sources import SOURCES, Source, opened
 from nfm.stages.executors import EXECUTORS, ray_cluster
+from nfm.stages.trained.costs import Cost
+from nfm.stages.trained.devices.timing import Clock
 from nfm.storage.dataset.images import DatasetWriter, ReadyShard
 from nfm.storage.format.order import permute
 
@@ -89,6 +92,14 @@ def source_identity(config: DataConfig, known: Path | None = None) -> dict[str, 
     `known` is a folder that keeps digests of unchanged files.
     """
     return open_source(config).digest(known)
+
+
+def cost(config: DataConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
+    """What is written, and the time of decoding: of the images that `facts` tell of, or else of the source itself."""
+    if "images" in facts:
+        return of_planned(facts, clock is not None)
+    source = open_source(config.model_copy(update={"threads": threads_of(config)}))
+    return of_source(config, source, np.concatenate(split_rows(source, config)), clock)
 
 
 def split_rows(source: Source, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 """A training on the workers of a Ray cluster, by Ray Train's TorchTrainer.
 
 Ray Train starts the processes, and all of them again when one dies: they go on from the newest checkpoint, which lies
-in the artifact. This process shows what the first of them tells, and tells it when to stop.
+in the artifact. This process shows what the first of them tells, and tells it when to stop. If the artifact is in a
+bucket, each process works in a folder of its own; the first one brings what is made to the bucket, this one fetches it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from typing import Any
 from nfm.stages.base import Inputs, Reporter, StageError, Stopped
 from nfm.stages.couplings.custom import called_beside
 from nfm.stages.executors.ray_cluster import cluster
+from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.launched import Silent
+from nfm.stages.trained.training import left_files, train_here
+from nfm.stages.trained.training.checkpoints import CHECKPOINTS, newest_checkpoint
+from nfm.storage.files import atomic, remote
+from nfm.storage.files.copies import mirror
+from nfm.storage.files.paths import as_path, is_remote, is_url, remove_below
 
 LOOKS_EVERY = 0.5  # seconds between two looks at the training
 UNSEEN = 30.0  # seconds without a look after which nothing more is written: somebody else may have taken over
@@ -37,6 +44,7 @@ class Line:
         self._looked = time.monotonic()
         self._outcome: Exception | None = None
         self._starts: list[int] = []
+        self._files: list[dict[str, Any]] = []
 
     def begin(self, seen: int) -> bool:
         """Whether the processes may begin, which have a checkpoint of `seen` examples."""
@@ -60,6 +68,13 @@ class Line:
     def end(self, outcome: Exception) -> None:
         """The training ended otherwise than with its last step; what is told first counts."""
         self._outcome = self._outcome or outcome
+
+    def leave(self, files: list[dict[str, Any]]) -> None:
+        """Takes what the training left in the bucket: path, sha256 and bytes of each file."""
+        self._files = files
+
+    def left(self) -> list[dict[str, Any]]:
+        return self._files
 
     def unseen(self) -> float:
         """Seconds since the watching process looked last."""
@@ -132,13 +147,15 @@ def fit(make: Any, config: Any, inputs: Inputs, out: Path, report: Reporter) -> 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     threads = max(1, len(os.sched_getaffinity(0)) // config.workers)
-    given = {role: Path(path).absolute() for role, path in inputs.items()}
-    work = (make, config, given, out.absolute(), Path.cwd())
-    with cluster(config.ray_address, config.workers, threads, config.device) as share, _notes(out) as notes:
+    made = mirror.origin(out)
+    work = (make, config, launched.sent(inputs), made, Path.cwd())
+    with cluster(config.ray_address, config.workers, threads, config.device) as share, _notes(made) as notes:
         # On this process's own node: on another one it would be lost with that node.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         line: Any = ray.remote(Line).options(num_cpus=0, scheduling_strategy=here).remote()
         report.say(f"training on {config.workers} workers, {share} each; the cluster has {share.left()}")
+        if is_url(made) and "tensorboard" in config.watch:
+            report.say("TensorBoard's files stay with the workers and go with them: the artifact is in a bucket")
         failed: list[BaseException] = []
         thread = threading.Thread(
             target=_train, args=(work, line, share, notes, failed), name="nfm-ray-train", daemon=True
@@ -154,28 +171,42 @@ def fit(make: Any, config: Any, inputs: Inputs, out: Path, report: Reporter) -> 
                 break
         if outcome := ray.get(line.outcome.remote()):
             raise outcome
+        left = ray.get(line.left.remote())
     if failed:
         raise StageError(f"training on Ray failed: {_last_line(failed[0])}") from failed[0]
+    if is_url(made):
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # of an earlier start without workers
+        for file in left:
+            mirror.fetch(as_path(made), out, file)
 
 
 @contextlib.contextmanager
-def _notes(out: Path) -> Iterator[Path]:
-    """Where Ray Train keeps notes of its own: all nodes must see it. Our checkpoints lie beside it."""
-    folder = out.absolute() / "ray-train"
-    shutil.rmtree(folder, ignore_errors=True)
+def _notes(made: str) -> Iterator[dict[str, Any]]:
+    """Where Ray Train keeps notes of its own, as its RunConfig says it: beside our checkpoints, for all nodes."""
+    folder = as_path(made) / "ray-train"
+    remove_below(folder)
     before = os.environ.get("RAY_CHDIR_TO_TRIAL_DIR")
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths in configs count from where the command was given
     try:
-        yield folder
+        yield _place(folder)
     finally:
         if before is None:
             del os.environ["RAY_CHDIR_TO_TRIAL_DIR"]
         else:
             os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = before
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_below(folder)
 
 
-def _train(work: tuple[Any, ...], line: Any, share: Any, notes: Path, failed: list[BaseException]) -> None:
+def _place(folder: Path) -> dict[str, Any]:
+    if not is_remote(folder):
+        return {"storage_path": str(folder)}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    there: Any = folder
+    return {"storage_path": there.path, "storage_filesystem": PyFileSystem(FSSpecHandler(remote.file_system(folder)))}
+
+
+def _train(work: tuple[Any, ...], line: Any, share: Any, notes: dict[str, Any], failed: list[BaseException]) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -189,7 +220,7 @@ def _train(work: tuple[Any, ...], line: Any, share: Any, notes: Path, failed: li
             ),
             run_config=RunConfig(
                 name="training",
-                storage_path=str(notes),
+                **notes,
                 failure_config=FailureConfig(  # of Ray Train's second version, which its types do not know
                     max_failures=-1,
                     controller_failure_limit=FAILED_STARTS,  # type: ignore[call-arg]
@@ -208,17 +239,19 @@ def _worker(given: dict[str, Any]) -> None:
     import ray.train.torch
     import torch.distributed as dist
 
-    from nfm.stages.trained.training import newest_checkpoint, train_here
-
-    (make, config, inputs, out, beside), line = given["work"], given["line"]
+    (make, config, places, made, beside), line = given["work"], given["line"]
     first = ray.train.get_context().get_world_rank() == 0
-    begins = [ray.get(line.begin.remote(newest_checkpoint(out))) if first else None]
+    begins = [ray.get(line.begin.remote(newest_checkpoint(as_path(made)))) if first else None]
     dist.broadcast_object_list(begins, src=0)
     if not begins[0]:
         return
     report = Reports(line) if first else Silent()
     try:
-        called_beside(beside, train_here, make, config, inputs, out, report, str(ray.train.torch.get_device()))
+        inputs, device = launched.received(places), str(ray.train.torch.get_device())
+        with mirror.beside(made) as out:
+            called_beside(beside, train_here, make, config, inputs, out, report, device)
+            if first and is_url(made):
+                ray.get(line.leave.remote(_hand_over(out, made, report)))
     except Stopped as stopped:  # of all processes at the same step
         ray.get(line.end.remote(stopped))
     except StageError as error:
@@ -227,6 +260,13 @@ def _worker(given: dict[str, Any]) -> None:
     finally:
         if isinstance(report, Reports):
             report.flush()
+
+
+def _hand_over(out: Path, made: str, report: Any) -> list[dict[str, Any]]:
+    """Brings what a training left to the bucket, where its watching process finds it. Lists it as manifests do."""
+    digests = {name: atomic.hash_file(out / name) for name in left_files(out)}
+    mirror.push(as_path(made), out, digests, report.check_lock)
+    return [{"path": name, "sha256": sha256, "bytes": size} for name, (sha256, size) in digests.items()]
 
 
 def _last_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -140,6 +141,15 @@ def remove(path: Path) -> None:
         remote.attempt(path, "remove", lambda fs, name: fs.rm_file(name))
     except FileNotFoundError:
         return
+
+
+def remove_below(folder: Path) -> None:
+    """Removes a folder with all that is below it, if it is there."""
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    found = remote.attempt(folder, "list", lambda fs, name: fs.find(name))
+    several(folder, lambda name: remove(folder / name[len(_plain(folder)) :].lstrip("/")), found)
 
 
 def move_objects(source: Path, target: Path) -> None:

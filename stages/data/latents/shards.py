@@ -19,8 +19,8 @@ from nfm.stages.base import StageError
 from nfm.stages.couplings import custom
 from nfm.stages.executors.jobs import Job, Timing, Unit, Work
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.foreign import vae
-from nfm.stages.trained.training import Precision
 from nfm.storage import ImageDataset
 from nfm.storage.dataset.images import shard_writer
 from nfm.storage.errors import StorageError

@@ -6,29 +6,34 @@ images are rows of their own behind all others. What needs pixels again finds th
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from nfm.stages.base import Inputs, Reporter, Result, StageError, Stopped, Unfit, call
+from nfm.stages.base import Inputs, Reporter, Result, StageError, Stopped, call
 from nfm.stages.data.latents import shards
 from nfm.stages.data.latents.config import LatentsConfig
+from nfm.stages.data.latents.planned import (
+    cost,
+    device_here,
+    external,
+    fits,
+    needs,
+    room,
+    told,
+    tried,
+    tries,
+    vae_of,
+)
 from nfm.stages.data.latents.shards import ATTEMPTS, Commit, Images, LatentEncoder, LatentWork, commit_path, place_of
-from nfm.stages.executors import EXECUTORS, ray_cluster
+from nfm.stages.executors import EXECUTORS
 from nfm.stages.executors.jobs import Job, last_line, new_attempt
 from nfm.stages.executors.tally import Tally
-from nfm.stages.trained.costs import Cost
-from nfm.stages.trained.devices.machine import pick_device
-from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import vae
-from nfm.stages.trained.foreign.vae import Vae, VaeFacts
-from nfm.stages.trained.training import check_precision
+from nfm.stages.trained.foreign.vae import VaeFacts
 from nfm.storage import ImageDataset
 from nfm.storage.dataset.images import DatasetWriter
 from nfm.storage.errors import by
@@ -36,7 +41,9 @@ from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.durable import StoredFile
-from nfm.storage.files.paths import artifacts_root, is_remote, size_of
+from nfm.storage.files.paths import size_of
+
+__all__ = ["NAME", "VERSION", "cost", "external", "fits", "needs", "room", "run", "told", "tries"]
 
 NAME = "latents"
 VERSION = 1
@@ -44,71 +51,9 @@ COMPARED = 16  # images that are decoded again, to tell how much the VAE loses
 UNUSUAL = 2.0  # a standard deviation that is so many times off 1 is told
 
 
-def external(config: LatentsConfig) -> dict[str, str]:
-    """The digest of the VAE, which its path does not tell."""
-    return vae.identity(_named(config))
-
-
-def fits(config: LatentsConfig, facts: Mapping[str, Any]) -> None:
-    """Raises Unfit where the VAE does not take such images, as far as `facts` tell of the data."""
-    if (dtype := facts.get("image_dtype", "uint8")) != "uint8":
-        raise Unfit(f"latents.vae = {config.vae!r}: the data's images are {dtype} already, no pixels; leave it out")
-    if "image_shape" in facts:
-        vae.latent_shape(_named(config), facts["image_shape"])
-
-
-def told(config: LatentsConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of the latents before they are made, given the facts of the data; nothing of a function runs."""
-    found = {key: value for key, value in facts.items() if key in ("heldout", "classes")}
-    if "images" in facts:
-        found["images"] = facts["images"] * (2 if config.mirrors else 1)
-    shape = vae.latent_shape(_named(config), facts["image_shape"]) if "image_shape" in facts else None
-    return found | {"image_dtype": shards.DTYPE} | ({} if shape is None else {"image_shape": list(shape)})
-
-
-def tries(config: LatentsConfig, facts: Mapping[str, Any]) -> None:
-    """Raises Unfit where the VAE cannot be loaded, or is not what it should be: a function's code runs here."""
-    named = _named(config)
-    if vae.is_function(named):
-        if "image_shape" in facts:
-            _tried(config, facts["image_shape"], "cpu")
-    elif importlib.util.find_spec("diffusers") is None:
-        from nfm.trainers.models.autoencoder import INSTALL
-
-        raise Unfit(f"latents.vae = {named!r} is read with diffusers, which is not installed: {INSTALL}")
-
-
-def needs(config: LatentsConfig) -> None:
-    """Raises StageError if something that a run needs is missing: the Ray cluster or the device."""
-    executor = EXECUTORS[config.executor]
-    if executor.later:
-        raise Unfit(f'latents.executor = "{config.executor}" is of pairs; use "ray", or "serial"')
-    if executor.cluster and is_remote(root := artifacts_root()):
-        raise Unfit(f'latents.executor = "{config.executor}": artifacts are in {root}; use "serial"')
-    if executor.cluster:
-        who, without = f'latents.executor = "{config.executor}"', "--set latents.executor=serial"
-        ray_cluster.check_reachable(config.ray_address, who, without)
-    if not executor.cluster or ray_cluster.address_of(config.ray_address) == "local":
-        check_precision(pick_device(config.device), config.precision, "latents.precision")
-
-
-def room(config: LatentsConfig, facts: Mapping[str, Any]) -> int:
-    """The bytes on disk; 0 where the shape of a latent is not known yet."""
-    known = told(config, facts)
-    if not {"images", "image_shape"} <= known.keys():
-        return 0
-    return (known["images"] + known.get("heldout", 0)) * math.prod(known["image_shape"]) * 2
-
-
-def cost(config: LatentsConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
-    """Images to encode, and bytes on disk. A VAE is not timed."""
-    images = told(config, facts)["images"] + facts.get("heldout", 0)
-    return Cost(images, "images", bytes=room(config, facts) or None, unknown="no time (a VAE is not timed)")
-
-
 def run(config: LatentsConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
     """Encodes the shards that have no commit yet, then places them and writes what describes them."""
-    named = _named(config)
+    named = vae_of(config)
     vae.announce(named, report.say)
     kept, facts = _begin(config, inputs["data"], out)
     images = Images(inputs["data"], facts)
@@ -125,7 +70,7 @@ def run(config: LatentsConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     report.progress(finished, total, "images")
     if lacking := [name for name in names if name not in done]:
         done |= _encode(config, inputs["data"], out, lacking, finished, total, report)
-    encoder = LatentEncoder(out, inputs["data"], _here(config))
+    encoder = LatentEncoder(out, inputs["data"], device_here(config))
     error = _reconstruction(encoder)
     return _finish(config, inputs["data"], out, {name: done[name] for name in names}, encoder, kept, error, report)
 
@@ -166,44 +111,15 @@ def _encode(
     return done
 
 
-def _here(config: LatentsConfig) -> str:
-    """The device of this process, which with a cluster need not be one of its workers."""
-    return pick_device("auto" if EXECUTORS[config.executor].cluster else config.device)
-
-
-def _named(config: LatentsConfig) -> str:
-    if config.vae is None:
-        raise Unfit("latents.vae: missing; name the folder of an AutoencoderKL, or a function as `module:function`")
-    return config.vae
-
-
-def _tried(config: LatentsConfig, image_shape: tuple[int, int, int], device: str) -> tuple[Vae, tuple[int, int, int]]:
-    """The VAE and the shape of its latents, found with two made-up images. Raises Unfit where it is not what it
-    should be.
-    """
-    import torch
-
-    loaded = vae.load(_named(config), image_shape, config.options, device, config.precision)
-    scale, shift = (own if given is None else given for given, own in (
-        (config.scale, loaded.scale), (config.shift, loaded.shift)))  # fmt: skip
-    loaded = replace(loaded, scale=scale, shift=shift)
-    if not (math.isfinite(shift) and math.isfinite(scale) and scale > 0):
-        raise Unfit(
-            f"latents.vae = {config.vae!r}: its scale is {scale}, its shift {shift}; set latents.scale and shift"
-        )
-    images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return loaded, vae.check(loaded, images, str(config.vae))
-
-
 def _begin(config: LatentsConfig, data: Path, out: Path) -> tuple[dict[str, tuple[str, int]], VaeFacts]:
     """Keeps the VAE beside the latents, and writes what they are made with. Gives the digests of the kept files."""
-    source, sha256 = ImageDataset.open(data, "train"), vae.identity(_named(config))["vae"]
+    source, sha256 = ImageDataset.open(data, "train"), vae.identity(vae_of(config))["vae"]
     fits(config, {"image_dtype": source.dtype, "image_shape": source.image_shape})
     channels, height, width = source.image_shape
-    loaded, shape = _tried(config, (channels, height, width), _here(config))
-    kept = vae.keep(_named(config), out, sha256)
+    loaded, shape = tried(config, (channels, height, width), device_here(config))
+    kept = vae.keep(vae_of(config), out, sha256)
     facts = VaeFacts(
-        vae=vae.KIND if kept else _named(config), sha256=sha256, options=config.options, state=loaded.state,
+        vae=vae.KIND if kept else vae_of(config), sha256=sha256, options=config.options, state=loaded.state,
         scale=loaded.scale, shift=loaded.shift, image_shape=(channels, height, width), latent_shape=shape,
         posterior=config.posterior, seed=config.seed, mirrors=config.mirrors, batch_size=config.batch_size,
         precision=config.precision,

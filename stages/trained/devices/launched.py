@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -49,13 +49,18 @@ def following() -> Iterator[bool]:
 
 def lead(train: Callable[..., None], make: Any, config: Any, inputs: Inputs, out: Path, report: Reporter) -> None:
     """`train` together with the processes that follow."""
-    _tell((train, make, config, {role: _elsewhere(path) for role, path in inputs.items()}, mirror.origin(out)))
+    _tell((train, make, config, sent(inputs), mirror.origin(out)))
     train(make, config, inputs, out, report, _device(config.device))
 
 
-def _elsewhere(path: Path) -> Path | str:
-    """An input as other machines find it: a store where it is, what was brought from a bucket by its URL there."""
-    return path if is_remote(path) else mirror.origin(path)
+def sent(inputs: Inputs) -> dict[str, Path | str]:
+    """Inputs as other machines find them: a store where it is, what was brought from a bucket by its URL there."""
+    return {role: path if is_remote(path) else mirror.origin(path) for role, path in inputs.items()}
+
+
+def received(places: Mapping[str, Path | str]) -> dict[str, Path]:
+    """What was `sent`, on this machine: artifacts in a bucket are brought here."""
+    return {role: Path(mirror.here(place)) if isinstance(place, str) else place for role, place in places.items()}
 
 
 def _follow() -> None:
@@ -71,9 +76,8 @@ def _follow() -> None:
             dist.destroy_process_group()
             return
         train, make, config, places, made = told[0]
-        inputs = {role: Path(mirror.here(place)) if isinstance(place, str) else place for role, place in places.items()}
         with _listening(Silent()) as report, mirror.beside(made) as out:
-            train(make, config, inputs, out, report, _device(config.device))
+            train(make, config, received(places), out, report, _device(config.device))
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from nfm.stages.display import units
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices import memory
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
-from nfm.stages.trained.training import TrainingSection, autocast_dtype, check_precision, matrix_products
+from nfm.stages.trained.devices.precision import autocast_dtype, check_precision, matrix_products
+from nfm.stages.trained.training.section import TrainingSection
 from nfm.storage.reading.batch import Batch
 
 if TYPE_CHECKING:
-    from nfm.stages.trained.training import Precision
+    from nfm.stages.trained.devices.precision import Precision
 
 SECONDS = 2.5  # of one measurement with all that it makes, 3 s with what ends late
 STEP_SECONDS = 0.6  # what a step that is timed is to take, by what it multiplies
@@ -44,12 +45,20 @@ class Clock:
         self._known: dict[str, Any] = {}
 
     def measured(self, what: str, precision: str, sizes: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
-        """What `measure()` gives, once for each `sizes`, which are JSON's types."""
-        key = json.dumps([what, precision, sizes], sort_keys=True, default=str)
-        if key not in self._known:
-            self._say(f"timing {what} on this device in {precision}, {math.ceil(SECONDS)} s at most ...")
+        """What `measure()` gives of this device, with torch's randomness from a seed; as `once`."""
+
+        def seeded() -> Any:
             with _seeded():
-                self._known[key] = measure()
+                return measure()
+
+        return self.once(f"{what} on this device in {precision}", sizes, seeded)
+
+    def once(self, what: str, sizes: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
+        """What `measure()` gives, once for each `sizes`, which are JSON's types."""
+        key = json.dumps([what, sizes], sort_keys=True, default=str)
+        if key not in self._known:
+            self._say(f"timing {what}, {math.ceil(SECONDS)} s at most ...")
+            self._known[key] = measure()
         return self._known[key]
 
     def training(self, stage: str, config: TrainingSection, facts: Mapping[str, Any], trials: Sequence[Trial]) -> float:

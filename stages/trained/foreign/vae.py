@@ -24,8 +24,9 @@ from pydantic import JsonValue, ValidationError
 
 from nfm.stages.base import Section, StageError, Unfit
 from nfm.stages.couplings import custom
+from nfm.stages.trained.costs import counted
+from nfm.stages.trained.devices.precision import Precision, precision_context
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import Precision, precision_context
 from nfm.storage.errors import StorageError, by
 from nfm.storage.files import atomic
 from nfm.storage.files.durable import HashingFile
@@ -135,6 +136,16 @@ def latent_shape(named: str, image_shape: Sequence[int]) -> tuple[int, int, int]
             "data.image_size"
         )
     return config["latent_channels"], height // factor, width // factor
+
+
+def encode_flops(folder: str, image_shape: Sequence[int]) -> float:
+    """FLOPs to encode one image by a folder's VAE. Raises Unfit where diffusers cannot be imported."""
+    from nfm.trainers.models import autoencoder
+
+    try:
+        return counted(lambda: autoencoder.Encoder(config_of(Path(folder))), image_shape, with_time=False).flops
+    except ImportError as error:
+        raise Unfit(f"{FIELD}: {error}") from error
 
 
 def keep(named: str, out: Path, sha256: str) -> dict[str, tuple[str, int]]:

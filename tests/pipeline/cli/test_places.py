@@ -12,11 +12,10 @@ import click
 import pytest
 
 from nfm.pipeline.artifacts.artifact import artifacts_root, find
-from nfm.pipeline.artifacts.in_bucket import check_settings
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.cli import cli, main
 from nfm.pipeline.cli.options import LocalPath, Place
-from nfm.pipeline.config import ConfigError, RunConfig, load
+from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.console import Console, StopRequest
 from nfm.storage.errors import NoPlace
 from tests.support.commands import commands
@@ -253,21 +252,6 @@ def test_the_artifacts_root_is_a_place_of_a_kind_that_can_hold_artifacts(
     code, told = nfm("run", "data", "-c", "tiny.toml", "--set", "data.limit=40")
     assert code == 0, told
     assert len(list((tmp_path / "home" / "art" / "data").iterdir())) == 1
-
-
-@pytest.mark.parametrize("text", ["student.workers=3", "teacher.workers=2"])
-def test_a_setting_that_does_not_work_in_a_bucket_is_refused_with_what_to_write(
-    text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    field, _, value = text.partition("=")
-    section, _, name = field.partition(".")
-    config = getattr(RunConfig.model_validate({"data": {"source": "digits"}, section: {name: value}}), section)
-    check_settings([(section, config)], 1)
-    monkeypatch.setenv("NFM_ARTIFACTS", "s3://bucket/art")
-    told = rf"{field} = {value} does not work in a bucket; start .* torchrun .*--set {field}=1"
-    with pytest.raises(NoPlace, match=told):
-        check_settings([(section, config)], 1)
-    check_settings([(section, config)], 2)
 
 
 def test_an_artifact_is_found_by_any_way_to_write_its_place(nfm: Nfm, tmp_path: Path) -> None:

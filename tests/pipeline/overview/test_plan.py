@@ -66,10 +66,9 @@ def test_what_a_finished_model_takes_on_disk_is_what_was_planned(lab: Lab) -> No
 
 
 WRONG = {
-    "data, images": ("data", DATA, "cannot be planned by them"),
     **{
         f"{stage}, rate": (stage, ("--rate", 5), f"{stage} has no rate")
-        for stage in ("data", "potential", "evaluate", "report", "compare")
+        for stage in ("potential", "evaluate", "report", "compare")
     },
     **{
         f"{stage}, workers": (stage, ("--workers", 5), f"of what trains, not of {stage}")
@@ -111,6 +110,16 @@ def test_a_rate_that_is_given_is_used_and_nothing_is_timed(empty: Lab, stage: st
     assert "at --rate" in row["cost"]
     assert "timing" not in done.stderr
     assert not any("seconds" in other["figures"] for other in others)
+
+
+def test_the_data_stage_is_planned_from_its_source_and_for_images_that_are_not_there(empty: Lab) -> None:
+    there = rows(empty, "data")["data"]
+    assert there["figures"]["images"] == 320
+    more = ("--images", 1_281_167, "--image-shape", "3x256x256")
+    paper = rows(empty, "data", *more, "--rate", 200)["data"]["figures"]
+    assert paper == {"images": 1_281_167, "seconds": 1_281_167 / 200, "bytes": 1_281_167 * 3 * 256 * 256}
+    assert "no time (nothing is decoded for images" in rows(empty, "data", *more)["data"]["cost"]
+    assert not empty.artifacts.exists()
 
 
 def test_workers_of_a_training_divide_its_time(empty: Lab) -> None:

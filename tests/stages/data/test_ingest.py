@@ -22,6 +22,7 @@ from nfm.stages.executors.jobs import Job
 from nfm.storage.dataset.images import DatasetWriter
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
+from nfm.storage.files.paths import as_path, names_in, remove
 from tests.stages.data.image_files import picture
 from tests.stages.data.sources import test_parquet as parquet
 from tests.stages.data.sources import test_webdataset as webdataset
@@ -179,7 +180,6 @@ def planned(settings: DataConfig, out: Path) -> tuple[Encoded, list[of_parts.Par
     rows = np.concatenate([own, apart])
     labels, size = source.labels[rows], source.look(Recorder())
     plan = of_parts.planned(source, rows, labels, len(own), EACH, size)
-    out.mkdir(exist_ok=True)
     of_parts.write_plan(out, plan, source, rows, labels, size)
     return source, plan
 
@@ -247,10 +247,34 @@ def test_a_source_without_encoded_images_is_not_sent_to_workers(tmp_path: Path) 
         made(config(source="digits", executor="ray", workers=0), tmp_path / "out")
 
 
-def test_workers_are_not_sent_to_an_artifact_in_a_bucket(tmp_path: Path) -> None:
-    settings, out = folder(tmp_path).model_copy(update={"executor": "ray"}), tmp_path / "out"
+def in_a_bucket(out: Path, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes `out` the local folder of an artifact in a bucket. Gives the artifact."""
+    monkeypatch.setenv("NFM_SCRATCH", str(out.parent / "scratch"))
     out.mkdir()
-    atomic.write_json(out / mirror.ORIGIN, {"artifact": "s3://bucket/data/ab12", "manifest": ""})
-    with pytest.raises(Unfit, match=r'data\.executor = "ray": .* in a bucket: set data\.executor = "serial"'):
-        made(settings, out)
-    assert not (out / "commits").exists()
+    atomic.write_json(out / mirror.ORIGIN, {"artifact": f"{bucket}/run/data/ab12", "manifest": ""})
+    return as_path(f"{bucket}/run/data/ab12")
+
+
+def test_parts_in_a_bucket_that_others_made_are_not_decoded_again(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = folder(tmp_path).model_copy(update={"executor": "ray"})
+    there = in_a_bucket(tmp_path / "out", bucket, monkeypatch)
+    source, plan = planned(settings, there)
+    for part in plan:
+        own = tmp_path / part.name
+        first, _ = ingest_shard(source, there, Job(part.name, "first"), folder=own)
+    second, _ = ingest_shard(source, there, Job(part.name, "second"), folder=own)
+    assert second == first
+    assert names_in(there / "parts") == sorted(["plan.parquet", *(f"{part.name}.first.tar" for part in plan)])
+    gone, damaged = plan[0].name, plan[1].name
+    remove(there / "parts" / f"{gone}.first.tar")
+    (there / "commits" / f"{damaged}.json").write_bytes(b"{}")
+    assert [part.name for part in plan if of_parts.committed(there, part) is None] == [gone, damaged]
+    for name in (gone, damaged):
+        ingest_shard(source, there, Job(name, "third"), folder=tmp_path / name)
+    report = Recorder()
+    expected = in_one_go(settings.model_copy(update={"executor": "serial"}), tmp_path / "whole")
+    assert dict(made(settings, tmp_path / "out", report).digests) == expected, "no worker was needed"
+    assert f"{len(plan)} of {len(plan)} parts are decoded already" in report.said
+    assert names_in(there) == []

@@ -20,7 +20,7 @@ from nfm.stages.data.sources import Idx, ImageFolder, Npz, Source
 from nfm.stages.data.stage import source_identity
 from nfm.storage import ImageDataset
 from tests.stages.data.image_files import picture
-from tests.stages.data.test_idx import folder as idx_folder
+from tests.stages.data.sources.test_idx import folder as idx_folder
 from tests.stages.data.test_sources import write_idx
 from tests.support.recorder import Recorder
 

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from nfm.stages.base import StageError, Unfit
+from nfm.stages.data.latents import stage
 from nfm.stages.data.latents.config import LatentsConfig
+from nfm.stages.trained.devices import timing
+from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import vae
 from nfm.storage import ImageDataset
 from tests.stages.data.latents.small import ROWS, make, write_data
@@ -137,3 +140,20 @@ def test_weights_that_do_not_fit_their_config_are_refused_by_name(saved: Path, k
     _change(folder, latent_channels=8)
     with pytest.raises(Unfit, match=r"latents\.vae: .*copy: cannot be read as an AutoencoderKL"):
         vae.load(str(folder), (3, 8, 8), {}, "cpu", "float32")
+
+
+def test_its_time_and_its_flops_are_told_before_anything_is_made(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "SECONDS", 0.2)
+    facts = {"images": 10, "heldout": 2, "image_shape": [3, 8, 8]}
+    config = LatentsConfig.model_validate({"vae": str(saved), "mirrors": True, "batch_size": 4})
+    said: list[str] = []
+    found = stage.cost(config, facts, Clock(said.append))
+    assert said == ["timing the encoding of images to latents on this device in float32, 1 s at most ..."]
+    assert (found.count, found.bytes) == (22, 22 * 4 * 4 * 4 * 2)
+    assert found.seconds is not None
+    assert found.seconds > 0
+    assert found.flops is not None
+    larger = stage.cost(config, facts | {"image_shape": [3, 16, 16]}, Clock(said.append)).flops
+    assert larger is not None
+    assert larger > 3 * found.flops > 0
+    assert stage.cost(config, facts, None).seconds is None
