@@ -156,7 +156,7 @@ class Lab:
         self, words: Any, code: int | None, exits: int, out: str, err: str
     ) -> subprocess.CompletedProcess[str]:
         assert code == exits, f"exit {code}, not {exits}:\n{out}\n{err}"
-        assert "Traceback" not in out + err
+        assert "Traceback" not in out + err, f"{out}\n{err}"
         return subprocess.CompletedProcess(words, code, out, err)
 
     def all(self, stage: str) -> list[Artifact]:
