@@ -18,7 +18,7 @@ from hypothesis import settings
 
 from nfm.stages.trained.devices import timing
 from tests.support.lab import CONFIG, Lab
-from tests.support.once import once
+from tests.support.once import ByFile, once
 from tests.support.sizes import FULL
 
 LONGEST_SECONDS = 10.0
@@ -28,8 +28,6 @@ FAR_TOO_LONG = 6  # times what a test may take
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """On several processes a file stays on one, in the order of the files: those that start processes come first."""
-    from tests.support.on_processes import ByFile
-
     config.option.loadscopereorder = False
     return ByFile(config, log)
 
@@ -76,7 +74,7 @@ def _on_one_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
         here = tmp_path_factory.getbasetemp().parent / "files" / request.node.nodeid.replace("/", "-")
         here.mkdir(parents=True, exist_ok=True)
         (here / worker).touch()
-        assert os.listdir(here) == [worker], "several processes have tests of this file, see support/on_processes.py"
+        assert os.listdir(here) == [worker], "several processes have tests of this file, see support/once.py"
 
 
 @pytest.fixture(scope="session")
