@@ -1,4 +1,4 @@
-"""Machines that share nothing but an object store: the whole way, as results/bucket/two-machines.txt shows it."""
+"""Machines that share nothing but an object store: the whole way."""
 
 from __future__ import annotations
 
