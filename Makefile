@@ -11,6 +11,7 @@
 #   MINUTES=10                    how long `make fuzz` goes on
 #   AT_ONCE=1                     how many students `make report` trains at a time; default: 2 of the default config, else 1
 #   TIMES=20                      how often `make test-busy` runs its tests
+#   ENDPOINT=http://HOST:PORT     the S3 server of `make test-s3`
 
 CONFIG ?= configs/glyphs.toml
 ARGS ?=
@@ -42,10 +43,10 @@ NFM := $(PY) -m nfm.pipeline.cli
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm bench gpu kills fuzz lint format docs clean-env
+.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm test-s3 bench gpu kills fuzz lint format docs clean-env
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  settings: CONFIG=$(CONFIG)  ARGS  PYTHON  TORCH=$(TORCH)  PIP_ARGS"
 
 env: $(DEV)  ## make the environment in .venv, development tools included
@@ -83,19 +84,22 @@ status: $(ENV)  ## a line a stage
 	$(NFM) status -c $(CONFIG) $(ARGS)
 
 test: $(DEV)  ## run the tests
-	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 test-all: $(DEV)  ## the same with the long ones, and what has a size at its full size
-	NFM_FULL=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup -m 'not faults and not slurm' $(ARGS)
+	NFM_FULL=1 $(PY) -m pytest -n $(JOBS) -m 'not faults and not slurm' $(ARGS)
 
 test-faults: $(DEV)  ## kill, lose and fill everything, for 20 minutes
-	NFM_FULL=1 $(PY) -m pytest -m 'faults or not faults' tests/faults tests/clusters/ray $(ARGS)
+	NFM_FULL=1 $(PY) -m pytest -m 'faults or not faults' tests/faults tests/clusters/ray tests/clusters/apart $(ARGS)
 
 test-busy: $(DEV)  ## the tests that start processes, TIMES times on a busy machine
 	$(PY) tests/repository/busy.py --times $(TIMES) --jobs $(JOBS) $(ARGS)
 
 test-slurm: $(DEV)  ## run arrays on a real Slurm of one node (needs root, slurm-wlm and munge)
 	$(PY) -m pytest -m slurm -rs tests/clusters/slurm $(ARGS)
+
+test-s3: $(DEV)  ## the tests of buckets against another S3 server: ENDPOINT=http://HOST:PORT
+	NFM_TEST_S3=$(ENDPOINT) $(PY) -m pytest -n $(JOBS) tests/pipeline/artifacts tests/e2e/bucket $(ARGS)
 
 bench: $(PEERS_ENV)  ## measure the reader beside its peers and a plain copy
 	$(PEERS_PY) -m benchmarks.store $(ARGS)

@@ -21,7 +21,8 @@ from nfm.stages.display.watching.lines import check_watching
 from nfm.stages.executors import ray_cluster
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.machine import pick_device
-from nfm.stages.trained.training import TrainingSection, check_precision
+from nfm.stages.trained.devices.precision import check_precision
+from nfm.stages.trained.training.section import TrainingSection
 from nfm.storage.files.paths import is_remote
 
 

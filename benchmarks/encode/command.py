@@ -64,7 +64,7 @@ def encode(
     """
     from benchmarks.encode.rows import Case
     from nfm.stages.trained.devices.machine import pick_device
-    from nfm.stages.trained.training import blaming
+    from nfm.stages.trained.training.section import blaming
 
     where: dict[str, Any] = {"device": pick_device(device), "threads": threads or os.cpu_count() or 1}
     if quick:

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from nfm.stages.trained import costs
-from nfm.stages.trained.training import Precision, autocast_dtype
+from nfm.stages.trained.devices.precision import Precision, autocast_dtype
 
 if TYPE_CHECKING:
     from benchmarks.encode.rows import Case, Way

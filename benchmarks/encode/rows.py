@@ -15,7 +15,7 @@ from benchmarks.store.rows import in_turns
 from nfm.stages.encoding import probe, reference
 from nfm.stages.trained import costs
 from nfm.stages.trained.devices.machine import free_memory
-from nfm.stages.trained.training import Precision, autocast_dtype
+from nfm.stages.trained.devices.precision import Precision, autocast_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from nfm.stages.encoding import probe
 from nfm.stages.encoding.encoder import Setup
 from nfm.stages.executors.jobs import Job, Outcome, new_attempt
 from nfm.stages.trained.devices.machine import threads
-from nfm.stages.trained.training import Precision, autocast_dtype
+from nfm.stages.trained.devices.precision import Precision, autocast_dtype
 from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage import DatasetWriter, StoreSpec
 from nfm.storage.files import atomic

@@ -12,8 +12,10 @@ import torch
 from benchmarks.train.cases import Case
 from benchmarks.turns import Peer, Turns
 from nfm.stages.trained.costs import Trial
+from nfm.stages.trained.devices.precision import autocast_dtype
 from nfm.stages.trained.devices.timing import BACKWARD, matrix_rate, random_batch
-from nfm.stages.trained.training import autocast_dtype, parameter_count, recipe
+from nfm.stages.trained.training import parameter_count
+from nfm.stages.trained.training.section import recipe
 from nfm.storage.reading.batch import Batch
 from nfm.trainers import loop
 from nfm.trainers.training.state import Recipe

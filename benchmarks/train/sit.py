@@ -17,8 +17,8 @@ from benchmarks.train.cases import Case
 from benchmarks.train.checkouts import Script, module, stand_ins
 from benchmarks.train.tarflow import shaken
 from nfm.stages.trained.architectures import build, sizes_of
+from nfm.stages.trained.devices.precision import precision_context
 from nfm.stages.trained.student import StudentConfig
-from nfm.stages.trained.training import precision_context
 
 NEVER = 10**12
 SCALE = 0.18215  # of its latents

@@ -19,6 +19,7 @@ from nfm.storage.files.paths import as_path, remove
 
 _REFUSED = 412
 _UNKNOWN = (400, 501)  # answers of servers that do not know the header
+_bare: set[str] = set()  # buckets of servers, such as Ceph's, that know a tag only without its quotation marks
 
 
 class NoConditions(StorageError):  # noqa: N818 - it reads as what it says
@@ -60,7 +61,15 @@ def replace(path: Path, data: bytes, tag: str) -> str | None:
 
     Raises StorageError.
     """
-    return _put(path, data, IfMatch=tag)
+    bucket, bare = str(path).split("/")[2], tag.strip('"')
+    if bucket not in _bare:
+        if (new := _put(path, data, IfMatch=tag)) is not None:
+            return new
+        if bare == tag or (stored := read(path)) is None or stored.tag != tag:
+            return None
+    if (new := _put(path, data, IfMatch=bare)) is not None:
+        _bare.add(bucket)
+    return new
 
 
 def _put(path: Path, data: bytes, **condition: str) -> str | None:

@@ -44,7 +44,7 @@ from nfm.pipeline.config import Override, load
 from nfm.stages.base import Unfit
 from nfm.stages.couplings.custom import Allowed
 from nfm.stages.trained.sampling import DIFFUSIONS, GRIDS, SOLVERS, check_diffusion
-from nfm.stages.trained.training import blaming
+from nfm.stages.trained.training.section import blaming
 from nfm.storage.files.paths import exists
 from nfm.storage.ledger.standing import again
 

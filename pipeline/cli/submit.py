@@ -106,7 +106,7 @@ def _check(config: RunConfig, stage: str, processes: int | None = None) -> None:
     from nfm.pipeline import builder, prechecks
     from nfm.pipeline.config import image_shape
     from nfm.pipeline.graph import upstream
-    from nfm.stages.trained.training import TrainingSection
+    from nfm.stages.trained.training.section import TrainingSection
 
     if processes is not None:
         trained = {name: section for name, section in config if isinstance(section, TrainingSection)}

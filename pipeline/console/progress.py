@@ -11,7 +11,7 @@ from typing import Any
 from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.stages.display import units
 from nfm.stages.pairs import progress
-from nfm.stages.trained.training import newest_checkpoint
+from nfm.stages.trained.training.checkpoints import newest_checkpoint
 from nfm.storage.errors import StorageError
 from nfm.storage.files.paths import names_in
 from nfm.storage.files.small_files import read_tail

@@ -25,7 +25,7 @@ from nfm.stages.trained import features, student, teacher
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.student import StudentConfig
-from nfm.stages.trained.training import TrainingSection
+from nfm.stages.trained.training.section import TrainingSection
 
 DONE, LATER = "nothing, is done", "run after its inputs"
 WORKERS = (1, 8, 64)

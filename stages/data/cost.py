@@ -67,7 +67,7 @@ def decoded_a_second(
 
 def _part(source: Encoded, rows: np.ndarray, size: tuple[int, int]) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        out, labels = Path(folder), source.labels[rows]
+        out, labels = Path(folder), np.zeros(len(rows), np.int64)  # which they are costs nothing
         (part,) = of_parts.planned(source, rows, labels, len(rows), len(rows), size)
         of_parts.write_plan(out, [part], source, rows, labels, size)
         _, took = ingest_shard(source, out, Job(part.name, new_attempt()))

@@ -74,7 +74,6 @@ class Encoded(ABC):
     (`tree.Skipped`).
     """
 
-    labels: np.ndarray  # [N] int64, counted from 0, as of every source
     seeks: bool
     skipped: Any
 

@@ -9,7 +9,7 @@ from nfm.stages.base import StageError, call
 from nfm.stages.couplings import custom
 from nfm.stages.couplings.facts import facts_of
 from nfm.stages.encoding.setup import Setup
-from nfm.stages.trained.training import autocast_dtype
+from nfm.stages.trained.devices.precision import autocast_dtype
 from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic

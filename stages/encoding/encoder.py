@@ -20,7 +20,7 @@ from nfm.stages.encoding.slots import Found, Sources, mirrored
 from nfm.stages.executors.jobs import Job, Timing, Unit
 from nfm.stages.executors.overlap import Ahead, Stopwatch, running
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
-from nfm.stages.trained.training import check_precision
+from nfm.stages.trained.devices.precision import check_precision
 from nfm.storage import ImageDataset
 from nfm.storage.files.paths import as_path
 from nfm.storage.format.spec import parse_name, read_spec

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from nfm.stages.base import StageError
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory
 from nfm.stages.trained.devices.machine import threads as on_threads
-from nfm.stages.trained.training import Precision, autocast_dtype
+from nfm.stages.trained.devices.precision import Precision, autocast_dtype
 from nfm.storage.files.copies import mirror
 
 if TYPE_CHECKING:

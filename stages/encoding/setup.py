@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from nfm.stages.executors.jobs import Work
-from nfm.stages.trained.training import Precision
+from nfm.stages.trained.devices.precision import Precision
 from nfm.storage.files.copies import mirror
 
 

@@ -9,8 +9,8 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from nfm.stages.base import Guidance, LocalField, Section, added, operational
 from nfm.stages.couplings.variant import Variant
+from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.sampling import ALWAYS, DiffusionName, GridName, SolverName, check_diffusion
-from nfm.stages.trained.training import Precision
 from nfm.stages.trained.weights import parse
 from nfm.trainers.nfe import pick_solver
 

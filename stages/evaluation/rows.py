@@ -20,8 +20,8 @@ from nfm.stages.evaluation.config import CURVATURE_STEPS
 from nfm.stages.evaluation.distances import EXACT_VALUES, Reference
 from nfm.stages.trained import student
 from nfm.stages.trained.devices.machine import machine
+from nfm.stages.trained.devices.precision import precision_context
 from nfm.stages.trained.sampling import Sampler, draw, fresh_noise, initial, variant_of
-from nfm.stages.trained.training import precision_context
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 

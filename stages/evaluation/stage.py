@@ -32,6 +32,7 @@ from nfm.stages.evaluation.table import DISTANCE, as_text, distance_key, publish
 from nfm.stages.trained import student
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.precision import check_precision
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own, vae
 from nfm.stages.trained.sampling import (
@@ -45,7 +46,6 @@ from nfm.stages.trained.sampling import (
     student_sampler,
     teacher_sampler,
 )
-from nfm.stages.trained.training import check_precision
 from nfm.storage.files import atomic
 from nfm.trainers.nfe import STOCHASTIC
 

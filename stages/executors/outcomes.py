@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,36 @@ def settled(
     told: set[str] = set()
     failed_before = set(names_in(out / "failed"))  # so that other jobs cost no request to remove nothing
     tally = Tally()
-    report.progress(done, total, unit)
-    for outcome in outcomes:
-        if outcome is None:
-            pass
-        elif outcome.commit is None:
-            failures.append(outcome)
-            _set_aside(out, outcome, report, told)
-        else:
-            done += count(outcome.commit)
-            tally.add(outcome)
-            if (failure := failure_path(out, outcome.job.name)).name in failed_before:
-                remove(failure)
-            report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds, worker=outcome.worker)
-            also(outcome)
-        report.progress(done, total, unit, tally.rows(), failed=len(failures))
+    with _closed(outcomes):
+        report.progress(done, total, unit)
+        for outcome in outcomes:
+            if outcome is None:
+                pass
+            elif outcome.commit is None:
+                failures.append(outcome)
+                _set_aside(out, outcome, report, told)
+            else:
+                done += count(outcome.commit)
+                tally.add(outcome)
+                if (failure := failure_path(out, outcome.job.name)).name in failed_before:
+                    remove(failure)
+                report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds, worker=outcome.worker)
+                also(outcome)
+            report.progress(done, total, unit, tally.rows(), failed=len(failures))
     return failures
+
+
+@contextmanager
+def _closed(outcomes: Iterable[Outcome | None]) -> Iterator[None]:
+    """Ends the executor before anything that is raised goes on.
+
+    Left to itself it ends with the process, after its cluster, and Ray then connects to any cluster of the machine.
+    """
+    try:
+        yield
+    finally:
+        if isinstance(outcomes, Generator):
+            outcomes.close()
 
 
 def failure_path(out: Path, name: str) -> Path:

@@ -21,7 +21,8 @@ from nfm.stages.couplings.custom import called_beside
 from nfm.stages.executors.ray_cluster import cluster
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.launched import Silent
-from nfm.stages.trained.training import CHECKPOINTS, left_files, newest_checkpoint, train_here
+from nfm.stages.trained.training import left_files, train_here
+from nfm.stages.trained.training.checkpoints import CHECKPOINTS, newest_checkpoint
 from nfm.storage.files import atomic, remote
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import as_path, is_remote, is_url, remove_below

@@ -9,7 +9,7 @@ from pydantic import Field
 from nfm.stages.base import Guidance, LocalField, Section, added, one_of, operational
 from nfm.stages.couplings.facts import FACTS
 from nfm.stages.executors import EXECUTORS
-from nfm.stages.trained.training import Precision
+from nfm.stages.trained.devices.precision import Precision
 from nfm.storage.format.codecs import CODECS
 from nfm.storage.layouts import LAYOUTS
 

@@ -15,9 +15,9 @@ from nfm.stages.pairs.recipe import pair_flops, planned_spec
 from nfm.stages.trained import costs
 from nfm.stages.trained.devices import timing
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.precision import check_precision
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import check_precision
 from nfm.storage import StoreSpec, layouts
 from nfm.storage.format.codecs import CODECS
 

@@ -14,7 +14,7 @@ from nfm.stages.couplings import custom
 from nfm.stages.couplings.facts import FACTS, facts_of
 from nfm.stages.display import units
 from nfm.stages.trained import costs, student
-from nfm.stages.trained.training import blaming
+from nfm.stages.trained.training.section import blaming
 from nfm.storage import ImageDataset
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic

@@ -32,9 +32,9 @@ from nfm.stages.pairs.recipe import (
 )
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.precision import check_precision
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import check_precision
 from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.export import converted

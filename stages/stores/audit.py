@@ -19,8 +19,8 @@ from nfm.stages.pairs.coupling_advice import better_teacher
 from nfm.stages.stores import against_source as pairs_source
 from nfm.stages.stores.repair import pinned, verify
 from nfm.stages.trained.devices.machine import pick_device, threads
+from nfm.stages.trained.devices.precision import check_precision
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import check_precision
 from nfm.storage import ImageDataset, PairStore, layouts
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel

@@ -19,7 +19,9 @@ from nfm.stages.trained import costs
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
-from nfm.stages.trained.training import Task, TrainingSection, blaming, check_section, fit, kept_files, parameter_count
+from nfm.stages.trained.training import Task, fit, parameter_count
+from nfm.stages.trained.training.checkpoints import kept_files
+from nfm.stages.trained.training.section import TrainingSection, blaming, check_section
 from nfm.stages.trained.weights import WEIGHTS, read_weights
 from nfm.storage import ImageDataset
 from nfm.trainers.models.sizes import check_sides

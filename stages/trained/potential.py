@@ -19,7 +19,7 @@ from nfm.stages.base import Inputs, Reporter, Result, Section, StageError, Stopp
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock
-from nfm.stages.trained.training import blaming
+from nfm.stages.trained.training.section import blaming
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
 from nfm.storage.files.small_files import MOST_STATE_BYTES, read_bytes

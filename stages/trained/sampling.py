@@ -16,9 +16,11 @@ from nfm.stages.display.watching.grids import draw_grid
 from nfm.stages.trained import student, teacher
 from nfm.stages.trained.costs import Trial
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.precision import precision_context
 from nfm.stages.trained.devices.timing import rate_of_calls
 from nfm.stages.trained.foreign import own, vae
-from nfm.stages.trained.training import blaming, parameter_count, precision_context
+from nfm.stages.trained.training import parameter_count
+from nfm.stages.trained.training.section import blaming
 from nfm.stages.trained.weights import read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.errors import by
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from nfm.stages.trained.devices.precision import Precision
     from nfm.stages.trained.student import StudentConfig
-    from nfm.stages.trained.training import Precision
     from nfm.trainers.models.tarflow import Guidance
 
 SolverName = Literal["auto", "euler", "heun", "midpoint", "rk4", "sde-euler", "sde-heun"]

@@ -25,19 +25,10 @@ from nfm.stages.trained.architectures import ARCHITECTURES, FIRST, build, sizes_
 from nfm.stages.trained.costs import Cost, Counted, Trial
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import (
-    Samples,
-    Task,
-    TrainingSection,
-    blaming,
-    check_section,
-    fit,
-    kept_files,
-    over_all,
-    parameter_count,
-    recipe,
-    whole_batches,
-)
+from nfm.stages.trained.training import Task, fit, over_all, parameter_count
+from nfm.stages.trained.training.checkpoints import kept_files
+from nfm.stages.trained.training.samples import Samples
+from nfm.stages.trained.training.section import TrainingSection, blaming, check_section, recipe, whole_batches
 from nfm.stages.trained.weights import WEIGHTS, Name, files_of, parse, parts_of, read, read_weights
 from nfm.storage import Mixture, PairStore
 from nfm.trainers.nfe import pick_solver

@@ -16,21 +16,13 @@ from nfm.stages.display.watching.grids import draw_grid
 from nfm.stages.trained import costs
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.precision import Precision, precision_context
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import (
-    Precision,
-    Samples,
-    Task,
-    TrainingSection,
-    blaming,
-    check_section,
-    fit,
-    kept_files,
-    parameter_count,
-    precision_context,
-    recipe,
-)
+from nfm.stages.trained.training import Task, fit, parameter_count
+from nfm.stages.trained.training.checkpoints import kept_files
+from nfm.stages.trained.training.samples import Samples
+from nfm.stages.trained.training.section import TrainingSection, blaming, check_section, recipe
 from nfm.stages.trained.weights import WEIGHTS, read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic

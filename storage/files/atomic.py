@@ -16,6 +16,7 @@ from typing import Any
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
 from nfm.storage.files import remote
+from nfm.storage.files.copies.large import put_new
 from nfm.storage.files.digested_json import RESTORE
 from nfm.storage.files.digested_json import canonical_json as canonical_json
 from nfm.storage.files.digested_json import checked as checked
@@ -100,7 +101,7 @@ def create_bytes(path: str | Path, data: bytes) -> bool:
     if is_remote(where):
         return remote.create(
             where,
-            lambda fs, name: fs.pipe_file(name, bytes(data), mode="create"),
+            lambda fs, name: put_new(fs, name, bytes(data)),
             lambda: read_bytes(where, max(MOST_BYTES, len(data))) == data,
         )
     if os.path.lexists(where):

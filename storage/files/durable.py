@@ -23,6 +23,7 @@ from typing import Any, Self
 from nfm.storage.errors import StorageError, cannot_write
 from nfm.storage.files import remote
 from nfm.storage.files.cache_folder import spool_folder
+from nfm.storage.files.copies.large import put_new
 from nfm.storage.files.paths import as_path, is_remote, temporary_name
 from nfm.storage.files.places import cache_base
 
@@ -158,9 +159,7 @@ class HashingFile(Unfinished):
         if self.replace:
             remote.attempt(self.path, "write", lambda fs, name: fs.put_file(source, name))
             return True
-        return remote.create(
-            self.path, lambda fs, name: fs.put_file(source, name, mode="create"), self._is_what_is_stored
-        )
+        return remote.create(self.path, lambda fs, name: put_new(fs, name, source), self._is_what_is_stored)
 
     def _is_what_is_stored(self) -> bool:
         size = remote.attempt(self.path, "look at", lambda fs, name: fs.info(name))["size"]

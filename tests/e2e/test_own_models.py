@@ -19,7 +19,7 @@ import math
 import pathlib
 import torch
 
-pathlib.Path("ran.txt").touch()
+pathlib.Path(__file__).with_name("ran.txt").touch()  # a worker stands elsewhere
 
 class Network(torch.nn.Module):
     def __init__(self, image_shape, classes, width):
@@ -38,7 +38,7 @@ FLOW = """
 import pathlib
 import torch
 
-pathlib.Path("ran.txt").touch()
+pathlib.Path(__file__).with_name("ran.txt").touch()  # a worker stands elsewhere
 
 class Affine(torch.nn.Module):
     def __init__(self, image_shape, classes):

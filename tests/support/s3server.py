@@ -1,4 +1,4 @@
-"""A real S3-protocol server on loopback (moto's), behind a proxy that fails on request.
+"""A real S3-protocol server (moto's on loopback, or what NFM_TEST_S3 names), behind a proxy that fails on request.
 
 `faults` is a list that a test fills: each fault is used up by the requests that it matches, in order. All else passes.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import struct
 import threading
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -31,6 +33,9 @@ Kind = Literal[
     "if-none-match",
 ]
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+NAMED = "NFM_TEST_S3"  # an endpoint, for `make test-s3`
+if NAMED in os.environ:
+    KEYS |= {name: os.environ[name] for name in KEYS if name in os.environ}
 
 
 @dataclass
@@ -177,11 +182,27 @@ class _Server(ThreadingHTTPServer):
 @contextmanager
 def serving(host: str = "127.0.0.1") -> Iterator[S3]:
     """Runs the server and its proxy, which listens at `host`."""
+    with _behind() as behind:
+        yield from _served(host, behind)
+
+
+@contextmanager
+def _behind() -> Iterator[tuple[str, int]]:
+    if named := os.environ.get(NAMED):
+        where = urlsplit(named)
+        assert where.scheme == "http", f"{NAMED} = {named}: the proxy speaks http alone; write http://HOST:PORT"
+        yield str(where.hostname), where.port or 80
+        return
     from moto.server import ThreadedMotoServer
 
-    behind = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    behind.start()
-    handler = type("Proxy", (_Proxy,), {"behind": behind.get_host_and_port()})
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()
+    server.stop()
+
+
+def _served(host: str, behind: tuple[str, int]) -> Iterator[S3]:
+    handler = type("Proxy", (_Proxy,), {"behind": behind})
     proxy = _Server((host, 0), handler)
     s3 = S3(f"http://{host}:{proxy.server_address[1]}")
     handler.s3 = s3  # type: ignore[attr-defined]
@@ -192,13 +213,13 @@ def serving(host: str = "127.0.0.1") -> Iterator[S3]:
     finally:
         proxy.shutdown()
         proxy.server_close()
-        behind.stop()
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3]:
     """The server, started once."""
-    pytest.importorskip("moto.server")
+    if NAMED not in os.environ:
+        pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     with serving() as s3:
         yield s3

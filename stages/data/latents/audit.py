@@ -12,9 +12,9 @@ from nfm.stages.couplings import custom
 from nfm.stages.data.latents.shards import SPLITS, Images, LatentEncoder
 from nfm.stages.display import units
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.precision import check_precision
 from nfm.stages.trained.foreign import vae
 from nfm.stages.trained.foreign.vae import VaeFacts
-from nfm.stages.trained.training import check_precision
 from nfm.storage import ImageDataset
 
 CHUNK = 4096  # rows in memory at a time

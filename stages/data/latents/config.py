@@ -8,8 +8,8 @@ from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from nfm.stages.base import Section, one_of, operational
 from nfm.stages.executors import EXECUTORS
+from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.foreign.vae import is_function
-from nfm.stages.trained.training import Precision
 from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import local_path
 

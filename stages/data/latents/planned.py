@@ -15,10 +15,10 @@ from nfm.stages.data.latents.config import LatentsConfig
 from nfm.stages.executors import EXECUTORS, ray_cluster
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices.machine import pick_device, threads
+from nfm.stages.trained.devices.precision import check_precision
 from nfm.stages.trained.devices.timing import Clock, rate_of_calls
 from nfm.stages.trained.foreign import vae
 from nfm.stages.trained.foreign.vae import Vae
-from nfm.stages.trained.training import check_precision
 from nfm.storage.files.paths import artifacts_root, is_remote
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from nfm.stages.couplings import custom
 from nfm.stages.data import records
 from nfm.stages.executors.jobs import Job, Timing, Unit, Work
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.foreign import vae
-from nfm.stages.trained.training import Precision
 from nfm.storage import ImageDataset
 from nfm.storage.dataset.images import shard_writer
 from nfm.storage.files.copies import mirror

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nfm.stages.display import units
-from nfm.stages.trained.training import TrainingSection, precision_context
+from nfm.stages.trained.devices.precision import precision_context
+from nfm.stages.trained.training.section import TrainingSection
 
 if TYPE_CHECKING:
     import torch

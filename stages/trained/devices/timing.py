@@ -20,11 +20,12 @@ from nfm.stages.display import units
 from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices import memory
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
-from nfm.stages.trained.training import TrainingSection, autocast_dtype, check_precision, matrix_products
+from nfm.stages.trained.devices.precision import autocast_dtype, check_precision, matrix_products
+from nfm.stages.trained.training.section import TrainingSection
 from nfm.storage.reading.batch import Batch
 
 if TYPE_CHECKING:
-    from nfm.stages.trained.training import Precision
+    from nfm.stages.trained.devices.precision import Precision
 
 SECONDS = 2.5  # of one measurement with all that it makes, 3 s with what ends late
 STEP_SECONDS = 0.6  # what a step that is timed is to take, by what it multiplies

@@ -12,8 +12,9 @@ from pydantic import Field
 from nfm.stages.base import Inputs, LocalField, Reporter, Result, Section, Unfit, operational
 from nfm.stages.trained import teacher
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.teacher import FACTS, TeacherConfig
-from nfm.stages.trained.training import Precision, blaming
+from nfm.stages.trained.training.section import blaming
 from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage import ImageDataset
 from nfm.storage.errors import StorageError

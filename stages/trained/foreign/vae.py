@@ -25,8 +25,8 @@ from pydantic import JsonValue, ValidationError
 from nfm.stages.base import Section, StageError, Unfit
 from nfm.stages.couplings import custom
 from nfm.stages.trained.costs import counted
+from nfm.stages.trained.devices.precision import Precision, precision_context
 from nfm.stages.trained.foreign import own
-from nfm.stages.trained.training import Precision, precision_context
 from nfm.storage.errors import StorageError, by
 from nfm.storage.files import atomic
 from nfm.storage.files.durable import HashingFile

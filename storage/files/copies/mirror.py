@@ -18,6 +18,7 @@ from typing import Any
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files import atomic, remote
+from nfm.storage.files.copies.large import put_new
 from nfm.storage.files.digested_json import RESTORE
 from nfm.storage.files.durable import HashingFile
 from nfm.storage.files.parallel import parallel
@@ -164,7 +165,7 @@ def _send(artifact: Path, folder: Path, name: str, digest: tuple[str, int], chec
     def send() -> bool:
         return remote.create(
             target,
-            lambda fs, there: fs.put_file(source, there, mode="create"),
+            lambda fs, there: put_new(fs, there, source),
             lambda: atomic.hash_file(target) == digest,
         )
 

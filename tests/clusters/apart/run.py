@@ -1,4 +1,6 @@
-"""From an empty bucket to a student's samples, on machines that share nothing else; one is killed on the way.
+"""From images in a bucket to a student's samples, on machines that share nothing else; one is killed on the way.
+
+Data, pairs and student are made on Ray, by two machines at a time; what they made is looked at on another one.
 
 `python -m tests.clusters.apart.run -o results/bucket/two-machines.txt` writes what was typed and said, without ports,
 and after it the counts. Exit 1 if a pair is lost or made twice, or if an audit finds anything.
@@ -6,14 +8,17 @@ and after it the counts. Exit 1 if a pair is lost or made twice, or if an audit 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +30,29 @@ from nfm.storage import PairStore
 from nfm.storage.files.paths import as_path, names_in
 from tests.clusters.apart.machines import HUB, Machine, alone, refused
 from tests.support.lab import CONFIG
-from tests.support.patience import PATIENCE, until
+from tests.support.patience import PATIENCE
 from tests.support.s3server import S3, serving
 
 OUTPUT = "results/bucket/two-machines.txt"
 URL = "s3://shared/run"
 DRAWS, BEFORE = 2, 5  # of 32 shards each; so many are committed by either machine before one is killed
 RAY_PORT, STORE_BYTES = 6379, 80 * 2**20
-SHARDS = ("pairs.rows_per_shard=8", "pairs.rows_per_block=8", "pairs.batch_size=8", f"pairs.draws={DRAWS}")
+# On a busy machine Ray's processes would starve, or be taken for dead.
+BUSY = {
+    "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "60", "RAY_health_check_failure_threshold": "20",
+}  # fmt: skip
+STARTS = 20  # of a Ray, which gives itself up where its helpers come too late
+LONG = 3 * PATIENCE  # a whole command
+SETS = (
+    *("pairs.rows_per_shard=8", "pairs.rows_per_block=8", "pairs.batch_size=8", f"pairs.draws={DRAWS}"),
+    *("pairs.report=false", "student.pairs=1024"),
+)
+IMAGES, TARS = 320, 4
+DATA = """[data]
+source = "webdataset"
+path = "s3://images"
+channels = 1
+"""
 
 
 class Command:
@@ -53,7 +73,7 @@ class Command:
         return self.process.poll() is not None
 
     def end(self) -> None:
-        self.process.wait(timeout=PATIENCE)
+        self.process.wait(timeout=LONG)
         self._thread.join(timeout=PATIENCE)
         if self.process.returncode:
             raise click.ClickException(f"exit {self.process.returncode} of the last command above")
@@ -69,13 +89,14 @@ class Session:
         self.environment = {
             **s3.environment(), "NFM_ARTIFACTS": URL, "NFM_SCRATCH": f"{folder}/scratch",
             "NFM_CACHE": f"{folder}/cache", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": "",
+            **BUSY,
         }  # fmt: skip
 
     def machine(self, name: str) -> Machine:
         """A new one, whose disk holds only the config."""
         made = Machine(name, len(self.machines) + 1, self.folder)
         self.machines.append(made)
-        (made.disk / "work" / "tiny.toml").write_text(CONFIG)
+        (made.disk / "work" / "tiny.toml").write_text(CONFIG.replace('[data]\nsource = "digits"\n', DATA))
         self.say(f"# machine {name} is switched on: its disk is empty but for tiny.toml")
         return made
 
@@ -88,10 +109,13 @@ class Session:
             *("ray", "start", *where, f"--num-cpus={cpus}", f"--node-ip-address={machine.address}"),
             *(f"--object-store-memory={STORE_BYTES}", f"--temp-dir={self.folder}/ray"),
         ]
-        started = machine.start(words, self.environment)
-        told = started.communicate(timeout=PATIENCE)[0]
-        if started.returncode:
-            raise click.ClickException(told)
+        for _ in range(STARTS):
+            started = machine.start(words, self.environment)
+            told = started.communicate(timeout=LONG)[0]
+            if not started.returncode:
+                return
+            machine.start(["ray", "stop", "--force"], self.environment).communicate(timeout=LONG)
+        raise click.ClickException(told)
 
     def begin(self, machine: Machine, *arguments: str, **more: str) -> Command:
         own = "".join(f"{name}={value} " for name, value in more.items())
@@ -99,6 +123,7 @@ class Session:
         return Command(machine.start(["nfm", *arguments], {**self.environment, **more}), self.say)
 
     def nfm(self, machine: Machine, *arguments: str) -> None:
+        """A command, until its end."""
         self.begin(machine, *arguments).end()
 
     def kill(self, machine: Machine) -> None:
@@ -139,32 +164,61 @@ def counts(url: str) -> dict[str, int]:
     }
 
 
+def put_images(s3: Any) -> None:
+    """scikit-learn's digits as WebDataset has them: tars of PNG files and their classes."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for number in range(TARS):
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            for row in range(number, IMAGES, TARS):
+                picture = io.BytesIO()
+                Image.fromarray((digits.images[row] * 15.9).astype("uint8")).save(picture, "PNG")
+                label = str(digits.target[row]).encode()
+                for ending, content in (("png", picture.getvalue()), ("cls", label)):
+                    info = tarfile.TarInfo(f"{row:04d}.{ending}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        s3.pipe_file(f"images/{number}.tar", packed.getvalue())
+
+
 def scenario(session: Session) -> dict[str, Any]:
     import fsspec
 
     os.environ |= session.environment
-    fsspec.filesystem("s3").mkdir("shared")
+    s3 = fsspec.filesystem("s3")
+    for name in ("shared", "images"):
+        s3.mkdir(name)
+    put_images(s3)
+    session.say(f"# s3://images has {IMAGES} images in {TARS} tars, s3://shared has nothing; NFM_ARTIFACTS={URL}")
     one, two = session.machine("one"), session.machine("two")
     session.ray(one, 1, one)
     session.ray(two, 1, one)
-    sets = [word for text in (*SHARDS, "pairs.executor=ray", "pairs.report=false") for word in ("--set", text)]
-    making = session.begin(one, "run", "pairs", "-c", "tiny.toml", *sets, RAY_ADDRESS=f"{one.address}:{RAY_PORT}")
+    cluster = {"RAY_ADDRESS": f"{one.address}:{RAY_PORT}"}
+    words = ("-c", "tiny.toml", *(word for text in SETS for word in ("--set", text)))
+    making = session.begin(
+        one, "run", "pairs", *words, "--set", "data.executor=ray", "--set", "pairs.executor=ray", **cluster
+    )
     both = (one.address, two.address)
-    until(lambda: making.over or min(committed(one)[at] for at in both) >= BEFORE)
+    while not (making.over or min(committed(one)[at] for at in both) >= BEFORE):
+        time.sleep(0.05)
     session.kill(two)
     making.end()
     by = committed(one)
-    session.kill(one)
-
     three = session.machine("three")
-    on = [word for text in (*SHARDS, "pairs.report=false") for word in ("--set", text)]
-    session.nfm(three, "run", "student", "-c", "tiny.toml", *on)
+    session.ray(three, 1, one)
+    session.begin(one, "run", "student", *words, "--set", "student.workers=2", **cluster).end()
+    for machine in (one, three):
+        session.kill(machine)
+
+    four = session.machine("four")
+    session.nfm(four, "run", "student", *words)
     (student,) = names_in(as_path(URL) / "student")
-    session.nfm(three, "sample", f"student/{student}", "-n", "16", "-o", "samples.png")
-    session.nfm(three, "audit", f"student/{student}", "--deep")
-    found = {**counts(URL), "by one": by[one.address], "by two, before it was killed": by[two.address]}
-    session.kill(three)
-    return found
+    session.nfm(four, "sample", f"student/{student}", "-n", "16", "-o", "samples.png")
+    session.nfm(four, "audit", f"student/{student}", "--deep")
+    return {**counts(URL), "committed by one": by[one.address], "by two, before it was killed": by[two.address]}
 
 
 @click.command()

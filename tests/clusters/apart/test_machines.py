@@ -1,4 +1,4 @@
-"""Machines that share nothing but a bucket: the whole way, shown as results/bucket/two-machines.txt shows it."""
+"""Machines that share nothing but an object store: the whole way, as results/bucket/two-machines.txt shows it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.seconds(600)]
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_from_an_empty_bucket_to_samples_nothing_is_lost_when_a_machine_is(tmp_path: Path) -> None:
+def test_from_images_in_a_bucket_to_samples_nothing_is_lost_when_a_machine_is(tmp_path: Path) -> None:
     if why := refused():
         pytest.skip(why)
     words = [sys.executable, "-m", "tests.clusters.apart.run", "-o", str(tmp_path / "told.txt")]

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from tests.clusters.ray.conftest import Nodes
     from tests.conftest import Lab
 
-RAN = 'pathlib.Path("ran.txt").touch()'  # where a worker stands
 pytestmark = pytest.mark.faults
 
 SETS = ("teacher.model=flow_of_mine:flow", "teacher.images=9600", "teacher.learning_rate=0.05", "pairs.draws=1")
@@ -24,7 +23,7 @@ RAY = ("pairs.executor=ray", "pairs.batch_size=auto", "pairs.threads=2")
 
 @pytest.fixture
 def own(lab: Lab) -> Lab:
-    (lab.folder / "flow_of_mine.py").write_text(FLOW.replace(RAN, ""))
+    (lab.folder / "flow_of_mine.py").write_text(FLOW)
     lab.drop("teacher", "pairs")
     return lab
 

@@ -16,7 +16,8 @@ from nfm.stages.trained import student, teacher
 from nfm.stages.trained.sampling import sample_grid
 from nfm.stages.trained.student import StudentConfig
 from nfm.stages.trained.teacher import TeacherConfig
-from nfm.stages.trained.training import DISTANCE, fit, train_here
+from nfm.stages.trained.training import fit, train_here
+from nfm.stages.trained.training.samples import DISTANCE
 from nfm.storage.files import atomic
 from nfm.trainers.training import parallel
 from tests.clusters.distributed.processes import run

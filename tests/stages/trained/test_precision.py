@@ -15,8 +15,8 @@ from nfm.stages.base import Unfit
 from nfm.stages.stores import audit
 from nfm.stages.trained import student, teacher
 from nfm.stages.trained.devices.machine import pick_device
+from nfm.stages.trained.devices.precision import Precision, check_precision, precision_context
 from nfm.stages.trained.devices.timing import Clock
-from nfm.stages.trained.training import Precision, check_precision, precision_context
 from nfm.trainers.couplings.coupling import NFM
 from nfm.trainers.models.tarflow import TarFlow
 from nfm.trainers.training.products import in_tf32, products

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from nfm.stages.base import StageError, Stopped
-from nfm.stages.trained import features, student, teacher, training
+from nfm.stages.trained import features, student, teacher
 from nfm.stages.trained.devices import machine
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.stages.trained.training import over_all
+from nfm.stages.trained.training.section import recipe
 from nfm.storage import ImageDataset
 from tests.support.recorder import Recorder
 
@@ -96,7 +97,7 @@ def test_damaged_weights_are_named(lab: Lab) -> None:
 
 
 def test_whole_batches_are_trained_and_the_rest_is_rounded_up() -> None:
-    plan = training.recipe(student.StudentConfig(batch_size=64), 1000)
+    plan = recipe(student.StudentConfig(batch_size=64), 1000)
     assert (plan.examples, plan.warmup_examples) == (1024, int(0.05 * 1024))
 
 

@@ -19,7 +19,7 @@ FOLDED = """
 import pathlib
 import torch
 
-pathlib.Path("ran.txt").touch()
+pathlib.Path(__file__).with_name("ran.txt").touch()  # a worker stands elsewhere
 
 class Folded(torch.nn.Module):
     scale, shift = 2.0, 0.125

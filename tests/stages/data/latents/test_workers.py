@@ -16,7 +16,7 @@ from tests.stages.data.latents.small import FOLDED, make
 from tests.support.recorder import Recorder
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.seconds(60)
 @pytest.mark.usefixtures("cluster")
 def test_workers_of_ray_make_the_same_bytes_although_one_is_killed(place: Path, data: Path) -> None:

@@ -23,7 +23,8 @@ from nfm.stages.display.watching import weights_biases
 from nfm.stages.display.watching.grids import path_of
 from nfm.stages.display.watching.lines import Lines, check_watching, read_lines
 from nfm.stages.trained import training
-from nfm.stages.trained.training import Task, TrainingSection, fit
+from nfm.stages.trained.training import Task, fit
+from nfm.stages.trained.training.section import TrainingSection
 from tests.support.recorder import Recorder
 
 EXAMPLES, EVERY = 96, 16

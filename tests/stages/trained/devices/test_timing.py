@@ -18,7 +18,7 @@ from nfm.stages.trained.devices.timing import Clock, fitting, matrix_rate
 from nfm.stages.trained.features import FeaturesConfig
 from nfm.stages.trained.student import StudentConfig
 from nfm.stages.trained.teacher import TeacherConfig
-from nfm.stages.trained.training import TrainingSection
+from nfm.stages.trained.training.section import TrainingSection
 
 FACTS: dict[str, Any] = {"images": 6000, "image_shape": [1, 8, 8], "classes": 10}
 STAGES = {
