@@ -84,10 +84,10 @@ status: $(ENV)  ## a line a stage
 	$(NFM) status -c $(CONFIG) $(ARGS)
 
 test: $(DEV)  ## run the tests
-	$(PY) -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 test-all: $(DEV)  ## the same with the long ones, and what has a size at its full size
-	NFM_FULL=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup -m 'not faults and not slurm' $(ARGS)
+	NFM_FULL=1 $(PY) -m pytest -n $(JOBS) -m 'not faults and not slurm' $(ARGS)
 
 test-faults: $(DEV)  ## kill, lose and fill everything, for 20 minutes
 	NFM_FULL=1 $(PY) -m pytest -m 'faults or not faults' tests/faults tests/clusters/ray tests/clusters/apart $(ARGS)

@@ -181,6 +181,7 @@ class PairStore(Readable):
     @checked()
     def slots(self, draw: int) -> Rows:
         """The slots that a draw has, ascending: int64 [n]. All of them, unless shards are excluded."""
+        self._check_open()
         there = self.sealed.of(draw).numbers
         every = np.arange(len(self), dtype=np.int64)
         return every if there is None else every[np.isin(every // self.rows_per_shard, there)]

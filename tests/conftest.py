@@ -11,25 +11,25 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from nfm.stages.trained.devices import timing
 from tests.support.lab import CONFIG, Lab
-from tests.support.once import once
+from tests.support.once import ByFile, once
 from tests.support.sizes import FULL
 
 LONGEST_SECONDS = 10.0
 FAR_TOO_LONG = 6  # times what a test may take
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On several processes a file stays on one, and files that start a Ray, which say so, on the same one."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """On several processes a file stays on one, in the order of the files: those that start processes come first."""
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -65,6 +65,16 @@ settings.load_profile("nfm")
 def _timed_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans time this machine as briefly as they can: tests look at what is timed, not at how well."""
     monkeypatch.setattr(timing, "SECONDS", 0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_one_process(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the tests of a file share is made once: no other process of this run has the same file."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        here = tmp_path_factory.getbasetemp().parent / "files" / request.node.nodeid.replace("/", "-")
+        here.mkdir(parents=True, exist_ok=True)
+        (here / worker).touch()
+        assert os.listdir(here) == [worker], "several processes have tests of this file, see support/once.py"
 
 
 @pytest.fixture(scope="session")

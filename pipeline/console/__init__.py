@@ -211,7 +211,7 @@ class Console:
             done, total, now - self._began, ncols=columns - 1, prefix=self.stage, unit=f" {unit}", rate=rate or None,
             postfix=postfix,
         )  # fmt: skip
-        live.draw([bar, *worker_lines(workers, lines - 2)])
+        live.draw([bar, *worker_lines(workers, unit, lines - 2)])
 
     def finish(self) -> None:
         """Removes the table, so that lines can follow. The next progress draws it again."""

@@ -55,14 +55,14 @@ class Live:
         self._stream.flush()
 
 
-def worker_lines(workers: Sequence[Mapping[str, Any]], most: int) -> list[str]:
-    """A table with one line for each worker, at most `most` lines in all. The last one says how many are left out."""
+def worker_lines(workers: Sequence[Mapping[str, Any]], unit: str, most: int) -> list[str]:
+    """A table of workers, one line each, at most `most` lines in all. The last one says how many are left out."""
     if not workers or most < 2:
         return []
     shown = list(workers) if len(workers) <= most - 1 else list(workers)[: most - 2]
-    header = ["worker", "pairs/s", *PARTS, "shards"]
+    header = ["worker", f"{unit}/s", *PARTS, "shards"]
     rows = [
-        [row["worker"], f"{row['pairs_per_second']:,.1f}", *(percent(row[part]) for part in PARTS), row["shards"]]
+        [row["worker"], f"{row['per_second']:,.1f}", *(percent(row[part]) for part in PARTS), row["shards"]]
         for row in shown
     ]
     left_out = len(workers) - len(shown)

@@ -32,10 +32,10 @@ from nfm.pipeline.console import Console, StopRequest
 from nfm.pipeline.graph import Node, manifest_of, optional, upstream
 from nfm.stages.base import Reporter, Stopped
 from nfm.stages.display.units import clock, figure
-from nfm.storage.errors import WrongUse
+from nfm.storage.errors import StorageError, WrongUse
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
-from nfm.storage.files.paths import exists, is_remote, names_in, remove, several
+from nfm.storage.files.paths import exists, is_remote, names_in, remove, remove_below, several
 from nfm.storage.ledger.standing import again
 
 
@@ -131,11 +131,23 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
             raise
         else:
             console.log("COMPLETE", content_digest=body["content_digest"], metrics=result.metrics)
+            _tidy(node, artifact.path, out)
             console.finish()
             console.say(f"done in {clock(time.time() - started)}: {headline(artifact)}")
             return artifact
         finally:
             console.close()
+
+
+def _tidy(node: Node, *folders: Path) -> None:
+    """Removes what only the making of an artifact needs, in the stage's folders `WORKING`.
+
+    Until the manifest is there, a killed run goes on with it. What stays here is left to `nfm gc`.
+    """
+    for folder in dict.fromkeys(folders):
+        for name in getattr(node.stage, "WORKING", ()):
+            with contextlib.suppress(OSError, StorageError):
+                remove_below(folder / name)
 
 
 @contextlib.contextmanager

@@ -158,12 +158,14 @@ def make(told: IO[bytes]) -> None:
     line = told.readline()
     if not line:
         raise Refused("one-stage: nothing to make was handed over; nfm starts it itself for --at-once")
-    handed = json.loads(line)
-    sys.path[:] = handed["path"]
-    nodes = builder.build(RunConfig.model_validate(handed["config"]), target=handed["target"])
     stop = StopRequest()
     with stop.listening():
         threading.Thread(target=_outlive, args=(told,), name="outlive", daemon=True).start()
+        handed = json.loads(line)
+        sys.path[:] = handed["path"]
+        nodes = builder.build(RunConfig.model_validate(handed["config"]), target=handed["target"])
+        if stop.asked:  # meanwhile, also by the end of the process that began this one
+            raise Stopped
         runner.bring(nodes[handed["name"]], stop)
 
 

@@ -79,6 +79,7 @@ cpus=${SLURM_CPUS_PER_TASK:-1}
 step=(srun --overlap --ntasks-per-node=1 --cpus-per-task="$cpus")
 ray=(@RAY@)
 export RAY_USAGE_STATS_ENABLED=0
+export RAY_worker_niceness=0  # Ray adds 15, which makes workers starve where others use the node's cores too
 # Whoever reaches a Ray cluster can run code on it: this one answers only to a secret that this job alone knows.
 RAY_AUTH_TOKEN=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \\n')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN

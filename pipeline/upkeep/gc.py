@@ -16,6 +16,7 @@ from pathlib import Path
 from nfm.pipeline.artifacts import lock
 from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.pipeline.config import RunConfig
+from nfm.pipeline.graph import STAGES
 from nfm.pipeline.upkeep import needed as gc_needed
 from nfm.pipeline.upkeep.needed import IDLE_SECONDS, Standing
 from nfm.stages.display import units
@@ -32,6 +33,7 @@ BESIDE = ("events", "audits", "failed")  # folders that a store's own check of i
 WHY = {
     "attempt": "its worker was killed before the commit",
     "temporary": "its writer was killed",
+    "part": "of a stage that is finished",
     "state": "of a training that is finished",
     "quarantine": "set aside by nfm repair",
 }
@@ -105,7 +107,7 @@ def total(found: Sequence[Garbage]) -> str:
     """`3 artifacts, 2 attempts: 41 files, 1.2 MB`."""
     kinds = dict.fromkeys(one.kind for one in found)
     counts = {kind: sum(one.kind == kind for one in found) for kind in kinds}
-    plural = {"temporary": "temporaries", "artifact": "artifacts", "attempt": "attempts"}
+    plural = {"temporary": "temporaries", "part": "parts", "artifact": "artifacts", "attempt": "attempts"}
     words = [f"{count} {plural.get(kind, kind) if count > 1 else kind}" for kind, count in counts.items()]
     files, size = sum(one.files for one in found), sum(one.bytes for one in found)
     return f"{', '.join(words)}: {files} files, {units.size(size)}"
@@ -121,17 +123,24 @@ def _leftovers(folder: Path, store: bool) -> list[Garbage]:
             if atomic.is_temporary(name) and now - facts.changed >= IDLE_SECONDS:
                 whole, path = f"{prefix}/{part}{name}", folder / f"{part}{name}"
                 found.append(Garbage("temporary", whole, folder, 1, facts.bytes, WHY["temporary"], (path,)))
-        if is_remote(folder) and not store and "manifest.json" in files:
-            states = {name: facts for name, facts in files.items() if name.startswith(f"{resume.FOLDER}/")}
-            if states and all(now - facts.changed >= IDLE_SECONDS for facts in states.values()):
-                size, left = sum(facts.bytes for facts in states.values()), tuple(folder / name for name in states)
-                found.append(Garbage("state", f"{prefix}/{resume.FOLDER}", folder, len(left), size, WHY["state"], left))
+        for kind, name in _working(folder) if not store and "manifest.json" in files else ():
+            below_it = {file: facts for file, facts in files.items() if file.startswith(f"{name}/")}
+            if below_it and all(now - facts.changed >= IDLE_SECONDS for facts in below_it.values()):
+                size, left = sum(facts.bytes for facts in below_it.values()), tuple(folder / file for file in below_it)
+                found.append(Garbage(kind, f"{prefix}/{name}", folder, len(left), size, WHY[kind], left))
     with contextlib.suppress(StorageError):  # it became unreadable since it was checked
         for one in leftovers.leftovers(folder) if store else ():
             if now - one.since >= IDLE_SECONDS:
                 name, count = f"{prefix}/{one.name}", len(one.files)
                 found.append(Garbage(one.kind, name, folder, count, one.bytes, WHY[one.kind], one.files))
     return found
+
+
+def _working(folder: Path) -> list[tuple[str, str]]:
+    """(kind, folder) of what only the making of an artifact needed."""
+    names = getattr(STAGES.get(folder.parent.name), "WORKING", ())
+    states = [("state", resume.FOLDER)] if is_remote(folder) else []
+    return [*states, *(("part", name) for name in names)]
 
 
 def _whole(held: Standing) -> Garbage:

@@ -17,20 +17,20 @@ from typing import Any, ClassVar
 import numpy as np
 
 from nfm.stages import executors
-from nfm.stages.base import Reporter, StageError, Stopped
+from nfm.stages.base import Reporter, Stopped
 from nfm.stages.data import parts as of_parts
+from nfm.stages.data import records
 from nfm.stages.data.config import DataConfig
 from nfm.stages.data.parts import Part, PartCommit, Parts
 from nfm.stages.data.source import Encoded, Loaded
 from nfm.stages.data.sources import opened
 from nfm.stages.executors.jobs import Job, Timing, Unit, Work, new_attempt
-from nfm.stages.executors.outcomes import reasons, settled
+from nfm.stages.executors.outcomes import lacking_pieces, settled
 from nfm.storage.dataset.images import shard_writer
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.parallel import parallel
-from nfm.storage.files.paths import as_path, is_remote, remove_below, several
+from nfm.storage.files.paths import as_path, is_remote, several
 
-TOLD_FAILURES = 3
 WRITE_ROWS = 256  # at a time
 FILES = 4  # brought at a time, each in several requests
 
@@ -102,7 +102,7 @@ def ingest_shard(
     if size and is_remote(out):
         mirror.push(out, here, {name: (sha256, size)}, lambda: None)  # no other attempt writes to that name
     ended = time.monotonic()
-    commit = of_parts.publish(
+    commit = records.publish(
         out,
         PartCommit(
             name=job.name,
@@ -137,7 +137,7 @@ def ingested(
     if missing := [part for part, commit in zip(plan, found) if commit is None]:
         if report.stopping or (report.ending and len(missing) > len(failed)):
             raise Stopped
-        raise _missing(shared, missing, len(plan))
+        raise lacking_pieces(shared, [part.name for part in missing], len(plan), "parts of the data")
     if is_remote(shared):
         _bring(shared, out, commits, report)
     notes: Counter[str] = Counter()
@@ -151,13 +151,6 @@ def ingested(
 def threads_of(config: DataConfig) -> int:
     """The threads of a worker, 0 for as many as there are cores."""
     return config.threads if config.executor == "serial" else max(1, config.threads)
-
-
-def remove_parts(out: Path) -> None:
-    """Removes the parts when the data set is made of them."""
-    for name in (of_parts.FOLDER, "commits", "failed"):
-        for folder in {out, as_path(mirror.origin(out))}:
-            remove_below(folder / name)
 
 
 def _lacking(out: Path, plan: Sequence[Part]) -> list[Part]:
@@ -186,16 +179,6 @@ def _decode(parts: list[Part], config: DataConfig, out: Path, report: Reporter, 
     outcomes = executors.run(config, work, jobs, report)
     rows = {part.name: len(part.positions) for part in parts}
     return settled(out, outcomes, report, done, total, "images read", lambda commit: rows[commit.name])
-
-
-def _missing(out: Path, parts: list[Part], total: int) -> StageError:
-    told = reasons(out, [part.name for part in parts[:TOLD_FAILURES]])
-    why = "; ".join(f"{name}: {reason}" for name, reason in told.items())
-    more = f"; and {len(parts) - len(told)} more" if len(parts) > len(told) else ""
-    return StageError(
-        f"{len(parts)} of {total} parts of the data are missing: {why}{more}. Tracebacks are in {out / 'failed'}; the "
-        "other parts are committed. Mend the cause and run the same command again, which makes only these"
-    )
 
 
 def image_shape(config: DataConfig, size: tuple[int, int]) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nfm.stages.data import records
 from nfm.stages.data.source import Encoded, Places
 from nfm.storage.dataset.images import ReadyShard, written_shard
 from nfm.storage.errors import StorageError
@@ -147,28 +148,14 @@ def read_slice(plan: Path | bytes, name: str) -> Slice:
     return Slice(labels, columns, head["about"], (height, width), _digest(rows, labels, (height, width)))
 
 
-def commit_path(out: Path, name: str) -> Path:
-    return out / "commits" / f"{name}.json"
-
-
-def publish(out: Path, commit: PartCommit) -> PartCommit:
-    """Commits a part if nobody has. Returns the valid commit; the file of a losing attempt is removed."""
-    if atomic.create_json(commit_path(out, commit.name), asdict(commit)):
-        return commit
-    winner = _read(out, commit.name)
-    if winner.attempt != commit.attempt:
-        remove(out / commit.file)
-    return winner
-
-
 def committed(out: Path, part: Part) -> PartCommit | None:
     """The commit of a part, None if there is none. One of other rows, or without its file, is taken away."""
-    path = commit_path(out, part.name)
+    path = records.path_of(out, part.name)
     if not exists(path):
         return None
     try:
-        found = _read(out, part.name)
-    except (StorageError, TypeError):
+        found = records.read(PartCommit, out, part.name)
+    except StorageError:
         found = None
     if (
         found is not None
@@ -180,11 +167,6 @@ def committed(out: Path, part: Part) -> PartCommit | None:
             return found
     remove(path)
     return None
-
-
-def _read(out: Path, name: str) -> PartCommit:
-    body = atomic.read_json(commit_path(out, name))
-    return PartCommit(**{key: value for key, value in body.items() if key != "digest"})
 
 
 class Parts:

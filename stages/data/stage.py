@@ -23,9 +23,10 @@ from nfm.stages.base import (
     Stopped,
     Unfit,
 )
+from nfm.stages.data import parts, records
 from nfm.stages.data.config import DataConfig
 from nfm.stages.data.cost import of_planned, of_source
-from nfm.stages.data.ingest import ingested, remove_parts, threads_of
+from nfm.stages.data.ingest import ingested, threads_of
 from nfm.stages.data.parts import Parts
 from nfm.stages.data.reading.tree import Skipped
 from nfm.stages.data.settings import check_names, check_owners, check_settings, tell_untrained
@@ -39,6 +40,7 @@ from nfm.storage.format.order import permute
 
 NAME = "data"
 VERSION = 1
+WORKING = (parts.FOLDER, records.FOLDER, "failed")
 STOPS_AT_ONCE = True  # what is committed stays, and nothing else is worth waiting for
 
 WRITE_CHUNK = 1024
@@ -164,7 +166,6 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         payload = writer.close(rejected)
     finally:
         _remove(scratch)
-    remove_parts(out)
     metrics = {
         "images": len(train),
         "heldout": len(heldout),

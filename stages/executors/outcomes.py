@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nfm.stages.base import Reporter
+from nfm.stages.base import Reporter, StageError
 from nfm.stages.executors.jobs import Outcome, last_line
 from nfm.stages.executors.tally import Tally
 from nfm.storage.errors import StorageError
@@ -15,6 +16,7 @@ from nfm.storage.files import atomic
 from nfm.storage.files.paths import exists, inside, names_in, remove
 from nfm.storage.files.small_files import read_tail
 
+TOLD = 3  # pieces that are missing, with their reasons
 _TAIL_BYTES = 1 << 16  # of a traceback, whose last line is reported
 
 
@@ -37,22 +39,36 @@ def settled(
     told: set[str] = set()
     failed_before = set(names_in(out / "failed"))  # so that other jobs cost no request to remove nothing
     tally = Tally()
-    report.progress(done, total, unit)
-    for outcome in outcomes:
-        if outcome is None:
-            pass
-        elif outcome.commit is None:
-            failures.append(outcome)
-            _set_aside(out, outcome, report, told)
-        else:
-            done += count(outcome.commit)
-            tally.add(outcome)
-            if (failure := failure_path(out, outcome.job.name)).name in failed_before:
-                remove(failure)
-            report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds, worker=outcome.worker)
-            also(outcome)
-        report.progress(done, total, unit, tally.rows(), failed=len(failures))
+    with _closed(outcomes):
+        report.progress(done, total, unit)
+        for outcome in outcomes:
+            if outcome is None:
+                pass
+            elif outcome.commit is None:
+                failures.append(outcome)
+                _set_aside(out, outcome, report, told)
+            else:
+                done += count(outcome.commit)
+                tally.add(outcome)
+                if (failure := failure_path(out, outcome.job.name)).name in failed_before:
+                    remove(failure)
+                report.log("COMMIT", shard=outcome.commit.name, seconds=outcome.commit.seconds, worker=outcome.worker)
+                also(outcome)
+            report.progress(done, total, unit, tally.rows(), failed=len(failures))
     return failures
+
+
+@contextmanager
+def _closed(outcomes: Iterable[Outcome | None]) -> Iterator[None]:
+    """Ends the executor before anything that is raised goes on.
+
+    Left to itself it ends with the process, after its cluster, and Ray then connects to any cluster of the machine.
+    """
+    try:
+        yield
+    finally:
+        if isinstance(outcomes, Generator):
+            outcomes.close()
 
 
 def failure_path(out: Path, name: str) -> Path:
@@ -67,6 +83,19 @@ def reasons(out: Path, names: Iterable[str]) -> dict[str, str]:
         path = failure_path(out, name)
         found[name] = _reason(path, out) if exists(path) else "not encoded yet"
     return found
+
+
+def lacking_pieces(
+    out: Path, names: Sequence[str], total: int, what: str, again: str = "run the same command again"
+) -> StageError:
+    """The error of work that ended without some of its pieces, with the reasons of the first ones."""
+    told = reasons(out, names[:TOLD])
+    why = "; ".join(f"{name}: {reason}" for name, reason in told.items())
+    more = f"; and {len(names) - len(told)} more" if len(names) > len(told) else ""
+    return StageError(
+        f"{len(names)} of {total} {what} are missing: {why}{more}. Tracebacks are in {out / 'failed'}; the others are "
+        f"committed. Mend the cause and {again}, which makes only these"
+    )
 
 
 def all_failed(out: Path, names: Iterable[str]) -> bool:

@@ -185,7 +185,8 @@ class ActorPool:
         import ray
 
         del self.seats[seat.number]
-        ray.kill(seat.actor)
+        if ray.is_initialized():  # else Ray would connect to any cluster of the machine
+            ray.kill(seat.actor)
         self._next_look = 0.0
         return seat.jobs
 

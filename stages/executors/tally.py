@@ -18,12 +18,12 @@ class _Worked:
     since: float
     last: float = 0.0
     shards: int = 0
-    pairs: int = 0
+    records: int = 0
     spent: Timing = field(default_factory=Timing)
 
 
 class Tally:
-    """Adds up outcomes. `rows` has one row for each worker: shards, pairs/s and shares of the time since it started.
+    """Adds up outcomes. `rows` has one row for each worker: shards, its rate, and shares of the time since it started.
 
     `read`, `encode` and `write` overlap. `wait` is the share of time without a shard.
     """
@@ -38,7 +38,7 @@ class Tally:
         new, now = outcome.timing, self._clock()
         worked = self._workers.setdefault(outcome.worker, _Worked(now - new.wall))
         worked.shards, worked.last = worked.shards + 1, now
-        worked.pairs += outcome.commit.records
+        worked.records += outcome.commit.records
         old = worked.spent
         worked.spent = Timing(old.wall + new.wall, old.read + new.read, old.encode + new.encode, old.write + new.write)
 
@@ -56,7 +56,7 @@ class Tally:
         return {
             "worker": name,
             "shards": worked.shards,
-            "pairs_per_second": round(worked.pairs / elapsed, 2),
+            "per_second": round(worked.records / elapsed, 2),
             **{part: round(seconds / elapsed, 3) for part, seconds in shares.items()},
             "wait": round(max(0.0, 1 - spent.wall / elapsed), 3),
         }

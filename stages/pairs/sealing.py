@@ -17,7 +17,8 @@ from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.generation import Generation
 
-BEGUN = "coupling-report.begun.json"  # in the store while the report is made; it remains if that process was killed
+# Among the records of runs, which no audit takes for a part of the store. It remains if the report was killed.
+BEGUN = "events/coupling-report.begun.json"
 OPTIONAL = ("torch", "scipy")
 LATER = "`nfm pairs report` measures the store at any time"
 

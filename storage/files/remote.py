@@ -97,7 +97,8 @@ def attempt(path: Path, doing: str, action: Callable[[Any, str], T]) -> T:
             return action(file_system(path), getattr(path, "path"))  # noqa: B009 not an attribute of pathlib's paths
         except StorageError:
             raise
-        except Exception as error:
+        except Exception as raised:
+            error = _behind(raised)
             if isinstance(error, _ANSWERS) and _code(error) not in _NO_BUCKET:
                 raise
             left = limit - (time.monotonic() - began)
@@ -156,6 +157,15 @@ def read_pieces(path: Path, size: int) -> Iterator[bytes]:
         return read_range(path, start, min(start + _PIECE, size))
 
     yield from parallel(read, range(0, size, _PIECE), _AHEAD, ahead=_AHEAD)
+
+
+def _behind(error: Exception) -> Exception:
+    """What happened: fsspec's HTTP tells any failure of a look, a refused connection too, as "not found"."""
+    behind = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(behind, Exception):
+        return error
+    told = status_of(behind) not in (None, 404, 410) or may_pass(behind)
+    return behind if told else error
 
 
 def may_pass(error: BaseException) -> bool:

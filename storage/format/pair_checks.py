@@ -166,7 +166,7 @@ def _cast(array: Array, dtype: str) -> Array:
 
 
 def _whole(name: str, array: Array, end: int | None, what: str) -> Array:
-    if array.dtype.kind not in "iu":
+    if array.dtype.kind not in "iu" and array.size:  # an empty list has floats
         raise StorageError(f"{name}: {array.dtype} values; give whole numbers")
     high = np.iinfo(np.int64).max if end is None else end - 1
     _no((array < 0) | (array > high), name, array, f"is outside 0 to {high}, the {what}")

@@ -107,8 +107,9 @@ class Origins:
         found = self._slots.get(_digest(noise))
         if found is None:
             raise StorageError(
-                f"the noise of draw {self._draw}, slot {slot} is not what seed {self._seed} draws for a slot of its "
-                "shard, so codec seeded cannot make it again; use codec float16 or float32"
+                f"the noise of draw {self._draw}, slot {slot} is not, bit for bit, what seed {self._seed} draws for a "
+                "slot of its shard, so codec seeded cannot make it again: something else made it, or the store rounded "
+                "it (float16, int8); use codec float16 or float32, or make the store itself with codec seeded"
             )
         return found
 

@@ -171,6 +171,7 @@ class PairWriter:
         raise NoPlace(str(self.root), f"another store is there: {differences(there, here)}. {remedy}")
 
     def _of(self, draw: int) -> _Draw:
+        draw = arguments.whole()("draw", draw)
         if draw not in self._open:
             raise StorageError(
                 f"{self.root}: draw {draw!r}: this writer has draws 0 to {self.draws - 1}; open it with more"

@@ -100,7 +100,7 @@ def main(
 ) -> None:
     """TESTS: paths and other arguments for pytest, the tests that start processes by default."""
     tests = tests or TESTS
-    command = [sys.executable, "-m", "pytest", "-n", str(jobs), "--dist", "loadgroup", f"--count={each}", *tests]
+    command = [sys.executable, "-m", "pytest", "-n", str(jobs), f"--count={each}", *tests]
     rounds: list[dict[str, Any]] = []
     begun = time.monotonic()
     output.parent.mkdir(parents=True, exist_ok=True)

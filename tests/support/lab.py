@@ -124,6 +124,7 @@ class Lab:
 
     def nfm(self, *arguments: object, exits: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run `nfm` in this process, which saves the seconds of a start, and check its exit code."""
+        assert "RAY_AUTH_TOKEN_PATH" not in environment, "Ray reads a token once in each process: use `start`"
         words, out, err, code = ["nfm", *map(str, arguments)], io.StringIO(), io.StringIO(), 0
         with (
             mock.patch.dict(os.environ, self.environment(**environment)),
@@ -155,7 +156,7 @@ class Lab:
         self, words: Any, code: int | None, exits: int, out: str, err: str
     ) -> subprocess.CompletedProcess[str]:
         assert code == exits, f"exit {code}, not {exits}:\n{out}\n{err}"
-        assert "Traceback" not in out + err
+        assert "Traceback" not in out + err, f"{out}\n{err}"
         return subprocess.CompletedProcess(words, code, out, err)
 
     def all(self, stage: str) -> list[Artifact]:

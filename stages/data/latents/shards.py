@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,20 +17,18 @@ import numpy as np
 
 from nfm.stages.base import StageError
 from nfm.stages.couplings import custom
+from nfm.stages.data import records
 from nfm.stages.executors.jobs import Job, Timing, Unit, Work
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.foreign import vae
 from nfm.storage import ImageDataset
 from nfm.storage.dataset.images import shard_writer
-from nfm.storage.errors import StorageError
-from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
-from nfm.storage.files.paths import remove
-from nfm.storage.format import philox, untrusted
+from nfm.storage.format import philox
 
 SPLITS = ("train", "heldout")
-COMMITS, ATTEMPTS = "commits", "attempts"
+ATTEMPTS = "attempts"
 DTYPE = "float16"
 _NAME = re.compile(r"(train|heldout)-s(\d{5})", re.ASCII)
 
@@ -49,7 +47,7 @@ class Commit:
     seconds: float
 
     @property
-    def written(self) -> str:
+    def file(self) -> str:
         """The path of the file before it is placed, relative to the artifact."""
         return f"{ATTEMPTS}/{self.name}.{self.attempt}.tar"
 
@@ -68,23 +66,6 @@ def _parts(name: str) -> tuple[str, int]:
     found = _NAME.fullmatch(name)
     assert found is not None, name
     return found[1], int(found[2])
-
-
-def commit_path(out: Path, name: str) -> Path:
-    return out / COMMITS / f"{name}.json"
-
-
-def read_commit(out: Path, name: str) -> Commit:
-    """The commit of a shard. Raises StorageError if there is none, or if it is damaged."""
-    path = commit_path(out, name)
-    body = untrusted.mapping(str(path), atomic.read_json(path))
-    try:
-        commit = Commit(**{key: value for key, value in body.items() if key != "digest"})
-    except TypeError as error:
-        raise StorageError(f"{path}: no commit of a shard ({error}); remove it and run the stage again") from None
-    if commit.name != name:
-        raise StorageError(f"{path}: is the commit of {str(commit.name)[:40]}; remove it and run the stage again")
-    return commit
 
 
 class Images:
@@ -206,11 +187,9 @@ class LatentEncoder:
                 squares += float(np.square(latents, dtype=np.float64).sum())
             (payload,) = writer.close()
         seconds = round(time.monotonic() - began, 3)
-        mine = Commit(name, attempt, payload.sha256, payload.bytes, len(rows), total, squares, seconds)
-        if atomic.create_json(commit_path(self.out, name), asdict(mine)):
-            return mine
-        remove(self.out / mine.written)
-        return read_commit(self.out, name)
+        return records.publish(
+            self.out, Commit(name, attempt, payload.sha256, payload.bytes, len(rows), total, squares, seconds)
+        )
 
     def _finite(self, split: str, rows: np.ndarray, latents: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):

@@ -7,13 +7,14 @@ images are rows of their own behind all others. What needs pixels again finds th
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from nfm.stages.base import Inputs, Reporter, Result, StageError, Stopped, call
+from nfm.stages import executors
+from nfm.stages.base import Inputs, Reporter, Result, Stopped
+from nfm.stages.data import records
 from nfm.stages.data.latents import shards
 from nfm.stages.data.latents.config import LatentsConfig
 from nfm.stages.data.latents.planned import (
@@ -28,16 +29,14 @@ from nfm.stages.data.latents.planned import (
     tries,
     vae_of,
 )
-from nfm.stages.data.latents.shards import ATTEMPTS, Commit, Images, LatentEncoder, LatentWork, commit_path, place_of
-from nfm.stages.executors import EXECUTORS
-from nfm.stages.executors.jobs import Job, last_line, new_attempt
-from nfm.stages.executors.tally import Tally
+from nfm.stages.data.latents.shards import ATTEMPTS, Commit, Images, LatentEncoder, LatentWork, place_of
+from nfm.stages.executors.jobs import Job, new_attempt
+from nfm.stages.executors.outcomes import lacking_pieces, settled
 from nfm.stages.trained.foreign import vae
 from nfm.stages.trained.foreign.vae import VaeFacts
 from nfm.storage import ImageDataset
 from nfm.storage.dataset.images import DatasetWriter
 from nfm.storage.errors import by
-from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.durable import StoredFile
@@ -47,6 +46,7 @@ __all__ = ["NAME", "VERSION", "cost", "external", "fits", "needs", "room", "run"
 
 NAME = "latents"
 VERSION = 1
+WORKING = (ATTEMPTS, records.FOLDER, "failed")
 COMPARED = 16  # images that are decoded again, to tell how much the VAE loses
 UNUSUAL = 2.0  # a standard deviation that is so many times off 1 is told
 
@@ -79,33 +79,19 @@ def _encode(
     config: LatentsConfig, data: Path, out: Path, names: list[str], finished: int, total: int, report: Reporter
 ) -> dict[str, Commit]:
     """The commits of these shards, encoded where the config says. Raises Stopped, or StageError if some failed."""
-    executor = EXECUTORS[config.executor]
     work = LatentWork(
         store=str(out.resolve()), data=mirror.origin(data), rows_per_shard=config.rows_per_shard,
         beside=str(Path.cwd()), device=config.device, threads=config.threads,
     )  # fmt: skip
-    more = {"address": config.ray_address, "say": report.say} if executor.cluster else {}
-    jobs = (Job(name, new_attempt()) for name in names)
+    outcomes = executors.run(config, work, (Job(name, new_attempt()) for name in names), report)
     done: dict[str, Commit] = {}
-    failed: dict[str, str] = {}
-    tally = Tally()
-    for outcome in call(executor.run, work, jobs, config.workers, report, **more):
-        if outcome is not None and outcome.commit is None:
-            failed[outcome.job.name] = str(outcome.error)
-            report.log("SHARD_FAILED", shard=outcome.job.name, error=masked(str(outcome.error)), worker=outcome.worker)
-        elif outcome is not None:
-            done[outcome.job.name] = outcome.commit
-            finished += outcome.commit.records
-            tally.add(outcome)
-            report.log("COMMIT", shard=outcome.job.name, seconds=outcome.commit.seconds, worker=outcome.worker)
-        report.progress(finished, total, "images", tally.rows(), failed=len(failed))
+    failed = settled(
+        out, outcomes, report, finished, total, "images",
+        also=lambda outcome: done.update({outcome.job.name: outcome.commit}),
+    )  # fmt: skip
     if failed:
-        name, error = next(iter(failed.items()))
-        raise StageError(
-            f"{len(failed)} of {len(names)} shards failed, the first one {name}: {last_line(masked(error))}; all "
-            f"tracebacks are in the log, {out / 'events'}. The other shards are committed: mend the cause and "
-            f"{executor.again}"
-        )
+        again = executors.EXECUTORS[config.executor].again
+        raise lacking_pieces(out, [outcome.job.name for outcome in failed], len(names), "shards of latents", again)
     if len(done) < len(names):
         raise Stopped
     return done
@@ -130,12 +116,12 @@ def _begin(config: LatentsConfig, data: Path, out: Path) -> tuple[dict[str, tupl
 
 def _committed(out: Path, name: str) -> Commit | None:
     """The commit of a shard whose file is there, in its place or not yet."""
-    if not commit_path(out, name).exists():
+    if not records.path_of(out, name).exists():
         return None
-    commit = shards.read_commit(out, name)
-    if commit.bytes in (size_of(out / commit.written), size_of(out / place_of(name))):
+    commit = records.read(Commit, out, name)
+    if commit.bytes in (size_of(out / commit.file), size_of(out / place_of(name))):
         return commit
-    commit_path(out, name).unlink()
+    records.path_of(out, name).unlink()
     return None
 
 
@@ -155,7 +141,7 @@ def _finish(
 ) -> Result:  # fmt: skip
     facts, images = encoder.facts, encoder.images
     for name, commit in commits.items():
-        atomic.place(out / commit.written, out / place_of(name), commit.bytes)
+        atomic.place(out / commit.file, out / place_of(name), commit.bytes)
     source, about = images.splits["train"], atomic.read_json(data / "manifest.json").get("dataset")
     writer = DatasetWriter(
         out, f"{source.name} latents", facts.latent_shape, source.classes, config.rows_per_shard, shards.DTYPE,
@@ -170,7 +156,6 @@ def _finish(
         )
     payload = writer.close()
     payload[vae.FACTS] = atomic.hash_file(out / vae.FACTS)
-    shutil.rmtree(out / ATTEMPTS, ignore_errors=True)
     found = shards.moments(commits, math.prod(facts.latent_shape))
     if found["std"] and not 1 / UNUSUAL < found["std"] < UNUSUAL:
         report.say(

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Lab
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.seconds(30)]  # a small machine starts one Ray at a time
+pytestmark = [pytest.mark.ray, pytest.mark.seconds(30)]  # a small machine starts one Ray at a time
 
 
 @pytest.fixture

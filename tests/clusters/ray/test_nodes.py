@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,13 +21,12 @@ from nfm.storage.format.index import record_keys
 from tests.support.patience import PATIENCE, allowed
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.clusters.ray.conftest import Nodes
     from tests.conftest import Lab
 
 pytestmark = pytest.mark.faults
 
+SCRIPTS = Path(sysconfig.get_path("scripts"))  # of this environment, which need not be the activated one
 DRAWS = 30  # of 32 shards each: enough for a node to come and another to go meanwhile
 SHARDS = ("pairs.rows_per_shard=8", "pairs.rows_per_block=8", "pairs.batch_size=8", f"pairs.draws={DRAWS}")
 RAY = (*SHARDS, "pairs.executor=ray")
@@ -126,7 +127,7 @@ def test_a_cluster_that_is_not_ours_is_still_up_afterwards(
     assert time.monotonic() - asked < allowed(10)
     kept = commits_in(lab)
     assert 20 <= kept < 32 * DRAWS
-    done = lab.run("pairs", *RAY, **nodes.environment)
+    done = lab.wait(lab.start(*lab.arguments("pairs", *RAY), **nodes.environment))
     assert f"{kept} of {32 * DRAWS} shards are committed already" in done.stderr
     check_whole(lab, uninterrupted)
 
@@ -140,7 +141,7 @@ def ray_job(nodes: Nodes, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`ray job ...` as a user types it; both streams are in its stdout."""
     verb, *others = arguments
     return subprocess.run(
-        ["ray", "job", verb, "--address", nodes.jobs, *others],
+        [str(SCRIPTS / "ray"), "job", verb, "--address", nodes.jobs, *others],
         env={**os.environ, **nodes.environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, timeout=PATIENCE,
     )  # fmt: skip
@@ -148,7 +149,7 @@ def ray_job(nodes: Nodes, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def submit(lab: Lab, nodes: Nodes, *options: str) -> str:
     """`ray job submit` of the command that a user would run, again while the head node is not up; what it printed."""
-    nfm = [shutil.which("nfm") or "nfm", *lab.arguments("pairs", *RAY)]
+    nfm = [str(SCRIPTS / "nfm"), *lab.arguments("pairs", *RAY)]
     command = ["env", "--chdir", str(lab.folder), f"NFM_ARTIFACTS={lab.artifacts}", *nfm]
     deadline = time.monotonic() + PATIENCE
     while True:

@@ -124,7 +124,6 @@ def test_a_driver_that_is_killed_takes_its_workers_with_it_and_the_same_command_
     while workers_below(nodes.process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    # In a process of its own: Ray reads its token once in each.
     lab.wait(lab.start(*lab.arguments("student", *TWO), **nodes.environment))
     assert weights_of(lab) == undisturbed
 

@@ -69,7 +69,7 @@ def uninterrupted(made: Lab, tmp_path_factory: pytest.TempPathFactory) -> str:
     return PairStore.open(store_in_making(lab)).content_digest
 
 
-@pytest.mark.xdist_group("ray")  # a small machine starts one local Ray at a time
+@pytest.mark.ray  # a small machine starts one local Ray at a time
 @pytest.mark.seconds(40)
 def test_a_killed_ray_driver_takes_its_actors_along_and_costs_nothing(lab: Lab, uninterrupted: str) -> None:
     first = lab.start(*lab.arguments("pairs", *SMALL_SHARDS, *RAY))

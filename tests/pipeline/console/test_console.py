@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def worker(name: str, rate: float, encode: float = 0.8) -> dict[str, Any]:
     """A worker's row as the executors give it."""
     shares = {"read": 0.1, "encode": encode, "write": 0.05, "wait": 0.05}
-    return {"worker": name, "shards": 3, "pairs_per_second": rate, **shares}
+    return {"worker": name, "shards": 3, "per_second": rate, **shares}
 
 
 class Clock:
@@ -95,7 +95,7 @@ stop = StopRequest()
 with stop.listening():
     console = Console("pairs", Path(sys.argv[1]), stop)
     console.say("making pairs/abc")
-    rows = [{"worker": f"node{n}", "shards": n, "pairs_per_second": 10.0 * n, "read": 0.1, "encode": 0.8,
+    rows = [{"worker": f"node{n}", "shards": n, "per_second": 10.0 * n, "read": 0.1, "encode": 0.8,
              "write": 0.06, "wait": 0.04} for n in range(int(sys.argv[2]))]
     for step in range(int(sys.argv[3])):
         console.progress(1000 + step * 10, 100_000, "pairs", rows, failed=1)

@@ -81,6 +81,11 @@ def test_nfm_takes_the_place_of_the_shell_so_that_signals_reach_it() -> None:
     assert "export OMP_NUM_THREADS=2\n" in made["array-0"].text
 
 
+def test_workers_of_a_rays_own_job_are_no_nicer_than_the_job() -> None:
+    begins = allocation(submission(), 2).text.partition(" start --head")[0]
+    assert "export RAY_worker_niceness=0 " in begins, "Ray adds 15: workers wait for ever where others use the cores"
+
+
 def test_bash_reads_every_script_and_the_odd_names_arrive_whole(tmp_path: Path) -> None:
     root = f"{tmp_path}{ODD}"
     Path(root).mkdir(parents=True)

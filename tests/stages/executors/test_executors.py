@@ -19,7 +19,7 @@ from nfm.stages.pairs import stage as pairs
 from nfm.storage.format.spec import read_spec, shard_name
 from nfm.storage.ledger import commits
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.seconds(30)]  # a small machine starts one Ray at a time
+pytestmark = [pytest.mark.ray, pytest.mark.seconds(30)]  # a small machine starts one Ray at a time
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

@@ -21,7 +21,7 @@ from nfm.stages.executors.jobs import Job
 from tests.clusters.ray.shards import NAMES, Assassin, Switch, bare, committed, digests, ended, jobs, serially
 from tests.support.patience import allowed
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.seconds(30)]  # a small machine starts one Ray at a time
+pytestmark = [pytest.mark.ray, pytest.mark.seconds(30)]  # a small machine starts one Ray at a time
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

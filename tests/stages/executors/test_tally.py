@@ -24,7 +24,7 @@ def test_rates_and_shares_are_of_the_time_since_a_worker_began() -> None:
     tally.add(done("a/0", 400, Timing(wall=4, read=1, encode=3, write=2)))
     (row,) = tally.rows()
     assert row == {
-        "worker": "a/0", "shards": 2, "pairs_per_second": 80.0, "read": 0.2, "encode": 0.6, "write": 0.4, "wait": 0.2,
+        "worker": "a/0", "shards": 2, "per_second": 80.0, "read": 0.2, "encode": 0.6, "write": 0.4, "wait": 0.2,
     }  # fmt: skip
 
 

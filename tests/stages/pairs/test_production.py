@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
 from nfm.stages.executors.jobs import Job, Outcome
 from nfm.stages.executors.outcomes import failure_path
 from nfm.stages.pairs.production import produce
+from nfm.storage.errors import StorageError
 from nfm.storage.files.paths import as_path, exists
 from nfm.storage.ledger import commits
 from tests.stages.pairs.shop import Shop
@@ -25,3 +31,19 @@ def test_a_traceback_goes_when_its_shard_is_made_and_others_cost_no_request(
     produce(out, made, 16, Recorder(), 0, 2)
     assert not exists(failure_path(out, "d000-s00001"))
     assert s3.count("DELETE") == 1
+
+
+def test_an_executor_has_ended_before_what_was_raised_meanwhile_goes_on(tmp_path: Path) -> None:
+    ended = []
+
+    def outcomes() -> Iterator[Outcome | None]:
+        try:
+            yield Outcome(Job("d000-s00000", "a"), error="OSError: once")
+        finally:
+            ended.append("the executor")
+
+    given = outcomes()  # held, so that only the code can end it
+    (tmp_path / "failed").write_text("no folder")
+    with pytest.raises(StorageError, match="cannot write"):
+        produce(tmp_path, given, 16, Recorder(), 0, 2)
+    assert ended == ["the executor"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nfm.storage import PairStore
 from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.copies.cache import ShardCache
@@ -194,3 +195,14 @@ def test_a_path_made_before_a_fork_is_read_on_both_sides_of_it(s3: S3, bucket: s
     assert time.monotonic() - began < allowed(
         5
     )  # what the child closes at its end, the parent would wait for until a timeout
+
+
+def test_a_host_that_does_not_answer_by_http_is_no_place_without_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/store"
+    monkeypatch.setenv("NFM_PATIENCE", "0.3")
+    for look in (exists, size_of, lambda path: PairStore.open(str(path))):
+        with pytest.raises(StorageError, match=r"Cannot connect.*check the network and the endpoint") as told:
+            look(as_path(url))
+        assert not isinstance(told.value, NoPlace)

@@ -151,7 +151,9 @@ def test_noise_that_the_seed_does_not_draw_is_refused_and_nothing_is_left(tmp_pa
     write_spec(tmp_path, spec)
     records = drawn(spec, 0, 0)
     records["noise"][7, 0, 0, 0] = np.nextafter(records["noise"][7, 0, 0, 0], np.float32(9))
-    with pytest.raises(StorageError, match=r"noise of draw 0, slot 7 is not what seed 0 draws.*use codec float16"):
+    with pytest.raises(
+        StorageError, match=r"noise of draw 0, slot 7 is not, bit for bit, what seed 0 draws.*use codec float16"
+    ):
         write_shard(tmp_path, spec, 0, 0, "a", [records])
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "spec.json"]
 
@@ -171,7 +173,7 @@ def test_exports_store_the_noise_and_make_it_again(make: Make, tmp_path: Path, l
 
 
 def test_an_export_that_would_have_to_keep_noise_writes_nothing(make: Make, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="slot 0 is not what seed 0 draws"):
+    with pytest.raises(StorageError, match="slot 0 is not, bit for bit, what seed 0 draws"):
         export(make(codec="float16"), tmp_path / "out", "blocks", "seeded")
     assert not (tmp_path / "out").exists()
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nfm.storage import Mixture, PairStore, PairWriter, StorageError, StoreSpec
+from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.ledger import commits, pair_writer, seal, shard_writer
 from nfm.storage.verify import verify
 from tests.support.forkserver import context
@@ -334,3 +335,17 @@ def test_noise_that_the_codec_would_clip_is_refused(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=r"codec int8 would clip \d+\.\d% of the values; noise has unit"):
             writer.write(image=np.zeros((8, 1, 4, 4), np.uint8), noise=100 * noise)
         writer.write(image=np.zeros((8, 1, 4, 4), np.uint8), noise=noise)
+
+
+@pytest.mark.parametrize("draw", [True, 0.5, "0", None, -1])
+def test_a_draw_that_is_no_number_is_refused_and_not_taken_for_one(tmp_path: Path, draw: Any) -> None:
+    writer = PairWriter(tmp_path, spec_of(), draws=2)
+    with pytest.raises(WrongArgument, match="draw"):
+        writer.write(**pairs(), draw=draw)
+    assert writer.next_slot(0) == writer.next_slot(1) == 0
+
+
+def test_an_empty_batch_adds_nothing(tmp_path: Path) -> None:
+    writer, batch = PairWriter(tmp_path, spec_of()), pairs()
+    writer.write(image=batch["image"][:0], noise=batch["noise"][:0], label=[])
+    assert writer.next_slot() == 0

@@ -223,6 +223,12 @@ def test_a_state_of_another_order_is_refused_by_name(name, value):
     reader = make_reader(Numbers(40))
     with pytest.raises(StateMismatch, match=name):
         reader.load_state_dict(reader.state_dict() | {name: value})
+    with pytest.raises(StateMismatch, match=f"reader state: {name} is"):  # not the digest, which differs with it
+        reader.load_state_dict(reader.state_dict() | {"order_key": "x", name: value})
+    without = reader.state_dict()
+    del without[name]
+    with pytest.raises(StateMismatch, match=f"it has no {name}"):
+        reader.load_state_dict(without)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_a_state_of_another_mixture_is_refused(pair):
         Mixture([(pair[0], 0.7), (pair[1], 0.3)]).batches(10).load_state_dict(state)
     with pytest.raises(StateMismatch, match="content_digest"):
         Mixture([(pair[1], 0.8), (pair[0], 0.2)]).batches(10).load_state_dict(state)
-    with pytest.raises(StateMismatch, match="order_key"):
+    with pytest.raises(StateMismatch, match="content_digest"):
         pair[0].batches(10).load_state_dict(state)
 
 

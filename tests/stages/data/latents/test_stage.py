@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from nfm.stages.base import StageError, Stopped, Unfit
+from nfm.stages.data import records
 from nfm.stages.data.latents import shards
 from nfm.stages.display.pictures import to_uint8
 from nfm.stages.trained.foreign import vae
 from nfm.storage import ImageDataset
 from nfm.storage.errors import StorageError
+from nfm.storage.files import atomic
 from tests.stages.data.latents.small import HELDOUT, ROWS, make, write_data
 from tests.support.recorder import Recorder
 
@@ -43,7 +45,6 @@ def test_row_by_row_they_decode_to_the_images_and_then_to_their_mirror_images(pl
     assert result.metrics["images"] == 2 * ROWS
     assert result.metrics["reconstruction"] < 1e-3
     assert result.extra["dataset"] == {"name": "small"}
-    assert not (place / "out" / shards.ATTEMPTS).exists()
 
 
 def test_without_mirrors_there_is_a_row_an_image_and_no_captions_where_the_data_has_none(place: Path) -> None:
@@ -76,7 +77,7 @@ def test_a_stopped_run_keeps_its_shards_and_goes_on_to_the_same_content(place: P
             result = make(out, data, report := Recorder(patience), mirrors=True)
         except Stopped:
             assert not (out / "dataset.json").exists()
-            commits = {path.name: path.read_bytes() for path in (out / shards.COMMITS).glob("*.json")}
+            commits = {path.name: path.read_bytes() for path in (out / records.FOLDER).glob("*.json")}
             assert commits.items() >= kept.items(), "a committed shard is not encoded again"
             kept = commits
         else:
@@ -90,7 +91,7 @@ def test_a_stopped_run_keeps_its_shards_and_goes_on_to_the_same_content(place: P
 
 def test_a_run_killed_while_it_places_shards_goes_on(place: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make(place / "whole", data)
-    real, placed = shards.atomic.place, []
+    real, placed = atomic.place, []
 
     def killed(*arguments: object) -> None:
         if len(placed) == 2:
@@ -98,7 +99,7 @@ def test_a_run_killed_while_it_places_shards_goes_on(place: Path, data: Path, mo
         placed.append(real(*arguments))  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(shards.atomic, "place", killed)
+        patched.setattr(atomic, "place", killed)
         with pytest.raises(KeyboardInterrupt):
             make(place / "out", data)
     (place / "out" / shards.ATTEMPTS / "train-s00000.dead.tar").write_bytes(b"of a killed worker")
@@ -110,7 +111,7 @@ def test_a_run_killed_while_it_places_shards_goes_on(place: Path, data: Path, mo
 def test_of_two_that_encode_one_shard_the_first_commit_stands(place: Path, data: Path) -> None:
     make(place / "out", data)
     encoder = shards.LatentEncoder(place / "out", data, "cpu")
-    first = shards.read_commit(place / "out", "train-s00001")
+    first = records.read(shards.Commit, place / "out", "train-s00001")
     assert encoder.encode_shard("train-s00001", 5, "later") == first
     assert not (place / "out" / shards.ATTEMPTS / "train-s00001.later.tar").exists()
 

@@ -16,7 +16,7 @@ from tests.stages.data.latents.small import FOLDED, make
 from tests.support.recorder import Recorder
 
 
-@pytest.mark.xdist_group("ray")
+@pytest.mark.ray
 @pytest.mark.seconds(60)
 @pytest.mark.usefixtures("cluster")
 def test_workers_of_ray_make_the_same_bytes_although_one_is_killed(place: Path, data: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_shard_that_fails_is_told_and_the_others_stay(place: Path, data: Path)
     with pytest.raises(StageError) as caught:
         make(place / "out", data)
     told = str(caught.value)
-    assert told.startswith("1 of 4 shards failed, the first one train-s00001: ")
+    assert told.startswith("1 of 4 shards of latents are missing: train-s00001: ")
     assert "ValueError: no such kernel" in told
     assert "run the same command again" in told
     (place / "broken").unlink()
