@@ -150,6 +150,8 @@ def audit(
         raise click.UsageError("name an artifact or give -c CONFIG, one of the two")
     if level != "deep" and is_given("sample"):
         raise click.UsageError("--sample is of --deep: give that too, or leave it out")
+    if level != "deep" and digests:
+        raise click.UsageError("--run-custom is of --deep, which alone runs code: give that too, or leave it out")
     targets, own = [find(artifact)] if artifact is not None else [], frozenset[str]()
     if config_path is not None:
         config = load(config_path, overrides)

@@ -71,6 +71,8 @@ class DataConfig(Section):
         """Tells a count from a share."""
         if isinstance(value, int | float) and value > 1:
             raise ValueError("a share of all images, from 0 to 1, no count: 0.05 is one in twenty")
+        if type(value) is int and value == 1:
+            raise ValueError("1 is all images, and reads like a count: write 1.0 for all, 0.001 for one in a thousand")
         return value
 
     @field_validator("path")

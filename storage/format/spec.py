@@ -375,6 +375,10 @@ def read_spec(root: str | Path) -> StoreSpec:
 
 def check_folder(root: Path, order: str) -> None:
     """Refuses a file, and a folder that has something else in it; `order` says what to do with a new one."""
+    if str(root).startswith(("http://", "https://")):
+        raise NoPlace(
+            str(root), f"http is read and not written; {order} a folder or a bucket, such as s3://bucket/store"
+        )
     if size_of(root) is not None:
         raise NoPlace(str(root), f"a file, and a store is a folder; {order} a new or empty folder")
     names = [name for name in names_in(root) if not is_temporary(name)]

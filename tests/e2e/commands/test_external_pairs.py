@@ -96,6 +96,7 @@ def test_a_level_is_one_and_verify_says_what_it_read(mine: Path, nfm_anew: Nfm) 
     for command in (("pairs", "verify"), ("audit",)):
         assert "give one of them" in nfm_anew(*command, mine, "--quick", "--deep", exits=2)
     assert "--sample is of --deep" in nfm_anew("audit", mine, "--sample", 5, exits=2)
+    assert "--run-custom is of --deep" in nfm_anew("audit", mine, "--run-custom", "ab" * 32, exits=2)
     for option, said in (
         (("--quick",), "no shard was read"),
         ((), "every byte was read\n"),

@@ -301,7 +301,7 @@ def test_a_held_out_fraction_that_a_test_set_overrides_is_reported(tmp_path: Pat
     make(tmp_path / "out", said, source="images", path=path, heldout=0.05)
     assert said.said == ["data.heldout = 0.05 is not used: the source's own test set of 4 images is held out"]
     quiet = Recorder()
-    make(tmp_path / "out", quiet, source="images", path=path)
+    make(tmp_path / "again", quiet, source="images", path=path)
     assert quiet.said == []
 
 

@@ -118,7 +118,7 @@ def test_where_no_image_can_be_read_the_reasons_are_counted_and_kept(tmp_path: P
 def test_one_readable_image_among_many_gives_the_size(tmp_path: Path) -> None:
     """Also where it is none of those whose shape is looked at first."""
     members = {f"{row:03d}.png": b"no image" for row in range(600)} | {"301.png": picture(7)}
-    result = make(tmp_path / "out", pack(tmp_path / "in.tar", members), max_rejected=1, heldout=0)
+    result = make(tmp_path / "out", pack(tmp_path / "in.tar", members), max_rejected=1.0, heldout=0)
     assert (result.metrics["images"], result.metrics["rejected"]) == (1, 599)
 
 
@@ -140,6 +140,12 @@ def test_json_of_others_is_read_by_the_one_reader_that_drops_nothing() -> None:
 def test_a_count_where_a_share_is_meant_is_refused_as_such(field: str) -> None:
     with pytest.raises(ValueError, match=r"a share of all images, from 0 to 1, no count: 0\.05 is one in twenty"):
         DataConfig.model_validate({field: 60})
+    with pytest.raises(ValueError, match=r"1 is all images, and reads like a count: write 1\.0 for all"):
+        DataConfig.model_validate({field: 1})
+
+
+def test_all_images_may_be_set_aside_where_the_share_says_so() -> None:
+    assert DataConfig(max_rejected=1.0).max_rejected == 1
 
 
 def test_values_beyond_float16_are_told_and_nothing_is_said_of_their_range(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nfm.storage import PairStore, PairWriter
-from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.errors import CorruptShard, NoPlace, StorageError
 from nfm.storage.export import converted, export
 from nfm.storage.files.atomic import read_json
 from nfm.storage.format.spec import StoreSpec, pair_fields
@@ -269,3 +269,8 @@ def test_urls_are_sources_and_targets(source, tmp_path):
     np.testing.assert_allclose(everything(back, 1)["noise"], everything(source, 1)["noise"], atol=0.002)
     np.testing.assert_array_equal(RowField.open(tmp_path / "back", "said").gather([7]), SAID[[7]])
     assert not verify(tmp_path / "back", level="default")
+
+
+def test_a_target_that_cannot_be_written_is_refused_before_anything_is_asked_of_it(source: PairStore) -> None:
+    with pytest.raises(NoPlace, match="http is read and not written; export into a folder or a bucket"):
+        export(source, "http://127.0.0.1:9/x")

@@ -109,7 +109,7 @@ def test_a_reader_pins_its_generation(make_store):
     assert (PairStore.open(root).generation, PairStore.open(root).draws) == (2, 2)
     assert PairStore.open(root, generation=1).manifest == early.manifest
     assert {draw for batch in early.batches(10, epochs=3) for draw in batch.draw} == {0}
-    with pytest.raises(StateMismatch, match="order_key"):
+    with pytest.raises(StateMismatch, match="content_digest"):
         PairStore.open(root).batches(10).load_state_dict(early.batches(10).state_dict())
     with pytest.raises(StorageError, match="sealed: 1, 2"):
         PairStore.open(root, generation=3)
