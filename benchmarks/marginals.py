@@ -9,6 +9,7 @@ The map is fitted on other records than those that the AUC is measured on, but f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -96,19 +97,31 @@ def figures_of(sample: Sample, noise: Tensor, store: PairStore) -> dict[str, flo
 def trained(plain: Node, measure: Node, key: str, marginals: Marginals, work: Path) -> dict[str, float]:
     """Distances by NFE of the same student on mapped noise; made once, in `work`."""
     loss = flow_matching.loss
-    assert isinstance(plain.config, StudentConfig)
 
     def mapped(model: Any, image: Tensor, noise: Tensor, *rest: Any) -> Tensor:
         return loss(model, image, marginals(noise), *rest)
 
-    folder, measured = work / "student", work / "evaluation"
+    with mock.patch.object(flow_matching, "loss", mapped):
+        folder = student_of(plain, references(plain), work)
+    return evaluated(measure, folder, key, work)
+
+
+def student_of(plain: Node, inputs: Mapping[str, Path], work: Path) -> Path:
+    """The node's student on these inputs; made once, in `work`."""
+    assert isinstance(plain.config, StudentConfig)
+    folder = work / "student"
     if not (folder / "manifest.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with mock.patch.object(flow_matching, "loss", mapped):
-            result = student.run(plain.config, references(plain), folder, Said())
+        result = student.run(plain.config, inputs, folder, Said())
         atomic.write_json(folder / "manifest.json", {"metrics": result.metrics})
-    measured.mkdir(exist_ok=True)
+    return folder
+
+
+def evaluated(measure: Node, folder: Path, key: str, work: Path) -> dict[str, float]:
+    """Distances by NFE of the student in `folder`, measured as the node does it."""
     assert isinstance(measure.config, EvaluateConfig)
+    measured = work / "evaluation"
+    measured.mkdir(exist_ok=True)
     stage.run(measure.config, {**references(measure), "student": folder}, measured, Said())
     return by_nfe(measured, key)
 

@@ -17,18 +17,14 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from benchmarks.marginals import PACKAGES, Said, by_nfe, references
+from benchmarks.marginals import PACKAGES, by_nfe, evaluated, references, student_of
 from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
-from nfm.pipeline.graph import Node
 from nfm.stages.display.tables import aligned
-from nfm.stages.evaluation import compare, stage
-from nfm.stages.evaluation.config import EvaluateConfig
+from nfm.stages.evaluation import compare
 from nfm.stages.evaluation.table import distance_key
-from nfm.stages.trained import student
-from nfm.stages.trained.student import StudentConfig
 from nfm.storage import ImageDataset, PairStore, PairWriter, StoreSpec
 from nfm.storage.files import atomic
 
@@ -66,11 +62,9 @@ def write(store: PairStore, data: np.ndarray, labels: np.ndarray, path: Path) ->
         for draw in range(store.draws):
             pairs = store.gather(draw, np.arange(store.spec.rows))
             noise = pairs["noise"].reshape(len(flat), -1).astype(np.float64)
-            told = store.index(["draw", "slot", "row"]).to_pydict()
-            rows = np.full(len(flat), -1)
-            for number, slot, row in zip(told["draw"], told["slot"], told["row"], strict=True):
-                if number == draw:
-                    rows[slot] = row
+            told = store.index(["slot", "row"], draw=draw)
+            rows = np.empty(len(flat), np.int64)
+            rows[told["slot"].to_numpy()] = told["row"].to_numpy()
             new = rows.copy()
             for label in np.unique(labels):
                 members, own = np.flatnonzero(labels == label), np.flatnonzero(pairs["label"] == label)
@@ -85,20 +79,6 @@ def write(store: PairStore, data: np.ndarray, labels: np.ndarray, path: Path) ->
             writer.write(draw=draw, image=data[left], noise=pairs["noise"][order[left]], label=labels[left])
     draws = store.draws
     return {"changed": changed / (draws * len(flat)), "cost": before / draws, "cost_rebalanced": after / draws}
-
-
-def trained(plain: Node, measure: Node, store: Path, key: str, work: Path) -> dict[str, float]:
-    """Distances by NFE of the student on another store; made once, in `work`."""
-    folder, measured = work / "student", work / "evaluation"
-    assert isinstance(plain.config, StudentConfig)
-    if not (folder / "manifest.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        result = student.run(plain.config, {**references(plain), "pairs": store}, folder, Said())
-        atomic.write_json(folder / "manifest.json", {"metrics": result.metrics})
-    measured.mkdir(exist_ok=True)
-    assert isinstance(measure.config, EvaluateConfig)
-    stage.run(measure.config, {**references(measure), "student": folder}, measured, Said())
-    return by_nfe(measured, key)
 
 
 def spread(values: list[float]) -> str:
@@ -132,7 +112,9 @@ def main(config_path: Path, overrides: tuple[str, ...], seeds: str, work: Path, 
     for seed in numbers:
         one, measure = nodes[f"student:{COUPLING}@{seed}"], nodes[f"evaluate:{COUPLING}@{seed}"]
         rows[COUPLING].append(by_nfe(made[measure.name], key))
-        rows["rebalanced"].append(trained(one, measure, folder, key, work / made[one.name].name))
+        place = work / made[one.name].name
+        own = student_of(one, {**references(one), "pairs": folder}, place)
+        rows["rebalanced"].append(evaluated(measure, own, key, place))
     columns = list(rows[COUPLING][0])
     table = [[name, *(spread([one[nfe] for one in found]) for nfe in columns)] for name, found in rows.items()]
     text = aligned(["", *(f"NFE {nfe}" for nfe in columns)], table)

@@ -84,7 +84,7 @@ class SideBySide:
                     self._running[node.name] = _start(self._config, self._target, node.name, self._at_once)
                 self._wait(stop)
         finally:
-            self._stop(signal.SIGTERM)
+            self._stop()
 
     def _ended(self, stop: StopRequest) -> Iterator[str]:
         for name in [name for name, process in self._running.items() if process.poll() is not None]:
@@ -116,16 +116,16 @@ class SideBySide:
             for _ in self._ended(stop):
                 pass
             time.sleep(POLL_SECONDS)
-        failed = {} if stop.ending else self._failed
-        failed |= {name: code for name, code in self._failed.items() if code not in (STOPPED, -signal.SIGTERM)}
+        stopped = (STOPPED, -signal.SIGTERM) if stop.ending else ()
+        failed = {name: code for name, code in self._failed.items() if code not in stopped}
         if not failed:
             raise Stopped
         kind = Refused if all(code == WRONG_USE for code in failed.values()) else StagesError
         raise kind(f"{' and '.join(failed)} failed, see the lines above; the same command goes on from here")
 
-    def _stop(self, number: signal.Signals) -> None:
+    def _stop(self) -> None:
         for process in self._running.values():
-            process.send_signal(number)
+            process.terminate()
         for process in self._running.values():
             process.wait()
 

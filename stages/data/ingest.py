@@ -127,12 +127,15 @@ def ingested(
     plan = of_parts.planned(source, rows, labels, own, config.rows_per_shard, size)
     shared = out if config.executor == "serial" else as_path(mirror.origin(out))  # what all workers see
     of_parts.write_plan(shared, plan, source, rows, labels, size)
-    lacking = _lacking(shared, plan)
+    found = _commits(shared, plan)
+    lacking = [part for part, commit in zip(plan, found) if commit is None]
     done = len(rows) - sum(len(part.positions) for part in lacking)
     if len(lacking) < len(plan):
         report.say(f"{len(plan) - len(lacking)} of {len(plan)} parts are decoded already")
-    failed = _decode(lacking, config, shared, report, done, len(rows)) if lacking else []
-    found = several(shared, lambda part: of_parts.committed(shared, part), plan)
+    failed = []
+    if lacking:
+        failed = _decode(lacking, config, shared, report, done, len(rows))
+        found = _commits(shared, plan)
     commits = [commit for commit in found if commit is not None]
     if missing := [part for part, commit in zip(plan, found) if commit is None]:
         if report.stopping or (report.ending and len(missing) > len(failed)):
@@ -153,10 +156,9 @@ def threads_of(config: DataConfig) -> int:
     return config.threads if config.executor == "serial" else max(1, config.threads)
 
 
-def _lacking(out: Path, plan: Sequence[Part]) -> list[Part]:
-    """The parts without a valid commit."""
-    found = several(out, lambda part: of_parts.committed(out, part), plan)
-    return [part for part, commit in zip(plan, found) if commit is None]
+def _commits(out: Path, plan: Sequence[Part]) -> list[PartCommit | None]:
+    """The valid commit of each part, None where there is none."""
+    return list(several(out, lambda part: of_parts.committed(out, part), plan))
 
 
 def _bring(shared: Path, out: Path, commits: Sequence[PartCommit], report: Reporter) -> None:

@@ -218,8 +218,8 @@ class BatchReader:
                 f"reader state: soften is {softened} there and {self._soften} here; read with soften={softened}, or "
                 "start without a state"
             )
-        told_last = {"order_key"}  # a digest, which differs where one of the others does
-        for name, here in sorted(self._stream.identity.items(), key=lambda item: item[0] in told_last):
+        # Last the order's digest, which differs where one of the others does.
+        for name, here in sorted(self._stream.identity.items(), key=lambda item: item[0] == "order_key"):
             if state[name] != here:
                 raise StateMismatch(
                     f"reader state: {name} is {state[name]!r} there and {here!r} here; open the store, the "
