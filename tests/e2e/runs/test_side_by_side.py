@@ -36,7 +36,13 @@ def test_students_side_by_side_are_those_of_one_after_the_other_also_when_one_fa
     shards = {path: path.read_bytes() for path in (lab.only("pairs", "independent").path / "shards").iterdir()}
     for path in shards:
         path.write_bytes(b"")
-    failed = lab.wait(lab.script(*lab.arguments("report"), *TWO), exits=1).stderr
+    process = lab.script(*lab.arguments("report"), *TWO)
+    lab.until(lambda: len(processes_of(lab)) == 2, process)
+    beside, fails = (processes_of(lab)[name] for name in ("student", "student:independent"))
+    os.kill(beside, signal.SIGSTOP)  # so that it is not at its end before the other has failed
+    lab.until(lambda: not Path(f"/proc/{fails}").exists(), process)
+    os.kill(beside, signal.SIGCONT)
+    failed = lab.wait(process, exits=1).stderr
     assert "student:independent: failed; student goes on to its end, nothing new begins" in failed
     assert "nfm: student:independent failed, see the lines above; the same command goes on from here" in failed
     assert "student: done" in failed
