@@ -1,6 +1,7 @@
 """Pair stores: written in whole shards, read at the speed of memory. Reading needs the base install only."""
 
-from nfm.storage.dataset.images import DatasetWriter, ImageDataset
+from nfm.storage.dataset.images import ImageDataset
+from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StateMismatch, StorageError
 from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.format.spec import Field, StoreSpec

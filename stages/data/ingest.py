@@ -26,7 +26,7 @@ from nfm.stages.data.source import Encoded, Loaded
 from nfm.stages.data.sources import opened
 from nfm.stages.executors.jobs import Job, Timing, Unit, Work, new_attempt
 from nfm.stages.executors.outcomes import lacking_pieces, settled
-from nfm.storage.dataset.images import shard_writer
+from nfm.storage.dataset.shards import shard_writer
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, is_remote, several

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from nfm.stages.data import records
 from nfm.stages.data.source import Encoded, Places
-from nfm.storage.dataset.images import ReadyShard, written_shard
+from nfm.storage.dataset.shards import ReadyShard, written_shard
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import exists, is_remote, remove, size_of

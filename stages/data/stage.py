@@ -35,7 +35,8 @@ from nfm.stages.data.sources import SOURCES, Source, opened
 from nfm.stages.executors import EXECUTORS, ray_cluster
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.timing import Clock
-from nfm.storage.dataset.images import DatasetWriter, ReadyShard
+from nfm.storage.dataset.shards import ReadyShard
+from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.format.order import permute
 
 NAME = "data"

@@ -19,6 +19,8 @@ OPTIONAL = ("row", "flip", "nll")  # columns of the index that are not fields
 _FLOAT32 = float(np.finfo(np.float32).max)
 
 CLIPPED = 0.01  # of the noise values of a batch; of N(0, 1) none, of a teacher a few in a million
+_FEW = 64  # values, of which nothing is said
+UNIT = (0.25, 4.0)  # mean squares of a shard's noise that are taken for unit variance
 
 
 def checked(spec: StoreSpec, given: Mapping[str, Any]) -> dict[str, Array]:
@@ -151,7 +153,25 @@ def _noise(spec: StoreSpec, noise: Array) -> Array:
     if CODECS[spec.codec].step is None:
         told = f"is too large for codec {spec.codec}; noise has unit variance, codec float32 takes more"
         _no(~np.isfinite(stored), "noise", noise, told)
+        lost = np.count_nonzero((stored == 0) & (noise != 0))
+        if lost > CLIPPED * noise.size:
+            raise StorageError(
+                f"noise: codec {spec.codec} would make {lost / noise.size:.1%} of the values 0; noise has unit "
+                "variance, scale it"
+            )
     return noise
+
+
+def scale_of(noise: Array) -> str:
+    """What is wrong with the scale of so much noise [n, C, H, W]; empty if nothing is.
+
+    Students begin at N(0, I), whatever the pairs have: with noise of another scale their samples are not images.
+    """
+    square = float(np.square(noise, dtype=np.float64).mean())
+    if UNIT[0] <= square <= UNIT[1] or noise.size < _FEW:
+        return ""
+    remedy = f"divide it by {square**0.5:.3g}, or check what made it" if square else "check what made it"
+    return f"the noise has a mean square of {square:.3g}, and students begin at noise of 1: {remedy}"
 
 
 def _floats(name: str, array: Array) -> Array:

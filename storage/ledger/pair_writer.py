@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from nfm.storage.files.atomic import canonical_json, create_json, read_json
 from nfm.storage.files.atomic import digest as digest_of
 from nfm.storage.files.copies.cache import default_cache
 from nfm.storage.files.paths import as_path, exists, remove
-from nfm.storage.format.pair_checks import Array, RowImages, checked
+from nfm.storage.format.pair_checks import Array, RowImages, checked, scale_of
 from nfm.storage.format.spec import DRAFT, SPEC, StoreSpec, check_folder, parse_name, shard_name
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
@@ -55,7 +56,7 @@ class PairWriter:
         self._open = {draw: _Draw(self._first_missing(draw)) for draw in range(draws)}
         self._digests, self._hashed = {name: hashlib.sha256() for name in self._source_fields()}, 0
         self._row_images = RowImages(spec)
-        self._closed = False
+        self._closed = self._warned = False
 
     def write(
         self, *, image: Any, noise: Any, label: Any = None, draw: int = 0,
@@ -64,9 +65,10 @@ class PairWriter:
         """Adds one record, or a batch of them along a first axis, at the next slots of a draw.
 
         All are numpy arrays or torch tensors. `image` has the spec's dtype and shape. `noise` is of floats of the same
-        shape, with unit variance. `label` is a whole number below `classes`. `row` (the image's row in the source, by
-        default the slot), `flip` and `nll` may be left out; a row is one image, whichever records name it. Raises
-        StorageError, which names the field and the record, before it keeps anything of the batch.
+        shape, with unit variance; a shard that is far from it is told as a warning. `label` is a whole number below
+        `classes`. `row` (the image's row in the source, by default the slot), `flip` and `nll` may be left out; a row
+        is one image, whichever records name it. Raises StorageError, which names the field and the record, before it
+        keeps anything of the batch.
         """
         if self._closed:
             raise StorageError(f"{self.root}: this writer is closed; open another one to go on")
@@ -191,6 +193,7 @@ class PairWriter:
             return
         if self._computed and draw > 0:
             self._check_images(draw, shard, chunks)
+        self._check_scale(name, chunks)
         attempt = f"w{secrets.token_hex(8)}"
         written = write_shard(self.root, self.spec, draw, shard, attempt, chunks)
         stands = commits.publish(self.root, written)
@@ -202,6 +205,12 @@ class PairWriter:
         self._done.add(name)
         if draw == 0 and self._hashed == shard:
             self._hash(chunks)
+
+    def _check_scale(self, name: str, chunks: list[dict[str, Array]]) -> None:
+        """Warns, once, of noise that is far from unit variance: of a whole shard, since single records vary."""
+        if not self._warned and (told := scale_of(np.concatenate([chunk["noise"] for chunk in chunks]))):
+            self._warned = True
+            warnings.warn(f"{self.root}: {name}: {told}", stacklevel=4)  # where `write` was called
 
     def _check_images(self, draw: int, shard: int, chunks: list[dict[str, Array]]) -> None:
         """Refuses a draw whose images are not those of draw 0, from which the digest of the source is made."""

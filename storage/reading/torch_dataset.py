@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
-from nfm.storage.errors import StateMismatch
+from nfm.storage.errors import StateMismatch, StorageError
 from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, flag, shape, whole, wrong
 from nfm.storage.reading.batch import Batch
 from nfm.storage.reading.reader import BatchReader, ReadOptions, find_rank
@@ -16,11 +17,25 @@ from nfm.storage.reading.starts import Start, Starts
 from nfm.storage.reading.stream import Stream
 
 
+class TensorBatch(dict[str, Tensor]):
+    """A complete batch, as a dict. A DataLoader that would make batches of such batches fails."""
+
+
+def _already_batches(batches: Any, **_: Any) -> NoReturn:
+    raise StorageError(
+        "these are complete batches, and this DataLoader would make batches of them: pass it batch_size=None; how many "
+        "records a batch has is said to `as_torch_dataset`"
+    )
+
+
+default_collate_fn_map[TensorBatch] = _already_batches  # how torch is told of a type
+
+
 class TorchBatches(IterableDataset[dict[str, Tensor]]):
     """Batches as dicts of CPU tensors: image, noise, label, slot, draw, store, and the requested fields.
 
-    Batches are complete, so pass `batch_size=None` to the DataLoader. The order is that of the reader, for any number
-    of workers. The rank is that of the process that makes the dataset.
+    Batches are complete, so pass `batch_size=None` to the DataLoader; with another one it fails. The order is that of
+    the reader, for any number of workers. The rank is that of the process that makes the dataset.
 
     Every iteration reads the next `epochs` epochs, whether or not the iteration before was read to its end. The first
     one starts at epoch 0. `set_epoch` sets the epoch of the next iteration; after `load_state_dict` it continues from
@@ -182,4 +197,5 @@ def _check_turn(state: Mapping[str, Any]) -> None:
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
     names = ("image", "noise", "label", "slot", "draw", "store")
-    return {name: getattr(batch, name) for name in names if getattr(batch, name) is not None} | batch.fields
+    here = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
+    return TensorBatch(here | batch.fields)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from nfm.storage import ImageDataset
+from nfm.stages.trained.sampling import initial, student_sampler
+from nfm.storage import ImageDataset, PairStore
 from nfm.storage.files import atomic
 from tests.stages.data.latents.small import FOLDED
 from tests.support.lab import Lab
+from tests.support.torchvision_stub import make_importable
 
 LATENTS = """
 [latents]
@@ -66,6 +70,36 @@ def test_from_images_to_samples_in_pixels(folded: Lab) -> None:
     _audited(folded, sha256, ran)
     folded.run("evaluate", *SMALL)
     assert len(folded.all("latents")) == 1
+
+
+@pytest.mark.seconds(40)
+def test_a_folder_of_diffusers_goes_the_same_way_and_decodes_as_diffusers_does(empty: Lab) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed: the extra `latents`")
+    make_importable()
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    small = {"block_out_channels": (4, 4), "norm_num_groups": 2, "latent_channels": 4, "layers_per_block": 1}
+    model = AutoencoderKL(in_channels=1, out_channels=1, sample_size=8, shift_factor=0.25, **blocks, **small).eval()
+    model.save_pretrained(empty.folder / "kl")
+    empty.config.write_text(empty.config.read_text() + LATENTS.replace("mine_vae:vae", "kl"))
+    empty.run("evaluate", *SMALL)
+
+    latents = empty.only("latents")
+    assert PairStore.open(empty.only("pairs").path).spec.image_decoder.startswith("AutoencoderKL ")
+    shutil.rmtree(empty.folder / "kl")
+    empty.nfm("sample", empty.name("student"), "-n", 4, "-o", "pixels.png")
+    assert "Description" not in Image.open(empty.folder / "pixels.png").text, "no false colours"
+
+    student = student_sampler(empty.only("student").path, 5, "cpu", "float32")
+    with torch.no_grad():
+        drawn = student.decode(*initial(ImageDataset.open(latents.path), np.arange(20), 1, "cpu"))  # evaluate.seed
+        expected = (model.decode(drawn / 0.18215 + 0.25).sample.numpy() + 1) * 127.5
+    with np.load(empty.only("evaluate").path / "samples" / f"{student.name}.npz") as arrays:
+        found = arrays["images"].astype(float)
+    assert expected.std() > 3, "another decoder would show"
+    assert np.abs(found - expected.clip(0, 255)).max() <= 1
 
 
 def _sampled(lab: Lab, sha256: str, ran: Path) -> None:

@@ -23,7 +23,7 @@ from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.foreign import vae
 from nfm.storage import ImageDataset
-from nfm.storage.dataset.images import shard_writer
+from nfm.storage.dataset.shards import shard_writer
 from nfm.storage.files.copies import mirror
 from nfm.storage.format import philox
 

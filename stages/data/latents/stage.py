@@ -35,7 +35,7 @@ from nfm.stages.executors.outcomes import lacking_pieces, settled
 from nfm.stages.trained.foreign import vae
 from nfm.stages.trained.foreign.vae import VaeFacts
 from nfm.storage import ImageDataset
-from nfm.storage.dataset.images import DatasetWriter
+from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror

@@ -13,7 +13,8 @@ import pytest
 from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.pipeline.config import load
 from nfm.pipeline.upkeep.audit import as_text, audit, finished
-from nfm.storage.dataset.images import DatasetWriter, ImageDataset
+from nfm.storage.dataset.images import ImageDataset
+from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.files import atomic
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from nfm.stages.data.config import DataConfig
 from nfm.stages.data.ingest import ingest_shard
 from nfm.stages.data.source import Encoded
 from nfm.stages.executors.jobs import Job
-from nfm.storage.dataset.images import DatasetWriter
+from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import as_path, names_in, remove

@@ -160,6 +160,13 @@ def test_a_label_without_a_class_names_its_record(tmp_path):
         write(tmp_path).write_split("train", 2, [(IMAGES[:2], np.array([0, 3]), KEYS[:2])])
 
 
+def test_a_key_of_two_records_is_refused_also_far_apart(tmp_path):
+    twice = [(IMAGES[:2], LABELS[:2], KEYS[:2]), (IMAGES[2:4], LABELS[2:4], [KEYS[2], KEYS[0]])]
+    with pytest.raises(StorageError, match="train: 2 records have the key 'image-0'; give each record a key"):
+        write(tmp_path).write_split("train", 4, twice)
+    assert not (tmp_path / "dataset.json").exists()
+
+
 def test_images_of_another_shape_are_refused(tmp_path):
     with pytest.raises(StorageError, match="image"):
         write(tmp_path).write_split("train", 2, [(IMAGES[:2, :, 1:], LABELS[:2], KEYS[:2])])

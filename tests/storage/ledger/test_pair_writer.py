@@ -337,6 +337,28 @@ def test_noise_that_the_codec_would_clip_is_refused(tmp_path: Path) -> None:
         writer.write(image=np.zeros((8, 1, 4, 4), np.uint8), noise=noise)
 
 
+@pytest.mark.parametrize("scale", [80.0, 0.01])
+def test_noise_of_another_scale_is_told_once_with_its_figure(tmp_path: Path, scale: float) -> None:
+    """EDM's noise, for instance, has up to 80 times unit deviation: students would begin elsewhere."""
+    batch = pairs()
+    batch["noise"] = scale * batch["noise"]
+    said = "d000-s00000: the noise has a mean square of .* divide it by"
+    with pytest.warns(UserWarning, match=said) as told, PairWriter(tmp_path, spec_of()) as writer:
+        writer.write(**batch)
+    (warned,) = told
+    assert float(str(warned.message).split("divide it by ")[1].split(",")[0]) == pytest.approx(scale, rel=0.2)
+    assert warned.filename == __file__
+
+
+def test_noise_that_float16_would_make_nothing_of_is_refused(tmp_path: Path) -> None:
+    batch = pairs()
+    batch["noise"] = 1e-8 * batch["noise"]
+    with PairWriter(tmp_path / "lost", spec_of()) as writer:
+        with pytest.raises(StorageError, match=r"codec float16 would make \d+\.\d% of the values 0; noise has unit"):
+            writer.write(**batch)
+        writer.write(**pairs())
+
+
 @pytest.mark.parametrize("draw", [True, 0.5, "0", None, -1])
 def test_a_draw_that_is_no_number_is_refused_and_not_taken_for_one(tmp_path: Path, draw: Any) -> None:
     writer = PairWriter(tmp_path, spec_of(), draws=2)

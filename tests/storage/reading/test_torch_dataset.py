@@ -35,6 +35,13 @@ def test_the_loaders_order_is_the_readers(store, workers, shuffle):
         assert all(torch.equal(getattr(ours, name), tensor) for name, tensor in theirs.items())
 
 
+@pytest.mark.parametrize("size", [{}, {"batch_size": 4}, {"batch_size": 2, "num_workers": 1}])
+def test_a_loader_that_would_make_batches_of_batches_fails(store, size):
+    """The default of torch's loader is batch_size=1: images got a fifth axis, and training went on."""
+    with pytest.raises(StorageError, match=r"complete batches.* pass it batch_size=None"):
+        next(iter(DataLoader(store.as_torch_dataset(8), **size)))
+
+
 def test_spawned_workers_read_the_same(store):
     dataset = store.as_torch_dataset(10, filter=[("label", "<", 5)], raw=True)
     loader = DataLoader(

@@ -10,7 +10,7 @@ import numpy as np
 from nfm.stages.base import Result
 from nfm.stages.data.latents import stage
 from nfm.stages.data.latents.config import LatentsConfig
-from nfm.storage.dataset.images import DatasetWriter
+from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.files import atomic
 from tests.support.recorder import Recorder
 

@@ -11,7 +11,7 @@ from nfm.stages.couplings.custom import Allowed
 from nfm.stages.data.latents import shards
 from nfm.stages.data.latents.audit import audit
 from nfm.stages.trained.foreign import vae
-from nfm.storage.dataset.images import DatasetWriter
+from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.files import atomic
 from tests.stages.data.latents.small import ROWS, make, write_data
 
