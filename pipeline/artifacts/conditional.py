@@ -58,8 +58,6 @@ def _put(path: Path, data: bytes, tag: str | None) -> str | None:
         made = remote.attempt(path, "write", lambda fs, name: cloud.put(fs, name, data, tag))
         if made is not None:
             return made
-    except FileNotFoundError:  # the object that was to be replaced is gone
-        return None
     except StorageError as error:  # all answers were lost: the result is unknown
         gave_up = error
     try:

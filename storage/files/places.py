@@ -84,7 +84,7 @@ def _stated(variable: str, read: Callable[[str], Path]) -> Path | None:
 
 
 def artifacts_root() -> Path:
-    """Where all artifacts are: `NFM_ARTIFACTS` (a folder, or s3://bucket/...), else `artifacts/` in this folder."""
+    """Where all artifacts are: `NFM_ARTIFACTS` (a folder or a URL of a bucket), else `artifacts/` in this folder."""
     root = _stated("NFM_ARTIFACTS", _root) or Path("artifacts")
     if not is_remote(root) and root.exists() and not root.is_dir():
         raise NoPlace(str(root), "a file, where artifacts need a folder; let NFM_ARTIFACTS name one")

@@ -72,7 +72,7 @@ def attempt(path: Path, doing: str, action: Callable[[Any, str], T]) -> T:
             raise
         except Exception as raised:
             error = failures.behind(raised)
-            if isinstance(error, failures.ANSWERS) and not failures.no_bucket(error):
+            if isinstance(error, failures.ANSWERS) and not _no_bucket(doing, error):
                 raise
             left = limit - (time.monotonic() - began)
             damaged += failures.damaged(error)
@@ -136,14 +136,20 @@ def explained(path: Path, doing: str, error: BaseException) -> StorageError:
     """The error for the user: which URL, what is wrong, what to do."""
     if failures.damaged(error):
         return CorruptShard(f"{path}: cannot {doing} ({_text(error)}), {_DAMAGED_TRIES} times; restore it from a copy")
-    return StorageError(f"{path}: cannot {doing} ({_text(error)}); {_remedy(path, error)}")
+    return StorageError(f"{path}: cannot {doing} ({_text(error)}); {_remedy(path, doing, error)}")
 
 
-def _remedy(path: Path, error: BaseException) -> str:
+def _no_bucket(doing: str, error: BaseException) -> bool:
+    """Whether there is no such bucket: nothing else can be missing for a write, if no local file is."""
+    missing = isinstance(error, FileNotFoundError) and error.filename is None
+    return failures.no_bucket(error) or (doing == "write" and missing)
+
+
+def _remedy(path: Path, doing: str, error: BaseException) -> str:
     cloud = clouds.of(path)
     if failures.no_credentials(error):
         return f"no usable credentials were found: set {cloud.CREDENTIALS if cloud else 'those of the object store'}"
-    if failures.no_bucket(error):
+    if _no_bucket(doing, error):
         return "there is no such bucket: create it, or correct the URL"
     if failures.denied(error):
         return (

@@ -21,3 +21,12 @@ def of(where: Any) -> Cloud | None:
     named = getattr(where, "protocol", "")
     names = (named,) if isinstance(named, str) else named
     return next((CLOUDS[name] for name in names if name in CLOUDS), None)
+
+
+def copy(fs: Any, source: str, target: str) -> None:
+    """Copies an object within a store, and returns when all of it is there."""
+    cloud = of(fs)
+    if cloud is None:
+        fs.cp_file(source, target)
+    else:
+        cloud.copy(fs, source, target)

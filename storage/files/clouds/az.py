@@ -5,6 +5,8 @@ https://learn.microsoft.com/rest/api/storageservices/specifying-conditional-head
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import math
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -86,6 +88,27 @@ async def _remove(fs: Any, name: str, tag: str) -> None:
 
     async with _blob(fs, name) as blob:
         await blob.delete_blob(etag=tag, match_condition=MatchConditions.IfNotModified)
+
+
+def copy(fs: Any, source: str, target: str) -> None:
+    """As in `Cloud`. Azure may answer before the copy is there."""
+    from azure.core.exceptions import ResourceNotFoundError
+    from fsspec.asyn import sync
+
+    try:
+        sync(fs.loop, _copy, fs, source, target)
+    except ResourceNotFoundError as error:
+        raise FileNotFoundError(source) from error
+
+
+async def _copy(fs: Any, source: str, target: str) -> None:
+    async with _blob(fs, source) as one, _blob(fs, target) as other:
+        state = (await other.start_copy_from_url(one.url))["copy_status"]
+        while state == "pending":
+            await asyncio.sleep(0.2)
+            state = (await other.get_blob_properties()).copy.status
+        if state != "success":
+            raise OSError(errno.EIO, f"the copy of {source} to {target} ended as {state!r}")
 
 
 def _blob(fs: Any, name: str) -> Any:

@@ -55,6 +55,10 @@ class Cloud(Protocol):
         """Removes the version of this tag. Does nothing if there is another one."""
         ...
 
+    def copy(self, fs: Any, source: str, target: str) -> None:
+        """Copies an object, and returns when all of it is there. Raises FileNotFoundError."""
+        ...
+
     def parts_are_refused(self, fs: Any, name: str) -> bool:
         """Whether an upload in parts leaves an object alone that is there, if it may only create one."""
         ...

@@ -88,6 +88,10 @@ def remove(fs: Any, name: str, tag: str) -> None:
         return
 
 
+def copy(fs: Any, source: str, target: str) -> None:
+    fs.cp_file(source, target)
+
+
 def parts_are_refused(fs: Any, name: str) -> bool:
     try:
         fs.pipe_file(name, b"second", mode="create", chunksize=len(b"second"))

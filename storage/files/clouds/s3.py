@@ -73,7 +73,8 @@ def _put(fs: Any, name: str, data: bytes, **condition: str) -> str | None:
     try:
         return str(fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
     except OSError as error:
-        if isinstance(error, FileExistsError) or failures.status_of(error) == _REFUSED:
+        gone = isinstance(error, FileNotFoundError) and not failures.no_bucket(error)
+        if gone or isinstance(error, FileExistsError) or failures.status_of(error) == _REFUSED:
             return None
         raise
 
@@ -86,6 +87,10 @@ def remove(fs: Any, name: str, tag: str) -> None:
     except OSError as error:
         if failures.status_of(error) != _REFUSED:
             raise
+
+
+def copy(fs: Any, source: str, target: str) -> None:
+    fs.cp_file(source, target)
 
 
 def parts_are_refused(fs: Any, name: str) -> bool:
