@@ -44,7 +44,20 @@ from nfm.storage.files.copies import mirror
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import size_of
 
-__all__ = ["NAME", "VERSION", "cost", "external", "fits", "needs", "room", "run", "told", "tries"]
+__all__ = [
+    "NAME",
+    "VERSION",
+    "cost",
+    "external",
+    "fits",
+    "make_pieces",
+    "needs",
+    "pieces_left",
+    "room",
+    "run",
+    "told",
+    "tries",
+]
 
 NAME = "latents"
 VERSION = 1
