@@ -61,11 +61,18 @@ def put(fs: Any, name: str, data: bytes, tag: str | None) -> str | None:
     if bucket not in _bare:
         if (new := _put(fs, name, data, IfMatch=tag)) is not None:
             return new
-        if bare == tag or read(fs, name).tag != tag:
+        if bare == tag or _tag_of(fs, name) != tag:
             return None
     if (new := _put(fs, name, data, IfMatch=bare)) is not None:
         _bare.add(bucket)
     return new
+
+
+def _tag_of(fs: Any, name: str) -> str:
+    try:
+        return read(fs, name).tag
+    except FileNotFoundError:
+        return ""
 
 
 def _put(fs: Any, name: str, data: bytes, **condition: str) -> str | None:
