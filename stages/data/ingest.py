@@ -29,12 +29,10 @@ from nfm.stages.executors.jobs import Job, Outcome, Timing, Unit, Work, jobs_of
 from nfm.stages.executors.outcomes import lacking_pieces, settled
 from nfm.storage.dataset.shards import shard_writer
 from nfm.storage.files.copies import mirror
-from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, is_remote, several
 
 WRITE_ROWS = 256  # at a time
 READ = "images read"  # what progress counts
-FILES = 4  # brought at a time, each in several requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +99,6 @@ def ingest_shard(
             sha256, size = stored.sha256, stored.bytes
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if size and is_remote(out):
-        mirror.push(out, here, {name: (sha256, size)}, lambda: None)  # no other attempt writes to that name
-    ended = time.monotonic()
     commit = records.publish(
         out,
         PartCommit(
@@ -115,9 +110,11 @@ def ingest_shard(
             sha256=sha256,
             rejected={str(place): reason for place, reason in loaded.rejected.items()},
             notes=loaded.notes,
-            seconds=ended - began,
+            seconds=time.monotonic() - began,
         ),
+        here,
     )
+    ended = time.monotonic()
     return commit, Timing(ended - began, read=decoded - began, write=ended - decoded)
 
 
@@ -125,7 +122,7 @@ def ingested(
     source: Encoded, rows: np.ndarray, labels: np.ndarray, own: int, config: DataConfig, out: Path, report: Reporter
 ) -> Loaded:
     """All rows, decoded: those of parts without a commit now, on the executor of the config."""
-    shared = out if config.executor == "serial" else as_path(mirror.origin(out))  # what all workers see
+    shared = records.shared_place(out, config.executor)
     plan, size = planned(source, rows, labels, own, config, shared, report)
     found = _commits(shared, plan)
     lacking = [part for part, commit in zip(plan, found) if commit is None]
@@ -146,8 +143,7 @@ def ingested(
             raise Stopped
         names = [part.name for part in missing]
         raise lacking_pieces(shared, names, len(plan), "parts of the data", executor.again("data"))
-    if is_remote(shared):
-        _bring(shared, out, commits, report)
+    records.bring(shared, out, commits, report)
     notes: Counter[str] = Counter()
     for commit in commits:
         notes.update(commit.notes)
@@ -190,15 +186,6 @@ def threads_of(config: DataConfig) -> int:
 def _commits(out: Path, plan: Sequence[Part]) -> list[PartCommit | None]:
     """The valid commit of each part, None where there is none."""
     return list(several(out, lambda part: of_parts.committed(out, part), plan))
-
-
-def _bring(shared: Path, out: Path, commits: Sequence[PartCommit], report: Reporter) -> None:
-    """Brings the files of all parts here."""
-    report.say(f"{len(commits)} parts are decoded; their files are brought here from {shared}")
-    files = [{"path": made.file, "sha256": made.sha256, "bytes": made.bytes} for made in commits if made.records]
-    for _ in parallel(lambda file: mirror.fetch(shared, out, file), files, FILES):
-        if report.stopping:
-            raise Stopped
 
 
 def _work(out: Path, config: Mapping[str, Any], threads: int) -> Ingest:

@@ -19,7 +19,6 @@ from nfm.stages.trained.devices.precision import check_precision
 from nfm.stages.trained.devices.timing import Clock, rate_of_calls
 from nfm.stages.trained.foreign import vae
 from nfm.stages.trained.foreign.vae import Vae
-from nfm.storage.files.paths import artifacts_root, is_remote
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,8 +61,6 @@ def tries(config: LatentsConfig, facts: Mapping[str, Any]) -> None:
 def needs(config: LatentsConfig) -> None:
     """Raises StageError if something that a run needs is missing: the Ray cluster or the device."""
     executor = EXECUTORS[config.executor]
-    if (executor.cluster or executor.later) and is_remote(root := artifacts_root()):
-        raise Unfit(f'latents.executor = "{config.executor}": artifacts are in {root}; use "serial"')
     if executor.cluster:
         who, without = f'latents.executor = "{config.executor}"', "--set latents.executor=serial"
         ray_cluster.check_reachable(config.ray_address, who, without)
@@ -118,8 +115,9 @@ def _encoding(config: LatentsConfig, image_shape: tuple[int, ...], device: str) 
 
 
 def device_here(config: LatentsConfig) -> str:
-    """The device of this process, which with a cluster need not be one of its workers."""
-    return pick_device("auto" if EXECUTORS[config.executor].cluster else config.device)
+    """The device of this process, which with a cluster or an array need not be one of its workers."""
+    executor = EXECUTORS[config.executor]
+    return pick_device("auto" if executor.cluster or executor.later else config.device)
 
 
 def vae_of(config: LatentsConfig) -> str:

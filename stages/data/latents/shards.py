@@ -2,6 +2,7 @@
 
 A shard is written under the name of its attempt, then its commit is created, if nobody else has done so. The stage
 places committed shards at the end. So a killed worker leaves nothing that counts, and two on one shard leave one.
+Workers of an artifact in a bucket bring its VAE to their machines, and their shards to the bucket.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.foreign import vae
 from nfm.storage import ImageDataset
 from nfm.storage.dataset.shards import shard_writer
+from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
+from nfm.storage.files.paths import as_path, exists, is_remote
 from nfm.storage.format import philox
 
 SPLITS = ("train", "heldout")
 ATTEMPTS = "attempts"
 DTYPE = "float16"
+_VAE = f"{ATTEMPTS}/vae.json"  # in a bucket: the files that workers need of the VAE, with their digests
 _NAME = re.compile(r"(train|heldout)-s(\d{5})", re.ASCII)
 
 
@@ -125,26 +129,43 @@ class LatentWork(Work):
 
 def unit(work: LatentWork) -> Unit:
     """Encodes a shard of one artifact of latents."""
-    with custom.importable(Path(work.beside)):
-        encoder = LatentEncoder(work.store, mirror.here(work.data), work.device)
+    out = as_path(work.store)
+    with custom.importable(Path(work.beside)), mirror.beside(work.store) as folder:
+        if is_remote(out):
+            for file in atomic.read_json(out / _VAE)["files"]:
+                mirror.fetch(out, folder, file)
+        encoder = LatentEncoder(folder, mirror.here(work.data), work.device)
 
     def encode(job: Job, stopping: Callable[[], bool]) -> tuple[Commit, Timing]:
         began = time.perf_counter()
-        commit = encoder.encode_shard(job.name, work.rows_per_shard, job.attempt, stopping)
+        with mirror.beside(work.store) as folder:
+            commit = encoder.encode_shard(out, job.name, work.rows_per_shard, job.attempt, folder, stopping)
         return commit, Timing(wall := time.perf_counter() - began, encode=wall)
 
     return encode
 
 
+def share_vae(shared: Path, here: Path, files: Mapping[str, tuple[str, int]]) -> None:
+    """Brings what workers need of the VAE from `here` to a bucket, by path with SHA-256 and size, unless it is there.
+
+    On disks that all see it is there.
+    """
+    if not is_remote(shared):
+        return
+    listed = {"files": [{"path": path, "sha256": sha256, "bytes": size} for path, (sha256, size) in files.items()]}
+    if not exists(shared / _VAE) or atomic.read_json(shared / _VAE)["files"] != listed["files"]:
+        mirror.push(shared, here, files, lambda: None)  # the same for all who make this artifact
+        atomic.write_json(shared / _VAE, listed)
+
+
 class LatentEncoder:
-    """Encodes shards of one artifact of latents; the VAE, from the artifact's own copy, is loaded once.
+    """Encodes shards of one artifact of latents; the VAE, from its copy in the artifact's folder, is loaded once.
 
     The code of a VAE that is its user's own function runs here.
     """
 
-    def __init__(self, out: str | Path, data: str | Path, device: str) -> None:
-        self.out = Path(out)
-        self.vae, self.facts = vae.of_artifact(self.out, pick_device(device))
+    def __init__(self, folder: Path, data: str | Path, device: str) -> None:
+        self.vae, self.facts = vae.of_artifact(folder, pick_device(device))
         self.images = Images(data, self.facts)
 
     def compute_in(self, precision: Precision) -> None:
@@ -169,17 +190,19 @@ class LatentEncoder:
         return made[:count].float().cpu().numpy()
 
     def encode_shard(
-        self, name: str, rows_per_shard: int, attempt: str, stopping: Callable[[], bool] = lambda: False
-    ) -> Commit:
-        """Encodes a shard and commits it. Returns the valid commit, which may be an earlier one.
+        self, out: Path, name: str, rows_per_shard: int, attempt: str, here: Path,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> Commit:  # fmt: skip
+        """Encodes a shard and commits it in `out`. Returns the valid commit, which may be an earlier one.
 
+        Its file is written in the folder `here`, which is `out` unless that is in a bucket.
         Raises InterruptedError if `stopping()` becomes true between batches; then nothing is left behind. Raises
         StageError for latents that are not finite.
         """
         began = time.monotonic()
         (split, number), size = _parts(name), self.facts.batch_size
         rows = np.asarray(self.images.rows_of(name, rows_per_shard))
-        path = self.out / ATTEMPTS / f"{name}.{attempt}.tar"
+        path = here / ATTEMPTS / f"{name}.{attempt}.tar"
         total = squares = 0.0
         with shard_writer(path, split, number, len(rows), self.facts.latent_shape, DTYPE) as writer:
             for start in range(0, len(rows), size):
@@ -193,7 +216,7 @@ class LatentEncoder:
             (payload,) = writer.close()
         seconds = round(time.monotonic() - began, 3)
         return records.publish(
-            self.out, Commit(name, attempt, payload.sha256, payload.bytes, len(rows), total, squares, seconds)
+            out, Commit(name, attempt, payload.sha256, payload.bytes, len(rows), total, squares, seconds), here
         )
 
     def _finite(self, split: str, rows: np.ndarray, latents: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ from nfm.storage.errors import by
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.durable import StoredFile
-from nfm.storage.files.paths import size_of
+from nfm.storage.files.paths import exists, is_remote, remove, remove_below, several, size_of
 
 __all__ = [
     "NAME",
@@ -71,10 +71,11 @@ def run(config: LatentsConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     """Encodes the shards that have no commit yet, then places them and writes what describes them."""
     named = vae_of(config)
     vae.announce(named, report.say)
-    kept, facts = _begin(config, inputs["data"], out)
+    shared = records.shared_place(out, config.executor)
+    kept, facts = _begin(config, inputs["data"], out, shared)
     images = Images(inputs["data"], facts)
     names = _names(images, config)
-    done = {name: commit for name in names if (commit := _committed(out, name)) is not None}
+    done = _done(shared, names)
     total = sum(images.rows(split) for split in shards.SPLITS)
     finished = sum(commit.records for commit in done.values())
     if done and len(done) < len(names):
@@ -82,8 +83,12 @@ def run(config: LatentsConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     report.progress(finished, total, "images")
     if lacking := [name for name in names if name not in done]:
         if (executor := EXECUTORS[config.executor]).later:
-            raise lacking_pieces(out, lacking, len(names), PIECES, executor.again(NAME))
-        done |= _encode(config, inputs["data"], out, lacking, finished, total, report)
+            raise lacking_pieces(shared, lacking, len(names), PIECES, executor.again(NAME))
+        done |= _encode(config, inputs["data"], shared, lacking, finished, total, report)
+    if is_remote(shared):
+        for left in (records.FOLDER, *shards.SPLITS):  # of a run that encoded here, and was stopped
+            remove_below(out / left)
+        records.bring(shared, out, list(done.values()), report)
     encoder = LatentEncoder(out, inputs["data"], device_here(config))
     error = _reconstruction(encoder)
     return _finish(config, inputs["data"], out, {name: done[name] for name in names}, encoder, kept, error, report)
@@ -109,8 +114,8 @@ def _encode(
 
 def _work(config: LatentsConfig, data: Path, out: Path) -> LatentWork:
     return LatentWork(
-        store=str(out.resolve()), data=mirror.origin(data), rows_per_shard=config.rows_per_shard,
-        beside=str(Path.cwd()), device=config.device, threads=config.threads,
+        store=str(out if is_remote(out) else out.resolve()), data=mirror.origin(data), beside=str(Path.cwd()),
+        rows_per_shard=config.rows_per_shard, device=config.device, threads=config.threads,
     )  # fmt: skip
 
 
@@ -125,8 +130,10 @@ def _names(images: Images, config: LatentsConfig) -> list[str]:
 def pieces_left(config: LatentsConfig, inputs: Inputs, out: Path, report: Reporter) -> list[str]:
     """The names of the shards without a commit, for the tasks of an array; the VAE is kept where these find it."""
     vae.announce(vae_of(config), report.say)
-    _, facts = _begin(config, inputs["data"], out)
-    return [name for name in _names(Images(inputs["data"], facts), config) if _committed(out, name) is None]
+    _, facts = _begin(config, inputs["data"], mirror.local_folder(out), out)
+    names = _names(Images(inputs["data"], facts), config)
+    done = _done(out, names)
+    return [name for name in names if name not in done]
 
 
 def make_pieces(
@@ -142,8 +149,13 @@ def make_pieces(
     return settled(out, outcomes, report, done, total, "images")
 
 
-def _begin(config: LatentsConfig, data: Path, out: Path) -> tuple[dict[str, tuple[str, int]], VaeFacts]:
-    """Keeps the VAE beside the latents, and writes what they are made with. Gives the digests of the kept files."""
+def _begin(
+    config: LatentsConfig, data: Path, out: Path, shared: Path
+) -> tuple[dict[str, tuple[str, int]], VaeFacts]:  # fmt: skip
+    """Keeps the VAE beside the latents in a folder of this machine, and writes what they are made with.
+
+    Workers find both in `shared`. Gives the digests of the kept files.
+    """
     source, sha256 = ImageDataset.open(data, "train"), vae.identity(vae_of(config))["vae"]
     fits(config, {"image_dtype": source.dtype, "image_shape": source.image_shape})
     channels, height, width = source.image_shape
@@ -156,17 +168,25 @@ def _begin(config: LatentsConfig, data: Path, out: Path) -> tuple[dict[str, tupl
         precision=config.precision,
     )  # fmt: skip
     atomic.write_json(out / vae.FACTS, facts.model_dump(mode="json"))
+    shards.share_vae(shared, out, {**kept, vae.FACTS: atomic.hash_file(out / vae.FACTS)})
     return kept, facts
+
+
+def _done(out: Path, names: Sequence[str]) -> dict[str, Commit]:
+    """The commits that are there, by the name of their shard."""
+    found = several(out, lambda name: _committed(out, name), names)
+    return {commit.name: commit for commit in found if commit is not None}
 
 
 def _committed(out: Path, name: str) -> Commit | None:
     """The commit of a shard whose file is there, in its place or not yet."""
-    if not records.path_of(out, name).exists():
+    path = records.path_of(out, name)
+    if not exists(path):
         return None
     commit = records.read(Commit, out, name)
-    if commit.bytes in (size_of(out / commit.file), size_of(out / place_of(name))):
+    if any(size_of(out / file) == commit.bytes for file in (commit.file, place_of(name))):
         return commit
-    records.path_of(out, name).unlink()
+    remove(path)
     return None
 
 

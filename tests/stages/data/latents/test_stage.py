@@ -109,11 +109,11 @@ def test_a_run_killed_while_it_places_shards_goes_on(place: Path, data: Path, mo
 
 
 def test_of_two_that_encode_one_shard_the_first_commit_stands(place: Path, data: Path) -> None:
-    make(place / "out", data)
-    encoder = shards.LatentEncoder(place / "out", data, "cpu")
-    first = records.read(shards.Commit, place / "out", "train-s00001")
-    assert encoder.encode_shard("train-s00001", 5, "later") == first
-    assert not (place / "out" / shards.ATTEMPTS / "train-s00001.later.tar").exists()
+    make(out := place / "out", data)
+    encoder = shards.LatentEncoder(out, data, "cpu")
+    first = records.read(shards.Commit, out, "train-s00001")
+    assert encoder.encode_shard(out, "train-s00001", 5, "later", out) == first
+    assert not (out / shards.ATTEMPTS / "train-s00001.later.tar").exists()
 
 
 def test_latents_that_float16_cannot_hold_are_refused_with_their_image(place: Path, data: Path) -> None:

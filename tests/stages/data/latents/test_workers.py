@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from nfm.stages.base import StageError, Unfit
-from nfm.stages.data.latents import stage
+from nfm.stages.base import StageError
 from nfm.stages.data.latents.config import LatentsConfig
 from nfm.storage import ImageDataset
 from tests.stages.data.latents.small import FOLDED, make
@@ -70,10 +69,3 @@ def test_a_setting_of_latents_without_a_vae_is_refused(field: dict[str, object])
     with pytest.raises(ValidationError, match=f"{next(iter(field))} is of latents, and without vae there are none"):
         LatentsConfig.model_validate(field)
     assert LatentsConfig(ray_address="head:6379", executor="serial").vae is None
-
-
-@pytest.mark.parametrize("executor", ["ray", "slurm"])
-def test_executors_that_cannot_reach_a_bucket_are_refused(executor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NFM_ARTIFACTS", "s3://bucket/run")
-    with pytest.raises(Unfit, match=rf'latents\.executor = "{executor}": artifacts are in s3://bucket/run; use "ser'):
-        stage.needs(LatentsConfig(vae="mine_vae:vae", executor=executor))
