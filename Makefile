@@ -43,7 +43,7 @@ NFM := $(PY) -m nfm.pipeline.cli
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm test-s3 bench gpu kills fuzz lint format docs clean-env
+.PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm test-s3 test-gs test-az bench gpu kills fuzz lint format docs clean-env
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -100,6 +100,14 @@ test-slurm: $(DEV)  ## run arrays on a real Slurm of one node (needs root, slurm
 
 test-s3: $(DEV)  ## the tests of buckets against another S3 server: ENDPOINT=http://HOST:PORT
 	NFM_TEST_S3=$(ENDPOINT) $(PY) -m pytest -n $(JOBS) tests/pipeline/artifacts tests/e2e/bucket $(ARGS)
+
+IN_BUCKETS := tests/pipeline/artifacts tests/storage/files/copies tests/storage/stores/test_s3.py tests/e2e/bucket
+
+test-gs: $(DEV)  ## the tests of buckets against fake-gcs-server
+	NFM_TEST_CLOUD=gs $(PY) -m pytest -n $(JOBS) $(IN_BUCKETS) $(ARGS)
+
+test-az: $(DEV)  ## the tests of buckets against Azurite (npm install azurite)
+	NFM_TEST_CLOUD=az $(PY) -m pytest -n $(JOBS) $(IN_BUCKETS) $(ARGS)
 
 bench: $(PEERS_ENV)  ## measure the reader beside its peers and a plain copy
 	$(PEERS_PY) -m benchmarks.store $(ARGS)

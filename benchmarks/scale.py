@@ -28,7 +28,7 @@ from benchmarks.told import machine, versions
 from nfm.pipeline.cli.options import LOCAL_PATH, OutputFile
 from nfm.stages.display.endings import JSON
 from nfm.stages.display.tables import aligned
-from nfm.stages.pairs import production
+from nfm.stages.executors.jobs import jobs_of
 from nfm.storage import PairStore
 from nfm.storage.files import digested_json
 from nfm.storage.format.index import index_rows
@@ -139,7 +139,7 @@ def pending(folder: Path, shards: int, records: int) -> dict[str, Any]:
 def plan(folder: Path, shards: int, records: int) -> dict[str, Any]:
     """Makes the jobs of all shards, as a run that begins does, all at once."""
     spec, draws = spec_of(shards, records)
-    seconds, jobs = timed(lambda: list(production.jobs(generations.names_of(spec, draws))))
+    seconds, jobs = timed(lambda: list(jobs_of(generations.names_of(spec, draws))))
     return {"seconds": seconds, "jobs": len(jobs)}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from nfm.storage import layouts as layouts
 from nfm.storage.errors import CorruptShard, MissingShard, NoPlace, StorageError
-from nfm.storage.errors.arguments import checked, instance, one_of
+from nfm.storage.errors.arguments import WrongArgument, checked, instance, one_of
 from nfm.storage.files.atomic import HashingFile, create_json, hash_file, read_json
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.parallel import parallel
@@ -138,7 +138,7 @@ def _check_made(source: PairStore, spec: StoreSpec) -> None:
         try:
             Origins(spec, 0, int(slots[0]) // spec.rows_per_shard)(slots, noise)
         except StorageError as error:
-            raise StorageError(f"{source.root}: {error}") from error
+            raise WrongArgument("codec", f"{spec.codec} does not fit {source.root}: {error}") from error
 
 
 def _within(path: Path, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Objects that change only if nobody else changed them meanwhile: conditional puts of S3 (If-None-Match, If-Match).
+"""Objects that change only if nobody else changed them meanwhile: conditional puts (nfm.storage.files.clouds).
 
 A put that is repeated after a lost answer is refused although it succeeded. Then what is stored is read back, so no two
 puts may have the same data.
@@ -8,52 +8,32 @@ from __future__ import annotations
 
 import functools
 import secrets
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
 
-from nfm.storage.errors import StorageError
-from nfm.storage.files import remote
+from nfm.storage.errors import NoPlace, StorageError
+from nfm.storage.files import clouds, remote
+from nfm.storage.files.clouds import failures
+from nfm.storage.files.clouds.cloud import Cloud, Stored
 from nfm.storage.files.paths import as_path, remove
 
-_REFUSED = 412
-_UNKNOWN = (400, 501)  # answers of servers that do not know the header
-_bare: set[str] = set()  # buckets of servers, such as Ceph's, that know a tag only without its quotation marks
+_UNKNOWN = (400, 501)  # answers of servers that do not know the condition
 
 
 class NoConditions(StorageError):  # noqa: N818 - it reads as what it says
     """The object store does not keep to conditions. The message names it."""
 
 
-@dataclass(frozen=True)
-class Stored:
-    """What an object holds, the tag of this version, and its age in seconds by the server's clock."""
-
-    data: bytes
-    tag: str
-    age: float = 0.0
-
-
 def read(path: Path) -> Stored | None:
     """The object at a URL; None if there is none. Raises StorageError."""
-    from fsspec.asyn import sync
-
-    async def get(fs: Any, name: str) -> Stored:
-        bucket, key, _ = fs.split_path(name)
-        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
-        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return Stored(await answer["Body"].read(), answer["ETag"], (now - answer["LastModified"]).total_seconds())
-
     try:
-        return remote.attempt(path, "read", lambda fs, name: sync(fs.loop, get, fs, name))
+        return remote.attempt(path, "read", cloud_of(path).read)
     except FileNotFoundError:
         return None
 
 
 def create(path: Path, data: bytes) -> str | None:
     """Writes an object if there is none. Returns its tag, or None if there is another one. Raises StorageError."""
-    return _put(path, data, IfNoneMatch="*")
+    return _put(path, data, None)
 
 
 def replace(path: Path, data: bytes, tag: str) -> str | None:
@@ -61,33 +41,23 @@ def replace(path: Path, data: bytes, tag: str) -> str | None:
 
     Raises StorageError.
     """
-    bucket, bare = str(path).split("/")[2], tag.strip('"')
-    if bucket not in _bare:
-        if (new := _put(path, data, IfMatch=tag)) is not None:
-            return new
-        if bare == tag or (stored := read(path)) is None or stored.tag != tag:
-            return None
-    if (new := _put(path, data, IfMatch=bare)) is not None:
-        _bare.add(bucket)
-    return new
+    return _put(path, data, tag)
 
 
-def _put(path: Path, data: bytes, **condition: str) -> str | None:
-    def put(fs: Any, name: str) -> str | None:
-        bucket, key, _ = fs.split_path(name)
-        try:
-            return str(fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
-        except OSError as error:
-            if remote.status_of(error) == _REFUSED:
-                return None
-            raise
+def cloud_of(path: Path) -> Cloud:
+    """The object store of a URL. Raises NoPlace for any other place."""
+    if (cloud := clouds.of(path)) is None:
+        raise NoPlace(str(path), f"no lock can be kept there; copy it to a folder or to {clouds.PLACES} and name that")
+    return cloud
 
+
+def _put(path: Path, data: bytes, tag: str | None) -> str | None:
+    cloud = cloud_of(path)
     gave_up: StorageError | None = None
     try:
-        if (tag := remote.attempt(path, "write", put)) is not None:
-            return tag
-    except FileNotFoundError:  # the object that was to be replaced is gone
-        return None
+        made = remote.attempt(path, "write", lambda fs, name: cloud.put(fs, name, data, tag))
+        if made is not None:
+            return made
     except StorageError as error:  # all answers were lost: the result is unknown
         gave_up = error
     try:
@@ -108,18 +78,19 @@ def check(root: str) -> None:
     Five requests; the object that is written for it is removed.
     """
     path = as_path(root) / f".conditions-{secrets.token_hex(8)}"
+    create_only, replace_only = cloud_of(path).CONDITIONS
     try:
         first = _told(root, create(path, b"first"))
         if create(path, b"another") is not None:
-            raise _fault(root, "it overwrites an object that a put with If-None-Match must leave alone")
+            raise _fault(root, f"it overwrites an object that a put with {create_only} must leave alone")
         second = _told(root, replace(path, b"second", first))
         if second == first or replace(path, b"third", first) is not None:
-            raise _fault(root, "it overwrites an object whose tag is not the one of If-Match")
+            raise _fault(root, f"it overwrites an object whose tag is not the one of {replace_only}")
     except NoConditions:
         raise
     except StorageError as error:
-        if error.__cause__ is not None and remote.status_of(error.__cause__) in _UNKNOWN:
-            raise _fault(root, f"it refuses puts with If-None-Match or If-Match ({error.__cause__})") from error
+        if error.__cause__ is not None and failures.status_of(error.__cause__) in _UNKNOWN:
+            raise _fault(root, f"it refuses puts with {create_only} or {replace_only} ({error.__cause__})") from error
         raise
     finally:
         remove(path)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nfm.pipeline.artifacts import conditional
-from nfm.pipeline.artifacts.conditional import Stored
-from nfm.storage.errors import NoPlace, StorageError
+from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
+from nfm.storage.files.clouds.cloud import Stored
 from nfm.storage.files.paths import is_remote
 
 Body = dict[str, Any]
@@ -57,8 +57,7 @@ def place_for(folder: Path) -> LockPlace:
     """The place of the lock of a folder. Raises NoPlace where no lock can be kept."""
     if not is_remote(folder):
         return LockFile(folder / "lock.json")
-    if getattr(folder, "protocol", "") not in ("s3", "s3a"):
-        raise NoPlace(str(folder), "no lock can be kept there; copy it to a folder or to s3://bucket/... and name that")
+    conditional.cloud_of(folder)
     return LockObject(folder / "lock.json")
 
 

@@ -39,7 +39,7 @@ from nfm.pipeline.cli.pairs import pairs
 from nfm.pipeline.cli.plan import plan
 from nfm.pipeline.cli.submit import submit
 from nfm.pipeline.cli.teacher import teacher
-from nfm.pipeline.cli.worklist import encode, worklist
+from nfm.pipeline.cli.worklist import encode, work, worklist, worklist_of_pairs
 from nfm.pipeline.config import Override, load
 from nfm.stages.base import Unfit
 from nfm.stages.couplings.custom import Allowed
@@ -276,7 +276,9 @@ cli.add_command(pairs)
 cli.add_command(plan)
 cli.add_command(submit)
 cli.add_command(teacher)
-pairs.add_command(worklist)
+cli.add_command(worklist)
+cli.add_command(work)
+pairs.add_command(worklist_of_pairs)
 pairs.add_command(encode)
 
 

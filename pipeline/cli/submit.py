@@ -1,4 +1,4 @@
-"""`nfm submit`: prints the jobs that make pairs or train on a cluster, and submits them with --go."""
+"""`nfm submit`: prints the jobs that make data, latents or pairs, or train, on a cluster; submits them with --go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,28 +33,47 @@ def submit() -> None:
     """Send work to a cluster."""
 
 
+def _array_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options of what an array of tasks does."""
+    for option in reversed((
+        click.option("--go", is_flag=True, help="Submit; without it everything is printed and nothing is written."),
+        click.option(
+            "--tasks", default=8, type=Whole(1, 1_000_000), show_default=True, help="Tasks that share the shards."
+        ),
+        click.option(
+            "--max-array", type=Whole(1, 1_000_000), help="Tasks an array may have. Default: what Slurm says."
+        ),
+        click.option(
+            "--at-once", default=0, type=Whole(0, 1_000_000), help="Tasks that run at a time. [default: 0, all]"
+        ),
+        click.option(
+            "--sbatch", multiple=True, metavar="OPTION",
+            help="Of jobs that compute: --sbatch=--gres=gpu:1. Repeatable.",
+        ),
+        click.option(
+            "--sbatch-seal", multiple=True, metavar="OPTION",
+            help="Of the job that ends: --sbatch-seal=--mem=8G. Repeatable.",
+        ),
+        click.option(
+            "--before", multiple=True, metavar="LINE", help="First in a script: 'module load cuda'. Repeatable."
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
 @submit.command()
 @config_option
 @set_option
 @click.option("--slurm", is_flag=True, help="As an array of Slurm tasks; with --ray as a Ray cluster in one job.")
 @click.option("--ray", is_flag=True, help="As a job of a Ray cluster that is running.")
-@click.option("--go", is_flag=True, help="Submit; without it everything is printed and nothing is written.")
-@click.option("--tasks", default=8, type=Whole(1, 1_000_000), show_default=True, help="Tasks that share the shards.")
-@click.option("--max-array", type=Whole(1, 1_000_000), help="Tasks an array may have. Default: what Slurm says.")
-@click.option("--at-once", default=0, type=Whole(0, 1_000_000), help="Tasks that run at a time. [default: 0, all]")
 @click.option("--nodes", default=1, type=Whole(1, 1_000_000), show_default=True, help="Of --slurm --ray.")
-@click.option(
-    "--sbatch", multiple=True, metavar="OPTION", help="Of jobs that compute: --sbatch=--gres=gpu:1. Repeatable."
-)
-@click.option(
-    "--sbatch-seal", multiple=True, metavar="OPTION", help="Of the sealing job: --sbatch-seal=--mem=8G. Repeatable."
-)
-@click.option("--before", multiple=True, metavar="LINE", help="First in a script: 'module load cuda'. Repeatable.")
 @click.option("--address", metavar="URL", help="Of --ray: http://HEAD:8265. Default: RAY_API_SERVER_ADDRESS.")
+@_array_options
 def pairs(
-    config_path: Path, overrides: tuple[str, ...], slurm: bool, ray: bool, go: bool, tasks: int, max_array: int | None,
-    at_once: int, nodes: int, sbatch: tuple[str, ...], sbatch_seal: tuple[str, ...], before: tuple[str, ...],
-    address: str | None,
+    config_path: Path, overrides: tuple[str, ...], slurm: bool, ray: bool, nodes: int, address: str | None, go: bool,
+    tasks: int, max_array: int | None, at_once: int, sbatch: tuple[str, ...], sbatch_seal: tuple[str, ...],
+    before: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Make pairs on a cluster: --slurm, --ray, or both for a Ray cluster inside one Slurm job.
 
@@ -81,6 +100,40 @@ def pairs(
         else array_jobs(submission, tasks, max_array or _array_limit(), at_once)
     )
     _print_or_submit(submission, config_path, scripts, go)
+
+
+def _in_pieces(stage: str, what: str) -> click.Command:
+    """`nfm submit STAGE` of a stage whose pieces the tasks of an array make."""
+
+    @click.command(stage, help=f"{what} in an array of Slurm tasks. Submit again to make only what is missing.")
+    @config_option
+    @set_option
+    @click.option("--slurm", is_flag=True, help="As an array of Slurm tasks. On Ray: nfm run, with --ray-address.")
+    @_array_options
+    def submit_pieces(
+        config_path: Path, overrides: tuple[str, ...], slurm: bool, go: bool, tasks: int, max_array: int | None,
+        at_once: int, sbatch: tuple[str, ...], sbatch_seal: tuple[str, ...], before: tuple[str, ...],
+    ) -> None:  # fmt: skip
+        from nfm.pipeline.config import load
+        from nfm.pipeline.submit.slurm import array_jobs, user_options
+        from nfm.stages.data.stage import check_parts
+
+        if not slurm:
+            raise click.UsageError(f"say where: --slurm; on Ray, nfm run {stage} --set {stage}.executor=ray does it")
+        config = load(config_path, overrides)
+        _check(config, stage)
+        if stage == "data":
+            check_parts(config.data)
+        threads = max(1, getattr(config, stage).threads)
+        submission = _submission(config, overrides, threads, before, user_options(sbatch), user_options(sbatch_seal))
+        scripts = array_jobs(submission, tasks, max_array or _array_limit(), at_once, stage)
+        _print_or_submit(submission, config_path, scripts, go)
+
+    return submit_pieces
+
+
+submit.add_command(_in_pieces("data", "Decode the images"))
+submit.add_command(_in_pieces("latents", "Encode the images to latents"))
 
 
 def _print_or_submit(submission: Submission, config_path: Path, scripts: Sequence[Script], go: bool) -> None:

@@ -1,6 +1,7 @@
-"""Text for making pairs on Slurm: scripts, their options and dependencies. Nothing here writes or submits.
+"""Text for arrays on Slurm: scripts, their options and dependencies. Nothing here writes or submits.
 
-A submission has three kinds of jobs: `prepare` writes the worklist, arrays encode its shards, `seal` seals the store.
+A submission has three kinds of jobs: `prepare` writes the worklist, arrays do what is on it, and `seal` seals the store
+of pairs, or `finish` ends the stage of data or latents.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nfm.stages.base import Unfit
+from nfm.stages.executors.slurm import PAIRS
 from nfm.storage.files.paths import is_url
 
 PLAIN = re.compile(r"[\w./:=%@+,-]*")  # allowed in a `#SBATCH` line without quotes
@@ -85,31 +87,32 @@ class Script:
         return ["sbatch", "--parsable", *dependency, str(folder / f"{self.name}.sbatch")]
 
 
-def array_jobs(submission: Submission, tasks: int, limit: int, at_once: int = 0) -> list[Script]:
-    """The prepare job, one array for every `limit` tasks, and the job that seals when all of these have ended in any
-    way.
+def array_jobs(submission: Submission, tasks: int, limit: int, at_once: int = 0, stage: str = PAIRS) -> list[Script]:
+    """The prepare job, one array for every `limit` tasks, and the job that ends the stage when all of these have ended
+    in any way.
     """
     parts = [(start, min(limit, tasks - start)) for start in range(0, tasks, limit)]
     names = [f"array-{number}" for number in range(len(parts))]
     arrays = [
-        Script(name, _array(submission, name, start, count, tasks, at_once), {"afterok": ["prepare"]})
+        Script(name, _array(submission, stage, name, start, count, tasks, at_once), {"afterok": ["prepare"]})
         for name, (start, count) in zip(names, parts)
     ]
-    seal = Script("seal", _seal(submission), {"afterok": ["prepare"], "afterany": names})
-    return [Script("prepare", _prepare(submission)), *arrays, seal]
+    last = "seal" if stage == PAIRS else "finish"
+    end = Script(last, _end(submission, stage, last), {"afterok": ["prepare"], "afterany": names})
+    return [Script("prepare", _prepare(submission, stage)), *arrays, end]
 
 
-def _prepare(submission: Submission) -> str:
+def _prepare(submission: Submission, stage: str) -> str:
     return script(
         submission,
         job_options(submission, "prepare", "%j", submission.compute, _CHAINED, f"--cpus-per-task={submission.threads}"),
-        "# Makes data and teacher where they are missing, and freezes the list of shards to encode.",
+        "# Makes what the stage needs where it is missing, and freezes the list of what is to be made.",
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
-        f"exec {nfm(submission, 'pairs', 'worklist', '-o', submission.worklist, config=True)}",
+        f"exec {nfm(submission, 'worklist', stage, '-o', submission.worklist, config=True)}",
     )
 
 
-def _array(submission: Submission, name: str, start: int, count: int, tasks: int, at_once: int) -> str:
+def _array(submission: Submission, stage: str, name: str, start: int, count: int, tasks: int, at_once: int) -> str:
     throttle = f"%{at_once}" if at_once else ""
     return script(
         submission,
@@ -123,21 +126,21 @@ def _array(submission: Submission, name: str, start: int, count: int, tasks: int
             f"--cpus-per-task={submission.threads}",
             "--signal=B:USR1@120",
         ),
-        f"# Tasks {start} to {start + count - 1} of {tasks}: task i encodes the shards whose number mod {tasks} is i.",
+        f"# Tasks {start} to {start + count - 1} of {tasks}: task i makes the shards whose number mod {tasks} is i.",
         "# SIGUSR1, 120 s before the time limit, finishes the shard in hand; SIGTERM (scancel, preemption) drops it.",
-        "# Last bits depend on the number of threads: it is pairs.threads, whatever else the job was given.",
+        f"# Last bits may depend on the number of threads: it is {stage}.threads, whatever else the job was given.",
         f"export OMP_NUM_THREADS={submission.threads}",
         f"task=$((SLURM_ARRAY_TASK_ID + {start}))",
-        f'exec {nfm(submission, "pairs", "encode", submission.worklist)} --task "$task" --of {tasks}',
+        f'exec {nfm(submission, "work", submission.worklist)} --task "$task" --of {tasks}',
     )
 
 
-def _seal(submission: Submission) -> str:
+def _end(submission: Submission, stage: str, name: str) -> str:
     return script(
         submission,
-        job_options(submission, "seal", "%j", submission.sealing, _CHAINED),
-        "# Seals the store when nothing is missing; otherwise says what is, and ends with exit code 1.",
-        f"exec {nfm(submission, 'run', 'pairs', config=True, sets=('pairs.executor=slurm',))}",
+        job_options(submission, name, "%j", submission.sealing, _CHAINED),
+        "# Ends the stage when nothing is missing; otherwise says what is, and ends with exit code 1.",
+        f"exec {nfm(submission, 'run', stage, config=True, sets=(f'{stage}.executor=slurm',))}",
     )
 
 

@@ -14,8 +14,6 @@ from nfm.stages.data.sources.folder import Colour
 from nfm.stages.executors import EXECUTORS
 from nfm.storage.files.paths import as_path, is_remote
 
-HERE = {name: executor for name, executor in EXECUTORS.items() if not executor.later}
-
 
 class DataConfig(Section):
     """[data]: which images, and how they are cut, split and ordered.
@@ -27,8 +25,8 @@ class DataConfig(Section):
     (docs/data.md). `crop` says how they are cut to `image_size`: "centre" resizes the central square, "adm" cuts as ADM
     does, whose crops the published statistics of ImageNet are of. `points` is the number of points that the planar
     sources make from `seed`, including held-out ones.
-    `executor`, `workers` and `ray_address` say where encoded images are decoded, as those of [pairs] do; with Ray,
-    `threads` are those of one worker, 0 for one.
+    `executor`, `workers` and `ray_address` say where encoded images are decoded, as those of [pairs] do; with workers
+    `threads` are those of one, 0 for one.
     Source `glyphs` draws `count` images of `size` by `size` pixels, each with one of `letters`.
     """
 
@@ -45,7 +43,7 @@ class DataConfig(Section):
     rows_per_shard: int = Field(4096, ge=1)
     max_rejected: float = operational(0.0, ge=0.0, le=1.0)
     threads: int = operational(0, ge=0)
-    executor: Annotated[str, one_of(HERE)] = operational("serial")
+    executor: Annotated[str, one_of(EXECUTORS)] = operational("serial")
     workers: int = operational(0, ge=0)
     ray_address: str | None = operational(None)
     points: int | None = added(None, ge=2)

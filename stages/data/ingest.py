@@ -24,7 +24,8 @@ from nfm.stages.data.config import DataConfig
 from nfm.stages.data.parts import Part, PartCommit, Parts
 from nfm.stages.data.source import Encoded, Loaded
 from nfm.stages.data.sources import opened
-from nfm.stages.executors.jobs import Job, Timing, Unit, Work, new_attempt
+from nfm.stages.executors import EXECUTORS, slurm
+from nfm.stages.executors.jobs import Job, Outcome, Timing, Unit, Work, jobs_of
 from nfm.stages.executors.outcomes import lacking_pieces, settled
 from nfm.storage.dataset.shards import shard_writer
 from nfm.storage.files.copies import mirror
@@ -32,6 +33,7 @@ from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, is_remote, several
 
 WRITE_ROWS = 256  # at a time
+READ = "images read"  # what progress counts
 FILES = 4  # brought at a time, each in several requests
 
 
@@ -123,24 +125,27 @@ def ingested(
     source: Encoded, rows: np.ndarray, labels: np.ndarray, own: int, config: DataConfig, out: Path, report: Reporter
 ) -> Loaded:
     """All rows, decoded: those of parts without a commit now, on the executor of the config."""
-    size = source.look(report)
-    plan = of_parts.planned(source, rows, labels, own, config.rows_per_shard, size)
     shared = out if config.executor == "serial" else as_path(mirror.origin(out))  # what all workers see
-    of_parts.write_plan(shared, plan, source, rows, labels, size)
+    plan, size = planned(source, rows, labels, own, config, shared, report)
     found = _commits(shared, plan)
     lacking = [part for part, commit in zip(plan, found) if commit is None]
     done = len(rows) - sum(len(part.positions) for part in lacking)
     if len(lacking) < len(plan):
         report.say(f"{len(plan) - len(lacking)} of {len(plan)} parts are decoded already")
     failed = []
-    if lacking:
-        failed = _decode(lacking, config, shared, report, done, len(rows))
+    executor = EXECUTORS[config.executor]
+    if lacking and not executor.later:
+        work = _work(shared, config.model_dump(mode="json"), threads_of(config))
+        outcomes = executors.run(config, work, jobs_of(part.name for part in lacking), report)
+        reads = {part.name: len(part.positions) for part in lacking}
+        failed = settled(shared, outcomes, report, done, len(rows), READ, lambda commit: reads[commit.name])
         found = _commits(shared, plan)
     commits = [commit for commit in found if commit is not None]
     if missing := [part for part, commit in zip(plan, found) if commit is None]:
         if report.stopping or (report.ending and len(missing) > len(failed)):
             raise Stopped
-        raise lacking_pieces(shared, [part.name for part in missing], len(plan), "parts of the data")
+        names = [part.name for part in missing]
+        raise lacking_pieces(shared, names, len(plan), "parts of the data", executor.again("data"))
     if is_remote(shared):
         _bring(shared, out, commits, report)
     notes: Counter[str] = Counter()
@@ -149,6 +154,32 @@ def ingested(
     source.tell_taken(notes, report)
     images = Parts(out, plan, commits, image_shape(config, size))
     return Loaded(images, images.rejected, source.skipped.reasons, dict(sorted(notes.items())))
+
+
+def planned(
+    source: Encoded, rows: np.ndarray, labels: np.ndarray, own: int, config: DataConfig, shared: Path, report: Reporter
+) -> tuple[list[Part], tuple[int, int]]:
+    """The parts of the data set, and the (height, width) of its images; what workers need of them is written."""
+    size = source.look(report)
+    plan = of_parts.planned(source, rows, labels, own, config.rows_per_shard, size)
+    of_parts.write_plan(shared, plan, source, rows, labels, size)
+    return plan, size
+
+
+def lacking(shared: Path, plan: Sequence[Part]) -> list[str]:
+    """The names of the parts without a valid commit."""
+    return [part.name for part, commit in zip(plan, _commits(shared, plan)) if commit is None]
+
+
+def decode(
+    config: Mapping[str, Any], out: Path, mine: Sequence[str], left: Sequence[str], report: Reporter
+) -> list[Outcome]:
+    """Decodes the parts `left` of those that are a task's. Returns the failures."""
+    plan = of_parts.plan_of(out)
+    reads = {name: len(of_parts.read_slice(plan, name).labels) for name in mine}
+    done = sum(reads[name] for name in mine) - sum(reads[name] for name in left)
+    outcomes = slurm.run(_work(out, config, max(1, config["threads"])), jobs_of(left), 1, report)
+    return settled(out, outcomes, report, done, sum(reads.values()), READ, lambda commit: reads[commit.name])
 
 
 def threads_of(config: DataConfig) -> int:
@@ -170,17 +201,10 @@ def _bring(shared: Path, out: Path, commits: Sequence[PartCommit], report: Repor
             raise Stopped
 
 
-def _decode(parts: list[Part], config: DataConfig, out: Path, report: Reporter, done: int, total: int) -> list[Any]:
-    work = Ingest(
-        store=str(out if is_remote(out) else out.absolute()),
-        config=config.model_dump(mode="json"),
-        beside=str(Path.cwd()),
-        threads=threads_of(config),
+def _work(out: Path, config: Mapping[str, Any], threads: int) -> Ingest:
+    return Ingest(
+        store=str(out if is_remote(out) else out.absolute()), config=config, beside=str(Path.cwd()), threads=threads
     )
-    jobs = (Job(part.name, new_attempt()) for part in parts)
-    outcomes = executors.run(config, work, jobs, report)
-    rows = {part.name: len(part.positions) for part in parts}
-    return settled(out, outcomes, report, done, total, "images read", lambda commit: rows[commit.name])
 
 
 def image_shape(config: DataConfig, size: tuple[int, int]) -> tuple[int, int, int]:

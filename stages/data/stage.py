@@ -26,17 +26,20 @@ from nfm.stages.base import (
 from nfm.stages.data import parts, records
 from nfm.stages.data.config import DataConfig
 from nfm.stages.data.cost import of_planned, of_source
-from nfm.stages.data.ingest import ingested, threads_of
+from nfm.stages.data.ingest import decode, ingested, lacking, planned, threads_of
 from nfm.stages.data.parts import Parts
 from nfm.stages.data.reading.tree import Skipped
 from nfm.stages.data.settings import check_names, check_owners, check_settings, tell_untrained
 from nfm.stages.data.source import Encoded
 from nfm.stages.data.sources import SOURCES, Source, opened
 from nfm.stages.executors import EXECUTORS, ray_cluster
+from nfm.stages.executors.jobs import Outcome
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.timing import Clock
 from nfm.storage.dataset.shards import ReadyShard
 from nfm.storage.dataset.writer import DatasetWriter
+from nfm.storage.files.copies import mirror
+from nfm.storage.files.paths import as_path
 from nfm.storage.format.order import permute
 
 NAME = "data"
@@ -137,7 +140,8 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
         if isinstance(source, Encoded):
             loaded = ingested(source, rows, source.labels[rows], len(own), config, out, report)
         else:
-            _check_one_process(config)
+            if config.executor != "serial":
+                check_parts(config)
             loaded = source.load(rows, scratch, report)
         rejected = [(source.keys[rows[position]], reason) for position, reason in loaded.rejected.items()]
         if rejected:
@@ -201,11 +205,32 @@ def _chunks(
             yield ready or images[chosen], source.labels[rows[chosen]], keys
 
 
-def _check_one_process(config: DataConfig) -> None:
-    if config.executor != "serial":
+def pieces_left(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> list[str]:
+    """The names of the parts that are not decoded yet, for the tasks of an array; their plan is written."""
+    check_parts(config)
+    source = open_source(config)
+    assert isinstance(source, Encoded)
+    check_settings(config, source, report)
+    own, apart = split_rows(source, config)
+    rows, shared = np.concatenate([own, apart]), as_path(mirror.origin(out))
+    plan, _ = planned(source, rows, source.labels[rows], len(own), config, shared, report)
+    return lacking(shared, plan)
+
+
+def make_pieces(
+    config: Mapping[str, Any], inputs: Inputs, out: Path, mine: Sequence[str], left: Sequence[str], report: Reporter
+) -> list[Outcome]:
+    """Decodes the parts `left` of those that are a task's. Returns the failures."""
+    return decode(config, out, mine, left, report)
+
+
+def check_parts(config: DataConfig) -> None:
+    """Raises Unfit for a source whose work cannot be shared."""
+    if starts_anew(config):
+        where = "" if config.executor == "serial" else f'data.executor = "{config.executor}": '
         raise Unfit(
-            f'data.executor = "{config.executor}": source "{config.source}" has no encoded images, one process copies '
-            "its arrays; leave data.executor out"
+            f'{where}source "{config.source}" has no encoded images, one process copies its arrays; leave '
+            "data.executor out, and run `nfm run data`"
         )
 
 

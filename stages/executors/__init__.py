@@ -18,19 +18,23 @@ class Executor:
     """`run`, as `module:function`, is called with (work, jobs, workers, halt) and yields outcomes.
 
     An executor with a Ray `cluster` also takes `address` and `say`. With `later`, other tasks do the work, and the
-    stage only collects what they committed. `again` tells the user what to do about missing jobs.
+    stage only collects what they committed.
     """
 
     run: str
     cluster: bool = False
     later: bool = False
-    again: str = "run the same command again"
+    once_more: str = "run the same command again"
+
+    def again(self, stage: str) -> str:
+        """What the user of a stage does about missing jobs."""
+        return self.once_more.format(stage=stage)
 
 
 EXECUTORS = {
     "ray": Executor("nfm.stages.executors.ray:run", cluster=True),
     "serial": Executor("nfm.stages.executors.serial:run"),
-    "slurm": Executor("nfm.stages.executors.slurm:run", later=True, again="run `nfm submit pairs --slurm` again"),
+    "slurm": Executor("nfm.stages.executors.slurm:run", later=True, once_more="run `nfm submit {stage} --slurm` again"),
 }
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, Self
 
@@ -118,6 +118,11 @@ class Outcome:
 
 def new_attempt() -> str:
     return secrets.token_hex(4)
+
+
+def jobs_of(names: Iterable[str]) -> Iterator[Job]:
+    """A new attempt for each."""
+    return (Job(name, new_attempt()) for name in names)
 
 
 def last_line(traceback: str) -> str:

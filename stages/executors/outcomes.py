@@ -81,7 +81,7 @@ def reasons(out: Path, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         path = failure_path(out, name)
-        found[name] = _reason(path, out) if exists(path) else "not encoded yet"
+        found[name] = _reason(path, out) if exists(path) else "not made yet"
     return found
 
 
@@ -92,9 +92,10 @@ def lacking_pieces(
     told = reasons(out, names[:TOLD])
     why = "; ".join(f"{name}: {reason}" for name, reason in told.items())
     more = f"; and {len(names) - len(told)} more" if len(names) > len(told) else ""
+    where = f"What failed has its traceback in {out / 'failed'}; the" if names_in(out / "failed") else "The"
     return StageError(
-        f"{len(names)} of {total} {what} are missing: {why}{more}. Tracebacks are in {out / 'failed'}; the others are "
-        f"committed. Mend the cause and {again}, which makes only these"
+        f"{len(names)} of {total} {what} are missing: {why}{more}. {where} others are committed. Mend the cause and "
+        f"{again}, which makes only these"
     )
 
 

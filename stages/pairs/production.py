@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from nfm.stages.base import Reporter, StageError
-from nfm.stages.executors.jobs import Job, Outcome, new_attempt
+from nfm.stages.executors.jobs import Outcome
 from nfm.stages.executors.outcomes import all_failed, reasons, settled
 from nfm.storage.files.paths import names_in
 from nfm.storage.format.spec import StoreSpec, parse_name
@@ -20,11 +20,6 @@ _TAIL_BYTES = 1 << 16  # of a traceback, whose last line is reported
 def pending(out: Path, spec: StoreSpec, draws: int) -> list[str]:
     """The names of the shards that have no commit yet, in order."""
     return seal.pending(out, spec, draws)
-
-
-def jobs(names: Iterable[str]) -> Iterator[Job]:
-    """A new attempt for each."""
-    return (Job(name, new_attempt()) for name in names)
 
 
 def records_of(spec: StoreSpec, names: Iterable[str]) -> int:

@@ -18,6 +18,7 @@ from nfm.stages.couplings import custom
 from nfm.stages.couplings.facts import FACTS, facts_of
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.executors import EXECUTORS, ray_cluster
+from nfm.stages.executors.jobs import jobs_of
 from nfm.stages.executors.outcomes import all_failed, reasons
 from nfm.stages.executors.ray_cluster import address_of
 from nfm.stages.pairs import production as making
@@ -164,14 +165,14 @@ def run(config: PairsConfig, inputs: Inputs, out: Path, report: Reporter) -> Res
         setting = setup(config, inputs, out)
         announce(spec, setting, report)
         done = total - making.records_of(spec, lacking)
-        outcomes = executors.run(config, setting, making.jobs(lacking), report)
+        outcomes = executors.run(config, setting, jobs_of(lacking), report)
         failed = making.produce(out, outcomes, setting.batch_size, report, done, total)
         lacking = making.pending(out, spec, config.draws)
         if report.stopping or (report.ending and len(lacking) > len(failed)):
             raise Stopped
     pairs = making.records_of(spec, lacking)
     if pairs > config.max_missing or not all_failed(out, lacking):
-        raise making.missing(out, lacking, shards, pairs, config.max_missing, EXECUTORS[config.executor].again)
+        raise making.missing(out, lacking, shards, pairs, config.max_missing, EXECUTORS[config.executor].again(NAME))
     return seal(out, config.draws, reasons(out, lacking), inputs if config.report else None, report, config.device)
 
 

@@ -59,7 +59,7 @@ def audit(
     findings = verify(store, level)
     root, generation = pinned(store)
     if level == "quick" or findings or "data" not in inputs:
-        return findings, [] if findings else _made_elsewhere(read_spec(root))
+        return findings, _held_up(level) if findings else _made_elsewhere(read_spec(root))
     sealed = seal.load(root, generation)
     found, manifest = sealed.spec, sealed.body
     config = stage.PairsConfig(**manifest["config"])
@@ -71,7 +71,7 @@ def audit(
         findings.append(Finding(str(root / "spec.json"), "its recipe is not the one that its inputs give", remedy))
     findings += against_source(sealed, inputs)
     if level == "default" or findings:
-        return findings, []
+        return findings, _held_up(level) if findings else []
     if facts_of(found.coupling).code and (found.coupling_options or {}).get("sha256") not in allowed.digests:
         options = found.coupling_options or {}
         told = str(options.get("function")), str(options.get("sha256"))
@@ -91,6 +91,10 @@ def audit(
             raise
         remedy = "put the module that made the store on Python's path, its digest stands in spec.json"
         return [Finding(str(root / "spec.json"), f"its pairs cannot be made again: {error}", remedy)], []
+
+
+def _held_up(level: str) -> list[str]:
+    return [f"{_NOT_AGAIN}: mend the findings first"] if level == "deep" else []
 
 
 def against_source(sealed: Generation, inputs: Inputs) -> list[Finding]:

@@ -58,8 +58,10 @@ def add_field(where: str | Path, name: str, file: Path) -> RowField:
     try:
         values = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        why = "it would have to be unpickled" if "pickle" in str(error) else error  # numpy advises to unpickle it
-        raise Unfit(f"{file}: not an .npy file of numbers ({why}); write it with numpy.save") from error
+        if "pickle" in str(error) or "Python objects" in str(error):  # numpy advises to unpickle it
+            why = "it holds Python objects, or is no .npy file; make numbers of them, array.astype(numpy.float32)"
+            raise Unfit(f"{file}: {why}, and write these with numpy.save") from error
+        raise Unfit(f"{file}: not an .npy file of numbers ({error}); write it with numpy.save") from error
     if not isinstance(values, np.ndarray) or not values.ndim:
         raise Unfit(f"{file}: one array [rows, ...] is needed; write it with numpy.save")
     rows = store.spec.rows

@@ -9,11 +9,11 @@ import re
 from typing import Any
 
 HIDDEN = "***"
-_OBJECT_STORES = ("s3", "s3a", "gs", "gcs")  # a bucket name has no colon, so a colon belongs to a key
+_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az")  # a bucket name has no colon, so a colon belongs to a key
 # A single name before the host is a secret (https://TOKEN@host), but with these schemes it is a container or a user.
 _NAMES_USERS = ("abfs", "abfss", "wasb", "wasbs", "hdfs", "webhdfs", "sftp", "ssh", "git", "ftp", "smb", "file")
 _LEAD = r"\b(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{1,30}):"
-_URL = re.compile(rf"(?:{_LEAD}/+|\b(?P<bare>s3a?|gcs|gs):(?!/))(?P<authority>[^/?#\s'\"]*)", re.IGNORECASE)
+_URL = re.compile(rf"(?:{_LEAD}/+|\b(?P<bare>s3a?|gcs|gs|az):(?!/))(?P<authority>[^/?#\s'\"]*)", re.IGNORECASE)
 _SPACE = re.compile(r"\s")
 _WHOLE = re.compile(rf"{_LEAD}/+\S*")
 _QUERY = re.compile(

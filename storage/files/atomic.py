@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
-from nfm.storage.files import remote
+from nfm.storage.files import clouds, remote
 from nfm.storage.files.copies.large import put_new
 from nfm.storage.files.digested_json import RESTORE
 from nfm.storage.files.digested_json import canonical_json as canonical_json
@@ -149,7 +149,7 @@ def _place(source: Path, target: Path, size: int | None, keep: bool) -> None:
 def _second_name(source: Path, target: Path) -> None:
     if is_remote(target):
         copied = getattr(target, "path")  # noqa: B009 not an attribute of pathlib's paths
-        remote.attempt(source, "copy", lambda fs, name: fs.cp_file(name, copied))
+        remote.attempt(source, "copy", lambda fs, name: clouds.copy(fs, name, copied))
         return
     try:
         fresh = [folder for folder in target.parents if not folder.is_dir()]

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from nfm.storage.errors import StorageError, cannot_write
 from nfm.storage.files import remote
-from nfm.storage.files.cache_folder import spool_folder
+from nfm.storage.files.copies.cache_folder import spool_folder
 from nfm.storage.files.copies.large import put_new
 from nfm.storage.files.paths import as_path, is_remote, temporary_name
 from nfm.storage.files.places import cache_base

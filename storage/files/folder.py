@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from nfm.storage.files import remote
+from nfm.storage.files import clouds, remote
 from nfm.storage.files.paths import inside, is_remote, names_in
 from nfm.storage.files.small_files import MOST_BYTES, read_bytes
 
@@ -99,7 +99,7 @@ def _objects_below(folder: Path) -> dict[str, Facts]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     prefix = str(getattr(folder, "path")).rstrip("/") + "/"  # noqa: B009 not an attribute of pathlib's paths
-    return {name.removeprefix(prefix): _facts_of(item) for name, item in listed.items()}
+    return {name.removeprefix(prefix): _facts_of(folder, item) for name, item in listed.items()}
 
 
 def objects_in(folder: Path) -> dict[str, Facts]:
@@ -108,14 +108,14 @@ def objects_in(folder: Path) -> dict[str, Facts]:
         listed: Any = remote.attempt(folder, "list", lambda fs, name: fs.ls(name, detail=True, refresh=True))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {str(item["name"]).rpartition("/")[2]: _facts_of(item) for item in listed if item["type"] == "file"}
+    return {str(item["name"]).rpartition("/")[2]: _facts_of(folder, item) for item in listed if item["type"] == "file"}
 
 
-def _facts_of(item: dict[str, Any]) -> Facts:
+def _facts_of(folder: Path, item: dict[str, Any]) -> Facts:
     """The facts in an entry of a listing of fsspec's."""
-    changed = item.get("LastModified")
-    seconds = changed.timestamp() if changed is not None else time.time()
-    return Facts(int(item["size"]), seconds, str(item.get("ETag", "")))
+    cloud = clouds.of(folder)
+    changed, tag = cloud.facts(item) if cloud is not None else (None, "")
+    return Facts(int(item["size"]), time.time() if changed is None else changed, tag)
 
 
 class Folder:

@@ -1,4 +1,4 @@
-"""Operations on a place: a local folder, or a URL that fsspec knows (s3://, gs://, memory://).
+"""Operations on a place: a local folder, or a URL that fsspec knows (s3://, gs://, az://, memory://).
 
 Requests to URLs go through here: they are tried again after a temporary error, fail with a clear message, and work in
 forked processes. pathlib's own methods on a URL do none of this.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nfm.storage.errors import NoPlace, StorageError
-from nfm.storage.files import remote
+from nfm.storage.files import clouds, remote
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.places import (
     artifacts_root,
@@ -158,7 +158,7 @@ def move_objects(source: Path, target: Path) -> None:
     below = len(_plain(source))
     for name in found:
         copied = _plain(target) + name[below:]
-        remote.attempt(source, "copy", lambda fs, _, name=name, copied=copied: fs.cp_file(name, copied))  # type: ignore[misc]
+        remote.attempt(source, "copy", lambda fs, _, name=name, copied=copied: clouds.copy(fs, name, copied))  # type: ignore[misc]
     for name in found:
         remote.attempt(source, "remove", lambda fs, _, name=name: fs.rm_file(name))  # type: ignore[misc]
 

@@ -13,16 +13,18 @@ from urllib.parse import unquote_to_bytes
 
 from nfm.storage.errors import NoPlace, StorageError
 from nfm.storage.errors.masked import holds_secret
+from nfm.storage.files import clouds
 
 _SCHEMED = re.compile(
     r"(?P<space>\s*)(?P<chain>(?:[a-z][a-z0-9]*::)*)(?P<scheme>[a-z][a-z0-9+.-]+):(?P<slashes>/*)", re.IGNORECASE
 )
-_FILES, _BUCKETS = ("file", "local"), ("s3", "s3a", "gs", "gcs")
+_FILES = ("file", "local")
 # No local file name begins with one of these by accident.
-_SCHEMES = ("file", *_BUCKETS, "memory", "az", "abfs", "http", "https")
+_SCHEMES = ("file", *clouds.CLOUDS, "abfs", "memory", "http", "https")
 SECRETS = (
     "a URL with a key, a password or a token, which would be written to manifests and logs; leave it out of the URL: "
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or GOOGLE_APPLICATION_CREDENTIALS"
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, or "
+    "AZURE_STORAGE_CONNECTION_STRING"
 )
 
 
@@ -34,8 +36,8 @@ def as_path(where: str | Path) -> Path:
     anything else.
 
     Options of a file system (an endpoint, a profile) come from its own environment variables and from fsspec's
-    configuration. Listings are never cached, because other processes may write at the same time. Tested with an S3
-    server and memory://. gs:// uses the same calls of fsspec and is untested.
+    configuration. Listings are never cached, because other processes may write at the same time. Tested with servers
+    of S3, of Google's and Azure's protocol, and with memory://.
     """
     if not isinstance(where, str):
         return _of_a_program(where)
@@ -82,7 +84,7 @@ def _stated(variable: str, read: Callable[[str], Path]) -> Path | None:
 
 
 def artifacts_root() -> Path:
-    """Where all artifacts are: `NFM_ARTIFACTS` (a folder, or s3://bucket/...), else `artifacts/` in this folder."""
+    """Where all artifacts are: `NFM_ARTIFACTS` (a folder or a URL of a bucket), else `artifacts/` in this folder."""
     root = _stated("NFM_ARTIFACTS", _root) or Path("artifacts")
     if not is_remote(root) and root.exists() and not root.is_dir():
         raise NoPlace(str(root), "a file, where artifacts need a folder; let NFM_ARTIFACTS name one")
@@ -93,10 +95,8 @@ def _root(text: str) -> Path:
     root = as_path(text)
     if not is_remote(root):
         return root
-    if getattr(root, "protocol", "") not in ("s3", "s3a"):
-        raise NoPlace(
-            text, "artifacts are in a folder or at s3://bucket/..., where locks can be kept; name one of these"
-        )
+    if clouds.of(root) is None:
+        raise NoPlace(text, f"artifacts are in a folder or at {clouds.PLACES}; elsewhere no lock can be kept")
     return as_path(str(root).rstrip("/"))
 
 
@@ -184,39 +184,21 @@ def _remote(where: str, scheme: str, rest: str) -> Path:
         meant = f" (did you mean {near[0]}://?)" if near else ""
         raise NoPlace(
             where,
-            f"{scheme}:// is no known scheme{meant}; use a folder, s3://bucket/..., gs://bucket/..., file:///path or "
-            "another scheme that fsspec has here",
+            f"{scheme}:// is no known scheme{meant}; use a folder, {clouds.PLACES}, file:///path or another scheme "
+            "that fsspec has here",
         )
-    if scheme in _BUCKETS and not rest.partition("/")[0].strip():
+    if scheme in clouds.CLOUDS and not rest.partition("/")[0].strip():
         raise NoPlace(where, f"names no bucket; write {scheme}://bucket/...")
     try:
         from upath import UPath
 
-        return cast(Path, UPath(f"{scheme}://{rest}", **_options(scheme)))
+        cloud = clouds.CLOUDS.get(scheme)
+        options = cloud.options(scheme, answer_seconds()) if cloud else {}
+        return cast(Path, UPath(f"{scheme}://{rest}", use_listings_cache=False, **options))
     except ImportError as error:
-        raise StorageError(f"{where}: {error}; URLs need the packages universal_pathlib and s3fs (or gcsfs)") from error
+        raise StorageError(f"{where}: {error}; URLs need the package universal_pathlib") from error
     except ValueError as error:
-        raise NoPlace(where, f"{error}; use a folder, s3://bucket/..., gs://bucket/... or file:///path") from error
-
-
-CONNECTIONS = 32  # at the same time; botocore's 10 make a listing of a thousand files wait for each other
-
-
-def _options(protocol: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if protocol in ("s3", "s3a"):
-        from fsspec.config import conf
-
-        # botocore's own retries would multiply with those of `remote.attempt`: minutes if an endpoint is down.
-        own = conf.get(protocol, {}).get("config_kwargs")
-        # Its timeouts of 60 s would be longer than a short patience.
-        options["config_kwargs"] = own or {
-            "retries": {"total_max_attempts": 1, "mode": "standard"},
-            "connect_timeout": answer_seconds(),
-            "read_timeout": answer_seconds(),
-            "max_pool_connections": CONNECTIONS,
-        }
-    return options
+        raise NoPlace(where, f"{error}; use a folder, {clouds.PLACES}, or file:///path") from error
 
 
 def is_remote(path: Any) -> bool:

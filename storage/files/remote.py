@@ -1,12 +1,7 @@
-"""Requests to an object store. They are tried again while the error may be temporary, and then explained.
-
-fsspec's file systems pass on many errors of their libraries, which are optional here. So errors are recognised by HTTP
-status, error code and class name.
-"""
+"""Requests to an object store. They are tried again while the error may be temporary, and then explained."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import random
@@ -17,38 +12,16 @@ from typing import Any, TypeVar
 
 from nfm.storage.errors import CorruptShard, StorageError
 from nfm.storage.errors.masked import masked
+from nfm.storage.files import clouds
+from nfm.storage.files.clouds import failures
 from nfm.storage.files.parallel import parallel
-from nfm.storage.files.places import patience
+from nfm.storage.files.places import answer_seconds, patience
 
 T = TypeVar("T")
 _log = logging.getLogger("nfm.storage")
 _PIECE = 8 << 20  # bytes of one ranged request
 _AHEAD = 4  # ranged requests of one file at a time
-_ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
-
-_PASSING_STATUS = (408, 409, 425, 429)  # and all from 500 on
-_PASSING_CODES = {"RequestTimeout", "IncompleteBody", "BadDigest", "SlowDown", "XAmzContentSHA256Mismatch"}
-_PASSING_ERRNO = {errno.EIO, errno.EBUSY, errno.EPIPE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH}
-_PASSING_NAMES = {
-    "HTTPClientError",  # botocore: connection reset or timed out
-    "ConnectionError",  # botocore: connection refused; requests
-    "ClientConnectionError",  # aiohttp
-    "ClientPayloadError",
-    "IncompleteRead",  # urllib3, http.client
-    "ResponseParserError",
-    "RequestException",  # requests, under gcsfs
-}
-_DAMAGED_NAMES = {"ChecksumError", "FlexibleChecksumError"}  # botocore: the body does not match its checksum
 _DAMAGED_TRIES = 3
-_NO_CREDENTIALS = {
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "CredentialRetrievalError",
-    "TokenRetrievalError",
-    "ProfileNotFound",
-    "DefaultCredentialsError",
-}
-_NO_BUCKET = {"NoSuchBucket", "InvalidBucketName"}
 
 
 def file_system(path: Path) -> Any:
@@ -56,14 +29,14 @@ def file_system(path: Path) -> Any:
     import fsspec
 
     where: Any = path
+    cloud = clouds.of(where)
     try:
         found = fsspec.filesystem(where.protocol, **where.storage_options)
     except ImportError as error:
-        raise StorageError(f"{path}: {error}; without that package {where.protocol}:// cannot be used") from error
-    if where.protocol in ("s3", "s3a"):
-        # s3fs tries 5 times, and a read 5 times 5: minutes if a server does not answer. `attempt` tries again instead.
-        # s3fs keeps one retry, because it repeats only the failed part of a large upload.
-        found.retries = min(found.retries, 2)
+        bring = f"install it with `pip install 'nfm-pairs[{cloud.EXTRA}]'`" if cloud else "install that package"
+        raise StorageError(f"{path}: {error}; {where.protocol}:// needs that package: {bring}") from error
+    if (cloud := clouds.of(found)) is not None:
+        cloud.prepare(found, answer_seconds())
     _known[f"{where.protocol} {where.storage_options}"] = found
     return found
 
@@ -98,12 +71,12 @@ def attempt(path: Path, doing: str, action: Callable[[Any, str], T]) -> T:
         except StorageError:
             raise
         except Exception as raised:
-            error = _behind(raised)
-            if isinstance(error, _ANSWERS) and _code(error) not in _NO_BUCKET:
+            error = failures.behind(raised)
+            if isinstance(error, failures.ANSWERS) and not _no_bucket(doing, error):
                 raise
             left = limit - (time.monotonic() - began)
-            damaged += bool(_names(error) & _DAMAGED_NAMES)
-            if not may_pass(error) or left <= 0 or damaged == _DAMAGED_TRIES:
+            damaged += failures.damaged(error)
+            if not failures.may_pass(error) or left <= 0 or damaged == _DAMAGED_TRIES:
                 raise explained(path, doing, error) from error
             if not warned and pause > 0.5:
                 warned = True
@@ -126,7 +99,7 @@ def create(path: Path, put: Callable[[Any, str], Any], is_ours: Callable[[], boo
     except StorageError as gave_up:
         try:
             return is_ours()
-        except (StorageError, *_ANSWERS):
+        except (StorageError, *failures.ANSWERS):
             raise gave_up from gave_up.__cause__
 
 
@@ -137,7 +110,7 @@ def read_range(path: Path, start: int = 0, stop: int | None = None) -> bytes:
         try:
             return bytes(fs.cat_file(name, start=start, end=stop))
         except Exception as error:
-            if status_of(error) == 416:  # the object ends before `start`
+            if failures.status_of(error) == 416:  # the object ends before `start`
                 return b""
             raise
 
@@ -159,82 +132,37 @@ def read_pieces(path: Path, size: int) -> Iterator[bytes]:
     yield from parallel(read, range(0, size, _PIECE), _AHEAD, ahead=_AHEAD)
 
 
-def _behind(error: Exception) -> Exception:
-    """What happened: fsspec's HTTP tells any failure of a look, a refused connection too, as "not found"."""
-    behind = error.__cause__
-    if not isinstance(error, FileNotFoundError) or not isinstance(behind, Exception):
-        return error
-    told = status_of(behind) not in (None, 404, 410) or may_pass(behind)
-    return behind if told else error
-
-
-def may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later."""
-    status = status_of(error)
-    if status is not None:
-        return (status >= 500 and status != 501) or status in _PASSING_STATUS or _code(error) in _PASSING_CODES
-    if isinstance(error, PermissionError) or _names(error) & _NO_CREDENTIALS:
-        return False
-    passing = isinstance(error, TimeoutError) or bool(_names(error) & (_PASSING_NAMES | _DAMAGED_NAMES))
-    return passing or (isinstance(error, OSError) and error.errno in _PASSING_ERRNO | {getattr(errno, "EREMOTEIO", 0)})
-
-
-def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error carries; None if it has none."""
-    for value in (
-        _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode"),
-        getattr(error, "code", None),  # gcsfs
-        getattr(error, "status", None),  # aiohttp
-    ):
-        if isinstance(value, int) and 100 <= value < 600:
-            return value
-    return None
-
-
 def explained(path: Path, doing: str, error: BaseException) -> StorageError:
     """The error for the user: which URL, what is wrong, what to do."""
-    if _names(error) & _DAMAGED_NAMES:
+    if failures.damaged(error):
         return CorruptShard(f"{path}: cannot {doing} ({_text(error)}), {_DAMAGED_TRIES} times; restore it from a copy")
-    return StorageError(f"{path}: cannot {doing} ({_text(error)}); {_remedy(path, error)}")
+    return StorageError(f"{path}: cannot {doing} ({_text(error)}); {_remedy(path, doing, error)}")
 
 
-def _remedy(path: Path, error: BaseException) -> str:
-    if _names(error) & _NO_CREDENTIALS:
-        return (
-            "no usable credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role "
-            "(for gs:// GOOGLE_APPLICATION_CREDENTIALS)"
-        )
-    if _code(error) in _NO_BUCKET:
+def _no_bucket(doing: str, error: BaseException) -> bool:
+    """Whether there is no such bucket: nothing else can be missing for a write, if no local file is."""
+    missing = isinstance(error, FileNotFoundError) and error.filename is None
+    return failures.no_bucket(error) or (doing == "write" and missing)
+
+
+def _remedy(path: Path, doing: str, error: BaseException) -> str:
+    cloud = clouds.of(path)
+    if failures.no_credentials(error):
+        return f"no usable credentials were found: set {cloud.CREDENTIALS if cloud else 'those of the object store'}"
+    if _no_bucket(doing, error):
         return "there is no such bucket: create it, or correct the URL"
-    if isinstance(error, PermissionError) or status_of(error) in (401, 403):
+    if failures.denied(error):
         return (
             "access is denied: check the credentials (key, secret, clock) and the bucket's policy; reading needs the "
             "right to get and list objects, writing to put and delete them"
         )
-    if status_of(error) is not None and may_pass(error):
+    if failures.status_of(error) is not None and failures.may_pass(error):
         return f"the object store kept failing for {patience():.0f} s (NFM_PATIENCE): run the same command again later"
-    if may_pass(error):
+    if failures.may_pass(error):
         endpoint = masked(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
         named = f" (AWS_ENDPOINT_URL is {endpoint})" if endpoint and str(path).startswith("s3") else ""
         return f"no answer within {patience():.0f} s (NFM_PATIENCE): check the network and the endpoint{named}"
     return "check the URL and the object store's settings"
-
-
-def _response(error: BaseException) -> dict[str, Any]:
-    """The parsed answer of botocore, if an error or its cause has one."""
-    for one in (error, error.__cause__):
-        response = getattr(one, "response", None)
-        if isinstance(response, dict):
-            return response
-    return {}
-
-
-def _code(error: BaseException) -> str:
-    return str(_response(error).get("Error", {}).get("Code", ""))
-
-
-def _names(error: BaseException) -> set[str]:
-    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def _text(error: BaseException) -> str:

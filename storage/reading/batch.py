@@ -164,7 +164,8 @@ def _common(sources: Sequence[Source], own: Sequence[Arrays], raw: bool) -> Arra
         if len(kinds) == len(steps) == 1:
             common[name] = found[0]
         elif raw:
-            raise StorageError(f"{name} is stored as {', '.join(sorted(kinds))}, with steps {steps}: read without raw")
+            unlike = ", ".join(sorted(kinds)) if len(kinds) > 1 else f"{kinds.pop()} with other steps"
+            raise StorageError(f"{name} is stored as {unlike} by the stores: read without raw")
         else:
             common[name] = np.empty(found[0].shape, np.float32)
     return common

@@ -44,7 +44,7 @@ ALLOWED = {
     "stages/display/watching/tensor_board.py: Image.open": "a grid of this training's own",
     "stages/display/watching/lines.py: .open": "a training's log, to append to it; the reader read it",
     "storage/files/copies/cache.py: open": "a download, to write it",
-    "storage/files/cache_folder.py: os.open": "locks in a folder of this user's",
+    "storage/files/copies/cache_folder.py: os.open": "locks in a folder of this user's",
     "storage/files/copies/large.py: .read_bytes": "a file of this process's own, to send it",
     "storage/files/copies/mirror.py: os.open": "a lock in a folder of this user's",
     "storage/files/durable.py: open": "a file, to write it",

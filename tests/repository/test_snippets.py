@@ -34,6 +34,8 @@ NOT_RUN = {
     "nfm submit teacher -c F --slurm --nodes 8": "submits a job; tests/clusters has a Slurm",
     "nfm teacher import": "needs a published checkpoint; tests/e2e/test_import.py makes one",
     "nfm plan compare -c F ... --couplings A,B": "names that a reader fills in",
+    "nfm submit data -c": "needs a Slurm and encoded images; tests/clusters has both",
+    "nfm submit latents -c": "needs a Slurm and a VAE; tests/stages/data/test_tasks.py has the latter",
     "nfm submit pairs -c imagenet64.toml": "needs a Slurm; tests/pipeline/submit has the rest",
     "nfm run data -c F --set data.path=mnist.npz": "needs a file that is not ours; tests/stages/data has its like",
 }

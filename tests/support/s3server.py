@@ -1,18 +1,23 @@
-"""A real S3-protocol server (moto's on loopback, or what NFM_TEST_S3 names), behind a proxy that fails on request.
+"""A real server of an object store's protocol on loopback, behind a proxy that fails on request.
+
+It speaks S3 (moto's, or what NFM_TEST_S3 names). With NFM_TEST_CLOUD=gs or az, or `parametrize("s3", ["gs", "az"],
+indirect=True)`, it speaks Google's or Azure's protocol; see emulators.py.
 
 `faults` is a list that a test fills: each fault is used up by the requests that it matches, in order. All else passes.
 """
 
 from __future__ import annotations
 
+import functools
 import http.client
 import os
 import socket
 import struct
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +25,8 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import pytest
+
+from tests.support import emulators
 
 Kind = Literal[
     "error",  # the answer is this status, nothing is done
@@ -36,6 +43,8 @@ KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFA
 NAMED = "NFM_TEST_S3"  # an endpoint, for `make test-s3`
 if NAMED in os.environ:
     KEYS |= {name: os.environ[name] for name in KEYS if name in os.environ}
+CLOUD = os.environ.get("NFM_TEST_CLOUD", "s3")  # for `make test-gs` and `make test-az`
+s3_alone = pytest.mark.skipif(CLOUD != "s3", reason="about S3's protocol")
 
 
 @dataclass
@@ -59,6 +68,7 @@ class S3:
     """The server as a test sees it: an address, faults to come, and what was asked so far."""
 
     endpoint: str
+    scheme: str = "s3"
     faults: list[Fault] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -72,6 +82,8 @@ class S3:
 
     def environment(self) -> dict[str, str]:
         """What a process needs in order to use the server."""
+        if self.scheme != "s3":
+            return emulators.environment(self.scheme, self.endpoint)
         return {**KEYS, "AWS_ENDPOINT_URL": self.endpoint}
 
     def count(self, method: str, where: str = "") -> int:
@@ -79,7 +91,9 @@ class S3:
         with self.lock:
             return sum(asked == method and where in path for asked, path in self.requests)
 
-    def fault_for(self, method: str, path: str) -> Fault | None:
+    def fault_for(self, method: str, path: str, body: bytes) -> Fault | None:
+        if self.scheme == "gs":
+            method, path = emulators.as_of_s3(method, path, body)
         with self.lock:
             self.requests.append((method, path))
             for fault in self.faults:
@@ -100,7 +114,7 @@ class _Proxy(BaseHTTPRequestHandler):
 
     def handle_one(self) -> None:
         body = self._read_body()
-        fault = self.s3.fault_for(self.command, self.path)
+        fault = self.s3.fault_for(self.command, self.path, body)
         kind = fault.kind if fault else None
         if fault and kind == "error":
             self._answer(fault.status, [("Content-Type", "application/xml")], fault.body())
@@ -180,14 +194,24 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(host: str = "127.0.0.1") -> Iterator[S3]:
+def serving(host: str = "127.0.0.1", scheme: str = "s3") -> Iterator[S3]:
     """Runs the server and its proxy, which listens at `host`."""
-    with _behind() as behind:
-        yield from _served(host, behind)
+    handler = type("Proxy", (_Proxy,), {})
+    proxy = _Server((host, 0), handler)
+    endpoint = f"http://{host}:{proxy.server_address[1]}"
+    with _s3() if scheme == "s3" else emulators.running(scheme, endpoint) as behind:
+        handler.behind, handler.s3 = behind, S3(endpoint, scheme)  # type: ignore[attr-defined]
+        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield handler.s3  # type: ignore[attr-defined]
+        finally:
+            proxy.shutdown()
+            proxy.server_close()
 
 
 @contextmanager
-def _behind() -> Iterator[tuple[str, int]]:
+def _s3() -> Iterator[tuple[str, int]]:
     if named := os.environ.get(NAMED):
         where = urlsplit(named)
         assert where.scheme == "http", f"{NAMED} = {named}: the proxy speaks http alone; write http://HOST:PORT"
@@ -201,36 +225,33 @@ def _behind() -> Iterator[tuple[str, int]]:
     server.stop()
 
 
-def _served(host: str, behind: tuple[str, int]) -> Iterator[S3]:
-    handler = type("Proxy", (_Proxy,), {"behind": behind})
-    proxy = _Server((host, 0), handler)
-    s3 = S3(f"http://{host}:{proxy.server_address[1]}")
-    handler.s3 = s3  # type: ignore[attr-defined]
-    thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield s3
-    finally:
-        proxy.shutdown()
-        proxy.server_close()
-
-
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3]:
-    """The server, started once."""
-    if NAMED not in os.environ:
-        pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    with serving() as s3:
-        yield s3
+def s3_server() -> Iterator[Callable[[str], S3]]:
+    """The server of a scheme, started once."""
+    with ExitStack() as running:
+
+        @functools.cache
+        def started(scheme: str) -> S3:
+            if scheme != "s3":
+                emulators.needed(scheme)
+            else:
+                if NAMED not in os.environ:
+                    pytest.importorskip("moto.server")
+                pytest.importorskip("s3fs")
+            return running.enter_context(serving(scheme=scheme))
+
+        yield started
 
 
 @pytest.fixture
-def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3]:
+def s3(
+    s3_server: Callable[[str], S3], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[S3]:
     """The server without faults, known to this process by its environment; an empty cache; little patience."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "NFM_CACHE_BYTES"):
+    server = s3_server(getattr(request, "param", CLOUD))
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "NFM_CACHE_BYTES", *emulators.NAMES):
         monkeypatch.delenv(name, raising=False)
-    for name, value in s3_server.environment().items():
+    for name, value in server.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
@@ -238,11 +259,11 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     monkeypatch.setenv("NFM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NFM_PATIENCE", "10")
     monkeypatch.setattr("nfm.storage.files.copies.cache._default", None)
-    _forget_clients_of_another(s3_server.endpoint)
-    s3_server.faults.clear()
-    s3_server.requests.clear()
-    yield s3_server
-    s3_server.faults.clear()
+    _forget_clients_of_another(server.endpoint)
+    server.faults.clear()
+    server.requests.clear()
+    yield server
+    server.faults.clear()
 
 
 _known: list[str] = []  # the endpoint of the clients that there are
@@ -257,9 +278,9 @@ def _forget_clients_of_another(endpoint: str) -> None:
 
 def new_clients() -> None:
     """Makes the next request read the environment again, for tests that change it; call it before and after."""
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
+    for module, client in (("s3fs", "S3FileSystem"), ("gcsfs", "GCSFileSystem"), ("adlfs", "AzureBlobFileSystem")):
+        if module in sys.modules:
+            getattr(sys.modules[module], client).clear_instance_cache()
 
 
 @pytest.fixture
@@ -268,5 +289,5 @@ def bucket(s3: S3, request: pytest.FixtureRequest) -> str:
     import fsspec
 
     name = f"b{abs(hash(request.node.nodeid)):x}"
-    fsspec.filesystem("s3", use_listings_cache=False).mkdir(name)
-    return f"s3://{name}"
+    fsspec.filesystem(s3.scheme, use_listings_cache=False).mkdir(name)
+    return f"{s3.scheme}://{name}"

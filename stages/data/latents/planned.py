@@ -62,14 +62,13 @@ def tries(config: LatentsConfig, facts: Mapping[str, Any]) -> None:
 def needs(config: LatentsConfig) -> None:
     """Raises StageError if something that a run needs is missing: the Ray cluster or the device."""
     executor = EXECUTORS[config.executor]
-    if executor.later:
-        raise Unfit(f'latents.executor = "{config.executor}" is of pairs; use "ray", or "serial"')
-    if executor.cluster and is_remote(root := artifacts_root()):
+    if (executor.cluster or executor.later) and is_remote(root := artifacts_root()):
         raise Unfit(f'latents.executor = "{config.executor}": artifacts are in {root}; use "serial"')
     if executor.cluster:
         who, without = f'latents.executor = "{config.executor}"', "--set latents.executor=serial"
         ray_cluster.check_reachable(config.ray_address, who, without)
-    if not executor.cluster or ray_cluster.address_of(config.ray_address) == "local":
+    remote = executor.later or (executor.cluster and ray_cluster.address_of(config.ray_address) != "local")
+    if not remote:
         check_precision(pick_device(config.device), config.precision, "latents.precision")
 
 

@@ -78,6 +78,11 @@ class Images:
     def rows(self, split: str) -> int:
         return len(self.splits[split]) * (2 if self._mirrored(split) else 1)
 
+    def rows_of(self, name: str, rows_per_shard: int) -> range:
+        """The rows of a shard."""
+        split, number = _parts(name)
+        return range(number * rows_per_shard, min((number + 1) * rows_per_shard, self.rows(split)))
+
     def images(self, split: str, rows: np.ndarray) -> np.ndarray:
         """float32 [n, C, H, W] in [-1, 1]."""
         source = self.splits[split]
@@ -173,7 +178,7 @@ class LatentEncoder:
         """
         began = time.monotonic()
         (split, number), size = _parts(name), self.facts.batch_size
-        rows = np.arange(number * rows_per_shard, min((number + 1) * rows_per_shard, self.images.rows(split)))
+        rows = np.asarray(self.images.rows_of(name, rows_per_shard))
         path = self.out / ATTEMPTS / f"{name}.{attempt}.tar"
         total = squares = 0.0
         with shard_writer(path, split, number, len(rows), self.facts.latent_shape, DTYPE) as writer:

@@ -7,8 +7,9 @@ images are rows of their own behind all others. What needs pixels again finds th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,8 @@ from nfm.stages.data.latents.planned import (
     vae_of,
 )
 from nfm.stages.data.latents.shards import ATTEMPTS, Commit, Images, LatentEncoder, LatentWork, place_of
-from nfm.stages.executors.jobs import Job, new_attempt
+from nfm.stages.executors import EXECUTORS, slurm
+from nfm.stages.executors.jobs import Outcome, jobs_of
 from nfm.stages.executors.outcomes import lacking_pieces, settled
 from nfm.stages.trained.foreign import vae
 from nfm.stages.trained.foreign.vae import VaeFacts
@@ -42,11 +44,25 @@ from nfm.storage.files.copies import mirror
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import size_of
 
-__all__ = ["NAME", "VERSION", "cost", "external", "fits", "needs", "room", "run", "told", "tries"]
+__all__ = [
+    "NAME",
+    "VERSION",
+    "cost",
+    "external",
+    "fits",
+    "make_pieces",
+    "needs",
+    "pieces_left",
+    "room",
+    "run",
+    "told",
+    "tries",
+]
 
 NAME = "latents"
 VERSION = 1
 WORKING = (ATTEMPTS, records.FOLDER, "failed")
+PIECES = "shards of latents"
 COMPARED = 16  # images that are decoded again, to tell how much the VAE loses
 UNUSUAL = 2.0  # a standard deviation that is so many times off 1 is told
 
@@ -57,11 +73,7 @@ def run(config: LatentsConfig, inputs: Inputs, out: Path, report: Reporter) -> R
     vae.announce(named, report.say)
     kept, facts = _begin(config, inputs["data"], out)
     images = Images(inputs["data"], facts)
-    names = [
-        shards.name_of(split, number)
-        for split in shards.SPLITS
-        for number in range(-(-images.rows(split) // config.rows_per_shard))
-    ]
+    names = _names(images, config)
     done = {name: commit for name in names if (commit := _committed(out, name)) is not None}
     total = sum(images.rows(split) for split in shards.SPLITS)
     finished = sum(commit.records for commit in done.values())
@@ -69,6 +81,8 @@ def run(config: LatentsConfig, inputs: Inputs, out: Path, report: Reporter) -> R
         report.say(f"{len(done)} of {len(names)} shards are committed already")
     report.progress(finished, total, "images")
     if lacking := [name for name in names if name not in done]:
+        if (executor := EXECUTORS[config.executor]).later:
+            raise lacking_pieces(out, lacking, len(names), PIECES, executor.again(NAME))
         done |= _encode(config, inputs["data"], out, lacking, finished, total, report)
     encoder = LatentEncoder(out, inputs["data"], device_here(config))
     error = _reconstruction(encoder)
@@ -79,22 +93,53 @@ def _encode(
     config: LatentsConfig, data: Path, out: Path, names: list[str], finished: int, total: int, report: Reporter
 ) -> dict[str, Commit]:
     """The commits of these shards, encoded where the config says. Raises Stopped, or StageError if some failed."""
-    work = LatentWork(
-        store=str(out.resolve()), data=mirror.origin(data), rows_per_shard=config.rows_per_shard,
-        beside=str(Path.cwd()), device=config.device, threads=config.threads,
-    )  # fmt: skip
-    outcomes = executors.run(config, work, (Job(name, new_attempt()) for name in names), report)
+    outcomes = executors.run(config, _work(config, data, out), jobs_of(names), report)
     done: dict[str, Commit] = {}
     failed = settled(
         out, outcomes, report, finished, total, "images",
         also=lambda outcome: done.update({outcome.job.name: outcome.commit}),
     )  # fmt: skip
     if failed:
-        again = executors.EXECUTORS[config.executor].again
-        raise lacking_pieces(out, [outcome.job.name for outcome in failed], len(names), "shards of latents", again)
+        again = EXECUTORS[config.executor].again(NAME)
+        raise lacking_pieces(out, [outcome.job.name for outcome in failed], len(names), PIECES, again)
     if len(done) < len(names):
         raise Stopped
     return done
+
+
+def _work(config: LatentsConfig, data: Path, out: Path) -> LatentWork:
+    return LatentWork(
+        store=str(out.resolve()), data=mirror.origin(data), rows_per_shard=config.rows_per_shard,
+        beside=str(Path.cwd()), device=config.device, threads=config.threads,
+    )  # fmt: skip
+
+
+def _names(images: Images, config: LatentsConfig) -> list[str]:
+    return [
+        shards.name_of(split, number)
+        for split in shards.SPLITS
+        for number in range(-(-images.rows(split) // config.rows_per_shard))
+    ]
+
+
+def pieces_left(config: LatentsConfig, inputs: Inputs, out: Path, report: Reporter) -> list[str]:
+    """The names of the shards without a commit, for the tasks of an array; the VAE is kept where these find it."""
+    vae.announce(vae_of(config), report.say)
+    _, facts = _begin(config, inputs["data"], out)
+    return [name for name in _names(Images(inputs["data"], facts), config) if _committed(out, name) is None]
+
+
+def make_pieces(
+    config: Mapping[str, Any], inputs: Inputs, out: Path, mine: Sequence[str], left: Sequence[str], report: Reporter
+) -> list[Outcome]:
+    """Encodes the shards `left` of those that are a task's. Returns the failures."""
+    section = LatentsConfig.model_validate(config)
+    vae.announce(vae_of(section), report.say)
+    images = Images(inputs["data"], vae.read_facts(out))
+    rows = {name: len(images.rows_of(name, section.rows_per_shard)) for name in mine}
+    done, total = sum(rows.values()) - sum(rows[name] for name in left), sum(rows.values())
+    outcomes = slurm.run(_work(section, inputs["data"], out), jobs_of(left), 1, report)
+    return settled(out, outcomes, report, done, total, "images")
 
 
 def _begin(config: LatentsConfig, data: Path, out: Path) -> tuple[dict[str, tuple[str, int]], VaeFacts]:

@@ -11,6 +11,7 @@ is known by its name and the SHA-256 of its file, and the weights that it loads 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FIELD = "latents.vae"
+FARTHEST = 10.0  # a decoded value of images in [-1, 1]
+BESIDE = 0.05  # of the largest latent: what the images beside it may change, by rounding
 FACTS, FOLDER = "latents.json", "vae"  # of an artifact of latents; the folder has the copies of the two files below
 KIND, CONFIG, WEIGHTS = "AutoencoderKL", "config.json", "diffusion_pytorch_model.safetensors"
 DECODED = 16  # images at a time: activations of a decoder take most of the memory
@@ -223,7 +226,13 @@ def _own(
     from torch import nn
 
     file = custom.source_file(named, FIELD)
-    made = custom.load(file, named, sha256 or custom.digest(file, FIELD), FIELD)(tuple(image_shape), **options)
+    function = custom.load(file, named, sha256 or custom.digest(file, FIELD), FIELD)
+    try:
+        inspect.signature(function).bind(tuple(image_shape), **options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(["the image's shape", *options])
+        raise Unfit(f"{FIELD} = {named!r}: it cannot be called with {given}: {error}") from error
+    made = function(tuple(image_shape), **options)
     if not callable(getattr(made, "encode", None)) or not callable(getattr(made, "decode", None)):
         raise Unfit(f"{FIELD} = {named!r}: returned {type(made).__name__}; return one that has encode and decode")
     state = None
@@ -266,11 +275,18 @@ def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
         raise Unfit(f"{said}: encode gave {by(latents.shape)} for two images; give floats [B, c, h, w]")
     if not latents.isfinite().all():
         raise Unfit(f"{said}: encode gave values that are not finite; mend its weights, or train it in float32")
+    if not (latents != latents[0, 0, 0, 0]).any():
+        raise Unfit(f"{said}: encode gave one value everywhere; mend its weights")
+    alone = vae.encode(images[:1])
+    if (alone - latents[:1]).abs().max() > BESIDE * latents.abs().max():
+        raise Unfit(f"{said}: an image's latent depends on the images beside it; encode each by itself, in eval mode")
     back = vae.decode(latents)
     if back.shape != images.shape:
         raise Unfit(f"{said}: decode gave {by(back.shape)} for {by(images.shape)}; give images of that shape")
     if not back.isfinite().all():
         raise Unfit(f"{said}: decode gave values that are not finite; mend its weights, or train it in float32")
+    if (largest := float(back.abs().max())) > FARTHEST:
+        raise Unfit(f"{said}: decode gave values up to {largest:.3g}; give images in [-1, 1]")
     _, channels, height, width = latents.shape
     return channels, height, width
 

@@ -23,7 +23,7 @@ from typing import TypeVar
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError, cannot_write
 from nfm.storage.errors.arguments import checked, checked_later, function, text, whole
 from nfm.storage.files import remote
-from nfm.storage.files.cache_folder import own_folder, shared_folder
+from nfm.storage.files.copies.cache_folder import own_folder, shared_folder
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import TEMPORARY, inside, is_remote, local_path, temporary_name
 from nfm.storage.files.places import cache_base, stated_number

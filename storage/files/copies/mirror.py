@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.files import atomic, remote
+from nfm.storage.files import atomic, clouds, remote
 from nfm.storage.files.copies.large import put_new
 from nfm.storage.files.digested_json import RESTORE
 from nfm.storage.files.durable import HashingFile
@@ -171,16 +171,11 @@ def _send(artifact: Path, folder: Path, name: str, digest: tuple[str, int], chec
 
     if send():
         return
-    tag = remote.attempt(target, "look at", lambda fs, there: fs.info(there))["ETag"]
-    if atomic.hash_file(target) != digest:
+    cloud = clouds.of(target)
+    tag = cloud.facts(remote.attempt(target, "look at", lambda fs, there: fs.info(there)))[1] if cloud else ""
+    if cloud is not None and atomic.hash_file(target) != digest:
         check()
         with contextlib.suppress(FileNotFoundError):
-            remote.attempt(target, "remove", lambda fs, there: _remove(fs, there, tag))
+            remote.attempt(target, "remove", lambda fs, there: cloud.remove(fs, there, tag))
     if not send():
         raise StorageError(f"{target}: another process writes it; see who works on that artifact, then run this again")
-
-
-def _remove(fs: Any, name: str, tag: str) -> None:
-    """Removes the version of this tag; servers that know no such condition remove what is there."""
-    bucket, key, _ = fs.split_path(name)
-    fs.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=tag)

@@ -43,6 +43,7 @@ def test_machines_that_share_only_a_bucket_make_what_one_makes_in_a_folder(made:
 
 
 @pytest.mark.seconds(60)
+@pytest.mark.parametrize("s3", ["s3", "gs", "az"], indirect=True)
 def test_a_machine_that_dies_is_continued_by_another_and_no_pair_is_lost_or_made_twice(
     made: Lab, there: Bucket
 ) -> None:
@@ -60,6 +61,24 @@ def test_a_machine_that_dies_is_continued_by_another_and_no_pair_is_lost_or_made
     finished = PairStore.open(str(store))
     for draw in range(2):
         assert finished.index(["slot"], draw=draw)["slot"].to_pylist() == list(range(256))
+
+
+@pytest.mark.long
+@pytest.mark.seconds(120)
+@pytest.mark.parametrize("s3", ["gs", "az"], indirect=True)
+def test_other_clouds_hold_a_run_from_nothing_to_samples(made: Lab, there: Bucket) -> None:
+    there.run("student", NO_REPORT)
+    name = f"student/{there.all('student')[0].path.name}"
+    two = there.on("two")
+    two.nfm("sample", name, "-n", "4", "-o", "grid.png")
+    assert (two.lab.folder / "grid.png").exists()
+    assert [row["state"] for row in json.loads(two.nfm("ls", "--json").stdout)] == ["done"] * 4
+    status = json.loads(two.nfm("status", "-c", "tiny.toml", "--json").stdout)
+    assert {row["state"] for row in status if row["stage"] in ("data", "teacher", "pairs", "student")} == {"done"}
+    assert two.nfm("audit", name, "--deep").stdout.count(" clean ") == 4
+    assert "nothing" in two.nfm("gc", "-c", "tiny.toml", "--yes").stdout
+    (pairs,) = there.all("pairs")
+    assert pairs.manifest()["content_digest"] == made.only("pairs").manifest()["content_digest"]
 
 
 @pytest.mark.seconds(60)

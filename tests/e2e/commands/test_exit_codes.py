@@ -36,11 +36,15 @@ CASES: dict[str, tuple[tuple[str, ...], int]] = {
     "sample": (("{data}",), 2),
     "status": (CONFIG, 0),
     "student": (("--pairs", "{teacher}", *CONFIG), 2),
+    "submit data": ((*CONFIG,), 2),
     "submit features": ((*CONFIG,), 2),
+    "submit latents": ((*CONFIG,), 2),
     "submit pairs": ((*CONFIG,), 2),
     "submit student": ((*CONFIG,), 2),
     "submit teacher": ((*CONFIG,), 2),
     "teacher import": (("none.pth", *CONFIG), 2),
+    "work": (("none.json", "--task", "0", "--of", "1"), 2),
+    "worklist": (("data", *CONFIG), 2),
 }
 
 

@@ -119,7 +119,7 @@ def test_a_field_that_does_not_fit_is_wrong_use_and_nothing_is_unpickled(lab: La
     (lab.folder / "text.npy").write_text("no array")
     for name, file, said in (
         ("said", "few", "255 rows, the store's source has 256"), ("said", "one", r"one array [rows, ...] is needed"),
-        ("said", "objects", "not an .npy file of numbers"), ("said", "text", "it would have to be unpickled"),
+        ("said", "objects", "it holds Python objects"), ("said", "text", "or is no .npy file"),
         ("said", "empty", "shape of field 'said' is 0, no value at all"),
         ("said", "words", "dtype of field 'said' is 'str32': it must be one of bool, uint8"),
         ("image", "good", "choose another name"), ("draw", "good", "an array that every batch has of its own"),

@@ -12,7 +12,8 @@ from nfm.pipeline.artifacts.conditional import NoConditions
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import as_path, names_in
-from tests.support.s3server import NAMED, S3
+from tests.support import emulators
+from tests.support.s3server import NAMED, S3, new_clients, s3_alone
 
 
 @pytest.fixture(autouse=True)
@@ -20,10 +21,11 @@ def _asked_anew() -> None:
     conditional.check.cache_clear()
 
 
-def test_an_object_is_created_once_and_replaced_only_by_who_saw_its_last_version(bucket: str) -> None:
+@pytest.mark.parametrize("s3", ["s3", "gs", "az"], indirect=True)
+def test_an_object_is_created_once_and_replaced_only_by_who_saw_its_last_version(s3: S3, bucket: str) -> None:
     path = as_path(f"{bucket}/one")
     assert conditional.read(path) is None
-    assert conditional.replace(path, b"nothing there", '"0"') is None
+    assert conditional.replace(path, b"nothing there", '"1"' if s3.scheme != "gs" else "1") is None
     first = conditional.create(path, b"first")
     assert first is not None
     assert conditional.create(path, b"other") is None
@@ -33,8 +35,12 @@ def test_an_object_is_created_once_and_replaced_only_by_who_saw_its_last_version
     stored = conditional.read(path)
     assert stored is not None
     assert (stored.data, stored.tag) == (b"second", second)
+    assert 0 <= stored.age < 3600
+    conditional.check(f"{bucket}/run")
+    assert names_in(as_path(bucket)) == ["one"]
 
 
+@s3_alone
 def test_a_server_that_knows_a_tag_only_without_its_quotation_marks_keeps_to_it(s3: S3, bucket: str) -> None:
     path = as_path(f"{bucket}/one")
     first = conditional.create(path, b"first")
@@ -61,6 +67,7 @@ def test_a_put_whose_answer_was_lost_is_known_to_be_our_own(kind: Any, s3: S3, b
     assert conditional.create(path, b"third") is None
 
 
+@s3_alone
 @pytest.mark.skipif(NAMED in os.environ, reason="headers that the proxy leaves out are signed, and moto does not check")
 @pytest.mark.parametrize("header", ["if-match", "if-none-match"])
 def test_a_server_that_ignores_conditions_is_refused_by_name_and_nothing_is_left(
@@ -72,10 +79,30 @@ def test_a_server_that_ignores_conditions_is_refused_by_name_and_nothing_is_left
     assert names_in(as_path(bucket)) == []
 
 
+def test_an_emulator_of_googles_that_ignores_conditions_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = pytest.importorskip("gcp_storage_emulator.server").create_server(
+        "127.0.0.1", 0, in_memory=True, default_bucket="ignores"
+    )
+    server.start()
+    try:
+        new_clients()
+        port = server._api._httpd.server_address[1]
+        for name, value in emulators.environment("gs", f"http://127.0.0.1:{port}").items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(NoConditions, match=r"gs://ignores/run: .*overwrites an object .* ifGenerationMatch=0 must"):
+            Lock(as_path("gs://ignores/run/teacher/0123456789ab")).__enter__()
+        assert names_in(as_path("gs://ignores")) == []
+    finally:
+        server.stop()
+        new_clients()
+
+
 @pytest.mark.parametrize("status", [400, 501])
 def test_a_server_that_refuses_conditions_is_refused_by_name(status: int, s3: S3, bucket: str) -> None:
     s3.fail("error", ".conditions-", method="PUT", status=status, code="NotImplemented", times=100)
-    with pytest.raises(NoConditions, match="it refuses puts with If-None-Match or If-Match"):
+    with pytest.raises(NoConditions, match=r"it refuses puts with .*atch"):
         Lock(as_path(f"{bucket}/run/teacher/0123456789ab")).__enter__()
 
 

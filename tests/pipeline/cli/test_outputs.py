@@ -23,7 +23,7 @@ BENCHMARKS = (
     "encode.command",
     "train.command",
 )
-OWN_FORMAT = {"nfm pairs worklist"}  # which only `nfm pairs encode` reads, under any name
+OWN_FORMAT = {"nfm worklist", "nfm pairs worklist"}  # which only `nfm work` reads, under any name
 
 
 def outputs() -> Iterator[tuple[str, click.Command, click.Option]]:

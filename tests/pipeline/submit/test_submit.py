@@ -101,10 +101,20 @@ def test_bash_reads_every_script_and_the_odd_names_arrive_whole(tmp_path: Path) 
     }
     sets = ["--set", "pairs.draws=4", "--set", "data.source=it's $(odd)"]
     config = ["-c", str(here.config)]
-    assert said["prepare"].splitlines() == ["pairs", "worklist", "-o", str(here.worklist), *config, *sets]
+    assert said["prepare"].splitlines() == ["worklist", "pairs", "-o", str(here.worklist), *config, *sets]
     task = ["--task", "2", "--of", "3"]  # the first of the second array
-    assert said["array-1"].splitlines() == ["pairs", "encode", str(here.worklist), *task]
+    assert said["array-1"].splitlines() == ["work", str(here.worklist), *task]
     assert said["seal"].splitlines() == ["run", "pairs", *config, *sets, "--set", "pairs.executor=slurm"]
+
+
+@pytest.mark.parametrize("stage", ["data", "latents"])
+def test_the_last_job_of_data_and_latents_ends_the_stage(stage: str) -> None:
+    made = {script.name: script for script in array_jobs(submission(), 3, 2, stage=stage)}
+    assert list(made) == ["prepare", "array-0", "array-1", "finish"]
+    assert last_command(made["prepare"])[4:6] == ["worklist", stage]
+    assert last_command(made["finish"])[4:6] == ["run", stage]
+    assert last_command(made["finish"])[-2:] == ["--set", f"{stage}.executor=slurm"]
+    assert made["finish"].waits == {"afterok": ["prepare"], "afterany": ["array-0", "array-1"]}
 
 
 def test_options_of_sbatch_are_passed_on_after_ours_and_quoted_where_they_must_be() -> None:

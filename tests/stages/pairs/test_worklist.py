@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfm.stages.executors import slurm
-from nfm.stages.pairs import worklist
 from nfm.storage import PairStore
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import shard_name
@@ -108,7 +107,7 @@ def test_a_damaged_list_a_lost_store_and_a_task_too_many_are_named(lab: Lab, nfm
     assert str(store) in nfm("pairs", "encode", "list.json", "--task", 0, "--of", 1, exits=1)
     file.write_text(file.read_text().replace("s00001", "s00002", 1))
     with pytest.raises(atomic.StorageError, match=r"list\.json"):
-        worklist.load(file)
+        slurm.load(file)
 
 
 def test_a_shard_that_fails_is_set_aside_and_the_task_makes_the_others(lab: Lab, nfm: Nfm) -> None:

@@ -22,7 +22,7 @@ from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import verify
 from tests.support.s3server import S3, new_clients
 
-LAYOUTS = ["blocks", "samples", "zarr"]
+LAYOUTS = [("s3", "blocks"), ("s3", "samples"), ("s3", "zarr"), ("gs", "blocks"), ("az", "samples")]
 FIELDS = ("image", "noise", "label", "slot", "draw")
 
 
@@ -60,9 +60,9 @@ def same(one: list[dict[str, np.ndarray]], other: list[dict[str, np.ndarray]]) -
 
 
 @pytest.mark.seconds(30)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_store_lives_on_s3_as_it_does_here(
-    layout: str, bucket: str, tmp_path: Path, small_spec: StoreSpec, records: Any
+@pytest.mark.parametrize(("s3", "layout"), LAYOUTS, indirect=["s3"])
+def test_a_store_lives_on_an_object_store_as_it_does_here(
+    layout: str, s3: S3, bucket: str, tmp_path: Path, small_spec: StoreSpec, records: Any
 ) -> None:
     spec = spec_of(small_spec, layout)
     here, there = make(tmp_path / "store", spec, records), make(f"{bucket}/store", spec, records)
@@ -151,8 +151,8 @@ def stored(
         spec = dataclasses.replace(small_spec, rows_per_shard=5, rows_per_block=5)
         made = Path(make(tmp_path_factory.mktemp("stored"), spec, records))
         fsspec.filesystem("s3", use_listings_cache=False).mkdir("stored")
-        upload(made, "s3://stored/store")
-        _stored.append(("s3://stored/store", read(PairStore.open(made), shuffle="windowed", window=2)))
+        upload(made, f"{s3.scheme}://stored/store")
+        _stored.append((f"{s3.scheme}://stored/store", read(PairStore.open(made), shuffle="windowed", window=2)))
     s3.requests.clear()
     return _stored[0]
 
@@ -296,13 +296,13 @@ def test_a_shard_that_is_gone_or_another_one_is_named(
     upload(Path(make(tmp_path / "made", small_spec, records, 1)), root)
     shards = as_path(root) / "shards"
     (shards / "d000-s00001.a1.tar").write_bytes((shards / "d000-s00000.a1.tar").read_bytes())
-    with pytest.raises(CorruptShard, match=r"s3://.*d000-s00001\.a1\.tar"):
+    with pytest.raises(CorruptShard, match=r"://.*d000-s00001\.a1\.tar"):
         read(PairStore.open(root), shuffle=None)
     assert [finding.file for finding in verify(root, level="default")] == [f"{root}/shards/d000-s00001.a1.tar"]
     remove(shards / "d000-s00001.a1.tar")
-    with pytest.raises(MissingShard, match=r"s3://.*d000-s00001\.a1\.tar"):
+    with pytest.raises(MissingShard, match=r"://.*d000-s00001\.a1\.tar"):
         read(PairStore.open(root), shuffle=None)
-    with pytest.raises(StorageError, match=r"s3://.*nothing"):
+    with pytest.raises(StorageError, match=r"://.*nothing"):
         PairStore.open(f"{root}/nothing")
 
 

@@ -72,11 +72,8 @@ def test_a_setting_of_latents_without_a_vae_is_refused(field: dict[str, object])
     assert LatentsConfig(ray_address="head:6379", executor="serial").vae is None
 
 
-def test_executors_that_are_of_pairs_alone_or_cannot_reach_a_bucket_are_refused(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(Unfit, match=r'latents\.executor = "slurm" is of pairs; use "ray", or "serial"'):
-        stage.needs(LatentsConfig(vae="mine_vae:vae", executor="slurm"))
+@pytest.mark.parametrize("executor", ["ray", "slurm"])
+def test_executors_that_cannot_reach_a_bucket_are_refused(executor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NFM_ARTIFACTS", "s3://bucket/run")
-    with pytest.raises(Unfit, match=r'latents\.executor = "ray": artifacts are in s3://bucket/run; use "serial"'):
-        stage.needs(LatentsConfig(vae="mine_vae:vae"))
+    with pytest.raises(Unfit, match=rf'latents\.executor = "{executor}": artifacts are in s3://bucket/run; use "ser'):
+        stage.needs(LatentsConfig(vae="mine_vae:vae", executor=executor))

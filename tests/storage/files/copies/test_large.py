@@ -7,24 +7,25 @@ from typing import TYPE_CHECKING
 import pytest
 
 from nfm.storage.errors import StorageError
-from nfm.storage.files import atomic
+from nfm.storage.files import atomic, clouds, remote
 from nfm.storage.files.copies import large, mirror
 from nfm.storage.files.paths import as_path, names_in
 from nfm.storage.files.small_files import read_bytes
+from tests.support.s3server import S3, s3_alone
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from tests.support.s3server import S3
 
 FIRST, SECOND = b"the first one", b"another one"
 
 
 @pytest.fixture(autouse=True)
 def _all_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large, "PARTS", 1)
+    for cloud in clouds.CLOUDS.values():
+        monkeypatch.setattr(cloud, "PARTS", 1)
 
 
+@s3_alone
 @pytest.mark.parametrize("ignored", [False, True], ids=["kept to", "ignored for parts"])
 def test_what_is_there_stays_whatever_the_server_does_with_the_condition_of_parts(
     ignored: bool, s3: S3, bucket: str
@@ -40,6 +41,21 @@ def test_what_is_there_stays_whatever_the_server_does_with_the_condition_of_part
     assert s3.count("POST", "uploads") == 1, "it is asked once"
 
 
+@pytest.mark.parametrize("s3", ["gs", "az"], indirect=True)
+def test_what_is_there_stays_in_other_clouds_too(s3: S3, bucket: str, tmp_path: Path) -> None:
+    """fake-gcs-server does not look at the condition of an upload in parts; Azurite does."""
+    (tmp_path / "large").write_bytes(b"1" * (6 << 20))
+    artifact = as_path(f"{bucket}/run/student/ab12")
+    digests = {"large": atomic.hash_file(tmp_path / "large")}
+    mirror.push(artifact, tmp_path, digests, lambda: None)
+    assert not atomic.create_bytes(artifact / "large", SECOND)
+    (tmp_path / "large").write_bytes(b"2" * (6 << 20))
+    with pytest.raises(FileExistsError):
+        remote.attempt(artifact / "large", "write", lambda fs, name: large.put_new(fs, name, str(tmp_path / "large")))
+    assert atomic.hash_file(artifact / "large") == digests["large"]
+
+
+@s3_alone
 def test_a_file_is_put_whole_or_refused_by_its_size(
     s3: S3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,8 +65,8 @@ def test_a_file_is_put_whole_or_refused_by_its_size(
     digests = {"weights": atomic.hash_file(tmp_path / "weights")}
     mirror.push(artifact, tmp_path, digests, lambda: None)
     assert read_bytes(artifact / "weights") == FIRST
-    monkeypatch.setattr(large, "MOST", len(FIRST) - 1)
+    monkeypatch.setattr(clouds.CLOUDS["s3"], "MOST", len(FIRST) - 1)
     with pytest.raises(
-        StorageError, match=r"13 bytes, and this object store keeps to If-None-Match only for .* 12 bytes"
+        StorageError, match=r"13 bytes, and this object store creates an object only if there is none when .* 12 bytes"
     ):
         mirror.push(as_path(f"{bucket}/run/student/cd34"), tmp_path, digests, lambda: None)
