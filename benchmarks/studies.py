@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
+from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
 from nfm.stages.display.axes import make_log
@@ -145,4 +146,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)
