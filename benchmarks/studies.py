@@ -128,12 +128,15 @@ def main(
     config_path: Path, vary: str, couplings: str, seeds: str, overrides: tuple[str, ...], output: Path
 ) -> None:  # fmt: skip
     """The students of some couplings, once for each value of one setting."""
-    setting, _, values = vary.partition("=")
+    setting, _, listed = vary.partition("=")
+    values = listed.split(",")
+    if not listed or len(set(values)) < len(values):
+        raise click.UsageError(f"--vary {vary}: give a setting and its values, each once: pairs.draws=1,2,4")
     points = {
         value: point(
             config_path, (*overrides, f"{setting}={value}"), couplings.split(","), [int(s) for s in seeds.split(",")]
         )
-        for value in values.split(",")
+        for value in values
     }
     text = as_text(setting, points)
     output.mkdir(parents=True, exist_ok=True)
