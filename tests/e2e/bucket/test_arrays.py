@@ -12,10 +12,10 @@ from PIL import Image
 from nfm.stages.trained.foreign import vae
 from nfm.storage.files.paths import as_path, names_in
 from tests.stages.data.latents.small import save_vae
-from tests.support.in_bucket import Bucket
+from tests.support.buckets.in_bucket import Bucket
 
 if TYPE_CHECKING:
-    from tests.support.s3server import S3
+    from tests.support.buckets.s3server import S3
 
 CONFIG = """
 [data]
