@@ -105,7 +105,7 @@ def test_what_an_unfinished_attempt_left_is_replaced_only_by_who_holds_the_lock(
 def test_what_another_process_put_there_meanwhile_stays_where_a_removal_has_no_condition(
     artifact: Path, s3: S3
 ) -> None:
-    """As on Ceph's gateway, which removes whatever is there: the work was taken over right after the lock was looked at."""
+    """As on Ceph's gateway, which removes whatever is there: the work was taken over after the look at the lock."""
     (artifact / "one.bin").write_bytes(b"of an attempt that died")
     digests = made(artifact, {"one.bin": FILES["one.bin"]})
 
