@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
+from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import Node
@@ -185,4 +186,4 @@ def main(config_path: Path, overrides: tuple[str, ...], work: Path, output: Path
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

@@ -20,6 +20,7 @@ from scipy.spatial.distance import cdist
 from benchmarks.marginals import PACKAGES, by_nfe, evaluated, references, student_of
 from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
+from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
 from nfm.stages.display.tables import aligned
@@ -130,4 +131,4 @@ def main(config_path: Path, overrides: tuple[str, ...], seeds: str, work: Path, 
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

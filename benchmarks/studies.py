@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
+from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
 from nfm.stages.display.axes import make_log
@@ -127,12 +128,15 @@ def main(
     config_path: Path, vary: str, couplings: str, seeds: str, overrides: tuple[str, ...], output: Path
 ) -> None:  # fmt: skip
     """The students of some couplings, once for each value of one setting."""
-    setting, _, values = vary.partition("=")
+    setting, _, listed = vary.partition("=")
+    values = listed.split(",")
+    if not listed or len(set(values)) < len(values):
+        raise click.UsageError(f"--vary {vary}: give a setting and its values, each once: pairs.draws=1,2,4")
     points = {
         value: point(
             config_path, (*overrides, f"{setting}={value}"), couplings.split(","), [int(s) for s in seeds.split(",")]
         )
-        for value in values.split(",")
+        for value in values
     }
     text = as_text(setting, points)
     output.mkdir(parents=True, exist_ok=True)
@@ -145,4 +149,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

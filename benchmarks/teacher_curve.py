@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
+from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
 from nfm.pipeline.config import load
 from nfm.stages.display.axes import compact
@@ -141,4 +142,4 @@ def main(config_path: Path, images: str, variant: str, overrides: tuple[str, ...
 
 
 if __name__ == "__main__":
-    main()
+    exits.run(main)

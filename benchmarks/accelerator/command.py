@@ -72,7 +72,13 @@ PIECES: dict[str, Piece] = {
 
 
 @click.command()
-@click.option("--minutes", default=30.0, show_default=True, type=click.FloatRange(min=0), help="Of this call, about.")
+@click.option(
+    "--minutes",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Of this call, about.",
+)
 @click.option("--only", multiple=True, type=click.Choice(list(PIECES)), help="Only this piece, again. Repeatable.")
 @click.option("--images", type=Local(), help="The trial's images: an .npz with data, uint8 [N, 1, 28, 28], and labels "
               "from 0 to 9. [default: drawn flowers]")  # fmt: skip
@@ -94,7 +100,6 @@ def accelerator(
     forbid_tf32()
     if images is not None and not images.is_file():
         raise click.BadParameter(f"{images}: no such file", param_hint="--images")
-    work.mkdir(parents=True, exist_ok=True)
     state = _begun(work, plan.name, device, output)
     for name in only:
         state["pieces"].pop(name, None)
@@ -109,6 +114,7 @@ def accelerator(
         if end - time.monotonic() < (0 if tiny else piece.least):
             click.echo(f"{name}: {max(0, end - time.monotonic()):.0f} s are left, too few to begin it", err=True)
             continue
+        work.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         job = Job(plan, device, work, min(end, began + LONGEST), state["pieces"], images)
         state["pieces"][name] = _row(piece, job) | {"seconds": round(time.monotonic() - began, 1)}

@@ -17,6 +17,7 @@ from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, inside, names_in, size_of
 from nfm.storage.format.spec import StoreSpec, read_spec, shard_name
 from nfm.storage.ledger import commits, seal
+from nfm.storage.ledger.row_fields import RowField, row_field_names
 from nfm.storage.ledger.standing import again
 
 Level = Literal["quick", "default", "deep"]
@@ -47,7 +48,11 @@ def looked_at(store: str | Path, level: Level) -> str:
     numbers = seal.numbers(root) if root == as_path(store) else [pinned(store)[1]]
     entries = {entry.name: entry for number in numbers for entry in seal.load(root, number, spec).shards}
     files = [file for entry in entries.values() for file in (*layouts.files(spec, entry), entry.index)]
+    fields = [RowField.open(root, name) for name in row_field_names(root)]
+    files += [file for field in fields for file in field.files]
     held = f"{len(entries):,} shards of {sum(entry.records for entry in entries.values()):,} pairs"
+    if fields:
+        held += f", {len(fields)} field{'s' * (len(fields) > 1)}"
     extent = f"{len(files):,} files, {size(sum(file.bytes for file in files))}"
     return f"{held}, {extent}; {_READ[level]}"
 

@@ -12,6 +12,7 @@ import math
 import mmap
 import re
 import secrets
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -166,7 +167,8 @@ def write_row_field(
 
     `rows` is the total number of rows (default: the records of a draw). If it is killed, readers see no new field.
     Raises StorageError for a wrong number of rows, shape or dtype, for a store of generated images, and if the store
-    has a field of this name with other values; a field never changes.
+    has a field of this name with other values; a field never changes. Warns of rows that have no finite value: readers
+    give them as they are.
     """
     spec, folder = read_spec(root), _folder(root, name)
     if spec.student is not None:
@@ -185,7 +187,8 @@ def write_row_field(
     rows_per_file = max(1, min(expected, file_bytes // max(per_row, 1)))
     created, attempt = False, secrets.token_hex(4)
     try:
-        files = list(_write_files(folder, name, chunks, shape, kind, expected, rows_per_file, attempt))
+        counted = _Finite(chunks)
+        files = list(_write_files(folder, name, counted, shape, kind, expected, rows_per_file, attempt))
         body = {
             "format": FORMAT,
             "name": name,
@@ -200,7 +203,26 @@ def write_row_field(
         if not created:  # an error, or the same field was added before
             for path in (folder / file for file in names_in(folder) if f".{attempt}." in file):
                 remove(path)
+    if created and counted.none:
+        warnings.warn(
+            f"field {name!r}: {counted.none:,} of {expected:,} rows have no finite value, and readers give them as "
+            "they are; if that is a mistake, remove the field's folder and add it again",
+            stacklevel=3,
+        )
     return RowField.open(root, name)
+
+
+class _Finite:
+    """The chunks of a field, and after them how many of its rows have `none` but NaN and infinite values."""
+
+    def __init__(self, chunks: Iterable[Array]) -> None:
+        self._chunks, self.none = chunks, 0
+
+    def __iter__(self) -> Iterator[Array]:
+        for chunk in self._chunks:
+            yield chunk
+            if chunk.dtype.kind == "f":
+                self.none += int(np.count_nonzero(~np.isfinite(chunk.reshape(len(chunk), -1)).any(axis=1)))
 
 
 def publish_row_field(folder: Path, body: Mapping[str, Any]) -> bool:

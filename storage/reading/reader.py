@@ -209,7 +209,7 @@ class BatchReader:
     @checked()
     def check(self, state: Mapping[str, Any]) -> None:
         """Raises StateMismatch unless the state belongs to this order of records."""
-        for name in (*self._stream.identity, "epoch", "consumed"):
+        for name in (*self._stream.identity, "batch_size", "epoch", "consumed"):
             if name not in state:
                 raise StateMismatch(f"reader state: it has no {name}; give a whole one, as `state_dict` returns it")
         softened = state.get("soften", 0.0)
@@ -225,6 +225,7 @@ class BatchReader:
                     f"reader state: {name} is {state[name]!r} there and {here!r} here; open the store, the "
                     "generation, the seed and the filter that the state was saved with, or start without a state"
                 )
+        whole(1)("state['batch_size']", state["batch_size"])
         epoch = whole(0, MOST_EPOCH)("state['epoch']", state["epoch"])
         consumed = whole()("state['consumed']", state["consumed"])
         if consumed > (records := self._stream.rows(epoch)):

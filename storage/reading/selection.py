@@ -80,7 +80,7 @@ def as_expression(filter: Filter) -> pc.Expression:
         if not isinstance(filter, Sequence) or isinstance(filter, str | bytes):
             raise TypeError(filter)
         return pq.filters_to_expression(filter)
-    except (ValueError, TypeError, IndexError, AttributeError, pa.ArrowException) as error:
+    except (ValueError, TypeError, IndexError, AttributeError, OverflowError, pa.ArrowException) as error:
         raise wrong(
             "filter",
             filter,
@@ -99,7 +99,7 @@ def read_parts(
 
     def read(shard: ShardFiles) -> pa.Table:
         table = read_index(inside(root, shard.index.path), columns, shard.records, shard.index.sha256)
-        return table if expression is None else table.filter(expression)
+        return table if expression is None else _matching(table, expression)
 
     return pa.concat_tables(parallel(read, shards, _REMOTE_THREADS if is_remote(root) else _LOCAL_THREADS))
 
@@ -115,14 +115,33 @@ def _columns(expression: pc.Expression, text: str) -> list[str]:
         whole.filter(expression)
     except (pa.ArrowException, TypeError) as error:
         columns = ", ".join(f"{column.name} ({column.type})" for column in INDEX_SCHEMA)
-        first = str(error).splitlines()[0]
-        asked = re.match(r"No match for FieldRef\.Name\((.*?)\)", first)
-        what = f"there is no column {asked[1]!r}{nearest(asked[1], INDEX_SCHEMA.names)}" if asked else first
-        said = f"{text}: {what}; the index has the columns {columns}"
+        said = f"{text}: {_why(str(error).splitlines()[0], text)}; the index has the columns {columns}"
         raise WrongArgument("filter", said) from error
     return [
         name for name in INDEX_SCHEMA.names if name != "slot" and not _binds(whole.drop_columns([name]), expression)
     ]
+
+
+def _why(arrow: str, text: str) -> str:
+    """What is wrong with an expression, from the sentence that pyarrow has for it."""
+    if unknown := re.match(r"No match for FieldRef\.Name\((.*?)\)", arrow):
+        return f"there is no column {unknown[1]!r}{nearest(unknown[1], INDEX_SCHEMA.names)}"
+    if arrow.startswith("No match for"):
+        return "it names a column that is not there"
+    if kind := re.search(r"must evaluate to bool.* evaluates to (\S+)", arrow):
+        return f"it gives a value ({kind[1]}) where true or false is needed: compare it, as in pc.field('label') == 3"
+    named = [
+        f"{name} is {INDEX_SCHEMA.field(name).type}" for name in INDEX_SCHEMA.names if re.search(rf"\b{name}\b", text)
+    ]
+    return f"its values do not fit its columns, {' and '.join(named) or 'of which it names none'} (pyarrow: {arrow})"
+
+
+def _matching(table: pa.Table, expression: pc.Expression) -> pa.Table:
+    try:
+        return table.filter(expression)
+    except pa.ArrowException as error:  # of its values, such as a division by zero: the types fit
+        text, first = " ".join(str(expression).split()), str(error).splitlines()[0]
+        raise WrongArgument("filter", f"{text}: it cannot be computed for every record ({first})") from error
 
 
 def _binds(table: pa.Table, expression: pc.Expression) -> bool:

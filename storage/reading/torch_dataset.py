@@ -152,6 +152,12 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         """
         self._reader.check(state)
         _check_turn(state)
+        if state.get("turn") is not None and state["batch_size"] != self._batch_size:
+            raise StateMismatch(
+                f"the state is of one of several workers, with batch_size {state['batch_size']}, and here it is "
+                f"{self._batch_size}: only the same batches can be shared in turns; resume with batch_size "
+                f"{state['batch_size']}, or from the state of `store.batches`"
+            )
         first, epoch, consumed = self._starts.next_epoch, int(state["epoch"]), int(state["consumed"])
         if epoch < first or (self._epochs is not None and epoch >= first + self._epochs):
             first = epoch  # a state of `store.batches`, in an epoch that this iteration would not reach

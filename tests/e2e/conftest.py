@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
+from tests.support.buckets.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

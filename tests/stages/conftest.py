@@ -10,7 +10,7 @@ import pytest
 
 from nfm.stages.executors.ray_cluster import start_local
 from tests.stages.pairs.shop import CUSTOM, Shop
-from tests.support.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
+from tests.support.buckets.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from nfm.storage import PairStore, PairWriter
 from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
-from tests.support.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
+from tests.support.buckets.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 Records = Callable[[StoreSpec, int, int], Iterator[dict[str, np.ndarray]]]
 

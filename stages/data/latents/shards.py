@@ -227,8 +227,8 @@ class LatentEncoder:
             key = self.images.keys(split, rows[bad[:1]])[0]
             raise StageError(
                 f"the latent of {split} image {key!r} has values that are not finite in float16 "
-                f'(latents.precision = "{self.facts.precision}", scale {self.facts.scale:g}); use "float32", or a '
-                "smaller latents.scale"
+                f'(latents.precision = "{self.facts.precision}", scale {self.facts.scale:g}); use '
+                f"{'' if self.facts.precision == 'float32' else 'float32, or '}a smaller latents.scale"
             )
         return stored
 

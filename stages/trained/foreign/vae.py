@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FIELD = "latents.vae"
+OWN_NUMBERS = {"scale": 1.0, "shift": 0.0}  # attributes of a VAE of one's own, by default
 FARTHEST = 10.0  # a decoded value of images in [-1, 1]
 BESIDE = 0.05  # of the largest latent: what the images beside it may change, by rounding
 FACTS, FOLDER = "latents.json", "vae"  # of an artifact of latents; the folder has the copies of the two files below
@@ -242,8 +243,15 @@ def _own(
     def encode(images: Tensor) -> tuple[Tensor, Tensor | None]:
         return _mean_and_deviation(made.encode(images), f"{FIELD} = {named!r}")
 
-    scale, shift = getattr(made, "scale", 1.0), getattr(made, "shift", 0.0)
-    return Vae(encode, made.decode, float(scale), float(shift), device, precision, state)
+    scale, shift = (_number(named, name, getattr(made, name, default)) for name, default in OWN_NUMBERS.items())
+    return Vae(encode, made.decode, scale, shift, device, precision, state)
+
+
+def _number(named: str, name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise Unfit(f"{FIELD} = {named!r}: its {name} is {str(value)[:40]!r}; give a number") from error
 
 
 def _mean_and_deviation(found: Any, said: str) -> tuple[Tensor, Tensor | None]:

@@ -29,9 +29,9 @@ import click
 from nfm.storage import PairStore
 from nfm.storage.files.paths import as_path, names_in
 from tests.clusters.apart.machines import HUB, Machine, alone, refused
+from tests.support.buckets.s3server import S3, serving
 from tests.support.lab import CONFIG
 from tests.support.patience import PATIENCE
-from tests.support.s3server import S3, serving
 
 OUTPUT = "results/bucket/two-machines.txt"
 URL = "s3://shared/run"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
+from tests.support.buckets.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 
 @dataclass

@@ -16,14 +16,14 @@ from nfm.storage import PairStore
 from nfm.storage.files.copies.resume import newest
 from nfm.storage.files.paths import as_path, names_in
 from nfm.storage.verify import verify
-from tests.support.in_bucket import Bucket
+from tests.support.buckets.in_bucket import Bucket
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.clusters.ray.conftest import Nodes
     from tests.conftest import Lab
-    from tests.support.s3server import S3
+    from tests.support.buckets.s3server import S3
 
 pytestmark = [pytest.mark.faults, pytest.mark.seconds(300)]
 

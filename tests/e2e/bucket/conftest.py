@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.in_bucket import Bucket
+from tests.support.buckets.in_bucket import Bucket
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-    from tests.support.s3server import S3
+    from tests.support.buckets.s3server import S3
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 #!/bin/sh
 # A small Ceph on loopback with everything in memory, for `make test-s3`: a monitor, an OSD, and the S3 gateway.
 #   apt-get install radosgw ceph-mon ceph-osd
-#   tests/e2e/bucket/rgw.sh FOLDER [PORT]     starts it; keys are those of tests/support/s3server.py
+#   tests/e2e/bucket/rgw.sh FOLDER [PORT]     starts it; keys are those of tests/support/buckets/s3server.py
 #   tests/e2e/bucket/rgw.sh FOLDER stop
 set -eu
 id=0f0f0f0f-0000-4000-8000-0f0f0f0f0f0f

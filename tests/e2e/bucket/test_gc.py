@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.conftest import Lab
-    from tests.support.in_bucket import Bucket
+    from tests.support.buckets.in_bucket import Bucket
 
 OTHER = '[data]\nsource = "digits"\nlimit = 321\n'  # a config in use that reaches nothing there
 

@@ -16,7 +16,7 @@ from nfm.storage.verify import verify
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-    from tests.support.in_bucket import Bucket
+    from tests.support.buckets.in_bucket import Bucket
 
 NO_REPORT = "pairs.report=false"
 

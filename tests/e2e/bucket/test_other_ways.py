@@ -15,7 +15,7 @@ from tests.stages.data.latents.small import FOLDED
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-    from tests.support.in_bucket import Bucket
+    from tests.support.buckets.in_bucket import Bucket
 
 NO_REPORT = "pairs.report=false"
 

@@ -19,7 +19,7 @@ from tests.support.patience import PATIENCE
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-    from tests.support.in_bucket import Bucket
+    from tests.support.buckets.in_bucket import Bucket
 
 pytestmark = pytest.mark.seconds(180)  # two times three processes that import torch
 SETS = ("student.microbatch=24", "student.save_every=512")

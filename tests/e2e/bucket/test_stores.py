@@ -15,7 +15,7 @@ from tests.support.authors_tarflow import Model, random
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-    from tests.support.in_bucket import Bucket
+    from tests.support.buckets.in_bucket import Bucket
 
 
 def test_a_card_and_a_field_are_added_to_a_store_there(made: Lab, lab: Lab, there: Bucket) -> None:

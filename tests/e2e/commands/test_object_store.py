@@ -11,11 +11,11 @@ import pytest
 from nfm.pipeline.artifacts.artifact import ArtifactError, find
 from nfm.storage import PairStore
 from nfm.storage.files.paths import as_path
-from tests.support.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
+from tests.support.buckets.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
-    from tests.support.s3server import S3
+    from tests.support.buckets.s3server import S3
 
 
 def test_a_store_on_s3_is_looked_at_verified_and_trained_on_by_its_url(

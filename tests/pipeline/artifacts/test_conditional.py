@@ -12,8 +12,8 @@ from nfm.pipeline.artifacts.conditional import NoConditions
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import as_path, names_in
-from tests.support import emulators
-from tests.support.s3server import NAMED, S3, new_clients, s3_alone
+from tests.support.buckets import emulators
+from tests.support.buckets.s3server import NAMED, S3, new_clients, s3_alone
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from nfm.pipeline import overview
 from nfm.pipeline.artifacts.listing import listed
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path
-from tests.support.s3server import S3
+from tests.support.buckets.s3server import S3
 
 
 def put(root: Path, name: str, made_from: str = "", finished: bool = True) -> Path:

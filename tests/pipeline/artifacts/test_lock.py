@@ -23,8 +23,8 @@ from nfm.pipeline.artifacts import lock
 from nfm.pipeline.artifacts.lock import Held, Lock
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path, is_remote, names_in
+from tests.support.buckets.s3server import S3
 from tests.support.patience import PATIENCE, allowed, until
-from tests.support.s3server import S3
 
 
 @pytest.fixture(params=["folder", "bucket"])

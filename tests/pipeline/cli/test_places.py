@@ -18,8 +18,8 @@ from nfm.pipeline.cli.options import LocalPath, Place
 from nfm.pipeline.config import ConfigError, load
 from nfm.pipeline.console import Console, StopRequest
 from nfm.storage.errors import NoPlace
+from tests.support.buckets.s3server import new_clients
 from tests.support.commands import commands
-from tests.support.s3server import new_clients
 
 ROOT = Path(__file__).resolve().parents[3]
 # Parameters of text that name no place; a new one is entered here, or has a type of nfm.pipeline.cli.options.

@@ -149,6 +149,15 @@ def test_a_place_that_is_none_is_wrong_use(option: str, says: str) -> None:
     assert says in done.output
 
 
+def test_a_call_that_can_begin_nothing_leaves_nothing(tmp_path: Path) -> None:
+    common = ["--device=cpu", f"--work={tmp_path / 'work'}", "-o", str(tmp_path / "out.json")]
+    assert CliRunner().invoke(accelerator, [*common, "--minutes=0"]).exit_code == 2
+    done = CliRunner().invoke(accelerator, [*common, "--minutes=0.1"])
+    assert done.exit_code == 0, done.output
+    assert "too few to begin it" in done.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_images_of_ones_own_are_read_and_refused_by_name(tmp_path: Path) -> None:
     file, labels = tmp_path / "in.npz", np.arange(6) % 3
     np.savez(file, data=np.full((6, 1, 8, 8), 255, np.uint8), labels=labels)

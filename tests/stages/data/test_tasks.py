@@ -14,7 +14,7 @@ from PIL import Image
 
 from nfm.storage.files import atomic
 from tests.e2e.conftest import Nfm, command
-from tests.stages.data.latents.small import FOLDED
+from tests.stages.data.latents.small import FOLDED, SLOW
 from tests.support.lab import Lab
 
 IMAGES, BROKEN = 60, 7
@@ -26,9 +26,6 @@ rows_per_shard = 16
 batch_size = 8
 executor = "serial"
 """
-SLOW = FOLDED.replace("import torch\n", "import time\nimport torch\n").replace(
-    "    def encode(self, x):\n", "    def encode(self, x):\n        time.sleep(0.05)\n"
-)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files.paths import as_path, exists
 from nfm.storage.ledger import commits
 from tests.stages.pairs.shop import Shop
+from tests.support.buckets.s3server import S3
 from tests.support.recorder import Recorder
-from tests.support.s3server import S3
 
 
 def test_a_traceback_goes_when_its_shard_is_made_and_others_cost_no_request(

@@ -19,8 +19,8 @@ from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path, names_in, remove
 from nfm.storage.files.small_files import read_bytes
+from tests.support.buckets.s3server import S3
 from tests.support.patience import PATIENCE
-from tests.support.s3server import S3
 
 
 def test_canonical_json_ignores_the_order_of_keys_and_has_no_spaces() -> None:

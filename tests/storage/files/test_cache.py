@@ -24,8 +24,8 @@ from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, size_of
+from tests.support.buckets.s3server import S3, new_clients
 from tests.support.patience import PATIENCE
-from tests.support.s3server import S3, new_clients
 
 SIZE = 10_000
 

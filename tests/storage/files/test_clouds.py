@@ -10,7 +10,7 @@ import pytest
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic, folder
 from nfm.storage.files.paths import as_path, exists, names_in, remove_below, size_below, size_of
-from tests.support.s3server import S3, new_clients
+from tests.support.buckets.s3server import S3, new_clients
 
 pytestmark = pytest.mark.parametrize("s3", ["gs", "az"], indirect=True)
 

@@ -18,8 +18,8 @@ from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, remove, size_of
 from nfm.storage.files.remote import patience
 from nfm.storage.files.small_files import read_bytes
+from tests.support.buckets.s3server import S3, new_clients
 from tests.support.patience import PATIENCE, allowed
-from tests.support.s3server import S3, new_clients
 
 
 def test_urls_of_this_machine_are_plain_paths(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,15 @@ def test_a_file_that_another_process_evicts_is_fetched_again(root, tmp_path):
     field = RowField.open("memory://evicted-fields/store", "caption", cache)
     np.testing.assert_array_equal(field.gather([4, 40, 4]), VALUES[[4, 40, 4]])
     assert cache.emptied
+
+
+def test_rows_without_a_finite_value_are_told_with_their_number(root):
+    """A row may lack a value, and NaN says so; a whole field of them is what a failed model left."""
+    values = VALUES.astype(np.float32)
+    values[3, 0, 0] = np.nan
+    with warnings.catch_warnings(action="error"):
+        add(root, values, "whole")
+    values[[0, 49]] = np.nan, np.inf
+    with pytest.warns(UserWarning, match="field 'caption': 2 of 50 rows have no finite value") as told:
+        add(root, values)
+    assert len(told) == 1

@@ -23,7 +23,7 @@ from nfm.storage.ledger import commits, seal, shard_list
 from nfm.storage.ledger.shard_list import SCHEMA, read_list
 from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import LEVELS, orphans, verify
-from tests.support.s3server import S3
+from tests.support.buckets.s3server import S3
 
 FIELDS = ("image", "noise", "label", "slot", "draw")
 

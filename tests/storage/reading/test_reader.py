@@ -67,7 +67,8 @@ class Numbers:
         self.gathered += 1
 
 
-def make_reader(source, batch_size=4, seed=0, shuffle="full", window=2, **options) -> BatchReader:
+def make_reader(source, batch_size=4, seed=0, shuffle="full", window=None, **options) -> BatchReader:
+    window = 2 if shuffle == "windowed" else window
     return BatchReader(StoreStream(source, seed, shuffle, window), batch_size, **options)
 
 
@@ -90,7 +91,7 @@ def threads() -> list[threading.Thread]:
     st.integers(0, 400),
 )
 def test_batches_after_any_count_hold_every_remaining_record_once(rows, batch_size, shuffle, consumed):
-    stream = StoreStream(Numbers(rows, draws=3), 0, shuffle, 3)
+    stream = StoreStream(Numbers(rows, draws=3), 0, shuffle, 3 if shuffle == "windowed" else None)
     whole = stream.at(2, np.arange(rows)).slot
     planned = list(plan(stream, batch_size, False, 3, 2, consumed))
     assert all(len(each.records.slot) == batch_size for each in planned[:-1])
@@ -103,7 +104,7 @@ def test_batches_after_any_count_hold_every_remaining_record_once(rows, batch_si
 
 def test_dropping_the_last_batch_leaves_full_ones_only():
     def sizes(consumed: int, drop: bool) -> list[int]:
-        stream = StoreStream(Numbers(50), 0, "full", 3)
+        stream = StoreStream(Numbers(50), 0, "full", None)
         return [len(each.records.slot) for each in plan(stream, 16, drop, 1, 0, consumed)]
 
     assert sizes(0, drop=True) == [16, 16, 16]
@@ -241,6 +242,8 @@ def test_a_state_of_another_order_is_refused_by_name(name, value):
         ("epoch", -1, "epoch.*-1.*whole number"),
         ("epoch", 1.5, "epoch.*1.5.*whole number"),
         ("epoch", None, "epoch.*None.*whole number"),
+        ("batch_size", 0, "batch_size.*0.*whole number, at least 1"),
+        ("batch_size", "4", "batch_size.*'4'.*whole number"),
     ],
 )
 def test_a_state_that_no_reader_can_be_in_is_refused(key, value, said):
@@ -355,6 +358,7 @@ def test_torch_distributed_gives_rank_and_world_size(tmp_path):
         ({"batch_size": 0}, "at least 1"),
         ({"last": "pad"}, "must be"),
         ({"shuffle": "yes"}, "must be"),
+        ({"window": 4}, "window is 4, and shuffle='full' mixes whole draws: pass shuffle='windowed', or leave window"),
         ({"rank": 0}, "both or neither"),
         ({"rank": 2, "world_size": 2}, r"outside 0\.\.1"),
     ],

@@ -42,7 +42,9 @@ def store(make_store):
 )
 @pytest.mark.parametrize("shuffle", ["full", "windowed", None])
 def test_an_epoch_holds_the_records_that_match(store, filter, expected, shuffle):
-    batches = list(store.batches(4, filter=filter, shuffle=shuffle, last="keep", window=1))
+    batches = list(
+        store.batches(4, filter=filter, shuffle=shuffle, last="keep", window=None if shuffle == "full" else 1)
+    )
     assert sorted(chain.from_iterable(batch.slot.tolist() for batch in batches)) == expected
     for batch in batches:
         stored = store.gather(0, batch.slot)
@@ -59,8 +61,8 @@ def test_an_epoch_holds_the_records_that_match(store, filter, expected, shuffle)
     world=st.integers(1, 3),
 )
 def test_filtered_reading_resumes_at_any_world_size(store, chosen, batch, shuffle, stopped, world):
-    options = {"filter": pc.field("slot").isin(sorted(chosen)), "shuffle": shuffle, "window": 1, "last": "keep"}
-    options |= {"epochs": 3, "prefetch": False, "seed": 5}
+    options = {"filter": pc.field("slot").isin(sorted(chosen)), "shuffle": shuffle, "last": "keep"}
+    options |= {"window": None if shuffle == "full" else 1, "epochs": 3, "prefetch": False, "seed": 5}
     whole = [b.slot.tolist() for b in store.batches(batch * 6, **options)]
     for epoch in range(3):
         each = len(whole) // 3
@@ -123,8 +125,14 @@ def test_long_lists_that_print_alike_are_told_apart(store):
         (pc.field("lable") == 3, r"lable.*key \(string\), slot \(int64\).*nll \(float\)"),
         ([("lable", "==", 3)], r"no column 'lable' \(did you mean 'label'\?\)"),
         ([("colour", "==", 3)], "colour.*label"),
-        (pc.field("label") == "cat", r"label.*int64"),
-        (pc.field("label"), "bool"),
+        (
+            pc.field("label") == "cat",
+            r"\(label == \"cat\"\): its values do not fit its columns, label is int64 \(pyarrow",
+        ),
+        ([("label", "in", ["a"]), ("key", ">", 3)], "label is int64"),
+        (pc.field("label"), r"gives a value \(int64\) where true or false is needed: compare it"),
+        (pc.field("label", "name") == 1, "names a column that is not there; the index has the columns key"),
+        ([("label", "==", 2**70)], "pyarrow expression"),
         ("label == 3", "pyarrow expression"),
         ([("label", "~", 3)], "pyarrow expression"),
     ],
@@ -135,6 +143,14 @@ def test_a_filter_that_means_nothing_is_refused_before_anything_is_read(make_sto
         part.unlink()
     with pytest.raises(ValueError, match=message):
         PairStore.open(root).batches(2, filter=filter)
+
+
+@pytest.mark.parametrize(
+    "filter", [pc.field("slot") / pc.field("draw") == 1, pc.match_substring_regex(pc.field("key"), "(")]
+)
+def test_a_filter_that_cannot_be_computed_is_named(store, filter):
+    with pytest.raises(WrongArgument, match=r"filter .*(slot|key).*: it cannot be computed for every record \("):
+        store.batches(2, filter=filter)
 
 
 @pytest.mark.parametrize("filter", [pc.field("nll") < 3, ~(pc.field("nll") < 3), [("label", "==", 1), ("nll", ">", 0)]])

@@ -25,7 +25,13 @@ def slots(loader, count=None) -> list[list[int]]:
 @pytest.mark.parametrize("workers", [0, 1, 2, 3])
 @pytest.mark.parametrize("shuffle", ["full", "windowed"])
 def test_the_loaders_order_is_the_readers(store, workers, shuffle):
-    options = {"seed": 3, "epochs": 2, "shuffle": shuffle, "window": 1, "last": "keep"}
+    options = {
+        "seed": 3,
+        "epochs": 2,
+        "shuffle": shuffle,
+        "last": "keep",
+        "window": 1 if shuffle == "windowed" else None,
+    }
     expected = list(store.batches(8, device="cpu", **options))
     dataset = store.as_torch_dataset(8, **options)
     found = list(DataLoader(dataset, batch_size=None, num_workers=workers))
@@ -93,6 +99,14 @@ def test_a_state_of_another_store_or_another_worker_is_refused(store):
     dataset.load_state_dict(dataset.state_dict() | {"turn": [1, 2]})
     with pytest.raises(StateMismatch, match="worker 1 of 2, this is 0 of 1"):
         next(iter(dataset))
+
+
+def test_a_workers_state_of_another_batch_size_is_refused(store):
+    """Its turns are of batches: with other ones the workers would read records twice, and others never."""
+    of_two = store.as_torch_dataset(8).state_dict() | {"turn": [1, 2]}
+    with pytest.raises(StateMismatch, match=r"one of several workers, with batch_size 8, and here it is 4: .*resume"):
+        store.as_torch_dataset(4).load_state_dict(of_two)
+    store.as_torch_dataset(4).load_state_dict(of_two | {"turn": None})
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -13,7 +13,7 @@ import pytest
 from nfm.storage import PairStore, StorageError
 from nfm.storage.files.paths import as_path
 from nfm.storage.files.remote import read_range
-from tests.support.s3server import new_clients
+from tests.support.buckets.s3server import new_clients
 
 BUSY = 20.0  # seconds that a slow machine may take beside
 

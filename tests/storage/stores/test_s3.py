@@ -20,7 +20,7 @@ from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.commits import Commit
 from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import verify
-from tests.support.s3server import S3, new_clients
+from tests.support.buckets.s3server import S3, new_clients
 
 LAYOUTS = [("s3", "blocks"), ("s3", "samples"), ("s3", "zarr"), ("gs", "blocks"), ("az", "samples")]
 FIELDS = ("image", "noise", "label", "slot", "draw")

@@ -150,6 +150,8 @@ def test_data_that_is_no_pixels_and_a_vae_that_is_none_are_refused(place: Path) 
                ("x / 0", "encode gave values that are not finite"))),
         ("class V:\n encode = staticmethod(lambda x: x)\n decode = staticmethod(lambda x: 100 * x)\n"
          "def vae(shape): return V()", "decode gave values up to 9"),
+        ("class V:\n encode = decode = staticmethod(lambda x: x)\n scale = 'a'\n"
+         "def vae(shape): return V()", "its scale is 'a'; give a number"),
         ("def vae(): return V()", "it cannot be called with the image's shape: too many positional arguments"),
         ("def vae(shape): raise OSError('no weights')", "the function raised OSError: no weights"),
     ):  # fmt: skip

@@ -19,11 +19,11 @@ from nfm.stages.data.stage import source_identity
 from nfm.storage.errors import StorageError
 from nfm.storage.files.paths import as_path
 from tests.stages.data.sources.test_webdataset import good, make, pack, read
+from tests.support.buckets.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 from tests.support.recorder import Recorder
-from tests.support.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 if TYPE_CHECKING:
-    from tests.support.s3server import S3
+    from tests.support.buckets.s3server import S3
 
 
 def files(root: Path, *names: str) -> Path:

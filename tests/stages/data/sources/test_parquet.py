@@ -19,8 +19,8 @@ from nfm.stages.data.stage import source_identity
 from nfm.storage import ImageDataset
 from tests.stages.data.sources.test_many_in_one import put
 from tests.stages.data.sources.test_webdataset import SIDE, make, picture, read
+from tests.support.buckets.s3server import S3, bucket, s3, s3_server  # noqa: F401  fixtures
 from tests.support.recorder import Recorder
-from tests.support.s3server import S3, bucket, s3, s3_server  # noqa: F401  fixtures
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 CLASSES = ["cat", "dog", "ice cream"]

@@ -11,7 +11,7 @@ from nfm.storage.files import atomic, clouds, remote
 from nfm.storage.files.copies import large, mirror
 from nfm.storage.files.paths import as_path, names_in
 from nfm.storage.files.small_files import read_bytes
-from tests.support.s3server import S3, s3_alone
+from tests.support.buckets.s3server import S3, s3_alone
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import names_in, remove, size_of
-from tests.support.s3server import S3
+from tests.support.buckets.s3server import S3
 
 FILES = {"one.bin": b"one" * 1000, "deep/two.bin": b"two", "checkpoints/3/state": b"not needed by others", "empty": b""}
 

@@ -10,7 +10,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.copies.resume import Resume
 from nfm.storage.files.paths import names_in
-from tests.support.s3server import S3
+from tests.support.buckets.s3server import S3
 
 
 def states(artifact: Path) -> Resume:

@@ -11,8 +11,8 @@ from unittest import mock
 
 from nfm.pipeline.artifacts.artifact import Artifact, newest_manifest
 from nfm.storage.files.paths import as_path, names_in
+from tests.support.buckets.s3server import S3
 from tests.support.lab import Lab, Process
-from tests.support.s3server import S3
 
 
 @dataclass

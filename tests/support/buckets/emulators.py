@@ -20,7 +20,7 @@ import pytest
 
 from tests.support.patience import PATIENCE
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NAMED = {"gs": "NFM_TEST_GS", "az": "NFM_TEST_AZ"}
 NAMES = ("STORAGE_EMULATOR_HOST", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_ACCOUNT_NAME")
 _ACCOUNT = "devstoreaccount1"  # of every emulator of Azure's, and its key, which Azure's documentation has

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support import emulators
+from tests.support.buckets import emulators
 
 Kind = Literal[
     "error",  # the answer is this status, nothing is done
