@@ -118,6 +118,20 @@ def test_a_killed_task_leaves_its_commits_and_the_same_task_makes_the_rest(pictu
     assert len(commits()) == pieces
 
 
+@pytest.mark.seconds(20)
+def test_a_list_of_another_config_is_refused_by_name(pictures: Lab, nfm: Nfm) -> None:
+    words = ("worklist", "data", "-c", "tiny.toml", "-o", "list.json")
+    nfm(*words)
+    before = (pictures.folder / "list.json").read_bytes()
+    assert "list.json: exists and is the list of" in nfm(*words, "--set", "data.seed=5", exits=2)
+    assert (pictures.folder / "list.json").read_bytes() == before
+    spec = pictures.artifacts / "data" / Path(json.loads(before)["store"]).name / "spec.json"
+    body = {name: value for name, value in atomic.read_json(spec).items() if name != "digest"}
+    atomic.write_json(spec, {**body, "fingerprint": "0" * 64})
+    told = nfm("work", "list.json", "--task", 0, "--of", 1, exits=1)
+    assert "spec.json: not the recipe that list.json was made for; make a new list with `nfm worklist`" in told
+
+
 def test_arrays_copied_whole_have_no_list(empty: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     nfm = command(empty, monkeypatch)
     for words in (("worklist", "data", "-o", "list.json"), ("submit", "data", "--slurm")):
