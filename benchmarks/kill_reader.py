@@ -62,7 +62,7 @@ class Plan:
             seed=7,
             epochs=self.epochs,
             shuffle=self.shuffle,
-            window=3 if self.shuffle == "windowed" else None,
+            window=3,
             last="keep",
             rank=rank,
             world_size=world_size,

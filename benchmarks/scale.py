@@ -161,7 +161,7 @@ def order(folder: Path, shards: int, records: int) -> dict[str, Any]:
     store, spec = PairStore.open(folder), read_spec(folder)
     found: dict[str, Any] = {"seconds": 0.0, "batch_size": 256}
     for shuffle in ("full", "windowed"):
-        seconds, records_found = timed(lambda how=shuffle: store.stream(0, how, None, None).at(0, np.arange(256)))
+        seconds, records_found = timed(lambda how=shuffle: store.stream(0, how, 16, None).at(0, np.arange(256)))
         if not 0 <= records_found.slot.min() <= records_found.slot.max() < spec.rows:
             raise click.ClickException("slots outside the store")
         found[f"{shuffle}_seconds"] = round(seconds, 4)

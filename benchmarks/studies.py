@@ -20,7 +20,7 @@ from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli import exits
 from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
-from nfm.pipeline.config import load
+from nfm.pipeline.config import RunConfig, load
 from nfm.stages.display.axes import make_log
 from nfm.stages.display.tables import aligned
 from nfm.stages.evaluation import compare
@@ -31,10 +31,9 @@ PACKAGES = ("nfm-pairs", "numpy", "torch")
 WIDTH = 4.4  # inches a panel
 
 
-def point(config_path: Path, overrides: tuple[str, ...], couplings: list[str], seeds: list[int]) -> dict[str, Any]:
+def point(config: RunConfig, couplings: list[str]) -> dict[str, Any]:
     """One value of the setting: the rows of `nfm compare`, by coupling, and what the stores' reports say."""
-    lists = (f"compare.couplings={json.dumps(couplings)}", f"compare.seeds={json.dumps(seeds)}")
-    nodes = builder.build(load(config_path, (*overrides, *lists)), target=compare.NAME)
+    nodes = builder.build(config, target=compare.NAME)
     body = atomic.read_json(runner.run(nodes, compare.NAME).path / compare.TABLE)
     distance = body["distance"]
     curvature = {row["variant"]: row["value"] for row in body["curvature"]}
@@ -128,17 +127,21 @@ def main(
     config_path: Path, vary: str, couplings: str, seeds: str, overrides: tuple[str, ...], output: Path
 ) -> None:  # fmt: skip
     """The students of some couplings, once for each value of one setting."""
-    setting, _, values = vary.partition("=")
-    points = {
-        value: point(
-            config_path, (*overrides, f"{setting}={value}"), couplings.split(","), [int(s) for s in seeds.split(",")]
-        )
-        for value in values.split(",")
-    }
+    setting, _, listed = vary.partition("=")
+    values = listed.split(",")
+    if not listed or len(set(values)) < len(values):
+        raise click.UsageError(f"--vary {vary}: give a setting and its values, each once: pairs.draws=1,2,4")
+    file = output / "study.json"
+    if file.exists() and (other := atomic.read_json(file).get("setting")) != setting:
+        raise click.UsageError(f"-o {output}: holds the study of {other}; give another folder")
+    lists = (f"compare.couplings={json.dumps(couplings.split(','))}", f"compare.seeds=[{seeds}]")
+    # All of them first: a wrong value is told before anything runs.
+    configs = {value: load(config_path, (*overrides, f"{setting}={value}", *lists)) for value in values}
+    points = {value: point(config, couplings.split(",")) for value, config in configs.items()}
     text = as_text(setting, points)
     output.mkdir(parents=True, exist_ok=True)
     body = {"setting": setting, "points": points, "machine": machine(), "versions": versions(*PACKAGES)}
-    atomic.write_json(output / "study.json", body)
+    atomic.write_json(file, body)
     atomic.write_bytes(output / "study.txt", text.encode())
     atomic.write_bytes(output / "study.png", draw(setting, points, f"{config_path.stem}: {setting}"))
     atomic.write_bytes(output / "command.txt", f"{command('benchmarks.studies')}\n".encode())

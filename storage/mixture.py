@@ -76,7 +76,7 @@ class Mixture(Readable):
         _check_aligned(self.stores)
 
     @checked()
-    def stream(self, seed: int, shuffle: Shuffle, window: int | None, filter: Filter | None) -> MixtureStream:
+    def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> MixtureStream:
         """The order of records that a reader follows."""
         return MixtureStream([store.stream(seed, shuffle, window, filter) for store in self.stores], self.weights)
 

@@ -22,7 +22,7 @@ from nfm.storage.errors.arguments import checked, or_none, some_of, whole
 from nfm.storage.files.copies.cache import ShardCache, default_cache
 from nfm.storage.files.paths import as_path, is_remote, store_named
 from nfm.storage.format.index import INDEX_SCHEMA
-from nfm.storage.format.order import Order, Rows, Shuffle
+from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.format.spec import StoreSpec, read_spec
 from nfm.storage.layouts.seeded import Made
 from nfm.storage.ledger import seal
@@ -44,7 +44,7 @@ class Readable(ABC):
     """Pairs that are read in batches: a store, or a mixture of stores."""
 
     @abstractmethod
-    def stream(self, seed: int, shuffle: Shuffle, window: int | None, filter: Filter | None) -> Any:
+    def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> Any:
         """The order of the records that a reader follows."""
 
     @checked(options=ReadOptions)
@@ -55,17 +55,16 @@ class Readable(ABC):
         epochs: int | None = 1,
         *,
         shuffle: Shuffle = "full",
-        window: int | None = None,
+        window: int = 16,
         filter: Filter | None = None,
         **options: Unpack[ReadOptions],
     ) -> BatchReader:
         """Batches of float32 images and noise [B, *shape]. Epoch e reads draw e modulo `draws`.
 
         `batch_size` counts the records of all ranks together. `epochs=None` never ends. `shuffle`: "full" mixes the
-        whole draw; "windowed" mixes `window` shards at a time (default 16) and reads the next ones ahead, for stores
-        larger than memory; None keeps the order of the slots, and reads `window` shards ahead. `filter` keeps the
-        records that match: a pyarrow expression over the columns of `index`, or a list of conditions such as
-        [("label", "in", [1, 2])]. `ReadOptions` has the others.
+        whole draw; "windowed" mixes `window` shards at a time and reads the next ones ahead, for stores larger than
+        memory; None keeps the order of the slots. `filter` keeps the records that match: a pyarrow expression over the
+        columns of `index`, or a list of conditions such as [("label", "in", [1, 2])]. `ReadOptions` has the others.
 
         The filter of a mixture applies to every member.
 
@@ -82,7 +81,7 @@ class Readable(ABC):
         epochs: int | None = 1,
         *,
         shuffle: Shuffle = "full",
-        window: int | None = None,
+        window: int = 16,
         filter: Filter | None = None,
         **options: Unpack[ReadOptions],
     ) -> TorchBatches:
@@ -239,17 +238,16 @@ class PairStore(Readable):
         return rows
 
     @checked()
-    def stream(self, seed: int, shuffle: Shuffle, window: int | None, filter: Filter | None) -> StoreStream:
+    def stream(self, seed: int, shuffle: Shuffle, window: int, filter: Filter | None) -> StoreStream:
         """The order of records that a reader or a mixture follows."""
         self._check_open()
+        if self.remote:
+            self._check_room(shuffle, window)
         selection = None
         if filter is not None:
             shards = {draw: self.sealed.of(draw).entries for draw in range(self.draws)}
             selection = select(self.root, shards, filter, len(self))
-        stream = StoreStream(self, seed, shuffle, window, selection, self.sealed.numbers())
-        if self.remote:
-            self._check_room(stream.order)
-        return stream
+        return StoreStream(self, seed, shuffle, window, selection, self.sealed.numbers())
 
     @checked()
     def empty(self, records: int) -> Arrays:
@@ -311,21 +309,20 @@ class PairStore(Readable):
             lambda number: not all(cache.holds(file.sha256) for file in layouts.files(self.spec, shards[number]))
         )
 
-    def _check_room(self, order: Order) -> None:
+    def _check_room(self, shuffle: Shuffle, window: int) -> None:
         """Refuses a cache that is too small, which would fetch every shard again and again."""
         sizes = [self.sealed.of(draw).entries.numbers("bytes") for draw in range(self.draws)]
         bound = self.cache.max_bytes
-        full = max(int(each.sum()) for each in sizes)
-        windows = 2 * order.window * max(int(each.max()) for each in sizes)
-        if order.shuffle == "full" and full > bound:
+        full, windows = max(int(each.sum()) for each in sizes), 2 * window * max(int(each.max()) for each in sizes)
+        if shuffle == "full" and full > bound:
             raise StorageError(
                 f"{self.root}: a draw of {full} bytes, shuffled in full, exceeds the cache's {bound}: pass "
                 "shuffle='windowed', or raise NFM_CACHE_BYTES (NFM_CACHE names the folder)"
             )
-        if order.shuffle == "windowed" and min(windows, full) > bound:
+        if shuffle == "windowed" and min(windows, full) > bound:
             raise StorageError(
-                f"{self.root}: two windows of {order.window} shards, {windows} bytes, exceed the cache's {bound}: pass "
-                "a smaller window, or raise NFM_CACHE_BYTES (NFM_CACHE names the folder)"
+                f"{self.root}: two windows of {window} shards, {windows} bytes, exceed the cache's {bound}: pass a "
+                "smaller window, or raise NFM_CACHE_BYTES (NFM_CACHE names the folder)"
             )
 
 

@@ -117,7 +117,12 @@ def accelerator(
         work.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         job = Job(plan, device, work, min(end, began + LONGEST), state["pieces"], images)
-        state["pieces"][name] = _row(piece, job) | {"seconds": round(time.monotonic() - began, 1)}
+        try:
+            row = _row(piece, job)
+        except KeyboardInterrupt:
+            click.echo("stopped; the same command goes on from here", err=True)
+            raise SystemExit(130) from None
+        state["pieces"][name] = row | {"seconds": round(time.monotonic() - began, 1)}
         _write(work / STATE, state)
         _write(Path(state["output"]), {key: value for key, value in state.items() if key != "output"})
         click.echo(f"{name}: {json.dumps(state['pieces'][name])}", err=True)

@@ -133,7 +133,7 @@ class ImageDataset:
         epochs: int | None = None,
         *,
         shuffle: Shuffle = "full",
-        window: int | None = None,
+        window: int = 16,
         **options: Unpack[ReadOptions],
     ) -> BatchReader:
         """Batches without noise; endless by default. The options are those of `PairStore.batches`."""

@@ -201,7 +201,7 @@ RULES: Mapping[str, Rule] = {
     "epochs": whole(0, or_none="without end"),
     "epoch": whole(0, MOST_EPOCH),
     "shuffle": one_of(("full", "windowed", None)),
-    "window": whole(1, or_none="16"),
+    "window": whole(1),
     "last": one_of(("drop", "keep")),
     "rank": whole(0, or_none="torch.distributed's"),
     "world_size": whole(1, or_none="torch.distributed's"),

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage.errors import check_inside
-from nfm.storage.errors.arguments import RULES, WrongArgument
+from nfm.storage.errors.arguments import RULES
 from nfm.storage.files.atomic import canonical_json, digest
 
 Rows = npt.NDArray[np.int64]
@@ -110,14 +110,6 @@ def shard_counts(rows: int, rows_per_shard: int) -> Rows:
     """The number of records of each shard. All but the last are full."""
     starts = np.arange(0, rows, rows_per_shard, dtype=np.int64)
     return np.minimum(rows - starts, rows_per_shard)
-
-
-def window_of(shuffle: Shuffle, window: int | None) -> int:
-    """The window, or the default. Raises WrongArgument for one that means nothing: a whole draw needs no windows."""
-    if window is not None and shuffle == "full":
-        said = f"is {window}, and shuffle='full' mixes whole draws: pass shuffle='windowed', or leave window out"
-        raise WrongArgument("window", said)
-    return window or Order.window
 
 
 @dataclass(frozen=True)

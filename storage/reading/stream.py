@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nfm.storage.format.order import Order, Rows, Shuffle, shard_counts, window_of
+from nfm.storage.format.order import Order, Rows, Shuffle, shard_counts
 from nfm.storage.layouts import Shard
 from nfm.storage.reading.selection import Selection
 
@@ -158,7 +158,7 @@ class StoreStream:
         source: Source,
         seed: int,
         shuffle: Shuffle,
-        window: int | None,
+        window: int,
         selection: Selection | None = None,
         present: Mapping[int, Rows] | None = None,
     ) -> None:
@@ -168,9 +168,9 @@ class StoreStream:
         self._present = present
         self.draws = tuple(range(source.draws)) if selection is None else selection.draws
         self.order_key = source.order_key if selection is None else selection.order_key(source.order_key)
-        self.order = Order(self.order_key, seed, shuffle, window_of(shuffle, window))
+        self.order = Order(self.order_key, seed, shuffle, window)
         ahead = source.remote or shuffle != "full"
-        self.lookahead = self.order.window * max(int(self._counts(draw).max()) for draw in self.draws) if ahead else 0
+        self.lookahead = window * max(int(self._counts(draw).max()) for draw in self.draws) if ahead else 0
         records = [int(self._counts(draw).sum()) for draw in self.draws]
         self.least, self.most = min(records), max(records)
         self._epoch: tuple[int, Callable[[Rows], Rows]] | None = None  # the one that was read last

@@ -15,9 +15,8 @@ from PIL import Image
 from nfm.stages.trained.sampling import initial, student_sampler
 from nfm.storage import ImageDataset, PairStore
 from nfm.storage.files import atomic
-from tests.stages.data.latents.small import FOLDED
+from tests.stages.data.latents.small import FOLDED, save_vae
 from tests.support.lab import Lab
-from tests.support.torchvision_stub import make_importable
 
 LATENTS = """
 [latents]
@@ -75,14 +74,7 @@ def test_from_images_to_samples_in_pixels(folded: Lab) -> None:
 @pytest.mark.seconds(40)
 def test_a_folder_of_diffusers_goes_the_same_way_and_decodes_as_diffusers_does(empty: Lab) -> None:
     pytest.importorskip("diffusers", reason="diffusers is not installed: the extra `latents`")
-    make_importable()
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    small = {"block_out_channels": (4, 4), "norm_num_groups": 2, "latent_channels": 4, "layers_per_block": 1}
-    model = AutoencoderKL(in_channels=1, out_channels=1, sample_size=8, shift_factor=0.25, **blocks, **small).eval()
-    model.save_pretrained(empty.folder / "kl")
+    model = save_vae(empty.folder / "kl", 1)
     empty.config.write_text(empty.config.read_text() + LATENTS.replace("mine_vae:vae", "kl"))
     empty.run("evaluate", *SMALL)
 

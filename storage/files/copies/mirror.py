@@ -27,6 +27,7 @@ from nfm.storage.files.paths import as_path, inside, is_remote, is_url, scratch_
 ORIGIN = "origin.json"  # in every folder here: of which artifact it is, and which manifest was pulled
 _FILES = 4  # files at a time, each in several requests
 _TRIES = 3
+_WHOLE = 100 << 20  # bytes of a file that is read into memory to be put over another one
 
 
 def local_folder(artifact: Path) -> Path:
@@ -154,7 +155,9 @@ def push(artifact: Path, folder: Path, digests: Mapping[str, tuple[str, int]], c
     """Brings files of `folder` to the bucket, by path with their SHA-256 and size.
 
     An object that is there already is left alone if it is the same. Another one is of an attempt that was never
-    finished, and is replaced after `check`, which raises if this process does not hold the lock any more.
+    finished, and is replaced after `check`, which raises if this process does not hold the lock any more. If another
+    process replaces it in between, its object stays: some servers, such as Ceph's, look at the condition of a put but
+    not at that of a removal, so only what is uploaded in parts is removed first.
     """
     list(parallel(lambda item: _send(artifact, folder, *item, check), digests.items(), _FILES))
 
@@ -175,7 +178,11 @@ def _send(artifact: Path, folder: Path, name: str, digest: tuple[str, int], chec
     tag = cloud.facts(remote.attempt(target, "look at", lambda fs, there: fs.info(there)))[1] if cloud else ""
     if cloud is not None and atomic.hash_file(target) != digest:
         check()
-        with contextlib.suppress(FileNotFoundError):
-            remote.attempt(target, "remove", lambda fs, there: cloud.remove(fs, there, tag))
+        if digest[1] < min(cloud.PARTS, _WHOLE):
+            data = Path(source).read_bytes()
+            remote.attempt(target, "write", lambda fs, there: cloud.put(fs, there, data, tag))
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                remote.attempt(target, "remove", lambda fs, there: cloud.remove(fs, there, tag))
     if not send():
         raise StorageError(f"{target}: another process writes it; see who works on that artifact, then run this again")

@@ -31,10 +31,12 @@ class Site:
     lab: Lab
     cluster: Cluster
 
-    def submit(self, *arguments: object, sets: tuple[str, ...] = SETS, exits: int = 0) -> dict[str, str]:
-        """`nfm submit pairs --slurm --go`; the job numbers by the jobs' names."""
+    def submit(
+        self, *arguments: object, stage: str = "pairs", sets: tuple[str, ...] = SETS, exits: int = 0
+    ) -> dict[str, str]:
+        """`nfm submit STAGE --slurm --go`; the job numbers by the jobs' names."""
         options = [part for text in sets for part in ("--set", text)]
-        told = self.lab.nfm("submit", "pairs", "-c", "tiny.toml", *options, "--slurm", "--go", *arguments, exits=exits)
+        told = self.lab.nfm("submit", stage, "-c", "tiny.toml", *options, "--slurm", "--go", *arguments, exits=exits)
         if exits:
             return {"message": told.stderr}
         return dict(read_json(self.newest() / "jobs.json")["jobs"])
@@ -46,8 +48,8 @@ class Site:
         """What the jobs of this name in the newest submission printed."""
         return "".join(path.read_text() for path in sorted((self.newest() / "logs").glob(f"{name}-*.log")))
 
-    def commits(self) -> int:
-        return len(list(self.lab.artifacts.glob("pairs/*/commits/d*.json")))
+    def commits(self, stage: str = "pairs") -> int:
+        return len(list(self.lab.artifacts.glob(f"{stage}/*/commits/[a-z]*.json")))
 
     def ended(self) -> None:
         self.cluster.until(lambda: not self.cluster.active())

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nfm.storage.files import atomic
 from tests.e2e.conftest import Nfm, command
-from tests.stages.data.latents.small import FOLDED
+from tests.stages.data.latents.small import FOLDED, SLOW
 from tests.support.lab import Lab
 
 IMAGES, BROKEN = 60, 7
@@ -26,9 +26,6 @@ rows_per_shard = 16
 batch_size = 8
 executor = "serial"
 """
-SLOW = FOLDED.replace("import torch\n", "import time\nimport torch\n").replace(
-    "    def encode(self, x):\n", "    def encode(self, x):\n        time.sleep(0.05)\n"
-)
 
 
 @pytest.fixture
@@ -119,6 +116,20 @@ def test_a_killed_task_leaves_its_commits_and_the_same_task_makes_the_rest(pictu
     assert f"{pieces} shards are this task's, {len(kept)} of them committed already" in said
     assert {path: path.read_bytes() for path in kept} == kept
     assert len(commits()) == pieces
+
+
+@pytest.mark.seconds(20)
+def test_a_list_of_another_config_is_refused_by_name(pictures: Lab, nfm: Nfm) -> None:
+    words = ("worklist", "data", "-c", "tiny.toml", "-o", "list.json")
+    nfm(*words)
+    before = (pictures.folder / "list.json").read_bytes()
+    assert "list.json: exists and is the list of" in nfm(*words, "--set", "data.seed=5", exits=2)
+    assert (pictures.folder / "list.json").read_bytes() == before
+    spec = pictures.artifacts / "data" / Path(json.loads(before)["store"]).name / "spec.json"
+    body = {name: value for name, value in atomic.read_json(spec).items() if name != "digest"}
+    atomic.write_json(spec, {**body, "fingerprint": "0" * 64})
+    told = nfm("work", "list.json", "--task", 0, "--of", 1, exits=1)
+    assert "spec.json: not the recipe that list.json was made for; make a new list with `nfm worklist`" in told
 
 
 def test_arrays_copied_whole_have_no_list(empty: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

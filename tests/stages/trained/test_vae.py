@@ -19,7 +19,7 @@ from nfm.stages.trained.devices import timing
 from nfm.stages.trained.devices.timing import Clock
 from nfm.stages.trained.foreign import vae
 from nfm.storage import ImageDataset
-from tests.stages.data.latents.small import ROWS, make, write_data
+from tests.stages.data.latents.small import ROWS, make, save_vae, write_data
 from tests.support.torchvision_stub import make_importable
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: the extra `latents`")
@@ -34,13 +34,9 @@ def kl() -> Any:
 
 
 @pytest.fixture(scope="module")
-def saved(kl: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A VAE of 4 latent channels that halves the sides, with a shift."""
-    torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    small = {"block_out_channels": (4, 4), "norm_num_groups": 2, "latent_channels": 4, "layers_per_block": 1}
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kl") / "vae"
-    kl(in_channels=3, out_channels=3, sample_size=8, shift_factor=0.25, **blocks, **small).save_pretrained(folder)
+    save_vae(folder, 3)
     return folder
 
 

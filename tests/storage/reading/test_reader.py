@@ -67,8 +67,7 @@ class Numbers:
         self.gathered += 1
 
 
-def make_reader(source, batch_size=4, seed=0, shuffle="full", window=None, **options) -> BatchReader:
-    window = 2 if shuffle == "windowed" else window
+def make_reader(source, batch_size=4, seed=0, shuffle="full", window=2, **options) -> BatchReader:
     return BatchReader(StoreStream(source, seed, shuffle, window), batch_size, **options)
 
 
@@ -91,7 +90,7 @@ def threads() -> list[threading.Thread]:
     st.integers(0, 400),
 )
 def test_batches_after_any_count_hold_every_remaining_record_once(rows, batch_size, shuffle, consumed):
-    stream = StoreStream(Numbers(rows, draws=3), 0, shuffle, 3 if shuffle == "windowed" else None)
+    stream = StoreStream(Numbers(rows, draws=3), 0, shuffle, 3)
     whole = stream.at(2, np.arange(rows)).slot
     planned = list(plan(stream, batch_size, False, 3, 2, consumed))
     assert all(len(each.records.slot) == batch_size for each in planned[:-1])
@@ -104,7 +103,7 @@ def test_batches_after_any_count_hold_every_remaining_record_once(rows, batch_si
 
 def test_dropping_the_last_batch_leaves_full_ones_only():
     def sizes(consumed: int, drop: bool) -> list[int]:
-        stream = StoreStream(Numbers(50), 0, "full", None)
+        stream = StoreStream(Numbers(50), 0, "full", 3)
         return [len(each.records.slot) for each in plan(stream, 16, drop, 1, 0, consumed)]
 
     assert sizes(0, drop=True) == [16, 16, 16]
@@ -358,7 +357,6 @@ def test_torch_distributed_gives_rank_and_world_size(tmp_path):
         ({"batch_size": 0}, "at least 1"),
         ({"last": "pad"}, "must be"),
         ({"shuffle": "yes"}, "must be"),
-        ({"window": 4}, "window is 4, and shuffle='full' mixes whole draws: pass shuffle='windowed', or leave window"),
         ({"rank": 0}, "both or neither"),
         ({"rank": 2, "world_size": 2}, r"outside 0\.\.1"),
     ],

@@ -42,9 +42,7 @@ def store(make_store):
 )
 @pytest.mark.parametrize("shuffle", ["full", "windowed", None])
 def test_an_epoch_holds_the_records_that_match(store, filter, expected, shuffle):
-    batches = list(
-        store.batches(4, filter=filter, shuffle=shuffle, last="keep", window=None if shuffle == "full" else 1)
-    )
+    batches = list(store.batches(4, filter=filter, shuffle=shuffle, last="keep", window=1))
     assert sorted(chain.from_iterable(batch.slot.tolist() for batch in batches)) == expected
     for batch in batches:
         stored = store.gather(0, batch.slot)
@@ -62,7 +60,7 @@ def test_an_epoch_holds_the_records_that_match(store, filter, expected, shuffle)
 )
 def test_filtered_reading_resumes_at_any_world_size(store, chosen, batch, shuffle, stopped, world):
     options = {"filter": pc.field("slot").isin(sorted(chosen)), "shuffle": shuffle, "last": "keep"}
-    options |= {"window": None if shuffle == "full" else 1, "epochs": 3, "prefetch": False, "seed": 5}
+    options |= {"window": 1, "epochs": 3, "prefetch": False, "seed": 5}
     whole = [b.slot.tolist() for b in store.batches(batch * 6, **options)]
     for epoch in range(3):
         each = len(whole) // 3

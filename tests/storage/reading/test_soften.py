@@ -123,14 +123,7 @@ def test_eps_is_the_same_at_any_batch_size_world_size_and_after_a_resume(
     make_pair, batch_size, world, stopped, mixed, shuffle, prefetch
 ):
     source = Mixture([(make_pair[0], 0.7), (make_pair[1], 0.3)]) if mixed else make_pair[0]
-    options = {
-        "seed": 1,
-        "epochs": 2,
-        "shuffle": shuffle,
-        "window": None if shuffle == "full" else 1,
-        "last": "keep",
-        "soften": 0.5,
-    }
+    options = {"seed": 1, "epochs": 2, "shuffle": shuffle, "window": 1, "last": "keep", "soften": 0.5}
     whole = seen(source.batches(10, **options))
     first = source.batches(10, **options)
     head = seen(batch for _, batch in zip(range(stopped), first))

@@ -30,7 +30,7 @@ def test_the_loaders_order_is_the_readers(store, workers, shuffle):
         "epochs": 2,
         "shuffle": shuffle,
         "last": "keep",
-        "window": 1 if shuffle == "windowed" else None,
+        "window": 1,
     }
     expected = list(store.batches(8, device="cpu", **options))
     dataset = store.as_torch_dataset(8, **options)

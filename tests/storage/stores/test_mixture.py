@@ -64,7 +64,7 @@ def test_every_batch_holds_the_exact_share(pair):
 
 @pytest.mark.parametrize("shuffle", ["full", "windowed", None])
 def test_members_of_the_same_data_give_every_slot_once_in_the_order_of_one(pair, shuffle):
-    options = {"seed": 3, "epochs": 2, "shuffle": shuffle, "window": None if shuffle == "full" else 2, "last": "keep"}
+    options = {"seed": 3, "epochs": 2, "shuffle": shuffle, "window": 2, "last": "keep"}
     mixed = records(Mixture([(pair[0], 0.5), (pair[1], 0.5)]).batches(8, **options))
     alone = records(pair[0].batches(8, **options))
     assert [sorted((draw, slot) for _, draw, slot in batch) for batch in mixed] == [
@@ -105,14 +105,7 @@ def test_members_of_other_data_go_through_their_own_epochs(strangers):
 )
 def test_a_mixture_resumes_at_any_world_size(pair, strangers, same, share, stopped, world, shuffle):
     members = list(zip(pair if same else strangers, (share / 10, 1 - share / 10)))
-    options = {
-        "seed": 1,
-        "epochs": 2,
-        "shuffle": shuffle,
-        "window": None if shuffle == "full" else 1,
-        "last": "keep",
-        "prefetch": False,
-    }
+    options = {"seed": 1, "epochs": 2, "shuffle": shuffle, "window": 1, "last": "keep", "prefetch": False}
     whole = records(Mixture(members).batches(12, **options))
     first = Mixture(members).batches(12, **options)
     head = records(batch for _, batch in zip(range(stopped), first))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from nfm.stages.base import Result
 from nfm.stages.data.latents import stage
@@ -13,6 +14,7 @@ from nfm.stages.data.latents.config import LatentsConfig
 from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.files import atomic
 from tests.support.recorder import Recorder
+from tests.support.torchvision_stub import make_importable
 
 # Folds pixels into channels: decode is exactly the inverse of encode. `std` makes a posterior of it.
 FOLDED = """
@@ -38,7 +40,24 @@ class Folded(torch.nn.Module):
 def vae(image_shape, std=0.0):
     return Folded(std)
 """
+SLOW = FOLDED.replace("import torch\n", "import time\nimport torch\n").replace(
+    "    def encode(self, x):\n", "    def encode(self, x):\n        time.sleep(0.05)\n"
+)
 ROWS, HELDOUT = 11, 4
+
+
+def save_vae(folder: Path, channels: int) -> Any:
+    """An AutoencoderKL of diffusers, in a folder: of 4 latent channels, it halves the sides, with a shift."""
+    make_importable()
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    small = {"block_out_channels": (4, 4), "norm_num_groups": 2, "latent_channels": 4, "layers_per_block": 1}
+    ends = {"in_channels": channels, "out_channels": channels, "sample_size": 8, "shift_factor": 0.25}
+    model = AutoencoderKL(**ends, **blocks, **small).eval()
+    model.save_pretrained(folder)
+    return model
 
 
 def pixels(rows: int, seed: int, shape: tuple[int, int, int] = (3, 4, 6)) -> np.ndarray:

@@ -102,6 +102,22 @@ def test_what_an_unfinished_attempt_left_is_replaced_only_by_who_holds_the_lock(
     mirror.push(artifact, mirror.local_folder(artifact), digests, lost)  # the same bytes: nothing is to be replaced
 
 
+def test_what_another_process_put_there_meanwhile_stays_where_a_removal_has_no_condition(
+    artifact: Path, s3: S3
+) -> None:
+    """As on Ceph's gateway, which removes whatever is there: the work was taken over after the look at the lock."""
+    (artifact / "one.bin").write_bytes(b"of an attempt that died")
+    digests = made(artifact, {"one.bin": FILES["one.bin"]})
+
+    def taken_over() -> None:
+        (artifact / "one.bin").write_bytes(b"of who has the lock now")
+
+    with pytest.raises(StorageError, match="another process writes it"):
+        mirror.push(artifact, mirror.local_folder(artifact), digests, taken_over)
+    assert (artifact / "one.bin").read_bytes() == b"of who has the lock now"
+    assert s3.count("DELETE", "one.bin") == 0
+
+
 @pytest.mark.parametrize("kind", ["lose", "reset", "error"])
 def test_lost_answers_lose_no_file(kind: Any, artifact: Path, s3: S3) -> None:
     digests = made(artifact)
