@@ -59,6 +59,7 @@ class SideBySide:
         """The nodes of the run, each when its inputs are finished, and whether a process of ours has just made it.
 
         The others are finished already, or nothing else can run beside them: the caller makes those, with all threads.
+        Stages that measure speeds, which say ALONE, are never made beside others.
         If one fails, those that run go on to their end, and nothing new begins.
 
         Raises:
@@ -76,11 +77,12 @@ class SideBySide:
                     node for node in waiting.values() if not any(of.name in waiting for of in node.inputs.values())
                 ]
                 ready = [node for node in ready if node.name not in self._running]
-                alone = not self._running and len(ready) == 1
+                beside = [node for node in ready if not getattr(node.stage, "ALONE", False)]
+                alone = not self._running and (len(ready) == 1 or not beside)
                 if own := next((node for node in ready if alone or node.made()), None):
                     yield waiting.pop(own.name), False
                     continue
-                for node in ready[: self._at_once - len(self._running)]:
+                for node in beside[: self._at_once - len(self._running)]:
                     self._running[node.name] = _start(self._config, self._target, node.name, self._at_once)
                 self._wait(stop)
         finally:

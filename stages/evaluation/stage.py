@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 NAME = "evaluate"
 VERSION = 2
+ALONE = True  # its speeds are of a machine that does nothing else
 TABLE, TEXT, DISTANCES, ROWS, SAMPLES = "evaluation.json", "evaluation.txt", "distances.json", "rows", "samples"
 OF_THE_MOMENT = (*SPEEDS, "machine")  # columns that depend on the machine and the time: never in the content digest
 

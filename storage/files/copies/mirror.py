@@ -23,6 +23,7 @@ from nfm.storage.files.digested_json import RESTORE
 from nfm.storage.files.durable import HashingFile
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, inside, is_remote, is_url, scratch_root, size_of
+from nfm.storage.files.small_files import read_bytes
 
 ORIGIN = "origin.json"  # in every folder here: of which artifact it is, and which manifest was pulled
 _FILES = 4  # files at a time, each in several requests
@@ -179,7 +180,7 @@ def _send(artifact: Path, folder: Path, name: str, digest: tuple[str, int], chec
     if cloud is not None and atomic.hash_file(target) != digest:
         check()
         if digest[1] < min(cloud.PARTS, _WHOLE):
-            data = Path(source).read_bytes()
+            data = read_bytes(Path(source), digest[1])
             remote.attempt(target, "write", lambda fs, there: cloud.put(fs, there, data, tag))
         else:
             with contextlib.suppress(FileNotFoundError):
