@@ -54,9 +54,11 @@ def test_a_store_that_does_not_fit_on_the_disk_is_refused_before_its_teacher_is_
 
 def test_the_folder_of_rays_logs_is_the_one_that_ray_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray._common.utils import get_default_ray_temp_dir
+    from ray._private import worker
 
     from nfm.stages.executors import ray_messages
 
+    monkeypatch.setattr(worker, "_global_node", None)  # that of another test's Ray, whose folder is another
     for variables in ({"RAY_TMPDIR": "/scratch/of-mine"}, {"TMPDIR": "/scratch/all"}, {}):
         for name in ("RAY_TMPDIR", "TMPDIR"):
             monkeypatch.delenv(name, raising=False)

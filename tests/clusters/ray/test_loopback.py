@@ -28,6 +28,7 @@ def alone() -> list[str]:
     return head
 
 
+@pytest.mark.long
 def test_pairs_are_made_on_a_local_ray_where_there_is_no_network(lab: Lab, alone: list[str]) -> None:
     nfm = str(Path(sysconfig.get_path("scripts")) / "nfm")
     sets = ("pairs.executor=ray", "pairs.workers=1", "pairs.coupling=independent", "pairs.seed=7", "pairs.draws=1")

@@ -74,7 +74,7 @@ def test_tasks_on_machines_apart_make_the_data_and_the_latents_of_one_process(
         assert " clean " in there.nfm("audit", f"{stage}/{made.path.name}", "--deep").stdout
 
 
-@pytest.mark.seconds(60)
+@pytest.mark.long
 def test_another_machine_goes_on_with_shards_that_are_in_the_bucket_and_not_with_what_it_has_itself(
     config: Path, s3: S3, bucket: str, tmp_path: Path
 ) -> None:

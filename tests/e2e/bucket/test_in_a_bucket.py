@@ -43,7 +43,9 @@ def test_machines_that_share_only_a_bucket_make_what_one_makes_in_a_folder(made:
 
 
 @pytest.mark.seconds(60)
-@pytest.mark.parametrize("s3", ["s3", "gs", "az"], indirect=True)
+@pytest.mark.parametrize(
+    "s3", ["s3", *(pytest.param(cloud, marks=pytest.mark.long) for cloud in ("gs", "az"))], indirect=True
+)
 def test_a_machine_that_dies_is_continued_by_another_and_no_pair_is_lost_or_made_twice(
     made: Lab, there: Bucket
 ) -> None:

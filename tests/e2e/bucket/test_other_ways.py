@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NO_REPORT = "pairs.report=false"
 
 
-@pytest.mark.seconds(60)
+@pytest.mark.long
 def test_a_report_is_made_of_what_is_in_the_bucket(made: Lab, there: Bucket) -> None:
     there.upload(made, "data", "teacher", "features", "pairs", "student", "evaluate")
     (page,) = there.run("report").stdout.splitlines()

@@ -70,7 +70,7 @@ def uninterrupted(made: Lab, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.ray  # a small machine starts one local Ray at a time
-@pytest.mark.seconds(40)
+@pytest.mark.long
 def test_a_killed_ray_driver_takes_its_actors_along_and_costs_nothing(lab: Lab, uninterrupted: str) -> None:
     first = lab.start(*lab.arguments("pairs", *SMALL_SHARDS, *RAY))
     lab.until(lambda: len(actors_of(first)) == 2, first)

@@ -39,6 +39,7 @@ def student_of(lab: Lab) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_signal_to_the_launcher_makes_all_processes_save_and_stop(lab: Lab) -> None:
     process = torchrun(lab, *SETS, "student.pairs=400000")
     deadline = time.monotonic() + PATIENCE

@@ -22,6 +22,7 @@ from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import verify
 
 SHAPE = (1, 4, 4)
+OTHERS = [name for name in LAYOUTS if name != "blocks"]
 Make = Callable[..., PairStore]
 
 
@@ -105,7 +106,7 @@ def test_a_mixture_joins_it_with_stored_noise(make: Make) -> None:
         assert one.noise.tobytes() == other.noise.tobytes()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["blocks", *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)])
 def test_it_is_read_from_an_object_store(make: Make, bucket: str, layout: str) -> None:
     made, stored = make(layout, root=f"{bucket}/made"), make(layout, "float32")
     slots = np.arange(49, -1, -1)

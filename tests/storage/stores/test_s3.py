@@ -257,7 +257,7 @@ def test_a_server_that_stays_bad_ends_in_an_error_that_names_the_file(
 
 
 @pytest.mark.seconds(30)
-@pytest.mark.parametrize("layout", ["blocks", "zarr"])
+@pytest.mark.parametrize("layout", ["blocks", pytest.param("zarr", marks=pytest.mark.long)])
 def test_writing_through_bad_moments_leaves_one_right_store(
     layout: str, s3: S3, bucket: str, tmp_path: Path, small_spec: StoreSpec, records: Any
 ) -> None:
