@@ -46,7 +46,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.seconds(120)
+@pytest.mark.long
 def test_tasks_on_machines_apart_make_the_data_and_the_latents_of_one_process(
     config: Path, s3: S3, bucket: str, tmp_path: Path
 ) -> None:

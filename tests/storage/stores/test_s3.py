@@ -22,7 +22,13 @@ from nfm.storage.ledger.shard_writer import write_shard
 from nfm.storage.verify import verify
 from tests.support.buckets.s3server import S3, new_clients
 
-LAYOUTS = [("s3", "blocks"), ("s3", "samples"), ("s3", "zarr"), ("gs", "blocks"), ("az", "samples")]
+OTHERS = (("gs", "blocks"), ("az", "samples"))
+LAYOUTS = [
+    ("s3", "blocks"),
+    ("s3", "samples"),
+    ("s3", "zarr"),
+    *(pytest.param(*other, marks=pytest.mark.long) for other in OTHERS),
+]
 FIELDS = ("image", "noise", "label", "slot", "draw")
 
 
