@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from nfm.stages.base import StageError, Unfit
+from nfm.stages.executors import Executor
 from nfm.stages.executors.ray_messages import logs, shortened
 
 ANSWER_SECONDS = 5.0
@@ -72,6 +73,11 @@ def carried(share: Share) -> int:
 def address_of(stated: str | None) -> str:
     """The address of the cluster: the given one, else RAY_ADDRESS, else `local`, which starts one."""
     return stated or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def elsewhere(executor: Executor, stated: str | None) -> bool:
+    """Whether an executor works on other machines, of whose devices this one knows nothing."""
+    return executor.later or (executor.cluster and address_of(stated) != "local")
 
 
 @contextmanager

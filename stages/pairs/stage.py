@@ -73,8 +73,7 @@ def needs(config: PairsConfig) -> None:
     executor = EXECUTORS[config.executor]
     if executor.cluster:
         ray_cluster.check_reachable(config.ray_address)
-    remote = executor.later or (executor.cluster and address_of(config.ray_address) != "local")
-    if not remote:
+    if not ray_cluster.elsewhere(executor, config.ray_address):
         check_precision(pick_device(config.device), config.precision, "pairs.precision")
 
 

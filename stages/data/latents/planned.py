@@ -64,8 +64,7 @@ def needs(config: LatentsConfig) -> None:
     if executor.cluster:
         who, without = f'latents.executor = "{config.executor}"', "--set latents.executor=serial"
         ray_cluster.check_reachable(config.ray_address, who, without)
-    remote = executor.later or (executor.cluster and ray_cluster.address_of(config.ray_address) != "local")
-    if not remote:
+    if not ray_cluster.elsewhere(executor, config.ray_address):
         check_precision(pick_device(config.device), config.precision, "latents.precision")
 
 
