@@ -16,6 +16,7 @@ from nfm.storage import PairStore
 from nfm.storage.files.copies.resume import newest
 from nfm.storage.files.paths import as_path, names_in
 from nfm.storage.verify import verify
+from tests.stages.data.latents.small import SLOW
 from tests.support.buckets.in_bucket import Bucket
 
 if TYPE_CHECKING:
@@ -75,9 +76,7 @@ def test_nodes_that_share_only_a_bucket_lose_no_pair_and_make_none_twice(
     assert " clean " in there.nfm("audit", f"{there.url}/pairs/{store().name}").stdout
 
 
-def test_parts_of_a_data_set_are_decoded_on_nodes_that_share_only_a_bucket(
-    s3: S3, bucket: str, tmp_path: Path, start_nodes: Callable[..., Nodes]
-) -> None:
+def config_of_images(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     for number in range(48):
         file = tmp_path / "images" / f"c{number % 2}" / f"{number:02d}.png"
@@ -85,6 +84,13 @@ def test_parts_of_a_data_set_are_decoded_on_nodes_that_share_only_a_bucket(
         Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(file)
     config = tmp_path / "images.toml"
     config.write_text(f'[data]\nsource = "images"\npath = "{tmp_path / "images"}"\nrows_per_shard = 4\n')
+    return config
+
+
+def test_parts_of_a_data_set_are_decoded_on_nodes_that_share_only_a_bucket(
+    s3: S3, bucket: str, tmp_path: Path, start_nodes: Callable[..., Nodes]
+) -> None:
+    config = config_of_images(tmp_path)
     here = Bucket(f"{bucket}/serial", s3, config, tmp_path / "machines", "serial")
     here.run("data")
     there = Bucket(f"{bucket}/run", s3, config, tmp_path / "machines", "driver")
@@ -96,6 +102,34 @@ def test_parts_of_a_data_set_are_decoded_on_nodes_that_share_only_a_bucket(
     assert {"parts", "commits", "failed"}.isdisjoint(names_in(made.path))
     for name in ("a", "b"):
         assert list((tmp_path / name / "scratch").iterdir()) == []
+
+
+def test_latents_are_encoded_on_nodes_that_share_only_a_bucket_and_one_of_which_is_lost(
+    s3: S3, bucket: str, tmp_path: Path, start_nodes: Callable[..., Nodes]
+) -> None:
+    config = config_of_images(tmp_path)
+    latents = '\n[latents]\nvae = "mine_vae:vae"\nmirrors = true\nrows_per_shard = 2\nbatch_size = 2\n'
+    config.write_text(config.read_text() + latents)
+    here = Bucket(f"{bucket}/serial", s3, config, tmp_path / "machines", "serial")
+    there = Bucket(f"{bucket}/run", s3, config, tmp_path / "machines", "driver")
+    for machine in (here, there):
+        (machine.lab.folder / "mine_vae.py").write_text(SLOW)
+    here.run("latents", "latents.executor=serial")
+    there.run("data")
+    nodes = two_nodes(start_nodes, tmp_path)
+    driver = there.start(*there.lab.arguments("latents"), **nodes.environment)
+
+    def committed() -> int:
+        folder = as_path(there.url) / "latents"
+        return sum(len(names_in(folder / name / "commits")) for name in names_in(folder))
+
+    there.lab.until(lambda: committed() >= 4, driver)
+    nodes.remove("a")
+    there.lab.wait(driver)
+    (made,), (expected,) = there.all("latents"), here.all("latents")
+    assert made.manifest()["files"] == expected.manifest()["files"]
+    assert {"attempts", "commits", "failed"}.isdisjoint(names_in(made.path))
+    assert {path.parent.name for path in (tmp_path / "b" / "scratch").glob("*/*/*")} == {"data"}
 
 
 def test_a_training_loses_a_node_and_goes_on_from_the_checkpoint_in_the_bucket(

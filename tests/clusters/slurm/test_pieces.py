@@ -1,4 +1,4 @@
-"""Data made by a real Slurm: with a task cancelled, an array ends where one process does."""
+"""Data and latents made by a real Slurm: with a task cancelled, an array ends where one process does."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.clusters.slurm.conftest import ODD, Site
+from tests.stages.data.latents.small import SLOW
 from tests.support.lab import Lab
 
 if TYPE_CHECKING:
@@ -28,12 +29,18 @@ image_size = 8
 heldout = 0.1
 max_rejected = 0.1
 rows_per_shard = {EACH}
+
+[latents]
+vae = "mine_vae:vae"
+mirrors = true
+rows_per_shard = {EACH}
+batch_size = 1
 """
 
 
 @pytest.fixture
 def pictures(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
-    """A cluster and a lab with image files, some time to decode each; one of them is broken."""
+    """A cluster and a lab with image files and a VAE, some time to decode and encode each; one file is broken."""
     lab = Lab(tmp_path / ODD)
     for number in range(IMAGES):
         path = lab.folder / "pictures" / "ab"[number % 2] / f"{number:03d}.png"
@@ -41,14 +48,16 @@ def pictures(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
         Image.fromarray(np.full((900, 900, 3), number, np.uint8)).save(path, compress_level=1)
     path.write_bytes(path.read_bytes()[:200])
     lab.config.write_text(CONFIG)
+    (lab.folder / "mine_vae.py").write_text(SLOW)
     yield Site(lab, cluster)
     lab.close()
 
 
-@pytest.mark.parametrize("stage", ["data"])
+@pytest.mark.parametrize("stage", ["data", "latents"])
 def test_a_task_cancelled_in_the_middle_is_made_up_by_the_next_submission(pictures: Site, stage: str) -> None:
     site = pictures
-    site.lab.run(stage)
+    serial = ["latents.executor=serial"] if stage == "latents" else []
+    site.lab.run(stage, *serial)
     alone = site.lab.only(stage).manifest()
     site.lab.drop(stage)
 
