@@ -54,6 +54,26 @@ class EvaluateConfig(Section):
     speed_batches: tuple[Annotated[int, Field(ge=1)], ...] = operational((32, 128, 512))
     device: str = operational("auto")
 
+    def count(self, heldout: int) -> int:
+        """Images of a row. The same for all rows, also the floor, because distances of few images are larger."""
+        return min(self.samples, heldout)
+
+    def cut(self, heldout: int, train: int) -> list[str]:
+        """A sentence for each field that asks for more images than there are, with the number that is used."""
+        count = self.count(heldout)
+        told = []
+        if count < self.samples:
+            told.append(
+                f"evaluate.samples is {self.samples:,}, and {heldout:,} images are held out: each row has {count:,}"
+            )
+        if self.features == "none":
+            return told
+        if (most := min(count, train)) < self.kid_size:
+            told.append(f"evaluate.kid_size is {self.kid_size:,}: the subsets of KID have {most:,} images")
+        if train < count:
+            told.append(f"the training set has {train:,} images: precision, recall, density and coverage use no more")
+        return told
+
     @field_validator("statistics")
     @classmethod
     def _are_of_inception(cls, statistics: str | None, info: ValidationInfo) -> str | None:
