@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from nfm.stages.base import Guidance, LocalField, Section, added, operational
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.trained.devices.precision import Precision
+from nfm.stages.trained.devices.where import DeviceField
 from nfm.stages.trained.sampling import ALWAYS, DiffusionName, GridName, SolverName, check_diffusion
 from nfm.stages.trained.weights import parse
 from nfm.trainers.nfe import pick_solver
@@ -52,7 +53,7 @@ class EvaluateConfig(Section):
     precision: Precision = "float32"
     batch_size: int = Field(250, ge=1)
     speed_batches: tuple[Annotated[int, Field(ge=1)], ...] = operational((32, 128, 512))
-    device: str = operational("auto")
+    device: DeviceField = operational("auto")
 
     def count(self, heldout: int) -> int:
         """Images of a row. The same for all rows, also the floor, because distances of few images are larger."""

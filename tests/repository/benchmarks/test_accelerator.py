@@ -77,7 +77,7 @@ def test_every_piece_runs_tiny_without_the_packages_of_the_pipeline(tmp_path: Pa
     assert body["pieces"]["sample"]["student_over_teacher"] > 0
     for coupling in ("independent", "nfm"):
         assert list(body["pieces"]["table"][coupling]["distance_by_nfe"]) == ["31", "15", "7", "5", "3", "1"]
-    assert "left: tests; the same command goes on" in done.stderr
+    assert "left: tests; the same command without --only goes on" in done.stderr
 
 
 @pytest.mark.seconds(60)
