@@ -17,8 +17,8 @@ def check_address(text: str) -> str:
     found = _CLUSTER.fullmatch(text)
     if text not in ("", "auto", "local") and not (found and 1 <= int(found["port"]) <= 65535):
         raise ValueError(
-            "no address of a Ray cluster: write HOST:PORT with a port from 1 to 65535, for Ray's client with ray:// before "
-            "it; or auto, or local"
+            "no address of a Ray cluster: write HOST:PORT with a port from 1 to 65535, for Ray's client with ray:// "
+            "before it; or auto, or local"
         )
     return text
 
