@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from nfm.stages.pairs import coupling_report
 from nfm.stages.trained.devices import timing
 from tests.support.lab import CONFIG, Lab
 from tests.support.once import ByFile, once
@@ -61,10 +62,15 @@ settings.register_profile("nfm", deadline=None)  # a busy machine is no finding
 settings.load_profile("nfm")
 
 
-@pytest.fixture(autouse=True)
-def _timed_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans time this machine as briefly as they can: tests look at what is timed, not at how well."""
-    monkeypatch.setattr(timing, "SECONDS", 0.1)
+@pytest.fixture(scope="session", autouse=True)
+def _measured_for_a_moment() -> Iterator[None]:
+    """Plans time this machine, and sealing measures its pairs, as briefly as they can: few tests look at how well."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "SECONDS", 0.1)
+        patch.setattr(coupling_report, "AUC_PAIRS", 256)
+        # Nobody pulls the plug, and a disk takes 4 ms for each. Programs that tests start have the real one.
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["advice", "contents_of", "lines", "measure", "measure_at"]
 Stop = Callable[[], bool]
 SEED = 0
+AUC_PAIRS = 40_000  # that the network of the two-sample AUC sees, at most
 CLASSES = 100  # classes reported separately, among those with at least so many records in the sample:
 CLASS_RECORDS = 64
 HELDOUT_ROWS = 2048
@@ -84,7 +85,7 @@ def measure(store: PairStore, inputs: Inputs, report: Reporter | None = None, de
     _unless(stop)
     if len(z) >= 20:
         labels, classes = torch.from_numpy(sample.label), store.spec.classes or 0
-        found = two_sample(z.reshape(-1, *_image_shape(store)), labels, classes, SEED, device, stop)
+        found = two_sample(z.reshape(-1, *_image_shape(store)), labels, classes, SEED, device, stop, AUC_PAIRS)
         if found is None:
             raise Stopped
         body |= {"auc": found.auc, "auc_error": found.error, "auc_trained": found.trained, "auc_heldout": found.heldout}

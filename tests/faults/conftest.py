@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,18 +58,16 @@ def copied(made: Lab, folder: Path) -> Lab:
 
 @dataclass
 class Uninterrupted:
-    """Serial runs that nothing gets in the way of: the content digest and the seconds, by draws."""
+    """Serial runs in this process that nothing gets in the way of: the content digest by draws."""
 
     lab: Lab
     digests: dict[int, str]
-    seconds: dict[int, float]
 
     def __call__(self, draws: int) -> str:
         """The content digest of a store of so many draws; draws are added to the same store, one run each."""
         if draws not in self.digests:
-            making, begun = Making(self.lab, "serial", draws), time.monotonic()
-            self.lab.wait(making.start()[0])
-            self.seconds[draws] = time.monotonic() - begun
+            making = Making(self.lab, "serial", draws)
+            self.lab.nfm(*making.arguments())
             self.digests[draws] = PairStore.open(making.store).content_digest
             shutil.rmtree(making.store)
         return self.digests[draws]
@@ -80,7 +77,7 @@ class Uninterrupted:
 def uninterrupted(made: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Uninterrupted]:
     """What an uninterrupted serial run makes."""
     lab = copied(made, tmp_path_factory.mktemp("uninterrupted") / "lab")
-    yield Uninterrupted(lab, {}, {})
+    yield Uninterrupted(lab, {})
     lab.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import site
 import subprocess
 import sys
 import threading
@@ -95,6 +96,11 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], out: Co
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    os.fsync = lambda handle: None  # see tests/conftest.py
+    if "PYTHONPATH" in environment:  # what Python does with it when it starts
+        sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+        sys.modules.pop("sitecustomize", None)
+        site.execsitecustomize()
     sys.argv = arguments
     try:
         main()

@@ -104,7 +104,7 @@ class Lab:
         """
         words, whole = [*map(str, arguments)], self.environment(**environment)
         process: Process
-        if any(name.startswith("PYTHON") for name in environment):  # which Python reads when it starts
+        if any(name.startswith("PYTHON") and name != "PYTHONPATH" for name in environment):  # read when Python starts
             process = self.script(*words, **environment)
         else:
             process = Forked(words, self.folder, whole)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 HELDOUT = 0.3  # of the records
 BATCH = 128  # records of each kind in a step
-PAIRS_SEEN = 40_000  # by the network in total, at most
 EPOCHS = 24
 FEWEST_STEPS = 60
 RATE, DECAY = 2e-3, 1e-3
@@ -92,19 +91,21 @@ def two_sample(
     seed: int = 0,
     device: str = "cpu",
     stop: Callable[[], bool] = lambda: False,
+    most_seen: int = 40_000,
 ) -> TwoSample | None:
     """Trains a `Critic` on most of the noise z [N, C, H, W] and tests it on the rest.
 
-    z is float32, labels int64 [N] (any value if there are no classes). None if `stop()` became true first. New noise
-    comes with the same labels, because a student draws N(0, I) within each class. Dependent records (two draws of one
-    image) must not both be in z. Raises ValueError for fewer than 20 records or values that are not finite.
+    z is float32, labels int64 [N] (any value if there are no classes). Training takes `most_seen` records at most, one
+    that comes again counted again. None if `stop()` became true first. New noise comes with the same labels, because a
+    student draws N(0, I) within each class. Dependent records (two draws of one image) must not both be in z. Raises
+    ValueError for fewer than 20 records or values that are not finite.
     """
     if len(z) < 20 or not bool(torch.isfinite(z).all()):
         raise ValueError(f"{len(z)} records, {int((~torch.isfinite(z)).sum())} values not finite; give 20 finite ones")
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(z), generator=random)
     heldout, kept = order.split([round(HELDOUT * len(z)), len(z) - round(HELDOUT * len(z))])
-    steps = max(FEWEST_STEPS, min(PAIRS_SEEN, EPOCHS * len(kept)) // BATCH)
+    steps = min(most_seen // BATCH, max(FEWEST_STEPS, EPOCHS * len(kept) // BATCH))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         critic = Critic((z.shape[1], z.shape[2], z.shape[3]), classes)

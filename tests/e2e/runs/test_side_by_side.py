@@ -36,7 +36,7 @@ def test_students_side_by_side_are_those_of_one_after_the_other_also_when_one_fa
     shards = {path: path.read_bytes() for path in (lab.only("pairs", "independent").path / "shards").iterdir()}
     for path in shards:
         path.write_bytes(b"")
-    process = lab.script(*lab.arguments("report"), *TWO)
+    process = lab.start(*lab.arguments("report"), *TWO)
     lab.until(lambda: len(processes_of(lab)) == 2, process)
     beside, fails = (processes_of(lab)[name] for name in ("student", "student:independent"))
     os.kill(beside, signal.SIGSTOP)  # so that it is not at its end before the other has failed
@@ -51,7 +51,7 @@ def test_students_side_by_side_are_those_of_one_after_the_other_also_when_one_fa
 
     for path, held in shards.items():
         path.write_bytes(held)
-    done = lab.wait(lab.script(*lab.arguments("report"), *TWO))
+    done = lab.wait(lab.start(*lab.arguments("report"), *TWO))
     assert "student: student/" in done.stderr, "what is finished is not made again"
     assert {lab.only("student", name).manifest()["content_digest"] for name in ("nfm", "independent")} == before
     assert done.stdout.strip() == str(lab.only("report").path / "report.html"), "nothing else is on standard output"
@@ -68,7 +68,7 @@ def test_a_stop_ends_all_of_them_and_the_same_command_goes_on(lab: Lab, number: 
     said = lab.wait(process, exits=130).stderr
     assert said.count("stopped; the same command goes on from here") == 2
     assert not processes_of(lab)
-    resumed = lab.wait(lab.script(*lab.arguments("report", *more), *TWO)).stderr
+    resumed = lab.wait(lab.start(*lab.arguments("report", *more), *TWO)).stderr
     assert resumed.count("continuing from") == 2
 
 

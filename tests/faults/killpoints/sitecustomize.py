@@ -67,6 +67,16 @@ def _watched(function, what):
     return wrapper
 
 
+def _watch(module) -> None:
+    """Wrap a module's functions of POINTS, also where modules that are loaded already have them by name."""
+    for function, what in POINTS[module.__name__].items():
+        plain = getattr(module, function)
+        watched = _watched(plain, what)
+        for other in [each for name, each in list(sys.modules.items()) if name.startswith("nfm.")]:
+            if vars(other).get(function) is plain:
+                setattr(other, function, watched)
+
+
 def _subject(argument) -> str:
     """The shard's name, from the writer or the path that the function is given first."""
     return Path(str(getattr(argument, "path", argument))).name.partition(".")[0]
@@ -87,8 +97,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             load(module)
-            for function, what in POINTS[name].items():
-                setattr(module, function, _watched(getattr(module, function), what))
+            _watch(module)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -105,3 +114,5 @@ def _other() -> None:
 _other()
 if "NFM_TEST_KILL" in os.environ or "NFM_TEST_MEET" in os.environ:
     sys.meta_path.insert(0, Finder())
+    for loaded in [sys.modules[name] for name in POINTS if name in sys.modules]:  # in a process that was forked
+        _watch(loaded)

@@ -42,6 +42,12 @@ def images(count: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, *SHAPE)).astype(np.uint8)
 
 
+@pytest.fixture(autouse=True)
+def _measured_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests see no more of the report than that it is made."""
+    monkeypatch.setattr(coupling_report, "AUC_PAIRS", 40_000)
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """make("nfm", noise [draws * rows, ...]) -> the root of a sealed store of 300 rows in shards of 128."""

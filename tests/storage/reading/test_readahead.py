@@ -183,7 +183,7 @@ def test_a_file_is_brought_into_memory(tmp_path, monkeypatch, linux):
     if linux != "this":
         monkeypatch.setattr(readahead, "_MADV_POPULATE_READ", 9999)
     with open(path, "rb") as opened:
-        os.fsync(opened.fileno())
+        os.fdatasync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if resident(opened.fileno(), size):
             pytest.skip("this file system does not let go of its pages")

@@ -45,6 +45,7 @@ def rewrite(out: Path, data: Path, change: str) -> None:
     """The artifact's rows written anew, with something changed that its digests would not tell."""
     facts = vae.read_facts(out)
     images = shards.Images(data, facts)
+    (out / "dataset.json").unlink()
     writer = DatasetWriter(out, "small latents", facts.latent_shape, ["even", "odd"], 5, shards.DTYPE)
     encoder = shards.LatentEncoder(out, data, "cpu")
     for split in shards.SPLITS:
