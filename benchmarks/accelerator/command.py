@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -15,12 +13,11 @@ from typing import Any, NamedTuple
 import click
 
 from benchmarks.accelerator.job import Job, Unfinished
-from benchmarks.accelerator.sizes import PLANS
-from benchmarks.told import machine, versions
+from benchmarks.accelerator.kept import Kept, alone
+from benchmarks.accelerator.sizes import PLANS, Plan
 
 LONGEST = 9 * 60.0  # seconds of a piece
-RESULTS = Path("results/gpu")
-WORK, STATE = "build/accelerator", "state.json"
+WORK = "build/accelerator"
 
 
 class Local(click.ParamType):
@@ -41,11 +38,15 @@ class Local(click.ParamType):
 
 
 class Piece(NamedTuple):
-    """What to call, and what must be done before. `least` is the time in seconds with which it is begun."""
+    """What to call, and what must be done before. `least` is the time in seconds with which it is begun.
+
+    `files` are what it leaves in the folder of the work: folders, and .safetensors of these names.
+    """
 
     module: str
     function: str
     after: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     least: float = 60.0
     options: Mapping[str, Any] = {}
 
@@ -63,11 +64,13 @@ PIECES: dict[str, Piece] = {
     "train": Piece("rates", "train", least=120),
     "sample": Piece("rates", "sample", least=120),
     "reader": Piece("reader", "reader", least=120),
-    "teacher": Piece("trial", "teacher"),
-    "pairs": Piece("trial", "pairs", after=("teacher",)),
-    "student-independent": Piece("trial", "student", options={"coupling": "independent"}),
-    "student-nfm": Piece("trial", "student", after=("pairs",), options={"coupling": "nfm"}),
-    "table": Piece("trial", "table", after=("student-independent", "student-nfm")),
+    "teacher": Piece("trial", "teacher", files=("teacher",)),
+    "pairs": Piece("trial", "pairs", after=("teacher",), files=("pairs",)),
+    "student-independent": Piece(
+        "trial", "student", files=("student-independent",), options={"coupling": "independent"}
+    ),
+    "student-nfm": Piece("trial", "student", after=("pairs",), files=("student-nfm",), options={"coupling": "nfm"}),
+    "table": Piece("trial", "table", after=("student-independent", "student-nfm"), files=("features",)),
 }
 
 
@@ -79,9 +82,10 @@ PIECES: dict[str, Piece] = {
     type=click.FloatRange(min=0, min_open=True),
     help="Of this call, about.",
 )
-@click.option("--only", multiple=True, type=click.Choice(list(PIECES)), help="Only this piece, again. Repeatable.")
-@click.option("--images", type=Local(), help="The trial's images: an .npz with data, uint8 [N, 1, 28, 28], and labels "
-              "from 0 to 9. [default: drawn flowers]")  # fmt: skip
+@click.option("--only", multiple=True, type=click.Choice(list(PIECES)),
+              help="Only this piece, measured again with what is made from it. Repeatable.")  # fmt: skip
+@click.option("--images", type=Local(".npz"), help="The trial's images: an .npz with data, uint8 [N, 1, 28, 28], and "
+              "labels from 0 to 9. [default: drawn flowers]")  # fmt: skip
 @click.option("--tiny", is_flag=True, help="A small run that shows that all works; its figures mean nothing.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--work", default=WORK, show_default=True, type=Local(),
@@ -98,40 +102,75 @@ def accelerator(
     end, plan = time.monotonic() + 60 * minutes, PLANS["tiny" if tiny else "full"]
     device = _device(device)
     forbid_tf32()
-    if images is not None and not images.is_file():
-        raise click.BadParameter(f"{images}: no such file", param_hint="--images")
-    state = _begun(work, plan.name, device, output)
-    for name in only:
-        state["pieces"].pop(name, None)
-    for name in only or PIECES:
-        piece = PIECES[name]
-        if _is_done(state, name):
-            click.echo(f"{name}: done before", err=True)
-            continue
-        if lacking := [before for before in piece.after if not _is_done(state, before)]:
-            click.echo(f"{name}: needs {', '.join(lacking)} first", err=True)
-            continue
-        if end - time.monotonic() < (0 if tiny else piece.least):
-            click.echo(f"{name}: {max(0, end - time.monotonic()):.0f} s are left, too few to begin it", err=True)
-            continue
-        work.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
-        job = Job(plan, device, work, min(end, began + LONGEST), state["pieces"], images)
-        try:
-            row = _row(piece, job)
-        except KeyboardInterrupt:
-            click.echo("stopped; the same command goes on from here", err=True)
-            raise SystemExit(130) from None
-        state["pieces"][name] = row | {"seconds": round(time.monotonic() - began, 1)}
-        _write(work / STATE, state)
-        _write(Path(state["output"]), {key: value for key, value in state.items() if key != "output"})
-        click.echo(f"{name}: {json.dumps(state['pieces'][name])}", err=True)
-    click.echo(state["output"])
-    left = [name for name in PIECES if not _is_done(state, name)]
-    if left:
-        click.echo(f"left: {', '.join(left)}; the same command goes on", err=True)
-    if any("failed" in state["pieces"].get(name, {}) for name in left):
+    if images is not None:
+        _check_images(images, plan)
+    with alone(work):
+        kept = Kept(work, plan.name, _card(device), images, output)
+        begun, waiting = 0, []
+        for name in PIECES:
+            if only and name not in only:
+                continue
+            if not only and kept.is_done(name):
+                click.echo(f"{name}: done before", err=True)
+                continue
+            if why := _not_now(name, kept, end - time.monotonic(), plan):
+                click.echo(why, err=True)
+                waiting.append(why)
+                continue
+            begun += 1
+            _begin_anew(name, kept)
+            began = time.monotonic()
+            row = _row(PIECES[name], Job(plan, device, work, min(end, began + LONGEST), kept.pieces, images))
+            kept.add(name, row | {"seconds": round(time.monotonic() - began, 1)})
+            click.echo(f"{name}: {json.dumps(kept.pieces[name])}", err=True)
+        if kept.pieces:
+            kept.save()
+            click.echo(kept.state["output"])
+    left_over = [name for name in PIECES if not kept.is_done(name)]
+    if left_over:
+        click.echo(f"left: {', '.join(left_over)}; the same command without --only goes on", err=True)
+    if any("failed" in kept.pieces.get(name, {}) for name in left_over):
         raise SystemExit(1)
+    if not begun and waiting:
+        raise click.UsageError(f"nothing was begun: {'; '.join(waiting)}")
+    if not begun:
+        click.echo("nothing was left to measure: these are the figures of earlier calls; --only PIECE, or another "
+                   "--work, measures anew", err=True)  # fmt: skip
+
+
+def _not_now(name: str, kept: Kept, seconds_left: float, plan: Plan) -> str:
+    """Why a piece cannot be begun; empty if it can."""
+    piece = PIECES[name]
+    if lacking := [before for before in piece.after if not kept.is_done(before)]:
+        return f"{name}: needs {', '.join(lacking)} first"
+    if seconds_left < (0 if plan.name == "tiny" else piece.least):
+        return f"{name}: {max(0, seconds_left):.0f} s are left, too few to begin it (--minutes)"
+    return ""
+
+
+def _begin_anew(name: str, kept: Kept) -> None:
+    """Forgets what is measured now, if it was done, and what was made from that; half done, it goes on."""
+    if not kept.is_done(name):
+        return
+    old = [name]
+    for other, piece in PIECES.items():
+        if set(piece.after) & set(old):
+            old.append(other)
+    gone = [other for other in old[1:] if other in kept.pieces]
+    if gone:
+        click.echo(f"{name}: made again, so {', '.join(gone)} of the one before are left to be made again", err=True)
+    kept.forget(old, (file for other in old for file in PIECES[other].files))
+
+
+def _check_images(images: Path, plan: Plan) -> None:
+    from benchmarks.accelerator.trial import trial_images
+
+    if not images.is_file():
+        raise click.BadParameter(f"{images}: no such file", param_hint="--images")
+    try:
+        trial_images(plan, images)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--images") from error
 
 
 def _row(piece: Piece, job: Job) -> dict[str, Any]:
@@ -140,37 +179,15 @@ def _row(piece: Piece, job: Job) -> dict[str, Any]:
 
     try:
         return piece(job)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command without --only goes on from here", err=True)
+        raise SystemExit(130) from None
     except Unfinished as error:
         return {"unfinished": str(error)}
     except Exception as error:  # the others keep their figures
         return {"failed": f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:500]}"}
     finally:
         free_memory(job.device)
-
-
-def _is_done(state: Mapping[str, Any], name: str) -> bool:
-    found = state["pieces"].get(name)
-    return found is not None and not {"unfinished", "failed"} & found.keys()
-
-
-def _begun(work: Path, plan: str, device: str, output: Path | None) -> dict[str, Any]:
-    """The state of an earlier call in this folder, or a new one. Work of another device or size is refused."""
-    card = _card(device)
-    if (work / STATE).exists():
-        state: dict[str, Any] = json.loads((work / STATE).read_text(encoding="utf-8"))
-        if (state["plan"], state["card"]) != (plan, card):
-            raise click.UsageError(
-                f"{work}: holds the {state['plan']} run of {state['card']}, and this is the {plan} one of {card}: "
-                "give another --work, or remove it"
-            )
-        return state | ({"output": str(output)} if output else {})
-    day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
-    return {
-        "output": str(output or RESULTS / f"{slug}-{day}.json"), "plan": plan, "card": card, "machine": machine(),
-        "versions": versions("nfm-pairs", "torch", "numpy"), "command": "python -m benchmarks.accelerator",
-        "pieces": {},
-    }  # fmt: skip
 
 
 def _device(name: str) -> str:
@@ -188,11 +205,3 @@ def _card(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-
-
-def _write(path: Path, body: Mapping[str, Any]) -> None:
-    """All of a file or nothing, so that a call that is killed leaves the state before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -19,8 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.accelerator.job import Job, Unfinished
+from benchmarks.accelerator.kept import write, write_bytes
 from benchmarks.accelerator.rates import short, steps_of, student_loss, teacher_loss
-from benchmarks.accelerator.sizes import ETA
+from benchmarks.accelerator.sizes import ETA, Plan
 from nfm.trainers import flow_matching, loop, solvers
 from nfm.trainers.checkpoint import pack, unpack
 from nfm.trainers.couplings.coupling import NFM
@@ -57,7 +60,7 @@ def pairs(job: Job) -> dict[str, Any]:
     noise = torch.cat(found)
     sigma = float(noise.square().mean().sqrt())
     noise = (noise / sigma).cpu()
-    (job.folder / "pairs.safetensors").write_bytes(pack({"noise": noise}, {"sigma_f": sigma}))
+    write_bytes(job.folder / "pairs.safetensors", pack({"noise": noise}, {"sigma_f": sigma}))
     told = two_sample(noise, labels.cpu(), job.plan.trial.classes, device=job.device, stop=lambda: job.over)
     auc = {} if told is None else {"auc": short(told.auc), "auc_error": short(told.error)}
     return {"pairs": len(noise), "sigma_f": short(sigma), **auc}
@@ -158,7 +161,7 @@ def _trained(
             batches, seconds = Batches(images, labels, noise, batch), job.plan.seconds
             speed = median(steps_of(make(), loss, next(iter(batches)), batch, job.device, dtype, compiled, seconds))
             count = max(2 * SAVES, round(speed * job.plan.train_seconds * share / batch)) * batch
-            planned.write_text(json.dumps({"examples": count, "images_per_second": short(speed)}), encoding="utf-8")
+            write(planned, {"examples": count, "images_per_second": short(speed)})
         told = json.loads(planned.read_text(encoding="utf-8"))
         examples, losses = told["examples"], list[dict[str, float]]()
         recipe = loop.Recipe(examples, batch, rate, warmup_examples=examples // 20)
@@ -173,7 +176,7 @@ def _trained(
         if not done.finished:
             raise Unfinished(f"{done.examples_seen:,} of {examples:,} images")
         last = {key: short(value) for key, value in losses[-1].items() if key in ("loss", "accuracy")}
-        finished.write_bytes(pack(done.ema.state_dict(), told | last))
+        write_bytes(finished, pack(done.ema.state_dict(), told | last))
     return _load(job, name, make), unpack(finished.read_bytes())[1]
 
 
@@ -189,30 +192,42 @@ def _flow(job: Job) -> Any:
 
 def _images(job: Job) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, then as many held-out ones as two sets of samples, on the device."""
-    plan, sizes = job.plan, job.plan.trial
-    count = plan.images + 2 * plan.samples
-    images, labels = (
-        flowers(count, sizes.image_shape, sizes.classes, seed=0)
-        if job.images is None
-        else read_images(job.images, sizes.image_shape, sizes.classes)
-    )
-    if len(images) < 2 * plan.samples + max(sizes.train_batch, sizes.student_batch):
-        raise ValueError(f"{job.images}: {len(images):,} images, too few for {2 * plan.samples:,} held-out ones")
-    images, labels = images.to(job.device), labels.to(job.device)
-    end = len(images) - 2 * plan.samples
+    images, labels = (part.to(job.device) for part in trial_images(job.plan, job.images))
+    end = len(images) - 2 * job.plan.samples
     return images[:end], labels[:end], images[end:], labels[end:]
+
+
+def trial_images(plan: Plan, path: Path | None) -> tuple[Tensor, Tensor]:
+    """All images and labels of a trial. Raises ValueError for a file that does not do, with the remedy."""
+    sizes = plan.trial
+    if path is None:
+        return flowers(plan.images + 2 * plan.samples, sizes.image_shape, sizes.classes, seed=0)
+    images, labels = read_images(path, sizes.image_shape, sizes.classes)
+    if len(images) < (least := 2 * plan.samples + max(sizes.train_batch, sizes.student_batch)):
+        raise ValueError(
+            f"{path}: {len(images):,} images, and {least:,} are needed: {2 * plan.samples:,} are held out, the others "
+            "are a batch of training at least"
+        )
+    return images, labels
 
 
 def read_images(path: Path, shape: tuple[int, int, int], classes: int) -> tuple[Tensor, Tensor]:
     """The arrays `data`, uint8 [N, C, H, W], and `labels`, from 0, of an .npz. Raises ValueError, with the remedy."""
-    with np.load(path, allow_pickle=False) as arrays:
-        missing = {"data", "labels"} - set(arrays.files)
+    remedy = "write it with numpy.savez(FILE, data=..., labels=...)"
+    try:
+        with zipfile.ZipFile(path) as members:
+            missing = {"data", "labels"} - {name.removesuffix(".npy") for name in members.namelist()}
         if missing:
-            raise ValueError(f"{path}: no array {' and no '.join(sorted(missing))}: save data=... and labels=...")
-        data, labels = arrays["data"], arrays["labels"]
+            raise ValueError(f"no array {' and no '.join(sorted(missing))}")
+        with np.load(path, allow_pickle=False) as arrays:
+            data, labels = arrays["data"], arrays["labels"]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: {error}; {remedy}") from error
     if data.dtype != np.uint8 or data.shape[1:] != shape or labels.shape != data.shape[:1]:
         wanted = "x".join(map(str, shape))
         raise ValueError(f"{path}: data is {data.dtype} {data.shape}, it must be uint8 of {wanted}, with a label each")
+    if labels.dtype.kind not in "iu" or not len(labels):
+        raise ValueError(f"{path}: {len(labels):,} labels of type {labels.dtype}; {remedy}, whole numbers from 0")
     if not 0 <= labels.min() <= labels.max() < classes:
         raise ValueError(f"{path}: labels from {labels.min()} to {labels.max()}, they must be from 0 to {classes - 1}")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))

@@ -296,6 +296,7 @@ def _decoder_of(model: Artifact, as_latents: bool) -> Path | None:
 
 def _check_allowed(folder: Path, stage: str, digests: tuple[str, ...], latents: Path | None) -> None:
     """Raises Unfit where sampling would run code that its user has not allowed; says whose code runs."""
+    from nfm.stages.couplings import custom
     from nfm.stages.trained.foreign import own, vae
 
     code = own.recorded(folder, stage) | ({} if latents is None else vae.recorded(latents))
@@ -304,8 +305,10 @@ def _check_allowed(folder: Path, stage: str, digests: tuple[str, ...], latents: 
             raise Unfit(
                 f"{folder}: {field} = {function!r} is code, and may have been sent with the artifact: "
                 f"when you know the file of SHA-256 {sha256}, give --run-custom with it"
+                f"{custom.changed(function, sha256, field)}"
             )
-    own.announce({field: function for field, (function, _) in code.items()}, lambda text: click.echo(text, err=True))
+    for field, (function, sha256) in code.items():
+        click.echo(custom.announced(custom.source_file(function, field), function, sha256, field), err=True)
 
 
 def _main_output(artifact: Artifact) -> str:

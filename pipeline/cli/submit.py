@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import shlex
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,17 +12,22 @@ import click
 
 from nfm.pipeline.artifacts.artifact import artifacts_root
 from nfm.pipeline.cli.options import Whole, config_option, set_option
-from nfm.pipeline.submit.slurm import SUBMISSIONS
-from nfm.stages.base import StageError
-from nfm.storage.errors.masked import masked
+from nfm.pipeline.submit.send import array_limit, print_or_submit, ray_job
+from nfm.pipeline.submit.slurm import SUBMISSIONS, Submission, array_jobs, user_options
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import is_remote, names_in
 
 if TYPE_CHECKING:
     from nfm.pipeline.config import RunConfig
-    from nfm.pipeline.submit.slurm import Script, Submission
 
-ARRAY_LIMIT = 1000  # if Slurm does not say; its own default is 1001
+
+_after = click.option(
+    "--after",
+    multiple=True,
+    type=Whole(1, 2**32),
+    metavar="JOB",
+    help="Begin when this Slurm job has succeeded: --after 4711. Repeatable.",
+)
 
 
 @click.group()
@@ -54,6 +56,7 @@ def _array_options(command: Callable[..., None]) -> Callable[..., None]:
             "--sbatch-seal", multiple=True, metavar="OPTION",
             help="Of the job that ends: --sbatch-seal=--mem=8G. Repeatable.",
         ),
+        _after,
         click.option(
             "--before", multiple=True, metavar="LINE", help="First in a script: 'module load cuda'. Repeatable."
         ),
@@ -73,7 +76,7 @@ def _array_options(command: Callable[..., None]) -> Callable[..., None]:
 def pairs(
     config_path: Path, overrides: tuple[str, ...], slurm: bool, ray: bool, nodes: int, address: str | None, go: bool,
     tasks: int, max_array: int | None, at_once: int, sbatch: tuple[str, ...], sbatch_seal: tuple[str, ...],
-    before: tuple[str, ...],
+    after: tuple[int, ...], before: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Make pairs on a cluster: --slurm, --ray, or both for a Ray cluster inside one Slurm job.
 
@@ -81,25 +84,24 @@ def pairs(
     submit again to make only what is missing.
     """
     from nfm.pipeline.config import load
-    from nfm.pipeline.submit import ray as submit_ray
-    from nfm.pipeline.submit.slurm import array_jobs, user_options
+    from nfm.pipeline.submit.ray import allocation
 
     if not (slurm or ray):
         raise click.UsageError("say where: --slurm, --ray, or both for a Ray cluster inside one Slurm job")
+    if after and not slurm:
+        raise click.UsageError("--after: jobs of a Ray cluster do not wait for Slurm's; give --slurm too")
     config = load(config_path, overrides)
     _check(config, "pairs")
     submission = _submission(
-        config, overrides, config.pairs.threads, before, user_options(sbatch), user_options(sbatch_seal)
+        config, overrides, config.pairs.threads, before, after, user_options(sbatch), user_options(sbatch_seal)
     )
     if not slurm:
-        _ray_job(submission, config_path, address, go)
+        ray_job(submission, config_path, address, go)
         return
     scripts = (
-        [submit_ray.allocation(submission, nodes)]
-        if ray
-        else array_jobs(submission, tasks, max_array or _array_limit(), at_once)
+        [allocation(submission, nodes)] if ray else array_jobs(submission, tasks, max_array or array_limit(), at_once)
     )
-    _print_or_submit(submission, config_path, scripts, go)
+    print_or_submit(submission, config_path, scripts, go)
 
 
 def _in_pieces(stage: str, what: str) -> click.Command:
@@ -112,10 +114,10 @@ def _in_pieces(stage: str, what: str) -> click.Command:
     @_array_options
     def submit_pieces(
         config_path: Path, overrides: tuple[str, ...], slurm: bool, go: bool, tasks: int, max_array: int | None,
-        at_once: int, sbatch: tuple[str, ...], sbatch_seal: tuple[str, ...], before: tuple[str, ...],
+        at_once: int, sbatch: tuple[str, ...], sbatch_seal: tuple[str, ...],
+        after: tuple[int, ...], before: tuple[str, ...],
     ) -> None:  # fmt: skip
         from nfm.pipeline.config import load
-        from nfm.pipeline.submit.slurm import array_jobs, user_options
         from nfm.stages.data.stage import check_parts
 
         if not slurm:
@@ -125,30 +127,17 @@ def _in_pieces(stage: str, what: str) -> click.Command:
         if stage == "data":
             check_parts(config.data)
         threads = max(1, getattr(config, stage).threads)
-        submission = _submission(config, overrides, threads, before, user_options(sbatch), user_options(sbatch_seal))
-        scripts = array_jobs(submission, tasks, max_array or _array_limit(), at_once, stage)
-        _print_or_submit(submission, config_path, scripts, go)
+        submission = _submission(
+            config, overrides, threads, before, after, user_options(sbatch), user_options(sbatch_seal)
+        )
+        scripts = array_jobs(submission, tasks, max_array or array_limit(), at_once, stage)
+        print_or_submit(submission, config_path, scripts, go)
 
     return submit_pieces
 
 
 submit.add_command(_in_pieces("data", "Decode the images"))
 submit.add_command(_in_pieces("latents", "Encode the images to latents"))
-
-
-def _print_or_submit(submission: Submission, config_path: Path, scripts: Sequence[Script], go: bool) -> None:
-    if go:
-        _create(submission, config_path, scripts)
-        _submit(submission, scripts)
-        return
-    for script in scripts:
-        click.echo(masked(f"# {submission.folder / script.name}.sbatch\n{script.text}"))
-    ids = {script.name: script.name.upper() for script in scripts}
-    them = "these scripts are written and submitted, each waiting for the ones that it names"
-    click.echo(f"# with --go {them if len(scripts) > 1 else 'this script is written and submitted'}:")
-    click.echo(masked("\n".join(shlex.join(script.sbatch(submission.folder, ids)) for script in scripts)))
-    if not shutil.which("sbatch"):
-        click.echo("sbatch is not on this machine: --go needs it", err=True)
 
 
 def _check(config: RunConfig, stage: str, processes: int | None = None) -> None:
@@ -184,24 +173,24 @@ def _training(stage: str) -> click.Command:
     @click.option(
         "--sbatch", multiple=True, metavar="OPTION", help="Of the job: --sbatch=--gpus-per-node=8. Repeatable."
     )
+    @_after
     @click.option(
         "--before", multiple=True, metavar="LINE", help="First in the script: 'module load cuda'. Repeatable."
     )
     @click.option("--go", is_flag=True, help="Submit; without it everything is printed and nothing is written.")
     def submit_training(
         config_path: Path, overrides: tuple[str, ...], slurm: bool, nodes: int, per_node: int, threads: int,
-        sbatch: tuple[str, ...], before: tuple[str, ...], go: bool,
+        sbatch: tuple[str, ...], after: tuple[int, ...], before: tuple[str, ...], go: bool,
     ) -> None:  # fmt: skip
         from nfm.pipeline.config import load
-        from nfm.pipeline.submit.slurm import user_options
         from nfm.pipeline.submit.training import training_job
 
         if not slurm:
             raise click.UsageError(f"say where: --slurm; on Ray, nfm run {stage} --set {stage}.workers=8 does it")
         config = load(config_path, overrides)
         _check(config, stage, nodes * per_node)
-        submission = _submission(config, overrides, threads, before, user_options(sbatch))
-        _print_or_submit(submission, config_path, [training_job(submission, stage, nodes, per_node)], go)
+        submission = _submission(config, overrides, threads, before, after, user_options(sbatch))
+        print_or_submit(submission, config_path, [training_job(submission, stage, nodes, per_node)], go)
 
     return submit_training
 
@@ -211,11 +200,9 @@ for _stage in ("teacher", "student", "features"):
 
 
 def _submission(
-    config: RunConfig, overrides: tuple[str, ...], threads: int, before: tuple[str, ...], compute: tuple[str, ...],
-    sealing: tuple[str, ...] = (),
+    config: RunConfig, overrides: tuple[str, ...], threads: int, before: tuple[str, ...], after: tuple[int, ...],
+    compute: tuple[str, ...], sealing: tuple[str, ...] = (),
 ) -> Submission:  # fmt: skip
-    from nfm.pipeline.submit.slurm import Submission
-
     root = artifacts_root()
     folder = _next_folder(root, atomic.digest(atomic.canonical_json(config.model_dump(mode="json")))[:8])
     return Submission(
@@ -229,6 +216,7 @@ def _submission(
         before=before,
         compute=compute,
         sealing=sealing,
+        after=tuple(map(str, after)),
     )
 
 
@@ -241,86 +229,3 @@ def _next_folder(root: Path, digest: str) -> Path:
     names = {*names_in(here), *(names_in(root / SUBMISSIONS) if is_remote(root) else ())}
     taken = [int(match[1]) for name in names if (match := re.fullmatch(rf"{digest}-(\d+)", name))]
     return here / f"{digest}-{max(taken, default=0) + 1:03d}"
-
-
-def _array_limit() -> int:
-    """How many tasks one array may have here: indices below MaxArraySize."""
-    if not shutil.which("scontrol"):
-        return ARRAY_LIMIT
-    told = subprocess.run(
-        ["scontrol", "show", "config"], capture_output=True, encoding="utf-8", errors="backslashreplace"
-    )
-    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", told.stdout, re.MULTILINE)
-    if match and int(match[1]) == 0:
-        raise StageError(
-            "MaxArraySize = 0: this Slurm takes no arrays; use --slurm --ray, or ask the site to allow them"
-        )
-    return int(match[1]) if match else ARRAY_LIMIT
-
-
-def _create(submission: Submission, config_path: Path, scripts: Sequence[Script]) -> None:
-    """Writes the folder of the submission with its scripts and a copy of the config, so that queued jobs do
-    not change.
-    """
-    if scripts and not shutil.which("sbatch"):
-        raise StageError("sbatch: not found; submit from a node of the cluster, or leave --go out to see the scripts")
-    try:
-        submission.logs.mkdir(parents=True)
-    except FileExistsError:
-        raise StageError(f"{submission.folder}: another submission was made meanwhile; run this again") from None
-    atomic.write_bytes(submission.config, config_path.read_bytes())
-    for script in scripts:
-        atomic.write_bytes(submission.folder / f"{script.name}.sbatch", script.text.encode())
-
-
-def _submit(submission: Submission, scripts: Sequence[Script]) -> None:
-    """Runs one `sbatch` for each script. If one is refused, the earlier jobs are cancelled."""
-    ids: dict[str, str] = {}
-    for script in scripts:
-        command = script.sbatch(submission.folder, ids)
-        told = subprocess.run(
-            command, capture_output=True, encoding="utf-8", errors="backslashreplace", cwd=submission.work
-        )
-        if told.returncode:
-            if ids:
-                subprocess.run(["scancel", *ids.values()], capture_output=True)
-            raise StageError(
-                f"{shlex.join(command)}: refused: {told.stderr.strip() or told.stdout.strip()}\nNothing is queued"
-                f"{', the jobs before it were cancelled' if ids else ''}; mend the option and submit again"
-            )
-        if told.stderr.strip():
-            click.echo(told.stderr.strip(), err=True)
-        ids[script.name] = told.stdout.strip().partition(";")[0]
-    atomic.write_json(submission.folder / "jobs.json", {"jobs": ids})
-    jobs = ",".join(ids.values())
-    for name, job in ids.items():
-        click.echo(f"{job}  {name}")
-    click.echo(f"scripts and logs: {submission.folder}")
-    click.echo(f"watch:  squeue --jobs={jobs}")
-    click.echo(f"        nfm status {shlex.join(['-c', str(submission.config), *_sets(submission)])}")
-    click.echo(f"cancel: scancel {jobs.replace(',', ' ')}   (what is committed stays)")
-
-
-def _ray_job(submission: Submission, config_path: Path, address: str | None, go: bool) -> None:
-    from nfm.pipeline.submit import ray as submit_ray
-
-    name = f"nfm-{submission.folder.name}"
-    command = submit_ray.job_command(submission, address, name)
-    if not go:
-        click.echo(masked(shlex.join(command)))
-        return
-    command[0] = submit_ray.ray_beside(sys.executable)
-    if not shutil.which(command[0]):
-        raise StageError("ray: not found; install the extra `ray`, or leave --go out to see the command")
-    _create(submission, config_path, ())
-    told = subprocess.run(command, encoding="utf-8", errors="backslashreplace", capture_output=True)
-    if told.returncode:
-        lines = (told.stderr.strip() or told.stdout.strip()).splitlines()
-        raise StageError(f"ray job submit: refused: {lines[-1] if lines else 'no message'}; is --address right?")
-    atomic.write_json(submission.folder / "jobs.json", {"jobs": {"ray": name}})
-    later = submit_ray.watch(name, address)
-    click.echo(masked(f"{name}\nwatch:  {later['watch']}\ncancel: {later['cancel']}   (what is committed stays)"))
-
-
-def _sets(submission: Submission) -> list[str]:
-    return [word for text in submission.sets for word in ("--set", text)]

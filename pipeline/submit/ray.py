@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from nfm.pipeline.submit.slurm import HEAD, Script, Submission, job_options, nfm, script
+from nfm.pipeline.submit.slurm import CHAINED, HEAD, Script, Submission, job_options, nfm, script
 
 STOP_SECONDS = 15  # Ray's own 3 s may be too short for a driver whose actors finish a batch
 
@@ -36,13 +36,13 @@ def job_command(submission: Submission, address: str | None, name: str) -> list[
 def allocation(submission: Submission, nodes: int) -> Script:
     """One Slurm job of `nodes` nodes that starts, uses and ends its own Ray cluster."""
     tasks = (f"--nodes={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={submission.threads}")
-    options = job_options(submission, "ray", "%j", submission.compute, *tasks, "--signal=B:USR1@120")
+    options = job_options(submission, "ray", "%j", submission.compute, *tasks, CHAINED, "--signal=B:USR1@120")
     text = (
         _CLUSTER.replace("@HEAD@", HEAD)
         .replace("@RAY@", shlex.join(_ray(submission)))
         .replace("@RUN@", _run(submission, "pairs.ray_address=", '"$address"'))
     )
-    return Script("ray", script(submission, options, text.rstrip("\n")))
+    return Script("ray", script(submission, options, text.rstrip("\n")), {"afterok": submission.after})
 
 
 def _run(submission: Submission, key: str = "", value: str = "") -> str:

@@ -19,7 +19,7 @@ from nfm.storage.files.paths import is_url
 PLAIN = re.compile(r"[\w./:=%@+,-]*")  # allowed in a `#SBATCH` line without quotes
 FIXED = {  # what the scripts decide, and what to use instead
     "array": "--tasks, --max-array and --at-once",
-    "dependency": "nothing: jobs wait for each other already",
+    "dependency": "--after JOB; the jobs of one submission wait for each other already",
     "wrap": "--before for lines of your own",
     "output": "nothing: logs are in the submission's folder",
 }
@@ -28,7 +28,7 @@ FIXED = {  # what the scripts decide, and what to use instead
 SUBMISSIONS = "submissions"  # the folder of worklists, among the artifacts
 # Every node has its own, which its tasks share.
 _OWN_SCRATCH = 'export NFM_SCRATCH="${NFM_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/nfm-scratch-$(id -u)}"'
-_CHAINED = "--kill-on-invalid-dep=yes"  # of jobs that wait for others
+CHAINED = "--kill-on-invalid-dep=yes"  # of jobs that wait for others
 # Sets $nodes, and $head to the address of the first one: its name need not be known to the name service.
 HEAD = """\
 nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
@@ -42,7 +42,7 @@ class Submission:
 
     `nfm` is the command as arguments. `config` is the copy of the config in `folder`. `before` are the user's own lines
     that prepare the environment (`module load cuda`). `compute` and `sealing` are the user's `sbatch` options for the
-    jobs that compute and for the one that seals.
+    jobs that compute and for the one that seals. `after` are numbers of jobs that must have succeeded before.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class Submission:
     before: tuple[str, ...] = ()
     compute: tuple[str, ...] = ()
     sealing: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
     @property
     def worklist(self) -> str:
@@ -74,15 +75,15 @@ class Submission:
 
 @dataclass(frozen=True)
 class Script:
-    """One job: its script, and the names of the jobs that it waits for, by kind (afterok, afterany)."""
+    """One job: its script, and what it waits for, by kind (afterok, afterany): names in its submission, or numbers."""
 
     name: str
     text: str
     waits: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def sbatch(self, folder: Path, ids: Mapping[str, str]) -> list[str]:
-        """The command that submits it. `ids` are the numbers of the jobs that it waits for."""
-        waits = [":".join([kind, *(ids[name] for name in names)]) for kind, names in self.waits.items()]
+        """The command that submits it. `ids` are the numbers of its submission's jobs by name."""
+        waits = [":".join([kind, *(ids.get(job, job) for job in jobs)]) for kind, jobs in self.waits.items() if jobs]
         dependency = [f"--dependency={','.join(waits)}"] if waits else []
         return ["sbatch", "--parsable", *dependency, str(folder / f"{self.name}.sbatch")]
 
@@ -99,13 +100,13 @@ def array_jobs(submission: Submission, tasks: int, limit: int, at_once: int = 0,
     ]
     last = "seal" if stage == PAIRS else "finish"
     end = Script(last, _end(submission, stage, last), {"afterok": ["prepare"], "afterany": names})
-    return [Script("prepare", _prepare(submission, stage)), *arrays, end]
+    return [Script("prepare", _prepare(submission, stage), {"afterok": submission.after}), *arrays, end]
 
 
 def _prepare(submission: Submission, stage: str) -> str:
     return script(
         submission,
-        job_options(submission, "prepare", "%j", submission.compute, _CHAINED, f"--cpus-per-task={submission.threads}"),
+        job_options(submission, "prepare", "%j", submission.compute, CHAINED, f"--cpus-per-task={submission.threads}"),
         "# Makes what the stage needs where it is missing, and freezes the list of what is to be made.",
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
         f"exec {nfm(submission, 'worklist', stage, '-o', submission.worklist, config=True)}",
@@ -121,7 +122,7 @@ def _array(submission: Submission, stage: str, name: str, start: int, count: int
             name,
             "%A_%a",
             submission.compute,
-            _CHAINED,
+            CHAINED,
             f"--array=0-{count - 1}{throttle}",
             f"--cpus-per-task={submission.threads}",
             "--signal=B:USR1@120",
@@ -138,7 +139,7 @@ def _array(submission: Submission, stage: str, name: str, start: int, count: int
 def _end(submission: Submission, stage: str, name: str) -> str:
     return script(
         submission,
-        job_options(submission, name, "%j", submission.sealing, _CHAINED),
+        job_options(submission, name, "%j", submission.sealing, CHAINED),
         "# Ends the stage when nothing is missing; otherwise says what is, and ends with exit code 1.",
         f"exec {nfm(submission, 'run', stage, config=True, sets=(f'{stage}.executor=slurm',))}",
     )

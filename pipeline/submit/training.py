@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nfm.pipeline.submit.slurm import HEAD, Script, Submission, job_options, nfm, script
+from nfm.pipeline.submit.slurm import CHAINED, HEAD, Script, Submission, job_options, nfm, script
 
 
 def training_job(submission: Submission, stage: str, nodes: int, per_node: int) -> Script:
@@ -12,7 +12,7 @@ def training_job(submission: Submission, stage: str, nodes: int, per_node: int) 
         stage,
         script(
             submission,
-            job_options(submission, stage, "%j", submission.compute, *tasks, "--signal=TERM@120"),
+            job_options(submission, stage, "%j", submission.compute, *tasks, CHAINED, "--signal=TERM@120"),
             "# SIGTERM, 120 s before the time limit, reaches every process: all save and stop at the same step.",
             HEAD,
             "export MASTER_ADDR=$head MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))",
@@ -21,4 +21,5 @@ def training_job(submission: Submission, stage: str, nodes: int, per_node: int) 
             "  'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec \"$@\"' task \\",
             f"  {nfm(submission, 'run', stage, config=True)}",
         ),
+        {"afterok": submission.after},
     )

@@ -183,12 +183,22 @@ def not_run(what: str, named: str, sha256: str, allowed: Allowed) -> str:
 def _recorded(file: Path, named: str, sha256: str, field: str) -> bytes:
     """The bytes of a module's file, which have this digest."""
     source = _source(file, field)
-    if atomic.digest(source) != sha256:
+    if (there := atomic.digest(source)) != sha256:
         raise StageError(
-            f"{file}: not the file that was recorded, {field} = {named!r} of digest {sha256[:12]}. Restore it, or run "
-            "the stage again from the changed one, which makes an artifact of its own"
+            f"{file}: not the file that was recorded: {field} = {named!r} was of SHA-256 {sha256}, this one is of "
+            f"{there}. Restore it, or run the stage again from the changed one, which makes an artifact of its own"
         )
     return source
+
+
+def changed(named: str, sha256: str, field: str = FIELD) -> str:
+    """Says that the file here is another than that of this digest; empty if it is the same, or there is none."""
+    try:
+        file = source_file(named, field)
+        there = digest(file, field)
+    except StageError:
+        return ""
+    return "" if there == sha256 else f"; {file} is another one, of SHA-256 {there}"
 
 
 def load(file: Path, named: str, sha256: str, field: str = FIELD) -> Callable[..., Any]:

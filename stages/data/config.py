@@ -12,6 +12,7 @@ from nfm.stages.data.reading.decoding import Crop
 from nfm.stages.data.sources import SOURCES
 from nfm.stages.data.sources.folder import Colour
 from nfm.stages.executors import EXECUTORS
+from nfm.stages.trained.devices.where import AddressField
 from nfm.storage.files.paths import as_path, is_remote
 
 
@@ -45,7 +46,7 @@ class DataConfig(Section):
     threads: int = operational(0, ge=0)
     executor: Annotated[str, one_of(EXECUTORS)] = operational("serial")
     workers: int = operational(0, ge=0)
-    ray_address: str | None = operational(None)
+    ray_address: AddressField | None = operational(None)
     points: int | None = added(None, ge=2)
     letters: str = added("ABCDEF")
     size: int = added(8, ge=4, le=128)

@@ -36,6 +36,7 @@ from nfm.stages.executors import EXECUTORS, ray_cluster
 from nfm.stages.executors.jobs import Outcome
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.timing import Clock
+from nfm.storage.dataset.record import DATASET
 from nfm.storage.dataset.shards import ReadyShard
 from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.files.copies import mirror
@@ -159,6 +160,7 @@ def run(config: DataConfig, inputs: Inputs, out: Path, report: Reporter) -> Resu
             why = f"all of them with reasons: {out / 'rejected.parquet'}" if rejected else "data.heldout leaves none"
             raise StageError(f"none of the {len(own)} training images can be used: {why}")
         tell_untrained(config, source, rows[train], rows[heldout], report)
+        (out / DATASET).unlink(missing_ok=True)  # of a run that was killed before its manifest
         writer = DatasetWriter(
             out, about["name"], image_shape, classes, config.rows_per_shard, dtype, config.image_scale,
             config.image_decoder,

@@ -68,6 +68,7 @@ def body(
         "losses": [_loss(name, seed, folders[f"{name}@{seed}"]) for name in seeds for seed in seeds[name]],
         "stores": {name: _store(manifest) for name, manifest in stores.items()},
         "reference": next(iter(evaluations.values()))["reference"],
+        "cut": next(iter(evaluations.values())).get("cut", []),
         "machines": sorted({machine for row in (*rows, *teacher) for machine in row["machines"]}),
     }
 

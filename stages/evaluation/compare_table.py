@@ -10,7 +10,7 @@ from nfm.stages.couplings.variant import Variant
 from nfm.stages.display.tables import aligned
 from nfm.stages.display.units import ratio as ratio_text
 from nfm.stages.evaluation.compare_rows import REPORTED, Row, mean
-from nfm.stages.evaluation.table import DISTANCE, Column, below, columns_of
+from nfm.stages.evaluation.table import DISTANCE, Column, below, columns_of, cut
 from nfm.stages.trained.sampling import REFERENCE
 
 MOST_DECIMALS, TINY = 6, 1e-3
@@ -21,7 +21,7 @@ MOST_DIGITS = 12
 def as_text(body: Row) -> str:
     """Distance by NFE for each variant, all metrics and speeds of every sampler, curvature, stores and conclusions."""
     measured = [_by_nfe(body), f"{_full(body)}\n{_machines(body)}", _straightness(body)]
-    parts = [*measured, _sources(body), "\n".join(_below(body)), " ".join(body["conclusions"])]
+    parts = [*measured, _sources(body), "\n".join([*cut(body), *_below(body)]), " ".join(body["conclusions"])]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

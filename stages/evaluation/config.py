@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from nfm.stages.base import Guidance, LocalField, Section, added, operational
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.trained.devices.precision import Precision
+from nfm.stages.trained.devices.where import DeviceField
 from nfm.stages.trained.sampling import ALWAYS, DiffusionName, GridName, SolverName, check_diffusion
 from nfm.stages.trained.weights import parse
 from nfm.trainers.nfe import pick_solver
@@ -52,7 +53,27 @@ class EvaluateConfig(Section):
     precision: Precision = "float32"
     batch_size: int = Field(250, ge=1)
     speed_batches: tuple[Annotated[int, Field(ge=1)], ...] = operational((32, 128, 512))
-    device: str = operational("auto")
+    device: DeviceField = operational("auto")
+
+    def count(self, heldout: int) -> int:
+        """Images of a row. The same for all rows, also the floor, because distances of few images are larger."""
+        return min(self.samples, heldout)
+
+    def cut(self, heldout: int, train: int) -> list[str]:
+        """A sentence for each field that asks for more images than there are, with the number that is used."""
+        count = self.count(heldout)
+        told = []
+        if count < self.samples:
+            told.append(
+                f"evaluate.samples is {self.samples:,}, and {heldout:,} images are held out: each row has {count:,}"
+            )
+        if self.features == "none":
+            return told
+        if (most := min(count, train)) < self.kid_size:
+            told.append(f"evaluate.kid_size is {self.kid_size:,}: the subsets of KID have {most:,} images")
+        if train < count:
+            told.append(f"the training set has {train:,} images: precision, recall, density and coverage use no more")
+        return told
 
     @field_validator("statistics")
     @classmethod

@@ -73,8 +73,7 @@ class Bench:
 
     @property
     def count(self) -> int:
-        """Images of a row. The same for all rows, also the floor, because distances of few images are larger."""
-        return min(self.config.samples, len(self.heldout))
+        return self.config.count(len(self.heldout))
 
     @property
     def labels(self) -> np.ndarray:

@@ -80,8 +80,8 @@ def check(config: EvaluateConfig) -> None:
 def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> Result:
     """Measures every sampler against the training set and writes the table as JSON and text.
 
-    Every row has the same number of images: `samples`, or the number of held-out images. The bias of distances depends
-    on it.
+    Every row has the same number of images: `samples`, or the number of held-out images, which is then told. The bias
+    of distances depends on it.
     """
     from nfm.stages.evaluation.rows import Bench
 
@@ -89,6 +89,9 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     bench = Bench(config, inputs, out, device, report)
     bench.check()
     check(config)
+    cut = config.cut(len(bench.heldout), len(bench.source))
+    for said in cut:
+        report.say(said)
     if config.statistics is not None:
         report.say(_of_published(config, bench.count))
     for variant in config.baselines:
@@ -127,6 +130,7 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
         "machine": "; ".join(sorted({row["machine"] for row in measured if "machine" in row})) or bench.machine,
         "reference": {"rows": len(bench.source), "split": "train"},
         "solver": _solver(config),
+        "cut": cut,
     }
     bare = [{key: value for key, value in row.items() if key not in OF_THE_MOMENT} for row in body["rows"]]
     atomic.write_json(out / DISTANCES, {"rows": bare, "curvature": body["curvature"], "reference": body["reference"]})
@@ -141,13 +145,14 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
 def cost(config: EvaluateConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
     """What the samples and the curvature of the students take; their number is that of the roles in `inputs`."""
     students = len(_students(facts["inputs"]))
-    count = min(config.samples, facts.get("heldout", config.samples))
+    heldout, train = facts.get("heldout", config.samples), facts.get("images", config.samples)
+    count = config.count(heldout)
     shape, guidance = facts["image_shape"], config.student_guidance
     each = count * sum(config.nfe) + sum(2 * batch * nfe for batch in config.speed_batches for nfe in config.nfe)
     evaluations = students * ((2 if guidance else 1) * each + CURVATURE_STEPS * config.curvature_trajectories)
     left_out = ["distances", *(["the teacher's samples"] if "teacher" in facts["inputs"] else [])]
     words = f"without {' and '.join(left_out)}"
-    told = f"KID of {count:,} (kid_size {config.kid_size:,} is more)" if config.kid_size > count else ""
+    told = "; ".join(config.cut(heldout, train))
     if facts["student"].model is not None or facts["student"].sampler is not None:  # a plan runs nobody's code
         return Cost(count, "samples a row", told, unknown=own.UNKNOWN_COST)
     one = student.flops(facts["student"], shape)

@@ -105,7 +105,12 @@ def as_text(body: dict[str, Any]) -> str:
     for key, told in {"ema": "students by their moving average", "diffusion": "noise of the solver:"}.items():
         if key in body["solver"]:
             text += f"\n{told} {body['solver'][key]}"
-    return "\n".join([text, *below(body["rows"])]) + "\n"
+    return "\n".join([text, *cut(body), *below(body["rows"])]) + "\n"
+
+
+def cut(body: Mapping[str, Any]) -> list[str]:
+    """A sentence for each field that asked for more images than there are; earlier evaluations did not keep them."""
+    return [f"{said}." for said in body.get("cut", [])]
 
 
 def below(rows: Sequence[Line]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 from nfm.stages.base import StageError, Unfit
 from nfm.stages.executors import Executor
 from nfm.stages.executors.ray_messages import logs, shortened
+from nfm.stages.trained.devices.where import check_address
 
 ANSWER_SECONDS = 5.0
 STORE_BYTES = 80 * 2**20  # small, because images never enter Ray's object store
@@ -71,8 +72,15 @@ def carried(share: Share) -> int:
 
 
 def address_of(stated: str | None) -> str:
-    """The address of the cluster: the given one, else RAY_ADDRESS, else `local`, which starts one."""
-    return stated or os.environ.get("RAY_ADDRESS") or "local"
+    """The address of the cluster: the given one, else RAY_ADDRESS, else `local`, which starts one.
+
+    Raises Unfit for a RAY_ADDRESS that is none.
+    """
+    address = stated or os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        return check_address(address)
+    except ValueError as error:
+        raise Unfit(f"{'ray_address' if stated else 'RAY_ADDRESS'} = {address!r}: {error}") from None
 
 
 def elsewhere(executor: Executor, stated: str | None) -> bool:

@@ -10,6 +10,7 @@ from nfm.stages.base import Guidance, LocalField, Section, added, one_of, operat
 from nfm.stages.couplings.facts import FACTS
 from nfm.stages.executors import EXECUTORS
 from nfm.stages.trained.devices.precision import Precision
+from nfm.stages.trained.devices.where import AddressField, DeviceField
 from nfm.storage.format.codecs import CODECS
 from nfm.storage.layouts import LAYOUTS
 
@@ -51,7 +52,7 @@ class PairsConfig(Section):
     max_missing: int = operational(0, ge=0)
     report: bool = operational(True)
     executor: Annotated[str, one_of(EXECUTORS)] = operational("ray")
-    ray_address: str | None = operational(None)
+    ray_address: AddressField | None = operational(None)
     workers: int = operational(0, ge=0)
     threads: int = operational(1, ge=1)
-    device: str = operational("auto")
+    device: DeviceField = operational("auto")

@@ -13,7 +13,7 @@ import numpy as np
 from nfm.stages.base import StageError
 from nfm.stages.display import plots as plots
 from nfm.stages.display.points import coordinates
-from nfm.stages.evaluation.table import DISTANCE, below, columns_of, distance_key
+from nfm.stages.evaluation.table import DISTANCE, below, columns_of, cut, distance_key
 from nfm.stages.report.headline import sentences, title
 from nfm.stages.report.html import figure, heading, image_grid, number, paragraph, row, table
 from nfm.storage.files.atomic import read_json
@@ -50,7 +50,7 @@ class Evaluation:
             f"Tinted: the best student at each NFE. Measured on: {self.body.get('machine', 'unknown machine')}."
         )
         measured = table([column.title for column in columns], cells, self._best())
-        told = "".join(map(paragraph, below(self.rows)))
+        told = "".join(map(paragraph, [*cut(self.body), *below(self.rows)]))
         return paragraph(text) + measured + told + self._plot() + self._curvature()
 
     def grids(self, model: str) -> list[str]:

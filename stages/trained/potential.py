@@ -19,6 +19,7 @@ from nfm.stages.base import Inputs, Reporter, Result, Section, StageError, Stopp
 from nfm.stages.trained.costs import Cost
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock
+from nfm.stages.trained.devices.where import DeviceField
 from nfm.stages.trained.training.section import blaming
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -50,7 +51,7 @@ class PotentialConfig(Section):
     gamma: float = Field(0.3, gt=0, allow_inf_nan=False)
     chi2: float = Field(1e-3, gt=0, allow_inf_nan=False)
     check_every: int = Field(100_000, ge=1)
-    device: str = operational("auto")
+    device: DeviceField = operational("auto")
     save_every: int = operational(50_000, ge=1)
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from nfm.storage.dataset.record import DATASET, SPLIT_NAME, check_record
 from nfm.storage.dataset.shards import CAPTION, ROWS_PER_BLOCK, ReadyShard, shard_writer
-from nfm.storage.errors import StorageError, is_utf8
+from nfm.storage.errors import StorageError, by, is_utf8
 from nfm.storage.errors.arguments import checked, checked_later, numbers, shown, whole, wrong
 from nfm.storage.files.atomic import HashingFile, hash_file, place, write_json
 from nfm.storage.files.durable import StoredFile
@@ -36,7 +36,7 @@ class DatasetWriter:
     `classes` are the names of the labels 0, 1, ...; without classes every label is -1. `dtype` is the type of the
     images. If they are floats (latents), they are divided by `image_scale`, and `image_shift` is added, before
     `image_decoder` turns them into pictures. If an earlier writer was killed in this folder, writing starts from the
-    beginning.
+    beginning; a folder with a finished dataset is refused. `image_shape` is (C, H, W).
     """
 
     @checked()
@@ -54,7 +54,18 @@ class DatasetWriter:
     ) -> None:
         if dtype not in DTYPES:
             raise StorageError(f"{root}: images of dtype {dtype!r}; convert them to one of {', '.join(DTYPES)}")
+        if len(image_shape) != 3:
+            raise StorageError(f"{root}: image_shape {by(image_shape)}: give (channels, height, width), as (1, 28, 28)")
+        if empty := [number for number, known in enumerate(classes) if not known.strip()]:
+            raise StorageError(f"{root}: class {empty[0]} has no name; name each class")
         self.root = local_path(root)
+        if self.root.exists() and not self.root.is_dir():
+            raise StorageError(f"{self.root}: is a file, and the dataset is to be a folder; take another place")
+        if (self.root / DATASET).exists():
+            raise StorageError(
+                f"{self.root / DATASET}: a finished dataset is here, and is not written over; take another folder, or "
+                "move this one away"
+            )
         self.files: dict[str, tuple[str, int]] = {}  # the tables: (sha256, bytes) by relative path
         self._name = name
         self._image_shape = tuple(image_shape)
@@ -64,8 +75,8 @@ class DatasetWriter:
         self._rows_per_shard = rows_per_shard
         self._splits: dict[str, Any] = {}
         self._closed = False
-        empty = {"rows": 0, "rows_per_shard": rows_per_shard, "shards": [], "table": "train.parquet"}
-        check_record(self.root / DATASET, self._record({"train": empty}))  # fail now, not after hours of writing
+        nothing = {"rows": 0, "rows_per_shard": rows_per_shard, "shards": [], "table": "train.parquet"}
+        check_record(self.root / DATASET, self._record({"train": nothing}))  # fail now, not after hours of writing
 
     @checked(rows=whole(), chunks=checked_later, captions=checked_later)
     def write_split(
@@ -161,6 +172,8 @@ class DatasetWriter:
             raise wrong("rejected", rejected, "pairs of texts (key, reason)")
         for number, what in enumerate(("a rejected key", "a reason")):
             _check_texts(f"{self.root}: {what}", [pair[number] for pair in rejected])
+        if not self._splits:
+            raise StorageError(f"{self.root}: no split is written yet; write one, such as 'train', and close then")
         columns = [[key for key, _ in rejected], [reason for _, reason in rejected]]
         self._write_table("rejected.parquet", pa.table(columns, schema=_REJECTED))
         write_json(self.root / DATASET, check_record(self.root / DATASET, self._record(self._splits)))
@@ -198,6 +211,8 @@ class DatasetWriter:
 
     def _pieces(self, split: str, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
         where = f"{self.root}: {split}"
+        if not isinstance(chunks, Iterable):
+            raise wrong("chunks", chunks, "chunks (images, labels, keys), in a list or a generator")
         for chunk in chunks:
             if (
                 not isinstance(chunk, tuple | list)
@@ -216,10 +231,10 @@ class DatasetWriter:
                     f"{self.root}: {split} got {count} images, {len(labels)} labels and {len(keys)} keys"
                 )
             low, high = (0, len(self._classes) - 1) if self._classes else (-1, -1)
-            wrong = np.flatnonzero((labels < low) | (labels > high))
-            if len(wrong):
+            outside = np.flatnonzero((labels < low) | (labels > high))
+            if len(outside):
                 raise StorageError(
-                    f"{self.root}: {split} record {keys[wrong[0]]!r} has label {labels[wrong[0]]}, outside "
+                    f"{self.root}: {split} record {keys[outside[0]]!r} has label {labels[outside[0]]}, outside "
                     f"{low}..{high} (there are {len(self._classes)} classes)"
                 )
             if (
@@ -243,6 +258,8 @@ class DatasetWriter:
 
 def _check_texts(where: str, texts: Sequence[Any], or_none: bool = False) -> None:
     """Raises StorageError for anything but texts that a table can hold."""
+    if isinstance(texts, str | bytes):
+        raise StorageError(f"{where} would be each letter of {shown(texts)}: give a list of texts")
     for text in texts:
         if not (text is None and or_none) and not (isinstance(text, str) and is_utf8(text)):
             raise StorageError(f"{where} is {shown(text)}: give a text (str) in UTF-8{' or None' if or_none else ''}")

@@ -51,16 +51,29 @@ class StorageError(Told):
 class NoPlace(StorageError, WrongUse):
     """The given place is neither a path nor a URL that can be used there. `reason` says why and what to write."""
 
-    def __init__(self, where: str, reason: str, named: str = "") -> None:
-        super().__init__(_printable(legible(where)), _printable(legible(reason)), named)
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(_printable(legible(where)), _printable(legible(reason)))
 
     @property
     def reason(self) -> str:
         return str(self.args[1])
 
     def __str__(self) -> str:
-        where, reason, named = self.args
-        return f"{named}{where}: {reason}"
+        return "{}: {}".format(*self.args)
+
+
+class WrongVariable(StorageError, WrongUse):
+    """A variable of the environment with a value that it cannot have. No `NoPlace`, which is told of a place."""
+
+    def __init__(self, variable: str, stated: str, reason: str) -> None:
+        super().__init__(variable, _printable(legible(stated)), _printable(legible(reason)))
+
+    def __str__(self) -> str:
+        return "{}={}: {}".format(*self.args)
+
+
+class WrongBucket(StorageError, WrongUse):
+    """A bucket that is not there, or an endpoint that is none: what the user wrote, not what the server did."""
 
 
 def by(shape: Iterable[int]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
-from nfm.storage.errors import NoPlace, StorageError
+from nfm.storage.errors import NoPlace, StorageError, WrongVariable
 from nfm.storage.errors.masked import holds_secret
 from nfm.storage.files import clouds
 
@@ -69,7 +69,7 @@ def local_path(where: str | Path, remedy: str = "copy it to this machine, or mou
 
 
 def stated_path(variable: str, remedy: str = "name a folder of this machine") -> Path | None:
-    """The local path in an environment variable; None if the variable is not set or empty."""
+    """The local folder in an environment variable; None if the variable is not set or empty."""
     return _stated(variable, lambda text: local_path(text, remedy))
 
 
@@ -78,17 +78,24 @@ def _stated(variable: str, read: Callable[[str], Path]) -> Path | None:
     if not stated.strip():
         return None
     try:
-        return read(stated)
+        path = read(stated)
     except NoPlace as error:
-        raise NoPlace(stated, error.reason, f"{variable}=") from None
+        raise WrongVariable(variable, stated, error.reason) from None
+    _check_folder(path, lambda reason: WrongVariable(variable, stated, reason))
+    return path
+
+
+def _check_folder(path: Path, wrong: Callable[[str], Exception]) -> None:
+    if not is_remote(path) and path.exists() and not path.is_dir():
+        raise wrong("a file, and a folder is needed; name one, or move the file away")
 
 
 def artifacts_root() -> Path:
     """Where all artifacts are: `NFM_ARTIFACTS` (a folder or a URL of a bucket), else `artifacts/` in this folder."""
-    root = _stated("NFM_ARTIFACTS", _root) or Path("artifacts")
-    if not is_remote(root) and root.exists() and not root.is_dir():
-        raise NoPlace(str(root), "a file, where artifacts need a folder; let NFM_ARTIFACTS name one")
-    return root
+    if (root := _stated("NFM_ARTIFACTS", _root)) is not None:
+        return root
+    _check_folder(Path("artifacts"), lambda reason: NoPlace("artifacts", f"{reason}; or let NFM_ARTIFACTS name one"))
+    return Path("artifacts")
 
 
 def _root(text: str) -> Path:
@@ -120,7 +127,7 @@ def stated_number(variable: str, unit: str, most: float) -> float | None:
     except ValueError:
         number = math.nan
     if not 0 <= number <= most:
-        raise NoPlace(stated, f"write a number of {unit} from 0 to {most:g}", f"{variable}=")
+        raise WrongVariable(variable, stated, f"write a number of {unit} from 0 to {most:g}")
     return number
 
 

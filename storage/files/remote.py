@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nfm.storage.errors import CorruptShard, StorageError
+from nfm.storage.errors import CorruptShard, StorageError, WrongBucket
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import clouds
 from nfm.storage.files.clouds import failures
@@ -136,7 +136,8 @@ def explained(path: Path, doing: str, error: BaseException) -> StorageError:
     """The error for the user: which URL, what is wrong, what to do."""
     if failures.damaged(error):
         return CorruptShard(f"{path}: cannot {doing} ({_text(error)}), {_DAMAGED_TRIES} times; restore it from a copy")
-    return StorageError(f"{path}: cannot {doing} ({_text(error)}); {_remedy(path, doing, error)}")
+    kind = WrongBucket if _no_bucket(doing, error) or failures.misstated(error) else StorageError
+    return kind(f"{path}: cannot {doing} ({_text(error)}); {_remedy(path, doing, error)}")
 
 
 def _no_bucket(doing: str, error: BaseException) -> bool:
@@ -158,11 +159,13 @@ def _remedy(path: Path, doing: str, error: BaseException) -> str:
         )
     if failures.status_of(error) is not None and failures.may_pass(error):
         return f"the object store kept failing for {patience():.0f} s (NFM_PATIENCE): run the same command again later"
+    stated = next((name for name in cloud.ENDPOINTS if os.environ.get(name)), None) if cloud else None
+    # A connection string holds a key, which is masked in URLs alone.
+    shown = masked(os.environ[stated]) if stated in clouds.SHOWN else "set"
+    named = f" ({stated} is {shown})" if stated else ""
     if failures.may_pass(error):
-        endpoint = masked(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
-        named = f" (AWS_ENDPOINT_URL is {endpoint})" if endpoint and str(path).startswith("s3") else ""
         return f"no answer within {patience():.0f} s (NFM_PATIENCE): check the network and the endpoint{named}"
-    return "check the URL and the object store's settings"
+    return f"check the URL and the endpoint{named}"
 
 
 def _text(error: BaseException) -> str:

@@ -285,6 +285,9 @@ class StoreSpec:
         for name in ("noise_step", "image_scale", "image_shift", "eta", "sigma_f"):
             if getattr(self, name) is not None:
                 keep(name, untrusted.real(f"store spec: {name}", getattr(self, name)))
+        for name in ("eta", "sigma_f", "noise_step"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise StorageError(f"store spec: {name} {getattr(self, name)}: give 0 or more, it is a scale of noise")
         for name in ("teacher", "potential", "student", "image_decoder"):
             if getattr(self, name) is not None:
                 untrusted.text(f"store spec: {name}", getattr(self, name))

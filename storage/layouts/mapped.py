@@ -49,8 +49,12 @@ class Shard(ABC):
         if not 0 <= start <= stop <= self.records:
             raise StorageError(f"{self.path}: records {start} to {stop} asked for, it holds {self.records}")
         if self.made is not None and name == "noise":
-            return self.made(self._read(ORIGIN, start, stop), [self.path])
+            return self.made(self._read(ORIGIN, start, stop), [self.file_of(ORIGIN)], np.arange(start, stop))
         return self._read(name, start, stop)
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a field, for messages."""
+        return self.path
 
     @abstractmethod
     def _read(self, name: str, start: int, stop: int) -> Array:

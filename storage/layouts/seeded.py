@@ -27,6 +27,7 @@ from nfm.storage.format.spec import StoreSpec
 Array = npt.NDArray[Any]
 _CHUNK = 1 << 17  # numbers made at a time: they are checked while they are in a core's second-level cache
 _MOST_DRAWS = 1000
+_AUDIT = "run `nfm audit` on its store"
 
 
 class Made:
@@ -43,30 +44,33 @@ class Made:
         return cls(spec) if CODECS[spec.codec].made else None
 
     def __call__(
-        self, origins: Array, files: Sequence[Path], which: Array | None = None, out: Array | None = None
+        self, origins: Array, files: Sequence[Path], places: Array, which: Array | None = None, out: Array | None = None
     ) -> Array:
         """The noise of these origins, int64 [n, 3]: float32 [n, *shape], in `out` if given.
 
         Raises CorruptShard for an origin that no record has, and for noise of another check sum. It names the file:
-        files[which[i]] for record i, or the only one.
+        files[which[i]] for record i, or the only one, and the place in it: places[i]. The origin itself tells no place,
+        because it may be what is damaged.
         """
+
+        def said(row: int) -> str:
+            file = files[0 if which is None else which[row]]
+            return (
+                f"{file}: record {places[row]} (from 0) says that its noise is of draw {draws[row]}, slot {slots[row]}"
+            )
+
         out = np.empty((len(origins), *self.field.shape), np.float32) if out is None else out
         draws, slots = origins[:, 0], origins[:, 1]
         wrong = (draws < 0) | (draws >= _MOST_DRAWS) | (slots < 0) | (slots >= self._rows)
         if wrong.any():
-            at = int(np.argmax(wrong))
-            raise CorruptShard(
-                f"{files[0 if which is None else which[at]]}: noise of draw {draws[at]}, slot {slots[at]}, which no "
-                "record has; run `nfm audit` on its store"
-            )
+            raise CorruptShard(f"{said(int(np.argmax(wrong)))}, which no record has; {_AUDIT}")
         flat = out.reshape(len(out), self._size)
         for start, stop, draw in _runs(draws, max(1, _CHUNK // self._size)):
             flat[start:stop] = drawn(self._seed, draw, slots[start:stop], self._size)
             for row in range(start, stop):
                 if checksum(flat[row]) != origins[row, 2]:
                     raise CorruptShard(
-                        f"{files[0 if which is None else which[row]]}: the noise made for draw {draw}, slot "
-                        f"{slots[row]} has not the check sum that was written; run `nfm audit` on the store: if no "
+                        f"{said(row)}, and the noise of that has not the check sum that was written; {_AUDIT}: if no "
                         "file is altered, numpy makes other numbers on this machine"
                     )
         return out

@@ -59,6 +59,9 @@ class MappedZarr(Shard):
         for field in self.fields:
             self._map(field, rows_per_shard)
 
+    def file_of(self, name: str) -> Path:
+        return self._paths[name]
+
     def _read(self, name: str, start: int, stop: int) -> Array:
         field = next(field for field in self.fields if field.name == name)
         out = np.empty((stop - start, *field.shape), stored(field))

@@ -106,7 +106,7 @@ class ShardSequence:
             if made is not None:
                 origins = np.empty((len(rows), *self.stored[ORIGIN].shape), np.int64)
                 _Records(starts, self.stored[ORIGIN].bytes_per_record).copy(0, origins)
-                made(origins, [shard.path for shard in held], which, result[name])
+                made(origins, [shard.file_of(ORIGIN) for shard in held], inside, which, result[name])
             elif (text := layout.text(name)) is not None:
                 written = np.empty((len(rows), text.bytes), np.uint8)
                 _Records(starts, text.bytes).copy(0, written)

@@ -97,6 +97,16 @@ def test_a_network_of_ones_own_runs_where_it_is_trained_and_where_its_digest_is_
     assert "runs the code of" in own.nfm(*sampling, "--run-custom", sha256).stderr
 
     (own.folder / "mine_net.py").write_text(NETWORK + "\n")
+    other = atomic.hash_file(own.folder / "mine_net.py")[0]
+    ran.unlink()
+    for allowed in ((), ("--run-custom", other)):  # of the file as it is now, which is not the student's
+        said = own.nfm(*sampling, *allowed, exits=2).stderr
+        assert f"SHA-256 {sha256}, give --run-custom with it; {file} is another one, of SHA-256 {other}" in said
+    said = own.nfm(*sampling, "--run-custom", sha256, exits=1).stderr
+    assert f"{file}: not the file that was recorded: student.model = 'mine_net:net' was of SHA-256 {sha256}" in said
+    assert f"this one is of {other}. Restore it" in said
+    assert "runs the code" not in said
+    assert not ran.exists()
     own.run("student", *OWN)
     assert len(own.all("student")) == 2, "another file makes another student"
 

@@ -6,16 +6,16 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+from pydantic import ValidationError
+
+from nfm.pipeline.config import RunConfig
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
 NEEDS = {
     "a Ray cluster": (("pairs.executor=ray", "pairs.ray_address=127.0.0.1:1"), 1, "no Ray cluster answers"),
-    "a port that is none": (("pairs.executor=ray", "pairs.ray_address=127.0.0.1:99999"), 1, "no Ray cluster answers"),
     "a device of the teacher": (("teacher.device=cuda:99",), 2, "device = 'cuda:99'"),
-    "a device of the student": (("student.device=cpu:7",), 2, "device = 'cpu:7'"),
-    "a device that is none": (("pairs.device=gpu",), 2, "auto, cpu, cuda and cuda:0"),
     "a custom function": (("pairs.coupling=custom", "pairs.custom=none:f"), 2, "there is no module none"),
     "a custom function of its module": (
         ("pairs.coupling=custom", "pairs.custom=json:f"),
@@ -33,6 +33,43 @@ def test_what_is_missing_is_told_before_anything_is_made(empty: Lab, what: str) 
     assert says in told
     assert len(told.splitlines()) == 1
     assert not list(empty.artifacts.glob("[a-z]*"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("pairs.executor=slrum", "'ray', 'serial' or 'slurm'"),
+        ("pairs.ray_address=127.0.0.1:99999", "write HOST:PORT with a port from 1 to 65535"),
+        ("teacher.ray_address=http://head:8265", "no address of a Ray cluster"),
+        ("data.ray_address=head", "no address of a Ray cluster"),
+        ("student.device=cpu:7", "is none of auto, cpu, cuda and cuda:0"),
+        ("evaluate.device=gpu", "is none of auto, cpu, cuda and cuda:0"),
+        ('student.watch=["wandb", "wandb"]', "named more than once"),
+    ],
+)
+def test_a_setting_that_is_right_nowhere_is_refused_though_nothing_is_made_with_it(
+    empty: Lab, wrong: str, says: str
+) -> None:
+    told = empty.run("data", wrong, exits=2).stderr
+    assert says in told
+    assert f"--set {wrong}" in told
+    assert len(told.splitlines()) == 1
+
+
+def test_every_field_for_a_device_or_a_cluster_refuses_what_is_none() -> None:
+    """With nothing to be made: the config is refused as such."""
+    seen = 0
+    for name, field in RunConfig.model_fields.items():
+        for key in {"device", "ray_address"} & getattr(field.annotation, "model_fields", {}).keys():
+            seen += 1
+            with pytest.raises(ValidationError, match=r"is none of auto|no address of a Ray"):
+                RunConfig.model_validate({"data": {"source": "digits"}, name: {key: "none at all"}})
+    assert seen >= 10
+
+
+def test_an_address_of_the_environment_is_told_as_that(empty: Lab) -> None:
+    told = empty.run("student", "pairs.executor=ray", exits=2, RAY_ADDRESS="head").stderr
+    assert "RAY_ADDRESS = 'head': no address of a Ray cluster" in told
 
 
 def test_a_stage_runs_without_what_it_does_not_need(empty: Lab) -> None:

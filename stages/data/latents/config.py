@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, JsonValue, model_validator
 from nfm.stages.base import Section, one_of, operational
 from nfm.stages.executors import EXECUTORS
 from nfm.stages.trained.devices.precision import Precision
+from nfm.stages.trained.devices.where import AddressField, DeviceField
 from nfm.stages.trained.foreign.vae import is_function
 from nfm.storage.errors import NoPlace
 from nfm.storage.files.paths import local_path
@@ -48,10 +49,10 @@ class LatentsConfig(Section):
     batch_size: int = Field(32, ge=1)
     precision: Precision = "float32"
     executor: Annotated[str, one_of(EXECUTORS)] = operational("ray")
-    ray_address: str | None = operational(None)
+    ray_address: AddressField | None = operational(None)
     workers: int = operational(0, ge=0)
     threads: int = operational(1, ge=1)
-    device: str = operational("auto")
+    device: DeviceField = operational("auto")
 
     @model_validator(mode="after")
     def _check_vae(self) -> Self:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nfm.stages.base import Unfit
+from nfm.stages.base import StageError, Unfit
 from nfm.stages.data.latents import shards
 from nfm.stages.data.latents.config import LatentsConfig
 from nfm.stages.executors import EXECUTORS, ray_cluster
@@ -131,7 +131,12 @@ def tried(config: LatentsConfig, image_shape: tuple[int, int, int], device: str)
     """
     import torch
 
-    loaded = vae.load(vae_of(config), image_shape, config.options, device, config.precision)
+    load = partial(vae.load, vae_of(config), image_shape, config.options, device, config.precision)
+    try:
+        loaded = load()
+    except StageError as error:  # of a function that raises, which is wrong use as what it gives is
+        raise Unfit(str(error)) from error
+    vae.check_weights(loaded, load, str(config.vae))
     scale, shift = (own if given is None else given for given, own in (
         (config.scale, loaded.scale), (config.shift, loaded.shift)))  # fmt: skip
     loaded = replace(loaded, scale=scale, shift=shift)

@@ -37,6 +37,7 @@ from nfm.stages.executors.outcomes import lacking_pieces, settled
 from nfm.stages.trained.foreign import vae
 from nfm.stages.trained.foreign.vae import VaeFacts
 from nfm.storage import ImageDataset
+from nfm.storage.dataset.record import DATASET
 from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
@@ -208,6 +209,7 @@ def _finish(
     for name, commit in commits.items():
         atomic.place(out / commit.file, out / place_of(name), commit.bytes)
     source, about = images.splits["train"], atomic.read_json(data / "manifest.json").get("dataset")
+    (out / DATASET).unlink(missing_ok=True)  # of a run that was killed before its manifest
     writer = DatasetWriter(
         out, f"{source.name} latents", facts.latent_shape, source.classes, config.rows_per_shard, shards.DTYPE,
         facts.scale, f"{facts.vae} {facts.sha256}", facts.shift or None,

@@ -112,6 +112,16 @@ class Parquet(EncodedImages):
                     f"{self.files.path}: its schema names {len(columns.names)} classes, data.classes {len(given)}: "
                     "name as many, or leave it out"
                 )
+            if given is not None and tuple(given) != columns.names and sorted(given) == sorted(columns.names):
+                raise Unfit(
+                    f"{self.files.path}: its schema has these classes in another order, {', '.join(columns.names)}, "
+                    "which says what its numbers mean: leave data.classes out"
+                )
+            if self._first:
+                raise Unfit(
+                    f"data.first_label = {self._first}: the schema of {self.files.path} names the classes of its "
+                    "numbers, from 0 on: leave it out"
+                )
         return columns.names
 
     @contextmanager
@@ -165,6 +175,10 @@ def _rows_at_a_time(path: Path, group: Any, name: str) -> int:
 def _labels(path: Path, file: pq.ParquetFile, name: str) -> tuple[np.ndarray, list[int]]:
     """The labels as the file has them, int64 [N], NO_LABEL where they are null, and the rows where they are."""
     column = file.read([name])[name].combine_chunks()
-    lacking = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False)).tolist()
-    values = column.fill_null(NO_LABEL).to_numpy(zero_copy_only=False)
-    return whole_numbers(values, len(values), f"{path}: column {name!r}"), lacking
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    present = column.drop_null().to_numpy(zero_copy_only=False)
+    values = np.zeros(len(column), present.dtype)
+    values[there] = present
+    labels = whole_numbers(values, len(values), f"{path}: column {name!r}")
+    labels[~there] = NO_LABEL
+    return labels, np.flatnonzero(~there).tolist()

@@ -57,9 +57,7 @@ WATCHERS: dict[Watching, Known] = {
 
 
 def check_watching(section: str, watch: Sequence[Watching]) -> None:
-    """Raises Unfit where somebody is named twice, or a package is missing that somebody who is to be told needs."""
-    if twice := sorted({name for name in watch if watch.count(name) > 1}):
-        raise Unfit(f"{section}.watch names {', '.join(map(repr, twice))} more than once: name each once")
+    """Raises Unfit where a package is missing that somebody who is to be told needs."""
     if "wandb" in watch and (mode := os.environ.get("WANDB_MODE", MODES[0])) not in MODES:
         raise Unfit(f"WANDB_MODE = {mode!r} is no mode of W&B: unset it, or set it to {', '.join(MODES)}")
     for name in watch:

@@ -31,6 +31,13 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_device(name: str) -> str:
+    """The name of a device. Raises ValueError for one that no machine has."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", name):
+        raise ValueError("is none of auto, cpu, cuda and cuda:0, which run here; name one of these")
+    return name
+
+
 def pick_device(name: str) -> str:
     """`auto` is CUDA if this machine has it. Raises Unfit for an invalid or missing device.
 
@@ -44,8 +51,10 @@ def pick_device(name: str) -> str:
     forbid_tf32()
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
-        raise Unfit(f"device = {name!r}: is none of auto, cpu, cuda and cuda:0, which run here; name one of these")
+    try:
+        check_device(name)
+    except ValueError as error:
+        raise Unfit(f"device = {name!r}: {error}") from None
     if name.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:

@@ -13,6 +13,7 @@ from nfm.stages.base import Inputs, LocalField, Reporter, Result, Section, Unfit
 from nfm.stages.trained import teacher
 from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.precision import Precision
+from nfm.stages.trained.devices.where import DeviceField
 from nfm.stages.trained.teacher import FACTS, TeacherConfig
 from nfm.stages.trained.training.section import blaming
 from nfm.stages.trained.weights import WEIGHTS
@@ -43,7 +44,7 @@ class ImportConfig(Section):
     sigma_rows: int
     measure_rows: int
     precision: Precision
-    device: str = operational("auto")
+    device: DeviceField = operational("auto")
 
 
 def section(config: TeacherConfig, file: Path, eta: float | None, head_size: int | None) -> ImportConfig:

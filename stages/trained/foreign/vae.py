@@ -15,7 +15,8 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -275,20 +276,20 @@ def _mean_and_deviation(found: Any, said: str) -> tuple[Tensor, Tensor | None]:
 def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
     """The shape of a latent of two made-up images. Raises Unfit where the VAE does not encode and decode them."""
     said = f"{FIELD} = {named!r}"
-    try:
+    with _blaming_calls(f"{said}: cannot encode images of {by(images.shape[1:])}"):
         latents = vae.encode(images)
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise Unfit(f"{said}: cannot encode images of {by(images.shape[1:])}: {error}") from error
     if latents.dim() != 4 or len(latents) != len(images):
         raise Unfit(f"{said}: encode gave {by(latents.shape)} for two images; give floats [B, c, h, w]")
     if not latents.isfinite().all():
         raise Unfit(f"{said}: encode gave values that are not finite; mend its weights, or train it in float32")
     if not (latents != latents[0, 0, 0, 0]).any():
         raise Unfit(f"{said}: encode gave one value everywhere; mend its weights")
-    alone = vae.encode(images[:1])
+    with _blaming_calls(f"{said}: cannot encode one image"):
+        alone = vae.encode(images[:1])
     if (alone - latents[:1]).abs().max() > BESIDE * latents.abs().max():
         raise Unfit(f"{said}: an image's latent depends on the images beside it; encode each by itself, in eval mode")
-    back = vae.decode(latents)
+    with _blaming_calls(f"{said}: cannot decode latents of {by(latents.shape[1:])}"):
+        back = vae.decode(latents)
     if back.shape != images.shape:
         raise Unfit(f"{said}: decode gave {by(back.shape)} for {by(images.shape)}; give images of that shape")
     if not back.isfinite().all():
@@ -297,6 +298,25 @@ def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
         raise Unfit(f"{said}: decode gave values up to {largest:.3g}; give images in [-1, 1]")
     _, channels, height, width = latents.shape
     return channels, height, width
+
+
+@contextmanager
+def _blaming_calls(said: str) -> Iterator[None]:
+    try:
+        yield
+    except StageError:
+        raise
+    except Exception as error:  # whatever somebody's code makes of the call
+        raise Unfit(f"{said}: it raised {type(error).__name__}: {error}; mend it") from error
+
+
+def check_weights(vae: Vae, load_again: Callable[[], Vae], named: str) -> None:
+    """Raises Unfit where a function gives a network of other weights at each call, as each worker makes one."""
+    if vae.state is not None and load_again().state != vae.state:
+        raise Unfit(
+            f"{FIELD} = {named!r}: it gives other weights each time it is called, and every worker calls it; load them "
+            "from a file in it, or call torch.manual_seed first"
+        )
 
 
 def announce(named: str, say: Callable[[str], None]) -> None:

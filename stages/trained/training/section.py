@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nfm.stages.base import Section, Unfit, operational
 from nfm.stages.display.watching.lines import Watching
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.precision import Precision
+from nfm.stages.trained.devices.where import AddressField, DeviceField
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.reading.reader import check_enough, check_shared
 
@@ -43,7 +44,7 @@ class TrainingSection(Section):
     clip: float = Field(1.0, gt=0, allow_inf_nan=False)
     ema: float = Field(0.999, ge=0, lt=1)
     precision: Precision = "float32"
-    device: str = operational("auto")
+    device: DeviceField = operational("auto")
     save_every: int = operational(20_000, ge=1)
     log_every: int = operational(5_000, ge=1)
     keep_checkpoints: int = operational(1, ge=1)
@@ -52,8 +53,15 @@ class TrainingSection(Section):
     microbatch: int | None = operational(None, ge=1)
     recompute: bool = operational(False)
     compile: bool = operational(False)
-    ray_address: str | None = operational(None)
+    ray_address: AddressField | None = operational(None)
     watch: tuple[Watching, ...] = operational(())
+
+    @field_validator("watch")
+    @classmethod
+    def _is_told_once(cls, watch: tuple[Watching, ...]) -> tuple[Watching, ...]:
+        if twice := sorted({name for name in watch if watch.count(name) > 1}):
+            raise ValueError(f"{', '.join(map(repr, twice))} is named more than once; name each once")
+        return watch
 
     @property
     def processes(self) -> int:

@@ -13,6 +13,7 @@ from nfm.storage.files.clouds.cloud import Cloud
 
 # Not abfs://container@account.../x: as a text it is abfs://container/x, which names no account.
 CLOUDS: dict[str, Cloud] = {"s3": s3, "s3a": s3, "gs": gs, "gcs": gs, "az": az}
+SHOWN = {*s3.ENDPOINTS, *gs.ENDPOINTS}  # of the variables with an endpoint, those that are an address alone
 PLACES = "s3://bucket/..., gs://bucket/..., az://container/..."  # for messages
 
 

@@ -16,6 +16,7 @@ from nfm.storage.files.clouds.cloud import NoSuchBucket, Stored
 
 EXTRA = "az"
 CREDENTIALS = "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and a key, a token or a log-in of Azure's"
+ENDPOINTS: tuple[str, ...] = ("AZURE_STORAGE_CONNECTION_STRING",)
 CONDITIONS = ("If-None-Match", "If-Match")
 PARTS: float = math.inf  # the list of the parts is put on the condition of the whole; never by itself
 MOST: float = math.inf

@@ -28,6 +28,7 @@ class Cloud(Protocol):
 
     EXTRA: str  # the extra of this package that brings the client
     CREDENTIALS: str  # what to set where no credentials are found
+    ENDPOINTS: tuple[str, ...]  # variables that name where it is, the first one set wins
     CONDITIONS: tuple[str, str]  # its words for: that there is no object; that it is the version of a tag
     PARTS: float  # bytes from which on a file is uploaded in parts
     MOST: float  # bytes of the largest upload in one request

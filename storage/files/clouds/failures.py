@@ -36,6 +36,12 @@ _NO_CREDENTIALS = {
     "DefaultCredentialsError",
     "CredentialUnavailableError",  # azure-identity
 }
+_MISSTATED = {
+    "EndpointProviderError",  # botocore
+    "ParamValidationError",
+    "InvalidURL",  # aiohttp, requests
+    "AzureSigningError",  # azure-storage-blob: no key
+}
 _NO_BUCKET = {"NoSuchBucket", "InvalidBucketName", "ContainerNotFound", "InvalidResourceName"}
 
 
@@ -86,6 +92,11 @@ def no_credentials(error: BaseException) -> bool:
 def no_bucket(error: BaseException) -> bool:
     """Whether there is no such bucket."""
     return bool(({code_of(error)} | _names(error)) & _NO_BUCKET)
+
+
+def misstated(error: BaseException) -> bool:
+    """Whether the client made no request of what the user wrote: the URL, the endpoint, a connection string."""
+    return not no_credentials(error) and (type(error) is ValueError or bool(_names(error) & _MISSTATED))
 
 
 def denied(error: BaseException) -> bool:

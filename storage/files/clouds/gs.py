@@ -20,6 +20,7 @@ from nfm.storage.files.clouds.cloud import NoSuchBucket, Stored
 
 EXTRA = "gs"
 CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS, or log in with `gcloud auth application-default login`"
+ENDPOINTS: tuple[str, ...] = ("STORAGE_EMULATOR_HOST",)
 CONDITIONS = ("ifGenerationMatch=0", "ifGenerationMatch")
 PARTS: float = 5 << 20  # from here on gcsfs uploads parts
 MOST: float = 5 << 40  # of any object

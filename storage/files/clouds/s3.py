@@ -11,6 +11,7 @@ from nfm.storage.files.clouds.cloud import Stored
 
 EXTRA = "s3"
 CREDENTIALS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or a role"
+ENDPOINTS: tuple[str, ...] = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 CONDITIONS = ("If-None-Match", "If-Match")
 PARTS: float = 100 << 20  # from here on s3fs uploads parts
 MOST: float = 5 << 30  # by S3's rules

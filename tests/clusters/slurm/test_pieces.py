@@ -53,6 +53,24 @@ def pictures(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
     lab.close()
 
 
+def test_latents_submitted_at_once_wait_for_the_data_that_they_are_of(pictures: Site) -> None:
+    site = pictures
+    refused = ("data.max_rejected=0",)
+    bad = site.submit("--tasks", 2, stage="data", sets=refused)
+    never = site.submit("--tasks", 2, "--after", bad["finish"], stage="latents", sets=refused)
+    site.ended()
+    assert site.cluster.exit_code(bad["finish"]) == 1
+    assert {site.cluster.states().get(job, "CANCELLED") for job in never.values()} == {"CANCELLED"}
+    assert not (site.lab.artifacts / "latents").exists()
+
+    data = site.submit("--tasks", 2, stage="data", sets=())
+    latents = site.submit("--tasks", 2, "--after", data["finish"], stage="latents", sets=())
+    site.ended()
+    assert " is up to date" in site.log("prepare"), "the data were there when the latents began"
+    assert {site.cluster.states()[jobs["finish"]] for jobs in (data, latents)} == {"COMPLETED"}, site.log("finish")
+    assert "clean" in site.lab.nfm("audit", site.lab.only("latents").path).stdout
+
+
 @pytest.mark.parametrize("stage", ["data", "latents"])
 def test_a_task_cancelled_in_the_middle_is_made_up_by_the_next_submission(pictures: Site, stage: str) -> None:
     site = pictures

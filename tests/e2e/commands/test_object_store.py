@@ -51,7 +51,7 @@ def test_a_store_on_s3_is_looked_at_verified_and_trained_on_by_its_url(
     )
     assert not list((tmp_path / "student's").iterdir())
 
-    denied = empty.nfm("pairs", "info", "s3://elsewhere/store", exits=1, **known)
+    denied = empty.nfm("pairs", "info", "s3://elsewhere/store", exits=2, **known)
     assert denied.stderr.startswith("nfm: s3://elsewhere/store")
     assert "no such bucket" in denied.stderr
 

@@ -174,6 +174,22 @@ def test_an_environment_does_not_show_the_secret_of_a_url(
     assert "AWS_ENDPOINT_URL is http://***@127.0.0.1" in told
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ls",), ("pairs", "info", "s3://bucket/x"), ("run", "data", "-c", "tiny.toml", "--set", "data.path=s3://b/x"),
+        ("pairs", "verify", "s3://bucket/x"),
+    ],
+)  # fmt: skip
+def test_a_wrong_variable_is_never_told_as_a_wrong_place(
+    nfm: Nfm, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("NFM_PATIENCE", "x")
+    if command == ("ls",):
+        monkeypatch.setenv("NFM_ARTIFACTS", "s3://bucket/a")
+    assert nfm(*command) == (2, "nfm: NFM_PATIENCE=x: write a number of seconds from 0 to 86400\n")
+
+
 def test_an_unforeseen_error_shows_no_secret(nfm: Nfm, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**given: object) -> None:
         raise ValueError(f"{given} of {URLS[0]}")

@@ -13,6 +13,7 @@ import pytest
 
 from nfm.pipeline.submit.ray import allocation, job_command
 from nfm.pipeline.submit.slurm import Script, Submission, array_jobs, directive, user_options
+from nfm.pipeline.submit.training import training_job
 from nfm.stages.base import StageError
 
 if TYPE_CHECKING:
@@ -70,6 +71,19 @@ def test_arrays_wait_for_the_list_and_the_seal_for_all_of_them() -> None:
         assert made[name].sbatch(folder, ids)[2] == "--dependency=afterok:10"
     assert made["seal"].sbatch(folder, ids)[2] == "--dependency=afterok:10,afterany:11:12:13"
     assert all("--kill-on-invalid-dep=yes" in options(script) for script in made.values())
+
+
+def test_what_begins_a_submission_waits_for_the_jobs_before_it() -> None:
+    first = submission(after=("7", "8"))
+    begin = {
+        "prepare": array_jobs(first, 2, 2)[0],
+        "ray": allocation(first, 2),
+        "teacher": training_job(first, "teacher", 1, 1),
+    }
+    for name, script in begin.items():
+        command = script.sbatch(first.folder, {})
+        assert command == ["sbatch", "--parsable", "--dependency=afterok:7:8", str(first.folder / f"{name}.sbatch")]
+        assert "--kill-on-invalid-dep=yes" in options(script)
 
 
 def test_nfm_takes_the_place_of_the_shell_so_that_signals_reach_it() -> None:

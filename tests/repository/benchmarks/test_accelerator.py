@@ -8,15 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from benchmarks.accelerator import trial
 from benchmarks.accelerator.command import PIECES, accelerator
 from benchmarks.accelerator.job import Job, Unfinished
+from benchmarks.accelerator.kept import Kept, alone
 from benchmarks.accelerator.reader import reader
 from benchmarks.accelerator.sizes import PLANS
 from benchmarks.accelerator.tests import ALONE, FILES
@@ -75,7 +77,7 @@ def test_every_piece_runs_tiny_without_the_packages_of_the_pipeline(tmp_path: Pa
     assert body["pieces"]["sample"]["student_over_teacher"] > 0
     for coupling in ("independent", "nfm"):
         assert list(body["pieces"]["table"][coupling]["distance_by_nfe"]) == ["31", "15", "7", "5", "3", "1"]
-    assert "left: tests; the same command goes on" in done.stderr
+    assert "left: tests; the same command without --only goes on" in done.stderr
 
 
 @pytest.mark.seconds(60)
@@ -116,24 +118,127 @@ def test_batches_go_on_with_the_next_one() -> None:
     assert whole[:3] != whole[3:6], "another order in the next epoch"
 
 
+def called(folder: Path, *arguments: str) -> Result:
+    common = ["--tiny", "--device=cpu", f"--work={folder / 'work'}", "-o", str(folder / "out.json")]
+    return CliRunner().invoke(accelerator, [*common, *arguments], catch_exceptions=False)
+
+
+def rows(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())["pieces"]
+    return found
+
+
 def test_a_piece_that_fails_is_told_and_run_again_and_the_others_go_on(tmp_path: Path) -> None:
-    np.savez(tmp_path / "in.npz", images=np.zeros((4, 1, 8, 8), np.uint8))
-    common = ["--tiny", "--device=cpu", f"--work={tmp_path / 'work'}", "-o", str(tmp_path / "out.json")]
-    chosen = ["--only=teacher", "--only=pairs"]
-    failed = CliRunner().invoke(accelerator, [*common, f"--images={tmp_path / 'in.npz'}", *chosen])
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "teacher").write_text("where its folder is to be")
+    failed = called(tmp_path, "--only=teacher", "--only=pairs")
     assert failed.exit_code == 1
-    told = json.loads((tmp_path / "out.json").read_text())["pieces"]["teacher"]["failed"]
-    assert "in.npz: no array data and no labels: save data=... and labels=..." in told
+    assert "FileExistsError" in rows(tmp_path)["teacher"]["failed"]
     assert "pairs: needs teacher first" in failed.output
-    again = CliRunner().invoke(accelerator, [*common, "--only=teacher"], catch_exceptions=False)
+    (tmp_path / "work" / "teacher").unlink()
+    assert called(tmp_path, "--only=teacher").exit_code == 0
+    assert "heldout_bits_per_dim" in rows(tmp_path)["teacher"]
+
+
+def test_a_piece_that_is_asked_for_again_is_measured_again_and_what_was_made_of_it_is_left(tmp_path: Path) -> None:
+    assert called(tmp_path, "--only=pairs", "--only=teacher").exit_code == 0, (
+        "in the order in which they need each other"
+    )
+    first, weights = rows(tmp_path), tmp_path / "work" / "teacher.safetensors"
+    assert set(first) == {"teacher", "pairs"}
+    planned = tmp_path / "work" / "teacher" / "plan.json"
+    planned.write_text(json.dumps({"examples": 1, "images_per_second": -1.0}))
+    before = weights.stat().st_ino
+    again = called(tmp_path, "--only=teacher")
     assert again.exit_code == 0
-    assert "heldout_bits_per_dim" in json.loads((tmp_path / "out.json").read_text())["pieces"]["teacher"]
+    assert "teacher: made again, so pairs of the one before are left to be made again" in again.output
+    assert set(rows(tmp_path)) == {"teacher"}
+    assert rows(tmp_path)["teacher"]["images_per_second"] > 0, "of the old plan"
+    assert weights.stat().st_ino != before
+    assert not (tmp_path / "work" / "pairs.safetensors").exists()
+
+
+def test_a_call_that_finds_all_done_says_whose_figures_these_are(tmp_path: Path) -> None:
+    state = {
+        "plan": "tiny",
+        "card": "cpu",
+        "output": str(tmp_path / "old.json"),
+        "pieces": {name: {} for name in PIECES},
+    }
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "state.json").write_text(json.dumps(state))
+    done = called(tmp_path)
+    assert done.exit_code == 0
+    assert "these are the figures of earlier calls; --only PIECE" in done.output
+    assert rows(tmp_path).keys() == PIECES.keys(), "in the file that this call named"
+    kept = Kept(tmp_path / "work", "tiny", "cpu", None, None)
+    kept.add("tests", {"passed": 1})
+    assert rows(tmp_path)["tests"]["machine"], "the first call's is not known"
+
+
+def test_a_call_that_was_killed_while_it_forgot_leaves_nothing_old(tmp_path: Path) -> None:
+    state = {"plan": "tiny", "card": "cpu", "output": "o.json", "pieces": {}, "to_remove": ["teacher"]}
+    (tmp_path / "work" / "teacher").mkdir(parents=True)
+    (tmp_path / "work" / "teacher.safetensors").touch()
+    (tmp_path / "work" / "state.json").write_text(json.dumps(state))
+    Kept(tmp_path / "work", "tiny", "cpu", None, None)
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["state.json"]
+
+
+def test_two_calls_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with alone(tmp_path / "work"):
+        done = called(tmp_path, "--only=matrices")
+    assert done.exit_code == 2
+    assert "another call works here; wait for it, or give another --work" in done.output
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"plan": "tiny", "card": "cpu", "output": "o.json", "pieces": {"a": 1}}']
+)
+def test_a_state_that_is_broken_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "state.json").write_text(text)
+    done = called(tmp_path, "--only=matrices")
+    assert done.exit_code == 2
+    assert "state.json: is not what a call leaves there" in done.output
+    assert "give another --work, or remove it" in done.output
+
+
+def test_images_are_checked_before_anything_is_measured_and_never_mixed(tmp_path: Path) -> None:
+    file = tmp_path / "in.npz"
+    for arrays, says in (
+        ({"images": np.zeros((4, 1, 8, 8), np.uint8)}, "no array data and no labels; write it with numpy.savez"),
+        ({"data": np.zeros((4, 1, 8, 8), np.uint8), "labels": np.zeros(4)}, "4 labels of type float64"),
+        ({"data": np.zeros((4, 1, 8, 8), np.uint8), "labels": np.zeros(4, int)}, "4 images, and "),
+        ({"data": np.array([None]), "labels": np.zeros(1, int)}, "Object arrays cannot be loaded"),
+    ):
+        np.savez(file, **arrays)
+        done = called(tmp_path, f"--images={file}", "--only=matrices")
+        assert done.exit_code == 2
+        assert says in " ".join(done.output.replace("│", "").split()), done.output
+    np.save(tmp_path / "one.npy", np.zeros((4, 1, 8, 8), np.uint8))
+    assert "its ending is .npy, and this is .npz" in called(tmp_path, f"--images={tmp_path / 'one.npy'}").output
+    (tmp_path / "one.npy").rename(file)
+    assert "File is not a zip file" in called(tmp_path, f"--images={file}").output
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npz"]
+    count = 2 * TINY.samples + 100
+    np.savez(file, data=np.zeros((count, *TINY.trial.image_shape), np.uint8), labels=np.zeros(count, int))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "state.json").write_text(
+        json.dumps({"plan": "tiny", "card": "cpu", "output": "o.json", "pieces": {}})
+    )
+    done = called(tmp_path, f"--images={file}", "--only=matrices")
+    assert done.exit_code == 2
+    assert "its images are drawn flowers, and those of --images are " in done.output
 
 
 def test_work_of_another_size_is_not_mixed_in(tmp_path: Path) -> None:
     common = ["--device=cpu", f"--work={tmp_path / 'work'}", "-o", str(tmp_path / "out.json"), "--only=pairs"]
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "state.json").write_text(json.dumps({"plan": "tiny", "card": "cpu", "pieces": {}}))
+    (tmp_path / "work" / "state.json").write_text(
+        json.dumps({"plan": "tiny", "card": "cpu", "output": "o", "pieces": {}})
+    )
     done = CliRunner().invoke(accelerator, common)
     assert done.exit_code == 2
     assert "holds the tiny run of cpu, and this is the full one of cpu: give another --work" in done.output
@@ -153,8 +258,9 @@ def test_a_call_that_can_begin_nothing_leaves_nothing(tmp_path: Path) -> None:
     common = ["--device=cpu", f"--work={tmp_path / 'work'}", "-o", str(tmp_path / "out.json")]
     assert CliRunner().invoke(accelerator, [*common, "--minutes=0"]).exit_code == 2
     done = CliRunner().invoke(accelerator, [*common, "--minutes=0.1"])
-    assert done.exit_code == 0, done.output
-    assert "too few to begin it" in done.output
+    assert done.exit_code == 2, done.output
+    assert "nothing was begun: " in done.output
+    assert "too few to begin it (--minutes)" in done.output
     assert not list(tmp_path.iterdir())
 
 

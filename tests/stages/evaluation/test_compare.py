@@ -137,6 +137,16 @@ def test_the_text_ends_with_what_the_figures_say(tmp_path: Path) -> None:
     assert "No coupling report: independent; `nfm pairs report STORE` measures one." in text
 
 
+def test_the_text_repeats_what_the_evaluations_were_short_of(tmp_path: Path) -> None:
+    found = inputs(tmp_path)
+    for role, folder in found.items():
+        if role.startswith("evaluate:"):
+            write_json(folder / "evaluation.json", read_json(folder / "evaluation.json") | {"cut": ["too few images"]})
+    (tmp_path / "out").mkdir()
+    compare.run(CONFIG, found, tmp_path / "out", Recorder())
+    assert "\ntoo few images.\n" in (tmp_path / "out" / compare.TEXT).read_text()
+
+
 def test_a_control_is_neither_marked_nor_named_the_best(tmp_path: Path) -> None:
     told, text = compared(tmp_path, {"nfm": {7: 22.0}, "nfm:permuted": {7: 5.0}, "independent": {7: 40.0}})
     assert told[0] == "Smallest FD-CNN, controls aside: nfm at NFE 7 (22.00)."

@@ -52,12 +52,32 @@ def names(body: dict[str, Any]) -> list[str]:
     return [row["name"] for row in body["rows"]]
 
 
-def test_a_plan_tells_that_a_kid_size_is_more_than_there_is() -> None:
+def test_a_plan_tells_which_numbers_of_images_are_more_than_there_are() -> None:
     facts = {"inputs": ["data", "student"], "image_shape": [1, 8, 8], "classes": 10, "student": StudentConfig()}
-    for held, size, told in ((400, 401, "KID of 400 (kid_size 401 is more)"), (400, 400, ""), (60, 61, "KID of 60 (")):
-        config = EvaluateConfig(**SMALL | {"samples": 400, "kid_size": size})
-        words = str(stage.cost(config, facts | {"heldout": held}, None))
-        assert (told in words) if told else ("KID" not in words)
+    asked = {"samples": 400, "kid_size": 350}
+    for held, train, told in (
+        (400, 400, []),
+        (400, 340, ["kid_size is 350: the subsets of KID have 340", "the training set has 340 images: precision"]),
+        (60, 400, ["evaluate.samples is 400, and 60 images are held out: each row has 60", "KID have 60 images"]),
+    ):
+        config = EvaluateConfig(**SMALL | asked)
+        words = str(stage.cost(config, facts | {"heldout": held, "images": train}, None))
+        assert all(said in words for said in told), words
+        assert told or " is 350" not in words
+
+
+def test_an_evaluation_of_fewer_images_than_it_was_asked_for_says_so_wherever_it_is_shown(
+    made: Lab, tmp_path: Path
+) -> None:
+    inputs, report = {role: made.only(role).path for role in ("data", "features")}, Recorder()
+    heldout = len(ImageDataset.open(inputs["data"], "heldout"))
+    stage.run(EvaluateConfig(**SMALL | {"samples": 7_654, "kid_size": 4_321}), inputs, tmp_path, report)
+    told = f"evaluate.samples is 7,654, and {heldout} images are held out: each row has {heldout}"
+    for shown in ("\n".join(report.said), (tmp_path / stage.TEXT).read_text(), Evaluation(tmp_path, 4).section()):
+        assert told in shown
+        assert f"evaluate.kid_size is 4,321: the subsets of KID have {heldout}" in shown
+    body = json.loads((tmp_path / stage.TABLE).read_text())
+    assert told not in as_text(body | {"cut": []})
 
 
 def test_every_row_has_every_metric_and_the_floor_is_best(made: Lab, tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_what_no_reader_opens_is_refused_before_anything_is_written(tmp_path, ch
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["a" * 1000, "\x7f", "Größe, 大", "", "a b/c"])
+@pytest.mark.parametrize("name", ["a" * 1000, "\x7f", "Größe, 大", "a b/c"])
 def test_names_that_are_written_are_read(tmp_path, name):
     writer = write(tmp_path, name=name, classes=[name, "b", "c"])
     writer.write_split("train", ROWS, chunks(0, ROWS))
@@ -251,3 +251,45 @@ def test_images_of_another_kind_are_not_scaled_in_silence(root):
     for images, said in (([1, 2], "ndarray"), (IMAGES.astype(np.int16), "are int16, those of .* are uint8")):
         with pytest.raises(StorageError, match=said):
             train.to_float(images)
+
+
+def test_a_finished_dataset_is_not_written_over(root):
+    before = {path: hash_file(path) for path in root.rglob("*") if path.is_file()}
+    with pytest.raises(StorageError, match=r"dataset\.json: a finished dataset is here, .* take another folder"):
+        write(root)
+    assert {path: hash_file(path) for path in root.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image_shape": (4, 5)}, r"image_shape .*: give \(channels, height, width\)"),
+        ({"classes": ["a", ""]}, "class 1 has no name"),
+    ],
+)
+def test_a_writer_refuses_what_no_dataset_has(tmp_path, changes, said):
+    with pytest.raises(StorageError, match=said):
+        write(tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_writer_refuses_a_file_as_its_folder_and_an_end_without_a_split(tmp_path):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(StorageError, match="file: is a file, and the dataset is to be a folder"):
+        write(tmp_path / "file")
+    with pytest.raises(StorageError, match="no split is written yet"):
+        write(tmp_path / "new").close()
+    assert not (tmp_path / "new" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ((4, [(IMAGES[:4], LABELS[:4], "abcd")]), "a key would be each letter of 'abcd': give a list of texts"),
+        ((4, [(IMAGES[:4], LABELS[:4], KEYS[:4])], "abcd"), "a caption would be each letter of 'abcd'"),
+        ((4, None), "chunks .*a list or a generator"),
+    ],
+)
+def test_a_text_is_no_list_of_texts(tmp_path, split, said):
+    with pytest.raises((StorageError, TypeError), match=said):
+        write(tmp_path).write_split("train", *split)

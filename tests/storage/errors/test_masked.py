@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from nfm.storage.errors import CorruptShard, NoPlace, StorageError
+from nfm.storage.errors import CorruptShard, NoPlace, StorageError, WrongVariable
 from nfm.storage.errors.masked import HIDDEN, holds_secret, masked, masked_in
 
 SECRET = [
@@ -64,7 +64,8 @@ def test_values_are_masked_in_all_their_texts() -> None:
 
 def test_an_error_shows_no_secret_in_text_repr_and_pickle() -> None:
     for error in (StorageError("s3://k:secret@h/x: bad"), CorruptShard("s3://k:secret@h: bad"),
-                  NoPlace("s3://k:secret@h/x", "no place, as https://secret@h is none", "X=")):  # fmt: skip
+                  NoPlace("s3://k:secret@h/x", "no place, as https://secret@h is none"),
+                      WrongVariable("X", "s3://k:secret@h/x", "no place, as https://secret@h is none")):  # fmt: skip
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error)
         for text in (str(error), repr(error), str(copy), repr(vars(error)), pickle.dumps(error).decode("latin-1")):

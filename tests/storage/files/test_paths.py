@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nfm.storage import PairStore
-from nfm.storage.errors import NoPlace, StorageError
+from nfm.storage.errors import NoPlace, StorageError, WrongBucket, WrongVariable
 from nfm.storage.files import atomic
 from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, remove, size_of
@@ -80,6 +80,40 @@ def said(root: str) -> str:
 
 def test_a_bucket_that_is_not_there_is_named(s3: S3) -> None:
     assert said("s3://no-such-bucket").count("there is no such bucket: create it") == 4
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variable", "text", "told"),
+    [
+        ("s3", "AWS_ENDPOINT_URL", "nonsense", "is nonsense"),
+        ("s3", "AWS_ENDPOINT_URL", "http://user:secret@127.0.0.1:99999", r"is http://\*\*\*@127.0.0.1:99999"),
+        ("s3", "AWS_ENDPOINT_URL_S3", "http://[::1", r"is http://\[::1"),
+        ("gs", "STORAGE_EMULATOR_HOST", "http://127.0.0.1:99999", "is http://127.0.0.1:99999"),
+        ("az", "AZURE_STORAGE_CONNECTION_STRING", "secret", "is set"),
+    ],
+)  # fmt: skip
+def test_an_endpoint_that_is_none_is_wrong_use_and_named_with_its_variable(
+    scheme: str, variable: str, text: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "k")
+    monkeypatch.setenv(variable, text)
+    new_clients()
+    try:
+        for ask in (atomic.read_json, names_in, lambda path: atomic.create_bytes(path, b"a")):
+            with pytest.raises(
+                WrongBucket,
+                match=rf"^{scheme}://bucket/x: cannot .*; check the URL and the endpoint \({variable} {told}",
+            ) as caught:
+                ask(as_path(f"{scheme}://bucket/x"))
+            assert "secret" not in str(caught.value)
+    finally:
+        new_clients()
+
+
+def test_a_name_that_no_bucket_has_is_wrong_use(s3: S3) -> None:
+    with pytest.raises(WrongBucket, match="No_Bucket"):
+        names_in(as_path("s3://No_Bucket!/x"))
 
 
 def test_missing_credentials_are_named_with_the_variables_to_set(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +184,7 @@ def test_a_number_of_the_environment_is_one_within_its_range(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(NoPlace, match=f"{variable}={value}: write a number of (seconds|bytes) from 0 to"):
+    with pytest.raises(WrongVariable, match=f"{variable}={value}: write a number of (seconds|bytes) from 0 to"):
         patience() if variable == "NFM_PATIENCE" else ShardCache(Path("nowhere"))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfm.storage import ImageDataset, PairStore
-from nfm.storage.errors import NoPlace, StorageError
+from nfm.storage.errors import NoPlace, StorageError, WrongVariable
 from nfm.storage.export import export
 from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.files.paths import artifacts_root, as_path, is_remote, is_url, local_path, stated_path
-from nfm.storage.files.places import cache_base
+from nfm.storage.files.places import cache_base, scratch_root
 from nfm.storage.files.remote import patience
 
 
@@ -149,15 +151,38 @@ def test_an_environment_variable_that_is_empty_is_as_unset(tmp_path: Path, monke
 @pytest.mark.parametrize("text", ["s3://bucket/cache", "s3:/bucket/cache", "s3://k:secret@h/x"])
 def test_an_environment_variable_that_cannot_be_used_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NFM_CACHE", text)
-    with pytest.raises(NoPlace, match=r"^NFM_CACHE=s3:/") as caught:
+    with pytest.raises(WrongVariable, match=r"^NFM_CACHE=s3:/") as caught:
         cache_base()
     assert "secret" not in str(caught.value)
 
 
-def test_a_file_where_artifacts_should_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+READERS: dict[str, Callable[[], object]] = {
+    "NFM_ARTIFACTS": artifacts_root, "NFM_CACHE": cache_base, "NFM_SCRATCH": scratch_root, "NFM_PATIENCE": patience,
+    "NFM_CACHE_BYTES": lambda: ShardCache("cache"), "XDG_CACHE_HOME": cache_base,
+}  # fmt: skip
+
+
+def test_every_variable_of_ours_has_its_reader_here() -> None:
+    library = Path(__file__).resolve().parents[3]
+    text = "".join(
+        file.read_text() for room in ("storage", "stages", "pipeline") for file in (library / room).rglob("*.py")
+    )
+    assert set(re.findall(r"NFM_[A-Z_]+", text)) <= READERS.keys()
+
+
+@pytest.mark.parametrize("variable", READERS)
+def test_a_wrong_variable_is_told_as_itself_and_never_as_the_place_that_was_read(
+    variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setenv("NFM_ARTIFACTS", str(tmp_path / "file"))
-    with pytest.raises(NoPlace, match="file: a file, where artifacts need a folder; let NFM_ARTIFACTS name one"):
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    with pytest.raises(WrongVariable, match=f"^{variable}={tmp_path}/file: (a file, and a folder|write a number)"):
+        READERS[variable]()
+
+
+def test_a_file_where_artifacts_should_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "artifacts").touch()
+    with pytest.raises(NoPlace, match=r"artifacts: a file, and a folder is needed; .*; or let NFM_ARTIFACTS name one"):
         artifacts_root()
 
 

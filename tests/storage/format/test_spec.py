@@ -127,6 +127,8 @@ def _reads_or_is_refused(recipe: dict[str, Any]) -> None:
         ({"image_dtype": "f4"}, "field 'image': dtype 'f4' is none of bool, int8"),
         ({"image_dtype": object}, "dtype 'object' is none of"),
         ({"classes": 0}, "classes 0: leave classes out"),
+        ({"eta": -1.0}, "eta -1.0: give 0 or more"),
+        ({"sigma_f": -0.5}, "sigma_f -0.5: give 0 or more"),
     ],
 )
 def test_a_recipe_of_external_pairs_that_nobody_could_train_on_is_refused(change: dict, said: str) -> None:

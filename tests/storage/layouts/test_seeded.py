@@ -135,8 +135,11 @@ def test_an_origin_that_was_altered_is_found_and_never_read_as_other_noise(make:
     store = make(layout)
     path = altered(store)
     store = PairStore.open(store.root)
-    with pytest.raises(CorruptShard, match=r"(d000-s00000|d000/image).*slot .* has not the check sum"):
+    said = rf"^{path}: record 0 \(from 0\) says that its noise is of draw 0, slot \d+, and .* has not the check sum"
+    with pytest.raises(CorruptShard, match=said):
         store.gather(0, np.array([5, 0]))
+    with pytest.raises(CorruptShard, match=said):
+        store.shard(0, 0).read("noise", 0, 3)
     assert any(str(path) == finding.file for finding in verify(store.root, level="default"))
 
 
@@ -144,8 +147,8 @@ def test_numbers_that_no_record_has_are_refused(make: Make) -> None:
     store = make()
     made = store.shard(0, 0).made
     for origin in ([0, 50, 0], [0, -1, 0], [-1, 0, 0], [1000, 0, 0]):
-        with pytest.raises(CorruptShard, match=f"a.tar: noise of draw {origin[0]}, slot {origin[1]}, which no record"):
-            made(np.array([origin]), [Path("a.tar")])
+        with pytest.raises(CorruptShard, match=rf"a.tar: record 7 .* draw {origin[0]}, slot {origin[1]}, which no"):
+            made(np.array([origin]), [Path("a.tar")], np.array([7]))
 
 
 def test_noise_that_the_seed_does_not_draw_is_refused_and_nothing_is_left(tmp_path: Path, spec_of: Any) -> None:

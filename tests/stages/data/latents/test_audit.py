@@ -45,6 +45,7 @@ def rewrite(out: Path, data: Path, change: str) -> None:
     """The artifact's rows written anew, with something changed that its digests would not tell."""
     facts = vae.read_facts(out)
     images = shards.Images(data, facts)
+    (out / "dataset.json").unlink()
     writer = DatasetWriter(out, "small latents", facts.latent_shape, ["even", "odd"], 5, shards.DTYPE)
     encoder = shards.LatentEncoder(out, data, "cpu")
     for split in shards.SPLITS:
@@ -95,7 +96,11 @@ def test_other_weights_of_the_same_code_are_told(place: Path, data: Path, out: P
     (place / "mine_vae.py").write_text((place / "mine_vae.py").read_text() + "\n")
     old = Allowed(frozenset({facts["sha256"]}))
     (finding,), _ = audit({"data": data}, out, "deep", 300, old)
-    assert "not the file that was recorded" in finding.problem
+    assert (
+        f"not the file that was recorded: latents.vae = 'mine_vae:vae' was of SHA-256 {facts['sha256']}"
+        in finding.problem
+    )
+    assert f"this one is of {atomic.hash_file(place / 'mine_vae.py')[0]}" in finding.problem
 
 
 def test_data_that_is_not_there_is_told_by_the_lineage_alone(out: Path) -> None:

@@ -154,7 +154,15 @@ def test_data_that_is_no_pixels_and_a_vae_that_is_none_are_refused(place: Path) 
          "def vae(shape): return V()", "its scale is 'a'; give a number"),
         ("def vae(): return V()", "it cannot be called with the image's shape: too many positional arguments"),
         ("def vae(shape): raise OSError('no weights')", "the function raised OSError: no weights"),
+        ("class V:\n def encode(self, x): raise KeyError('a')\n def decode(self, z): return z\n"
+         "def vae(shape): return V()", "cannot encode images of 3x4x6: it raised KeyError: 'a'"),
+        ("class V:\n def encode(self, x): return x\n def decode(self, z): raise OSError('b')\n"
+         "def vae(shape): return V()", "cannot decode latents of 3x4x6: it raised OSError: b"),
+        ("import torch\nclass V(torch.nn.Module):\n"
+         " def __init__(self):\n  super().__init__()\n  self.w = torch.nn.Parameter(torch.rand(3, 1, 1))\n"
+         " def encode(self, x): return x * self.w\n def decode(self, z): return z / self.w\n"
+         "def vae(shape): return V()", "it gives other weights each time it is called, and every worker calls it"),
     ):  # fmt: skip
         wrong.write_text(code)
-        with pytest.raises(StageError, match=said):
+        with pytest.raises(Unfit, match=said):
             make(place / "out", data, vae="wrong:vae")

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nfm.stages.base import StageError
+from nfm.stages.base import StageError, Unfit
 from nfm.stages.data.config import DataConfig
 from nfm.stages.data.sources import Parquet
 from nfm.stages.data.sources import parquet as module
@@ -129,6 +129,14 @@ def test_the_index_of_pandas_and_texts_are_no_labels(tmp_path: Path) -> None:
     assert one(tmp_path, what).labels.tolist() == [-1] * 3
 
 
+@pytest.mark.parametrize("kind", [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)])
+def test_labels_of_any_whole_type_are_read_with_and_without_nulls(tmp_path: Path, kind: str) -> None:
+    for labels in ([0, 1, 2, 1], [2, None, 0, 1]):
+        column = pa.array(labels, getattr(pa, kind)())
+        source = one(tmp_path, replaced(table(4, names=None), "label", column))
+        assert source.labels.tolist() == [-1 if label is None else label for label in labels]
+
+
 def test_captions_stay_beside_their_rows(tmp_path: Path) -> None:
     what, report = table(5, caption=pa.array([f"number {row}" for row in range(5)])), Recorder()
     write(tmp_path / "in" / "a.parquet", what)
@@ -145,6 +153,11 @@ def test_names_of_classes_come_from_the_schema_unless_the_config_names_them(tmp_
     assert one(tmp_path, table(2)).classes == CLASSES  # also those without an image
     assert one(tmp_path, table(), classes=["a", "b", "c"]).classes == ["a", "b", "c"]
     refused(tmp_path, table(), "its schema names 3 classes, data.classes 2", classes=["a", "b"])
+    other = r"its schema has these classes in another order, cat, dog, ice cream"
+    refused(tmp_path, table(), other, classes=["dog", "cat", "ice cream"])
+    with pytest.raises(Unfit, match=r"data\.first_label = 1: the schema of .*a\.parquet names the classes"):
+        read(one(tmp_path, table(), first_label=1), tmp_path / "s")
+    assert one(tmp_path, table(), first_label=0, classes=CLASSES).classes == CLASSES
     assert one(tmp_path, table(names=None)).classes == ["0", "1", "2"]
     assert one(tmp_path, table(), labels="").classes == []
 

@@ -275,8 +275,3 @@ def test_a_mode_that_is_none_is_wrong_use_before_the_training(mode: str, monkeyp
     monkeypatch.setenv("WANDB_MODE", mode)
     with pytest.raises(Unfit, match=f"WANDB_MODE = '{mode}' is no mode of W&B: unset it, or set it to online, offline"):
         check_watching("student", ["wandb"])
-
-
-def test_nobody_is_told_twice() -> None:
-    with pytest.raises(Unfit, match=r"student\.watch names 'tensorboard' more than once: name each once"):
-        check_watching("student", ["tensorboard", "tensorboard"])
