@@ -8,6 +8,7 @@ import os
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -55,6 +56,12 @@ def pytest_runtest_makereport(
     else:
         item.warn(pytest.PytestWarning(sentence))
     return report
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: to look through it for garbage takes half a second, and each plan does so some times."""
+    gc.collect()
+    gc.freeze()
 
 
 pytest.register_assert_rewrite("tests.stages.pairs.shop")  # whose own assertions are to show values, as a test's do
