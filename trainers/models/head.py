@@ -1,9 +1,9 @@
 """The last layer of a network, in full precision."""
 
-import torch
 from torch import Tensor, autocast, nn
+from torch.nn import functional as F
 
-from nfm.trainers.training.products import in_tf32, products
+from nfm.trainers.training.products import in_tf32
 
 
 def exact(head: nn.Linear | nn.Conv2d, h: Tensor) -> Tensor:
@@ -15,10 +15,12 @@ def exact(head: nn.Linear | nn.Conv2d, h: Tensor) -> Tensor:
     if h.is_meta:  # only shapes, where autocast does not apply
         return head(h)
     with autocast(h.device.type, enabled=False):
-        return _without_tf32(head, h) if in_tf32() else head(h)
+        return _in_double(head, h) if in_tf32() else head(h)
 
 
-@torch.compiler.disable
-def _without_tf32(head: nn.Linear | nn.Conv2d, h: Tensor) -> Tensor:
-    with products(tf32=False):
-        return head(h)
+def _in_double(head: nn.Linear | nn.Conv2d, h: Tensor) -> Tensor:
+    """TF32 is a setting of the process, which compiled code cannot change, and does not touch float64."""
+    weight, bias = head.weight.double(), None if head.bias is None else head.bias.double()
+    if isinstance(head, nn.Linear):
+        return F.linear(h.double(), weight, bias).to(h.dtype)
+    return F.conv2d(h.double(), weight, bias, head.stride, head.padding, head.dilation, head.groups).to(h.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from nfm.storage.format import untrusted
 from nfm.storage.format.untrusted import shown
 
 Read = Callable[[Member], bytes]
+T = TypeVar("T")
 
 SHOWN, MOST_FIELDS = 12, 1000
 MOST_BYTES = {"cls": 64, "txt": 1 << 16, "json": 1 << 20}
@@ -38,30 +39,27 @@ class Facts:
         self._labels: list[int | None] = []
         self._captions: list[str | None] = []
         self._problems: dict[int, str] = {}
-        self._json = self._cls = self._read = 0  # samples with such a member, and with fields in the .json
+        self._having: Counter[str] = Counter()  # samples with such a member
+        self._read = self._without = 0  # samples with fields in the .json, and without a caption
         self._fields: Counter[str] = Counter()  # samples whose .json has the field
 
     def add(self, members: Mapping[str, Member], read: Read) -> None:
         """The next sample."""
-        label, caption = None, None
-        self._json += "json" in members
-        self._cls += "cls" in members
-        try:
-            fields = _json(members, read) if any(self._from.values()) else {}
-            self._read += bool(fields)
-            few = len(self._fields) < MOST_FIELDS
-            self._fields.update(field for field in fields if few or field in self._from.values())
-            label = self._label(members, read, fields)
-            caption = self._caption(members, read, fields)
-        except UnfitError as error:
-            self._problems[len(self._labels)] = legible(str(error))
+        self._having.update(kind for kind in MOST_BYTES if kind in members)
+        fields = (self._tried(lambda: _json(members, read)) if any(self._from.values()) else None) or {}
+        self._read += bool(fields)
+        few = len(self._fields) < MOST_FIELDS
+        self._fields.update(field for field in fields if few or field in self._from.values())
+        label = self._tried(lambda: self._label(members, read, fields))
+        caption = self._tried(lambda: (self._caption(members, read, fields),))
+        self._without += caption == (None,)
         self._labels.append(label)
-        self._captions.append(caption)
+        self._captions.append(caption[0] if caption else None)
 
     @property
     def labelled(self) -> bool:
         """Whether the images have labels."""
-        return bool(self._from["labels"]) or (self._from["labels"] is None and self._cls > 0)
+        return bool(self._from["labels"]) or (self._from["labels"] is None and self._having["cls"] > 0)
 
     def labels(self) -> np.ndarray | None:
         """The labels as the tars have them, int64 [N], -1 where there is none; None if the images have no labels."""
@@ -72,8 +70,9 @@ class Facts:
         )
 
     def captions(self) -> list[str | None] | None:
-        """A caption for each sample, None for one without; None if no sample has one."""
-        return self._captions if any(caption is not None for caption in self._captions) else None
+        """A caption for each sample, None for one without or set aside; None if no sample has one."""
+        found = [None if row in self._problems else caption for row, caption in enumerate(self._captions)]
+        return found if any(caption is not None for caption in found) else None
 
     def problems(self) -> dict[int, str]:
         """Samples that cannot be used, by their number."""
@@ -87,22 +86,28 @@ class Facts:
         for what, field in self._from.items():
             if not field or self._fields[field] or not self._labels:
                 continue
-            if not self._json:
+            if not self._having["json"]:
                 raise Unfit(f"data.{what} = {field!r} names a field of the .json members, and {where} has none of them")
             if self._read:
                 raise Unfit(f"data.{what} = {field!r}: no .json of {where} has that field; {_common(self._fields)}")
 
     def tell(self, where: str, report: Reporter) -> None:
         """Tells where labels and captions may be, and how many captions are missing."""
-        there = {"labels": self.labelled, "captions": self.captions() is not None}
-        for what, member in (("labels", ".cls"), ("captions", ".txt")):
-            if self._json and not there[what] and self._from[what] is None:
+        for what, member in (("labels", "cls"), ("captions", "txt")):
+            if self._having["json"] and not self._having[member] and self._from[what] is None:
                 report.say(
-                    f"{where}: no sample has {member}; data.{what} names a field of the .json members, if one has it"
+                    f"{where}: no sample has .{member}; data.{what} names a field of the .json members, if one has it"
                 )
-        without = sum(caption is None for caption in self._captions)
-        if there["captions"] and without:
-            report.say(f"{where}: {without:,} of {len(self._captions):,} samples have no caption")
+        if self._without and self.captions() is not None:
+            report.say(f"{where}: {self._without:,} of {len(self._captions):,} samples have no caption")
+
+    def _tried(self, read: Callable[[], T]) -> T | None:
+        """What is read of the next sample; None if it cannot be, which is a problem of the sample."""
+        try:
+            return read()
+        except UnfitError as error:
+            self._problems.setdefault(len(self._labels), legible(str(error)))
+            return None
 
     def _label(self, members: Mapping[str, Member], read: Read, fields: Mapping[str, Any]) -> int | None:
         field = self._from["labels"]

@@ -49,7 +49,8 @@ class Parquet(EncodedImages):
                 self._columns, self._images = first, first.images
                 if columns.kind != first.kind:
                     raise StageError(
-                        f"{path}: holds {columns}, {self.files.names[0]} holds {first}: all files must agree"
+                        f"{path}: holds {columns.told(first)}, {self.files.names[0]} holds {first.told(columns)}: "
+                        "all files must agree, save them anew with the same columns and classes"
                     )
                 count = file.metadata.num_rows
                 if columns.labels:

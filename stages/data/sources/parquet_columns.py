@@ -31,15 +31,21 @@ class Columns(NamedTuple):
         """What all files must have in common."""
         return self[:4]
 
-    def __str__(self) -> str:
-        names = f" of {len(self.names)} named classes" if self.names is not None else ""
-        return f"images in {self.images!r}, labels in {self.labels or 'no column'!r}{names}"
+    def told(self, other: Columns) -> str:
+        """What it holds, with the first class that has another name than in `other`."""
+        said = f"images in {self.images!r}, labels in {self.labels or 'no column'!r}"
+        if self.names is None:
+            return said
+        said += f" of {len(self.names)} named classes"
+        pairs = enumerate(zip(self.names, other.names or ()))
+        differs = next((place for place, (mine, others) in pairs if mine != others), None)
+        return said if differs is None else f"{said}, class {differs} is {legible(self.names[differs])!r}"
 
 
 def columns_of(file: Path, schema: pa.Schema, images: str | None, labels: str | None, captions: str | None) -> Columns:
     """The columns by the settings, else by the names and types that Hugging Face's data sets have.
 
-    Raises StageError if a column is not there, of another type, or could be one of several.
+    Raises Unfit if a column is not there, of another type, or could be one of several.
     """
     features = _features(file, schema)
     image = _image(file, schema, images)
@@ -71,14 +77,14 @@ def _image(file: Path, schema: pa.Schema, given: str | None) -> str:
     if pa.types.is_nested(kind) and not pa.types.is_struct(kind):
         inner = getattr(kind, "value_type", pa.null())
         if _is_bytes(inner) or _content(inner) is not None:
-            raise StageError(f"{where}: several images in a row: save one a row")
+            raise Unfit(f"{where}: several images in a row: save one a row")
         raise Unfit(
             f"{where}: pixels as lists, which lose their type and size; save the images as PNG bytes, or as one uint8 "
             'array for data.source = "npz"'
         )
     if _is_text(kind):
-        raise StageError(f"{where}: paths or links, not images: put the bytes of the images into the file")
-    raise StageError(f"{where}, expected {ENCODED}")
+        raise Unfit(f"{where}: paths or links, not images: put the bytes of the images into the file")
+    raise Unfit(f"{where}, expected {ENCODED}")
 
 
 def _content(kind: pa.DataType) -> pa.DataType | None:
@@ -102,7 +108,7 @@ def _label(file: Path, schema: pa.Schema, features: dict[str, Any], given: str |
         given = found[0]
     name = _named(file, schema, "labels", given)
     if not pa.types.is_integer(schema.field(name).type):
-        raise StageError(
+        raise Unfit(
             f"{file}: column {name!r} is {schema.field(name).type}, expected whole numbers: save the number of each "
             f"class, or set {NO_LABELS}"
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from nfm.pipeline import prechecks
 from nfm.pipeline.builder import build
@@ -18,6 +21,7 @@ from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.precision import Precision, check_precision, precision_context
 from nfm.stages.trained.devices.timing import Clock
 from nfm.trainers.couplings.coupling import NFM
+from nfm.trainers.models.head import exact
 from nfm.trainers.models.tarflow import TarFlow
 from nfm.trainers.training.products import in_tf32, products
 
@@ -52,6 +56,24 @@ def test_a_teacher_encodes_in_tf32_where_it_was_asked_for() -> None:
         NFM(flow, 0.1, 1.0, tf32=tf32)(image, label, image)
         assert set(inside) == {tf32}
     assert not in_tf32()
+
+
+@pytest.mark.parametrize("head", [nn.Linear(5, 3), nn.Linear(5, 3, bias=False), nn.Conv2d(5, 3, 3, padding=1)])
+def test_the_last_layer_of_a_network_in_tf32_is_exact(head: nn.Linear | nn.Conv2d) -> None:
+    h = torch.randn(2, 5, *(() if isinstance(head, nn.Linear) else (4, 4)), requires_grad=True)
+    with products(tf32=True):
+        found = exact(head, h)
+    found.square().sum().backward()
+    wanted = head.double()(h.double()).float()
+    assert torch.equal(found, wanted)
+    assert h.grad is not None
+    assert head.float().weight.grad is not None
+
+
+def test_whoever_only_uses_a_network_does_not_wait_for_the_compiler() -> None:
+    """Its import takes seconds. An optimizer imports it as well, so this is of encoding and sampling."""
+    uses = "import sys, nfm.trainers.couplings.coupling, nfm.trainers.models.unet, nfm.trainers.models.sit"
+    subprocess.run([sys.executable, "-c", f"{uses}\nassert 'torch._dynamo' not in sys.modules"], check=True)
 
 
 @NO_GPU

@@ -17,6 +17,7 @@ from nfm.stages.data.sources import Parquet
 from nfm.stages.data.sources import parquet as module
 from nfm.stages.data.stage import source_identity
 from nfm.storage import ImageDataset
+from nfm.storage.errors import WrongUse
 from tests.stages.data.sources.test_many_in_one import put
 from tests.stages.data.sources.test_webdataset import SIDE, make, picture, read
 from tests.support.buckets.s3server import S3, bucket, s3, s3_server  # noqa: F401  fixtures
@@ -234,6 +235,20 @@ def test_columns_that_are_no_labels_are_refused_with_the_remedy(tmp_path: Path) 
     refused(tmp_path, what, "column 'label', which data.captions names, is int64, no text", captions="label")
 
 
+@pytest.mark.parametrize("setting", ["images", "labels", "captions"])
+def test_a_setting_that_names_a_wrong_column_is_wrong_use(tmp_path: Path, setting: str) -> None:
+    texts, numbers = ["a.png"] * 6, pa.array([1] * 6)
+    what = table(names=None, lists=[[1]] * 6, path=texts, bools=[True] * 6, link=texts, number=numbers)
+    wrong = {
+        "images": ("lists", "path", "number"),
+        "labels": ("path", "lists", "bools"),
+        "captions": ("number", "lists"),
+    }
+    for place, name in enumerate((*wrong[setting], "none")):
+        with pytest.raises(WrongUse, match=name):
+            _ = one(tmp_path / str(place), what, **{setting: name}).keys
+
+
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
@@ -252,7 +267,8 @@ def test_a_schema_that_names_no_classes_properly_is_refused(tmp_path: Path, entr
 def test_files_that_do_not_agree_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.parquet", table())
     write(tmp_path / "in" / "b.parquet", table(names=["cat", "dog", "cow"]))
-    with pytest.raises(StageError, match=r"b\.parquet: .* all files must agree"):
+    says = r"b\.parquet: .* class 2 is 'cow', .*a\.parquet .* class 2 is 'ice cream': all files must agree"
+    with pytest.raises(StageError, match=says):
         _ = Parquet(str(tmp_path / "in")).keys
 
 

@@ -230,6 +230,24 @@ def test_data_without_captions_says_so(tmp_path: Path) -> None:
         ImageDataset.open(tmp_path / "out").captions([0])
 
 
+def said_of(file: Path, scratch: Path, **options: Any) -> list[str]:
+    """What reading a tar says of captions."""
+    report = Recorder()
+    read(WebDataset(str(file), **options), scratch, report)
+    return [line.partition(": ")[2] for line in report.said if "caption" in line]
+
+
+def test_what_is_said_of_captions_does_not_hang_on_the_labels(tmp_path: Path) -> None:
+    samples = {}
+    for row, (said, label) in enumerate([("a", b"1"), ("b", b"x"), (None, b"0"), (None, b"x")]):
+        samples |= {f"{row}.png": picture(0), f"{row}.cls": label, f"{row}.json": b'{"number": 0.5}'}
+        samples |= {f"{row}.txt": said.encode()} if said else {}
+    file = pack(tmp_path / "in.tar", samples)
+    for labels in (None, ""):
+        assert said_of(file, tmp_path / "s", labels=labels) == ["2 of 4 samples have no caption"]
+    assert said_of(file, tmp_path / "s", labels="number") == []  # sets all of them aside
+
+
 def test_labels_from_one_are_refused_with_the_setting(tmp_path: Path) -> None:
     members = {"a.png": picture(0), "a.cls": b"1", "b.png": picture(0), "b.cls": b"2"}
     file = pack(tmp_path / "in.tar", members)
