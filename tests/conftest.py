@@ -75,9 +75,10 @@ def _measured_for_a_moment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "SECONDS", 0.1)
         patch.setattr(timing, "STEP_SECONDS", 0.1)
-        patch.setattr(coupling_report, "AUC_PAIRS", 256)
-        # Nobody pulls the plug, and a disk takes 4 ms for each. Programs that tests start have the real one.
-        patch.setattr(os, "fsync", lambda handle: None)
+        if not FULL:
+            patch.setattr(coupling_report, "AUC_PAIRS", 256)
+            # Nobody pulls the plug, and a disk takes 4 ms for each.
+            patch.setattr(os, "fsync", lambda handle: None)
         yield
 
 

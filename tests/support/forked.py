@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tests.support.forkserver import context
+from tests.support.sizes import FULL
 
 
 class Forked:
@@ -96,7 +97,8 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], out: Co
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    os.fsync = lambda handle: None  # see tests/conftest.py
+    if not FULL:
+        os.fsync = lambda handle: None  # as in tests/conftest.py
     if "PYTHONPATH" in environment:  # what Python does with it when it starts
         sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
         sys.modules.pop("sitecustomize", None)

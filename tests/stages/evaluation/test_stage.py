@@ -353,12 +353,12 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / inception.WEIGHTS
 
 
-def small_pictures(folder: Path, channels: int = 1, dtype: str = "uint8") -> Path:
+def small_pictures(folder: Path, channels: int = 1, dtype: str = "uint8", rows: int = 8) -> Path:
     random = np.random.default_rng(0)
     writer = DatasetWriter(folder, "pictures", (channels, 8, 8), ["a", "b"], dtype=dtype)
     for split in ("train", "heldout"):
-        images = random.integers(0, 256, (8, channels, 8, 8)).astype(dtype)
-        writer.write_split(split, 8, [(images, np.arange(8) % 2, [f"{split}/{row}" for row in range(8)])])
+        images = random.integers(0, 256, (rows, channels, 8, 8)).astype(dtype)
+        writer.write_split(split, rows, [(images, np.arange(rows) % 2, [f"{split}/{row}" for row in range(rows)])])
     writer.close()
     return folder
 
@@ -366,20 +366,20 @@ def small_pictures(folder: Path, channels: int = 1, dtype: str = "uint8") -> Pat
 @pytest.mark.seconds(60)
 def test_in_the_features_of_inception_the_distance_is_called_fid(untrained: Path, tmp_path: Path) -> None:
     """And the distance to statistics of the training set is that to the training set."""
-    data = small_pictures(tmp_path / "data")
+    data = small_pictures(tmp_path / "data", rows=4)
     source = ImageDataset.open(data, "train")
     network = inception.load(str(untrained), source, "cpu")
-    known = inception.extract(network, source.images(np.arange(8))).astype(np.float64)
+    known = inception.extract(network, source.images(np.arange(4))).astype(np.float64)
     np.savez(tmp_path / "known.npz", mu=known.mean(0), sigma=np.cov(known, rowvar=False))
     config = EvaluateConfig(
-        **SMALL | {"features": "inception", "inception_weights": str(untrained), "samples": 8},
+        **SMALL | {"features": "inception", "inception_weights": str(untrained), "samples": 4},
         statistics=str(tmp_path / "known.npz"),
     )
     (tmp_path / "out").mkdir()
     recorder = Recorder()
     stage.run(config, {"data": data}, tmp_path / "out", recorder)
     (said,) = [text for text in recorder.said if "published FIDs are of 50,000" in text]
-    assert "of 8 images a row" in said
+    assert "of 4 images a row" in said
     assert "so the distance is not called FID" in said
     text = (tmp_path / "out" / stage.TEXT).read_text()
     row = json.loads((tmp_path / "out" / stage.TABLE).read_text())["rows"][0]
@@ -389,9 +389,9 @@ def test_in_the_features_of_inception_the_distance_is_called_fid(untrained: Path
     assert "FD, published (other weights)" in text
     assert "FD-CNN" not in text
     assert not {"fd_cnn", "agreement"} & row.keys()
-    grey = source.images(np.arange(2))
+    grey = source.images(np.arange(1))
     found = inception.extract(network, grey)
-    assert found.shape == (2, 2048)
+    assert found.shape == (1, 2048)
     np.testing.assert_allclose(found, inception.extract(network, grey.repeat(3, axis=1)), rtol=1e-4)
 
 
