@@ -109,7 +109,7 @@ def _check_kind(file: str | Path) -> None:
     except OSError:
         return  # told when it is read as a list
     try:
-        is_list = isinstance(body := json.loads(text), dict) and {"store", "shards"} & body.keys()
+        is_list = isinstance(body := json.loads(text), dict) and not {"store", "shards"}.isdisjoint(body)
     except (ValueError, RecursionError):  # damaged lists are no JSON either, but begin as one does
         is_list = text.startswith(b"{") and b'"' in text
     if not is_list:
