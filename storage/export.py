@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nfm.storage import layouts as layouts
-from nfm.storage.errors import CorruptShard, MissingShard, NoPlace, StorageError
+from nfm.storage.errors import CorruptShard, MissingShard, Misused, NoPlace, StorageError
 from nfm.storage.errors.arguments import WrongArgument, checked, instance, one_of
 from nfm.storage.files.atomic import HashingFile, create_json, hash_file, read_json
 from nfm.storage.files.durable import StoredFile
@@ -111,7 +111,7 @@ def _begin(source: PairStore, root: Path, spec: StoreSpec) -> None:
     It has no `stage`, because the pipeline did not make it.
     """
     if source.excluded and not layouts.of(spec).holes:
-        raise StorageError(
+        raise Misused(
             f"{source.root}: {len(source.excluded)} shards are missing, and the arrays of layout {spec.layout} can "
             "have no holes; complete the store first, or export it in layout blocks or samples"
         )

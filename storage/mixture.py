@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nfm.storage.errors import StorageError
+from nfm.storage.errors import Misused
 from nfm.storage.errors.arguments import WrongArgument, checked, instance, real, wrong
 from nfm.storage.format.order import Rows, Shuffle
 from nfm.storage.reading.selection import Filter
@@ -47,7 +47,7 @@ def _check_aligned(stores: Sequence[PairStore]) -> None:
         if other.order_key != store.order_key:
             facts = [(each.draws, len(each), len(each.excluded)) for each in (other, store)]
             told = [f"{draws} draws of {rows} rows, {out} shards excluded" for draws, rows, out in facts]
-            raise StorageError(
+            raise Misused(
                 f"{store.root}: {told[1]}, and {other.root}: {told[0]}. Both are of the same images, and a mixture of "
                 "them would not have every image once an epoch: make them with the same draws and rows, complete them, "
                 "or open with generation= one that has as many draws"

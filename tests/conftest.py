@@ -8,6 +8,7 @@ import os
 os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -57,6 +58,12 @@ def pytest_runtest_makereport(
     return report
 
 
+def pytest_collection_finish() -> None:
+    """What is imported stays: to look through it for garbage takes half a second, and each plan does so some times."""
+    gc.collect()
+    gc.freeze()
+
+
 pytest.register_assert_rewrite("tests.stages.pairs.shop")  # whose own assertions are to show values, as a test's do
 settings.register_profile("nfm", deadline=None)  # a busy machine is no finding
 settings.load_profile("nfm")
@@ -67,6 +74,7 @@ def _measured_for_a_moment() -> Iterator[None]:
     """Plans time this machine, and sealing measures its pairs, as briefly as they can: few tests look at how well."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "SECONDS", 0.1)
+        patch.setattr(timing, "STEP_SECONDS", 0.1)
         patch.setattr(coupling_report, "AUC_PAIRS", 256)
         # Nobody pulls the plug, and a disk takes 4 ms for each. Programs that tests start have the real one.
         patch.setattr(os, "fsync", lambda handle: None)

@@ -1,5 +1,7 @@
 """Every artifact of a bucket in few requests: one listing for each stage and each store, one read for each artifact.
 
+Sizes are of all files, as everywhere: a listing more for each thousand files that a store has.
+
 What was read is noted in scratch by the tag of the object, which a listing tells: it is read once on each machine.
 """
 
@@ -14,11 +16,10 @@ from typing import Any
 
 from nfm.pipeline.artifacts.artifact import STORES
 from nfm.pipeline.artifacts.ours import is_foreign
-from nfm.stages.stores.repair import bytes_told
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic, remote
 from nfm.storage.files.copies import mirror
-from nfm.storage.files.folder import Facts, below, objects_in
+from nfm.storage.files.folder import Facts, below
 from nfm.storage.files.paths import names_in, several
 from nfm.storage.files.small_files import MOST_BYTES
 
@@ -48,7 +49,7 @@ def listed(root: Path) -> list[Listed]:
             fingerprint, _, rest = name.partition("/")
             files.setdefault(stage / fingerprint, {})[rest] = facts
     stores = [root / STORES / name for name in names_in(root / STORES)]
-    files |= dict(zip(stores, several(root, objects_in, stores)))
+    files |= dict(zip(stores, several(root, below, stores)))  # each by itself, as one may have many thousand files
     told = {path: _telling(names) for path, names in files.items() if "spec.json" in names}
     notes = _notes_of(root, {path / name: files[path][name].tag for path, name in told.items()})
     rows = [_row(path, told[path], notes[path / told[path]], files[path]) for path in sorted(told, key=str)]
@@ -62,8 +63,6 @@ def _telling(names: Files) -> str:
 
 def _row(path: Path, name: str, note: Mapping[str, Any], names: Files) -> Listed:
     size = sum(facts.bytes for facts in names.values())
-    if path.parent.name == STORES:  # its shards were not listed
-        size = note["bytes"] if note["bytes"] is not None else sum(facts.bytes for facts in below(path).values())
     return Listed(path, note["damaged"], name != "spec.json", note["inputs"], size, names["spec.json"].changed)
 
 
@@ -86,7 +85,7 @@ def _notes_of(root: Path, tags: Mapping[Path, str]) -> dict[Path, Mapping[str, A
 def _note(body: Mapping[str, Any] | None) -> dict[str, Any]:
     stated = (body or {}).get("inputs")
     inputs = [str(each.get("artifact")) for each in stated.values()] if isinstance(stated, dict) else []
-    return {"damaged": body is None, "inputs": inputs, "bytes": bytes_told(body or {})}
+    return {"damaged": body is None, "inputs": inputs}
 
 
 def _read(root: Path, paths: Iterable[Path]) -> list[Mapping[str, Any] | None]:

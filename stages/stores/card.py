@@ -11,7 +11,7 @@ from nfm.stages.couplings.facts import facts_of
 from nfm.stages.display.units import size
 from nfm.stages.pairs import coupling_advice
 from nfm.storage import PairStore
-from nfm.storage.errors import StorageError, by
+from nfm.storage.errors import Misused, by
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path, exists
 from nfm.storage.files.small_files import read_bytes
@@ -29,13 +29,13 @@ _ROWS = {"transport cost", "two-sample AUC", "exact", "approximate"}  # of the c
 def write(where: str | Path, data: Mapping[str, Any] | None = None, output: Path | None = None) -> Path:
     """Writes the card of the store at `where` to `output`, by default README.md in the store; returns its path.
 
-    `data` is the record of the images in their artifact's manifest: name, origin, licence. Raises StorageError if
+    `data` is the record of the images in their artifact's manifest: name, origin, licence. Raises Misused if
     another file than a card of ours is there.
     """
     store = PairStore.open(where)
     target = as_path(store.root) / NAME if output is None else output
     if exists(target) and MARK.encode() not in read_bytes(target):
-        raise StorageError(f"{target}: somebody's own file; move it away, or write elsewhere with -o")
+        raise Misused(f"{target}: somebody's own file; move it away, or write elsewhere with -o")
     atomic.write_bytes(target, card(store, data).encode())
     return target
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from re import fullmatch
-from typing import Any, Literal
+from typing import Literal
 
 from nfm.stages.base import Finding, StageError
 from nfm.stages.display.units import megabytes, size
@@ -78,12 +77,6 @@ def sealable(out: Path) -> tuple[int, dict[str, str]]:
 def seal_complete(out: Path) -> str:
     """Seals what is complete of a store that the pipeline did not make; returns the manifest's name."""
     return seal.seal(out, *sealable(out)).path.name
-
-
-def bytes_told(manifest: Mapping[str, Any]) -> int | None:
-    """The bytes of all files of a store, if a manifest tells: that of a part of a larger generation does not."""
-    told = manifest.get("bytes")
-    return told if isinstance(told, int) and seal.PART_OF not in manifest else None
 
 
 def complete_draws(out: Path) -> int:

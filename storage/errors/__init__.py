@@ -72,8 +72,8 @@ class WrongVariable(StorageError, WrongUse):
         return "{}={}: {}".format(*self.args)
 
 
-class WrongBucket(StorageError, WrongUse):
-    """A bucket that is not there, or an endpoint that is none: what the user wrote, not what the server did."""
+class Misused(StorageError, WrongUse):
+    """What was asked cannot be, whoever tries it again: a bucket that is not there, a store that is of another kind."""
 
 
 def by(shape: Iterable[int]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nfm.storage.errors import CorruptShard, StorageError, WrongBucket
+from nfm.storage.errors import CorruptShard, Misused, StorageError
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import clouds
 from nfm.storage.files.clouds import failures
@@ -136,7 +136,7 @@ def explained(path: Path, doing: str, error: BaseException) -> StorageError:
     """The error for the user: which URL, what is wrong, what to do."""
     if failures.damaged(error):
         return CorruptShard(f"{path}: cannot {doing} ({_text(error)}), {_DAMAGED_TRIES} times; restore it from a copy")
-    kind = WrongBucket if _no_bucket(doing, error) or failures.misstated(error) else StorageError
+    kind = Misused if _no_bucket(doing, error) or failures.misstated(error) else StorageError
     return kind(f"{path}: cannot {doing} ({_text(error)}); {_remedy(path, doing, error)}")
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from nfm.storage.errors import CorruptShard, MissingShard, StorageError, by, check_inside
+from nfm.storage.errors import CorruptShard, MissingShard, Misused, StorageError, by, check_inside
 from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, whole, writable, wrong
 from nfm.storage.files.atomic import HashingFile, create_json, read_json
 from nfm.storage.files.durable import StoredFile
@@ -172,9 +172,9 @@ def write_row_field(
     """
     spec, folder = read_spec(root), _folder(root, name)
     if spec.student is not None:
-        raise StorageError(
-            f"{folder}: the images of coupling {spec.coupling!r} are generated, so that values of source rows "
-            "are not theirs; add fields to a store of another coupling"
+        raise Misused(
+            f"{folder}: field {name!r}: the images of coupling {spec.coupling!r} are generated, so that values of "
+            "source rows are not theirs; add fields to a store of another coupling"
         )
     if name in OF_BATCHES or spec.has(name):
         raise WrongArgument("name", f"is {name!r}, an array that every batch has of its own: choose another name")

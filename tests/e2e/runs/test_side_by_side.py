@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from nfm.stages.trained.training.checkpoints import CHECKPOINTS
+
 if TYPE_CHECKING:
     from tests.conftest import Lab
 
@@ -81,3 +83,36 @@ def test_they_do_not_outlive_a_killed_command(lab: Lab) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()  # the end of what the processes print
     assert not processes_of(lab)
+
+
+@pytest.mark.long
+@pytest.mark.seconds(60)
+def test_a_comparison_killed_in_the_middle_of_two_students_goes_on_to_the_table_of_an_undisturbed_one(
+    lab: Lab,
+) -> None:
+    sets = ("student.pairs=5_000", "student.save_every=500", "student.log_every=500", "evaluate.nfe=[5]")
+    words = ("compare", "-c", "tiny.toml", "--couplings", "nfm,independent", *TWO)
+    words += tuple(word for one in sets for word in ("--set", one))
+    lab.drop("student", "evaluate")
+    lab.wait(lab.start(*words))
+    undisturbed = lab.only("compare").manifest()["content_digest"]
+    students = sorted(one.manifest()["content_digest"] for one in lab.all("student"))
+    lab.drop("student", "evaluate", "compare")
+    before = lab.committed()
+
+    process = lab.start(*words)
+    kept = f"student/*/{CHECKPOINTS}/[0-9]*"
+    lab.until(lambda: len({path.parts[-3] for path in lab.artifacts.glob(kept)}) == 2, process)
+    beside = processes_of(lab)
+    assert len(beside) == 2, "both are in the middle"
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()  # the end of what the processes print
+    assert not processes_of(lab), "they end with it"
+    assert not any(one.done for one in lab.all("student"))
+
+    resumed = lab.wait(lab.start(*words)).stderr
+    assert resumed.count("continuing from") == 2, resumed
+    assert lab.only("compare").manifest()["content_digest"] == undisturbed
+    assert sorted(one.manifest()["content_digest"] for one in lab.all("student")) == students
+    assert before.items() <= lab.committed().items(), "what was there before is as it was"
+    lab.nfm("audit", lab.name("compare"))  # and all that it was made from

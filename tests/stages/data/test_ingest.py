@@ -100,7 +100,9 @@ def test_parts_give_the_bytes_of_a_data_set_that_was_decoded_in_one_go(tmp_path:
 
 
 @pytest.mark.seconds(60)
-@pytest.mark.parametrize("kind", ["a folder with images that cannot be read", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["a folder with images that cannot be read", pytest.param("parquet", marks=pytest.mark.long)]
+)
 def test_workers_of_ray_give_the_same_bytes(tmp_path: Path, kind: str, cluster: None) -> None:
     settings = MADE_FROM[kind](tmp_path)
     expected = dict(made(settings, tmp_path / "here").digests)

@@ -89,7 +89,7 @@ def test_a_shard_that_fails_three_times_is_yielded_with_its_traceback_and_the_re
 ) -> None:
     shard = Path(prepared.data) / "train/s00001.tar"  # rows 128 to 255: shards 2 and 3 of both draws
     shard.write_bytes(shard.read_bytes()[:-3000])
-    outcomes = list(run(executor, prepared))
+    outcomes = list(run(executor, prepared, 1))
     assert sorted(o.job.name for o in outcomes if o.commit) == [
         shard_name(draw, at) for draw in (0, 1) for at in (0, 1)
     ]

@@ -111,7 +111,7 @@ def test_a_missing_teacher_ends_the_run_in_one_line(prepared: Setup, tmp_path: P
     missing = shutil.copytree(prepared.teacher or "", tmp_path / "teacher")
     (missing / "weights.safetensors").unlink()
     with pytest.raises(StageError, match=r"a Ray actor cannot begin on .*weights.safetensors") as caught:
-        list(on_ray.run(replace(prepared, teacher=str(missing)), jobs(), 2, Switch()))
+        list(on_ray.run(replace(prepared, teacher=str(missing)), jobs(), 1, Switch()))
     assert len(str(caught.value).splitlines()) == 1
 
 

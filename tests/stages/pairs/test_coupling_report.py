@@ -42,9 +42,9 @@ def images(count: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, *SHAPE)).astype(np.uint8)
 
 
-@pytest.fixture(autouse=True)
-def _measured_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests see no more of the report than that it is made."""
+@pytest.fixture
+def well_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network of the AUC is trained as users have it; where nobody looks at its AUC, for a moment."""
     monkeypatch.setattr(coupling_report, "AUC_PAIRS", 40_000)
 
 
@@ -117,6 +117,7 @@ def measured(root: Path, inputs: dict[str, Path] | None = None) -> dict[str, Any
     return body
 
 
+@pytest.mark.usefixtures("well_trained")
 def test_an_independent_store_is_found_to_be_what_it_is(make: Make) -> None:
     root = make("independent", normal(600))
     body = measured(root)
@@ -144,6 +145,7 @@ def test_noise_is_decoded_and_the_transport_cost_is_that_of_the_pairs(make: Make
     assert body["transport_cost_independent"] == pytest.approx(tried, rel=0.005)
 
 
+@pytest.mark.usefixtures("well_trained")
 def test_noise_that_moments_do_not_show_is_found_and_advised_on(make: Make, lineage: dict[str, Path]) -> None:
     z = normal(1500)
     z[..., 1::2] = np.abs(z[..., 1::2]) * np.sign(z[..., 0::2])  # signs in equal pairs: every value is N(0, 1)

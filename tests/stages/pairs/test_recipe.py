@@ -15,7 +15,7 @@ from nfm.stages.pairs import estimate, stage
 from nfm.stages.pairs import recipe as pairs_recipe
 from nfm.stages.trained import costs, student
 from nfm.stages.trained.teacher import TeacherConfig
-from nfm.storage import StorageError
+from nfm.storage.errors import Misused, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec, write_spec
 from nfm.storage.ledger.row_fields import write_row_field
@@ -27,7 +27,7 @@ PLAIN = StoreSpec(rows=10, rows_per_shard=5, fields=pair_fields(SHAPE), coupling
 def test_a_field_of_source_rows_is_refused_where_images_are_generated(tmp_path: Path) -> None:
     spec = dataclasses.replace(PLAIN, coupling="reflow", student="cd" * 32)
     write_spec(tmp_path, spec)
-    with pytest.raises(StorageError, match="coupling 'reflow' are generated"):
+    with pytest.raises(Misused, match="field 'caption': the images of coupling 'reflow' are generated"):
         write_row_field(tmp_path, "caption", [np.zeros((10, 2))], (2,), "float64")
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nfm.storage.errors import StorageError, WrongBucket
+from nfm.storage.errors import Misused, StorageError
 from nfm.storage.files import atomic, folder
 from nfm.storage.files.paths import as_path, exists, names_in, remove_below, size_below, size_of
 from tests.support.buckets.s3server import S3, new_clients
@@ -58,7 +58,7 @@ def test_what_is_lost_is_asked_again_and_what_stays_wrong_names_the_url_and_the_
     with pytest.raises(StorageError, match=rf"{path}: cannot write .*access is denied: check the credentials"):
         atomic.write_bytes(path, b"second")
     for write in (atomic.write_bytes, atomic.create_bytes):
-        with pytest.raises(WrongBucket, match=r"://nowhere-at-all/x: cannot write .*no such bucket: create it"):
+        with pytest.raises(Misused, match=r"://nowhere-at-all/x: cannot write .*no such bucket: create it"):
             write(f"{s3.scheme}://nowhere-at-all/x", b"one")
 
 

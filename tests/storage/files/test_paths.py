@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nfm.storage import PairStore
-from nfm.storage.errors import NoPlace, StorageError, WrongBucket, WrongVariable
+from nfm.storage.errors import Misused, NoPlace, StorageError, WrongVariable
 from nfm.storage.files import atomic
 from nfm.storage.files.copies.cache import ShardCache
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, remove, size_of
@@ -102,7 +102,7 @@ def test_an_endpoint_that_is_none_is_wrong_use_and_named_with_its_variable(
     try:
         for ask in (atomic.read_json, names_in, lambda path: atomic.create_bytes(path, b"a")):
             with pytest.raises(
-                WrongBucket,
+                Misused,
                 match=rf"^{scheme}://bucket/x: cannot .*; check the URL and the endpoint \({variable} {told}",
             ) as caught:
                 ask(as_path(f"{scheme}://bucket/x"))
@@ -112,7 +112,7 @@ def test_an_endpoint_that_is_none_is_wrong_use_and_named_with_its_variable(
 
 
 def test_a_name_that_no_bucket_has_is_wrong_use(s3: S3) -> None:
-    with pytest.raises(WrongBucket, match="No_Bucket"):
+    with pytest.raises(Misused, match="No_Bucket"):
         names_in(as_path("s3://No_Bucket!/x"))
 
 

@@ -22,8 +22,11 @@ from nfm.trainers.training import parallel
 from nfm.trainers.training.checkpoint_folder import CheckpointFolder
 from nfm.trainers.training.randomness import Randomness
 from nfm.trainers.training.state import Recipe
+from tests.support.forkserver import context
+from tests.support.sizes import sized
 
 SHAPE, ROWS, BATCH = (1, 4, 4), 40, 8
+STEPS = sized(20, 50)  # of a whole training, in tens
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Run:
     how: How = field(default_factory=How)
     model: str = "teacher"
     dtype: torch.dtype = torch.float32
-    steps: int = 50
-    whole: int = 50  # steps of the recipe
+    steps: int = STEPS
+    whole: int = STEPS  # of the recipe
     after: str | None = None
 
 
@@ -145,5 +148,7 @@ def _process(rank: int, runs: Sequence[Run], folder: Path) -> None:
 def done(runs: Sequence[Run], folder: Path) -> dict[str, dict[str, Any]]:
     """What each run ended with: `weights` by name, `seen`, `lines`."""
     processes = max(run.processes for run in runs)
-    torch.multiprocessing.spawn(_process, (list(runs), folder), nprocs=processes)
+    torch.multiprocessing.start_processes(
+        _process, (list(runs), folder), nprocs=processes, start_method=context.get_start_method()
+    )
     return {run.name: torch.load(folder / f"{run.name}.pt") for run in runs}

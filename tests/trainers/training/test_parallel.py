@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
 from nfm.trainers.loop import How
-from tests.trainers.training.processes import BATCH, Run, done
+from tests.support.sizes import FULL
+from tests.trainers.training.processes import BATCH, STEPS, Run, done
 
 FSDP = How(sharding="fsdp")
 pytestmark = pytest.mark.seconds(120)  # processes that import torch
@@ -23,7 +23,7 @@ WAYS = {
     "recomputed": (1, How(recompute=True)),
     "two-all": (2, How(sharding="fsdp", microbatch=3, recompute=True)),
 }
-FULL = bool(os.environ.get("NFM_FULL"))
+STOP = STEPS * 2 // 5  # where a training is stopped
 F32, F64 = torch.float32, torch.float64
 ALL = [("teacher", F64, "two"), ("teacher", F64, "two-all"), ("teacher", F32, "two-fsdp"), ("features", F64, "two")]
 if FULL:  # `make test-all`
@@ -44,11 +44,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         for model, dtype in dict.fromkeys((model, dtype) for model, dtype, _ in ALL)
     ]
     runs += [Run(name_of(model, dtype, way), *WAYS[way], model, dtype) for model, dtype, way in ALL]
-    runs.append(Run("stopped", 2, FSDP, steps=20))
+    runs.append(Run("stopped", 2, FSDP, steps=STOP))
     runs.append(Run("again", 2, FSDP, after="stopped"))
     for then, (processes, how) in THEN.items():
         before = f"stopped-for-{then}"
-        runs.append(Run(before, 2, how, dtype=F64, steps=20))
+        runs.append(Run(before, 2, how, dtype=F64, steps=STOP))
         runs.append(Run(f"went-on-{then}", processes, how, dtype=F64, after=before))
     return done(runs, tmp_path_factory.mktemp("parallel"))
 
@@ -69,7 +69,7 @@ def farthest(one: dict[str, Any], other: dict[str, Any], but_keys: bool = False)
 @pytest.mark.parametrize(("model", "dtype", "way"), ALL)
 def test_any_number_of_processes_and_microbatches_gives_the_same_weights(trained, model, dtype, way):
     alone, shared = trained[name_of(model, dtype, "alone")], trained[name_of(model, dtype, way)]
-    assert alone["seen"] == shared["seen"] == 50 * BATCH
+    assert alone["seen"] == shared["seen"] == STEPS * BATCH
     exact = dtype == torch.float64
     assert farthest(alone, shared, but_keys=not exact) < (1e-11 if exact else 1e-5)
 
@@ -78,7 +78,7 @@ def test_the_log_is_that_of_one_process(trained):
     alone = trained[name_of("teacher", F64, "alone")]["lines"]
     for way in [way for model, dtype, way in ALL if (model, dtype) == ("teacher", F64)]:
         lines = trained[name_of("teacher", F64, way)]["lines"]
-        assert len(lines) == len(alone) == 5
+        assert len(lines) == len(alone) == STEPS // 10
         for line, expected in zip(lines, alone, strict=True):
             for key in ("images_seen", "learning_rate", "loss", "grad_norm", "power"):
                 assert line[key] == pytest.approx(expected[key], rel=1e-10), (way, key)
@@ -86,12 +86,12 @@ def test_the_log_is_that_of_one_process(trained):
 
 def test_stopped_and_resumed_by_as_many_processes_equals_undisturbed_bit_for_bit(trained):
     assert (
-        BATCH * 20 <= trained["stopped"]["seen"] <= BATCH * 21
+        BATCH * STOP <= trained["stopped"]["seen"] <= BATCH * (STOP + 1)
     )  # all stop at the same step, which may be the next one
     assert farthest(trained["again"], trained[name_of("teacher", F32, "two-fsdp")]) == 0.0
 
 
 @pytest.mark.parametrize("then", THEN)
 def test_stopped_with_two_and_resumed_with_others_goes_on_with_the_same_sequence(trained, then):
-    assert trained[f"stopped-for-{then}"]["seen"] < 50 * BATCH
+    assert trained[f"stopped-for-{then}"]["seen"] < STEPS * BATCH
     assert farthest(trained[f"went-on-{then}"], trained[name_of("teacher", F64, "alone")]) < 1e-11
