@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli import exits
-from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
+from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath, OutputFolder
 from nfm.pipeline.config import load
 from nfm.pipeline.graph import Node
 from nfm.stages.display.tables import aligned
@@ -147,7 +147,7 @@ def references(node: Node) -> dict[str, Path]:
     type=LocalPath(file_okay=False),
     help="Scratch, kept for the next call: the student on mapped noise.",
 )
-@click.option("-o", "--output", required=True, type=LocalPath(file_okay=False))
+@click.option("-o", "--output", required=True, type=OutputFolder())
 def main(config_path: Path, overrides: tuple[str, ...], work: Path, output: Path) -> None:
     """A student on noise whose marginals were made normal, beside the plain one."""
     config = load(config_path, (*overrides, 'compare.couplings=["nfm"]', "compare.seeds=[0]"))

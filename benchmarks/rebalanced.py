@@ -21,7 +21,7 @@ from benchmarks.marginals import PACKAGES, by_nfe, evaluated, references, studen
 from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli import exits
-from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
+from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath, OutputFolder
 from nfm.pipeline.config import load
 from nfm.stages.display.tables import aligned
 from nfm.stages.evaluation import compare
@@ -92,7 +92,7 @@ def spread(values: list[float]) -> str:
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Repeatable.")
 @click.option("--seeds", default="0", show_default=True, metavar="0,1,...", help="Each a student.")
 @click.option("--work", required=True, type=LocalPath(file_okay=False), help="Scratch, kept for the next call.")
-@click.option("-o", "--output", required=True, type=LocalPath(file_okay=False))
+@click.option("-o", "--output", required=True, type=OutputFolder())
 def main(config_path: Path, overrides: tuple[str, ...], seeds: str, work: Path, output: Path) -> None:
     """Students of semidiscrete transport with each image exactly once a draw, beside the plain ones."""
     numbers = [int(seed) for seed in seeds.split(",")]

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli import exits
-from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
+from nfm.pipeline.cli.options import LOCAL_PATH, OutputFolder
 from nfm.pipeline.config import RunConfig, load
 from nfm.stages.display.axes import make_log
 from nfm.stages.display.tables import aligned
@@ -122,7 +122,7 @@ def _ends(points: dict[str, dict[str, Any]]) -> list[float]:
 @click.option("--couplings", required=True, metavar="A,B,...", help="As of `nfm compare`.")
 @click.option("--seeds", default="0", show_default=True, metavar="0,1,...", help="Each a student.")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Of every run. Repeatable.")
-@click.option("-o", "--output", required=True, type=LocalPath(file_okay=False))
+@click.option("-o", "--output", required=True, type=OutputFolder())
 def main(
     config_path: Path, vary: str, couplings: str, seeds: str, overrides: tuple[str, ...], output: Path
 ) -> None:  # fmt: skip

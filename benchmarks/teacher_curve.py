@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from benchmarks.told import command, machine, versions
 from nfm.pipeline import builder, runner
 from nfm.pipeline.cli import exits
-from nfm.pipeline.cli.options import LOCAL_PATH, LocalPath
+from nfm.pipeline.cli.options import LOCAL_PATH, OutputFolder
 from nfm.pipeline.config import load
 from nfm.stages.display.axes import compact
 from nfm.stages.display.tables import aligned
@@ -125,7 +125,7 @@ def draw(points: list[dict[str, Any]], title: str) -> bytes:
 @click.option("--images", required=True, metavar="N,N,...", help="Training images of each teacher.")
 @click.option("--variant", default="nfm", show_default=True, help="Of coupling nfm, for instance nfm:soften=0.5.")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE")
-@click.option("-o", "--output", required=True, type=LocalPath(file_okay=False))
+@click.option("-o", "--output", required=True, type=OutputFolder())
 def main(config_path: Path, images: str, variant: str, overrides: tuple[str, ...], output: Path) -> None:
     """Distance against AUC over teachers of growing training."""
     points = [point(config_path, overrides, int(number), variant) for number in images.split(",")]

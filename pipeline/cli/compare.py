@@ -13,7 +13,7 @@ import click
 
 from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact
 from nfm.pipeline.cli.compare_options import compared_options, overrides_of
-from nfm.pipeline.cli.options import LocalPath, at_once_option, config_option, json_option, set_option
+from nfm.pipeline.cli.options import OutputFolder, at_once_option, config_option, json_option, set_option
 from nfm.storage.errors import StorageError, legible
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
@@ -31,7 +31,7 @@ COMMAND, ORIGIN = "command.txt", "origin.json"
 @compared_options
 @at_once_option
 @set_option
-@click.option("-o", "--output", type=LocalPath(file_okay=False), help="Also put table, JSON and plots there.")
+@click.option("-o", "--output", type=OutputFolder(), help="Also put table, JSON and plots there.")
 @click.option("--force", is_flag=True, help="Let --output replace another comparison.")
 @json_option
 def compare(

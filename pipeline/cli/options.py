@@ -48,16 +48,41 @@ LOCAL_PATH = LocalPath()
 
 
 class FileOrUrl(Place):
-    """A file of this machine, or an object at a URL."""
+    """A file of this machine, or an object at a URL: one to read, or one to write in a folder that is there."""
 
     name = "FILE"
 
-    def __init__(self, exists: bool = False) -> None:
-        self._local = LocalPath(exists=exists, dir_okay=False)
+    def __init__(self, output: bool = False) -> None:
+        self._output, self._local = output, LocalPath(exists=not output, dir_okay=False)
 
     def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         found = super().convert(value, param, ctx)
-        return found if is_remote(found) else self._local.convert(found, param, ctx)
+        found = found if is_remote(found) else self._local.convert(found, param, ctx)
+        return in_a_folder(found) if self._output else found
+
+
+def in_a_folder(found: Path) -> Path:
+    """The path of what a command writes. Raises BadParameter unless its folder is there: the path may be mistyped."""
+    if not is_remote(found) and not found.parent.is_dir():
+        raise click.BadParameter(f"{found}: there is no folder {found.parent}: make it, or name another")
+    return found
+
+
+class OutputPlace(Place):
+    """A file, a folder or a URL to write. A folder that holds it is there. Refused before any work."""
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        return in_a_folder(super().convert(value, param, ctx))
+
+
+class OutputFolder(LocalPath):
+    """A folder to write, in one that is there. Refused before any work."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return in_a_folder(super().convert(value, param, ctx))
 
 
 class OutputFile(LocalPath):
@@ -73,9 +98,7 @@ class OutputFile(LocalPath):
             check_ending(found, self.endings)
         except ValueError as error:
             self.fail(str(error), param, ctx)
-        if not found.parent.is_dir():
-            self.fail(f"{found}: there is no folder {found.parent}: make it, or name another", param, ctx)
-        return found
+        return in_a_folder(found)
 
 
 MANY = 10**12  # upper limit of counts that have no smaller one

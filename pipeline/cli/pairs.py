@@ -12,7 +12,16 @@ from typing import Literal
 import click
 
 from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact, artifacts_root, check_store, find
-from nfm.pipeline.cli.options import PLACE, LocalPath, OutputFile, Whole, json_option, level_options, picture_option
+from nfm.pipeline.cli.options import (
+    PLACE,
+    LocalPath,
+    OutputFile,
+    OutputPlace,
+    Whole,
+    json_option,
+    level_options,
+    picture_option,
+)
 from nfm.stages.display.units import clock, size
 from nfm.stages.stores.export import CODECS, LAYOUTS
 from nfm.storage.errors import StorageError, by
@@ -146,7 +155,7 @@ def seal(store: Path) -> None:
 
 @pairs.command()
 @click.argument("store", type=PLACE)
-@click.argument("target", type=PLACE)
+@click.argument("target", type=OutputPlace())
 @click.option("--layout", type=click.Choice([*LAYOUTS]), help="Default: the store's own.")
 @click.option("--codec", type=click.Choice([*CODECS]), help="Of the noise. Default: the store's own.")
 @click.option("--generation", type=Whole(1, 9999), help="Default: the newest.")

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from nfm.stages.executors.slurm import Pieces, Worklist
 
 IN_PIECES = ("data", "latents", "pairs")  # stages whose work tasks of an array can share
-_output = click.option("-o", "--output", required=True, type=FileOrUrl(), help="Where it goes, a file or a URL.")
-_file = click.argument("file", type=FileOrUrl(exists=True))
+_output = click.option(
+    "-o", "--output", required=True, type=FileOrUrl(output=True), help="Where it goes, a file or a URL."
+)
+_file = click.argument("file", type=FileOrUrl())
 _task = click.option("--task", required=True, type=Whole(0, MANY), help="Which task this is, from 0.")
 _of = click.option("--of", required=True, type=Whole(1, MANY), help="How many tasks share the list.")
 

@@ -64,7 +64,7 @@ def conclusions(body: Row) -> list[str]:
     if not {ours["variant"], "independent"} <= curves.keys():  # sampled by functions of their own
         return told
     ratio = curves[ours["variant"]] / max(curves["independent"], 1e-12)
-    return [*told, f"The curvature of {ours['variant']} is {ratio_text(ratio)} of independent's."]
+    return [*told, f"The curvature of {ours['variant']} is {ratio_text(ratio)} times independent's."]
 
 
 def _against_half(share: float) -> str:

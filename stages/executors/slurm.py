@@ -6,6 +6,7 @@ starts again skips committed jobs. If two tasks do the same job, it still gets o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any, Protocol
 from nfm.stages.base import Inputs, Reporter, StageError, Stopped, Unfit
 from nfm.stages.executors import serial
 from nfm.stages.executors.jobs import Halt, Job, Outcome, Work
-from nfm.storage.errors import NewerSchema, StorageError
+from nfm.storage.errors import NewerSchema
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import as_path, exists
+from nfm.storage.files.small_files import read_bytes
 from nfm.storage.ledger import commits
 
 SCHEMA = 1
+EXPECTED = "give the file that `nfm worklist STAGE -c F -o FILE` wrote"
 PAIRS = "pairs"  # whose lists do not say what stage they are of
 
 
@@ -72,7 +75,11 @@ def freeze(found: Worklist, file: Path) -> Worklist:
 
 
 def load(file: str | Path) -> Worklist:
-    """Reads a list. Raises StorageError if it is damaged, StageError if its artifact is missing or another one."""
+    """Reads a list. Raises StorageError if it is damaged, StageError if its artifact is missing or another one.
+
+    A file of another kind is wrong use.
+    """
+    _check_kind(file)
     body = atomic.read_json(file)
     if body.get("schema", 0) > SCHEMA:
         raise NewerSchema(f"{file}: schema {body['schema']} is newer than this version of nfm reads; upgrade nfm-pairs")
@@ -86,13 +93,27 @@ def load(file: str | Path) -> Worklist:
             stage=str(body.get("stage", PAIRS)),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise StorageError(f"{file}: no worklist ({error!r}); make one with `nfm worklist`") from error
+        raise Unfit(f"{file}: no worklist ({error!r}); {EXPECTED}") from error
     spec = as_path(worklist.store) / "spec.json"
     if not exists(spec):
         raise StageError(f"{file}: its store {worklist.store} is not there; is its file system mounted on this node?")
     if atomic.read_json(spec)["fingerprint"] != worklist.fingerprint:
         raise StageError(f"{spec}: not the recipe that {file} was made for; make a new list with `nfm worklist`")
     return worklist
+
+
+def _check_kind(file: str | Path) -> None:
+    """Raises Unfit for a file that is no list, nor one that was damaged: a list is an object with a digest."""
+    try:
+        text = read_bytes(as_path(file))
+    except OSError:
+        return  # told when it is read as a list
+    try:
+        is_list = isinstance(body := json.loads(text), dict) and not {"store", "shards"}.isdisjoint(body)
+    except (ValueError, RecursionError):  # damaged lists are no JSON either, but begin as one does
+        is_list = text.startswith(b"{") and b'"' in text
+    if not is_list:
+        raise Unfit(f"{file}: no worklist; {EXPECTED}")
 
 
 def make_share(worklist: Worklist, stage: Pieces, task: int, of: int, report: Reporter) -> dict[str, int]:

@@ -70,16 +70,26 @@ def audit(
         remedy = "restore spec.json from a copy, or move the store away and make it again"
         findings.append(Finding(str(root / "spec.json"), "its recipe is not the one that its inputs give", remedy))
     findings += against_source(sealed, inputs)
+    quality = _marginals(sealed)  # says how good the pairs are, not whether they are those that were made
     if level == "default" or findings:
-        return findings, _held_up(level) if findings else []
+        return findings + quality, _held_up(level) if findings else []
+    findings, said = _made_again(sealed, config, inputs, sample, allowed)
+    return quality + findings, said
+
+
+def _made_again(
+    sealed: Generation, config: stage.PairsConfig, inputs: Inputs, sample: int, allowed: custom.Allowed
+) -> tuple[list[Finding], list[str]]:
+    """Encodes a sample again with what made the store, unless that is code which may not run."""
+    root, found = sealed.root, sealed.spec
     if facts_of(found.coupling).code and (found.coupling_options or {}).get("sha256") not in allowed.digests:
         options = found.coupling_options or {}
         told = str(options.get("function")), str(options.get("sha256"))
-        return findings, [custom.not_run(_NOT_AGAIN, *told, allowed)]
+        return [], [custom.not_run(_NOT_AGAIN, *told, allowed)]
     for maker in sorted({"teacher", "student"} & inputs.keys()):
         for function, sha256 in own.recorded(inputs[maker], maker).values():
             if sha256 not in allowed.digests:
-                return findings, [custom.not_run(_NOT_AGAIN, function, sha256, allowed)]
+                return [], [custom.not_run(_NOT_AGAIN, function, sha256, allowed)]
     # Wherever the pairs were encoded, the device that is here encodes them again.
     try:
         encoder = stage.setup(config.model_copy(update={"device": "auto"}), inputs, root)
@@ -98,7 +108,7 @@ def _held_up(level: str) -> list[str]:
 
 
 def against_source(sealed: Generation, inputs: Inputs) -> list[Finding]:
-    """Compares images, labels and image rows of every record with the data artifact, and checks the distribution of z.
+    """Compares images, labels and image rows of every record with the data artifact.
 
     A draw must have the labels of the source's rows, once each: for any coupling, slot s has the label of row s.
     """
@@ -113,8 +123,7 @@ def against_source(sealed: Generation, inputs: Inputs) -> list[Finding]:
         payload = str(root / layouts.files(spec, entry)[0].path)
         return [Finding(payload, problem, remedy) for problem in wrong]
 
-    findings = [finding for found in parallel(check, sealed.shards) for finding in found]
-    return findings + _marginals(sealed)
+    return [finding for found in parallel(check, sealed.shards) for finding in found]
 
 
 def _marginals(sealed: Generation) -> list[Finding]:

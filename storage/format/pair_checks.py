@@ -103,7 +103,8 @@ def _array(name: str, value: Any) -> Array:
         return np.array(np.asarray(on_host))
     except (TypeError, ValueError, RuntimeError) as error:
         raise StorageError(
-            f"{name}: no array can be made of this {type(value).__name__} ({error}); convert it"
+            f"{name}: no array can be made of this {type(value).__name__} ({error}); give float32 numbers, "
+            "for instance .float() of a tensor of bfloat16"
         ) from error
 
 

@@ -48,11 +48,12 @@ class Skipped:
     def lines(self, most: int | None = None) -> list[str]:
         """Lines for the user, one for each reason.
 
-        If there are more than `most`, the most frequent ones and a summary.
+        If there are more than `most`, the most frequent ones and a summary of several others.
         """
         entries = sorted(self.reasons.items())
         if most is not None and len(entries) > most:
             entries = sorted(entries, key=lambda item: -item[1]["paths"])
+            most += len(entries) == most + 1  # the line would be of one reason alone
         lines = [
             f"{entry['paths']:,} x {reason} ({', '.join(entry['first'])}{', ...' if entry['paths'] > SHOWN else ''})"
             for reason, entry in entries[:most]

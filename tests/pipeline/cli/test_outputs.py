@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
 
-from nfm.pipeline.cli.options import OutputFile
+from nfm.pipeline.cli.options import OutputFile, OutputFolder
+from nfm.pipeline.cli.pairs import export
 from tests.support.commands import commands
 
 BENCHMARKS = (
@@ -44,11 +46,27 @@ def test_an_output_is_a_folder_or_a_file_whose_ending_is_checked(
     name: str, command: click.Command, option: click.Option
 ) -> None:
     assert {"-o", "--output"} <= set(option.opts), f"{name}: both spellings, as everywhere"
-    folder = isinstance(option.type, click.Path) and not option.type.file_okay
-    if folder or name in OWN_FORMAT:
+    if isinstance(option.type, OutputFolder) or name in OWN_FORMAT:
         return
-    assert isinstance(option.type, OutputFile), f"{name}: use OutputFile, or name a folder"
+    assert isinstance(option.type, OutputFile), f"{name}: use OutputFile or OutputFolder"
     required = [f"./{param.name}" for param in command.params if isinstance(param, click.Argument)]
     result = CliRunner().invoke(command, [*required, "-o", "out.xyz"])
     assert result.exit_code == 2
     assert "out.xyz: its ending is .xyz" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("name", "command", "option"), list(outputs()))
+def test_an_output_whose_folder_is_not_there_is_refused_and_the_folder_not_made(
+    name: str, command: click.Command, option: click.Option, tmp_path: Path
+) -> None:
+    ending = f".{min(option.type.endings)}".replace("..", ".") if isinstance(option.type, OutputFile) else ""
+    with pytest.raises(click.BadParameter, match="there is no folder"):
+        option.type.convert(str(tmp_path / "mistyped" / f"out{ending}"), option, None)
+    assert not (tmp_path / "mistyped").exists()
+    assert option.type.convert(str(tmp_path / f"out{ending}"), option, None) == tmp_path / f"out{ending}"
+
+
+def test_the_target_of_an_export_is_in_a_folder_that_is_there(tmp_path: Path) -> None:
+    result = CliRunner().invoke(export, ["x", str(tmp_path / "mistyped" / "copy")])
+    assert result.exit_code == 2
+    assert "there is no folder" in result.output.replace("\n", " ")

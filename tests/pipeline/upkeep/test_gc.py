@@ -313,6 +313,7 @@ def test_a_store_that_a_queued_array_is_to_complete_stays_with_its_teacher(lab: 
     store = lab.only("pairs")
     for path in store.path.glob("manifest*"):
         path.unlink()
+    (root / "submissions/abc-001").mkdir(parents=True)
     lab.nfm("pairs", "worklist", "-c", "tiny.toml", "--set", "pairs.draws=3", "-o",
             root / "submissions/abc-001/worklist.json")  # fmt: skip
     age(root, 8 * DAY)

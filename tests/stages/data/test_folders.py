@@ -13,6 +13,7 @@ from PIL import Image
 from nfm.stages.base import Result, StageError
 from nfm.stages.data import stage
 from nfm.stages.data.config import DataConfig
+from nfm.stages.data.reading.tree import Skipped
 from nfm.stages.data.sources import ImageFolder
 from tests.stages.data.image_files import picture, save
 from tests.support.recorder import Recorder
@@ -344,3 +345,11 @@ def test_folders_of_plain_images_keep_the_digests_they_had(tmp_path: Path) -> No
         "heldout/s00000.tar": "9d3544e294ffa219",
         "dataset.json": "453872abd45071a9",
     }
+
+
+def test_a_summary_of_other_reasons_is_never_of_one() -> None:
+    found = Skipped()
+    for reason in "abc":
+        found.add(reason, f"{reason}.png")
+    assert found.lines(2) == ["1 x a (a.png)", "1 x b (b.png)", "1 x c (c.png)"]
+    assert found.lines(1) == ["1 x a (a.png)", "2 x 2 other reasons"]

@@ -125,7 +125,7 @@ def test_the_text_ends_with_what_the_figures_say(tmp_path: Path) -> None:
         "Smallest FD-CNN: nfm:soften=0.5 at NFE 7 (19.00), nfm at NFE 3 (31.00).",
         "At NFE 7, nfm:soften=0.5, the best of 2 nfm variants, lies 17.00 above the floor of 2.000 and "
         "independent 38.00: 0.45 of it, at most half.",
-        "The curvature of nfm:soften=0.5 is 0.50 of independent's.",
+        "The curvature of nfm:soften=0.5 is 0.50 times independent's.",
     ]
     text = (out / "compare.txt").read_text()
     assert text.strip().endswith(" ".join(body["conclusions"]))

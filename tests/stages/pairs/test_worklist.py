@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nfm.stages.executors import slurm
 from nfm.storage import PairStore
+from nfm.storage.errors import WrongUse
 from nfm.storage.files import atomic
 from nfm.storage.format.spec import shard_name
 from tests.e2e.conftest import command
@@ -108,6 +109,13 @@ def test_a_damaged_list_a_lost_store_and_a_task_too_many_are_named(lab: Lab, nfm
     file.write_text(file.read_text().replace("s00001", "s00002", 1))
     with pytest.raises(atomic.StorageError, match=r"list\.json"):
         slurm.load(file)
+
+
+@pytest.mark.parametrize("text", ["[data]\nsource = 1\n", "{}", "[1]", '{"schema": "x"}', "", "\xff"])
+def test_a_file_that_is_no_list_is_wrong_use_and_says_what_makes_one(tmp_path: Path, text: str) -> None:
+    (tmp_path / "w.toml").write_text(text, "latin-1")
+    with pytest.raises(WrongUse, match=r"w\.toml: no worklist; give the file that `nfm worklist "):
+        slurm.load(tmp_path / "w.toml")
 
 
 def test_a_shard_that_fails_is_set_aside_and_the_task_makes_the_others(lab: Lab, nfm: Nfm) -> None:

@@ -79,6 +79,17 @@ def test_a_deep_audit_finds_pairs_that_their_coupling_does_not_make(
     assert "is not the pair that its coupling makes" in found[0]
 
 
+def test_a_finding_of_quality_alone_does_not_hold_up_the_encoding_again(shop: Shop) -> None:
+    config = shop.config(coupling="custom", **OPTIONS["custom"])
+    store = spoiled(shop, config, "noise", lambda noise: noise + 1)
+    (found,) = shop.audit(store, "default")
+    assert "a student samples from 0 and 1" in found
+    quality, *others = shop.audit(store)
+    assert quality == found
+    assert len(others) > 50
+    assert "is not the pair that its coupling makes" in others[0]
+
+
 class Undealt:
     """Has the groups of minibatch-ot, and gives each image its own noise, or its neighbour's in the group."""
 

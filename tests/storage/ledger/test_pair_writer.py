@@ -124,7 +124,11 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ({"image_dtype": "float32"}, {"image": np.full((5, 1, 4, 4), 3.0)}, ("image: 3.0", "value_range [-1, 1]")),
     ({"image_dtype": "float32"}, {"image": np.stack([NAN] * 5)}, ("image: nan in record 0", "not finite")),
     ({"image_dtype": "float16", "value_range": (-1e6, 1e6)}, {"image": np.full((5, 1, 4, 4), 1e5)}, ("float16",)),
-    ({}, {"noise": torch.zeros(5, 1, 4, 4, dtype=torch.bfloat16)}, ("noise: no array", "Tensor", "convert it")),
+    (
+        {},
+        {"noise": torch.zeros(5, 1, 4, 4, dtype=torch.bfloat16)},
+        ("noise: no array", "Tensor", ".float() of a tensor"),
+    ),
     ({}, {"noise": [[1.0], [1.0, 2.0]]}, ("noise: no array", "list")),
     ({}, {"noise": np.full((5, 1, 4, 4), None)}, ("noise: object",)),
     ({}, {"draw": 1}, ("draw 1", "draws 0 to 0")),
