@@ -11,6 +11,8 @@ from nfm.stages.report.html import number
 from nfm.stages.trained.sampling import REFERENCE
 
 PLAIN = "independent"
+# Of the larger of two distances: a page has one seed, and those of other seeds differ by 2 to 20 % (docs/results.md).
+LEVEL = 0.1
 STRAINED = 1.5  # times its own best, from which on few evaluations are what independent noise suffers from
 
 
@@ -40,24 +42,25 @@ def sentences(body: Mapping[str, Any]) -> list[str]:
 def _verdict(
     ours: str, own: Mapping[int, float], plain: Mapping[int, float], spread: float, curved: Mapping[str, float]
 ) -> str:
-    """The first sentence. Distances that differ by no more than the spread of the floor count as level."""
+    """The first sentence. Distances that differ by no more than the spread of the floor, or LEVEL, count as level."""
     common = sorted(set(own) & set(plain), reverse=True)
     gains = {nfe: plain[nfe] - own[nfe] for nfe in common}
+    level = {nfe: max(spread, LEVEL * max(plain[nfe], own[nfe])) for nfe in common}
     found = {
-        f"ahead of {PLAIN} noise": [nfe for nfe in common if gains[nfe] > spread],
-        "level with it": [nfe for nfe in common if abs(gains[nfe]) <= spread],
-        "behind it": [nfe for nfe in common if gains[nfe] < -spread],
+        f"ahead of {PLAIN} noise": [nfe for nfe in common if gains[nfe] > level[nfe]],
+        "level with it": [nfe for nfe in common if abs(gains[nfe]) <= level[nfe]],
+        "behind it": [nfe for nfe in common if gains[nfe] < -level[nfe]],
     }
-    told = [f"{word} at {_listed(where)} evaluations" for word, where in found.items() if where]
+    told = [f"{word} at {_evaluations(where)}" for word, where in found.items() if where]
     if not found[f"ahead of {PLAIN} noise"]:
         told[0] = f"not ahead of {PLAIN} noise: {told[0]}"
     return f"The student on {ours} pairs is {', '.join(told)}{_straightness(curved.get(ours), curved.get(PLAIN))}."
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    """Numbers in words, as "15, 7 and 5"."""
+def _evaluations(numbers: Sequence[int]) -> str:
+    """Numbers of evaluations in words, as "15, 7 and 5 evaluations"."""
     *most, last = map(str, numbers)
-    return f"{', '.join(most)} and {last}" if most else last
+    return f"{', '.join(most)} and {last} evaluations" if most else f"{last} evaluation{'s' if last != '1' else ''}"
 
 
 def _straightness(own: float | None, plain: float | None) -> str:
@@ -78,7 +81,7 @@ def _figures(rows: Sequence[Line], key: str, nfe: int) -> str:
             spread = f" ± {number(row['spread'], 2)}" if row.get("spread") else ""
             said.append(f"real images, the floor, {number(row[key], 3)}{spread}")
     sampler = f" ({str(shown[0]['sampler']).capitalize()})" if shown else ""
-    return f"{DISTANCE[key]} at {nfe} evaluations{sampler}, lower is better: {'; '.join(said)}."
+    return f"{DISTANCE[key]} at {_evaluations([nfe])}{sampler}, lower is better: {'; '.join(said)}."
 
 
 def title(line: Line) -> str:

@@ -47,6 +47,7 @@ def test_the_first_sentence_says_where_the_student_is_ahead_and_how_straight_it_
         ({7: 0.21, 5: 0.6, 3: 0.9}, "is not ahead of independent noise: level with it at 7 and 3 evaluations, "
          "behind it at 5 evaluations"),
         ({5: 0.6}, "is not ahead of independent noise: behind it at 5 evaluations"),
+        ({5: 0.46, 3: 0.80}, "is not ahead of independent noise: level with it at 5 and 3 evaluations;"),
     ],
 )  # fmt: skip
 def test_a_page_that_shows_no_gain_says_so_first(nfm: Distances, says: str) -> None:
@@ -61,6 +62,12 @@ def test_a_student_that_nothing_is_compared_with_has_its_figures_alone() -> None
         assert figures.startswith("FD-CNN at 5 evaluations (Euler), ")
         assert "real images, the floor, 0.07." in figures
     assert sentences(body({})) == []
+
+
+def test_one_evaluation_is_one() -> None:
+    verdict, figures = sentences(body({"nfm": {1: 0.5}, "independent": {1: 0.9}}))
+    assert verdict.startswith("The student on nfm pairs is ahead of independent noise at 1 evaluation.")
+    assert figures.startswith("FD-CNN at 1 evaluation (Euler)")
 
 
 def test_where_no_number_of_evaluations_is_hard_the_fewest_are_shown() -> None:
