@@ -14,6 +14,7 @@ import click
 from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact
 from nfm.pipeline.cli.compare_options import compared_options, overrides_of
 from nfm.pipeline.cli.options import OutputFolder, at_once_option, config_option, json_option, set_option
+from nfm.stages.base import Unfit
 from nfm.storage.errors import StorageError, legible
 from nfm.storage.errors.masked import masked
 from nfm.storage.files import atomic
@@ -32,7 +33,7 @@ COMMAND, ORIGIN = "command.txt", "origin.json"
 @at_once_option
 @set_option
 @click.option("-o", "--output", type=OutputFolder(), help="Also put table, JSON and plots there.")
-@click.option("--force", is_flag=True, help="Let --output replace another comparison.")
+@click.option("--force", is_flag=True, help="Let --output write over what is there.")
 @json_option
 def compare(
     config_path: Path, couplings: list[str] | None, seeds: list[int] | None, overrides: tuple[str, ...],
@@ -69,6 +70,11 @@ def _check_folder(output: Path, node: Node, force: bool) -> None:
     with tempfile.TemporaryFile(dir=output):
         pass
     held, artifact = _held(output), node.artifact()
+    if held is None and not force and (others := sorted(path.name for path in output.iterdir())):
+        raise Unfit(
+            f"{output} holds other files ({', '.join(others[:3])}), which could be written over: give a folder of its "
+            "own, or --force"
+        )
     if held is not None and not force and (artifact is None or artifact.name != held):
         this = "is not made yet" if artifact is None else f"is {artifact.name}"
         raise WrongArtifact(

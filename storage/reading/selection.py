@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def as_expression(filter: Filter) -> pc.Expression:
     try:
         if not isinstance(filter, Sequence) or isinstance(filter, str | bytes):
             raise TypeError(filter)
-        return pq.filters_to_expression(filter)
+        found = pq.filters_to_expression(filter)
     except (ValueError, TypeError, IndexError, AttributeError, OverflowError, pa.ArrowException) as error:
         raise wrong(
             "filter",
@@ -87,6 +88,24 @@ def as_expression(filter: Filter) -> pc.Expression:
             "a pyarrow expression such as pc.field('label') == 3, or a list of conditions such as "
             "[('label', 'in', [1, 2]), ('nll', '<', 2.5)]",
         ) from error
+    for condition in filter:
+        for one in [condition] if isinstance(condition[0], str) else condition:
+            _check_choice(*one)
+    return found
+
+
+def _check_choice(column: str, how: str, values: Any) -> None:
+    """Raises WrongArgument for values of `in` that pyarrow would turn into others: a text is many letters to it, and
+    "1" and True are 1.
+    """
+    if how not in ("in", "not in") or column not in INDEX_SCHEMA.names:
+        return
+    kind = INDEX_SCHEMA.field(column).type
+    fits = str if pa.types.is_string(kind) else numbers.Real
+    if isinstance(values, str | bytes) or not all(
+        isinstance(value, fits) and not isinstance(value, bool) for value in values
+    ):
+        raise wrong("filter", (column, how, values), f"a list of values of the column, {column} is {kind}")
 
 
 def read_parts(

@@ -127,6 +127,13 @@ def test_an_output_folder_that_cannot_be_used_is_refused_before_anything_is_made
     assert "there is no folder tiny.toml" in told.replace("\n", " ")
     assert not list(empty.artifacts.glob("*/*/manifest.json"))
 
+    (empty.folder / "notes").mkdir()
+    (empty.folder / "notes/command.txt").write_text("my own notes")
+    told = empty.nfm(*arguments("nfm", "-o", "notes"), exits=2).stderr
+    assert "notes holds other files (command.txt), which could be written over: give a folder of its own" in told
+    assert (empty.folder / "notes/command.txt").read_text() == "my own notes"
+    assert not list(empty.artifacts.glob("*/*/manifest.json"))
+
 
 def test_stores_of_another_order_are_told_before_any_student_is_trained(made: Lab, tmp_path: Path) -> None:
     lab = Lab(tmp_path / "lab")
