@@ -24,6 +24,7 @@ from nfm.pipeline.cli.options import (
     Number,
     Whole,
     at_once_option,
+    check_of_solvers,
     check_of_student,
     config_option,
     given_guidance,
@@ -251,6 +252,8 @@ def sample(
         latents = _decoder_of(found, as_latents)
         _check_allowed(folder, stage, digests, latents)
     check_of_student(stage, "nfe", "solver", "grid", "ema", "diffusion")
+    if stage == "student":
+        check_of_solvers(folder, "nfe", "solver", "grid", "diffusion")
     options = given_guidance(stage, guidance, guided)
     with blaming("--diffusion"):
         check_diffusion(solver, diffusion)

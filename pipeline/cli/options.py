@@ -247,6 +247,15 @@ def check_of_student(stage: str, *options: str) -> None:
             raise click.UsageError(f"--{name} is of a student's samples; a teacher is inverted: leave it out")
 
 
+def check_of_solvers(folder: Path, *options: str) -> None:
+    """Raises UsageError where one of these options was given for a student that is sampled by its user's function."""
+    from nfm.stages.trained.sampling import has_own_sampler
+
+    for name in options:
+        if is_given(name) and has_own_sampler(folder):
+            raise click.UsageError(f"--{name} is of solvers, and this student has a sampler of its own: leave it out")
+
+
 def given_guidance(stage: str, strength: float, guided: Mapping[str, Any]) -> dict[str, Any]:
     """The options of GUIDED that were given. Raises UsageError for those of another stage, or without guidance."""
     given = {name: value for name, value in guided.items() if value is not None}

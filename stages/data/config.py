@@ -66,8 +66,10 @@ class DataConfig(Section):
 
     @field_validator("heldout", "max_rejected", mode="before")
     @classmethod
-    def _share(cls, value: Any) -> Any:
+    def _share(cls, value: Any, info: ValidationInfo) -> Any:
         """Tells a count from a share."""
+        if info.field_name == "heldout" and type(value) in (int, float) and value == 1:
+            raise ValueError("1 is all images, which leaves none to train on: 0.05 is one in twenty")
         if isinstance(value, int | float) and value > 1:
             raise ValueError("a share of all images, from 0 to 1, no count: 0.05 is one in twenty")
         if type(value) is int and value == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -93,6 +93,11 @@ class EvaluateConfig(Section):
         check_diffusion(info.data.get("solver", ""), diffusion)
         return diffusion
 
+    @field_validator("ema", mode="before")
+    @classmethod
+    def _may_be_a_width(cls, ema: Any) -> Any:
+        return repr(ema) if type(ema) is float else ema
+
     @field_validator("ema")
     @classmethod
     def _is_a_name(cls, ema: str | None) -> str | None:
@@ -101,9 +106,11 @@ class EvaluateConfig(Section):
 
     @field_validator("guidance_interval")
     @classmethod
-    def _is_an_interval(cls, interval: tuple[float, float]) -> tuple[float, float]:
+    def _is_an_interval(cls, interval: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
         if interval[0] >= interval[1]:
             raise ValueError("an interval begins before it ends; t = 0 is the image, t = 1 the noise")
+        if interval != ALWAYS and info.data.get("student_guidance") == 0:
+            raise ValueError("it says when students are guided, and evaluate.student_guidance is 0; leave it out")
         return interval
 
     @field_validator("nfe")

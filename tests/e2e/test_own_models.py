@@ -174,6 +174,9 @@ def test_the_example_regresses_images_on_their_noise_and_is_measured_at_one_eval
     assert own.only("report").done
     sha256 = atomic.hash_file(own.folder / "one_step.py")[0]
     own.nfm("sample", own.name("student"), "-n", 4, "-o", "grid.png", "--run-custom", sha256)
+    for option in (("--solver", "heun"), ("--nfe", 9), ("--grid", "uniform"), ("--diffusion", "sin^2")):
+        said = own.nfm("sample", own.name("student"), *option, "--run-custom", sha256, exits=2).stderr
+        assert f"{option[0]} is of solvers, and this student has a sampler of its own" in said
     said = own.run("evaluate", *ONE_STEP, "evaluate.student_guidance=1.0", exits=2).stderr
     assert "student.sampler = 'one_step:sampler' samples, which has no guidance" in said
 

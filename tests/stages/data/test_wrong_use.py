@@ -140,8 +140,14 @@ def test_json_of_others_is_read_by_the_one_reader_that_drops_nothing() -> None:
 def test_a_count_where_a_share_is_meant_is_refused_as_such(field: str) -> None:
     with pytest.raises(ValueError, match=r"a share of all images, from 0 to 1, no count: 0\.05 is one in twenty"):
         DataConfig.model_validate({field: 60})
-    with pytest.raises(ValueError, match=r"1 is all images, and reads like a count: write 1\.0 for all"):
+    all_of_them = "reads like a count: write 1.0 for all" if field == "max_rejected" else "leaves none to train on"
+    with pytest.raises(ValueError, match=f"1 is all images, .*{all_of_them}"):
         DataConfig.model_validate({field: 1})
+
+
+def test_all_images_held_out_is_refused_as_that() -> None:
+    with pytest.raises(ValueError, match="1 is all images, which leaves none to train on"):
+        DataConfig(heldout=1.0)
 
 
 def test_all_images_may_be_set_aside_where_the_share_says_so() -> None:

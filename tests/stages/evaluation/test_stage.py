@@ -507,3 +507,10 @@ def test_a_baseline_that_is_the_runs_own_student_is_told(made: Lab, tmp_path: Pa
     with pytest.raises(Stopped):
         stage.run(EvaluateConfig(**SMALL, baselines=["nfm"]), roles, tmp_path / "out", report)
     assert "evaluate.baselines names nfm, which is the run's own student: it has one row" in report.said
+
+
+def test_an_interval_of_guidance_without_guidance_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"it says when students are guided, and evaluate\.student_guidance is 0"):
+        EvaluateConfig(guidance_interval=(0.2, 0.8))
+    assert EvaluateConfig(guidance_interval=(0.2, 0.8), student_guidance=1.0).guidance_interval == (0.2, 0.8)
+    assert EvaluateConfig(guidance_interval=(0.0, 1.0)).student_guidance == 0

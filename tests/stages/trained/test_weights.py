@@ -171,6 +171,7 @@ def test_an_evaluation_of_an_average_that_training_will_not_keep_is_refused_befo
     )
     for ema in ("0.1", "0.05@256", "0.05@512", "0.05@768", "0.05@1024", "posthoc:0.08"):
         assert load(config, [f"evaluate.ema={ema!r}"]).evaluate.ema == ema
+    assert load(config, ["evaluate.ema=0.05"]).evaluate.ema == "0.05", "a width may be a number"
     for ema in ("0.07", "0.05@250", "0.05@1152", "posthoc:0.2"):
         with pytest.raises(ConfigError, match=f"evaluate.ema = {ema}: "):
             load(config, [f"evaluate.ema={ema!r}"])
