@@ -7,12 +7,15 @@ import io
 import os
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
 from nfm.stages.base import StageError, Stopped
 from nfm.stages.trained.devices import launched
-from nfm.storage.errors import Told, WrongUse
+from nfm.storage.errors import Told, Unusual, WrongUse
 from nfm.storage.errors.masked import masked
 
 # Packages that the base install lacks, by the extra that installs them.
@@ -40,7 +43,8 @@ def run(command: click.Command) -> None:
     try:
         with launched.following() as follows:  # a process of torchrun that is not the first one
             if not follows:
-                command(standalone_mode=False)
+                with _warnings_in_one_line():
+                    command(standalone_mode=False)
     except click.ClickException as error:
         text = io.StringIO()  # may repeat an argument
         error.show(file=text)
@@ -63,6 +67,24 @@ def run(command: click.Command) -> None:
         # A fault of ours: shown as Python would, but without secrets.
         click.echo(masked(traceback.format_exc()), err=True, nl=False)
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Says our own warnings as errors are said; Python adds a line of code, which is none of the user's."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, Unusual):
+            click.echo(f"nfm: {masked(str(message))}", err=True)
+        else:
+            others(message, category, *where)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning = others
 
 
 def _output_fails() -> bool:

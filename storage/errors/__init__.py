@@ -44,6 +44,10 @@ class WrongUse(Told):
     """
 
 
+class Unusual(UserWarning):
+    """What was written is as it was given, and probably not what was meant. A command says it in one line."""
+
+
 class StorageError(Told):
     """A store or one of its files cannot be used as asked."""
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from nfm.storage import layouts
-from nfm.storage.errors import NoPlace, StorageError, arguments
+from nfm.storage.errors import NoPlace, StorageError, Unusual, arguments
 from nfm.storage.files.atomic import canonical_json, create_json, read_json
 from nfm.storage.files.atomic import digest as digest_of
 from nfm.storage.files.copies.cache import default_cache
@@ -210,7 +210,7 @@ class PairWriter:
         """Warns, once, of noise that is far from unit variance: of a whole shard, since single records vary."""
         if not self._warned and (told := scale_of(np.concatenate([chunk["noise"] for chunk in chunks]))):
             self._warned = True
-            warnings.warn(f"{self.root}: {name}: {told}", stacklevel=4)  # where `write` was called
+            warnings.warn(f"{self.root}: {name}: {told}", Unusual, stacklevel=4)  # where `write` was called
 
     def _check_images(self, draw: int, shard: int, chunks: list[dict[str, Array]]) -> None:
         """Refuses a draw whose images are not those of draw 0, from which the digest of the source is made."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from nfm.storage.errors import CorruptShard, MissingShard, Misused, StorageError, by, check_inside
+from nfm.storage.errors import CorruptShard, MissingShard, Misused, StorageError, Unusual, by, check_inside
 from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, whole, writable, wrong
 from nfm.storage.files.atomic import HashingFile, create_json, read_json
 from nfm.storage.files.durable import StoredFile
@@ -207,6 +207,7 @@ def write_row_field(
         warnings.warn(
             f"field {name!r}: {counted.none:,} of {expected:,} rows have no finite value, and readers give them as "
             "they are; if that is a mistake, remove the field's folder and add it again",
+            Unusual,
             stacklevel=3,
         )
     return RowField.open(root, name)

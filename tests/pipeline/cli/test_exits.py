@@ -1,4 +1,4 @@
-"""How a command ends if its output cannot be written."""
+"""How a command ends if its output cannot be written, and how it says warnings."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from unittest import mock
 
+import click
 import pytest
 
 from nfm.pipeline.cli import main
+from nfm.pipeline.cli.exits import run
+from nfm.storage.errors import Unusual
 
 
 def ended(output: io.TextIOWrapper) -> tuple[int, str]:
@@ -38,3 +42,21 @@ def test_a_closed_output_pipe_is_not_an_error() -> None:
     os.close(reading)
     with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w", encoding="utf-8") as output:
         assert ended(output) == (1, "")
+
+
+def test_a_warning_of_ours_is_one_line_and_others_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.command()
+    def warns() -> None:
+        warnings.warn("field 'a': no row has a value; see https://me:secret@host/x", Unusual, stacklevel=1)
+        warnings.warn("of somebody else", UserWarning, stacklevel=1)
+
+    with warnings.catch_warnings(), mock.patch.object(sys, "argv", ["nfm"]):
+        warnings.simplefilter("always")
+        warnings.showwarning = before = lambda message, *where: print(f"as before: {message}", file=sys.stderr)
+        with contextlib.suppress(SystemExit):
+            run(warns)
+        assert warnings.showwarning is before
+    told = capsys.readouterr().err.splitlines()
+    assert told[0].startswith("nfm: field 'a': no row has a value; see https://")
+    assert "secret" not in told[0]
+    assert told[1:] == ["as before: of somebody else"]
