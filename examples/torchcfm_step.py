@@ -51,4 +51,6 @@ def train(path: str, steps: int = 200) -> tuple[nn.Module, float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     print(f"loss {train(sys.argv[1])[1]:.4f}")
