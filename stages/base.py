@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
@@ -98,7 +107,8 @@ class Section(BaseModel):
     def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses true and false as numbers, and whole numbers beyond the 64 bits of TOML."""
         parts = list(_parts(value))
-        if any(type(part) is bool for part in parts) and bool not in _types(cls.model_fields[str(info.field_name)]):
+        kinds = _types(cls.model_fields[str(info.field_name)])
+        if any(type(part) is bool for part in parts) and not {bool, JsonValue} & kinds:
             raise ValueError("true and false are no value of this field")
         if any(type(part) is int and not -(2**63) <= part < 2**63 for part in parts):
             raise ValueError("a whole number has at most 64 bits; use a smaller one")

@@ -172,8 +172,8 @@ def small_groups(spec: StoreSpec, inputs: Inputs) -> str | None:
         else f"but larger shards, which a worker holds in memory, would take more than {_size(HELD_BYTES)}"
     )
     return (
-        f"groups of {spec.coupling} have {min(sizes)} to {max(sizes)} noises, not pairs.group_size = {wanted}: they "
-        f"are of one class and one shard, and a shard has {len(labels):,} records. Larger groups pair better: {remedy}"
+        f"groups of {spec.coupling} have {min(sizes)} to {max(sizes)} noises in the first shard, not "
+        f"pairs.group_size = {wanted}: they are of one class and one shard, and a shard has {len(labels):,} records. Larger groups pair better: {remedy}"
     )
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 FIELDS = {"teacher": ("model",), "student": ("model", "times", "objective", "sampler")}
 UNKNOWN_COST = "no time or FLOPs (it is code of its user's own, which a plan does not run)"
 _LOOK = "look for a division by 0, and for a log or a root of 0"
+MOVED = 0.02  # standard deviation of what is added to the parameters
 INVERSE = 0.05  # RMS, in image units, of decode(encode(x)) - x
 
 
@@ -197,9 +198,21 @@ def _check_student(functions: Mapping[str, Callable[..., Any]], config: Any, net
 
 
 def _check_flow(config: Any, flow: Any, batch: Batch) -> None:
+    """As it is made, and a little moved, as by training: a flow that begins as the identity hides a wrong inverse."""
     import torch
 
-    said, shape = f"teacher.model = {config.model!r}", tuple(batch.image.shape)
+    _check_inverse(config, flow, batch, "")
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += (MOVED * torch.randn(parameter.shape, generator=random)).to(parameter)
+    _check_inverse(config, flow, batch, f", its parameters moved by {MOVED:g}")
+
+
+def _check_inverse(config: Any, flow: Any, batch: Batch, moved: str) -> None:
+    import torch
+
+    said, shape = f"teacher.model = {config.model!r}{moved}", tuple(batch.image.shape)
     with torch.no_grad():
         with _blaming_calls(said, batch, "encode(x, label)"):
             noise, logdet = flow.encode(batch.image, batch.label)

@@ -98,6 +98,13 @@ class Flow(torch.nn.Module):
     def decode(self, noise, label):
         return noise * (-self.scale).exp() + self.shift
 
+class Hidden(Flow):
+    def decode(self, noise, label):
+        return noise * (-self.scale).exp() + 8 * self.scale.abs().mean()
+
+def hidden(image_shape, classes):
+    return Hidden(image_shape)
+
 def flow(image_shape, classes, **options):
     return Flow(image_shape, **options)
 
@@ -298,6 +305,7 @@ def test_a_student_begins_with_anothers_weights(tmp_path: Path) -> None:
         ({"model": "mine:nothing"}, r"teacher\.model = 'mine:nothing': .*mine\.py has no function 'nothing'"),
         ({"model": "mine:net"}, r"teacher\.model = 'mine:net': its network, called as encode\(x, label\) .*'encode'"),
         ({"model": "mine:flow", "options": {"shift": 0.2}}, "decode is not the inverse of encode: .* an error of 0.2"),
+        ({"model": "mine:hidden"}, "its parameters moved by 0.02: decode is not the inverse of encode"),
         ({"model": "mine:sums"}, r"log-determinant of encode: gave torch.float32 one value for two records; .*2"),
     ],
 )
@@ -325,3 +333,11 @@ def test_labels_are_not_all_dropped(section: Any) -> None:
     """A model that has never seen a label would know no class, and nothing would say so."""
     with pytest.raises(ValidationError, match="less than 1"):
         section(label_drop=1.0)
+
+
+@pytest.mark.parametrize("section", [StudentConfig, TeacherConfig])
+def test_keywords_of_a_model_may_be_true_and_false_and_numbers_may_not(section: Any) -> None:
+    options = {"causal": True, "sizes": [1, False]}
+    assert section(model="mine:flow", options=options).options == options
+    with pytest.raises(ValidationError, match="true and false are no value of this field"):
+        section(batch_size=True)
