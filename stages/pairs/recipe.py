@@ -173,7 +173,8 @@ def small_groups(spec: StoreSpec, inputs: Inputs) -> str | None:
     )
     return (
         f"groups of {spec.coupling} have {min(sizes)} to {max(sizes)} noises in the first shard, not "
-        f"pairs.group_size = {wanted}: they are of one class and one shard, and a shard has {len(labels):,} records. Larger groups pair better: {remedy}"
+        f"pairs.group_size = {wanted}: they are of one class and one shard, and a shard has "
+        f"{len(labels):,} records. Larger groups pair better: {remedy}"
     )
 
 
