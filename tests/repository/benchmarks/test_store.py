@@ -33,7 +33,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[dict, str]:
 def test_a_quick_run_measures_every_section_and_what_is_not_installed_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "fsync", os.fdatasync)  # the tests' own does nothing, and what is not synced stays in memory
+    monkeypatch.setattr(os, "fsync", os.fdatasync)  # the tests' own does nothing
     body, text = run(tmp_path)
     rows = {row["name"]: row for row in body["reading"]}
     assert list(rows) == [row.name for row in (*ROWS, *PEERS)]
