@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nfm.stages.base import StageError, Unfit
+from nfm.stages.base import Unfit
 from nfm.stages.display.axes import density, density_span, make_log, noise_edges, normal
 from nfm.stages.display.endings import write_picture
 from nfm.stages.display.pictures import FALSE_COLOURS, as_pixels, in_false_colours
@@ -51,7 +51,7 @@ def draw(where: str | Path, count: int, draw: int, teacher: Path | None, output:
     """Writes the picture to `output` and returns a small table of the same records.
 
     The first slots of a draw are a sample, because slots are in a seeded random order. `teacher` is the folder of the
-    store's own teacher, which decodes sigma_f z. Raises StageError for another teacher.
+    store's own teacher, which decodes sigma_f z. Raises Unfit for another teacher.
     """
     store = PairStore.open(where)
     if draw >= store.draws:
@@ -96,7 +96,7 @@ def _decoder(store: PairStore, folder: Path) -> Any:
     given = content(folder)
     if given != store.spec.teacher:
         made_by = f"was made by {store.spec.teacher[:12]}" if store.spec.teacher else "has no teacher"
-        raise StageError(f"{folder}: teacher {given[:12]}, but the store {made_by}; name its own, or --teacher none")
+        raise Unfit(f"{folder}: teacher {given[:12]}, but the store {made_by}; name its own, or --teacher none")
     if own.recorded(folder, "teacher"):
         raise Unfit(f"{folder}: this teacher is code of its user's own, which is not run to look; give --teacher none")
     model, _ = teacher.load(folder)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nfm.stages.base import StageError
+from nfm.stages.base import Unfit
 from nfm.stages.display.pictures import FALSE_COLOURS, as_pixels, false_colours, in_false_colours, save_grid
 from nfm.stages.stores import head
 from nfm.storage import PairStore, PairWriter
@@ -54,7 +54,7 @@ def test_without_a_teacher_nothing_is_decoded(made: Lab, tmp_path: Path) -> None
     text = head.draw(store, 3, 0, None, tmp_path / "head.png")
     assert [row[-1] for row in lines_after(text, "the first 3 pairs of draw 0")] == ["-"] * 3
     assert "worst nll" not in text
-    with pytest.raises(StageError, match="has no teacher"):
+    with pytest.raises(Unfit, match="has no teacher"):
         head.draw(store, 3, 0, made.only("teacher").path, tmp_path / "head.png")
 
 
