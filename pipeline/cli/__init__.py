@@ -310,8 +310,7 @@ def _check_allowed(folder: Path, stage: str, digests: tuple[str, ...], latents: 
                 f"when you know the file of SHA-256 {sha256}, give --run-custom with it"
                 f"{custom.changed(function, sha256, field)}"
             )
-    for field, (function, sha256) in code.items():
-        click.echo(custom.announced(custom.source_file(function, field), function, sha256, field), err=True)
+    own.announce_code(code, lambda text: click.echo(text, err=True))
 
 
 def _main_output(artifact: Artifact) -> str:

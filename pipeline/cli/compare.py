@@ -66,16 +66,18 @@ def _check_folder(output: Path, node: Node, force: bool) -> None:
     """Raises now, not after hours, if the result could not be written: a read-only folder, or one with another
     comparison.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(exist_ok=True)
     with tempfile.TemporaryFile(dir=output):
         pass
+    if force:
+        return
     held, artifact = _held(output), node.artifact()
-    if held is None and not force and (others := sorted(path.name for path in output.iterdir())):
+    if held is None and (others := sorted(path.name for path in output.iterdir())):
         raise Unfit(
             f"{output} holds other files ({', '.join(others[:3])}), which could be written over: give a folder of its "
             "own, or --force"
         )
-    if held is not None and not force and (artifact is None or artifact.name != held):
+    if held is not None and (artifact is None or artifact.name != held):
         this = "is not made yet" if artifact is None else f"is {artifact.name}"
         raise WrongArtifact(
             f"{output} holds {held}, and this comparison {this}; give another --output, or --force to replace that one"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,18 +242,22 @@ def is_given(name: str) -> bool:
 
 def check_of_student(stage: str, *options: str) -> None:
     """Raises UsageError where one of these options of this command was given for the samples of a teacher."""
-    for name in options:
-        if is_given(name) and stage == "teacher":
-            raise click.UsageError(f"--{name} is of a student's samples; a teacher is inverted: leave it out")
+    if stage == "teacher":
+        _refuse(options, "a student's samples; a teacher is inverted")
 
 
 def check_of_solvers(folder: Path, *options: str) -> None:
     """Raises UsageError where one of these options was given for a student that is sampled by its user's function."""
     from nfm.stages.trained.sampling import has_own_sampler
 
+    if has_own_sampler(folder):
+        _refuse(options, "solvers, and this student has a sampler of its own")
+
+
+def _refuse(options: Sequence[str], of: str) -> None:
     for name in options:
-        if is_given(name) and has_own_sampler(folder):
-            raise click.UsageError(f"--{name} is of solvers, and this student has a sampler of its own: leave it out")
+        if is_given(name):
+            raise click.UsageError(f"--{name} is of {of}: leave it out")
 
 
 def given_guidance(stage: str, strength: float, guided: Mapping[str, Any]) -> dict[str, Any]:

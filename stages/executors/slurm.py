@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from nfm.stages.base import Inputs, Reporter, StageError, Stopped, Unfit
 from nfm.stages.executors import serial
 from nfm.stages.executors.jobs import Halt, Job, Outcome, Work
-from nfm.storage.errors import NewerSchema
+from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import as_path, exists
@@ -79,8 +79,14 @@ def load(file: str | Path) -> Worklist:
 
     A file of another kind is wrong use.
     """
-    _check_kind(file)
-    body = atomic.read_json(file)
+    try:
+        body = atomic.read_json(file)
+    except StorageError:
+        if _is_of_another_kind(file):
+            raise Unfit(f"{file}: no worklist; {EXPECTED}") from None
+        raise
+    if _lacks_all(body):
+        raise Unfit(f"{file}: no worklist; {EXPECTED}")
     if body.get("schema", 0) > SCHEMA:
         raise NewerSchema(f"{file}: schema {body['schema']} is newer than this version of nfm reads; upgrade nfm-pairs")
     try:
@@ -102,18 +108,21 @@ def load(file: str | Path) -> Worklist:
     return worklist
 
 
-def _check_kind(file: str | Path) -> None:
-    """Raises Unfit for a file that is no list, nor one that was damaged: a list is an object with a digest."""
+def _lacks_all(body: Any) -> bool:
+    """Whether a JSON value has nothing that a list has."""
+    return not isinstance(body, dict) or {"store", "shards"}.isdisjoint(body)
+
+
+def _is_of_another_kind(file: str | Path) -> bool:
+    """Whether a file that cannot be read as a list never was one: a damaged list is an object, or begins as one."""
     try:
         text = read_bytes(as_path(file))
     except OSError:
-        return  # told when it is read as a list
+        return False
     try:
-        is_list = isinstance(body := json.loads(text), dict) and not {"store", "shards"}.isdisjoint(body)
-    except (ValueError, RecursionError):  # damaged lists are no JSON either, but begin as one does
-        is_list = text.startswith(b"{") and b'"' in text
-    if not is_list:
-        raise Unfit(f"{file}: no worklist; {EXPECTED}")
+        return _lacks_all(json.loads(text))
+    except (ValueError, RecursionError):  # damaged lists are no JSON either
+        return not (text.startswith(b"{") and b'"' in text)
 
 
 def make_share(worklist: Worklist, stage: Pieces, task: int, of: int, report: Reporter) -> dict[str, int]:

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 
 from nfm.storage.dataset.record import DATASET, SPLIT_NAME, check_record
 from nfm.storage.dataset.shards import CAPTION, ROWS_PER_BLOCK, ReadyShard, shard_writer
-from nfm.storage.errors import StorageError, by, is_utf8
+from nfm.storage.errors import StorageError, is_utf8
 from nfm.storage.errors.arguments import checked, checked_later, numbers, shown, whole, wrong
 from nfm.storage.files.atomic import HashingFile, hash_file, place, write_json
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import local_path
 from nfm.storage.format import untrusted
-from nfm.storage.format.spec import FORMAT
+from nfm.storage.format.spec import FORMAT, check_channels_first
 
 VALUE_RANGE = (-1.0, 1.0)
 DTYPES = ("uint8", "float16", "float32")
@@ -54,8 +54,7 @@ class DatasetWriter:
     ) -> None:
         if dtype not in DTYPES:
             raise StorageError(f"{root}: images of dtype {dtype!r}; convert them to one of {', '.join(DTYPES)}")
-        if len(image_shape) != 3:
-            raise StorageError(f"{root}: image_shape {by(image_shape)}: give (channels, height, width), as (1, 28, 28)")
+        check_channels_first(str(root), image_shape)
         if empty := [number for number, known in enumerate(classes) if not known.strip()]:
             raise StorageError(f"{root}: class {empty[0]} has no name; name each class")
         self.root = local_path(root)

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +74,12 @@ class Field:
     def bytes_per_record(self) -> int:
         """Bytes of one record of this field, without headers."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def check_channels_first(where: str, image_shape: Sequence[int]) -> None:
+    """Raises StorageError unless there are three sizes."""
+    if len(image_shape) != 3:
+        raise StorageError(f"{where}: image_shape {by(image_shape)}: give (channels, height, width), as (1, 28, 28)")
 
 
 def pair_fields(
@@ -186,10 +192,7 @@ class StoreSpec:
                 f"store spec: codec {codec}: noise that was made elsewhere is no function of a seed here; take "
                 f"{', '.join(name for name, kind in CODECS.items() if not kind.made)}"
             )
-        if len(untrusted.sequence("store spec: image_shape", image_shape, _MOST_AXES)) != 3:
-            raise StorageError(
-                f"store spec: image_shape {by(image_shape)}: give (channels, height, width), as (1, 28, 28)"
-            )
+        check_channels_first("store spec", untrusted.sequence("store spec: image_shape", image_shape, _MOST_AXES))
         if classes == 0:
             raise StorageError("store spec: classes 0: leave classes out where images have no labels")
         return cls(

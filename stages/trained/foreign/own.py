@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,7 @@ def look_for(config: Any, stage: str) -> None:
 
 def announce(functions: Mapping[str, str], say: Callable[[str], None]) -> None:
     """Says whose code is about to run, of the files as they are now."""
-    for field, function in functions.items():
-        say(custom.announced(custom.source_file(function, field), function, _digest(field, function), field))
+    announce_code({field: (function, _digest(field, function)) for field, function in functions.items()}, say)
 
 
 def load(field: str, function: str, sha256: str | None = None) -> Callable[..., Any]:
@@ -90,7 +89,12 @@ def recorded(folder: Path, stage: str) -> dict[str, tuple[str, str]]:
 
 def announce_made(folder: Path, stage: str, say: Callable[[str], None]) -> None:
     """Says whose code using a finished teacher or student runs. Raises StageError where it is not what was recorded."""
-    for field, (function, sha256) in recorded(folder, stage).items():
+    announce_code(recorded(folder, stage), say)
+
+
+def announce_code(code: Mapping[str, tuple[str, str]], say: Callable[[str], None]) -> None:
+    """Says whose code runs, (function, digest) by field. Raises StageError where a file has another digest."""
+    for field, (function, sha256) in code.items():
         say(custom.announced(custom.source_file(function, field), function, sha256, field))
 
 
@@ -226,15 +230,20 @@ def _check_inverse(config: Any, flow: Any, batch: Batch, moved: str) -> None:
         raise Unfit(f"{said}: decode is not the inverse of encode: an image comes back with an error of {error:.3g}")
 
 
+def _blaming_calls(said: str, batch: Batch, call: str) -> AbstractContextManager[None]:
+    called = f"called as {call} for x {by(batch.image.shape)}, labels {batch.label.tolist()}"
+    return blaming_code(f"{said}: its network, {called},", "label -1 is none")
+
+
 @contextmanager
-def _blaming_calls(said: str, batch: Batch, call: str) -> Iterator[None]:
+def blaming_code(said: str, remedy: str) -> Iterator[None]:
+    """Tells as wrong use what somebody's code raises within it, whatever that is; our own errors stay."""
     try:
         yield
-    except Exception as error:  # whatever somebody's network makes of the call
-        raise Unfit(
-            f"{said}: its network, called as {call} for x {by(batch.image.shape)}, labels {batch.label.tolist()}, "
-            f"raised {type(error).__name__}: {error}; label -1 is none"
-        ) from error
+    except StageError:
+        raise
+    except Exception as error:
+        raise Unfit(f"{said} raised {type(error).__name__}: {error}; {remedy}") from error
 
 
 def _check_tensor(said: str, value: Tensor | Any, shape: tuple[int, ...]) -> None:

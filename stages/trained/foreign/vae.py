@@ -15,8 +15,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -276,7 +275,7 @@ def _mean_and_deviation(found: Any, said: str) -> tuple[Tensor, Tensor | None]:
 def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
     """The shape of a latent of two made-up images. Raises Unfit where the VAE does not encode and decode them."""
     said = f"{FIELD} = {named!r}"
-    with _blaming_calls(f"{said}: cannot encode images of {by(images.shape[1:])}"):
+    with own.blaming_code(f"{said}: cannot encode images of {by(images.shape[1:])}: it", "mend it"):
         latents = vae.encode(images)
     if latents.dim() != 4 or len(latents) != len(images):
         raise Unfit(f"{said}: encode gave {by(latents.shape)} for two images; give floats [B, c, h, w]")
@@ -284,11 +283,11 @@ def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
         raise Unfit(f"{said}: encode gave values that are not finite; mend its weights, or train it in float32")
     if not (latents != latents[0, 0, 0, 0]).any():
         raise Unfit(f"{said}: encode gave one value everywhere; mend its weights")
-    with _blaming_calls(f"{said}: cannot encode one image"):
+    with own.blaming_code(f"{said}: cannot encode one image: it", "mend it"):
         alone = vae.encode(images[:1])
     if (alone - latents[:1]).abs().max() > BESIDE * latents.abs().max():
         raise Unfit(f"{said}: an image's latent depends on the images beside it; encode each by itself, in eval mode")
-    with _blaming_calls(f"{said}: cannot decode latents of {by(latents.shape[1:])}"):
+    with own.blaming_code(f"{said}: cannot decode latents of {by(latents.shape[1:])}: it", "mend it"):
         back = vae.decode(latents)
     if back.shape != images.shape:
         raise Unfit(f"{said}: decode gave {by(back.shape)} for {by(images.shape)}; give images of that shape")
@@ -298,16 +297,6 @@ def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
         raise Unfit(f"{said}: decode gave values up to {largest:.3g}; give images in [-1, 1]")
     _, channels, height, width = latents.shape
     return channels, height, width
-
-
-@contextmanager
-def _blaming_calls(said: str) -> Iterator[None]:
-    try:
-        yield
-    except StageError:
-        raise
-    except Exception as error:  # whatever somebody's code makes of the call
-        raise Unfit(f"{said}: it raised {type(error).__name__}: {error}; mend it") from error
 
 
 def check_weights(vae: Vae, load_again: Callable[[], Vae], named: str) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from tests.stages.data.image_files import large_pictures
 from tests.stages.data.latents.small import SLOW
 from tests.support.lab import Lab
 
@@ -39,10 +38,7 @@ def test_a_node_that_is_lost_costs_the_pieces_in_its_hand_alone(
     tmp_path: Path, start_nodes: Callable[..., Nodes], stage: str
 ) -> None:
     lab = Lab(tmp_path / "lab")
-    for number in range(240):
-        path = lab.folder / "pictures" / "ab"[number % 2] / f"{number:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((900, 900, 3), number, np.uint8)).save(path, compress_level=1)
+    large_pictures(lab.folder / "pictures", 240)
     lab.config.write_text(CONFIG)
     (lab.folder / "mine_vae.py").write_text(SLOW)
     lab.run(stage, f"{stage}.executor=serial")

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.clusters.slurm.conftest import ODD, Site
+from tests.stages.data.image_files import large_pictures
 from tests.stages.data.latents.small import SLOW
 from tests.support.lab import Lab
 
@@ -42,10 +41,7 @@ batch_size = 1
 def pictures(cluster: Cluster, tmp_path: Path) -> Iterator[Site]:
     """A cluster and a lab with image files and a VAE, some time to decode and encode each; one file is broken."""
     lab = Lab(tmp_path / ODD)
-    for number in range(IMAGES):
-        path = lab.folder / "pictures" / "ab"[number % 2] / f"{number:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((900, 900, 3), number, np.uint8)).save(path, compress_level=1)
+    path = large_pictures(lab.folder / "pictures", IMAGES)
     path.write_bytes(path.read_bytes()[:200])
     lab.config.write_text(CONFIG)
     (lab.folder / "mine_vae.py").write_text(SLOW)

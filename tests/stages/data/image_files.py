@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+SIDE = 900  # of pictures that take some time to decode
 GREY, COLOUR, PALETTE, GREY_ALPHA, COLOUR_ALPHA = 0, 2, 3, 4, 6
+
+
+def large_pictures(folder: Path, count: int) -> Path:
+    """Pictures of two classes, some time to decode each; the last one."""
+    for number in range(count):
+        path = folder / "ab"[number % 2] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((SIDE, SIDE, 3), number, np.uint8)).save(path, compress_level=1)
+    return path
 
 
 def raw_png(path: Path, rows: np.ndarray, bits: int, kind: int, transparent: bytes = b"", palette: bytes = b"") -> Path:
