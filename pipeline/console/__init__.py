@@ -123,6 +123,7 @@ class Console:
         self._count: tuple[str, int] | None = None
         self._done = self._first = 0
         self._rate = Rate(0, self._began)
+        self._starting = False
 
     @property
     def stopping(self) -> bool:
@@ -152,12 +153,19 @@ class Console:
         """`done` of `total` units, with a row for each worker and other figures.
 
         The rate is over the last minutes. Units in the first call are not counted, because an earlier run did them.
+        Where one process does the work, the time until the first units are done is not counted: a training compiles then.
         """
         now = self._clock()
         if self._count is None:
             self._told = self._logged = now - PLAIN_SECONDS + FIRST_SECONDS
         if (unit, total) != self._count or done < self._done:
             self._count, self._began, self._first, self._rate = (unit, total), now, done, Rate(done, now)
+            self._starting = True
+        elif self._starting and done > self._first:
+            self._starting = False
+            if not workers:
+                self._first, self._rate = done, Rate(done, now)
+                self._told = self._logged = now - PLAIN_SECONDS + FIRST_SECONDS
         self._done = done
         self._rate.add(done, now)
         # A new count has no rate yet. Its line waits for one, but not for ever.

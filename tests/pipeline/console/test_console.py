@@ -255,7 +255,9 @@ def test_stages_without_workers_tell_as_they_did(tmp_path: Path, capsys: pytest.
     clock = Clock()
     console = Console("teacher", tmp_path / "events", StopRequest(), clock=clock)
     console.progress(0, 100, "images", loss=1.0)
-    clock.now += 40
+    clock.now += 20
+    console.progress(10, 100, "images", loss=0.5)
+    clock.now += 20
     console.progress(20, 100, "images", loss=0.25)
     assert capsys.readouterr().err == "teacher: 20 of 100 images, 0.5 images/s, 2m40s left, loss 0.25\n"
     assert "workers" not in events_of(tmp_path / "events")[-1]
@@ -268,13 +270,27 @@ def test_a_line_without_a_rate_waits_for_one_but_not_for_ever(
     console = Console("pairs", tmp_path / "events", StopRequest(), clock=clock)
     for second in range(0, 61, 2):
         clock.now = 1000.0 + second
-        console.progress(0 if second < 50 else 20, 100, "pairs")
+        console.progress(*((0, 100, "pairs") if second < 50 else (20, 100, "pairs", [worker("a", 20)])))
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["pairs: 0 of 100 pairs"]  # half a minute late, and no "0 pairs/s"
     for second in range(62, 80, 2):
         clock.now = 1000.0 + second
-        console.progress(40, 100, "pairs")
-    assert re.fullmatch(r"pairs: 40 of 100 pairs, 0\.\d+ pairs/s, \S+ left", capsys.readouterr().err.strip())
+        console.progress(40, 100, "pairs", [worker("a", 40)])
+    assert re.fullmatch(r"pairs: 40 of 100 pairs, 0\.\d+ pairs/s, \S+ left, read.*", capsys.readouterr().err.strip())
+
+
+def test_what_a_training_compiles_before_its_first_step_is_not_in_its_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock()
+    console = Console("teacher", tmp_path / "events", StopRequest(), clock=clock)
+    console.progress(6_400, 1_000_000, "images")
+    for step in range(12):
+        clock.now = 1000.0 + 60 + 0.5 * step
+        console.progress(6_432 + 32 * step, 1_000_000, "images")
+    told = capsys.readouterr().err.splitlines()
+    assert told == ["teacher: 6,752 of 1,000,000 images, 64 images/s, 4h18m left"]
+    console.close()
 
 
 def test_the_rate_is_that_of_the_last_minutes() -> None:
