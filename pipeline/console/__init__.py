@@ -153,7 +153,7 @@ class Console:
         """`done` of `total` units, with a row for each worker and other figures.
 
         The rate is over the last minutes. Units in the first call are not counted, because an earlier run did them.
-        Where one process does the work, the time until the first units are done is not counted: a training compiles then.
+        The time until the first units of a training is not counted either: it may compile.
         """
         now = self._clock()
         if self._count is None:

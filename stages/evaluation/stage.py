@@ -100,6 +100,13 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
     for role in ("teacher", *_students(inputs)):
         if role in inputs:
             own.announce_made(inputs[role], role.partition(":")[0], report.say)
+    with_paths = [role for role in _students(inputs) if not has_own_sampler(inputs[role])]
+    if config.reference and _students(inputs) and not with_paths:
+        raise Unfit(
+            "evaluate.reference is of a student's velocity, and this student has a sampler of its own: leave it out"
+        )
+    if len(with_paths) < len(_students(inputs)):
+        report.say("a student with its own sampler has one row: evaluate.nfe, solver, grid and diffusion do not apply")
     if "latents" in inputs:
         vae.announce(vae.read_facts(inputs["latents"]).vae, report.say)
     decoder = vae.of_artifact(inputs["latents"], device)[0].decode if "latents" in inputs else None
@@ -109,7 +116,6 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
         raise StageError(f"two students are of one variant: {', '.join(s.name for s in samplers)}; evaluate them apart")
     measures: dict[str, Callable[[], dict[str, Any]]] = {"floor": bench.floor}
     measures |= {s.name: partial(bench.sampler, s, out / picture) for s, picture in zip(samplers, pictures)}
-    with_paths = [role for role in _students(inputs) if not has_own_sampler(inputs[role])]
     measures |= {f"curvature-{role}": partial(bench.curvature, role) for role in with_paths}
 
     measured = []

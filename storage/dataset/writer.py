@@ -60,11 +60,7 @@ class DatasetWriter:
         self.root = local_path(root)
         if self.root.exists() and not self.root.is_dir():
             raise StorageError(f"{self.root}: is a file, and the dataset is to be a folder; take another place")
-        if (self.root / DATASET).exists():
-            raise StorageError(
-                f"{self.root / DATASET}: a finished dataset is here, and is not written over; take another folder, or "
-                "move this one away"
-            )
+        self._check_unfinished()
         self.files: dict[str, tuple[str, int]] = {}  # the tables: (sha256, bytes) by relative path
         self._name = name
         self._image_shape = tuple(image_shape)
@@ -194,6 +190,14 @@ class DatasetWriter:
     def _check_open(self) -> None:
         if self._closed:
             raise StorageError(f"{self.root}: this writer is closed; write another dataset with another writer")
+        self._check_unfinished()  # by another writer, since this one began
+
+    def _check_unfinished(self) -> None:
+        if (self.root / DATASET).exists():
+            raise StorageError(
+                f"{self.root / DATASET}: a finished dataset is here, and is not written over; take another folder, or "
+                "move this one away"
+            )
 
     def _record(self, splits: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -166,7 +166,8 @@ def test_code_that_does_not_fit_is_wrong_use_before_anything_is_made(own: Lab) -
 
 
 def test_the_example_regresses_images_on_their_noise_and_is_measured_at_one_evaluation(own: Lab) -> None:
-    own.run("report", *ONE_STEP, "evaluate.baselines=[]", "evaluate.curvature_trajectories=2")
+    said = own.run("report", *ONE_STEP, "evaluate.baselines=[]", "evaluate.curvature_trajectories=2").stderr
+    assert "its own sampler has one row: evaluate.nfe, solver, grid and diffusion do not apply" in said
     body = json.loads((own.only("evaluate").path / "evaluation.json").read_text())
     rows = [row for row in body["rows"] if row["model"] == "student"]
     assert [(row["name"], row["sampler"], row["nfe"]) for row in rows] == [("student-nfm-own", "own", 1)]
@@ -179,6 +180,8 @@ def test_the_example_regresses_images_on_their_noise_and_is_measured_at_one_eval
         assert f"{option[0]} is of solvers, and this student has a sampler of its own" in said
     said = own.run("evaluate", *ONE_STEP, "evaluate.student_guidance=1.0", exits=2).stderr
     assert "student.sampler = 'one_step:sampler' samples, which has no guidance" in said
+    said = own.run("evaluate", *ONE_STEP, "evaluate.reference=true", exits=2).stderr
+    assert "evaluate.reference is of a student's velocity, and this student has a sampler of its own: leave it" in said
 
 
 def test_a_student_begins_with_another_one(own: Lab) -> None:

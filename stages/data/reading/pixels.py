@@ -101,7 +101,10 @@ def fitted(
 def _central_square(image: Image.Image, image_size: int) -> Image.Image:
     side = min(image.size)
     if side < image_size:
-        raise MisfitError(f"{image.width}x{image.height} pixels, smaller than data.image_size = {image_size}")
+        raise MisfitError(
+            f"{image.width}x{image.height} pixels, smaller than data.image_size = {image_size}: take a smaller one, "
+            'or data.crop = "adm", which makes images larger'
+        )
     left, top = (image.width - side) // 2, (image.height - side) // 2
     square = image.crop((left, top, left + side, top + side))
     return square.resize((image_size, image_size), Image.Resampling.BICUBIC)

@@ -260,6 +260,20 @@ def test_a_finished_dataset_is_not_written_over(root):
     assert {path: hash_file(path) for path in root.rglob("*") if path.is_file()} == before
 
 
+def test_of_two_writers_of_one_folder_the_second_does_not_write_over_what_the_first_finished(tmp_path):
+    first, second = write(tmp_path), write(tmp_path)
+    chunk = (IMAGES[:3], np.zeros(3, np.int64), ["a", "b", "c"])
+    for writer in (first, second):
+        writer.write_split("train", 3, [chunk])
+    first.close()
+    before = {path: hash_file(path) for path in tmp_path.rglob("*") if path.is_file()}
+    for late in (second.close, lambda: second.write_split("heldout", 3, [chunk])):
+        with pytest.raises(StorageError, match="a finished dataset is here"):
+            late()
+    assert {path: hash_file(path) for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert len(ImageDataset.open(tmp_path)) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
