@@ -13,7 +13,7 @@ from nfm.stages.couplings.facts import colours_of
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.display.axes import compact, make_log, mark_solvers, marked, robust_limits
 from nfm.stages.display.plots import Panel, Theme, legend, png
-from nfm.stages.evaluation.compare_rows import Row, mean
+from nfm.stages.evaluation.compare_rows import Row, images_per_second, mean, same_speeds
 from nfm.stages.evaluation.compare_table import label, shown
 from nfm.stages.evaluation.table import DISTANCE
 from nfm.stages.trained.sampling import REFERENCE
@@ -105,7 +105,9 @@ def _loss(body: Row, styles: Mapping[str, Style]) -> Panel:
             # Mark every point of a short line, but only some of a long one.
             every = {} if marked(len(seen)) else {"markevery": 0.15}
             style = {**styles[name].line(), "ms": 4, "lw": 1.3, **every}
-            axes.plot(seen, losses, label=None if name in named else name, **style)
+            seeds = body["seeds"][name]
+            told = f"{name}, {len(seeds)} seeds" if len(seeds) > 1 else name
+            axes.plot(seen, losses, label=None if name in named else told, **style)
             named.add(name)
         limits = robust_limits([[loss for _, loss in line["curve"]] for line in body["losses"]])
         axes.set(xlabel="pairs seen", ylabel="flow-matching loss", ylim=limits)
@@ -133,8 +135,12 @@ def _curvature(body: Row, styles: Mapping[str, Style]) -> Panel:
 
 
 def _speed(body: Row, styles: Mapping[str, Style]) -> Panel:
-    """Images per second against distance, with a point for each sampler and NFE. Up and to the left is better."""
+    """Images per second against distance, with a point for each sampler and NFE. Up and to the left is better.
+
+    Of rows that are equally fast, the fastest measurement counts for all: it was disturbed the least.
+    """
     key = body["distance"]
+    fastest = {id(row): max(map(images_per_second, group)) for group in same_speeds(body) for row in group}
 
     def panel(axes: Any, theme: Theme) -> None:
         along: list[float] = []
@@ -142,7 +148,7 @@ def _speed(body: Row, styles: Mapping[str, Style]) -> Panel:
         points: dict[Any, list[tuple[Row, float, float]]] = {}
         for name, rows in _by_variant(body).items():
             rows = [row for row in sorted(rows, key=lambda row: row["nfe"]) if "images_per_second" in row["speeds"]]
-            speeds = [row["speeds"]["images_per_second"]["mean"] for row in rows]
+            speeds = [fastest.get(id(row)) or images_per_second(row) for row in rows]
             means = [mean(row, key) for row in rows]
             axes.plot(means, speeds, label=name, **styles[name].line())
             along, up = [*along, *means], [*up, *speeds]
@@ -157,7 +163,7 @@ def _speed(body: Row, styles: Mapping[str, Style]) -> Panel:
             axes.annotate(f"NFE {told}", rightmost, xytext=(7, -3), textcoords="offset points", fontsize=8,
                           color=theme.ink)  # fmt: skip
         for number, row in enumerate(row for row in body["teacher"] if "images_per_second" in row["speeds"]):
-            speed = row["speeds"]["images_per_second"]["mean"]
+            speed = images_per_second(row)
             style = {"color": theme.series["teacher"], "ls": "", "marker": MARKERS[number % len(MARKERS)], "ms": 7}
             axes.plot([mean(row, key)], [speed], label=label(row), **style)
             along, up = [*along, mean(row, key)], [*up, speed]

@@ -90,6 +90,20 @@ def mean(row: Row, metric: str) -> float:
     return float(row["metrics"][metric]["mean"])
 
 
+def same_speeds(body: Row) -> list[list[Row]]:
+    """Rows of students that are equally fast, in groups: the same network, sampler, NFE and guidance."""
+    groups: dict[Any, list[Row]] = {}
+    for row in body["rows"]:
+        if "images_per_second" in row["speeds"] and row["sampler"] != REFERENCE:
+            key = tuple(row[name] for name in ("sampler", "nfe", "guidance", "parameters"))
+            groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def images_per_second(row: Row) -> float:
+    return float(row["speeds"]["images_per_second"]["mean"])
+
+
 def _rows(variant: str, measured: Mapping[int, Mapping[str, Row]]) -> list[Row]:
     """The rows of a variant, one for each sampler. Rows have the same names for every seed."""
     names = [name for name, row in next(iter(measured.values())).items() if row["model"] == "student"]

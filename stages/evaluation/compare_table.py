@@ -9,13 +9,17 @@ from typing import Any
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.display.tables import aligned
 from nfm.stages.display.units import ratio as ratio_text
-from nfm.stages.evaluation.compare_rows import REPORTED, Row, mean
-from nfm.stages.evaluation.table import DISTANCE, Column, below, columns_of, cut
+from nfm.stages.evaluation.compare_rows import REPORTED, Row, images_per_second, mean, same_speeds
+from nfm.stages.evaluation.table import DISTANCE, Column, below, columns_of, cut, level, strained
 from nfm.stages.trained.sampling import REFERENCE
 
 MOST_DECIMALS, TINY = 6, 1e-3
-HALF_AT_NFE = 7  # the NFE at which nfm is compared with half of the independent coupling's distance above the floor
+# Where no NFE is so small that independent noise suffers from it, nfm is compared with half of its distance above the
+# floor at this one.
+HALF_AT_NFE = 7
 MOST_DIGITS = 12
+UNEVEN = 1.25  # times the slowest measurement of a speed
+BUSY = " Students of one NFE are the same network: where their speeds differ, the machine was busy."
 
 
 def as_text(body: Row) -> str:
@@ -26,8 +30,8 @@ def as_text(body: Row) -> str:
 
 
 def conclusions(body: Row) -> list[str]:
-    """The best variant at each NFE, whether nfm halves the distance above the floor, and how much straighter its paths
-    are.
+    """The best variant at each NFE and those level with it; whether nfm halves the distance above the floor, at the
+    largest NFE where too few steps are what independent noise suffers from; how much straighter its paths are.
 
     Permuted controls are left out. So is the reference solver, because its tolerance decides its evaluations.
     """
@@ -35,15 +39,19 @@ def conclusions(body: Row) -> list[str]:
     rows = [row for row in body["rows"] if not _control(row) and row["sampler"] != REFERENCE]
     best = []
     for nfe in sorted({row["nfe"] for row in rows}, reverse=True):
-        winner = min((row for row in rows if row["nfe"] == nfe), key=lambda row: mean(row, key))
-        best.append(f"{winner['variant']} at NFE {nfe} ({shown(mean(winner, key))})")
+        winner, *others = sorted((row for row in rows if row["nfe"] == nfe), key=lambda row: mean(row, key))
+        even = [row["variant"] for row in others if _level(winner, row, body)]
+        aside = f", level with {' and '.join(even)}" if even else ""
+        best.append(f"{winner['variant']} at NFE {nfe} ({shown(mean(winner, key))}{aside})")
     told = [f"Smallest {unit}{_aside(body)}: {', '.join(best)}."] if best else []
     nfm = [row for row in rows if _share(row["variant"], "nfm") >= 0.5]
     plain = [row for row in rows if row["variant"] == "independent"]
     common = {row["nfe"] for row in nfm} & {row["nfe"] for row in plain}
     if not common:
         return told
-    nfe = min(common, key=lambda one: (abs(one - HALF_AT_NFE), one))
+    alone = {row["nfe"]: mean(row, key) for row in plain}
+    few = [nfe for nfe in strained(alone) if nfe in common]
+    nfe = few[0] if few else min(common, key=lambda one: (abs(one - HALF_AT_NFE), one))
     candidates = [row for row in nfm if row["nfe"] == nfe]
     ours = min(candidates, key=lambda row: mean(row, key))
     chosen = f", the best of {len(candidates)} nfm variants," if len(candidates) > 1 else ""
@@ -56,8 +64,9 @@ def conclusions(body: Row) -> list[str]:
             f"At NFE {nfe}, independent lies {shown(-other)} below the floor of {shown(floor)}: nothing to halve.",
         ]
     verdict = "at most half" if above <= other / 2 else "more than half"
+    where = f", where independent is {ratio_text(alone[nfe] / min(alone.values()))} times its own best" if few else ""
     told.append(
-        f"At NFE {nfe}, {ours['variant']}{chosen} lies {shown(above)} above the floor of {shown(floor)} and "
+        f"At NFE {nfe}{where}, {ours['variant']}{chosen} lies {shown(above)} above the floor of {shown(floor)} and "
         f"independent {shown(other)}: {_against_half(above / other)} of it, {verdict}."
     )
     curves = {row["variant"]: row["value"]["mean"] for row in body["curvature"]}
@@ -65,6 +74,13 @@ def conclusions(body: Row) -> list[str]:
         return told
     ratio = curves[ours["variant"]] / max(curves["independent"], 1e-12)
     return [*told, f"The curvature of {ours['variant']} is {ratio_text(ratio)} times independent's."]
+
+
+def _level(one: Row, other: Row, body: Row) -> bool:
+    """Whether the distances of two rows are level, by the spread over their seeds or that of the floor."""
+    key = body["distance"]
+    spreads = [row["metrics"][key]["spread"] or 0.0 for row in (one, other, body["floor"])]
+    return level(mean(one, key), mean(other, key), max(spreads))
 
 
 def _against_half(share: float) -> str:
@@ -154,7 +170,9 @@ def _machines(body: Row) -> str:
     """The machines on which the speeds were measured."""
     machines = body["machines"]
     if len(machines) == 1:
-        return f"Speeds are of {machines[0]}."
+        rates = [list(map(images_per_second, group)) for group in same_speeds(body)]
+        uneven = any(max(group) > UNEVEN * min(group) for group in rates)
+        return f"Speeds are of {machines[0]}.{BUSY if uneven else ''}"
     told = "; ".join(f"{number} is {machine}" for number, machine in enumerate(machines, 1))
     return (
         f"Speeds are of {len(machines)} machines ({told}): only those of the same one compare, and a row whose seeds "

@@ -19,6 +19,8 @@ DISTANCE = {"fd_cnn": "FD-CNN", "fid": "FID", "w2": "W2"}
 
 BEYOND = 2  # spreads of the floor: a value lower than that is no accident
 MEMORISED = 0.8  # samples nearer to training images than this share of what real images are
+LEVEL = 0.1  # of the larger of two distances: those of other seeds differ by 2 to 20 % (docs/results.md)
+STRAINED = 1.5  # times its own best: from here on, few evaluations are what a coupling suffers from
 
 
 # To published statistics: FID with the published weights, and what it may be called with others.
@@ -124,6 +126,18 @@ def below(rows: Sequence[Line]) -> list[str]:
                 lower = f"{DISTANCE[key]} {row[key]:.4g} is below the floor of {floor[key]:.4g} ± {spread:.2g}"
                 told.append(f"{row['name']}: {lower}, {_why(row, floor)}.")
     return told
+
+
+def level(one: float, other: float, spread: float) -> bool:
+    """Whether two distances differ by no more than their spread, or `LEVEL` of the larger."""
+    return abs(one - other) <= max(spread, LEVEL * max(one, other))
+
+
+def strained(distances: Mapping[int, float]) -> list[int]:
+    """The NFEs, largest first, with so few evaluations that they are what is missing, from distances by NFE."""
+    best = min(distances, key=lambda nfe: distances[nfe])  # with more than this, it is not the steps
+    fewer = [nfe for nfe in distances if nfe < best and distances[nfe] >= STRAINED * distances[best]]
+    return sorted(fewer, reverse=True)
 
 
 def _why(row: Line, floor: Line) -> str:

@@ -6,14 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nfm.stages.couplings.variant import Variant
-from nfm.stages.evaluation.table import DISTANCE, Line, distance_key
+from nfm.stages.evaluation.table import DISTANCE, Line, distance_key, level, strained
 from nfm.stages.report.html import number
 from nfm.stages.trained.sampling import REFERENCE
 
 PLAIN = "independent"
-# Of the larger of two distances: a page has one seed, and those of other seeds differ by 2 to 20 % (docs/results.md).
-LEVEL = 0.1
-STRAINED = 1.5  # times its own best, from which on few evaluations are what independent noise suffers from
 
 
 def sentences(body: Mapping[str, Any]) -> list[str]:
@@ -31,9 +28,7 @@ def sentences(body: Mapping[str, Any]) -> list[str]:
     common = sorted(set(plain) & set(distances.get(str(ours), {})), reverse=True)
     if ours is None or not common:
         return [_figures(rows, key, min(min(found) for found in distances.values()))]
-    best = min(plain, key=lambda nfe: plain[nfe])  # with more evaluations than this, steps are not what is missing
-    strained = [nfe for nfe in common if nfe < best and plain[nfe] >= STRAINED * plain[best]]
-    shown = max(strained, default=common[-1])
+    shown = next((nfe for nfe in strained(plain) if nfe in common), common[-1])
     curvature = {str(row["coupling"]): float(row["value"]) for row in body.get("curvature") or []}
     spread = next((row.get("spread") for row in rows if row["model"] == "floor"), None) or 0.0
     return [_verdict(ours, distances[ours], plain, spread, curvature), _figures(rows, key, shown)]
@@ -42,14 +37,13 @@ def sentences(body: Mapping[str, Any]) -> list[str]:
 def _verdict(
     ours: str, own: Mapping[int, float], plain: Mapping[int, float], spread: float, curved: Mapping[str, float]
 ) -> str:
-    """The first sentence. Distances that differ by no more than the spread of the floor, or LEVEL, count as level."""
+    """The first sentence. The spread is that of the floor."""
     common = sorted(set(own) & set(plain), reverse=True)
-    gains = {nfe: plain[nfe] - own[nfe] for nfe in common}
-    level = {nfe: max(spread, LEVEL * max(plain[nfe], own[nfe])) for nfe in common}
+    even = [nfe for nfe in common if level(own[nfe], plain[nfe], spread)]
     found = {
-        f"ahead of {PLAIN} noise": [nfe for nfe in common if gains[nfe] > level[nfe]],
-        "level with it": [nfe for nfe in common if abs(gains[nfe]) <= level[nfe]],
-        "behind it": [nfe for nfe in common if gains[nfe] < -level[nfe]],
+        f"ahead of {PLAIN} noise": [nfe for nfe in common if nfe not in even and own[nfe] < plain[nfe]],
+        "level with it": even,
+        "behind it": [nfe for nfe in common if nfe not in even and own[nfe] > plain[nfe]],
     }
     told = [f"{word} at {_evaluations(where)}" for word, where in found.items() if where]
     if not found[f"ahead of {PLAIN} noise"]:

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from nfm.stages.base import Result, StageError
-from nfm.stages.evaluation import compare, compare_plots
+from nfm.stages.evaluation import compare, compare_plots, compare_table
 from nfm.stages.evaluation.compare import CompareConfig
 from nfm.storage import StoreSpec
 from nfm.storage.files.atomic import read_json, write_json
@@ -122,10 +122,10 @@ def test_rows_hold_mean_spread_and_values_by_seed_of_every_metric(tmp_path: Path
 def test_the_text_ends_with_what_the_figures_say(tmp_path: Path) -> None:
     _, body, out = made(tmp_path)
     assert body["conclusions"] == [
-        "Smallest FD-CNN: nfm:soften=0.5 at NFE 7 (19.00), nfm at NFE 3 (31.00).",
-        "At NFE 7, nfm:soften=0.5, the best of 2 nfm variants, lies 17.00 above the floor of 2.000 and "
-        "independent 38.00: 0.45 of it, at most half.",
-        "The curvature of nfm:soften=0.5 is 0.50 times independent's.",
+        "Smallest FD-CNN: nfm:soften=0.5 at NFE 7 (19.00), nfm at NFE 3 (31.00, level with nfm:soften=0.5).",
+        "At NFE 3, where independent is 1.75 times its own best, nfm, the best of 2 nfm variants, lies 29.00 above the "
+        "floor of 2.000 and independent 68.00: 0.43 of it, at most half.",
+        "The curvature of nfm is 0.50 times independent's.",
     ]
     text = (out / "compare.txt").read_text()
     assert text.strip().endswith(" ".join(body["conclusions"]))
@@ -158,6 +158,19 @@ def test_a_control_is_neither_marked_nor_named_the_best(tmp_path: Path) -> None:
     alone, text = compared(tmp_path / "alone", {"nfm:permuted": {7: 5.0}})
     assert alone == []
     assert "5.000 *" not in text
+
+
+def test_variants_are_level_within_a_tenth_or_the_spread_of_the_floor_or_of_seeds(tmp_path: Path) -> None:
+    even = {7: 20.0, 3: 20.0}
+    for place, (other, floor, seeds, says) in enumerate((
+        (22.0, None, None, ", level with nfm"), (22.5, None, None, ""),
+        (22.5, 2.5, None, ", level with nfm"), (22.5, None, 2.5, ", level with nfm"),
+    )):  # fmt: skip
+        _, body, _ = made(tmp_path / str(place), config=CompareConfig(couplings=("independent", "nfm")),
+                          distances={"independent": even, "nfm": {7: other, 3: 30.0}})  # fmt: skip
+        body["floor"]["metrics"]["fd_cnn"]["spread"] = floor
+        body["rows"][0]["metrics"]["fd_cnn"]["spread"] = seeds
+        assert f"independent at NFE 7 (20.00{says})" in compare_table.conclusions(body)[0]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +225,10 @@ def test_the_nfe_of_the_reference_solver_is_not_a_column_of_the_comparison(tmp_p
     assert limit["nfe"] == 92
     assert (limit["w2_points"], limit["w2_sets"]) == (50, 2)
     assert not {"w2_points", "w2_sets"} & set(limit["metrics"])
-    assert body["conclusions"][0] == "Smallest FD-CNN: nfm:soften=0.5 at NFE 7 (19.00), nfm at NFE 3 (31.00)."
+    assert (
+        body["conclusions"][0]
+        == "Smallest FD-CNN: nfm:soften=0.5 at NFE 7 (19.00), nfm at NFE 3 (31.00, level with nfm:soften=0.5)."
+    )
     assert (tmp_path / "out/compare.txt").read_text().splitlines()[1].endswith(" dopri5")
 
 

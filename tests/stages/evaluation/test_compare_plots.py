@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from nfm.stages.display.plots import LIGHT, Panel
-from nfm.stages.evaluation import compare_plots
+from nfm.stages.evaluation import compare_plots, compare_table
 from tests.stages.evaluation.test_compare import made
 
 
@@ -68,9 +68,22 @@ def test_every_nfe_of_speed_is_named_once_beside_its_last_point(body: dict[str, 
         assert sum(start <= tick <= end for tick in ticks) >= 3
 
 
+def test_the_same_network_is_equally_fast_on_the_pairs_of_every_coupling(body: dict[str, Any]) -> None:
+    slow = {"speeds": {"images_per_second": {"mean": 3.0, "spread": None}}}  # measured while the machine was busy
+    rows = [{**row, **slow} if (row["variant"], row["nfe"]) == ("nfm", 7) else row for row in body["rows"]]
+    disturbed = {**body, "rows": rows}
+    before, after = (drawn(compare_plots._speed(one, styles(body))) for one in (body, disturbed))
+    shown = [[list(line.get_ydata()) for line in axes.lines] for axes in (before, after)]
+    assert shown[0] == shown[1]
+    assert "the machine was busy" in compare_table.as_text(disturbed)
+    assert "the machine was busy" not in compare_table.as_text(body)
+
+
 def test_a_loss_of_one_point_is_marked_and_inside(body: dict[str, Any]) -> None:
     losses = [{**line, "curve": [[100, 0.3]]} for line in body["losses"]]
     axes = drawn(compare_plots._loss({**body, "losses": losses}, styles(body)))
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert told == ["independent", "nfm, 3 seeds", "nfm:soften=0.5"]
     for line in axes.lines:
         assert line.get_marker() in compare_plots.MARKERS
         assert line.get_markevery() is None
