@@ -33,9 +33,7 @@ def figures(artifact: Artifact, draws: int | None = None) -> str:
     if draws is None or alone:
         left = max((event.get("seconds_left") or 0.0 for event in running), default=0.0)
         speed = f", {units.rate(rate, running[0]['unit'])}, {units.clock(left)} left" if rate and left else ""
-        if speed:
-            return last_progress(events) + speed
-        return "; ".join(filter(None, (last_progress(events), _from_where(artifact.path))))
+        return last_progress(events) + speed if speed else _at_rest(artifact.path)
     count = progress.committed(artifact.path, draws)
     words = [f"{count[some]:,} of {count[f'all_{some}']:,} {some}" for some in ("pairs", "shards")]
     words += [f"{count['failed']:,} failed"] if count["failed"] else []
@@ -45,19 +43,30 @@ def figures(artifact: Artifact, draws: int | None = None) -> str:
     return ", ".join(words)
 
 
-def _from_where(folder: Path) -> str:
-    """Where a training that nobody is working on goes on, which may be before the last line of its log."""
-    found = newest_checkpoint(folder)
-    return f"the next run goes on from {found:,}" if found else ""
+def _at_rest(folder: Path) -> str:
+    """The progress of work that nobody is doing now.
+
+    A training goes on from its newest checkpoint. The last line of its log may be later than that, or earlier.
+    """
+    event, saved = _last(folder / "events"), newest_checkpoint(folder)
+    if event is None or not saved:
+        return _told(event) or (f"the next run goes on from {saved:,}" if saved else "")
+    done = max(event["done"], saved)
+    return f"{_told({**event, 'done': done})}; the next run goes on from {'there' if done == saved else f'{saved:,}'}"
 
 
 def last_progress(events: Path) -> str:
     """The progress of the work in a folder, from the last PROGRESS line of its newest events."""
-    for path in reversed(_logs(events)):
-        for event in _backwards(path):
-            if event["kind"] == "PROGRESS":
-                return f"{event['done']:,} of {event['total']:,} {event['unit']}"
-    return ""
+    return _told(_last(events))
+
+
+def _told(event: dict[str, Any] | None) -> str:
+    return "" if event is None else f"{event['done']:,} of {event['total']:,} {event['unit']}"
+
+
+def _last(events: Path) -> dict[str, Any] | None:
+    found = (event for path in reversed(_logs(events)) for event in _backwards(path) if event["kind"] == "PROGRESS")
+    return next(found, None)
 
 
 def _newest(events: Path, alone: bool) -> Iterator[dict[str, Any]]:

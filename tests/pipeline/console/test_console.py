@@ -348,5 +348,7 @@ def test_a_stopped_training_tells_from_where_the_next_run_goes_on(lab: Lab, root
         text = "".join(json.dumps(event) + "\n" for event in events)
         (teacher / "events" / f"{name}.jsonl").write_text(text)
     for path in (teacher / "checkpoints").iterdir():
-        path.rename(path.with_name("160"))
-    assert progress.figures(Artifact(teacher)) == "150 of 200 images; the next run goes on from 160"
+        path.rename(path.with_name("120"))
+    assert progress.figures(Artifact(teacher)) == "150 of 200 images; the next run goes on from 120"
+    (teacher / "checkpoints/120").rename(teacher / "checkpoints/160")
+    assert progress.figures(Artifact(teacher)) == "160 of 200 images; the next run goes on from there"
