@@ -19,6 +19,10 @@ import webdataset as wds
 
 def pairs(store: str, draw: int = 0) -> Iterator[tuple[Any, Any, Any]]:
     """Blocks of one draw of the newest generation: image [n, ...], noise [n, ...], label [n] as they are stored."""
+    spec = json.loads(Path(store, "spec.json").read_text(encoding="utf-8"))["store"]
+    if spec["layout"] != "blocks" or spec["codec"] == "seeded":
+        other = f"{store} has layout {spec['layout']} and codec {spec['codec']}"
+        sys.exit(f"{other}; see nfm pairs export --layout blocks --codec float16")
     sealed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(store).glob("manifest.g*.json"))]
     manifest = [each for each in sealed if "part_of" not in each][-1]
     shards = manifest["shards"]  # of a large store in a Parquet file beside the manifest

@@ -16,7 +16,11 @@ import zarr
 
 def pairs(store: str, draw: int = 0, rows: int = 256) -> Iterator[tuple[Any, Any, Any]]:
     """Slices of one draw: image [n, ...], noise [n, ...], label [n] as they are stored."""
-    fields: Any = zarr.open_group(store, mode="r")[f"d{draw:03d}"]
+    try:
+        fields: Any = zarr.open_group(store, mode="r")[f"d{draw:03d}"]
+        fields["noise"]
+    except (zarr.errors.GroupNotFoundError, KeyError) as error:
+        sys.exit(f"{store} has no {error} of Zarr: see nfm pairs export --layout zarr --codec float16")
     for start in range(0, fields["image"].shape[0], rows):
         part = slice(start, start + rows)
         yield fields["image"][part], fields["noise"][part], fields["label"][part]

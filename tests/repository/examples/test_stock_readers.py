@@ -42,6 +42,14 @@ def test_a_stock_reader_runs_as_a_script(name: str, script: Callable[..., str], 
     assert script(f"{name}.py", store(READERS[name])) == "600 pairs\n"
 
 
+def test_a_stock_reader_names_the_layout_that_it_reads_where_the_store_has_another(
+    name: str, script: Callable[..., str], store: Callable[[str], Path]
+) -> None:
+    other = store("blocks" if name != "stock_webdataset" else "zarr")
+    with pytest.raises(SystemExit, match=f"{other} has .*--layout {READERS[name]} --codec float16"):
+        script(f"{name}.py", other)
+
+
 def test_a_stock_reader_has_no_code_of_ours(name: str, example: Callable[[str], ModuleType]) -> None:
     source = Path(str(example(name).__file__)).read_text(encoding="utf-8")
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]

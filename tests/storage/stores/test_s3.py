@@ -156,7 +156,7 @@ def stored(
 
         spec = dataclasses.replace(small_spec, rows_per_shard=5, rows_per_block=5)
         made = Path(make(tmp_path_factory.mktemp("stored"), spec, records))
-        fsspec.filesystem("s3", use_listings_cache=False).mkdir("stored")
+        fsspec.filesystem(s3.scheme, use_listings_cache=False).mkdir("stored")
         upload(made, f"{s3.scheme}://stored/store")
         _stored.append((f"{s3.scheme}://stored/store", read(PairStore.open(made), shuffle="windowed", window=2)))
     s3.requests.clear()
