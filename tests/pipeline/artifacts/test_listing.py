@@ -63,9 +63,10 @@ def test_requests_are_one_an_artifact_and_a_few_a_stage_and_one_more_a_store(roo
         (root / f"pairs/{number:012x}/shards/d000-s00000.a.tar").write_bytes(b"")
     s3.requests.clear()
     assert len(listed(root)) == 12
-    assert s3.count("HEAD") <= (7 if s3.scheme == "az" else 0), "adlfs asks for a file of a folder's name first"
+    azure = s3.scheme == "az"  # adlfs asks for a file of a folder's name first, and lists some folders twice
+    assert s3.count("HEAD") <= 7 * azure
     assert s3.count("GET", ".json") == 12
-    assert s3.count("GET") - 12 <= 6 + 4, "listings: one a store of less than a thousand files, and a few"
+    assert s3.count("GET") - 12 <= 6 + 4 + azure, "listings: one a store of less than a thousand files, and a few"
 
 
 def test_a_read_that_fails_once_is_made_again(
