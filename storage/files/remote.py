@@ -21,7 +21,7 @@ T = TypeVar("T")
 _log = logging.getLogger("nfm.storage")
 _PIECE = 8 << 20  # bytes of one ranged request
 _AHEAD = 4  # ranged requests of one file at a time
-_DAMAGED_TRIES = 3
+_SPOILT_TRIES = 3
 
 
 def file_system(path: Path) -> Any:
@@ -64,7 +64,7 @@ def attempt(path: Path, doing: str, action: Callable[[Any, str], T]) -> T:
     FileNotFoundError, FileExistsError and the like are answers, and are raised unchanged. Anything else becomes a
     StorageError that names the URL, the operation (`doing`: "read", "write") and the remedy.
     """
-    began, pause, limit, warned, damaged = time.monotonic(), 0.1, patience(), False, 0
+    began, pause, limit, warned, spoilt = time.monotonic(), 0.1, patience(), False, 0
     while True:
         try:
             return action(file_system(path), getattr(path, "path"))  # noqa: B009 not an attribute of pathlib's paths
@@ -75,8 +75,8 @@ def attempt(path: Path, doing: str, action: Callable[[Any, str], T]) -> T:
             if isinstance(error, failures.ANSWERS) and not _no_bucket(doing, error):
                 raise
             left = limit - (time.monotonic() - began)
-            damaged += failures.damaged(error)
-            if not failures.may_pass(error) or left <= 0 or damaged == _DAMAGED_TRIES:
+            spoilt += failures.damaged(error) or failures.garbled(error)
+            if not failures.may_pass(error) or left <= 0 or spoilt == _SPOILT_TRIES:
                 raise explained(path, doing, error) from error
             if not warned and pause > 0.5:
                 warned = True
@@ -135,7 +135,7 @@ def read_pieces(path: Path, size: int) -> Iterator[bytes]:
 def explained(path: Path, doing: str, error: BaseException) -> StorageError:
     """The error for the user: which URL, what is wrong, what to do."""
     if failures.damaged(error):
-        return CorruptShard(f"{path}: cannot {doing} ({_text(error)}), {_DAMAGED_TRIES} times; restore it from a copy")
+        return CorruptShard(f"{path}: cannot {doing} ({_text(error)}), {_SPOILT_TRIES} times; restore it from a copy")
     kind = Misused if _no_bucket(doing, error) or failures.misstated(error) else StorageError
     return kind(f"{path}: cannot {doing} ({_text(error)}); {_remedy(path, doing, error)}")
 
@@ -163,7 +163,7 @@ def _remedy(path: Path, doing: str, error: BaseException) -> str:
     # A connection string holds a key, which is masked in URLs alone.
     shown = masked(os.environ[stated]) if stated in clouds.SHOWN else "set"
     named = f" ({stated} is {shown})" if stated else ""
-    if failures.may_pass(error):
+    if failures.may_pass(error) and not failures.garbled(error):
         return f"no answer within {patience():.0f} s (NFM_PATIENCE): check the network and the endpoint{named}"
     return f"check the URL and the endpoint{named}"
 

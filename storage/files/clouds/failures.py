@@ -27,6 +27,7 @@ _PASSING_NAMES = {
     "IncompleteReadError",
 }
 _DAMAGED_NAMES = {"ChecksumError", "FlexibleChecksumError"}  # botocore: the body does not match its checksum
+_GARBLED_NAMES = {"JSONDecodeError"}  # gcsfs: half of what a server says of an object, or a page of another server
 _NO_CREDENTIALS = {
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -61,7 +62,7 @@ def may_pass(error: BaseException) -> bool:
         return (status >= 500 and status != 501) or status in _PASSING_STATUS or code_of(error) in _PASSING_CODES
     if isinstance(error, PermissionError) or no_credentials(error):
         return False
-    passing = isinstance(error, TimeoutError) or bool(_names(error) & (_PASSING_NAMES | _DAMAGED_NAMES))
+    passing = isinstance(error, TimeoutError) or bool(_names(error) & (_PASSING_NAMES | _DAMAGED_NAMES | _GARBLED_NAMES))
     return passing or (isinstance(error, OSError) and error.errno in _PASSING_ERRNO | {getattr(errno, "EREMOTEIO", 0)})
 
 
@@ -81,6 +82,11 @@ def status_of(error: BaseException) -> int | None:
 def damaged(error: BaseException) -> bool:
     """Whether what arrived does not match its checksum."""
     return bool(_names(error) & _DAMAGED_NAMES)
+
+
+def garbled(error: BaseException) -> bool:
+    """Whether the answer cannot be read: it was cut, or there is no such server."""
+    return bool(_names(error) & _GARBLED_NAMES)
 
 
 def no_credentials(error: BaseException) -> bool:
