@@ -62,7 +62,8 @@ def may_pass(error: BaseException) -> bool:
         return (status >= 500 and status != 501) or status in _PASSING_STATUS or code_of(error) in _PASSING_CODES
     if isinstance(error, PermissionError) or no_credentials(error):
         return False
-    passing = isinstance(error, TimeoutError) or bool(_names(error) & (_PASSING_NAMES | _DAMAGED_NAMES | _GARBLED_NAMES))
+    passing = isinstance(error, TimeoutError) or bool(_names(error) & _PASSING_NAMES)
+    passing = passing or damaged(error) or garbled(error)
     return passing or (isinstance(error, OSError) and error.errno in _PASSING_ERRNO | {getattr(errno, "EREMOTEIO", 0)})
 
 
