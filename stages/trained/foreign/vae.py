@@ -274,6 +274,8 @@ def _mean_and_deviation(found: Any, said: str) -> tuple[Tensor, Tensor | None]:
 
 def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
     """The shape of a latent of two made-up images. Raises Unfit where the VAE does not encode and decode them."""
+    import torch
+
     said = f"{FIELD} = {named!r}"
     with own.blaming_code(f"{said}: cannot encode images of {by(images.shape[1:])}: it", "mend it"):
         latents = vae.encode(images)
@@ -285,7 +287,9 @@ def check(vae: Vae, images: Tensor, named: str) -> tuple[int, int, int]:
         raise Unfit(f"{said}: encode gave one value everywhere; mend its weights")
     with own.blaming_code(f"{said}: cannot encode one image: it", "mend it"):
         alone = vae.encode(images[:1])
-    if (alone - latents[:1]).abs().max() > BESIDE * latents.abs().max():
+    grey = images.new_full((2, *images.shape[1:]), 0.5)  # of another mean and deviation than the image
+    among = vae.encode(torch.cat([grey, images[:1]]))[2:]
+    if any((alone - other).abs().max() > BESIDE * latents.abs().max() for other in (latents[:1], among)):
         raise Unfit(f"{said}: an image's latent depends on the images beside it; encode each by itself, in eval mode")
     with own.blaming_code(f"{said}: cannot decode latents of {by(latents.shape[1:])}: it", "mend it"):
         back = vae.decode(latents)

@@ -87,6 +87,19 @@ def test_rows_that_are_not_of_their_data_are_found(
     assert len(findings) == 2
 
 
+def test_latents_that_depend_on_the_images_beside_them_are_found_also_where_all_rows_are_looked_at(
+    place: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = ("class V:", " encode = staticmethod(lambda x: x - x.mean())", " decode = staticmethod(lambda x: x)",
+            "def vae(shape): return V()")  # fmt: skip
+    (place / "mine_vae.py").write_text("\n".join(code))
+    monkeypatch.setattr(vae, "check", lambda made, images, _: tuple(made.encode(images).shape[1:]))  # as if it passed
+    make(place / "out", data, batch_size=5)
+    findings, _ = audit({"data": data}, place / "out", "deep", 300, allowed(place, []))
+    assert findings
+    assert "a latent depends on the images that are encoded beside it: mend the VAE" in findings[0].remedy
+
+
 def test_other_weights_of_the_same_code_are_told(place: Path, data: Path, out: Path) -> None:
     facts = vae.read_facts(out).model_dump(mode="json")
     atomic.write_json(out / vae.FACTS, facts | {"state": "0" * 64})
