@@ -47,6 +47,6 @@ def train(path: str, folder: Path | None = None, epochs: int = 2, batch_size: in
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     train(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -56,7 +56,7 @@ def save(path: Path, parts: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     dist.init_process_group("gloo")  # processor; for GPUs nccl, and device=f"cuda:{local rank}" for model and batches
     train(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -37,7 +37,7 @@ def write(path: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     write(sys.argv[1])
     print(f"loss {train(sys.argv[1])[1]:.4f}")

@@ -55,6 +55,6 @@ def train(path: str, steps: int = 200) -> tuple[nn.Module, float]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     print(f"loss {train(sys.argv[1])[1]:.4f}")

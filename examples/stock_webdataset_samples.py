@@ -34,6 +34,6 @@ def pairs(store: str, draw: int = 0) -> Iterator[tuple[Any, Any, int]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    print(f"{sum(1 for _image, _noise, _label in pairs(sys.argv[1]))} pairs")
+    print(f"{sum(1 for _image, _noise, _label in pairs(sys.argv[1]))} pairs of draw 0")

@@ -27,6 +27,6 @@ def pairs(store: str, draw: int = 0, rows: int = 256) -> Iterator[tuple[Any, Any
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    print(f"{sum(len(image) for image, _noise, _label in pairs(sys.argv[1]))} pairs")
+    print(f"{sum(len(image) for image, _noise, _label in pairs(sys.argv[1]))} pairs of draw 0")

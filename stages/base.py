@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,8 @@ class Section(BaseModel):
             raise ValueError("true and false are no value of this field")
         if any(type(part) is int and not -(2**63) <= part < 2**63 for part in parts):
             raise ValueError("a whole number has at most 64 bits; use a smaller one")
+        if JsonValue in kinds and any(type(part) is float and not math.isfinite(part) for part in parts):
+            raise ValueError("nan and inf are no finite numbers; put a text in quotation marks")
         return value
 
     @field_validator("*", mode="before")

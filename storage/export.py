@@ -45,6 +45,10 @@ Progress = Callable[[int, int, int], None]  # pairs done, pairs in all, bytes re
 _CHUNK_BYTES = 16 << 20
 _COPY_BYTES = 4 << 20
 _INDEX_COLUMNS = ("row", "flip", "group", "nll", "label")
+_MEND = (
+    "restore it from a copy, or run `nfm repair` on its store, which says what makes it again; then the same export "
+    "goes on"
+)
 _CARRIED = ("config", "versions", "git_commit")  # copied from the manifest of the source: how it was made
 
 
@@ -252,9 +256,9 @@ class _Loss:
 def _check(root: Path, file: StoredFile) -> None:
     path = inside(root, file.path)
     if size_of(path) is None:
-        raise MissingShard(f"{path}: missing; restore it from a copy, or run `nfm audit` on its store")
+        raise MissingShard(f"{path}: missing; {_MEND}")
     if size_of(path) != file.bytes or hash_file(path)[0] != file.sha256:
-        raise CorruptShard(f"{path}: not the bytes that were committed; run `nfm audit` on its store")
+        raise CorruptShard(f"{path}: not the bytes that were committed; {_MEND}")
 
 
 def _copy_row_fields(source: PairStore, root: Path) -> None:

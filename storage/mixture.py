@@ -107,6 +107,10 @@ class MixtureStream:
         own = {name: [one[name] for one in each] for name in ("order_key", "content_digest", "generation", "filter")}
         return {**each[0], **own, "weights": [float(weight) for weight in self.weights]}
 
+    @property
+    def period(self) -> int:
+        return self.members[0].period if self.aligned else 1
+
     def rows(self, epoch: int) -> int:
         return self.members[0].rows(epoch) if self.aligned else self.least
 

@@ -269,7 +269,10 @@ def repair(artifact: Path) -> None:
 
     found = find(artifact)
     moved = repair_store(found)
-    said = f"set aside: {len(moved)}. To have a complete store, {again(found.path)}"
+    said = (
+        f"set aside: {len(moved)}, with the generations that list them, which cannot be opened any more. To have a "
+        f"complete store, {again(found.path)}"
+    )
     click.echo("\n".join([*moved, said if moved else "nothing to repair"]))
 
 

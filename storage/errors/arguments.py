@@ -198,7 +198,7 @@ def shape(name: str, value: Any) -> tuple[int, ...]:
 RULES: Mapping[str, Rule] = {
     "batch_size": whole(1),
     "seed": whole(0, 2**64 - 1),
-    "epochs": whole(0, or_none="without end"),
+    "epochs": whole(0, MOST_EPOCH, or_none="without end"),
     "epoch": whole(0, MOST_EPOCH),
     "shuffle": one_of(("full", "windowed", None)),
     "window": whole(1),
@@ -208,7 +208,7 @@ RULES: Mapping[str, Rule] = {
     "prefetch": flag,
     "raw": flag,
     "fields": names,
-    "soften": real("a number, it lies in [0, 1); 0 leaves the noise as stored", lambda rho: 0 <= rho < 1),
+    "soften": real("at least 0 and below 1; 0 leaves the noise as stored", lambda rho: 0 <= rho < 1),
     "device": checked_later,  # checked by Upload, which knows torch's devices
     "filter": checked_later,  # checked by `as_expression`, which knows pyarrow's expressions
     "generation": whole(1, or_none="the newest"),

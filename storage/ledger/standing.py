@@ -23,7 +23,8 @@ def again(root: str | Path) -> str:
     with suppress(StorageError):
         body = read_json(where / SPEC)
     if "stage" in body:
-        return "run the pairs stage again"
+        copied = "fingerprint" in body and not str(body["fingerprint"]).startswith(where.name)
+        return "copy it again from the artifact that the pairs stage made" if copied else "run the pairs stage again"
     if "exported" in body:
         return "run the same `nfm pairs export` again"
     if WRITER in body or (not body and begun(where)):

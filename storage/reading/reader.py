@@ -27,7 +27,7 @@ from nfm.storage.reading.batch import Assembly, Batch
 from nfm.storage.reading.device import Upload
 from nfm.storage.reading.readahead import ReadAhead
 from nfm.storage.reading.soften import Softener
-from nfm.storage.reading.stream import Planned, Stream, plan
+from nfm.storage.reading.stream import Planned, Stream, batches_in, batches_of, plan
 
 
 class ReadOptions(TypedDict, total=False):
@@ -118,10 +118,11 @@ class BatchReader:
         if self._epochs is None:
             raise TypeError("batches without end have no length: pass epochs=")
         skip, step = self._turns
-        left = 0
-        for epoch in range(self.epoch, self._epochs):
-            rows = max(0, self._stream.rows(epoch) - (self.consumed if epoch == self.epoch else 0))
-            left += rows // self._batch_size if self._drop_last else -(-rows // self._batch_size)
+        if self.epoch >= self._epochs:
+            return 0
+        how = self._batch_size, self._drop_last
+        here = batches_of(max(0, self._stream.rows(self.epoch) - self.consumed), *how)
+        left = here + batches_in(self._stream, range(self.epoch + 1, self._epochs), *how)
         return max(0, -(-(left - skip) // step))
 
     def __bool__(self) -> bool:

@@ -138,6 +138,11 @@ class Stream(Protocol):
         """Records of the longest epoch."""
         ...
 
+    @property
+    def period(self) -> int:
+        """After so many epochs, epochs have the same numbers of records again."""
+        ...
+
     def rows(self, epoch: int) -> int:
         """The number of records of an epoch."""
         ...
@@ -191,6 +196,10 @@ class StoreStream:
         """The draw that an epoch reads."""
         return self.draws[epoch % len(self.draws)]
 
+    @property
+    def period(self) -> int:
+        return len(self.draws)
+
     def rows(self, epoch: int) -> int:
         return int(self._counts(self.draw(epoch)).sum())
 
@@ -221,6 +230,19 @@ class Planned:
     places: Rows  # of each of them in the batch of all ranks
     epoch: int
     consumed: int  # records of the epoch, over all ranks
+
+
+def batches_in(stream: Stream, epochs: range, batch_size: int, drop_last: bool) -> int:
+    """The number of batches of whole epochs. Of many epochs the first few tell it."""
+    return sum(
+        batches_of(stream.rows(epoch), batch_size, drop_last) * len(epochs[epoch - epochs.start :: stream.period])
+        for epoch in epochs[: stream.period]
+    )
+
+
+def batches_of(records: int, batch_size: int, drop_last: bool) -> int:
+    """The number of batches of so many records."""
+    return records // batch_size if drop_last else -(-records // batch_size)
 
 
 def plan(

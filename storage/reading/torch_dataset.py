@@ -14,7 +14,7 @@ from nfm.storage.errors.arguments import WrongArgument, checked, checked_later, 
 from nfm.storage.reading.batch import Batch
 from nfm.storage.reading.reader import BatchReader, ReadOptions, find_rank
 from nfm.storage.reading.starts import Start, Starts
-from nfm.storage.reading.stream import Stream
+from nfm.storage.reading.stream import Stream, batches_in
 
 
 class TensorBatch(dict[str, Tensor]):
@@ -71,9 +71,8 @@ class TorchBatches(IterableDataset[dict[str, Tensor]]):
         """The number of batches of the next iteration, from its beginning. Raises TypeError if it never ends."""
         if self._epochs is None:
             raise TypeError("batches without end have no length: pass epochs=")
-        first, each = self._starts.next_epoch, self._batch_size
-        rows = [self._stream.rows(epoch) for epoch in range(first, first + self._epochs)]
-        return sum(-(-n // each) if self._options.get("last") == "keep" else n // each for n in rows)
+        first, keeps = self._starts.next_epoch, self._options.get("last") == "keep"
+        return batches_in(self._stream, range(first, first + self._epochs), self._batch_size, not keeps)
 
     def __repr__(self) -> str:
         return f"TorchBatches({self._reader.summary}; next: epoch {self._starts.next_epoch})"

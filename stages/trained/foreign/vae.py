@@ -103,6 +103,8 @@ def config_of(folder: Path) -> dict[str, Any]:
         if (folder / FOLDER / CONFIG).is_file():
             name = f"did you mean {folder / FOLDER}?"
         raise Unfit(f"{said}: it has no {CONFIG}; {name}") from None
+    except NotADirectoryError:
+        raise Unfit(f"{said}: a file; name the function in it, as `{folder.stem}:function`") from None
     except (OSError, StorageError, ValueError, RecursionError) as error:
         raise Unfit(f"{said}: its {CONFIG} cannot be read ({error})") from error
     if not isinstance(body, dict) or body.get("_class_name") != KIND:

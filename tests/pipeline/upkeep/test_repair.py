@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from nfm.pipeline.artifacts.lock import Held, Lock
 from nfm.pipeline.config import load
 from nfm.pipeline.upkeep.audit import audit
 from nfm.pipeline.upkeep.repair import repair_store
-from nfm.storage.ledger import shard_list
+from nfm.storage.ledger import shard_list, standing
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -37,6 +38,12 @@ def damage(store: Path, what: str) -> str:
     else:
         commit.write_text(commit.read_text().replace('"records": 64', '"records": 63'))
     return name
+
+
+def test_a_copy_is_told_to_be_copied_again_as_the_stage_would_never_touch_it(lab: Lab, tmp_path: Path) -> None:
+    store = lab.only("pairs").path
+    assert standing.again(store) == "run the pairs stage again"
+    assert standing.again(shutil.copytree(store, tmp_path / "copy")).startswith("copy it again from the artifact")
 
 
 @pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "index", "commit"])

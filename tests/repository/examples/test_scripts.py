@@ -40,7 +40,7 @@ def test_stock_zarr_reads_a_store_of_an_object_store(
     bucket: str, script: Callable[..., str], store: Callable[[str], Path]
 ) -> None:
     fsspec.filesystem("s3").put(str(store("zarr")), f"{bucket}/store", recursive=True)
-    assert script("stock_zarr.py", f"{bucket}/store") == "600 pairs\n"
+    assert script("stock_zarr.py", f"{bucket}/store") == "600 pairs of draw 0\n"
 
 
 def test_every_example_is_run_by_a_test(store: Callable[[str], Path]) -> None:

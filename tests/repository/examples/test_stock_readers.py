@@ -39,7 +39,7 @@ def test_a_stock_reader_sees_every_pair_of_a_draw_in_its_order(
 
 
 def test_a_stock_reader_runs_as_a_script(name: str, script: Callable[..., str], store: Callable[[str], Path]) -> None:
-    assert script(f"{name}.py", store(READERS[name])) == "600 pairs\n"
+    assert script(f"{name}.py", store(READERS[name])) == "600 pairs of draw 0\n"
 
 
 def test_a_stock_reader_names_the_layout_that_it_reads_where_the_store_has_another(

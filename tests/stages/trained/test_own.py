@@ -341,3 +341,6 @@ def test_keywords_of_a_model_may_be_true_and_false_and_numbers_may_not(section: 
     assert section(model="mine:flow", options=options).options == options
     with pytest.raises(ValidationError, match="true and false are no value of this field"):
         section(batch_size=True)
+    for odd in (float("nan"), [1.0, float("inf")]):  # a manifest, which is JSON, could not hold them
+        with pytest.raises(ValidationError, match="no finite numbers; put a text in quotation marks"):
+            section(model="mine:flow", options={"mode": odd})

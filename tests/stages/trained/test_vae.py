@@ -112,6 +112,12 @@ def test_a_folder_that_is_no_such_vae_is_refused(change: Any, said: str, saved: 
         vae.identity(str(folder))
 
 
+def test_a_file_of_code_is_told_how_a_function_in_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def vae(shape): ...")
+    with pytest.raises(Unfit, match=r"mine\.py': a file; name the function in it, as `mine:function`"):
+        vae.identity(str(tmp_path / "mine.py"))
+
+
 def _change(folder: Path, **values: object) -> None:
     config = json.loads((folder / vae.CONFIG).read_text())
     (folder / vae.CONFIG).write_text(json.dumps(config | values))

@@ -220,6 +220,21 @@ def test_a_reader_has_a_length_which_is_what_is_still_to_come(make_store) -> Non
     assert len(store.batches(15, epochs=0)) == 0
 
 
+def test_a_length_is_counted_at_once_however_many_epochs_there_are(make_store) -> None:
+    store = PairStore.open(make_store(3))
+    some = ("draw", "==", 1), ("slot", "<", 31)  # of draw 1; of the others all
+    chosen = {"filter": [some, [("draw", "!=", 1)]]}
+    for how in ({}, chosen, {"last": "keep"}, {**chosen, "last": "keep"}):
+        for epochs in (1, 2, 3, 7):
+            reader = store.batches(15, epochs=epochs, **how)
+            next(reader)
+            torch = store.as_torch_dataset(15, epochs=epochs, **how)
+            assert len(reader) + 1 == len(torch) == len(list(store.batches(15, epochs=epochs, **how)))
+    assert len(store.batches(15, epochs=10**9)) == 3 * 10**9
+    with pytest.raises(StorageError, match=r"epochs is .*or None \(without end\)"):
+        store.batches(15, epochs=10**12)
+
+
 def test_stores_and_readers_are_used_in_a_with(make_store) -> None:
     with PairStore.open(make_store(1)) as store:
         with store.batches(10) as reader:

@@ -201,7 +201,7 @@ def test_a_state_that_was_saved_before_there_was_softening_still_loads(store):
 
 @pytest.mark.parametrize("rho", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_rho_outside_its_range_is_refused(store, rho):
-    with pytest.raises(ValueError, match=r"soften is .*it lies in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"soften is .*at least 0 and below 1"):
         store.batches(10, soften=rho)
 
 
