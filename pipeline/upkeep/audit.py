@@ -30,6 +30,7 @@ from nfm.stages.display import units
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.stores import audit as store_audit
 from nfm.stages.trained import student, teacher
+from nfm.stages.trained.training.checkpoints import CHECKPOINTS
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
@@ -123,22 +124,32 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
         files, size = _extent(body)
         if "stage" in spec:  # otherwise the store was made without the pipeline: it has files but no identity
             findings += _check_identity(artifact, spec, body)
-        findings += _check_files(artifact.path, body.get("files", []), hashed=level != "quick")
+        listed = body.get("files", [])
+        if states := _left_out(artifact.path, listed):
+            listed = [file for file in listed if file not in states]
+            statements.append("its state of training was left out, which nothing that is finished needs")
+        findings += _check_files(artifact.path, listed, hashed=level != "quick")
         stage = STAGES[spec.get("stage", pairs.NAME)]
         done = {role: found for role, found in inputs_of(artifact).items() if found.done}
         inputs = readable(done) if stage in (pairs, latents) and level != "quick" else {}
         if stage is pairs:
-            more, statements = store_audit.audit(inputs, artifact.reference, level, deep_sample, allowed)
-            findings += more
+            more, said = store_audit.audit(inputs, artifact.reference, level, deep_sample, allowed)
+            findings, statements = findings + more, statements + said
         elif inputs and not findings:
-            more, statements = latents_audit.audit(inputs, artifact.readable, level, deep_sample, allowed)
-            findings += more
+            more, said = latents_audit.audit(inputs, artifact.readable, level, deep_sample, allowed)
+            findings, statements = findings + more, statements + said
     except (StorageError, ArtifactError, StageError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         findings.append(_unreadable(artifact, error))
     return Audited(
         artifact.name, artifact.manifest_name, files, size, findings, statements,
         round(time.monotonic() - started, 3),
     )  # fmt: skip
+
+
+def _left_out(folder: Path, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The files of a training's last state, where whoever copied the artifact left out all of them."""
+    states = [file for file in files if not file["payload"] and file["path"].startswith(f"{CHECKPOINTS}/")]
+    return [] if names_in(folder / CHECKPOINTS) else states
 
 
 def _unreadable(artifact: Artifact, error: Exception) -> Finding:

@@ -102,6 +102,20 @@ def test_pairs_that_are_not_of_their_source_are_found(lab: Lab, root: Path, what
     assert any(f"{what} are not those of its source" in text for text in problems(lab.only("pairs")))
 
 
+def test_the_state_of_a_finished_training_may_be_left_out_as_a_whole(lab: Lab, root: Path) -> None:
+    student = lab.only("student")
+    (*_, result) = audit([student])
+    assert not result.findings
+    state = next((student.path / "checkpoints").iterdir())
+    (state / "state.json").unlink()
+    (*_, result) = audit([student])
+    assert [finding.file for finding in result.findings] == [str(state / "state.json")]
+    shutil.rmtree(student.path / "checkpoints")
+    (*_, result) = audit([student])
+    assert not result.findings
+    assert result.statements == ["its state of training was left out, which nothing that is finished needs"]
+
+
 def test_a_receipt_tells_level_findings_and_when(lab: Lab, root: Path) -> None:
     teacher = lab.only("teacher")
     (teacher.path / "samples.png").unlink()
