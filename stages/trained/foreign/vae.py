@@ -251,9 +251,11 @@ def _own(
 
 def _number(named: str, name: str, value: Any) -> float:
     try:
+        if isinstance(value, str | bool):  # which float() takes
+            raise TypeError
         return float(value)
-    except (TypeError, ValueError) as error:
-        raise Unfit(f"{FIELD} = {named!r}: its {name} is {str(value)[:40]!r}; give a number") from error
+    except (TypeError, ValueError):
+        raise Unfit(f"{FIELD} = {named!r}: its {name} is {str(value)[:40]!r}; give a number") from None
 
 
 def _mean_and_deviation(found: Any, said: str) -> tuple[Tensor, Tensor | None]:
@@ -264,6 +266,9 @@ def _mean_and_deviation(found: Any, said: str) -> tuple[Tensor, Tensor | None]:
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor | None):
         what = f"{len(found)} values" if isinstance(found, tuple | list) else type(found).__name__
         raise Unfit(f"{said}: encode gave {what}; give the mean, or (mean, deviation), as tensors [B, c, h, w]")
+    for tensor in (mean, *(() if std is None else (std,))):
+        if not tensor.is_floating_point():
+            raise Unfit(f"{said}: encode gave {str(tensor.dtype).removeprefix('torch.')}; give floats [B, c, h, w]")
     if std is not None and std.shape != mean.shape:
         raise Unfit(f"{said}: encode gave a mean {by(mean.shape)} and a deviation {by(std.shape)}; give both one shape")
     if std is not None and (std < 0).any():

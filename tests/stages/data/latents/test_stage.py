@@ -144,6 +144,7 @@ def test_data_that_is_no_pixels_and_a_vae_that_is_none_are_refused(place: Path) 
                ("(x, x, x)", "encode gave 3 values; give the mean, or"),
                ("None", "encode gave NoneType; give the mean, or"),
                ("(x, x[:, :1])", "a mean 2x3x4x6 and a deviation 2x1x4x6; give both one shape"),
+               ("(100 * x).int()", "encode gave int32; give floats"),
                ("(x, 0 * x - 0.5)", "encode gave a deviation of -0.5; it is at least 0: of a log-variance give"),
                ("0 * x + 1", "encode gave one value everywhere"),
                *((text, "an image's latent depends on the images beside it")
@@ -153,6 +154,8 @@ def test_data_that_is_no_pixels_and_a_vae_that_is_none_are_refused(place: Path) 
          "def vae(shape): return V()", "decode gave values up to 9"),
         ("class V:\n encode = decode = staticmethod(lambda x: x)\n scale = 'a'\n"
          "def vae(shape): return V()", "its scale is 'a'; give a number"),
+        ("class V:\n encode = decode = staticmethod(lambda x: x)\n scale = '1'\n"
+         "def vae(shape): return V()", "its scale is '1'; give a number"),
         ("def vae(): return V()", "it cannot be called with the image's shape: too many positional arguments"),
         ("def vae(shape): raise OSError('no weights')", "the function raised OSError: no weights"),
         ("class V:\n def encode(self, x): raise KeyError('a')\n def decode(self, z): return z\n"
