@@ -37,7 +37,7 @@ from nfm.storage.ledger.generation import Generation
 from nfm.storage.ledger.row_fields import FIELDS, RowField, publish_row_field, row_field_names
 from nfm.storage.ledger.shard_list import Entry
 from nfm.storage.ledger.shard_writer import write_shard
-from nfm.storage.ledger.standing import differences, other_inputs
+from nfm.storage.ledger.standing import MEND, differences, other_inputs
 from nfm.storage.store import PairStore
 
 T = TypeVar("T")
@@ -45,10 +45,6 @@ Progress = Callable[[int, int, int], None]  # pairs done, pairs in all, bytes re
 _CHUNK_BYTES = 16 << 20
 _COPY_BYTES = 4 << 20
 _INDEX_COLUMNS = ("row", "flip", "group", "nll", "label")
-_MEND = (
-    "restore it from a copy, or run `nfm repair` on its store, which says what makes it again; then the same export "
-    "goes on"
-)
 _CARRIED = ("config", "versions", "git_commit")  # copied from the manifest of the source: how it was made
 
 
@@ -256,9 +252,9 @@ class _Loss:
 def _check(root: Path, file: StoredFile) -> None:
     path = inside(root, file.path)
     if size_of(path) is None:
-        raise MissingShard(f"{path}: missing; {_MEND}")
+        raise MissingShard(f"{path}: missing; {MEND}; then the same export goes on")
     if size_of(path) != file.bytes or hash_file(path)[0] != file.sha256:
-        raise CorruptShard(f"{path}: not the bytes that were committed; {_MEND}")
+        raise CorruptShard(f"{path}: not the bytes that were committed; {MEND}; then the same export goes on")
 
 
 def _copy_row_fields(source: PairStore, root: Path) -> None:

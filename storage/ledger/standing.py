@@ -15,6 +15,7 @@ from nfm.storage.format.spec import DRAFT, SPEC, StoreSpec
 
 WRITER = "writer"  # in the spec.json of PairWriter: whether it computed the digest of the source or was given it
 UNSEALED = "a pair store without a sealed generation"
+MEND = "restore it from a copy, or run `nfm repair` on the store, which says what makes it again"  # a bad file
 
 
 def again(root: str | Path) -> str:

@@ -18,12 +18,12 @@ from nfm.storage.format.commit import ShardFiles
 from nfm.storage.ledger import commits
 from nfm.storage.ledger.commits import Commit
 from nfm.storage.ledger.shard_list import Entry
+from nfm.storage.ledger.standing import MEND
 from nfm.storage.ledger.sums import Sums
 from nfm.storage.verify.content import content_problems
 from nfm.storage.verify.files import Finding, Level, check_file, finding_of, local_copies
 from nfm.storage.verify.survey import Listed, Survey, read_commit
 
-AGAIN = "restore it from a copy, or run `nfm repair` on the store, which says what makes it again"
 REMAKE = "its bytes are as committed: what encoded it was at fault, move the store away and make it again"
 COPY = "restore it from a copy"
 _TOGETHER = 256  # shards that a thread takes at a time, if the check of each is quick
@@ -100,17 +100,17 @@ def _findings(
 ) -> Iterator[Finding]:
     root, path = found.root, commits.commit_path(found.root, name)
     if commit is None:
-        yield Finding("quick", str(path), "the commit is missing", AGAIN)
+        yield Finding("quick", str(path), "the commit is missing", MEND)
     elif isinstance(commit, StorageError):
         yield finding_of("quick", path, commit, COPY)
     elif not _is_sealed(commit, sha256, entries):
-        yield Finding("quick", str(path), "is not the commit that was sealed", AGAIN)
+        yield Finding("quick", str(path), "is not the commit that was sealed", MEND)
     sources: list[ShardFiles] = [*entries] or ([commit] if isinstance(commit, Commit) else [])
     files = dict.fromkeys(file for source in sources for file in found.present(source))
     if sources and not files:
-        yield Finding("quick", str(path), f"its files are not those of layout {found.spec.layout}", AGAIN)
+        yield Finding("quick", str(path), f"its files are not those of layout {found.spec.layout}", MEND)
         return
-    damaged = [finding for file in files if (finding := check_file(root, file, level, AGAIN))]
+    damaged = [finding for file in files if (finding := check_file(root, file, level, MEND))]
     yield from damaged
     if level == "quick" or damaged or not isinstance(commit, Commit):
         return
