@@ -149,7 +149,7 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
 def _left_out(folder: Path, files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The files of a training's last state, where whoever copied the artifact left out all of them."""
     states = [file for file in files if not file["payload"] and file["path"].startswith(f"{CHECKPOINTS}/")]
-    return [] if names_in(folder / CHECKPOINTS) else states
+    return states if states and not names_in(folder / CHECKPOINTS) else []
 
 
 def _unreadable(artifact: Artifact, error: Exception) -> Finding:
