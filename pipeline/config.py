@@ -73,6 +73,11 @@ class RunConfig(BaseModel):
                 f"evaluate.student_guidance = {measured.student_guidance}: student.sampler = {self.student.sampler!r} "
                 "samples, which has no guidance; leave it out"
             )
+        if measured.reference and self.student.sampler is not None:
+            raise ValueError(
+                "evaluate.reference is of a student's velocity, and student.sampler = "
+                f"{self.student.sampler!r} samples, which has none that is known: leave it out"
+            )
         if measured.student_guidance and not self.student.label_drop:
             raise ValueError(
                 f"evaluate.student_guidance = {measured.student_guidance} needs students that were trained without "

@@ -255,8 +255,9 @@ def sample(
     if stage == "student":
         check_of_solvers(folder, "nfe", "solver", "grid", "diffusion")
     options = given_guidance(stage, guidance, guided)
-    with blaming("--diffusion"):
-        check_diffusion(solver, diffusion)
+    if is_given("diffusion"):
+        with blaming("--diffusion"):
+            check_diffusion(solver, diffusion)
     sample_grid(folder, stage, count, nfe, seed, output, solver, grid, guidance, options, ema, diffusion, latents)
     click.echo(str(output))
 

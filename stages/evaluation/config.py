@@ -11,7 +11,7 @@ from nfm.stages.base import Guidance, LocalField, Section, added, operational
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.devices.where import DeviceField
-from nfm.stages.trained.sampling import ALWAYS, DiffusionName, GridName, SolverName, check_diffusion
+from nfm.stages.trained.sampling import ALWAYS, DIFFUSIONS, DiffusionName, GridName, SolverName, check_diffusion
 from nfm.stages.trained.weights import parse
 from nfm.trainers.nfe import pick_solver
 
@@ -90,7 +90,8 @@ class EvaluateConfig(Section):
     @field_validator("diffusion")
     @classmethod
     def _is_of_a_stochastic_solver(cls, diffusion: str, info: ValidationInfo) -> str:
-        check_diffusion(info.data.get("solver", ""), diffusion)
+        if diffusion != DIFFUSIONS[0]:  # the default may be written, as resolved configs do
+            check_diffusion(info.data.get("solver", ""), diffusion)
         return diffusion
 
     @field_validator("ema", mode="before")

@@ -101,10 +101,6 @@ def run(config: EvaluateConfig, inputs: Inputs, out: Path, report: Reporter) -> 
         if role in inputs:
             own.announce_made(inputs[role], role.partition(":")[0], report.say)
     with_paths = [role for role in _students(inputs) if not has_own_sampler(inputs[role])]
-    if config.reference and _students(inputs) and not with_paths:
-        raise Unfit(
-            "evaluate.reference is of a student's velocity, and this student has a sampler of its own: leave it out"
-        )
     if len(with_paths) < len(_students(inputs)):
         report.say("a student with its own sampler has one row: evaluate.nfe, solver, grid and diffusion do not apply")
     if "latents" in inputs:

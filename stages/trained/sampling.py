@@ -160,8 +160,8 @@ def in_pixels(sampler: Sampler, decoder: Callable[[torch.Tensor], torch.Tensor] 
 
 
 def check_diffusion(solver: str, diffusion: str) -> None:
-    """Raises ValueError for another diffusion than the default where a solver adds no noise."""
-    if solver not in STOCHASTIC and diffusion != DIFFUSIONS[0]:
+    """Raises ValueError for a diffusion that was asked for where a solver adds no noise."""
+    if solver not in STOCHASTIC:
         raise ValueError(f"{diffusion!r} is of solvers that add noise, {' and '.join(STOCHASTIC)}")
 
 

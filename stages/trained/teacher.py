@@ -22,7 +22,7 @@ from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import Task, fit, parameter_count
 from nfm.stages.trained.training.checkpoints import kept_files
 from nfm.stages.trained.training.samples import Samples
-from nfm.stages.trained.training.section import TrainingSection, blaming, check_section, recipe
+from nfm.stages.trained.training.section import TrainingSection, blaming, check_section, recipe, whole_batches
 from nfm.stages.trained.weights import WEIGHTS, read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -218,7 +218,7 @@ def of_artifact(config: TeacherConfig, folder: Path) -> TeacherConfig:
 def cost(config: TeacherConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
     """What training costs."""
     if config.model is not None:  # a plan runs nobody's code
-        return Cost(config.images, "images", unknown=own.UNKNOWN_COST)
+        return Cost(whole_batches(config, config.images), "images", unknown=own.UNKNOWN_COST)
     shape = facts["image_shape"]
     parameters = costs.teacher_parameters(shape, facts.get("classes", 0), config)
     return cost_of_training(NAME, config, config.images, "images", facts, parameters, trials(config, facts), clock)

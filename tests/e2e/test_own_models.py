@@ -181,7 +181,7 @@ def test_the_example_regresses_images_on_their_noise_and_is_measured_at_one_eval
     said = own.run("evaluate", *ONE_STEP, "evaluate.student_guidance=1.0", exits=2).stderr
     assert "student.sampler = 'one_step:sampler' samples, which has no guidance" in said
     said = own.run("evaluate", *ONE_STEP, "evaluate.reference=true", exits=2).stderr
-    assert "evaluate.reference is of a student's velocity, and this student has a sampler of its own: leave it" in said
+    assert "evaluate.reference is of a student's velocity, and student.sampler = 'one_step:sampler' samples" in said
 
 
 def test_a_student_begins_with_another_one(own: Lab) -> None:

@@ -21,7 +21,7 @@ from nfm.stages.trained.costs import Cost, Trial
 from nfm.stages.trained.devices import memory
 from nfm.stages.trained.devices.machine import free_memory, is_out_of_memory, pick_device
 from nfm.stages.trained.devices.precision import autocast_dtype, check_precision, matrix_products
-from nfm.stages.trained.training.section import TrainingSection
+from nfm.stages.trained.training.section import TrainingSection, whole_batches
 from nfm.storage.reading.batch import Batch
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def cost_of_training(
     stage: str, config: TrainingSection, examples: int, unit: str, facts: Mapping[str, Any], parameters: int,
     trials: Sequence[Trial], clock: Clock | None,
 ) -> Cost:  # fmt: skip
-    """What training the first of `trials` with `examples` costs; its time where there is a clock."""
+    """What training the first of `trials` with `examples` costs, in whole batches; its time where there is a clock."""
+    examples = whole_batches(config, examples)
     # A checkpoint holds weights, two moments and moving averages; those are the finished model. All float32.
     averages = 1 + len(config.averages())
     size = 4 * parameters * ((3 + averages) * config.keep_checkpoints + averages)

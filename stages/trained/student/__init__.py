@@ -27,7 +27,7 @@ from nfm.stages.trained.student.config import LOGIT_NORMAL, OBJECTIVE, StudentCo
 from nfm.stages.trained.training import Task, fit, over_all, parameter_count
 from nfm.stages.trained.training.checkpoints import kept_files
 from nfm.stages.trained.training.samples import Samples
-from nfm.stages.trained.training.section import blaming, check_section, recipe
+from nfm.stages.trained.training.section import blaming, check_section, recipe, whole_batches
 from nfm.stages.trained.weights import WEIGHTS, files_of, read, read_weights
 from nfm.storage import Mixture, PairStore
 from nfm.trainers.nfe import pick_solver
@@ -189,7 +189,7 @@ def _times(config: StudentConfig) -> Times:
 def cost(config: StudentConfig, facts: Mapping[str, Any], clock: Clock | None) -> Cost:
     """What training costs."""
     if config.model is not None:  # a plan runs nobody's code
-        return Cost(config.pairs, "pairs", unknown=own.UNKNOWN_COST)
+        return Cost(whole_batches(config, config.pairs), "pairs", unknown=own.UNKNOWN_COST)
     parameters = _counted(config, facts["image_shape"]).parameters
     return cost_of_training(NAME, config, config.pairs, "pairs", facts, parameters, trials(config, facts), clock)
 

@@ -85,6 +85,7 @@ WRONG = {
     "samples of a store": ("sample", "{pairs}"),
     "an even NFE of Heun": ("sample", "{student}", "--nfe", "8"),
     "a diffusion of the ODE": ("sample", "{student}", "--diffusion", "constant"),
+    "the default diffusion, asked for, of the ODE": ("sample", "{student}", "--solver", "heun", "--diffusion", "sigma"),
     "a moving average of a teacher": ("sample", "{teacher}", "--ema", "0.05"),
     "a moving average that was not kept": ("sample", "{student}", "--ema", "0.05"),
     "a moving average without a width": ("sample", "{student}", "--ema", "small"),
