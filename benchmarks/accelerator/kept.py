@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -34,7 +35,7 @@ class Kept:
         day = datetime.datetime.now(datetime.UTC).date().isoformat()
         slug = re.sub(r"[^a-z0-9]+", "-", card.lower()).strip("-")
         fresh = {
-            "output": str(RESULTS / f"{slug}-{day}.json"), "plan": plan, "card": card, **self.here,
+            "output": str(_unused(f"{slug}-{day}")), "plan": plan, "card": card, **self.here,
             "command": "python -m benchmarks.accelerator", "images": of, "pieces": {},
         }  # fmt: skip
         self.state = {"images": DRAWN} | self._read() if (folder / STATE).exists() else fresh
@@ -93,6 +94,12 @@ class Kept:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             why = f"{type(error).__name__}: {error}"
         raise click.UsageError(f"{path}: is not what a call leaves there ({why}): {ANEW}")
+
+
+def _unused(name: str) -> Path:
+    """A JSON of this name under results, numbered where another folder's work of the day has it."""
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in (RESULTS / f"{each}.json" for each in names) if not path.exists())
 
 
 @contextlib.contextmanager

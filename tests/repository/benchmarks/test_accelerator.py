@@ -185,6 +185,15 @@ def test_a_call_that_was_killed_while_it_forgot_leaves_nothing_old(tmp_path: Pat
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["state.json"]
 
 
+def test_two_folders_of_one_day_have_a_json_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for work in ("first", "second", "third", "first"):
+        (tmp_path / work).mkdir(exist_ok=True)
+        Kept(tmp_path / work, "tiny", "cpu", None, None).add("tests", {"of": work})
+    found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("results/gpu/*.json"))]
+    assert sorted(body["pieces"]["tests"]["of"] for body in found) == ["first", "second", "third"]
+
+
 def test_two_calls_in_one_folder_are_refused(tmp_path: Path) -> None:
     with alone(tmp_path / "work"):
         done = called(tmp_path, "--only=matrices")
