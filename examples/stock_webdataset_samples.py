@@ -24,8 +24,10 @@ def pairs(store: str, draw: int = 0) -> Iterator[tuple[Any, Any, int]]:
         other = f"{store} has layout {spec['layout']} and codec {spec['codec']}"
         sys.exit(f"{other}; see nfm pairs export --layout samples --codec float16")
     sealed = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(store).glob("manifest.g*.json"))]
-    manifest = [each for each in sealed if "part_of" not in each][-1]
-    shards = manifest["shards"]  # of a large store in a Parquet file beside the manifest
+    whole = [manifest for manifest in sealed if "part_of" not in manifest]
+    if not whole:
+        sys.exit(f"{store} is not finished: run the command that makes it to its end")
+    shards = whole[-1]["shards"]  # of a large store in a Parquet file beside the manifest
     if isinstance(shards, dict):
         shards = pq.read_table(Path(store, shards["file"]), columns=["name", "payload"]).to_pylist()
     mine = [shard["payload"] for shard in shards if shard["name"].startswith(f"d{draw:03d}-")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,17 @@ def test_a_stock_reader_names_the_layout_that_it_reads_where_the_store_has_anoth
     other = store("blocks" if name != "stock_webdataset" else "zarr")
     with pytest.raises(SystemExit, match=f"{other} has .*--layout {READERS[name]} --codec float16"):
         script(f"{name}.py", other)
+
+
+@pytest.mark.parametrize("name", ["stock_webdataset", "stock_webdataset_samples"])
+def test_a_stock_reader_of_tars_says_that_a_store_is_not_finished(
+    name: str, script: Callable[..., str], store: Callable[[str], Path], tmp_path: Path
+) -> None:
+    unsealed = Path(shutil.copytree(store(READERS[name]), tmp_path / "store"))
+    for manifest in unsealed.glob("manifest.g*.json"):
+        manifest.unlink()
+    with pytest.raises(SystemExit, match=f"{unsealed} is not finished"):
+        script(f"{name}.py", unsealed)
 
 
 def test_a_stock_reader_has_no_code_of_ours(name: str, example: Callable[[str], ModuleType]) -> None:
