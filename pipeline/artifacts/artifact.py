@@ -97,9 +97,11 @@ class Artifact:
         try:
             body = atomic.read_json(self.path / self.manifest_name)
         except StorageError as error:
-            if self.done or not self.of_store:
+            if self.done or not self.started:
                 raise
-            raise ArtifactError(f"{self.name}: {standing.UNSEALED}; {standing.unsealed(self.path)}") from error
+            if self.of_store:
+                raise ArtifactError(f"{self.name}: {standing.UNSEALED}; {standing.unsealed(self.path)}") from error
+            raise ArtifactError(f"{self.name}: is not finished; the command that makes it goes on with it") from error
         if body.get("schema", 0) > SCHEMA:
             raise ArtifactError(
                 f"{self.path / self.manifest_name}: schema {body['schema']} is newer than this version of nfm "

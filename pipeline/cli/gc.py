@@ -32,7 +32,7 @@ def gc(dry_run: bool, configs: tuple[Path, ...], days: float, yes: bool, as_json
 
     Students, evaluations, comparisons and reports are kept, and everything that they were made from. Pair stores are
     kept unless -c names the configs in use. Then those stores are removed that none of these configs reaches, that no
-    student here was trained on and that no submission lists.
+    student here was trained on and that no submission lists. What was written to within the hour always stays.
     """
     from nfm.pipeline.artifacts.artifact import artifacts_root
     from nfm.pipeline.config import load

@@ -18,7 +18,7 @@ from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.pipeline.config import RunConfig
 from nfm.pipeline.graph import STAGES
 from nfm.pipeline.upkeep import needed as gc_needed
-from nfm.pipeline.upkeep.needed import IDLE_SECONDS, Standing
+from nfm.pipeline.upkeep.needed import IDLE_SECONDS, MAKING, Standing
 from nfm.stages.display import units
 from nfm.stages.stores import leftovers
 from nfm.storage.errors import StorageError
@@ -65,7 +65,7 @@ def listing(configs: Sequence[RunConfig], older_than: float) -> Listing:
     found = Listing()
     held = gc_needed.survey(configs, older_than)
     for one in held:
-        if one.damage or one.locked:
+        if one.damage or one.locked or one.why == MAKING:
             found.staying.append((one.name, one.why))
         elif one.why:
             found.going += _leftovers(one.path, one.store)

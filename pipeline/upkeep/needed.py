@@ -23,6 +23,7 @@ from nfm.storage.files.folder import below
 from nfm.storage.files.paths import as_path, exists, is_remote, names_in, several
 
 END_PRODUCTS = ("student", "evaluate", "report", "compare")
+MAKING = "written to within the hour: it may be in the making, and goes an hour after its last file"
 IDLE_SECONDS = 3600.0  # changed more recently: it may be in progress, as not every worker takes the lock
 
 
@@ -75,7 +76,7 @@ def recently(path: Path, older_than: float, now: float) -> str:
     if now - changed < older_than:
         return f"changed within {older_than / 86400:g} days"
     if written > sealed and now - written < IDLE_SECONDS:
-        return "written to within the hour: it may be in the making"
+        return MAKING
     return ""
 
 

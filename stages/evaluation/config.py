@@ -35,7 +35,7 @@ class EvaluateConfig(Section):
     baselines: tuple[str, ...] = ()
     solver: SolverName = added("auto")
     grid: GridName = added("square")
-    nfe: tuple[int, ...] = Field((31, 15, 7, 5), validate_default=True)
+    nfe: tuple[int, ...] = Field((31, 15, 7, 5), min_length=1, validate_default=True)
     reference: bool = added(False)
     samples: int = Field(5_000, ge=2)
     features: Literal["cnn", "inception", "none"] = added("cnn")

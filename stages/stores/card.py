@@ -43,6 +43,7 @@ def write(where: str | Path, data: Mapping[str, Any] | None = None, output: Path
 def card(store: PairStore, data: Mapping[str, Any] | None = None) -> str:
     """The card of a store as Markdown, with the YAML header that Hugging Face's hub reads."""
     named = (data or {}).get("name") or f"images {store.spec.source[:12]}"
+    named = f"a student of {named}" if _generated(store.spec) else named
     return "\n".join([*_header(store, data or {}, named), *_text(store, data or {}, named)]) + "\n"
 
 
@@ -93,15 +94,22 @@ def _text(store: PairStore, data: Mapping[str, Any], named: str) -> Iterator[str
 
 def _facts(store: PairStore, data: Mapping[str, Any]) -> dict[str, Any]:
     spec, body = store.spec, store.manifest
-    origin = (spec.coupling_options or {}).get("origin")
+    learnt = "data that the student learnt" if _generated(spec) else "data"
+    options = {name: value for name, value in (spec.coupling_options or {}).items() if name != "origin"}
     facts = {
-        "coupling": spec.coupling + (f": {origin}" if origin else ""),
+        "coupling": spec.coupling,
+        "origin": (spec.coupling_options or {}).get("origin"),
+        "how": ", ".join(f"{name} {value}" for name, value in options.items()) or None,
         "noise is N(0, I)": "exactly, before it is stored" if facts_of(spec.coupling).gaussian else None,
         "images": f"{spec.rows:,} of {by(spec.image_shape)}, {spec.field('image').dtype}",
-        "data": ", ".join(filter(None, (data.get("name"), data.get("origin")))) or f"content {spec.source}",
+        "images are": "samples of the student, none of the data" if _generated(spec) else None,
+        "flips": "some of the images are mirrored" if spec.flips else None,
+        learnt: ", ".join(filter(None, (data.get("name"), data.get("origin")))) or f"content {spec.source}",
         "licence of the data": data.get("licence"),
         "classes": spec.classes,
         "teacher": spec.teacher,
+        "potential": spec.potential,
+        "student": spec.student,
         "draws": store.draws,
         "pairs": f"{body['records']:,}, {size(store.sealed.bytes)}",
         "codec of the noise": spec.codec,
@@ -110,6 +118,11 @@ def _facts(store: PairStore, data: Mapping[str, Any]) -> dict[str, Any]:
         "content": store.content_digest,
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _generated(spec: StoreSpec) -> bool:
+    """Whether a student made the images from the noise."""
+    return facts_of(spec.coupling).image == "generated"
 
 
 def _writer(body: Mapping[str, Any]) -> str:

@@ -12,15 +12,17 @@ from nfm.storage.ledger import seal
 from nfm.storage.ledger.row_fields import RowField, row_field_names
 
 RECIPE = ("coupling", "layout", "codec", "noise_step", "image_scale", "image_shift", "image_decoder", "rows",
-          "rows_per_shard", "eta", "sigma_f", "seed", "flips", "classes", "teacher", "source")  # fmt: skip
+          "rows_per_shard", "eta", "sigma_f", "seed", "flips", "classes", "teacher", "potential", "student",
+          "source")  # fmt: skip
 ENCODED = ("precision", "batch_sizes", "noise_error")  # what the commits say about the encoding
-ONLY_WHERE_SET = ("noise_step", "image_scale", "image_shift", "image_decoder")
+ONLY_WHERE_SET = ("noise_step", "image_scale", "image_shift", "image_decoder", "potential", "student")
 
 
 def info(where: str | Path) -> dict[str, Any]:
     """The recipe of a store and the figures of its pinned generation, by the names that users see."""
     store = PairStore.open(where)
     spec, body = store.spec, store.manifest
+    options = spec.coupling_options or {}
     size, excluded = store.sealed.bytes, store.sealed.excluded
     recipe = {key: getattr(spec, key) for key in RECIPE}
     shown = {key: value for key, value in recipe.items() if value is not None or key not in ONLY_WHERE_SET}
@@ -30,11 +32,10 @@ def info(where: str | Path) -> dict[str, Any]:
     )
     row_fields = [RowField.open(store.root, name) for name in row_field_names(store.root)]
     joined = ", ".join(_field(field.name, field.dtype.name, field.shape) for field in row_fields)
-    origin = (spec.coupling_options or {}).get("origin")
     return {
         "generations": ", ".join(seal.manifest_path(".", n).name for n in seal.numbers(store.root)),
         **shown,
-        **({} if origin is None else {"origin": origin}),
+        **{f"coupling {name}" if name != "origin" else name: value for name, value in options.items()},
         "fields": fields,
         "row fields": joined or None,
         "draws": store.draws,

@@ -54,9 +54,11 @@ def checked(spec: StoreSpec, given: Mapping[str, Any]) -> dict[str, Array]:
         arrays["row"] = _whole("row", arrays["row"], spec.rows, "rows of the spec")
     if "flip" in arrays and arrays["flip"].dtype != np.bool_:
         raise StorageError(f"flip: {arrays['flip'].dtype} values; give booleans, True where the image is mirrored")
+    if "flip" in arrays and not spec.flips:
+        _no(arrays["flip"], "flip", arrays["flip"], "is of a spec with flips=True; make the store with one")
     if "nll" in arrays:
-        arrays["nll"] = _floats("nll", arrays["nll"]).astype(np.float32)
-        _no(~np.isfinite(arrays["nll"]), "nll", arrays["nll"], "is not finite; leave nll out of a batch that has none")
+        told = "is not finite; leave nll out of a batch that has none"
+        arrays["nll"] = _as_float32("nll", arrays["nll"], told, "an nll is a few nats per dimension")
     for field in fields:
         if field.name not in ("image", "noise", "label"):
             arrays[field.name] = _exact(field, arrays[field.name])
@@ -97,9 +99,9 @@ def _array(name: str, value: Any) -> Array:
     """A copy of the array or tensor (any device, no gradient), so that the caller may reuse it."""
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise StorageError(f"{name}: has masked values, and a store has none; leave those records out")
-    detached = value.detach() if callable(getattr(value, "detach", None)) else value
-    on_host = detached.cpu() if callable(getattr(detached, "cpu", None)) else detached
     try:
+        detached = value.detach() if callable(getattr(value, "detach", None)) else value
+        on_host = detached.cpu() if callable(getattr(detached, "cpu", None)) else detached
         return np.array(np.asarray(on_host))
     except (TypeError, ValueError, RuntimeError) as error:
         raise StorageError(
@@ -141,10 +143,7 @@ def _image(spec: StoreSpec, image: Array) -> Array:
 
 
 def _noise(spec: StoreSpec, noise: Array) -> Array:
-    noise = _floats("noise", noise)
-    _no(~np.isfinite(noise), "noise", noise, "is not finite; check what made it")
-    noise, beyond = _cast(noise, "float32"), noise
-    _no(~np.isfinite(noise), "noise", beyond, "is too large for float32; noise has unit variance")
+    noise = _as_float32("noise", noise, "is not finite; check what made it", "noise has unit variance")
     stored, clipped = codecs.pack(noise, spec.codec)
     if clipped > CLIPPED * noise.size:
         raise StorageError(
@@ -173,6 +172,15 @@ def scale_of(noise: Array) -> str:
         return ""
     remedy = f"divide it by {square**0.5:.3g}, or check what made it" if square else "check what made it"
     return f"the noise has a mean square of {square:.3g}, and students begin at noise of 1: {remedy}"
+
+
+def _as_float32(name: str, array: Array, not_finite: str, usual: str) -> Array:
+    """Floats as float32; `not_finite` is said of inf and nan, `usual` of what float32 cannot hold."""
+    array = _floats(name, array)
+    _no(~np.isfinite(array), name, array, not_finite)
+    found = _cast(array, "float32")
+    _no(~np.isfinite(found), name, array, f"is too large for float32; {usual}")
+    return found
 
 
 def _floats(name: str, array: Array) -> Array:

@@ -72,6 +72,7 @@ class PairWriter:
         """
         if self._closed:
             raise StorageError(f"{self.root}: this writer is closed; open another one to go on")
+        draw = arguments.whole()("draw", draw)
         at = self._of(draw)
         given = {"image": image, "noise": noise, "label": label, "row": row, "flip": flip, "nll": nll, **others}
         with self._blaming(draw):
@@ -173,7 +174,6 @@ class PairWriter:
         raise NoPlace(str(self.root), f"another store is there: {differences(there, here)}. {remedy}")
 
     def _of(self, draw: int) -> _Draw:
-        draw = arguments.whole()("draw", draw)
         if draw not in self._open:
             raise StorageError(
                 f"{self.root}: draw {draw!r}: this writer has draws 0 to {self.draws - 1}; open it with more"

@@ -93,6 +93,16 @@ def test_a_recipe_that_is_destroyed_is_damage_to_every_command(lab: Lab, content
         assert str(spec) in lab.nfm(*command, exits=1).stderr
 
 
+def test_a_student_that_is_not_finished_is_not_sampled_and_told_as_such(made: Lab) -> None:
+    student = made.only("student")
+    (student.path / "manifest.json").rename(student.path / "aside.json")
+    try:
+        told = made.nfm("sample", student.name, "-n", 1, exits=1).stderr
+    finally:
+        (student.path / "aside.json").rename(student.path / "manifest.json")
+    assert f"{made.name('student')}: is not finished; the command that makes it goes on with it" in told
+
+
 def test_numbers_that_make_no_samples_are_wrong_use(made: Lab) -> None:
     student = made.name("student")
     for wrong in (("--guidance", "nan"), ("--guidance", "1e30"), ("--seed", "-1"), ("--nfe", "0"), ("-n", "99999999")):

@@ -308,6 +308,18 @@ def test_finished_stores_go_only_where_the_configs_in_use_are_named(lab: Lab, ro
     assert left_in(root) == set()
 
 
+def test_what_was_written_to_within_the_hour_stays_and_is_told(lab: Lab, root: Path) -> None:
+    lab.drop("report", "evaluate", "student")
+    store = lab.only("pairs")
+    age(root, 8 * DAY)
+    for path in store.path.glob("manifest*"):
+        path.unlink()
+    next((store.path / "commits").rglob("*.json")).touch()  # its writer may have been killed, or may be at work
+    told = lab.nfm("gc", "-c", ELSEWHERE, "--yes", "--older-than", "0").stdout
+    assert f"{store.name}  (written to within the hour: it may be in the making, and goes an hour after" in told
+    assert store.started
+
+
 def test_a_store_that_a_queued_array_is_to_complete_stays_with_its_teacher(lab: Lab, root: Path) -> None:
     lab.drop("report", "evaluate", "student")
     store = lab.only("pairs")

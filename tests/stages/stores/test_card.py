@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from nfm.stages.stores import card
+from nfm.stages.stores.info import info
 from nfm.storage import PairStore, PairWriter, StorageError, StoreSpec
 from nfm.storage.format import philox
 from nfm.storage.format.spec import pair_fields
@@ -53,6 +54,24 @@ def test_the_lines_of_a_card_read_the_store(tmp_path: Path, monkeypatch: pytest.
     code = text.split("```python\n")[1].split("```")[0].replace("batch_size=256", "batch_size=2")
     exec(compile(code, "card", "exec"), {})
     assert "all -1: this store has no labels" in text
+
+
+def test_images_that_a_student_made_are_not_passed_off_as_the_data(tmp_path: Path) -> None:
+    how = {"solver": "euler", "nfe": 2, "guidance": 1.0}
+    root = external(tmp_path / "store", coupling="reflow", student="ab" * 32, flips=True, coupling_options=how)
+    text = card.card(PairStore.open(root), {"name": "digits"})
+    assert header(text)["pretty_name"] == "reflow pairs of a student of digits"
+    for line in (
+        "| how | solver euler, nfe 2, guidance 1.0 |",
+        "| images are | samples of the student, none of the data |",
+        "| flips | some of the images are mirrored |",
+        "| data that the student learnt | digits |",
+        f"| student | {'ab' * 32} |",
+    ):
+        assert line in text.splitlines()
+    shown = info(root)
+    assert (shown["student"], shown["coupling solver"], shown["coupling nfe"]) == ("ab" * 32, "euler", 2)
+    assert "potential" not in shown
 
 
 def test_names_and_licences_of_somebody_else_break_neither_header_nor_table(tmp_path: Path) -> None:

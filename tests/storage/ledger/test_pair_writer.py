@@ -78,7 +78,7 @@ def test_a_row_is_one_image_in_a_batch_between_batches_and_mirrored(tmp_path: Pa
     twice = {name: np.concatenate([values, values]) for name, values in batch.items()}
     rows, flip = np.tile(np.arange(4), 2), np.arange(8) >= 4
     twice["image"][4:] = twice["image"][4:, ..., ::-1]
-    writer = PairWriter(tmp_path, spec_of())
+    writer = PairWriter(tmp_path, spec_of(flips=True))
     writer.write(**twice, row=rows, flip=flip)
     for wrong in (rows % 2, np.roll(rows, 1)):
         with pytest.raises(StorageError, match=r"slot 8: row: \d in record \d of the batch was given before"):
@@ -89,9 +89,16 @@ def test_a_row_is_one_image_in_a_batch_between_batches_and_mirrored(tmp_path: Pa
     assert writer.next_slot() == 12
 
 
+def test_a_draw_is_taken_by_value(tmp_path: Path) -> None:
+    with PairWriter(tmp_path, spec_of(), draws=2.0) as writer:
+        for draw in (0.0, np.float64(1)):
+            writer.write(**pairs(), draw=draw)
+    assert PairStore.open(tmp_path).draws == 2
+
+
 def test_columns_of_the_index_may_be_given(tmp_path: Path) -> None:
     rows = np.arange(ROWS)[::-1]
-    with PairWriter(tmp_path, spec_of()) as writer:
+    with PairWriter(tmp_path, spec_of(flips=True)) as writer:
         writer.write(**pairs(), row=rows, flip=rows % 2 == 0, nll=rows / 100)
     index = PairStore.open(tmp_path).index(["row", "flip", "nll"])
     assert index["row"].to_pylist() == rows.tolist()
@@ -119,6 +126,8 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ({}, {"caption": np.zeros(5)}, ("caption: the spec of the store has no such field", "row, flip, nll")),
     ({}, {"row": np.full(5, 50)}, ("row: 50 in record 0", "0 to 49")),
     ({}, {"flip": np.ones(5)}, ("flip: float64", "booleans")),
+    ({}, {"flip": np.arange(5) > 2}, ("flip: True in record 3", "flips=True")),
+    ({}, {"nll": np.full(5, 1e300)}, ("nll: 1e+300 in record 0", "too large for float32")),
     ({}, {"nll": np.full(5, np.inf)}, ("nll: inf in record 0", "leave nll out")),
     ({}, {"nll": np.array([1, 1, np.nan, 1, 1])}, ("nll: nan in record 2", "leave nll out")),
     ({"image_dtype": "float32"}, {"image": np.full((5, 1, 4, 4), 3.0)}, ("image: 3.0", "value_range [-1, 1]")),
@@ -129,6 +138,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {"noise": torch.zeros(5, 1, 4, 4, dtype=torch.bfloat16)},
         ("noise: no array", "Tensor", ".float() of a tensor"),
     ),
+    ({}, {"noise": torch.empty(5, 1, 4, 4, device="meta")}, ("noise: no array", "meta tensor")),
     ({}, {"noise": [[1.0], [1.0, 2.0]]}, ("noise: no array", "list")),
     ({}, {"noise": np.full((5, 1, 4, 4), None)}, ("noise: object",)),
     ({}, {"draw": 1}, ("draw 1", "draws 0 to 0")),
