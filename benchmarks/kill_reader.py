@@ -33,7 +33,7 @@ import numpy as np
 from nfm.pipeline.cli.options import OutputFile
 from nfm.stages.display.endings import JSON
 from nfm.storage import Batch, PairStore, PairWriter, StoreSpec
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 
 ROWS, BATCH, SHAPE, DRAWS = 4000, 128, (1, 8, 8), 2
 BATCHES_PER_KILL = 24

@@ -31,8 +31,9 @@ from nfm.stages.display.tables import aligned
 from nfm.stages.executors.jobs import jobs_of
 from nfm.storage import PairStore
 from nfm.storage.files import digested_json
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.format.index import index_rows
-from nfm.storage.format.spec import FORMAT, StoreSpec, pair_fields, parse_name, read_spec, write_spec
+from nfm.storage.format.spec import FORMAT, StoreSpec, parse_name, read_spec, write_spec
 from nfm.storage.layouts import tar_blocks
 from nfm.storage.ledger import commits
 from nfm.storage.ledger import seal as generations

@@ -4,7 +4,8 @@ from nfm.storage.dataset.images import ImageDataset
 from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.errors import CorruptShard, MissingShard, NewerSchema, StateMismatch, StorageError
 from nfm.storage.files.copies.cache import ShardCache
-from nfm.storage.format.spec import Field, StoreSpec
+from nfm.storage.format.fields import Field
+from nfm.storage.format.spec import StoreSpec
 from nfm.storage.ledger.pair_writer import PairWriter
 from nfm.storage.mixture import Mixture
 from nfm.storage.reading.batch import Batch

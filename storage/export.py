@@ -29,8 +29,9 @@ from nfm.storage.files.paths import as_path, inside, is_remote, size_of
 from nfm.storage.files.small_files import plain
 from nfm.storage.format import codecs
 from nfm.storage.format.codecs import CODECS
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.format.index import read_index
-from nfm.storage.format.spec import SPEC, StoreSpec, check_folder, pair_fields
+from nfm.storage.format.spec import SPEC, StoreSpec, check_folder
 from nfm.storage.layouts.seeded import Origins
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.generation import Generation

@@ -22,7 +22,8 @@ from nfm.stages.trained.devices.precision import Precision, autocast_dtype
 from nfm.stages.trained.weights import WEIGHTS
 from nfm.storage import DatasetWriter, StoreSpec
 from nfm.storage.files import atomic
-from nfm.storage.format.spec import pair_fields, shard_name, write_spec
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import shard_name, write_spec
 
 SHARD_SECONDS = 1.0  # of encoding; real shards are longer, and their fixed costs smaller
 SHARDS = 5  # the first is not counted

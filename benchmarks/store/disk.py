@@ -20,7 +20,8 @@ import numpy as np
 from benchmarks.store.rows import RECORDS_PER_SHARD, Array, Workload, in_turns, write_and_publish, write_store
 from nfm.storage import PairStore, StoreSpec
 from nfm.storage.files.parallel import parallel
-from nfm.storage.format.spec import pair_fields, write_spec
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import write_spec
 
 GIB = 1 << 30
 _PIECE = 8 << 20  # bytes of a read or a write

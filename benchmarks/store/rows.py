@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage import PairStore, StoreSpec
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.format.philox import normals
-from nfm.storage.format.spec import pair_fields, write_spec
+from nfm.storage.format.spec import write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
 

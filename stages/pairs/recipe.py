@@ -20,7 +20,8 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.format.codecs import CODECS
-from nfm.storage.format.spec import StoreSpec, pair_fields
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import StoreSpec
 from nfm.trainers.nfe import COSTS, GRIDS, STOCHASTIC, pick_solver
 
 if TYPE_CHECKING:

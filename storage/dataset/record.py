@@ -9,7 +9,8 @@ from typing import Any
 from nfm.storage.errors import StorageError
 from nfm.storage.files.atomic import read_json
 from nfm.storage.format import untrusted
-from nfm.storage.format.spec import IMAGE_DTYPES, Field, check_format
+from nfm.storage.format.fields import IMAGE_DTYPES, Field
+from nfm.storage.format.spec import check_format
 
 DATASET = "dataset.json"
 SPLIT_NAME = r"[A-Za-z0-9_-]+"

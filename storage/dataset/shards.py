@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nfm.storage.format.spec import Field
+from nfm.storage.format.fields import Field
 from nfm.storage.layouts.tar_blocks import MappedShard, ShardWriter
 
 ROWS_PER_BLOCK = 256

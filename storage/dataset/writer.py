@@ -20,7 +20,8 @@ from nfm.storage.files.atomic import HashingFile, hash_file, place, write_json
 from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import local_path
 from nfm.storage.format import untrusted
-from nfm.storage.format.spec import FORMAT, check_channels_first
+from nfm.storage.format.fields import check_channels_first
+from nfm.storage.format.spec import FORMAT
 
 VALUE_RANGE = (-1.0, 1.0)
 DTYPES = ("uint8", "float16", "float32")

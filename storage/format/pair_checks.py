@@ -12,7 +12,8 @@ import numpy.typing as npt
 from nfm.storage.errors import StorageError, by
 from nfm.storage.format import codecs, untrusted
 from nfm.storage.format.codecs import CODECS
-from nfm.storage.format.spec import Field, StoreSpec
+from nfm.storage.format.fields import Field
+from nfm.storage.format.spec import StoreSpec
 
 Array = npt.NDArray[Any]
 OPTIONAL = ("row", "flip", "nll")  # columns of the index that are not fields
@@ -55,7 +56,7 @@ def checked(spec: StoreSpec, given: Mapping[str, Any]) -> dict[str, Array]:
     if "flip" in arrays and arrays["flip"].dtype != np.bool_:
         raise StorageError(f"flip: {arrays['flip'].dtype} values; give booleans, True where the image is mirrored")
     if "flip" in arrays and not spec.flips:
-        _no(arrays["flip"], "flip", arrays["flip"], "is of a spec with flips=True; make the store with one")
+        _no(arrays["flip"], "flip", arrays["flip"], "is of a mirrored image, and the spec has flips=False; give it flips=True")
     if "nll" in arrays:
         told = "is not finite; leave nll out of a batch that has none"
         arrays["nll"] = _as_float32("nll", arrays["nll"], told, "an nll is a few nats per dimension")

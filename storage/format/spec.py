@@ -4,93 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
-from nfm.storage.errors import NewerSchema, NoPlace, StorageError, by
+from nfm.storage.errors import NewerSchema, NoPlace, StorageError
 from nfm.storage.errors.arguments import unknown
 from nfm.storage.files.atomic import create_json, is_temporary, read_json
 from nfm.storage.files.paths import as_path, exists, names_in, size_of
 from nfm.storage.format import untrusted
 from nfm.storage.format.codecs import CODECS
+from nfm.storage.format.fields import (
+    IMAGE_DTYPES,
+    MOST_AXES,
+    MOST_RECORD,
+    ORIGIN,
+    Field,
+    check_channels_first,
+    pair_fields,
+)
 
 FORMAT = 1
-ROLES = ("image", "noise", "label", "slot", "origin")
-OF_BATCHES = ("image", "noise", "label", "slot", "draw", "store")  # every batch has them; no field of rows is so named
-ORIGIN = "noise_origin"  # what shards keep of noise that is made: draw, slot and crc32c of each record's
-IMAGE_DTYPES = ("uint8", "float16", "float32")
 SPEC = "spec.json"
 DRAFT = "spec.draft.json"  # for a store whose writer does not know its source yet
 
-_DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)))
-_DTYPES += ("float16", "float32", "float64")
 _MOST_FIELDS = 64
-_MOST_AXES = 16
 _MOST_ROWS = 10**9  # keys have nine digits
 _MOST_SHARDS = 100_000  # names end at shard 99999
 _MOST_VALUE = 1e6  # of a value range; float32 ends far above it
-_MOST_RECORD = 1 << 28  # bytes of one record
 _MOST_OPTIONS = 64
 # What `StoreSpec.external` takes beside its named arguments; the rest of a recipe follows from those.
 _OTHERS = ("noise_step", "image_scale", "image_decoder", "flips", "seed", "eta", "sigma_f", "teacher", "potential",
            "student")  # fmt: skip
 # Left out of the JSON if they are None.
 _LATER = ("noise_step", "image_scale", "image_shift", "image_decoder", "potential", "student", "coupling_options")
-
-
-@dataclass(frozen=True)
-class Field:
-    """One array of a record. `shape` and `dtype` (numpy's name) are those of a single record; `role` is its use."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    role: str
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", self.name):
-            raise StorageError(
-                f"field {untrusted.shown(self.name)}: a name is up to 40 lower case letters, digits and underscores"
-            )
-        where = f"field {self.name!r}:"
-        untrusted.one_of(f"{where} role", self.role, ROLES)
-        dtype = np.dtype(self.dtype).name if isinstance(self.dtype, np.dtype | type) else self.dtype
-        untrusted.one_of(f"{where} dtype", dtype, _DTYPES)
-        shape = untrusted.sequence(f"{where} shape", self.shape, _MOST_AXES)
-        object.__setattr__(self, "dtype", dtype)
-        sizes = tuple(untrusted.integer(f"{where} a size of its shape", size, 1, 2**31) for size in shape)
-        object.__setattr__(self, "shape", sizes)
-        if self.bytes_per_record > _MOST_RECORD:
-            raise StorageError(f"{where} {self.bytes_per_record} bytes a record, {_MOST_RECORD} at most")
-
-    @cached_property
-    def bytes_per_record(self) -> int:
-        """Bytes of one record of this field, without headers."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-def check_channels_first(where: str, image_shape: Sequence[int]) -> None:
-    """Raises StorageError unless there are three sizes."""
-    if len(image_shape) != 3:
-        raise StorageError(f"{where}: image_shape {by(image_shape)}: give (channels, height, width), as (1, 28, 28)")
-
-
-def pair_fields(
-    image_shape: tuple[int, ...], codec: str = "float16", image_dtype: str = "uint8", label: bool = True
-) -> tuple[Field, ...]:
-    """The fields of a pair store, in their order: image, noise, label, slot."""
-    stored = CODECS[codec].dtype if codec in CODECS else codec
-    fields = [Field("image", image_dtype, image_shape, "image"), Field("noise", stored, image_shape, "noise")]
-    if label:
-        fields.append(Field("label", "int64", (), "label"))
-    return (*fields, Field("slot", "int64", (), "slot"))
 
 
 class Sizes(Protocol):
@@ -192,7 +142,7 @@ class StoreSpec:
                 f"store spec: codec {codec}: noise that was made elsewhere is no function of a seed here; take "
                 f"{', '.join(name for name, kind in CODECS.items() if not kind.made)}"
             )
-        check_channels_first("store spec", untrusted.sequence("store spec: image_shape", image_shape, _MOST_AXES))
+        check_channels_first("store spec", untrusted.sequence("store spec: image_shape", image_shape, MOST_AXES))
         if classes == 0:
             raise StorageError("store spec: classes 0: leave classes out where images have no labels")
         return cls(
@@ -331,8 +281,8 @@ class StoreSpec:
                 f"store spec: {self.shards_per_draw} shards a draw, {_MOST_SHARDS} at most; raise rows_per_shard"
             )
         record = sum(field.bytes_per_record for field in self.fields)
-        if record > _MOST_RECORD:
-            raise StorageError(f"store spec: {record} bytes a record, {_MOST_RECORD} at most")
+        if record > MOST_RECORD:
+            raise StorageError(f"store spec: {record} bytes a record, {MOST_RECORD} at most")
         _layouts[self.layout].check(self)
 
 

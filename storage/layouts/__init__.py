@@ -17,7 +17,8 @@ from nfm.storage.files.paths import as_path, is_remote, several, size_of
 from nfm.storage.files.paths import remove as remove_file
 from nfm.storage.files.small_files import read_bytes
 from nfm.storage.format.commit import ShardFiles
-from nfm.storage.format.spec import Field, StoreSpec, use_layouts
+from nfm.storage.format.fields import Field
+from nfm.storage.format.spec import StoreSpec, use_layouts
 from nfm.storage.layouts.mapped import Shard
 from nfm.storage.layouts.seeded import Made
 from nfm.storage.layouts.tar_base import BlockWriter, Stock, Text

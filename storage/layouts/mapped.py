@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files.small_files import plain
-from nfm.storage.format.spec import ORIGIN, Field
+from nfm.storage.format.fields import ORIGIN, Field
 from nfm.storage.layouts.seeded import Made
 
 Array = npt.NDArray[Any]

@@ -15,7 +15,8 @@ import numpy as np
 from nfm.storage.errors import CorruptShard, StorageError, by
 from nfm.storage.files.durable import HashingFile, StoredFile, Unfinished
 from nfm.storage.files.paths import as_path
-from nfm.storage.format.spec import Field, StoreSpec
+from nfm.storage.format.fields import Field
+from nfm.storage.format.spec import StoreSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TAR_HEADER = 512

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from nfm.storage.errors import CorruptShard
-from nfm.storage.format.npy import NPY_HEADER, npy_header
-from nfm.storage.format.spec import Field, StoreSpec, parse_name, shard_name
+from nfm.storage.format.fields import Field
+from nfm.storage.format.spec import StoreSpec, parse_name, shard_name
 from nfm.storage.layouts.mapped import Mapped, Shard, corrupt, map_file
+from nfm.storage.layouts.npy import NPY_HEADER, npy_header
 from nfm.storage.layouts.tar_base import (
     TAR_END,
     TAR_HEADER,

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nfm.storage.errors import CorruptShard, StorageError
-from nfm.storage.format.npy import NPY_HEADER, npy_header
-from nfm.storage.format.spec import Field, StoreSpec, parse_name, shard_name
+from nfm.storage.format.fields import Field
+from nfm.storage.format.spec import StoreSpec, parse_name, shard_name
 from nfm.storage.layouts.mapped import Mapped, Shard, corrupt, map_file
+from nfm.storage.layouts.npy import NPY_HEADER, npy_header
 from nfm.storage.layouts.tar_base import (
     TAR_END,
     TAR_HEADER,

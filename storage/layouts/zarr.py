@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from nfm.storage.errors import StorageError
-from nfm.storage.format.spec import Field, StoreSpec, parse_name
+from nfm.storage.format.fields import Field
+from nfm.storage.format.spec import StoreSpec, parse_name
 from nfm.storage.layouts import zarr_metadata, zarr_shard
 from nfm.storage.layouts.tar_base import Array, Stock
 from nfm.storage.layouts.zarr_shard import MappedZarr

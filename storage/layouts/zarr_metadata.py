@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from nfm.storage.format.spec import Field, StoreSpec
+from nfm.storage.format.fields import Field
+from nfm.storage.format.spec import StoreSpec
 
 _CRC = {"name": "crc32c"}
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}

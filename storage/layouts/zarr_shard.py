@@ -16,7 +16,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from nfm.storage.format.spec import Field
+from nfm.storage.format.fields import Field
 from nfm.storage.layouts.mapped import Mapped, Shard, corrupt, map_file
 from nfm.storage.layouts.tar_base import Array, stored
 

@@ -11,7 +11,7 @@ import numpy as np
 from nfm.storage.errors import StorageError
 from nfm.storage.files.durable import HashingFile, StoredFile
 from nfm.storage.files.paths import is_remote, remove
-from nfm.storage.format.spec import Field
+from nfm.storage.format.fields import Field
 from nfm.storage.layouts.tar_base import Array, BlockWriter, stored
 from nfm.storage.layouts.zarr_shard import CRC, crc32c, index_of
 

@@ -28,8 +28,9 @@ from nfm.storage.files.durable import StoredFile
 from nfm.storage.files.paths import as_path, inside, is_remote, names_in, remove
 from nfm.storage.files.small_files import plain
 from nfm.storage.format import untrusted
-from nfm.storage.format.npy import NPY_HEADER, npy_header
-from nfm.storage.format.spec import FORMAT, OF_BATCHES, check_format, read_spec
+from nfm.storage.format.fields import OF_BATCHES
+from nfm.storage.format.spec import FORMAT, check_format, read_spec
+from nfm.storage.layouts.npy import NPY_HEADER, npy_header
 
 if TYPE_CHECKING:
     from nfm.storage.files.copies.cache import ShardCache

@@ -16,9 +16,10 @@ from nfm.storage.files.paths import as_path
 from nfm.storage.format import codecs
 from nfm.storage.format.codecs import CODECS
 from nfm.storage.format.commit import ATTEMPT, Commit
+from nfm.storage.format.fields import ORIGIN
 from nfm.storage.format.index import index_rows, keys_digest, write_index
 from nfm.storage.format.moments import MomentSums
-from nfm.storage.format.spec import ORIGIN, StoreSpec, shard_name
+from nfm.storage.format.spec import StoreSpec, shard_name
 from nfm.storage.layouts.seeded import Origins
 from nfm.storage.layouts.tar_base import Array
 from nfm.storage.ledger import commits

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nfm.storage.errors import StorageError, by
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.format.convert import scale_of
-from nfm.storage.format.spec import OF_BATCHES
+from nfm.storage.format.fields import OF_BATCHES
 from nfm.storage.reading.device import Upload
 from nfm.storage.reading.pool import Pool, empty
 from nfm.storage.reading.soften import Softener

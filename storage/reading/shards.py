@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import as_strided
 from nfm.storage.errors import CorruptShard, check_inside
 from nfm.storage.errors.arguments import some_of, writable
 from nfm.storage.format.convert import to_float32
-from nfm.storage.format.spec import ORIGIN, Field
+from nfm.storage.format.fields import ORIGIN, Field
 from nfm.storage.layouts import LAYOUTS, Shard
 from nfm.storage.layouts.seeded import Made
 

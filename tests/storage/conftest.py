@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from nfm.storage import PairStore, PairWriter
-from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import StoreSpec, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
 from tests.support.buckets.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
@@ -54,6 +55,7 @@ def small_spec() -> StoreSpec:
         source="ab" * 32,
         codec="float16",
         classes=10,
+        flips=True,
     )
 
 
@@ -65,7 +67,7 @@ def spec_of() -> Callable[..., StoreSpec]:
         layout: str = "blocks", codec: str = "float16", image_dtype: str = "uint8", label: bool = True, **other: Any
     ) -> StoreSpec:
         shape = other.pop("image_shape", (1, 4, 4))
-        sizes = {"rows": 50, "rows_per_shard": 20, "rows_per_block": 5 if layout == "zarr" else 8}
+        sizes = {"rows": 50, "rows_per_shard": 20, "rows_per_block": 5 if layout == "zarr" else 8, "flips": True}
         return StoreSpec(
             fields=pair_fields(shape, codec, image_dtype, label),
             coupling="independent",

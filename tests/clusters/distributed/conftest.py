@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nfm.storage import PairStore, PairWriter, StoreSpec
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nfm.storage import PairWriter, StoreSpec
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 from tests.support.buckets.s3server import bucket, s3, s3_server  # noqa: F401  fixtures
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"

@@ -16,7 +16,8 @@ from nfm.stages.evaluation import compare, compare_plots, compare_table
 from nfm.stages.evaluation.compare import CompareConfig
 from nfm.storage import StoreSpec
 from nfm.storage.files.atomic import read_json, write_json
-from nfm.storage.format.spec import pair_fields, write_spec
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
 from tests.support.recorder import Recorder

@@ -22,7 +22,8 @@ from nfm.stages.stores import info as pairs_info
 from nfm.stages.trained import teacher
 from nfm.storage import DatasetWriter, PairStore
 from nfm.storage.files import atomic
-from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import StoreSpec, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.generation import Generation
 from nfm.storage.ledger.shard_writer import write_shard

@@ -17,7 +17,8 @@ from nfm.stages.trained import costs, student
 from nfm.stages.trained.teacher import TeacherConfig
 from nfm.storage.errors import Misused, StorageError
 from nfm.storage.files import atomic
-from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec, write_spec
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import StoreSpec, read_spec, write_spec
 from nfm.storage.ledger.row_fields import write_row_field
 from tests.stages.pairs.shop import SHAPE
 

@@ -20,7 +20,8 @@ from nfm.stages.trained import potential, student
 from nfm.storage import PairStore
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
-from nfm.storage.format.spec import pair_fields, read_spec, shard_name
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import read_spec, shard_name
 from nfm.storage.ledger import seal
 from nfm.trainers import solvers
 from tests.stages.pairs.shop import EVERY, OF_A_SLOT, OPTIONS, ROWS, Shop, all_of, cost_of, eps_of, store_images

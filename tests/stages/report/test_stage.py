@@ -19,7 +19,8 @@ from nfm.stages.report.html import column_texts, number
 from nfm.stages.report.stage import ReportConfig
 from nfm.storage import ImageDataset, StorageError, StoreSpec
 from nfm.storage.files.atomic import write_json
-from nfm.storage.format.spec import pair_fields, write_spec
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
 from tests.support.recorder import Recorder

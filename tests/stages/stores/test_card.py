@@ -14,7 +14,7 @@ from nfm.stages.stores import card
 from nfm.stages.stores.info import info
 from nfm.storage import PairStore, PairWriter, StorageError, StoreSpec
 from nfm.storage.format import philox
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.verify import verify
 from tests.support.lab import Lab
 

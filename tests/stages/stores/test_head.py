@@ -13,7 +13,8 @@ from nfm.stages.base import Unfit
 from nfm.stages.display.pictures import FALSE_COLOURS, as_pixels, false_colours, in_false_colours, save_grid
 from nfm.stages.stores import head
 from nfm.storage import PairStore, PairWriter
-from nfm.storage.format.spec import StoreSpec, pair_fields
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import StoreSpec
 
 if TYPE_CHECKING:
     from tests.conftest import Lab

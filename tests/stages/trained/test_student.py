@@ -17,7 +17,8 @@ from nfm.stages.couplings.variant import Variant
 from nfm.stages.trained import student
 from nfm.stages.trained.student import StudentConfig
 from nfm.storage import PairWriter
-from nfm.storage.format.spec import StoreSpec, pair_fields
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import StoreSpec
 from nfm.trainers.checkpoint import pack_weights, unpack_weights
 from nfm.trainers.models.sit import SiT
 from nfm.trainers.models.unet import UNet

@@ -13,7 +13,8 @@ import pytest
 from nfm.storage import PairStore, PairWriter
 from nfm.storage.errors import NewerSchema, StorageError
 from nfm.storage.files import atomic
-from nfm.storage.format.spec import FORMAT, Field, StoreSpec, pair_fields, parse_name, read_spec, shard_name, write_spec
+from nfm.storage.format.fields import Field, pair_fields
+from nfm.storage.format.spec import FORMAT, StoreSpec, parse_name, read_spec, shard_name, write_spec
 
 
 def test_a_spec_reads_back_from_json_with_foreign_keys_around_it(tmp_path: Path, small_spec: StoreSpec) -> None:

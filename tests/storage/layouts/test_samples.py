@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.layouts.tar_samples import (
     LABEL_BYTES,
     MappedSamples,

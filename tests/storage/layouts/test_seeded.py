@@ -15,7 +15,8 @@ from nfm.storage.errors import CorruptShard, StorageError
 from nfm.storage.errors.arguments import WrongArgument
 from nfm.storage.export import export
 from nfm.storage.format import philox
-from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec, write_spec
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import StoreSpec, read_spec, write_spec
 from nfm.storage.layouts import LAYOUTS
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files.atomic import hash_file
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.layouts.tar_blocks import MappedShard, ShardWriter, shard_bytes
 
 FIELDS = pair_fields((2, 3, 5), "float16")

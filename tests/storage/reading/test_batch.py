@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nfm.storage import PairStore
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.reading.device import Upload
 
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from nfm.storage import Mixture, PairStore
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.reading.pool import Pool, empty
 from tests.support.patience import PATIENCE
 

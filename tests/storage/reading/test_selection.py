@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nfm.storage import MissingShard, PairStore, PairWriter, StateMismatch, StorageError, StoreSpec
 from nfm.storage.errors.arguments import WrongArgument
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 
 ODD = pc.field("flip")
 QUICK = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -18,7 +18,8 @@ from nfm.storage.errors import CorruptShard, MissingShard
 from nfm.storage.format.codecs import pack
 from nfm.storage.format.commit import ShardFiles
 from nfm.storage.format.convert import to_float32
-from nfm.storage.format.spec import StoreSpec, pair_fields, shard_name
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import StoreSpec, shard_name
 from nfm.storage.layouts import LAYOUTS
 from nfm.storage.reading.shards import ShardSequence
 

@@ -13,7 +13,7 @@ from scipy import stats
 from torch.utils.data import DataLoader
 
 from nfm.storage import DatasetWriter, ImageDataset, Mixture, PairStore, StateMismatch
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.reading.soften import normals
 from nfm.storage.reading.stream import Records
 from tests.storage.reading.test_batch import Elsewhere

@@ -17,7 +17,8 @@ from nfm.storage import PairStore, PairWriter
 from nfm.storage.errors import CorruptShard, NoPlace, StorageError
 from nfm.storage.export import converted, export
 from nfm.storage.files.atomic import read_json
-from nfm.storage.format.spec import StoreSpec, pair_fields
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import StoreSpec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.row_fields import RowField, write_row_field
 from nfm.storage.ledger.shard_writer import write_shard

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nfm.storage import Mixture, PairStore, StateMismatch, StorageError
-from nfm.storage.format.spec import pair_fields
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.mixture import deal
 
 QUICK = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

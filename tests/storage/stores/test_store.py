@@ -30,8 +30,9 @@ from nfm.storage import (
 )
 from nfm.storage.errors import OutOfRange
 from nfm.storage.files.atomic import content_digest, write_json
+from nfm.storage.format.fields import pair_fields
 from nfm.storage.format.order import order_key
-from nfm.storage.format.spec import StoreSpec, pair_fields, write_spec
+from nfm.storage.format.spec import StoreSpec, write_spec
 from nfm.storage.layouts import files as files_of
 from nfm.storage.layouts.tar_blocks import MappedShard, shard_bytes
 from nfm.storage.ledger import seal

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from nfm.storage.files import atomic
-from nfm.storage.format.spec import StoreSpec, pair_fields, read_spec, write_spec
+from nfm.storage.format.fields import pair_fields
+from nfm.storage.format.spec import StoreSpec, read_spec, write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.row_fields import write_row_field
 from nfm.storage.ledger.shard_writer import write_shard
