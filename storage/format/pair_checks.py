@@ -56,7 +56,7 @@ def checked(spec: StoreSpec, given: Mapping[str, Any]) -> dict[str, Array]:
     if "flip" in arrays and arrays["flip"].dtype != np.bool_:
         raise StorageError(f"flip: {arrays['flip'].dtype} values; give booleans, True where the image is mirrored")
     if "flip" in arrays and not spec.flips:
-        _no(arrays["flip"], "flip", arrays["flip"], "is of a mirrored image, and the spec has flips=False; give it flips=True")
+        _no(arrays["flip"], "flip", arrays["flip"], "is a mirrored image, and the spec has flips=False; set it True")
     if "nll" in arrays:
         told = "is not finite; leave nll out of a batch that has none"
         arrays["nll"] = _as_float32("nll", arrays["nll"], told, "an nll is a few nats per dimension")

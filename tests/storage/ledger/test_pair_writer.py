@@ -126,7 +126,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ({}, {"caption": np.zeros(5)}, ("caption: the spec of the store has no such field", "row, flip, nll")),
     ({}, {"row": np.full(5, 50)}, ("row: 50 in record 0", "0 to 49")),
     ({}, {"flip": np.ones(5)}, ("flip: float64", "booleans")),
-    ({}, {"flip": np.arange(5) > 2}, ("flip: True in record 3", "flips=True")),
+    ({}, {"flip": np.arange(5) > 2}, ("flip: True in record 3", "the spec has flips=False; set it True")),
     ({}, {"nll": np.full(5, 1e300)}, ("nll: 1e+300 in record 0", "too large for float32")),
     ({}, {"nll": np.full(5, np.inf)}, ("nll: inf in record 0", "leave nll out")),
     ({}, {"nll": np.array([1, 1, np.nan, 1, 1])}, ("nll: nan in record 2", "leave nll out")),
