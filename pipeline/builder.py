@@ -210,7 +210,10 @@ def _without(section: EvaluateConfig, names: tuple[str, ...]) -> EvaluateConfig:
 
 def _finished(field: str, reference: str, stage: str) -> Artifact:
     """The finished artifact of a stage that a field of the config names."""
-    named = find(reference)
+    try:
+        named = find(reference)
+    except WrongArtifact as error:
+        raise WrongArtifact(f"{field} = {reference}: {error}") from error
     if named.spec.get("stage") != stage or not named.done:
         raise WrongArtifact(f"{field} = {reference}: no finished {stage}; `nfm ls` lists what there is")
     return named

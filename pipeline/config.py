@@ -190,6 +190,10 @@ def _explained(problems: Iterable[Any]) -> Iterator[str]:
             yield f"{where[0]}: {said}"  # of fields that do not fit each other
         elif problem["type"] == "extra_forbidden":
             yield f"{'.'.join(where)}: unknown key; {_nearest(where)}"
+        elif problem["type"] == "model_type" and len(where) == 1:
+            yield f"{where[0]} = {problem['input']!r}: is a section; write [{where[0]}] and its keys below"
+        elif problem["type"] == "too_short":
+            of_fields.setdefault(f"{'.'.join(where)} = {problem['input']!r}", []).append("name one at least")
         elif problem["type"] == "missing":
             yield f"{'.'.join(where)}: missing; add it to the config"
         else:

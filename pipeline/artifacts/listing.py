@@ -8,14 +8,13 @@ What was read is noted in scratch by the tag of the object, which a listing tell
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nfm.pipeline.artifacts.artifact import STORES
-from nfm.pipeline.artifacts.ours import is_foreign
+from nfm.pipeline.artifacts.ours import FINGERPRINT, MANIFEST, is_foreign
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic, remote
 from nfm.storage.files.copies import mirror
@@ -23,7 +22,6 @@ from nfm.storage.files.folder import Facts, below
 from nfm.storage.files.paths import names_in, several
 from nfm.storage.files.small_files import MOST_BYTES
 
-_MANIFEST = re.compile(r"manifest(\.g\d+)?\.json")
 Files = Mapping[str, Facts]
 
 
@@ -50,20 +48,28 @@ def listed(root: Path) -> list[Listed]:
             files.setdefault(stage / fingerprint, {})[rest] = facts
     stores = [root / STORES / name for name in names_in(root / STORES)]
     files |= dict(zip(stores, several(root, below, stores)))  # each by itself, as one may have many thousand files
-    told = {path: _telling(names) for path, names in files.items() if "spec.json" in names}
+    told = {path: _telling(names) for path, names in files.items() if _may_be_ours(path, names)}
     notes = _notes_of(root, {path / name: files[path][name].tag for path, name in told.items()})
     rows = [_row(path, told[path], notes[path / told[path]], files[path]) for path in sorted(told, key=str)]
     return [row for row in rows if not row.damaged or not is_foreign(row.path / "spec.json")]
 
 
+def _may_be_ours(path: Path, names: Files) -> bool:
+    """Whether it has a spec, or has lost it: then a manifest is there, under a name of ours."""
+    lost = FINGERPRINT.fullmatch(path.name) is not None and any(map(MANIFEST.fullmatch, names))
+    return "spec.json" in names or lost
+
+
 def _telling(names: Files) -> str:
     """The file that tells most of an artifact."""
-    return max((name for name in names if _MANIFEST.fullmatch(name)), default="spec.json")
+    return max((name for name in names if MANIFEST.fullmatch(name)), default="spec.json")
 
 
 def _row(path: Path, name: str, note: Mapping[str, Any], names: Files) -> Listed:
     size = sum(facts.bytes for facts in names.values())
-    return Listed(path, note["damaged"], name != "spec.json", note["inputs"], size, names["spec.json"].changed)
+    damaged = note["damaged"] or "spec.json" not in names
+    changed = names.get("spec.json", names[name]).changed
+    return Listed(path, damaged, name != "spec.json", note["inputs"], size, changed)
 
 
 def _notes_of(root: Path, tags: Mapping[Path, str]) -> dict[Path, Mapping[str, Any]]:

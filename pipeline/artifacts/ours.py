@@ -16,18 +16,23 @@ from nfm.storage.files.small_files import read_bytes
 
 KEYS = {"store", "stage", "fingerprint", "digest"}  # every spec of ours has at least one of them
 FINGERPRINT = re.compile("[0-9a-f]{12}")
+MANIFEST = re.compile(r"manifest(\.g\d+)?\.json")
 
 
 def is_foreign(spec: Path) -> bool:
-    """Whether a `spec.json` belongs to another program: valid JSON without any of our keys.
-
-    A damaged one may be ours.
+    """Whether a `spec.json` belongs to another program: valid JSON without any of our keys, and no manifest of ours
+    beside it. A damaged one may be ours.
     """
     try:
         body = json.loads(read_bytes(spec))
     except (StorageError, OSError, ValueError):
         return False
-    return not (isinstance(body, dict) and KEYS & body.keys())
+    return not (isinstance(body, dict) and KEYS & body.keys()) and not is_finished(spec.parent)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder without a readable `spec.json` is an artifact of ours, by its name and a manifest in it."""
+    return FINGERPRINT.fullmatch(folder.name) is not None and any(map(MANIFEST.fullmatch, names_in(folder)))
 
 
 def folders(root: Path) -> list[Path]:
@@ -42,7 +47,7 @@ def of_ours(found: Iterable[Path]) -> list[Path]:
     """The `spec.json` of those of these folders that are artifacts."""
     specs = [folder / "spec.json" for folder in found]
     if specs and not is_remote(specs[0]):
-        specs = [spec for spec in specs if spec.exists()]
+        specs = [spec for spec in specs if spec.exists() or is_finished(spec.parent)]
     kept = several(specs[0], _is_ours, specs) if specs else []
     return [spec for spec, ours in zip(specs, kept) if ours]
 
@@ -54,5 +59,5 @@ def specs(root: Path) -> list[Path]:
 
 def _is_ours(spec: Path) -> bool:
     if is_remote(spec) and not exists(spec):
-        return False
+        return is_finished(spec.parent)
     return not is_foreign(spec)

@@ -66,9 +66,12 @@ def _check_folder(output: Path, node: Node, force: bool) -> None:
     """Raises now, not after hours, if the result could not be written: a read-only folder, or one with another
     comparison.
     """
-    output.mkdir(exist_ok=True)
-    with tempfile.TemporaryFile(dir=output):
-        pass
+    try:
+        output.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise Unfit(f"--output {output}: cannot be written ({error.strerror}); name another folder") from error
     if force:
         return
     held, artifact = _held(output), node.artifact()

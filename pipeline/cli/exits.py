@@ -17,6 +17,7 @@ from nfm.stages.base import StageError, Stopped
 from nfm.stages.trained.devices import launched
 from nfm.storage.errors import Told, Unusual, WrongUse
 from nfm.storage.errors.masked import masked
+from nfm.storage.files import places
 
 # Packages that the base install lacks, by the extra that installs them.
 EXTRAS = {
@@ -59,7 +60,7 @@ def run(command: click.Command) -> None:
     except OSError as error:
         if error.filename is None and _output_fails():
             _fail(StageError(f"standard output: {error.strerror}; what was made stays, send the text elsewhere"), 1)
-        what = f"{error.filename or 'file'}: {error.strerror or error}"
+        what = f"{error.filename or 'file'}: {error.strerror or error}{places.led_to(error.filename)}"
         _fail(StageError(f"{what}; mend that and run the same command again, what is committed stays"), 1)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):

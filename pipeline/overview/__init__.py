@@ -58,7 +58,8 @@ def inventory() -> list[Row]:
 
 def _here(folder: Path) -> Row:
     artifact = Artifact(folder, newest_manifest(folder))
-    size, changed = size_below(folder), (folder / "spec.json").stat().st_mtime
+    spec = folder / "spec.json"
+    size, changed = size_below(folder), (spec if spec.exists() else folder).stat().st_mtime
     return _row(artifact.name, state_of(artifact), size, changed, input_names(artifact))
 
 

@@ -107,11 +107,17 @@ def as_text(results: Sequence[Audited]) -> str:
     lines = []
     for result in results:
         verdict = f"{len(result.findings)} FINDINGS" if result.findings else "clean"
-        looked = f"{result.files} files, {units.megabytes(result.bytes)}"
+        looked = f"{result.files} files, {units.size(result.bytes)}"
         lines.append(f"{result.artifact:24} {verdict:12} {looked:24} {result.seconds:6.1f} s  {result.manifest}")
-        lines += [f"    {finding.file}: {finding.problem}. Remedy: {finding.remedy}" for finding in result.findings]
+        lines += [
+            f"    {finding.file}: {_sentence(finding.problem)} Remedy: {finding.remedy}" for finding in result.findings
+        ]
         lines += [f"    {statement}" for statement in result.statements]
     return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(("?", ".")) else f"{text}."
 
 
 def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: custom.Allowed) -> Audited:
@@ -159,6 +165,8 @@ def _unreadable(artifact: Artifact, error: Exception) -> Finding:
             return Finding(str(artifact.path), UNSEALED, unsealed(artifact.path))
         return Finding(str(artifact.path), f"not finished: it has no {artifact.manifest_name}", "run its stage again")
     where, _, problem = str(error).partition(": ")
+    if problem and Path(where).is_absolute() and not where.startswith(str(artifact.path)):
+        return Finding(where, problem.rstrip("."), "see to the artifact that this file is of; it is audited by itself")
     if not problem or not where.startswith(str(artifact.path)):
         where, problem = str(artifact.path), str(error) or type(error).__name__
     remedy = "restore it, or make it again: remove the folder and run its stage"

@@ -40,7 +40,7 @@ class DataConfig(Section):
     classes: tuple[str, ...] | None = None
     heldout: float = Field(0.05, ge=0.0, lt=1.0)
     limit: int | None = Field(None, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     rows_per_shard: int = Field(4096, ge=1)
     max_rejected: float = operational(0.0, ge=0.0, le=1.0)
     threads: int = operational(0, ge=0)

@@ -224,7 +224,7 @@ def _students(inputs: Iterable[str]) -> list[str]:
 
 def _line(row: dict[str, Any]) -> str:
     if "value" in row:
-        return f"curvature of the student on {row['coupling']} pairs: {row['value']:.5f}"
+        return f"curvature of the student on {row['coupling']} pairs: {row['value']:.4g}"
     key = distance_key(row)
     kid = f", KID {row['kid']:.5f}" if "kid" in row else ""
     return f"{row['name']}: {DISTANCE[key]} {row[key]:.4g}{kid} on {row['samples']} images"

@@ -101,7 +101,7 @@ def as_text(body: dict[str, Any]) -> str:
     text = aligned([column.title for column in columns], cells)
     for row in body["curvature"]:
         text += (
-            f"\ncurvature of {row['model']} ({row['coupling']}), unguided: {row['value']:.5f}, "
+            f"\ncurvature of {row['model']} ({row['coupling']}), unguided: {row['value']:.4g}, "
             f"{row['steps']} uniform Euler steps, {row['trajectories']} trajectories"
         )
     for key, told in {"ema": "students by their moving average", "diffusion": "noise of the solver:"}.items():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nfm.stages.base import Guidance, LocalField, Section, added, one_of, operational
 from nfm.stages.couplings.facts import FACTS
@@ -56,3 +56,12 @@ class PairsConfig(Section):
     workers: int = operational(0, ge=0)
     threads: int = operational(1, ge=1)
     device: DeviceField = operational("auto")
+
+    @model_validator(mode="after")
+    def _one_student(self) -> Self:
+        if self.student is not None and self.reflow_of != type(self).model_fields["reflow_of"].default:
+            raise ValueError(
+                f"reflow_of = {self.reflow_of!r} names the student of a coupling, and student = {str(self.student)!r} "
+                "an artifact: leave one of them out"
+            )
+        return self

@@ -21,7 +21,7 @@ from nfm.stages.trained.devices.machine import pick_device
 from nfm.stages.trained.devices.timing import Clock, cost_of_training
 from nfm.stages.trained.training import Task, fit, parameter_count
 from nfm.stages.trained.training.checkpoints import kept_files
-from nfm.stages.trained.training.section import TrainingSection, blaming, check_section
+from nfm.stages.trained.training.section import TrainingSection, blaming, check_heldout, check_section
 from nfm.stages.trained.weights import WEIGHTS, read_weights
 from nfm.storage import ImageDataset
 from nfm.trainers.models.sizes import check_sides
@@ -61,6 +61,7 @@ def fits(config: FeaturesConfig, facts: Mapping[str, Any]) -> None:
             check_sides(facts["image_shape"])
 
     check_section(NAME, config, facts, sizes)
+    check_heldout(NAME, facts)
 
 
 def task(config: FeaturesConfig, inputs: Inputs, device: str) -> Task:

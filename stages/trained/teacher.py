@@ -22,7 +22,14 @@ from nfm.stages.trained.foreign import own
 from nfm.stages.trained.training import Task, fit, parameter_count
 from nfm.stages.trained.training.checkpoints import kept_files
 from nfm.stages.trained.training.samples import Samples
-from nfm.stages.trained.training.section import TrainingSection, blaming, check_section, recipe, whole_batches
+from nfm.stages.trained.training.section import (
+    TrainingSection,
+    blaming,
+    check_heldout,
+    check_section,
+    recipe,
+    whole_batches,
+)
 from nfm.stages.trained.weights import WEIGHTS, read_weights
 from nfm.storage import ImageDataset
 from nfm.storage.files import atomic
@@ -105,6 +112,7 @@ def fits(config: TeacherConfig, facts: Mapping[str, Any]) -> None:
             check_patch(facts["image_shape"], config.patch)
 
     check_section(NAME, config, facts, sizes)
+    check_heldout(NAME, facts)
     _check_flips(config, facts.get("image_dtype", "uint8"))
 
 

@@ -98,6 +98,15 @@ def artifacts_root() -> Path:
     return Path("artifacts")
 
 
+def led_to(file: object) -> str:
+    """` (NFM_ARTIFACTS=...)` for a message about a file to which that variable led; else nothing."""
+    try:
+        root = _stated("NFM_ARTIFACTS", _root)
+    except WrongVariable:  # that is what the message is about
+        return ""
+    return f" (NFM_ARTIFACTS={root})" if root is not None and str(file).startswith(str(root)) else ""
+
+
 def _root(text: str) -> Path:
     root = as_path(text)
     if not is_remote(root):

@@ -46,6 +46,13 @@ def test_sizes_that_only_the_data_determines_are_checked_once_it_exists(empty: L
     assert "config section [pairs]" in told
 
 
+def test_a_stage_that_is_measured_on_heldout_images_is_not_begun_without_any(empty: Lab) -> None:
+    for stage in ("teacher", "features"):
+        told = empty.run(stage, "data.heldout=0", exits=2).stderr
+        assert f"{stage}: is measured on held-out images, and the data have none: set data.heldout above 0" in told
+        assert not (empty.artifacts / stage).exists()
+
+
 def test_wrong_use_that_a_stage_finds_itself_leaves_no_artifact_behind(empty: Lab) -> None:
     told = empty.run("data", "data.classes=[]", exits=2).stderr
     assert "data.classes = [] names no class" in told

@@ -62,7 +62,7 @@ class Labels(NamedTuple):
                     f"from {self.first}: set data.first_label = {labels.min()}"
                 )
             if len(self.values):
-                report.say(f"{self.where}: every label is {NO_LABEL}: taken as images without labels")
+                report.say(f"{self.where}: every label is {NO_LABEL} or null: taken as images without labels")
             return
         low, high = int(there[0]), int(there[-1])
         if low > self.first:
@@ -110,8 +110,9 @@ class Labels(NamedTuple):
     def _reason(self, label: int, count: int) -> str:
         if label == NO_LABEL:
             return (
-                f"label {label}, which means no label, among images with labels; take it out, or take all images "
-                'without labels (data.labels = "")'
+                f"label {label}, which means no label, among images with labels; take it out (if it is a test "
+                "split without labels, let data.path name the training files alone), or take all images without labels "
+                '(data.labels = "")'
             )
         reason = f"label {label} is outside the {count} classes, labels {self.first} to {self.first + count - 1}"
         return reason if label >= self.first else f"{reason}; data.first_label = {label} if that is where they begin"

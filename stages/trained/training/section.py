@@ -93,6 +93,15 @@ def check_section(name: str, config: TrainingSection, facts: Mapping[str, Any], 
             check_enough(config.batch_size, facts["images"])
 
 
+def check_heldout(name: str, facts: Mapping[str, Any]) -> None:
+    """Raises Unfit where no image is held out, for a stage that is measured on such images. `facts` as above."""
+    if facts.get("heldout") == 0:
+        raise Unfit(
+            f"{name}: is measured on held-out images, and the data have none: set data.heldout above 0, or give a test "
+            "set of which not every image is set aside"
+        )
+
+
 def whole_batches(config: TrainingSection, examples: int) -> int:
     """So many examples, rounded up to whole batches."""
     return -(-examples // config.batch_size) * config.batch_size

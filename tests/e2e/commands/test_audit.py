@@ -86,6 +86,16 @@ def test_one_flipped_byte_of_a_shard_is_found_repaired_and_encoded_again_the_sam
     assert "nothing to repair" in lab.nfm("repair", store.path).stdout
 
 
+def test_a_damaged_file_of_an_input_is_told_with_that_input_and_not_to_be_mended_in_the_store(lab: Lab) -> None:
+    dataset, store = lab.only("data").path / "dataset.json", lab.name("pairs", "independent")
+    dataset.write_text(dataset.read_text().replace("digits", "digitz"))
+    results = json.loads(lab.nfm("audit", store, "--json", exits=1).stdout)
+    assert [result["artifact"] for result in results] == [lab.name("data"), store]
+    (finding,) = results[1]["findings"]
+    assert finding["file"] == str(dataset)
+    assert finding["remedy"] == "see to the artifact that this file is of; it is audited by itself"
+
+
 def test_any_artifact_can_be_named_by_the_start_of_its_fingerprint(made: Lab) -> None:
     teacher = made.only("teacher")
     assert made.name("teacher") in made.nfm("audit", teacher.path.name[:6]).stdout

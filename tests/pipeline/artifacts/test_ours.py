@@ -28,6 +28,18 @@ def test_folders_of_somebody_else_are_neither_listed_nor_removed_nor_audited(emp
         assert "no artifact" in empty.nfm("audit", place, exits=2, **here).stderr
 
 
+def test_an_artifact_that_lost_its_spec_is_damaged_and_not_somebody_elses(lab: Lab) -> None:
+    spec, name = lab.only("data").path / "spec.json", lab.name("data")
+    for damage in (lambda: spec.write_text("{}"), spec.unlink):
+        damage()
+        (line,) = (line for line in lab.nfm("ls").stdout.splitlines() if line.startswith(name))
+        assert line.split()[1] == "damaged"
+        told = lab.nfm("audit", name.partition("/")[2], exits=1).stdout
+        assert "1 FINDINGS" in told
+        assert str(spec) in told
+        assert lab.nfm("lineage", name, exits=1).stderr.startswith(f"nfm: {spec}: ")
+
+
 def test_an_empty_root_is_the_folder_of_artifacts_and_a_home_is_expanded(empty: Lab) -> None:
     empty.run("data", NFM_ARTIFACTS="")
     assert (empty.folder / "artifacts/data").is_dir()

@@ -95,6 +95,12 @@ WRONG = {
                         "--image-shape", "1x8x8"),
     "an artifact that is not there": ("lineage", "pairs/000000000000"),
     "a store that is none": ("pairs", "seal", "{teacher}"),
+    "a student of pairs that is not there": ("plan", "pairs", "-c", "tiny.toml", "--set", 'pairs.coupling="reflow"',
+                                             "--set", 'pairs.student="/nope"'),
+    "two students of pairs": ("plan", "pairs", "-c", "tiny.toml", "--set", 'pairs.student="{student}"', "--set",
+                              'pairs.reflow_of="nfm"'),
+    "a negative seed of the data": ("plan", "data", "-c", "tiny.toml", "--set", "data.seed=-1"),
+    "a comparison into a device": ("compare", "-c", "tiny.toml", "--couplings", "independent", "-o", "/dev/null"),
     "an even NFE of reflow": ("run", "pairs", "-c", "tiny.toml", "--set", 'pairs.coupling="reflow"', "--set",
                               "pairs.reflow_nfe=8"),
 }  # fmt: skip

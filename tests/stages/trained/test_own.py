@@ -323,7 +323,7 @@ def test_a_teachers_old_fingerprint_stands_and_a_flow_of_ones_own_is_in_it(code:
     config = TeacherConfig(model="mine:flow")
     assert config.semantic()["model"] == "mine:flow"
     assert teacher.external(config) == {"model": atomic.hash_file(code)[0]}
-    assert str(teacher.cost(config, {"image_shape": list(SHAPE)}, None)).startswith("360,000 images, no time or FLOPs")
+    assert str(teacher.cost(config, {"image_shape": list(SHAPE)}, None)).startswith("360,064 images, no time or FLOPs")
     with pytest.raises(ValidationError, match=r"options are the keywords of teacher\.model, and there is none"):
         TeacherConfig(options={"shift": 1.0})
 

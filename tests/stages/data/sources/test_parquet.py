@@ -201,7 +201,7 @@ def test_a_file_without_any_label_is_of_images_without_labels(tmp_path: Path, la
     source = one(tmp_path, what)
     assert source.load(np.arange(3), tmp_path / "s", report).rejected == {}
     assert (source.classes, source.labels.tolist()) == ([], [-1] * 3)
-    assert any("every label is -1: taken as images without labels" in line for line in report.said)
+    assert any("every label is -1 or null: taken as images without labels" in line for line in report.said)
     refused(tmp_path, what, r"every label is -1.*data\.classes names 3 classes: leave it out", classes=CLASSES)
 
 
