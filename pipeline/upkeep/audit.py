@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, fingerprint, readable, under_root
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, fingerprint, readable, under_root
 from nfm.pipeline.artifacts.lineage import ancestors, inputs_of, references
 from nfm.pipeline.builder import build
 from nfm.pipeline.config import RunConfig
@@ -165,7 +165,7 @@ def _unreadable(artifact: Artifact, error: Exception) -> Finding:
             return Finding(str(artifact.path), UNSEALED, unsealed(artifact.path))
         return Finding(str(artifact.path), f"not finished: it has no {artifact.manifest_name}", "run its stage again")
     where, _, problem = str(error).partition(": ")
-    if problem and Path(where).is_absolute() and not where.startswith(str(artifact.path)):
+    if problem and where.startswith(f"{artifacts_root()}/") and not where.startswith(f"{artifact.path}/"):
         return Finding(where, problem.rstrip("."), "see to the artifact that this file is of; it is audited by itself")
     if not problem or not where.startswith(str(artifact.path)):
         where, problem = str(artifact.path), str(error) or type(error).__name__
