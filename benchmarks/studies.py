@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ from nfm.storage.files import atomic
 
 PACKAGES = ("nfm-pairs", "numpy", "torch")
 WIDTH = 4.4  # inches a panel
+
+
+def varied(text: str) -> tuple[str, list[str]]:
+    """The setting of `--vary` and its values; a comma in brackets is of a value, as in logit-normal(-0.2,1)."""
+    setting, _, listed = text.partition("=")
+    return setting, re.split(r",(?![^(]*\))", listed)
 
 
 def point(config: RunConfig, couplings: list[str]) -> dict[str, Any]:
@@ -127,9 +134,8 @@ def main(
     config_path: Path, vary: str, couplings: str, seeds: str, overrides: tuple[str, ...], output: Path
 ) -> None:  # fmt: skip
     """The students of some couplings, once for each value of one setting."""
-    setting, _, listed = vary.partition("=")
-    values = listed.split(",")
-    if not listed or len(set(values)) < len(values):
+    setting, values = varied(vary)
+    if not all(values) or len(set(values)) < len(values):
         raise click.UsageError(f"--vary {vary}: give a setting and its values, each once: pairs.draws=1,2,4")
     file = output / "study.json"
     if file.exists() and (other := atomic.read_json(file).get("setting")) != setting:

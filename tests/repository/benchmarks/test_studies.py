@@ -34,6 +34,12 @@ def points() -> dict[str, dict[str, Any]]:
     }
 
 
+def test_a_comma_in_brackets_is_of_a_value() -> None:
+    assert studies.varied("pairs.draws=1,2,4") == ("pairs.draws", ["1", "2", "4"])
+    times = ["logit-normal(-0.2,1)", "uniform", "logit-normal(-0.8,1)"]
+    assert studies.varied(f"student.times={','.join(times)}") == ("student.times", times)
+
+
 def test_the_table_has_a_row_a_value_and_coupling_with_the_spread_of_its_seeds(points: dict[str, Any]) -> None:
     heading, names, *rows = studies.as_text("pairs.draws", points).splitlines()
     assert heading.endswith("the floor is 0.087 ± 0.007")
