@@ -43,7 +43,7 @@ def raw_shape(value: ast.expr) -> bool:
 
 
 def test_no_message_writes_a_shape_as_python_does() -> None:
-    header = "storage/format/npy.py"  # a text for numpy to read
+    header = "storage/layouts/npy.py"  # a text for numpy to read
     assert not [place for place, value in told() if raw_shape(value) and not place.startswith(header)]
 
 
