@@ -216,8 +216,14 @@ def _is_tag(word: str) -> bool:
     return "[" in word or word.startswith(("constrained-", "function-")) or word in ("str", "int", "float", "bool")
 
 
+_FEW_SECTIONS = 3  # that have a key; more say nothing about which was meant
+
+
 def _nearest(where: list[str]) -> str:
     known = _known_keys(where[:-1])
+    others = [name for name in RunConfig.model_fields if where[1:] and where[1] in _known_keys([name])]
+    if 0 < len(others) <= _FEW_SECTIONS:
+        return f"did you mean {' or '.join(f'{name}.{where[1]}' for name in others)}?"
     close = difflib.get_close_matches(where[-1], known, 1, cutoff=0.5)
     return f"did you mean {'.'.join([*where[:-1], close[0]])}?" if close else f"known are {', '.join(known)}"
 

@@ -51,6 +51,8 @@ def test_what_a_file_leaves_out_keeps_its_default_and_overrides_win(tmp_path: Pa
     [
         ("[data]\n[pairs]\ndraw = 2", "pairs.draw: unknown key; did you mean pairs.draws?"),
         ("[data]\n[pears]\ndraws = 2", "pears: unknown key; did you mean pairs?"),
+        ("[data]\ndraws = 2", "data.draws: unknown key; did you mean pairs.draws?"),
+        ("[[data]]", "data = [{}]: is a section; write [data] and its keys below"),
         ("[data]\nxyzzy = 2", "data.xyzzy: unknown key; known are source, path"),
         ("[data]\n[pairs]\ndraws = 0", "pairs.draws = 0"),
         ("[data]\n[pairs]\ndraws = 'two'", "pairs.draws = 'two'"),
