@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nfm.pipeline.artifacts.artifact import STORES
-from nfm.pipeline.artifacts.ours import FINGERPRINT, MANIFEST, is_foreign
+from nfm.pipeline.artifacts.ours import MANIFEST, is_foreign, lost_its_spec
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic, remote
 from nfm.storage.files.copies import mirror
@@ -48,16 +48,11 @@ def listed(root: Path) -> list[Listed]:
             files.setdefault(stage / fingerprint, {})[rest] = facts
     stores = [root / STORES / name for name in names_in(root / STORES)]
     files |= dict(zip(stores, several(root, below, stores)))  # each by itself, as one may have many thousand files
-    told = {path: _telling(names) for path, names in files.items() if _may_be_ours(path, names)}
+    ours = {path: names for path, names in files.items() if "spec.json" in names or lost_its_spec(path, names)}
+    told = {path: _telling(names) for path, names in ours.items()}
     notes = _notes_of(root, {path / name: files[path][name].tag for path, name in told.items()})
     rows = [_row(path, told[path], notes[path / told[path]], files[path]) for path in sorted(told, key=str)]
     return [row for row in rows if not row.damaged or not is_foreign(row.path / "spec.json")]
-
-
-def _may_be_ours(path: Path, names: Files) -> bool:
-    """Whether it has a spec, or has lost it: then a manifest is there, under a name of ours."""
-    lost = FINGERPRINT.fullmatch(path.name) is not None and any(map(MANIFEST.fullmatch, names))
-    return "spec.json" in names or lost
 
 
 def _telling(names: Files) -> str:

@@ -27,12 +27,17 @@ def is_foreign(spec: Path) -> bool:
         body = json.loads(read_bytes(spec))
     except (StorageError, OSError, ValueError):
         return False
-    return not (isinstance(body, dict) and KEYS & body.keys()) and not is_finished(spec.parent)
+    return not (isinstance(body, dict) and KEYS & body.keys()) and not lost_its_spec(spec.parent)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a folder without a readable `spec.json` is an artifact of ours, by its name and a manifest in it."""
-    return FINGERPRINT.fullmatch(folder.name) is not None and any(map(MANIFEST.fullmatch, names_in(folder)))
+def lost_its_spec(folder: Path, names: Iterable[str] | None = None) -> bool:
+    """Whether a folder without a `spec.json` of ours is an artifact all the same: by its name, and a manifest in it.
+
+    `names` are those of its files, where they are known.
+    """
+    if FINGERPRINT.fullmatch(folder.name) is None:
+        return False
+    return any(map(MANIFEST.fullmatch, names_in(folder) if names is None else names))
 
 
 def folders(root: Path) -> list[Path]:
@@ -46,8 +51,6 @@ def folders(root: Path) -> list[Path]:
 def of_ours(found: Iterable[Path]) -> list[Path]:
     """The `spec.json` of those of these folders that are artifacts."""
     specs = [folder / "spec.json" for folder in found]
-    if specs and not is_remote(specs[0]):
-        specs = [spec for spec in specs if spec.exists() or is_finished(spec.parent)]
     kept = several(specs[0], _is_ours, specs) if specs else []
     return [spec for spec, ours in zip(specs, kept) if ours]
 
@@ -58,6 +61,4 @@ def specs(root: Path) -> list[Path]:
 
 
 def _is_ours(spec: Path) -> bool:
-    if is_remote(spec) and not exists(spec):
-        return is_finished(spec.parent)
-    return not is_foreign(spec)
+    return not is_foreign(spec) if exists(spec) else lost_its_spec(spec.parent)

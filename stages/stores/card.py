@@ -95,10 +95,10 @@ def _text(store: PairStore, data: Mapping[str, Any], named: str) -> Iterator[str
 def _facts(store: PairStore, data: Mapping[str, Any]) -> dict[str, Any]:
     spec, body = store.spec, store.manifest
     learnt = "data that the student learnt" if _generated(spec) else "data"
-    options = {name: value for name, value in (spec.coupling_options or {}).items() if name != "origin"}
+    options = dict(spec.coupling_options or {})
     facts = {
         "coupling": spec.coupling,
-        "origin": (spec.coupling_options or {}).get("origin"),
+        "origin": options.pop("origin", None),
         "how": ", ".join(f"{name} {value}" for name, value in options.items()) or None,
         "noise is N(0, I)": "exactly, before it is stored" if facts_of(spec.coupling).gaussian else None,
         "images": f"{spec.rows:,} of {by(spec.image_shape)}, {spec.field('image').dtype}",
