@@ -147,7 +147,8 @@ class PairStore(Readable):
 
     def __repr__(self) -> str:
         spec, named = self.spec, f"PairStore({str(self.root)!r}, generation={self.generation})"
-        return f"{named}: {self.draws} draws of {spec.rows:,} {spec.coupling} pairs, {by(spec.image_shape)}"
+        draws = f"{self.draws} draw{'s' * (self.draws != 1)}"
+        return f"{named}: {draws} of {spec.rows:,} {spec.coupling} pairs, {by(spec.image_shape)}"
 
     def __enter__(self) -> PairStore:
         return self

@@ -106,8 +106,8 @@ def as_text(results: Sequence[Audited]) -> str:
     """The results as a table."""
     lines = []
     for result in results:
-        verdict = f"{len(result.findings)} FINDINGS" if result.findings else "clean"
-        looked = f"{result.files} files, {units.size(result.bytes)}"
+        verdict = units.number_of(len(result.findings), "FINDING").upper() if result.findings else "clean"
+        looked = f"{units.number_of(result.files, 'file')}, {units.size(result.bytes)}"
         lines.append(f"{result.artifact:24} {verdict:12} {looked:24} {result.seconds:6.1f} s  {result.manifest}")
         lines += [
             f"    {finding.file}: {_sentence(finding.problem)} Remedy: {finding.remedy}" for finding in result.findings

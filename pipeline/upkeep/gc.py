@@ -110,7 +110,7 @@ def total(found: Sequence[Garbage]) -> str:
     plural = {"temporary": "temporaries", "part": "parts", "artifact": "artifacts", "attempt": "attempts"}
     words = [f"{count} {plural.get(kind, kind) if count > 1 else kind}" for kind, count in counts.items()]
     files, size = sum(one.files for one in found), sum(one.bytes for one in found)
-    return f"{', '.join(words)}: {files} files, {units.size(size)}"
+    return f"{', '.join(words)}: {units.number_of(files, 'file')}, {units.size(size)}"
 
 
 def _leftovers(folder: Path, store: bool) -> list[Garbage]:

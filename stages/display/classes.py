@@ -15,10 +15,13 @@ class GridRow(NamedTuple):
     images: list[int]  # their numbers, from 0
 
 
-def rows_of(labels: Sequence[int] | np.ndarray | None, count: int, columns: int = COLUMNS) -> list[GridRow]:
+def rows_of(
+    labels: Sequence[int] | np.ndarray | None, count: int, columns: int = COLUMNS, names: Sequence[str] = ()
+) -> list[GridRow]:
     """The rows of a grid of `count` images: one class in each row if most classes have several, else classes in order.
 
-    Without labels, or with -1 for all, the images keep their order and the rows have no titles.
+    Without labels, or with -1 for all, the images keep their order and the rows have no titles. Titles have the `names`
+    of the classes, or their numbers.
     """
     classes = np.full(count, -1) if labels is None else np.asarray(labels)[:count]
     order = np.argsort(classes, kind="stable")
@@ -26,16 +29,17 @@ def rows_of(labels: Sequence[int] | np.ndarray | None, count: int, columns: int 
     if len(found) == 1 and found[0] < 0:
         return [GridRow("", part) for part in _parts(list(range(count)), columns)]
     if count >= 2 * len(found):
-        groups = [(_title(label, label), order[classes[order] == label].tolist()) for label in found.tolist()]
+        groups = [(_title(label, label, names), order[classes[order] == label].tolist()) for label in found.tolist()]
         return [GridRow(title, part) for title, group in groups for part in _parts(group, WIDEST)]
     parts = _parts(order.tolist(), columns)
-    return [GridRow(_title(int(classes[part[0]]), int(classes[part[-1]])), part) for part in parts]
+    return [GridRow(_title(int(classes[part[0]]), int(classes[part[-1]]), names), part) for part in parts]
 
 
-def _title(first: int, last: int) -> str:
+def _title(first: int, last: int, names: Sequence[str]) -> str:
+    start, end = (names[label] if 0 <= label < len(names) else label for label in (first, last))
     if first == last:
-        return "no class" if first < 0 else f"class {first}"
-    return f"class {first} to {last}" if first >= 0 else f"to class {last}"
+        return "no class" if first < 0 else f"class {start}"
+    return f"class {start} to {end}" if first >= 0 else f"to class {end}"
 
 
 def _parts(numbers: list[int], size: int) -> list[list[int]]:

@@ -14,6 +14,11 @@ def figure(value: float, digits: int = 4) -> str:
     return f"{float(rounded):,.15g}" if 1e-3 <= abs(value) < 1e15 else rounded
 
 
+def number_of(count: int, what: str) -> str:
+    """A count and its noun, which gets an s unless there is one: `1 file`, `1,000 files`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def rate(value: float, unit: str) -> str:
     """So many a second: `1,000 images/s`, below ten with two figures."""
     return f"{value:,.0f} {unit}/s" if value >= 10 else f"{figure(value, 2)} {unit}/s"

@@ -16,6 +16,7 @@ from nfm.stages.base import (
 )
 from nfm.stages.couplings import custom
 from nfm.stages.couplings.facts import FACTS, facts_of
+from nfm.stages.display.units import number_of
 from nfm.stages.encoding.setup import Setup
 from nfm.stages.executors import EXECUTORS, ray_cluster
 from nfm.stages.executors.jobs import jobs_of
@@ -230,7 +231,7 @@ def cost(config: PairsConfig, facts: Mapping[str, Any], clock: Clock | None) -> 
     return Cost(
         plan["pairs"],
         "pairs",
-        told="1 draw" if config.draws == 1 else f"{config.draws} draws",
+        told=number_of(config.draws, "draw"),
         bytes=plan["bytes"][config.codec],
         flops=plan.get("flops"),
         seconds=plan["pairs"] / one["images_per_second"] if one else None,

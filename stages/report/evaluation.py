@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ MEANT = {
 
 
 class Evaluation:
-    """`evaluation.json` and its samples, as table, plot and grids."""
+    """`evaluation.json` and its samples, as table, plot and grids with the names of the classes."""
 
-    def __init__(self, root: Path, samples: int):
-        self.root, self.samples = root, samples
+    def __init__(self, root: Path, samples: int, classes: Sequence[str] = ()):
+        self.root, self.samples, self.classes = root, samples, classes
         self.body = read_json(root / "evaluation.json")
         self.rows: list[dict[str, Any]] = list(self.body["rows"])
         self.key = distance_key(self.rows[0])
@@ -68,7 +68,7 @@ class Evaluation:
                     picture = plots.points_of_the_plane({"samples": coordinates(images)}, alt)
                     caption = f"{len(images):,} points, {caption}"
                 else:
-                    picture = image_grid(images, alt, labels=labels)
+                    picture = image_grid(images, alt, labels=labels, names=self.classes)
                 figures.append(figure(picture, title(line), caption))
         return figures
 

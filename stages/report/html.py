@@ -136,12 +136,15 @@ def figure(picture: str, bold: str, caption: str = "") -> str:
     return f"<figure><figcaption><b>{escape(bold)}</b>{rest}</figcaption>{picture}</figure>"
 
 
-def image_grid(images: np.ndarray, alt: str, columns: int = 8, labels: np.ndarray | None = None) -> str:
+def image_grid(
+    images: np.ndarray, alt: str, columns: int = 8, labels: np.ndarray | None = None, names: Sequence[str] = ()
+) -> str:
     """Images [n, C, H, W] uint8 as a sharp PNG in reading order; only the first channel unless C is 3.
 
-    With labels there is a PNG for each row, after the class or classes that the row shows.
+    With labels there is a PNG for each row, after the class or classes that the row shows, by name if
+    there are `names`.
     """
-    rows = rows_of(labels, len(images), columns)
+    rows = rows_of(labels, len(images), columns, names)
     if not any(title for title, _ in rows):
         return _raster(images, alt, columns)
     cells = (

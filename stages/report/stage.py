@@ -12,7 +12,7 @@ from nfm.stages.base import Inputs, Reporter, Result, Section, StageError, Stopp
 from nfm.stages.report import sections as sections
 from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.report.html import page
-from nfm.storage import PairStore
+from nfm.storage import ImageDataset, PairStore
 from nfm.storage.files.atomic import write_bytes
 
 NAME = "report"
@@ -37,7 +37,8 @@ def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Re
     students = [role for role in manifests if role.split(":")[0] == "student"]
     variants = _distinct({role: _variant(role, manifests[role], couplings) for role in students})
     trained = {variants[role]: inputs[role] for role in students}
-    evaluation = Evaluation(inputs["evaluate"], config.samples) if "evaluate" in inputs else None
+    classes = ImageDataset.open(inputs["data"], "train").classes
+    evaluation = Evaluation(inputs["evaluate"], config.samples, classes) if "evaluate" in inputs else None
 
     drawn = [("Stages", sections.stages(manifests))]
     drawn.append(("Data", sections.data(inputs["data"], manifests["data"], config.samples, config.seed)))

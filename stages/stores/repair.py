@@ -7,7 +7,7 @@ from re import fullmatch
 from typing import Literal
 
 from nfm.stages.base import Finding, StageError
-from nfm.stages.display.units import megabytes, size
+from nfm.stages.display.units import megabytes, number_of, size
 from nfm.storage import layouts
 from nfm.storage import verify as storage_verify
 from nfm.storage.errors import NewerSchema, StorageError
@@ -49,10 +49,11 @@ def looked_at(store: str | Path, level: Level) -> str:
     files = [file for entry in entries.values() for file in (*layouts.files(spec, entry), entry.index)]
     fields = [RowField.open(root, name) for name in row_field_names(root)]
     files += [file for field in fields for file in field.files]
-    held = f"{len(entries):,} shards of {sum(entry.records for entry in entries.values()):,} pairs"
+    records = sum(entry.records for entry in entries.values())
+    held = f"{number_of(len(entries), 'shard')} of {number_of(records, 'pair')}"
     if fields:
-        held += f", {len(fields)} field{'s' * (len(fields) > 1)}"
-    extent = f"{len(files):,} files, {size(sum(file.bytes for file in files))}"
+        held += f", {number_of(len(fields), 'field')}"
+    extent = f"{number_of(len(files), 'file')}, {size(sum(file.bytes for file in files))}"
     return f"{held}, {extent}; {_READ[level]}"
 
 
@@ -60,8 +61,10 @@ def unfinished(store: str | Path) -> str:
     """A sentence about what killed attempts left in a store; empty if they left nothing."""
     root, _ = pinned(store)
     left = storage_verify.orphans(root)
-    held = sum(size_of(root / name) or 0 for name in left)
-    return f"{len(left)} files of unfinished attempts, {megabytes(held)}: of no harm and of no use" if left else ""
+    if not left:
+        return ""
+    held = megabytes(sum(size_of(root / name) or 0 for name in left))
+    return f"{number_of(len(left), 'file')} of unfinished attempts, {held}: of no harm and of no use"
 
 
 def sealable(out: Path) -> tuple[int, dict[str, str]]:

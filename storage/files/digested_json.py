@@ -95,7 +95,7 @@ def checked(path: Path, data: bytes) -> dict[str, Any]:
 
 def _proven(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(data)
+        body = json.loads(data.decode())  # of bytes, a guess at their encoding would be told
     except ValueError as error:
         raise StorageError(f"{path}: not valid JSON ({error}); {RESTORE}") from error
     if not isinstance(body, dict):

@@ -185,4 +185,4 @@ def test_sealing_says_why_a_generation_has_no_coupling_report(lab: Lab, capsys: 
     assert again.manifest()["content_digest"] == content
     assert "coupling_report" not in again.manifest()
     assert "without a coupling report: one was begun before" in capsys.readouterr().err
-    assert "FINDINGS" not in lab.nfm("audit", store.path, "--quick").stdout, "what a killed report left is no fault"
+    assert "FINDING" not in lab.nfm("audit", store.path, "--quick").stdout, "what a killed report left is no fault"

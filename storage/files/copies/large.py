@@ -1,4 +1,4 @@
-"""Objects that are created only if there is none, also large ones, which clients upload in parts.
+"""Objects that are written on a condition, also large ones, which clients upload in parts.
 
 Then the condition stands in the request that begins the upload, or in the one that puts the parts together. Some
 servers do not look at it there, and overwrite. To these a large file is put in one request.
@@ -6,6 +6,7 @@ servers do not look at it there, and overwrite. To these a large file is put in 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -15,6 +16,7 @@ from nfm.storage.errors import StorageError
 from nfm.storage.files import clouds
 from nfm.storage.files.clouds.cloud import Cloud
 
+_WHOLE = 100 << 20  # bytes of a file that is read into memory to be put over another one
 _keeps: dict[str, bool] = {}  # by bucket, what was found out
 
 
@@ -29,15 +31,36 @@ def put_new(fs: Any, name: str, source: str | bytes) -> None:
         fs.put_file(source, name, mode="create")
 
 
+def put_over(fs: Any, name: str, source: str, tag: str) -> None:
+    """Puts the file of a local path over the version of `tag` of an object, or does nothing if there is another one.
+
+    A large file cannot be put over one in parts. So that version is removed, for `put_new` to follow. Servers that do
+    not look at the condition of parts need not look at that of a removal: Ceph's does neither.
+    """
+    cloud, size = clouds.of(fs), os.path.getsize(source)
+    if cloud is None:
+        return
+    if size < min(cloud.PARTS, _WHOLE) or not _keeps_of_parts(cloud, fs, name):
+        _check_size(cloud, name, size)
+        cloud.put(fs, name, Path(source).read_bytes(), tag)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            cloud.remove(fs, name, tag)
+
+
 def _put_whole(cloud: Cloud, fs: Any, name: str, source: str | bytes, size: int) -> None:
+    _check_size(cloud, name, size)
+    body = source if isinstance(source, bytes) else Path(source).read_bytes()
+    if cloud.put(fs, name, body, None) is None:
+        raise FileExistsError(name)
+
+
+def _check_size(cloud: Cloud, name: str, size: int) -> None:
     if size > cloud.MOST:
         raise StorageError(
             f"{name}: {size:,} bytes, and this object store creates an object only if there is none when it is put in "
             f"one request, of {cloud.MOST:,} bytes at most; use another store, or smaller shards"
         )
-    body = source if isinstance(source, bytes) else Path(source).read_bytes()
-    if cloud.put(fs, name, body, None) is None:
-        raise FileExistsError(name)
 
 
 def _keeps_of_parts(cloud: Cloud, fs: Any, name: str) -> bool:

@@ -18,17 +18,15 @@ from typing import Any
 
 from nfm.storage.errors import CorruptShard, MissingShard, StorageError
 from nfm.storage.files import atomic, clouds, remote
-from nfm.storage.files.copies.large import put_new
+from nfm.storage.files.copies.large import put_new, put_over
 from nfm.storage.files.digested_json import RESTORE
 from nfm.storage.files.durable import HashingFile
 from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import as_path, inside, is_remote, is_url, scratch_root, size_of
-from nfm.storage.files.small_files import read_bytes
 
 ORIGIN = "origin.json"  # in every folder here: of which artifact it is, and which manifest was pulled
 _FILES = 4  # files at a time, each in several requests
 _TRIES = 3
-_WHOLE = 100 << 20  # bytes of a file that is read into memory to be put over another one
 
 
 def local_folder(artifact: Path) -> Path:
@@ -157,8 +155,7 @@ def push(artifact: Path, folder: Path, digests: Mapping[str, tuple[str, int]], c
 
     An object that is there already is left alone if it is the same. Another one is of an attempt that was never
     finished, and is replaced after `check`, which raises if this process does not hold the lock any more. If another
-    process replaces it in between, its object stays: some servers, such as Ceph's, look at the condition of a put but
-    not at that of a removal, so only what is uploaded in parts is removed first.
+    process replaces it in between, its object stays.
     """
     list(parallel(lambda item: _send(artifact, folder, *item, check), digests.items(), _FILES))
 
@@ -179,11 +176,6 @@ def _send(artifact: Path, folder: Path, name: str, digest: tuple[str, int], chec
     tag = cloud.facts(remote.attempt(target, "look at", lambda fs, there: fs.info(there)))[1] if cloud else ""
     if cloud is not None and atomic.hash_file(target) != digest:
         check()
-        if digest[1] < min(cloud.PARTS, _WHOLE):
-            data = read_bytes(Path(source), digest[1])
-            remote.attempt(target, "write", lambda fs, there: cloud.put(fs, there, data, tag))
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                remote.attempt(target, "remove", lambda fs, there: cloud.remove(fs, there, tag))
+        remote.attempt(target, "write", lambda fs, there: put_over(fs, there, source, tag))
     if not send():
         raise StorageError(f"{target}: another process writes it; see who works on that artifact, then run this again")

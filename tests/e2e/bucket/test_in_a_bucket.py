@@ -127,7 +127,7 @@ def test_an_audit_of_a_bucket_reads_the_bucket_and_not_what_is_here(made: Lab, t
     for level in ("--quick", "--deep"):
         told = there.nfm("audit", made.name("pairs"), level).stdout
         assert told.count(" clean ") == 3
-        assert "FINDINGS" not in told
+        assert "FINDING" not in told
     assert "0 of 300 pairs bad" in told
     assert len(names_in(store / "audits")) == before + 2
     weights = as_path(there.url) / made.name("teacher") / "weights.safetensors"

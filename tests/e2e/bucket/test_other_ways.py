@@ -74,7 +74,7 @@ def test_couplings_are_compared_there_also_those_of_a_potential_and_of_a_student
     assert {store.spec["store"]["coupling"] for store in there.all("pairs")} >= {"semidiscrete-ot", "reflow"}
     for store in there.all("pairs"):
         assert verify(store.path, level="deep") == []
-    assert "FINDINGS" not in there.nfm("audit", f"potential/{potential.path.name}", "--deep").stdout
+    assert "FINDING" not in there.nfm("audit", f"potential/{potential.path.name}", "--deep").stdout
     again = there.on("two").nfm(*words).stderr
     assert "making" not in again
     assert not (there.on("two").lab.artifacts).exists()

@@ -70,7 +70,7 @@ def test_one_flipped_byte_of_a_shard_is_found_repaired_and_encoded_again_the_sam
     flip(bad, 0.7)
     before = lab.committed()
     done = lab.nfm("audit", "-c", "tiny.toml", exits=1)
-    assert "FINDINGS" in done.stdout
+    assert "FINDING" in done.stdout
     assert str(bad) in done.stdout
     assert lab.nfm("pairs", "verify", store.path, exits=1).stdout.startswith(str(bad))
     assert lab.committed() == before
@@ -82,7 +82,7 @@ def test_one_flipped_byte_of_a_shard_is_found_repaired_and_encoded_again_the_sam
     assert list((store.path / "quarantine").rglob(bad.name))
     assert "7 of 8 shards are committed already" in lab.run("pairs").stderr
     assert lab.only("pairs").manifest()["content_digest"] == body["content_digest"]
-    assert "FINDINGS" not in lab.nfm("audit", "-c", "tiny.toml").stdout
+    assert "FINDING" not in lab.nfm("audit", "-c", "tiny.toml").stdout
     assert "nothing to repair" in lab.nfm("repair", store.path).stdout
 
 

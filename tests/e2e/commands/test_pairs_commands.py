@@ -27,7 +27,7 @@ def test_an_export_is_a_store_that_students_read_and_audits_follow_back(lab: Lab
     assert re.search(r"512 pairs, zarr int8: 0\.\d MB, \d+ bytes a pair \(blocks float16: \d+\)", said)
     assert re.search(r"RMS error 0\.0\d+, largest [\d.]+ over 512 pairs; \d of 32,768 values clipped", said)
     assert "clean" in nfm("pairs", "verify", out, "--deep")
-    assert "FINDINGS" not in nfm("audit", out, "--deep")
+    assert "FINDING" not in nfm("audit", out, "--deep")
 
     info = json.loads(nfm("pairs", "info", out, "--json"))
     before = PairStore.open(store)
@@ -60,7 +60,7 @@ def test_an_audit_knows_an_export_whose_images_are_not_the_sources(lab: Lab, nfm
     nfm("run", "data", "-c", "tiny.toml", "--set", "data.seed=1")
     store, out = lab.only("pairs").path, lab.folder / "exported"
     nfm("pairs", "export", store, out)
-    assert "FINDINGS" not in nfm("audit", out)
+    assert "FINDING" not in nfm("audit", out)
     spec = json.loads((out / "spec.json").read_text())
     other = next(found for found in lab.all("data") if found.name != spec["inputs"]["data"]["artifact"])
     spec["inputs"]["data"] |= {"artifact": other.name, "content_digest": other.manifest()["content_digest"]}
@@ -162,7 +162,7 @@ def test_a_whole_run_in_another_layout_killed_resumed_audited_and_repaired(lab: 
     assert store is not None
     student = next(s for s in lab.all("student") if s.spec["inputs"]["pairs"]["artifact"].endswith(store.name))
     audited = nfm("audit", student.path, "--deep")
-    assert "FINDINGS" not in audited
+    assert "FINDING" not in audited
     assert "0 of 300 pairs bad" in audited
 
     digest = PairStore.open(store).content_digest

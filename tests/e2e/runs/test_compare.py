@@ -167,7 +167,7 @@ def test_a_comparison_is_audited_and_traced_back_like_any_artifact(compared: Lab
     largest = max(compared.all("compare"), key=lambda made: len(made.spec["inputs"]))
     name = f"compare/{largest.path.name}"
     told = compared.nfm("audit", name, "--quick").stdout
-    assert "FINDINGS" not in told
+    assert "FINDING" not in told
     assert all(f"{stage}/" in told for stage in ("compare", "evaluate", "student", "potential", "pairs", "teacher"))
     assert "evaluate:teacher: evaluate/" in compared.nfm("lineage", name).stdout
     assert name in compared.nfm("ls").stdout

@@ -68,7 +68,7 @@ def test_data_without_labels_goes_all_the_way(empty: Lab, nfm_anew: Nfm, latents
     assert ("false colours" in (empty.only("report").path / "report.html").read_text()) == latents
 
     audited = nfm_anew("audit", "-c", "tiny.toml", *(part for text in sets for part in ("--set", text)), "--deep")
-    assert "FINDINGS" not in audited
+    assert "FINDING" not in audited
     nfm_anew("sample", empty.only("student").path, "-n", "4", "-o", "grid.png")
     assert Image.open(empty.folder / "grid.png").text.get("Description") == (FALSE_COLOURS if latents else None)
     nfm_anew("pairs", "head", store.root, "-n", "4")

@@ -35,7 +35,7 @@ def test_an_artifact_that_lost_its_spec_is_damaged_and_not_somebody_elses(lab: L
         (line,) = (line for line in lab.nfm("ls").stdout.splitlines() if line.startswith(name))
         assert line.split()[1] == "damaged"
         told = lab.nfm("audit", name.partition("/")[2], exits=1).stdout
-        assert "1 FINDINGS" in told
+        assert "1 FINDING " in told
         assert str(spec) in told
         assert lab.nfm("lineage", name, exits=1).stderr.startswith(f"nfm: {spec}: ")
 

@@ -22,6 +22,16 @@ def test_every_image_is_once_in_a_row_that_names_its_class(classes: int, count: 
         assert int(first) <= labels[row.images].min() <= labels[row.images].max() <= int(last or first)
 
 
+def test_rows_have_the_names_of_the_classes_where_they_are_known() -> None:
+    names = ["T-shirt/top", "Trouser", "Pullover"]
+    assert [row.title for row in rows_of([2, 0, 0, 2, -1, -1], 6, names=names)] == [
+        "no class", "class T-shirt/top", "class Pullover",
+    ]  # fmt: skip
+    assert [row.title for row in rows_of([0, 1, 2], 3, columns=2, names=names)] == [
+        "class T-shirt/top to Trouser", "class Pullover",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("labels", [None, np.full(10, -1)])
 def test_images_without_classes_keep_their_order_and_have_no_titles(labels: np.ndarray | None) -> None:
     assert rows_of(labels, 10) == [("", list(range(8))), ("", [8, 9])]

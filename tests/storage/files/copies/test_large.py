@@ -41,6 +41,29 @@ def test_what_is_there_stays_whatever_the_server_does_with_the_condition_of_part
     assert s3.count("POST", "uploads") == 1, "it is asked once"
 
 
+@s3_alone
+@pytest.mark.parametrize("ignored", [False, True], ids=["kept to", "ignored for parts"])
+def test_what_another_process_put_there_meanwhile_is_not_put_over(
+    ignored: bool, s3: S3, bucket: str, tmp_path: Path
+) -> None:
+    """Ceph's gateway looks neither at the condition of parts nor at that of a removal. So nothing is removed there."""
+    if ignored:
+        s3.fail("if-none-match", method="POST", times=100)
+    artifact = as_path(f"{bucket}/run/student/ab12")
+    (artifact / "weights").write_bytes(b"of an attempt that died")
+    (tmp_path / "weights").write_bytes(FIRST)
+    digests = {"weights": atomic.hash_file(tmp_path / "weights")}
+
+    def taken_over() -> None:
+        (artifact / "weights").write_bytes(b"of who has the lock now")
+
+    with pytest.raises(StorageError, match="another process writes it"):
+        mirror.push(artifact, tmp_path, digests, taken_over)
+    assert read_bytes(artifact / "weights") == b"of who has the lock now"
+    mirror.push(artifact, tmp_path, digests, lambda: None)
+    assert read_bytes(artifact / "weights") == FIRST
+
+
 @pytest.mark.parametrize("s3", ["gs", "az"], indirect=True)
 def test_what_is_there_stays_in_other_clouds_too(s3: S3, bucket: str, tmp_path: Path) -> None:
     """fake-gcs-server does not look at the condition of an upload in parts; Azurite does."""
