@@ -25,6 +25,7 @@ from nfm.stages.display.watching.lines import Lines, check_watching, read_lines
 from nfm.stages.trained import training
 from nfm.stages.trained.training import Task, fit
 from nfm.stages.trained.training.section import TrainingSection
+from tests.support.patience import until
 from tests.support.recorder import Recorder
 
 EXAMPLES, EVERY = 96, 16
@@ -146,6 +147,8 @@ def records(file: Path) -> Iterator[Any]:
             at += 32768 - at % 32768
             continue
         _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + size > len(data):
+            return  # it is being written
         whole += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last piece
@@ -156,9 +159,14 @@ def records(file: Path) -> Iterator[Any]:
 
 
 def wandb_runs(out: Path) -> list[tuple[str, list[dict[str, float]]]]:
-    """The id and the history of each run that W&B kept offline, the oldest first."""
+    """The id and the history of each run that W&B kept offline, the oldest first.
+
+    Its own process writes them, on a busy machine later than a run is finished.
+    """
+    files = sorted(out.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.parent.name)
+    until(lambda: all(any(record.HasField("exit") for record in records(file)) for file in files), "a run without end")
     runs = []
-    for file in sorted(out.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns):
+    for file in files:
         ids, history = set(), []
         for record in records(file):
             if record.HasField("run"):
