@@ -168,13 +168,11 @@ def _short_name(path: Path, with_stage: bool = True) -> str:
     return f"{path.parent.name}/{path.name}" if with_stage else path.name
 
 
-def check_store(artifact: Artifact) -> None:
+def check_store(artifact: Artifact, remedy: str = "give the folder of one or a manifest in it, see `nfm ls`") -> None:
     """Raises WrongArtifact for anything but a pair store. Damage is reported by its reader."""
     with contextlib.suppress(StorageError):
         if "store" not in artifact.spec:
-            raise WrongArtifact(
-                f"{artifact.name} is no pair store; give the folder of one or a manifest in it, see `nfm ls`"
-            )
+            raise WrongArtifact(f"{artifact.name} is no pair store; {remedy}")
 
 
 def newest_manifest(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,7 @@ def encode(file: Path, task: int, of: int) -> None:
 
 def _write(stage: str, config_path: Path, overrides: tuple[str, ...], output: Path) -> None:
     from nfm.pipeline import builder, prechecks, runner
+    from nfm.pipeline.artifacts.intact import check_inputs
     from nfm.pipeline.config import load
     from nfm.pipeline.graph import upstream
     from nfm.stages.executors import slurm
@@ -80,6 +82,7 @@ def _write(stage: str, config_path: Path, overrides: tuple[str, ...], output: Pa
     prechecks.check(nodes, node.name)
     for needed in node.inputs.values():
         runner.run(nodes, needed.name)
+    check_inputs(node.input_artifacts() or {}, partial(click.echo, err=True))
     listed = _listed(node)
     found, made = slurm.freeze(listed, output.absolute()), "encoded" if stage == "pairs" else "made"
     click.echo(f"{output}: {len(found.shards):,} shards of {listed.store} are to be {made}")

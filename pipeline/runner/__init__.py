@@ -26,6 +26,7 @@ from nfm.pipeline.artifacts.artifact import (
     readable,
     workplace,
 )
+from nfm.pipeline.artifacts.intact import check_inputs
 from nfm.pipeline.artifacts.lineage import inputs_of
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.console import Console, StopRequest
@@ -102,6 +103,8 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         artifact = node.artifact() or artifact
         if artifact.done:
             return artifact
+        with stop.at_once():
+            check_inputs(inputs, lambda said: click.echo(f"{node.name}: {said}", err=True))
         resumed = artifact.started
         spec = prepare(node, artifact, inputs)
         out = workplace(artifact.path)

@@ -12,12 +12,13 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, artifacts_root, fingerprint, readable, under_root
+from nfm.pipeline.artifacts import intact
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, fingerprint, readable, under_root
 from nfm.pipeline.artifacts.lineage import ancestors, inputs_of, references
 from nfm.pipeline.builder import build
 from nfm.pipeline.config import RunConfig
@@ -34,7 +35,7 @@ from nfm.stages.trained.training.checkpoints import CHECKPOINTS
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
 from nfm.storage.files.parallel import parallel
-from nfm.storage.files.paths import inside, is_remote, names_in, size_of
+from nfm.storage.files.paths import inside, is_remote, names_in
 from nfm.storage.ledger.standing import UNSEALED, again, unsealed
 
 Level = Literal["quick", "default", "deep"]
@@ -64,9 +65,10 @@ def audit(
     `allowed` are the custom functions that `deep` may run.
     """
     unique = {str(found.reference): found for target in targets for found in ancestors(target)}
-    results = []
+    results: list[Audited] = []
     for found in unique.values():
-        results.append(_audit_one(found, level, deep_sample, allowed))
+        damaged = {result.artifact for result in results if result.findings}
+        results.append(_audit_one(found, level, deep_sample, allowed, damaged))
         if found.path in {target.path for target in targets} or under_root(found.path):
             _keep_receipt(found.path, results[-1], level)
     return results
@@ -120,7 +122,10 @@ def _sentence(text: str) -> str:
     return text if text.endswith(("?", ".")) else f"{text}."
 
 
-def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: custom.Allowed) -> Audited:
+def _audit_one(
+    artifact: Artifact, level: Level, deep_sample: int, allowed: custom.Allowed, damaged: Collection[str]
+) -> Audited:
+    """What is found of one artifact. It is not judged by inputs that are `damaged` themselves, given by name."""
     started = time.monotonic()
     findings: list[Finding] = []
     statements: list[str] = []
@@ -138,6 +143,9 @@ def _audit_one(artifact: Artifact, level: Level, deep_sample: int, allowed: cust
         stage = STAGES[spec.get("stage", pairs.NAME)]
         done = {role: found for role, found in inputs_of(artifact).items() if found.done}
         inputs = readable(done) if stage in (pairs, latents) and level != "quick" else {}
+        if inputs and (bad := [found.name for found in done.values() if found.name in damaged]):
+            inputs = {}
+            statements.append(f"not compared with {', '.join(bad)}: mend the findings there, and audit again")
         if stage is pairs:
             more, said = store_audit.audit(inputs, artifact.reference, level, deep_sample, allowed)
             findings, statements = findings + more, statements + said
@@ -165,8 +173,6 @@ def _unreadable(artifact: Artifact, error: Exception) -> Finding:
             return Finding(str(artifact.path), UNSEALED, unsealed(artifact.path))
         return Finding(str(artifact.path), f"not finished: it has no {artifact.manifest_name}", "run its stage again")
     where, _, problem = str(error).partition(": ")
-    if problem and where.startswith(f"{artifacts_root()}/") and not where.startswith(f"{artifact.path}/"):
-        return Finding(where, problem.rstrip("."), "see to the artifact that this file is of; it is audited by itself")
     if not problem or not where.startswith(str(artifact.path)):
         where, problem = str(artifact.path), str(error) or type(error).__name__
     remedy = "restore it, or make it again: remove the folder and run its stage"
@@ -222,23 +228,12 @@ def _content(artifact: Artifact) -> str | None:
 
 def _check_files(folder: Path, files: list[dict[str, Any]], hashed: bool) -> list[Finding]:
     """Checks the size, and with `hashed` the SHA-256, of every file that the manifest lists."""
-
-    def check(file: dict[str, Any]) -> Finding | None:
-        path = folder / file["path"]
-        remedy = "restore the file from a copy, or remove the artifact's folder and run its stage again"
-        try:
-            inside(folder, file["path"])
-        except StorageError as error:
-            return Finding(str(path), str(error).removeprefix(f"{path}: ").partition("; ")[0], remedy)
-        if (size := size_of(path)) is None:
-            return Finding(str(path), "missing", remedy)
-        if size != file["bytes"]:
-            return Finding(str(path), f"{size} bytes, the manifest says {file['bytes']}", remedy)
-        if hashed and atomic.hash_file(path)[0] != file["sha256"]:
-            return Finding(str(path), "its SHA-256 is not the manifest's: the bytes changed", remedy)
-        return None
-
-    return [finding for finding in parallel(check, files) if finding]
+    found = parallel(lambda file: intact.problem(folder, file, hashed), files)
+    return [
+        Finding(str(folder / file["path"]), wrong, intact.REMEDY)
+        for file, wrong in zip(files, found, strict=True)
+        if wrong is not None
+    ]
 
 
 def _keep_receipt(folder: Path, result: Audited, level: Level) -> None:

@@ -19,7 +19,7 @@ def repair_store(artifact: Artifact) -> list[str]:
     are the same, and so is the content digest. Artifacts that were made from the store find it again by this digest. An
     unreadable manifest is also moved aside: its contents are sealed again from the commits.
     """
-    check_store(artifact)
+    check_store(artifact, f"only stores are repaired; `nfm audit {artifact.name}` says how this is mended")
     with Lock(artifact.path):
         aside = artifact.path / "quarantine" / time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         damaged = repair.damaged_manifests(artifact.path)

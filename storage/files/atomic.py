@@ -136,7 +136,9 @@ def _place(source: Path, target: Path, size: int | None, keep: bool) -> None:
         _second_name(source, target)
         found = size_of(target)
     elif have is not None and (found != have or not _same(source, target)):
-        raise StorageError(f"{target}: another file than {source} has that name; set it aside and seal again")
+        raise StorageError(
+            f"{target}: damaged, or of another run, for {source} differs; move it away, and run the same command again"
+        )
     expected = size if size is not None else have
     if expected is not None and found != expected:
         raise CorruptShard(f"{target}: {found} bytes, {expected} were committed; run `nfm repair` on its store")

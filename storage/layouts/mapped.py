@@ -80,4 +80,4 @@ def map_file(path: Path, expected: int, what: str) -> mmap.mmap:
 
 def corrupt(path: Path, what: str) -> CorruptShard:
     """The error for a shard whose bytes do not fit its layout."""
-    return CorruptShard(f"{path}: {what}; truncated or altered, run `nfm audit` on its store")
+    return CorruptShard(f"{path}: {what}; truncated or altered, run `nfm audit` on what it is of")

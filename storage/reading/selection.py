@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
@@ -96,15 +97,18 @@ def as_expression(filter: Filter) -> pc.Expression:
 
 def _check_choice(column: str, how: str, values: Any) -> None:
     """Raises WrongArgument for values of `in` that pyarrow would turn into others: a text is many letters to it, and
-    "1" and True are 1.
+    "1" and True are 1. Also for those that no record can have, none at all, None and NaN.
     """
-    if how not in ("in", "not in") or column not in INDEX_SCHEMA.names:
+    if column not in INDEX_SCHEMA.names:
+        return
+    if how not in ("in", "not in"):
+        if values is None or (isinstance(values, float) and math.isnan(values)):
+            raise wrong("filter", (column, how, values), "a value to compare with; nothing compares with this one")
         return
     kind = INDEX_SCHEMA.field(column).type
     fits = str if pa.types.is_string(kind) else numbers.Real
-    if isinstance(values, str | bytes) or not all(
-        isinstance(value, fits) and not isinstance(value, bool) for value in values
-    ):
+    listed = [] if isinstance(values, str | bytes) else list(values)
+    if not listed or not all(isinstance(value, fits) and not isinstance(value, bool) for value in listed):
         raise wrong("filter", (column, how, values), f"a list of values of the column, {column} is {kind}")
 
 

@@ -65,17 +65,18 @@ def test_events_begin_with_start_and_end_with_complete(made: Lab) -> None:
 
 
 def test_a_failure_is_written_to_events_and_releases_the_lock(lab: Lab, root: Path) -> None:
-    shard = lab.only("data").path / "train/s00000.tar"
+    store = lab.only("pairs")
+    shard = store.path / store.manifest()["shards"][0]["payload"]
     shard.write_bytes(shard.read_bytes()[:-3000])
-    fresh = builder.build(load(lab.config, ["teacher.seed=11"]))
-    with pytest.raises(Exception, match=r"s00000\.tar"):
-        runner.run(fresh, "teacher")
-    artifact = fresh["teacher"].artifact()
+    fresh = builder.build(load(lab.config, ["student.seed=11"]))
+    with pytest.raises(Exception, match=shard.name):
+        runner.run(fresh, "student")
+    artifact = fresh["student"].artifact()
     assert artifact is not None
     assert artifact.started
     assert not artifact.done
     assert events(artifact)[-1]["kind"] == "FAIL"
-    assert "s00000.tar" in events(artifact)[-1]["error"]
+    assert shard.name in events(artifact)[-1]["error"]
     assert not (artifact.path / "lock.json").exists()
 
 

@@ -86,14 +86,13 @@ def test_one_flipped_byte_of_a_shard_is_found_repaired_and_encoded_again_the_sam
     assert "nothing to repair" in lab.nfm("repair", store.path).stdout
 
 
-def test_a_damaged_file_of_an_input_is_told_with_that_input_and_not_to_be_mended_in_the_store(lab: Lab) -> None:
+def test_a_damaged_file_of_an_input_is_told_with_that_input_alone(lab: Lab) -> None:
     dataset, store = lab.only("data").path / "dataset.json", lab.name("pairs", "independent")
     dataset.write_text(dataset.read_text().replace("digits", "digitz"))
     results = json.loads(lab.nfm("audit", store, "--json", exits=1).stdout)
     assert [result["artifact"] for result in results] == [lab.name("data"), store]
-    (finding,) = results[1]["findings"]
-    assert finding["file"] == str(dataset)
-    assert finding["remedy"] == "see to the artifact that this file is of; it is audited by itself"
+    assert {finding["file"] for finding in results[0]["findings"]} == {str(dataset)}
+    assert results[1]["findings"] == []
 
 
 def test_any_artifact_can_be_named_by_the_start_of_its_fingerprint(made: Lab) -> None:
@@ -195,3 +194,35 @@ def test_a_teacher_swapped_after_the_pairs_were_made_is_found(lab: Lab) -> None:
 def test_a_config_with_nothing_made_says_how_to_begin(empty: Lab) -> None:
     told = empty.nfm("audit", "-c", "tiny.toml", exits=1).stderr
     assert "nothing of this config is made yet; start with `nfm run pairs" in told
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "swapped"])
+def test_damaged_data_are_not_made_into_anything_and_what_was_made_of_them_before_is_not_blamed(
+    lab: Lab, how: str
+) -> None:
+    data, store = lab.only("data"), lab.only("pairs")
+    first, second = sorted((data.path / "train").iterdir())[:2]
+    before = first.read_bytes()
+    if how == "flipped":
+        flip(first)
+    elif how == "cut":
+        first.write_bytes(before[:-512])
+    else:
+        first.write_bytes(second.read_bytes())
+    made = len(lab.all("pairs"))
+    for target in (["run", "pairs", "-c", "tiny.toml", "--set", "pairs.seed=5"],
+                   ["run", "teacher", "-c", "tiny.toml", "--set", "teacher.seed=5"],
+                   ["pairs", "worklist", "-c", "tiny.toml", "--set", "pairs.seed=5", "-o", "list.json"]):  # fmt: skip
+        done = lab.nfm(*target, exits=1)
+        assert str(first) in done.stderr, done.stderr
+        assert "restore the file from a copy, or remove the artifact's folder" in done.stderr
+    assert not list(lab.folder.glob("list.json"))
+    assert len(lab.all("pairs")) == made
+    results = {one["artifact"]: one for one in json.loads(lab.nfm("audit", store.path, "--json", exits=1).stdout)}
+    assert [finding["file"] for finding in results[lab.name("data")]["findings"]] == [str(first)]
+    assert results[lab.name("pairs")]["findings"] == []
+    assert results[lab.name("pairs")]["statements"] == [
+        f"not compared with {lab.name('data')}: mend the findings there, and audit again"
+    ]
+    first.write_bytes(before)
+    assert "FINDING" not in lab.nfm("audit", store.path).stdout

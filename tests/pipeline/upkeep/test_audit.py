@@ -13,9 +13,11 @@ import pytest
 from nfm.pipeline.artifacts.artifact import Artifact
 from nfm.pipeline.config import load
 from nfm.pipeline.upkeep.audit import as_text, audit, finished
+from nfm.stages.stores.audit import against_source
 from nfm.storage.dataset.images import ImageDataset
 from nfm.storage.dataset.writer import DatasetWriter
 from nfm.storage.files import atomic
+from nfm.storage.ledger import seal
 
 if TYPE_CHECKING:
     from tests.conftest import Lab
@@ -99,7 +101,9 @@ def test_pairs_that_are_not_of_their_source_are_found(lab: Lab, root: Path, what
     for name, (images, labels, keys) in content.items():
         writer.write_split(name, len(keys), [(images, labels, keys)])
     writer.close()
-    assert any(f"{what} are not those of its source" in text for text in problems(lab.only("pairs")))
+    store = lab.only("pairs").path
+    found = against_source(seal.load(store, seal.numbers(store)[-1]), {"data": folder})
+    assert any(f"{what} are not those of its source" in finding.problem for finding in found)
 
 
 def test_the_state_of_a_finished_training_may_be_left_out_as_a_whole(lab: Lab, root: Path) -> None:

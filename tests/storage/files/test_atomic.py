@@ -269,7 +269,7 @@ def test_placing_gives_a_file_its_name_and_may_be_repeated(folder: Path) -> None
     with pytest.raises(CorruptShard, match="4 bytes, 5 were committed"):
         atomic.place(source, target, 5)
     atomic.write_bytes(source, b"else")
-    with pytest.raises(StorageError, match="another file"):
+    with pytest.raises(StorageError, match="damaged, or of another run"):
         atomic.place(source, target, 4)
     assert (read_bytes(source), read_bytes(target)) == (b"else", b"data")
     with pytest.raises(MissingShard, match="none"):
