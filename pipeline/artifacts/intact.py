@@ -34,10 +34,11 @@ def problem(folder: Path, file: Mapping[str, Any], hashed: bool = True) -> str |
 
 
 def check_inputs(inputs: Mapping[str, Artifact], say: Callable[[str], None]) -> None:
-    """Raises ArtifactError for a file of an input that is not the one of its manifest. Nothing is made of it then.
+    """Raises ArtifactError for a file of an input whose bytes changed since its manifest. Nothing is made of it then.
 
-    What nothing is made of, such as a grid of samples, may be missing. Shards of pair stores are left to
-    `nfm pairs verify`: a student may read a part of them, from far away.
+    A file that is missing or has another size is left to its reader, which names it. So the shards of a source that
+    can be read are made although others cannot. Shards of pair stores are left to `nfm pairs verify`: a student may
+    read a part of them, from far away.
     """
     asked = [
         (found.readable, file)
@@ -45,7 +46,7 @@ def check_inputs(inputs: Mapping[str, Artifact], say: Callable[[str], None]) -> 
         if not is_store(found.path)
         for file in found.manifest().get("files", [])
     ]
-    asked = [(folder, file) for folder, file in asked if file["payload"] or size_of(folder / file["path"]) is not None]
+    asked = [(folder, file) for folder, file in asked if size_of(folder / file["path"]) == file["bytes"]]
     if (held := sum(file["bytes"] for _, file in asked)) > _TOLD:
         say(f"reading {units.size(held)} of inputs, to see that they are what their manifests say")
     for (folder, file), wrong in zip(asked, parallel(lambda one: problem(*one), asked), strict=True):
