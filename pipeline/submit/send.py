@@ -79,7 +79,8 @@ def _submit(submission: Submission, scripts: Sequence[Script]) -> None:
                 subprocess.run(["scancel", *ids.values()], capture_output=True)
             raise StageError(
                 f"{shlex.join(command)}: refused: {told.stderr.strip() or told.stdout.strip()}\nNothing is queued"
-                f"{', the jobs before it were cancelled' if ids else ''}; mend the option and submit again"
+                f"{', the jobs before it were cancelled' if ids else ''}; mend what it says, an option or the way to "
+                f"the cluster, and submit again; {submission.folder} keeps the scripts"
             )
         if told.stderr.strip():
             click.echo(told.stderr.strip(), err=True)
