@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, is_store
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, is_store, readable
 from nfm.stages.display import units
 from nfm.storage.errors import StorageError
 from nfm.storage.files import atomic
@@ -33,22 +33,25 @@ def problem(folder: Path, file: Mapping[str, Any], hashed: bool = True) -> str |
     return None
 
 
-def check_inputs(inputs: Mapping[str, Artifact], say: Callable[[str], None]) -> None:
-    """Raises ArtifactError for a file of an input whose bytes changed since its manifest. Nothing is made of it then.
+def checked_inputs(inputs: Mapping[str, Artifact], say: Callable[[str], None]) -> dict[str, Path]:
+    """Where a stage reads its inputs, as `readable` has it, when their bytes are those of their manifests.
 
-    A file that is missing or has another size is left to its reader, which names it. So the shards of a source that
-    can be read are made although others cannot. Shards of pair stores are left to `nfm pairs verify`: a student may
-    read a part of them, from far away.
+    Raises ArtifactError for a file whose bytes changed, before anything is made of it. A file that is missing or has
+    another size is left to its reader, which names it. So the shards of a source that can be read are made although
+    others cannot. Shards of pair stores are left to `nfm pairs verify`: a student may read a part of them, from far
+    away.
     """
+    paths = readable(inputs)
     asked = [
-        (found.readable, file)
-        for found in inputs.values()
+        (paths[role], file)
+        for role, found in inputs.items()
         if not is_store(found.path)
         for file in found.manifest().get("files", [])
+        if size_of(paths[role] / file["path"]) == file["bytes"]
     ]
-    asked = [(folder, file) for folder, file in asked if size_of(folder / file["path"]) == file["bytes"]]
     if (held := sum(file["bytes"] for _, file in asked)) > _TOLD:
         say(f"reading {units.size(held)} of inputs, to see that they are what their manifests say")
     for (folder, file), wrong in zip(asked, parallel(lambda one: problem(*one), asked), strict=True):
         if wrong is not None:
             raise ArtifactError(f"{folder / file['path']}: {wrong}; {REMEDY}")
+    return paths

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +70,6 @@ def encode(file: Path, task: int, of: int) -> None:
 
 def _write(stage: str, config_path: Path, overrides: tuple[str, ...], output: Path) -> None:
     from nfm.pipeline import builder, prechecks, runner
-    from nfm.pipeline.artifacts.intact import check_inputs
     from nfm.pipeline.config import load
     from nfm.pipeline.graph import upstream
     from nfm.stages.executors import slurm
@@ -82,7 +80,6 @@ def _write(stage: str, config_path: Path, overrides: tuple[str, ...], output: Pa
     prechecks.check(nodes, node.name)
     for needed in node.inputs.values():
         runner.run(nodes, needed.name)
-    check_inputs(node.input_artifacts() or {}, partial(click.echo, err=True))
     listed = _listed(node)
     found, made = slurm.freeze(listed, output.absolute()), "encoded" if stage == "pairs" else "made"
     click.echo(f"{output}: {len(found.shards):,} shards of {listed.store} are to be {made}")
@@ -137,7 +134,8 @@ def _pieces_of(stage: str) -> Pieces:
 def _listed(node: Node) -> Worklist:
     """What is pending of an artifact; its `spec.json` is written if it does not exist yet, and what tasks need."""
     from nfm.pipeline import runner
-    from nfm.pipeline.artifacts.artifact import ArtifactError, readable
+    from nfm.pipeline.artifacts.artifact import ArtifactError
+    from nfm.pipeline.artifacts.intact import checked_inputs
     from nfm.pipeline.artifacts.lock import Lock
     from nfm.pipeline.console import StopRequest
     from nfm.stages.executors.slurm import Worklist
@@ -152,9 +150,10 @@ def _listed(node: Node) -> Worklist:
     config: Any = node.config
     stop = StopRequest()
     with stop.listening(), Lock(artifact.path) as lock, runner.never_begun(artifact):
+        with stop.at_once():
+            paths = checked_inputs(inputs, lambda said: click.echo(f"{node.name}: {said}", err=True))
         spec = artifact.spec if artifact.started else runner.prepare(node, artifact, inputs)
         console = runner.console_of(node.name, artifact, stop, lock)
-        paths = readable(inputs)
         try:
             done = node.name != "pairs" and artifact.done
             left = [] if done else _pieces_of(node.name).pieces_left(config, paths, artifact.path, console)

@@ -26,7 +26,7 @@ from nfm.pipeline.artifacts.artifact import (
     readable,
     workplace,
 )
-from nfm.pipeline.artifacts.intact import check_inputs
+from nfm.pipeline.artifacts.intact import checked_inputs
 from nfm.pipeline.artifacts.lineage import inputs_of
 from nfm.pipeline.artifacts.lock import Lock
 from nfm.pipeline.console import Console, StopRequest
@@ -104,7 +104,7 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         if artifact.done:
             return artifact
         with stop.at_once():
-            check_inputs(inputs, lambda said: click.echo(f"{node.name}: {said}", err=True))
+            paths = checked_inputs(inputs, lambda said: click.echo(f"{node.name}: {said}", err=True))
         resumed = artifact.started
         spec = prepare(node, artifact, inputs)
         out = workplace(artifact.path)
@@ -114,7 +114,6 @@ def _execute(node: Node, artifact: Artifact, stop: StopRequest) -> Artifact:
         console.say(f"{'making' if not resumed else 'beginning anew' if anew else 'resuming'} {artifact.name}")
         console.log("START", spec=spec["fingerprint"], resumed=resumed, versions=versions())
         try:
-            paths = readable(inputs)
             # A stage whose work in hand is worth little need not check for stops.
             abrupt = getattr(node.stage, "STOPS_AT_ONCE", False)
             with stop.at_once() if abrupt else contextlib.nullcontext(), _compiling(console):

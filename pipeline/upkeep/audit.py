@@ -142,10 +142,12 @@ def _audit_one(
         findings += _check_files(artifact.path, listed, hashed=level != "quick")
         stage = STAGES[spec.get("stage", pairs.NAME)]
         done = {role: found for role, found in inputs_of(artifact).items() if found.done}
-        inputs = readable(done) if stage in (pairs, latents) and level != "quick" else {}
-        if inputs and (bad := [found.name for found in done.values() if found.name in damaged]):
-            inputs = {}
-            statements.append(f"not compared with {', '.join(bad)}: mend the findings there, and audit again")
+        inputs: dict[str, Path] = {}
+        if stage in (pairs, latents) and level != "quick":
+            if bad := [found.name for found in done.values() if found.name in damaged]:
+                statements.append(f"not compared with {', '.join(bad)}: mend the findings there, and audit again")
+            else:
+                inputs = readable(done)  # brings those of a bucket here, which fails where they are damaged
         if stage is pairs:
             more, said = store_audit.audit(inputs, artifact.reference, level, deep_sample, allowed)
             findings, statements = findings + more, statements + said

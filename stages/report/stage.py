@@ -37,8 +37,10 @@ def run(config: ReportConfig, inputs: Inputs, out: Path, report: Reporter) -> Re
     students = [role for role in manifests if role.split(":")[0] == "student"]
     variants = _distinct({role: _variant(role, manifests[role], couplings) for role in students})
     trained = {variants[role]: inputs[role] for role in students}
-    classes = ImageDataset.open(inputs["data"], "train").classes
-    evaluation = Evaluation(inputs["evaluate"], config.samples, classes) if "evaluate" in inputs else None
+    evaluation = None
+    if "evaluate" in inputs:
+        classes = ImageDataset.open(inputs["data"], "train").classes
+        evaluation = Evaluation(inputs["evaluate"], config.samples, classes)
 
     drawn = [("Stages", sections.stages(manifests))]
     drawn.append(("Data", sections.data(inputs["data"], manifests["data"], config.samples, config.seed)))

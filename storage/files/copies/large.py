@@ -31,15 +31,13 @@ def put_new(fs: Any, name: str, source: str | bytes) -> None:
         fs.put_file(source, name, mode="create")
 
 
-def put_over(fs: Any, name: str, source: str, tag: str) -> None:
+def put_over(cloud: Cloud, fs: Any, name: str, source: str, tag: str) -> None:
     """Puts the file of a local path over the version of `tag` of an object, or does nothing if there is another one.
 
     A large file cannot be put over one in parts. So that version is removed, for `put_new` to follow. Servers that do
     not look at the condition of parts need not look at that of a removal: Ceph's does neither.
     """
-    cloud, size = clouds.of(fs), os.path.getsize(source)
-    if cloud is None:
-        return
+    size = os.path.getsize(source)
     if size < min(cloud.PARTS, _WHOLE) or not _keeps_of_parts(cloud, fs, name):
         _check_size(cloud, name, size)
         cloud.put(fs, name, Path(source).read_bytes(), tag)

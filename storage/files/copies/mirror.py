@@ -176,6 +176,6 @@ def _send(artifact: Path, folder: Path, name: str, digest: tuple[str, int], chec
     tag = cloud.facts(remote.attempt(target, "look at", lambda fs, there: fs.info(there)))[1] if cloud else ""
     if cloud is not None and atomic.hash_file(target) != digest:
         check()
-        remote.attempt(target, "write", lambda fs, there: put_over(fs, there, source, tag))
+        remote.attempt(target, "write", lambda fs, there: put_over(cloud, fs, there, source, tag))
     if not send():
         raise StorageError(f"{target}: another process writes it; see who works on that artifact, then run this again")

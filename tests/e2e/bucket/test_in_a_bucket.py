@@ -137,6 +137,7 @@ def test_an_audit_of_a_bucket_reads_the_bucket_and_not_what_is_here(made: Lab, t
     told = there.nfm("audit", made.name("pairs"), exits=1).stdout
     assert f"{weights}: its SHA-256 is not the manifest's" in told
     assert f"{shard}: " in told
+    assert f"not compared with {made.name('teacher')}: mend the findings there" in told
     assert f"{weights}: SHA-256" in there.on("two").run("pairs", NO_REPORT, "pairs.draws=3", exits=1).stderr
 
 
