@@ -90,9 +90,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: str) -> None:
-    """Returns the memory of a failed batch to the device."""
+    """Returns the memory of a failed batch to the device. On the processor it went back with the tensors."""
     import torch
 
-    gc.collect()
     if device.startswith("cuda"):
+        gc.collect()
         torch.cuda.empty_cache()

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from benchmarks import kill_reader
 from tests.clusters.distributed import processes
+from tests.support.sizes import sized
+
+KILLS = sized(2, 5)
 
 
 def kill(*arguments: str) -> None:
@@ -16,11 +19,11 @@ def kill(*arguments: str) -> None:
     kill_reader.main(arguments, standalone_mode=False)
 
 
-def test_five_kills_lose_no_record_and_yield_none_twice(tmp_path: Path) -> None:
-    processes.run(kill, tmp_path, {"kill_reader": ("--kills", "5", "-o", str(tmp_path / "found.json"))})
+def test_kills_lose_no_record_and_yield_none_twice(tmp_path: Path) -> None:
+    processes.run(kill, tmp_path, {"kill_reader": ("--kills", str(KILLS), "-o", str(tmp_path / "found.json"))})
     found = json.loads((tmp_path / "found.json").read_text())
     for order in ("full", "windowed"):
-        assert found["by_order"][order]["kills"] == 5
+        assert found["by_order"][order]["kills"] == KILLS
         assert sum(found["by_order"][order]["batches_by_world_size"].values()) == found["by_order"][order]["batches"]
     assert (found["records_lost"], found["records_twice"], found["sequences_equal"]) == (0, 0, True)
 

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import Lab
 
 COUPLINGS = "independent@0+1,minibatch-ot,semidiscrete-ot,nfm@0+1,nfm:soften=0.5"
-SETS = ("student.pairs=1500", "student.log_every=250", "student.save_every=250", "evaluate.samples=40",
+SETS = ("student.pairs=768", "student.log_every=128", "student.save_every=128", "evaluate.samples=40",
         "evaluate.speed_batches=[4]", "potential.samples=5000", "pairs.group_size=32",
         "pairs.reflow_nfe=3")  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_the_folder_holds_what_is_committed_beside_its_command(compared: Lab) ->
     names = {"compare.json", "compare.txt", "distances.json", "distance.png", "loss.png", "curvature.png", "speed.png"}
     assert {path.name for path in folder.iterdir()} == {*names, "command.txt", "origin.json"}
     command = (folder / "command.txt").read_text()
-    assert command.startswith(f"nfm compare -c tiny.toml --couplings {COUPLINGS} --set student.pairs=1500 ")
+    assert command.startswith(f"nfm compare -c tiny.toml --couplings {COUPLINGS} --set student.pairs=768 ")
     assert command.endswith("-o results\n")
     assert "Smallest FD-CNN: " in (folder / "compare.txt").read_text()
     origin = json.loads((folder / "origin.json").read_text())

@@ -26,8 +26,8 @@ QUICK = (
 def test_a_ground_goes_all_the_way_to_its_exact_distance(empty: Lab, nfm_anew: Nfm, ground: str) -> None:
     """At sizes that teach nobody anything; what the full ones show is told below."""
     small = (
-        "teacher.images=2000",
-        "student.pairs=2000",
+        "teacher.images=640",
+        "student.pairs=640",
         "data.points=1200",
         "evaluate.samples=400",
         "data.heldout=0.4",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.launched import group
 from tests.support.patience import PATIENCE
 
 if TYPE_CHECKING:
@@ -55,10 +56,23 @@ def test_a_signal_to_the_launcher_makes_all_processes_save_and_stop(lab: Lab) ->
     assert list((student_of(lab) / "checkpoints").glob("0*"))
 
 
-def test_two_processes_of_a_launcher_make_the_student_of_one(lab: Lab) -> None:
+def test_processes_that_were_told_of_each_other_make_the_student_of_one(lab: Lab) -> None:
+    with group() as told:
+        both = [lab.start(*lab.arguments("student", *SETS), **environment) for environment in told]
+        for process in both:
+            lab.wait(process)
+    is_that_of_one(lab)
+
+
+@pytest.mark.long
+def test_the_processes_of_torchrun_make_the_student_of_one(lab: Lab) -> None:
     process = torchrun(lab, *SETS)
     told = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, told
+    is_that_of_one(lab)
+
+
+def is_that_of_one(lab: Lab) -> None:
     shared = load_file(student_of(lab) / "weights.safetensors")
     assert "clean" in lab.nfm("audit", student_of(lab)).stdout
     student_of(lab).rename(lab.folder / "shared")

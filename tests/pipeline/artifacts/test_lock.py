@@ -6,7 +6,6 @@ The same promises hold in a folder and in a bucket.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,6 +23,7 @@ from nfm.pipeline.artifacts.lock import Held, Lock
 from nfm.storage.files import atomic
 from nfm.storage.files.paths import as_path, is_remote, names_in
 from tests.support.buckets.s3server import S3
+from tests.support.forkserver import context
 from tests.support.patience import PATIENCE, allowed, until
 
 
@@ -135,8 +135,9 @@ def test_the_lock_of_another_machine_that_beats_is_left_alone(place: Path) -> No
     assert body_of(place)["host"] == "elsewhere"
 
 
-def take(folder: str, start: Any, answered: Any, results: Any) -> None:
-    start.wait()
+def take(folder: str, environment: dict[str, str], start: Any, answered: Any, results: Any) -> None:
+    os.environ.update(environment)  # of a bucket
+    start.wait(PATIENCE)
     try:
         with Lock(as_path(folder), stale_seconds=0.3):
             results.put("held")
@@ -146,10 +147,10 @@ def take(folder: str, start: Any, answered: Any, results: Any) -> None:
 
 
 def test_of_many_takers_of_a_stale_lock_one_wins(place: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     foreign(place)
     start, answered, results = context.Barrier(4), context.Event(), context.Queue()
-    takers = [context.Process(target=take, args=(str(place), start, answered, results)) for _ in range(4)]
+    shared = (str(place), dict(os.environ), start, answered, results)
+    takers = [context.Process(target=take, args=shared) for _ in range(4)]
     for taker in takers:
         taker.start()
     outcomes = [results.get(timeout=PATIENCE) for _ in takers]

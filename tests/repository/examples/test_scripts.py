@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.support.forkserver import context
+from tests.support.launched import group
 from tests.support.patience import PATIENCE
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
@@ -55,27 +59,50 @@ def test_every_example_is_run_by_a_test(store: Callable[[str], Path]) -> None:
     }
 
 
-@pytest.mark.seconds(40)
 def test_launched_examples_train_on_two_processes_and_save_where_they_stand(
     store: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Both at once: most of their time is imports."""
+    for name in LAUNCHED:
+        saved = tmp_path / f"{name}.saved"
+        with group() as told:
+            out = [tmp_path / f"{name}.{environment['RANK']}.txt" for environment in told]
+            both = [
+                context.Process(target=run_example, args=(name, [str(store("blocks")), str(saved)], environment, file))
+                for environment, file in zip(told, out)
+            ]
+            for process in both:
+                process.start()
+            for process in both:
+                process.join(PATIENCE)
+                assert process.exitcode == 0
+        for rank, file in enumerate(out):
+            assert re.fullmatch(rf"rank {rank} of 2: loss \d+\.\d{{4}}\n", file.read_text())
+        assert saved.exists()
+
+
+@pytest.mark.long
+@pytest.mark.seconds(40)
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_torchrun_launches_them(store: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    running = {
-        name: subprocess.Popen(
-            [*torchrun, str(EXAMPLES / name), str(store("blocks")), str(tmp_path / f"{name}.saved")],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in LAUNCHED
-    }
-    for name, process in running.items():
-        out, err = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, err
-        # torchrun's processes write unbuffered to one pipe: a line of one may begin before the other's has ended.
-        losses = dict(re.findall(r"rank (\d) of 2: loss (\d+\.\d{4})", out))
-        assert sorted(losses) == ["0", "1"], out
-        assert (tmp_path / f"{name}.saved").exists()
+    said = subprocess.run(
+        [*torchrun, str(EXAMPLES / name), str(store("blocks")), str(tmp_path / "saved")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr
+    # torchrun's processes write unbuffered to one pipe: a line of one may begin before the other's has ended.
+    losses = dict(re.findall(r"rank (\d) of 2: loss (\d+\.\d{4})", said.stdout))
+    assert sorted(losses) == ["0", "1"], said.stdout
+    assert (tmp_path / "saved").exists()
+
+
+def run_example(name: str, arguments: list[str], environment: dict[str, str], out: Path) -> None:
+    """An example as a script, in a process that a launcher told this environment; what it prints goes to a file."""
+    os.environ.update(environment)
+    sys.argv = [name, *arguments]
+    sys.path.insert(0, str(EXAMPLES))
+    with out.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")

@@ -90,6 +90,18 @@ def inputs(
     return found
 
 
+@pytest.fixture
+def pictures() -> None:
+    """For a test that looks at the plots."""
+
+
+@pytest.fixture(autouse=True)
+def _drawn_where_looked_at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four plots take half a second."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(compare_plots, "png", lambda *panels: b"")
+
+
 def made(root: Path, speed: float = 10.0, **given: Any) -> tuple[Result, dict[str, Any], Path]:
     out = root / "out"
     out.mkdir(parents=True)
@@ -247,6 +259,7 @@ def test_the_content_digest_is_of_what_was_found_never_of_speeds(tmp_path: Path)
     assert b"40.0" in written[0][0]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_every_listed_file_is_there_and_plots_are_pictures(tmp_path: Path) -> None:
     result, _, out = made(tmp_path)
     names = [*result.payload, *result.files]

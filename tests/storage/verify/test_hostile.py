@@ -23,7 +23,7 @@ from tests.support.patience import allowed
 from tests.support.sizes import sized
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "store-format-1"
-SECONDS = sized(3.0, 10.0)
+SECONDS = sized(1.5, 10.0)
 
 
 def test_seconds_of_fuzzing_find_no_defect() -> None:

@@ -217,8 +217,12 @@ def _s3() -> Iterator[tuple[str, int]]:
         assert where.scheme == "http", f"{NAMED} = {named}: the proxy speaks http alone; write http://HOST:PORT"
         yield str(where.hostname), where.port or 80
         return
+    import moto.backends
     from moto.server import ThreadedMotoServer
 
+    # For each request moto lists the folder of its services, which takes more time than to answer it.
+    services = tuple(moto.backends.list_of_moto_modules())
+    setattr(moto.backends, "list_of_moto_modules", lambda: services)  # noqa: B010  not for type checkers
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     yield server.get_host_and_port()
@@ -238,9 +242,18 @@ def s3_server() -> Iterator[Callable[[str], S3]]:
                 if NAMED not in os.environ:
                     pytest.importorskip("moto.server")
                 pytest.importorskip("s3fs")
+                _read_the_models_of_s3_once()
             return running.enter_context(serving(scheme=scheme))
 
         yield started
+
+
+def _read_the_models_of_s3_once() -> None:
+    """Every client reads a megabyte of JSON that says what S3 is. They are not changed by anybody."""
+    import botocore.session
+
+    if not hasattr(botocore.session.create_loader, "cache_info"):
+        setattr(botocore.session, "create_loader", functools.cache(botocore.session.create_loader))  # noqa: B010
 
 
 @pytest.fixture

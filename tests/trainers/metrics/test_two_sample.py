@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nfm.trainers.metrics.two_sample import area_under_curve, two_sample
 
-N, SIDE = 1600, 8
+N, SIDE = 600, 8
 
 
 def normal(seed: int, count: int = N) -> Tensor:
@@ -39,22 +39,22 @@ def shuffled_blocks() -> Tensor:
 @pytest.mark.parametrize("made", [correlated_signs, shuffled_blocks])
 def test_it_finds_dependence_between_values_that_are_normal_one_by_one(made) -> None:
     z = made()
-    assert abs(float(z.mean())) < 0.02
-    assert abs(float(z.var()) - 1) < 0.02
+    assert abs(float(z.mean())) < 0.03
+    assert abs(float(z.var()) - 1) < 0.03
     found = two_sample(z, labels(), 10)
     assert found.auc > 0.9
-    assert found.heldout == 480
-    assert found.trained == N - 480
+    assert found.heldout == 180
+    assert found.trained == N - 180
 
 
 def test_exact_noise_gives_one_half_within_its_error() -> None:
     found = two_sample(normal(11), labels(), 10)
     assert abs(found.auc - 0.5) < 3.5 * found.error
-    assert found.error < 0.03
+    assert found.error < 0.04
 
 
 def test_a_small_lack_of_variance_is_found() -> None:
-    found = two_sample(normal(4, 4000) * 0.85**0.5, labels(4000), 10)
+    found = two_sample(normal(4, 1200) * 0.85**0.5, labels(1200), 10)
     assert found.auc > 0.5 + 5 * found.error
 
 
@@ -79,10 +79,10 @@ def test_the_same_seed_gives_the_same_figure_and_leaves_torchs_own_generator_alo
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    first = two_sample(normal(7, 400), labels(400), 10, seed=1)
+    first = two_sample(normal(7, 200), labels(200), 10, seed=1)
     assert torch.equal(torch.rand(1), expected)
-    assert first == two_sample(normal(7, 400), labels(400), 10, seed=1)
-    assert first.auc != two_sample(normal(7, 400), labels(400), 10, seed=2).auc
+    assert first == two_sample(normal(7, 200), labels(200), 10, seed=1)
+    assert first.auc != two_sample(normal(7, 200), labels(200), 10, seed=2).auc
 
 
 def test_the_area_is_that_of_scikit_learn_and_its_error_that_of_repetition() -> None:
