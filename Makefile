@@ -40,7 +40,9 @@ PEERS_PY := $(PEERS)/bin/python
 PEERS_ENV := $(PEERS)/.installed
 endif
 NFM := $(PY) -m nfm.pipeline.cli
-INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(VENV)/constraints.txt
+INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -c $(VENV)/constraints.txt
+# What pip does at the end of an installation, on all cores in place of one: it took a minute and a half of three.
+COMPILE = @$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # some packages ship files of other Pythons
 
 .DEFAULT_GOAL := help
 .PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm test-s3 test-gs test-az bench gpu kills fuzz lint format docs clean-env
@@ -56,10 +58,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	echo '$(TORCH)' >> $(VENV)/constraints.txt
 	$(INSTALL) '$(TORCH)' -e '.[all]'
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.installed-dev: $(ENV)
 	$(INSTALL) '$(TORCH)' -e '.[all,dev]'
+	$(COMPILE)
 	touch $@
 
 data: $(ENV)  ## ingest the images

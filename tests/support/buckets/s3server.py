@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import http.client
+import logging
 import os
 import socket
 import struct
@@ -106,6 +107,7 @@ class S3:
 class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "proxy"
+    wbufsize, disable_nagle_algorithm = -1, True  # an answer goes out at once and whole
     s3: S3
     behind: tuple[str, int]
 
@@ -156,6 +158,7 @@ class _Proxy(BaseHTTPRequestHandler):
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
+            self.wfile.flush()
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             parts = []
             while size := int(self.rfile.readline().split(b";")[0], 16):
@@ -176,7 +179,7 @@ class _Proxy(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
-            self.wfile.flush()
+        self.wfile.flush()
 
     def _reset(self) -> None:
         """Ends the connection with a reset, not with an orderly end."""
@@ -223,6 +226,7 @@ def _s3() -> Iterator[tuple[str, int]]:
     # For each request moto lists the folder of its services, which takes more time than to answer it.
     services = tuple(moto.backends.list_of_moto_modules())
     setattr(moto.backends, "list_of_moto_modules", lambda: services)  # noqa: B010  not for type checkers
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     yield server.get_host_and_port()
