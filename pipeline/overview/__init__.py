@@ -46,14 +46,18 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
 
 
 def inventory() -> list[Row]:
-    """One row for each artifact under the root."""
+    """One row for each artifact under the root. One from which others were made was finished, whatever it is now."""
     root = artifacts_root()
     found = _in_bucket(root) if is_remote(root) else [_here(spec.parent) for spec in specs(root)]
     users: dict[str, list[str]] = {}
     for row in found:
         for name in row.pop("inputs"):
             users.setdefault(name, []).append(row["artifact"])
-    return [{**row, "needed by": _few(users.get(row["artifact"], []))} for row in found]
+    for row in found:
+        row["needed by"] = _few(needed := users.get(row["artifact"], []))
+        if needed and row["state"] == "started":  # it lost its manifest
+            row["state"] = "damaged"
+    return found
 
 
 def _here(folder: Path) -> Row:

@@ -109,7 +109,11 @@ def as_text(results: Sequence[Audited]) -> str:
     lines = []
     for result in results:
         verdict = units.number_of(len(result.findings), "FINDING").upper() if result.findings else "clean"
-        looked = f"{units.number_of(result.files, 'file')}, {units.size(result.bytes)}"
+        looked = (
+            f"{units.number_of(result.files, 'file')}, {units.size(result.bytes)}"
+            if result.files
+            else "nothing to compare"
+        )
         lines.append(f"{result.artifact:24} {verdict:12} {looked:24} {result.seconds:6.1f} s  {result.manifest}")
         lines += [
             f"    {finding.file}: {_sentence(finding.problem)} Remedy: {finding.remedy}" for finding in result.findings

@@ -35,6 +35,8 @@ def test_rows_say_state_size_and_what_was_made_from_it(root: Path) -> None:
     put(root, "pairs/000000000002", "data/000000000001")
     put(root, "student/000000000003", "pairs/000000000002", finished=False)
     damaged = put(root, "student/000000000004")
+    put(root, "teacher/000000000006", finished=False)
+    put(root, "features/000000000007", "teacher/000000000006")
     (damaged / "manifest.json").write_bytes(b"{}")
     (root / "student/000000000005/spec.json").write_bytes(json.dumps({"of": "somebody else"}).encode())
     (root / "data/notes.txt").write_bytes(b"a user's own")
@@ -44,6 +46,8 @@ def test_rows_say_state_size_and_what_was_made_from_it(root: Path) -> None:
         "pairs/000000000002": ("done", "student/000000000003"),
         "student/000000000003": ("started", "-"),
         "student/000000000004": ("damaged", "-"),
+        "teacher/000000000006": ("damaged", "features/000000000007"),
+        "features/000000000007": ("done", "-"),
     }
 
 

@@ -27,6 +27,14 @@ def test_the_age_and_size_of_an_artifact_are_those_of_its_files(lab: Lab, root: 
     assert 3 <= float(row["size"].split()[0]) <= 5
 
 
+def test_what_others_were_made_from_was_finished_and_is_damaged_without_its_manifest(lab: Lab, root: Path) -> None:
+    (lab.only("teacher").path / "manifest.json").unlink()
+    (lab.only("report").path / "manifest.json").unlink()
+    states = {row["artifact"]: row["state"] for row in overview.inventory()}
+    assert (states[lab.name("teacher")], states[lab.name("report")]) == ("damaged", "started")
+    assert "nothing to compare" in lab.nfm("audit", lab.name("teacher"), exits=1).stdout
+
+
 def test_columns_stand_under_their_names() -> None:
     text = overview.as_text([{"a": "x", "long name": 1}, {"a": "longer", "long name": 22}])
     assert text.splitlines() == ["a       long name", "x       1", "longer  22"]
