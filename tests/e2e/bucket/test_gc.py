@@ -35,7 +35,7 @@ def objects(root: Path) -> set[str]:
 
 @pytest.mark.seconds(60)
 def test_gc_of_a_bucket_removes_what_is_not_needed_and_keeps_the_rest(made: Lab, there: Bucket, aged: None) -> None:
-    there.upload(made, "data", "teacher", "pairs", "student")
+    there.upload(made, "data", "teacher", "pairs", "student", baselines=True)
     root, name = as_path(there.url), made.name("pairs", "independent")
     store = root / made.name("pairs")
     attempt = names_in(store / "shards")[0].split(".")[0] + ".killed"
@@ -58,7 +58,7 @@ def test_gc_of_a_bucket_removes_what_is_not_needed_and_keeps_the_rest(made: Lab,
 
 @pytest.mark.seconds(60)
 def test_a_store_that_a_worklist_of_a_submission_names_stays(made: Lab, there: Bucket, aged: None) -> None:
-    there.upload(made, "data", "pairs")
+    there.upload(made, "data", "pairs", baselines=True)
     (there.lab.folder / "other.toml").write_text(OTHER)
     queued = as_path(there.url) / "submissions/0123-001/worklist.json"
     atomic.create_json(queued, {"store": f"{there.url}/{made.name('pairs')}"})

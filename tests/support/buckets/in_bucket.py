@@ -54,11 +54,11 @@ class Bucket:
     def start(self, *arguments: object, **more: str) -> Process:
         return self.lab.start(*arguments, **self.environment, **more)
 
-    def upload(self, lab: Lab, *stages: str) -> None:
-        """Puts finished artifacts of a run in a folder here."""
+    def upload(self, lab: Lab, *stages: str, baselines: bool = False) -> None:
+        """Puts finished artifacts of a run in a folder here: those of nfm, or of all couplings."""
         where: Any = as_path(self.url)
         for stage in stages:
-            for file in sorted((lab.artifacts / stage).rglob("*")):
+            for file in sorted((lab.artifacts / stage if baselines else lab.only(stage).path).rglob("*")):
                 if file.is_file() and file.parent.name != "events":
                     where.fs.put_file(str(file), f"{where.path}/{file.relative_to(lab.artifacts)}")
 
