@@ -35,7 +35,9 @@ def write_npz(path: Path, latents: bool) -> np.ndarray:
     return values
 
 
-@pytest.mark.parametrize("latents", [True, False], ids=["latents", "pixels"])
+@pytest.mark.parametrize(
+    "latents", [pytest.param(True, id="latents"), pytest.param(False, id="pixels", marks=pytest.mark.long)]
+)
 def test_data_without_labels_goes_all_the_way(empty: Lab, nfm_anew: Nfm, latents: bool) -> None:
     values = write_npz(empty.folder / "data.npz", latents)
     sets = ["data.source=npz", "data.path=data.npz", "data.limit=160", *(LATENTS if latents else ())]

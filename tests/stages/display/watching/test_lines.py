@@ -193,6 +193,7 @@ def no_login(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     wandb.teardown()
 
 
+@pytest.mark.long
 @pytest.mark.seconds(30)
 @pytest.mark.usefixtures("no_login")
 def test_wandb_goes_on_with_the_same_run_and_is_told_nothing_twice(
