@@ -192,6 +192,10 @@ def _explained(problems: Iterable[Any]) -> Iterator[str]:
             yield f"{'.'.join(where)}: unknown key; {_nearest(where)}"
         elif problem["type"] == "model_type" and len(where) == 1:
             yield f"{where[0]} = {problem['input']!r}: is a section; write [{where[0]}] and its keys below"
+        elif problem["type"] == "tuple_type":
+            of_fields.setdefault(f"{'.'.join(where)} = {problem['input']!r}", []).append("write a list, [...]")
+        elif problem["type"] == "too_short" and problem["input"]:
+            pass  # a value that cannot be is told, and none is left
         elif problem["type"] == "too_short":
             of_fields.setdefault(f"{'.'.join(where)} = {problem['input']!r}", []).append("name one at least")
         elif problem["type"] == "missing":

@@ -14,6 +14,7 @@ from nfm.storage.files.parallel import parallel
 from nfm.storage.files.paths import inside, size_of
 
 REMEDY = "restore the file from a copy, or remove the artifact's folder and run its stage again"
+SHARDED = ("data", "latents")  # stages whose shards fail alone
 _TOLD = 1 << 30  # bytes of inputs from which on it is said that they are read
 
 
@@ -36,10 +37,10 @@ def problem(folder: Path, file: Mapping[str, Any], hashed: bool = True) -> str |
 def checked_inputs(inputs: Mapping[str, Artifact], say: Callable[[str], None]) -> dict[str, Path]:
     """Where a stage reads its inputs, as `readable` has it, when their bytes are those of their manifests.
 
-    Raises ArtifactError for a file whose bytes changed, before anything is made of it. A file that is missing or has
-    another size is left to its reader, which names it. So the shards of a source that can be read are made although
-    others cannot. Shards of pair stores are left to `nfm pairs verify`: a student may read a part of them, from far
-    away.
+    Raises ArtifactError for a file whose bytes changed, before anything is made of it. A file of data or latents that
+    is missing or has another size is left to its reader, which names it. So the shards of a source that can be read are
+    made although others cannot. Shards of pair stores are left to `nfm pairs verify`: a student may read a part of
+    them, from far away.
     """
     paths = readable(inputs)
     asked = [
@@ -48,6 +49,7 @@ def checked_inputs(inputs: Mapping[str, Artifact], say: Callable[[str], None]) -
         if not is_store(found.path)
         for file in found.manifest().get("files", [])
         if size_of(paths[role] / file["path"]) == file["bytes"]
+        or (file["payload"] and found.path.parent.name not in SHARDED)
     ]
     if (held := sum(file["bytes"] for _, file in asked)) > _TOLD:
         say(f"reading {units.size(held)} of inputs, to see that they are what their manifests say")

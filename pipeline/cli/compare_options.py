@@ -20,8 +20,8 @@ class Seeds(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         parts = [part.strip() for part in str(value).split(",")]
-        if not all(part.isascii() and part.isdecimal() and len(part) < 19 for part in parts):
-            self.fail(f"{value!r}: write whole numbers from 0 with commas between, for instance 0,1,2", param, ctx)
+        if not all(part.isascii() and part.isdecimal() and len(part) <= 18 for part in parts):
+            self.fail(f"{value!r}: write whole numbers below 10^18 with commas between, for instance 0,1,2", param, ctx)
         return [int(part) for part in parts]
 
 

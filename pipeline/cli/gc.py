@@ -44,7 +44,7 @@ def gc(dry_run: bool, configs: tuple[Path, ...], days: float, yes: bool, as_json
         if found.going or found.staying:
             click.echo(collecting.as_text(found))
         if not found.going:
-            click.echo(f"nothing to remove under {artifacts_root()}")
+            click.echo(f"nothing to remove under {artifacts_root()}; what was written to within the hour stays")
             return
     gone: list[collecting.Garbage] = []
     if found.going and not dry_run:

@@ -31,7 +31,7 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
     """
     rows = []
     for node in upstream(nodes, target) if target else nodes.values():
-        artifact = node.artifact()
+        artifact = _known(node)
         state = "waiting" if artifact is None else state_of(artifact) if artifact.done or artifact.started else "-"
         rows.append(
             {
@@ -43,6 +43,19 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
             }
         )
     return rows
+
+
+def _known(node: Node) -> Artifact | None:
+    """The artifact of a node, damaged ones too; None where an input is not there, or is damaged."""
+    try:
+        return node.artifact()
+    except (StorageError, ArtifactError):
+        pass
+    try:
+        folder = node.folder()
+    except (StorageError, ArtifactError):
+        return None
+    return None if folder is None else Artifact(folder, newest_manifest(folder))
 
 
 def inventory() -> list[Row]:
@@ -107,7 +120,7 @@ def name_of(node: Node, artifact: Artifact | None) -> str:
 
 
 def _figures(artifact: Artifact | None, draws: int | None) -> str:
-    if artifact is None or not artifact.started:
+    if artifact is None or not artifact.started or state_of(artifact) == "damaged":
         return ""
     return headline(artifact) if artifact.done else progress.figures(artifact, draws)
 

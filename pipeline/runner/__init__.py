@@ -199,6 +199,11 @@ def prepare(node: Node, artifact: Artifact, inputs: Mapping[str, Artifact]) -> d
 
 def _standing(artifact: Artifact, fingerprint: str) -> dict[str, Any]:
     """The existing `spec.json`. Raises if it is damaged, or if its fingerprint does not fit the folder."""
+    if not artifact.started:
+        raise ArtifactError(
+            f"{artifact.path / 'spec.json'}: missing, and {artifact.manifest_name} stands beside it; restore it from a "
+            "copy, or remove the folder and run the stage again"
+        )
     spec = artifact.spec
     if not str(spec.get("fingerprint")).startswith(fingerprint):
         raise ArtifactError(f"{artifact.path / 'spec.json'} holds another fingerprint; move that folder away")

@@ -204,6 +204,9 @@ def _check_identity(artifact: Artifact, spec: dict[str, Any], body: dict[str, An
         "make the artifact again: remove its folder, run its stage",
     )
     contents = {role: reference.content_digest for role, reference in references(artifact).items()}
+    lacking = [name for name in ("fingerprint", "config", "files") if name not in body]
+    if lacking and spec["stage"] == pairs.NAME:
+        return [Finding(path, f"{pairs.NOT_OURS}: it has no {', no '.join(lacking)}", pairs.NOT_OURS_REMEDY)]
     key = fingerprint(spec["stage"], spec["version"], spec["config"], {**contents, **spec["external"]})
     # Under the root a folder is named by its fingerprint. A store elsewhere may have any name.
     placed = artifact.path.name == key[:12] or Path(artifact.name).is_absolute()

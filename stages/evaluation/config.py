@@ -85,7 +85,10 @@ class EvaluateConfig(Section):
     @field_validator("baselines")
     @classmethod
     def _are_variants(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(Variant.parse(text)) for text in baselines)
+        named = tuple(str(Variant.parse(text)) for text in baselines)
+        if twice := sorted({name for name in named if named.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} named twice; name each once")
+        return named
 
     @field_validator("diffusion")
     @classmethod

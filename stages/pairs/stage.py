@@ -47,6 +47,8 @@ from nfm.storage.ledger import seal as generations
 
 NAME = "pairs"
 VERSION = 1
+NOT_OURS = "the pairs stage did not seal it"
+NOT_OURS_REMEDY = "move the store away and run the stage again; pairs of your own belong in another folder"
 
 
 def input_roles(config: PairsConfig) -> tuple[str, ...]:
@@ -103,7 +105,10 @@ def manifest_name(config: PairsConfig, out: Path) -> str:
             return generations.manifest_path(out, number).name
         lacking = sum(len(hole.slots) for hole in sealed.excluded)
         if sealed.draws == config.draws and lacking <= config.max_missing:
-            return generations.manifest_path(out, number).name
+            path = generations.manifest_path(out, number)
+            if "fingerprint" not in sealed.body:
+                raise StorageError(f"{path}: {NOT_OURS}; {NOT_OURS_REMEDY}")
+            return path.name
     return generations.manifest_path(out, generations.next_number(out)).name
 
 

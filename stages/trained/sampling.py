@@ -356,7 +356,7 @@ def sample_grid(
         with blaming("--guidance"):
             sampler = teacher_sampler(folder, Guidance(guidance, **(guided or {})), True, device, "float32")
     else:
-        raise Unfit(f"{folder}: a {stage} artifact has no samples; name a student or a teacher")
+        raise Unfit(f"{folder}: no samples come from an artifact of {stage}; name a student or a teacher")
     if latents is not None:
         sampler = in_pixels(sampler, vae.of_artifact(latents, device)[0].decode)
     _, built = read_weights(folder)

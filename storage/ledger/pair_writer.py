@@ -23,7 +23,7 @@ from nfm.storage.format.pair_checks import Array, RowImages, checked, scale_of
 from nfm.storage.format.spec import DRAFT, SPEC, StoreSpec, check_folder, parse_name, shard_name
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
-from nfm.storage.ledger.standing import WRITER, differences
+from nfm.storage.ledger.standing import WRITER, differences, made_by_a_command
 
 _STEP = 1 << 24  # bytes of images that are read back at a time
 
@@ -154,6 +154,8 @@ class PairWriter:
                 self._compare(StoreSpec.from_dict(read_json(draft)), computed=True)
         if exists(self.root / SPEC):
             body = read_json(self.root / SPEC)
+            if (maker := made_by_a_command(body)) is not None:
+                raise NoPlace(str(self.root), f"{maker}. Write pairs of your own to another folder")
             self._compare(StoreSpec.from_dict(body), (body.get(WRITER) or {}).get("source") == "computed")
 
     def _create(self, spec: StoreSpec) -> None:

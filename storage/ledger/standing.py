@@ -33,6 +33,15 @@ def again(root: str | Path) -> str:
     return "make it again with the program that made it"
 
 
+def made_by_a_command(spec: Mapping[str, Any]) -> str | None:
+    """Who made the store of this spec.json, if what it holds follows from a config or from another store."""
+    if "stage" in spec:
+        return "the pairs stage made this store, and `nfm run pairs` with a larger pairs.draws adds draws to it"
+    if "exported" in spec:
+        return "`nfm pairs export` made this store, and adds the draws by which its source has grown"
+    return None
+
+
 def begun(root: str | Path) -> bool:
     """Whether `PairWriter` has begun a store there and not yet written its spec.json."""
     return exists(as_path(root) / DRAFT)

@@ -32,6 +32,18 @@ def findings(done: Any) -> list[dict[str, str]]:
     return [finding for result in json.loads(done.stdout) for finding in result["findings"]]
 
 
+def test_a_generation_that_another_program_sealed_is_neither_used_nor_called_clean(lab: Lab) -> None:
+    store = lab.only("pairs").path
+    seal.seal(store, 1)  # without what the stage says of itself
+    manifest = store / "manifest.g0002.json"
+    (found,) = findings(lab.nfm("audit", manifest, "--json", exits=1))
+    assert found["file"] == str(manifest)
+    assert found["problem"] == "the pairs stage did not seal it: it has no fingerprint, no config, no files"
+    told = lab.run("pairs", "pairs.draws=1", exits=1).stderr
+    assert f"{manifest}: the pairs stage did not seal it; move the store away" in told
+    assert "up to date (pairs 512" in lab.run("pairs").stderr
+
+
 @pytest.mark.parametrize("level", ["--quick", None, "--deep"])
 def test_a_fresh_run_is_clean_at_every_level_and_keeps_receipts(lab: Lab, level: str | None) -> None:
     before = lab.committed()

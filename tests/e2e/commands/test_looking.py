@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +93,39 @@ def test_a_recipe_that_is_destroyed_is_damage_to_every_command(lab: Lab, content
     assert found["teacher"] == "done"
     for command in (lab.arguments("pairs"), ("plan", "pairs", "-c", "tiny.toml")):
         assert str(spec) in lab.nfm(*command, exits=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "waiting"), [("data", ["features", "teacher", "pairs", "student"]), ("pairs", ["student", "evaluate"])]
+)
+def test_status_shows_a_damaged_manifest_beside_the_other_stages(lab: Lab, stage: str, waiting: list[str]) -> None:
+    (manifest,) = lab.only(stage).path.glob("manifest*.json")
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    found = {row["stage"]: row["state"] for row in rows(lab, "status", "-c", "tiny.toml")}
+    assert list(found) == ALL
+    assert found[stage] == "damaged"
+    assert [found[name] for name in waiting] == ["waiting"] * len(waiting)
+    assert {state for name, state in found.items() if name not in (stage, *waiting)} <= {"done", "waiting"}
+
+
+def test_a_run_whose_spec_was_set_aside_says_what_mends_it(lab: Lab) -> None:
+    teacher = lab.only("teacher").path
+    (teacher / "spec.json").rename(lab.folder / "aside.json")
+    told = lab.run("teacher", exits=1).stderr
+    assert "spec.json: missing, and manifest.json stands beside it" in told
+    assert "remove the folder and run the stage again" in told
+    shutil.rmtree(teacher)
+    lab.run("teacher")
+
+
+@pytest.mark.parametrize("change", [lambda path: path.unlink(), lambda path: os.truncate(path, 500)])
+def test_nothing_is_begun_with_weights_that_are_cut_or_missing(lab: Lab, change: Callable[[Path], None]) -> None:
+    change(lab.only("teacher").path / "weights.safetensors")
+    before = {path.name for path in (lab.artifacts / "pairs").iterdir()}
+    told = lab.run("pairs", "pairs.seed=99", exits=1).stderr
+    assert "weights.safetensors: " in told
+    assert "making" not in told
+    assert {path.name for path in (lab.artifacts / "pairs").iterdir() if (path / "spec.json").exists()} == before
 
 
 def test_a_student_that_is_not_finished_is_not_sampled_and_told_as_such(made: Lab) -> None:

@@ -370,7 +370,7 @@ def test_nothing_is_removed_unasked(lab: Lab, root: Path) -> None:
     assert told.output.splitlines()[-1].startswith("removed 5 artifacts: ")
     assert list(root.glob("[a-z]*/*")) == []
     told = CliRunner().invoke(cli, ["gc", "-c", str(ELSEWHERE), "--yes"], catch_exceptions=False)
-    assert told.output == f"nothing to remove under {root}\n"
+    assert told.output == f"nothing to remove under {root}; what was written to within the hour stays\n"
 
 
 @pytest.mark.parametrize(("answer", "goes"), [(b"n\n", False), (b"y\n", True)])

@@ -13,6 +13,7 @@ from nfm.stages.encoding.encoder import Encoder
 from nfm.stages.executors.jobs import Job, new_attempt
 from nfm.stages.pairs import stage
 from nfm.storage import PairStore
+from nfm.storage.export import export
 from nfm.storage.format.spec import read_spec
 from nfm.storage.ledger import seal
 from nfm.trainers.couplings.coupling import Pairs
@@ -77,6 +78,15 @@ def test_a_deep_audit_finds_pairs_that_their_coupling_does_not_make(
     found = shop.audit(store)
     assert len(found) > 50
     assert "is not the pair that its coupling makes" in found[0]
+
+
+@pytest.mark.parametrize("coupling", ["independent", "reflow"])
+@pytest.mark.parametrize("codec", ["float32", "int8"])
+def test_a_deep_audit_takes_an_export_for_what_its_source_was(shop: Shop, coupling: str, codec: Any) -> None:
+    """Its noise is rounded twice: as the source's, and as its own."""
+    store = shop.make(shop.config(coupling=coupling, **{**OPTIONS[coupling], "codec": "float16"}))
+    export(store, shop.root / "exported", codec=codec)
+    assert shop.audit(PairStore.open(shop.root / "exported")) == []
 
 
 def test_a_finding_of_quality_alone_does_not_hold_up_the_encoding_again(shop: Shop) -> None:

@@ -15,6 +15,8 @@ import torch
 
 from nfm.storage import Mixture, PairStore, PairWriter, StorageError, StoreSpec
 from nfm.storage.errors.arguments import WrongArgument
+from nfm.storage.export import export
+from nfm.storage.files import atomic
 from nfm.storage.ledger import commits, pair_writer, seal, shard_writer
 from nfm.storage.verify import verify
 from tests.support.forkserver import context
@@ -296,6 +298,18 @@ def test_a_folder_of_other_things_and_fewer_draws_are_refused(tmp_path: Path) ->
         PairWriter(tmp_path / "store", spec_of())
     with pytest.raises(StorageError, match="origin"):
         spec_of(origin=" ")
+
+
+def test_a_store_of_a_stage_or_an_export_takes_no_pairs_of_ones_own(tmp_path: Path) -> None:
+    """They became a generation of it, and a later run trained on them."""
+    export(write(tmp_path / "mine", spec_of()), tmp_path / "exported")
+    write(tmp_path / "staged", spec_of())
+    body = atomic.read_json(tmp_path / "staged/spec.json")
+    atomic.write_json(tmp_path / "staged/spec.json", {**body, "stage": "pairs"})
+    for name, maker in {"exported": "`nfm pairs export` made", "staged": "the pairs stage made"}.items():
+        spec = PairStore.open(tmp_path / name).spec
+        with pytest.raises(StorageError, match=f"{name}: {maker} this store.* to another folder"):
+            PairWriter(tmp_path / name, spec, draws=2)
 
 
 @pytest.mark.parametrize("layout", ["blocks", "zarr"])
