@@ -31,31 +31,32 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
     """
     rows = []
     for node in upstream(nodes, target) if target else nodes.values():
-        artifact = _known(node)
+        artifact, damaged = _known(node)
         state = "waiting" if artifact is None else state_of(artifact) if artifact.done or artifact.started else "-"
+        state = "damaged" if damaged else state
         rows.append(
             {
                 "stage": node.name,
                 "state": state,
                 "artifact": name_of(node, artifact),
                 "size": units.size(size_below(artifact.path)) if artifact is not None and artifact.started else "",
-                "figures": _figures(artifact, getattr(node.config, "draws", None)),
+                "figures": "" if state == "damaged" else _figures(artifact, getattr(node.config, "draws", None)),
             }
         )
     return rows
 
 
-def _known(node: Node) -> Artifact | None:
-    """The artifact of a node, damaged ones too; None where an input is not there, or is damaged."""
+def _known(node: Node) -> tuple[Artifact | None, bool]:
+    """The artifact of a node, and whether it cannot be used; None where an input is not there, or is damaged."""
     try:
-        return node.artifact()
+        return node.artifact(), False
     except (StorageError, ArtifactError):
         pass
     try:
         folder = node.folder()
     except (StorageError, ArtifactError):
-        return None
-    return None if folder is None else Artifact(folder, newest_manifest(folder))
+        return None, False
+    return (None, False) if folder is None else (Artifact(folder, newest_manifest(folder)), True)
 
 
 def inventory() -> list[Row]:
@@ -120,7 +121,7 @@ def name_of(node: Node, artifact: Artifact | None) -> str:
 
 
 def _figures(artifact: Artifact | None, draws: int | None) -> str:
-    if artifact is None or not artifact.started or state_of(artifact) == "damaged":
+    if artifact is None or not artifact.started:
         return ""
     return headline(artifact) if artifact.done else progress.figures(artifact, draws)
 

@@ -41,6 +41,8 @@ def test_a_generation_that_another_program_sealed_is_neither_used_nor_called_cle
     assert found["problem"] == "the pairs stage did not seal it: it has no fingerprint, no config, no files"
     told = lab.run("pairs", "pairs.draws=1", exits=1).stderr
     assert f"{manifest}: the pairs stage did not seal it; move the store away" in told
+    shown = lab.nfm("status", "-c", "tiny.toml", "--set", "pairs.draws=1", "--json").stdout
+    assert {row["stage"]: row["state"] for row in json.loads(shown)}["pairs"] == "damaged"
     assert "up to date (pairs 512" in lab.run("pairs").stderr
 
 
