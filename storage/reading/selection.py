@@ -87,7 +87,7 @@ def as_expression(filter: Filter) -> pc.Expression:
             "filter",
             filter,
             "a pyarrow expression such as pc.field('label') == 3, or a list of conditions such as "
-            "[('label', 'in', [1, 2]), ('nll', '<', 2.5)]",
+            "[('label', 'in', [1, 2]), ('nll', '<', 2.5)], where `in` takes a list",
         ) from error
     for condition in filter:
         for one in [condition] if isinstance(condition[0], str) else condition:
