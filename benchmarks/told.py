@@ -12,7 +12,7 @@ __all__ = ["command", "machine", "versions"]
 
 
 def command(module: str) -> str:
-    """The command without where it wrote, for whoever repeats it elsewhere."""
+    """The command without where it wrote, for whoever repeats it elsewhere. A scratch folder is called SCRATCH."""
     from nfm.storage.errors.masked import masked
 
     kept: list[str] = []
@@ -20,6 +20,11 @@ def command(module: str) -> str:
     for argument in left:
         if argument in ("--folder", "-o", "--out", "--output"):
             next(left, None)
+        elif argument == "--work":
+            next(left, None)
+            kept += [argument, "SCRATCH"]
+        elif argument.startswith("--work="):
+            kept.append("--work=SCRATCH")
         elif not argument.startswith(("--folder=", "--out=", "--output=")):
             kept.append(argument)
     return masked(shlex.join(["python", "-m", module, *kept]))
