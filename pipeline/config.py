@@ -179,6 +179,9 @@ def _apply(raw: dict[str, Any], override: str) -> tuple[tuple[str, ...], str]:
     return tuple(parts[:2]), getattr(override, "told", f"--set {override}")
 
 
+_OWN_WORDS = {"tuple_type": "write a list, [...]", "too_short": "name one at least"}  # by pydantic's kind of problem
+
+
 def _explained(problems: Iterable[Any]) -> Iterator[str]:
     """One line for each field with everything wrong about it, and the nearest known key for a misspelt one."""
     of_fields: dict[str, list[str]] = {}
@@ -192,15 +195,12 @@ def _explained(problems: Iterable[Any]) -> Iterator[str]:
             yield f"{'.'.join(where)}: unknown key; {_nearest(where)}"
         elif problem["type"] == "model_type" and len(where) == 1:
             yield f"{where[0]} = {problem['input']!r}: is a section; write [{where[0]}] and its keys below"
-        elif problem["type"] == "tuple_type":
-            of_fields.setdefault(f"{'.'.join(where)} = {problem['input']!r}", []).append("write a list, [...]")
-        elif problem["type"] == "too_short" and problem["input"]:
-            pass  # a value that cannot be is told, and none is left
-        elif problem["type"] == "too_short":
-            of_fields.setdefault(f"{'.'.join(where)} = {problem['input']!r}", []).append("name one at least")
         elif problem["type"] == "missing":
             yield f"{'.'.join(where)}: missing; add it to the config"
         else:
+            if problem["type"] == "too_short" and problem["input"]:
+                continue  # each value in it cannot be, and is told by itself
+            said = _OWN_WORDS.get(problem["type"], said)
             of_fields.setdefault(f"{'.'.join(where)} = {problem['input']!r}", []).append(said)
     for field, reasons in of_fields.items():
         yield f"{field}: {', or: '.join(reasons)}"

@@ -7,6 +7,7 @@ reads a `potential` of the data, reflow the student of another coupling. builder
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nfm.pipeline.artifacts.artifact import Artifact, WrongArtifact, artifacts_root, fingerprint
+from nfm.pipeline.artifacts.artifact import Artifact, ArtifactError, WrongArtifact, artifacts_root, fingerprint
 from nfm.pipeline.artifacts.lineage import references
 from nfm.pipeline.config import ConfigError
 from nfm.stages.base import Section
@@ -25,6 +26,7 @@ from nfm.stages.evaluation import stage as evaluate
 from nfm.stages.pairs import stage as pairs
 from nfm.stages.report import stage as report
 from nfm.stages.trained import features, potential, student, teacher
+from nfm.storage.errors import StorageError
 from nfm.storage.files.paths import is_remote, scratch_root
 
 STAGES: dict[str, ModuleType] = {
@@ -77,6 +79,12 @@ class Node:
         if inputs is None:
             return None
         return artifacts_root() / self.stage.NAME / self.fingerprint(inputs)[:12]
+
+    def readable_folder(self) -> Path | None:
+        """The folder of the artifact; None also where an input is damaged, which is told of that input."""
+        with contextlib.suppress(StorageError, ArtifactError):
+            return self.folder()
+        return None
 
     def fingerprint(self, inputs: Mapping[str, Artifact]) -> str:
         """The SHA-256 of what decides this node's result, given its finished inputs."""

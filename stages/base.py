@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,12 @@ def one_of(table: Mapping[str, Any]) -> BeforeValidator:
         raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}" if others else last})
 
     return BeforeValidator(known)
+
+
+def named_once(values: Sequence[Any], remedy: str = "name each once") -> None:
+    """Raises ValueError for values that a list of a config has more than once."""
+    if twice := [value for value, times in Counter(values).items() if times > 1]:
+        raise ValueError(f"{', '.join(map(repr, twice))} is named more than once; {remedy}")
 
 
 def call(function: str, *arguments: Any, **options: Any) -> Any:

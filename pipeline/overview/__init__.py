@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,9 +32,7 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
     """
     rows = []
     for node in upstream(nodes, target) if target else nodes.values():
-        artifact, damaged = _known(node)
-        state = "waiting" if artifact is None else state_of(artifact) if artifact.done or artifact.started else "-"
-        state = "damaged" if damaged else state
+        artifact, state = _standing(node)
         rows.append(
             {
                 "stage": node.name,
@@ -46,17 +45,15 @@ def status(nodes: Mapping[str, Node], target: str | None = None) -> list[Row]:
     return rows
 
 
-def _known(node: Node) -> tuple[Artifact | None, bool]:
-    """The artifact of a node, and whether it cannot be used; None where an input is not there, or is damaged."""
-    try:
-        return node.artifact(), False
-    except (StorageError, ArtifactError):
-        pass
-    try:
-        folder = node.folder()
-    except (StorageError, ArtifactError):
-        return None, False
-    return (None, False) if folder is None else (Artifact(folder, newest_manifest(folder)), True)
+def _standing(node: Node) -> tuple[Artifact | None, str]:
+    """The artifact of a node and its state. There is none where an input is not there, or is damaged."""
+    with contextlib.suppress(StorageError, ArtifactError):
+        artifact = node.artifact()
+        if artifact is None:
+            return None, "waiting"
+        return artifact, state_of(artifact) if artifact.done or artifact.started else "-"
+    folder = node.readable_folder()
+    return (None, "waiting") if folder is None else (Artifact(folder, newest_manifest(folder)), "damaged")
 
 
 def inventory() -> list[Row]:

@@ -95,11 +95,7 @@ def _manifests_of(node: Node) -> list[Artifact]:
         return [found] if found is not None else []
     except (StorageError, ArtifactError):
         pass
-    try:
-        folder = node.folder()
-    except (StorageError, ArtifactError):
-        return []  # the manifest of an input, which is reported there
-    if folder is None:
+    if (folder := node.readable_folder()) is None:
         return []
     return [Artifact(folder, name) for name in names_in(folder) if re.fullmatch(r"manifest.*\.json", name)]
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from nfm.stages.base import Guidance, LocalField, Section, added, operational
+from nfm.stages.base import Guidance, LocalField, Section, added, named_once, operational
 from nfm.stages.couplings.variant import Variant
 from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.devices.where import DeviceField
@@ -86,8 +85,7 @@ class EvaluateConfig(Section):
     @classmethod
     def _are_variants(cls, baselines: tuple[str, ...]) -> tuple[str, ...]:
         named = tuple(str(Variant.parse(text)) for text in baselines)
-        if twice := sorted({name for name in named if named.count(name) > 1}):
-            raise ValueError(f"{', '.join(twice)} named twice; name each once")
+        named_once(named)
         return named
 
     @field_validator("diffusion")
@@ -120,9 +118,7 @@ class EvaluateConfig(Section):
     @field_validator("nfe")
     @classmethod
     def _solvers_can(cls, nfe: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        twice = [str(count) for count, times in Counter(nfe).items() if times > 1]
-        if twice:
-            raise ValueError(f"{', '.join(twice)} is named more than once; every number of evaluations is one row")
+        named_once(nfe, "every number of evaluations is one row")
         for count in nfe:
             if "solver" in info.data:
                 pick_solver(info.data["solver"], count)

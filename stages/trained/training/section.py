@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
-from nfm.stages.base import Section, Unfit, operational
+from nfm.stages.base import Section, Unfit, named_once, operational
 from nfm.stages.display.watching.lines import Watching
 from nfm.stages.trained.devices import launched
 from nfm.stages.trained.devices.precision import Precision
@@ -59,8 +59,7 @@ class TrainingSection(Section):
     @field_validator("watch")
     @classmethod
     def _is_told_once(cls, watch: tuple[Watching, ...]) -> tuple[Watching, ...]:
-        if twice := sorted({name for name in watch if watch.count(name) > 1}):
-            raise ValueError(f"{', '.join(map(repr, twice))} is named more than once; name each once")
+        named_once(watch)
         return watch
 
     @property
