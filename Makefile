@@ -119,7 +119,7 @@ bench: $(PEERS_ENV)  ## measure the reader beside its peers and a plain copy
 # The peers pin older numpy and fsspec than we are tested with, so they have an environment of their own.
 $(PEERS)/.installed: pyproject.toml
 	python3 -m venv $(PEERS)
-	$(PEERS_PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) '$(TORCH)' -e '.[train,zarr,report,bench]'
+	$(PEERS_PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) '$(TORCH)' -e '.[train,zarr,report,fast,bench]'
 	touch $@
 
 # By the links, so that PYTHON may be one with torch, numpy, scipy, safetensors and click alone.

@@ -29,9 +29,9 @@ from nfm.storage.ledger import seal
 from nfm.storage.ledger.generation import DrawShards, Generation
 from nfm.storage.ledger.row_fields import RowField
 from nfm.storage.ledger.standing import UNSEALED, unsealed
+from nfm.storage.reading.gathering.shards import ShardSequence
 from nfm.storage.reading.reader import BatchReader, ReadOptions
 from nfm.storage.reading.selection import Filter, read_parts, select
-from nfm.storage.reading.shards import ShardSequence
 from nfm.storage.reading.stream import Arrays, StoreStream
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 SECTIONS = ("reading", "writing", "opening", "cold", "student")
 PACKAGES = (
-    "nfm-pairs", "numpy", "torch", "pyarrow", "webdataset", "mosaicml-streaming", "litdata", "datasets", "zarr",
-    "tensorstore", "pylance", "array-record", "grain",
+    "nfm-pairs", "numpy", "numba", "torch", "pyarrow", "webdataset", "mosaicml-streaming", "litdata", "datasets",
+    "zarr", "tensorstore", "pylance", "array-record", "grain",
 )  # fmt: skip
 OUTPUT = "benchmarks/results/store.json"
 SECONDS_PER_PASS = 5.0  # the slowest peers are stopped in the middle of an epoch
@@ -124,7 +124,10 @@ def reading(work: Workload, passes: int, names: Sequence[str], seconds: float) -
     """Every row's records a second: the median of the passes, which take turns so that noise hits all alike."""
     from benchmarks.store.peers import PEERS
     from benchmarks.store.rows import COPY, INLINE, ROWS, checked_epoch, in_turns, rate
+    from nfm.storage.reading.gathering.compiled import KINDS, loops
 
+    for kind in KINDS:  # as a long reading does after a while
+        loops.make(kind)
     rows = [row for row in (*ROWS, *PEERS) if _wanted(row, names, (COPY, INLINE))]
     ready: dict[str, Reading] = {}
     found: dict[str, dict[str, Any]] = {}

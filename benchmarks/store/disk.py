@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import shutil
 import statistics
@@ -11,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ GIB = 1 << 30
 _PIECE = 8 << 20  # bytes of a read or a write
 _WINDOW = 8  # shards: two windows of them are a good gigabyte here
 _SHARDS_WRITTEN = 6
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def writing(work: Workload, folder: Path, passes: int) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _cold_rates(
     return {
         "megabytes_per_second": {name: round(size / value / 1e6, 1) for name, value in seconds.items()},
         "windowed_share_of_disk": round(seconds["disk"] / seconds["windowed"], 3),
-        "resident_before": round(max(resident), 4),  # share of sampled pages that dropping left
+        "resident_before": round(max(resident), 4),  # share of a file's pages that dropping left
     }
 
 
@@ -189,20 +191,31 @@ def _read_windowed(root: Path, batch: int) -> None:
 
 
 def _drop(files: Sequence[Path]) -> float:
-    """Drops files from the page cache; returns the share of pages, a hundred a file, that are still there."""
-    there = asked = 0
+    """Drops files from the page cache; returns the largest share of a file that is still there."""
+    left = 0.0
     for path in files:
         with open(path, "rb", buffering=0) as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            size = os.fstat(file.fileno()).st_size
-            for at in islice(range(0, size, max(4096, size // 100)), 100):
-                asked += 1
-                try:
-                    there += os.preadv(file.fileno(), [bytearray(1)], at, os.RWF_NOWAIT)
-                except BlockingIOError:
-                    continue
-    return there / asked
+            left = max(left, resident(file.fileno()))
+    return left
+
+
+def resident(file: int) -> float:
+    """The share of an open file's pages that are in the page cache.
+
+    By mincore: a read with RWF_NOWAIT, which is to find only what is there, may bring in what is not.
+    """
+    size = os.fstat(file).st_size
+    pages = -(-size // mmap.PAGESIZE)
+    there = (ctypes.c_ubyte * pages)()
+    with mmap.mmap(file, size, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as mapped:
+        at = ctypes.c_char.from_buffer(mapped)
+        failed = _LIBC.mincore(ctypes.byref(at), ctypes.c_size_t(size), there)
+        del at  # or the map could not be closed
+    if failed:
+        raise OSError(ctypes.get_errno(), "mincore failed")
+    return sum(page & 1 for page in there) / pages
 
 
 _HOLD = """

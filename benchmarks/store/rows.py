@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -19,6 +19,7 @@ from nfm.storage.format.philox import normals
 from nfm.storage.format.spec import write_spec
 from nfm.storage.ledger import commits, seal
 from nfm.storage.ledger.shard_writer import write_shard
+from nfm.storage.reading.gathering.compiled import loops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,6 +172,24 @@ def ours(layout: str, **options: Any) -> Callable[[Workload], Reading]:
     return make
 
 
+def without_loops(make: Callable[[Workload], Reading]) -> Callable[[Workload], Reading]:
+    """The same as where numba is not installed."""
+
+    def made(work: Workload) -> Reading:
+        reading = make(work)
+
+        def epoch(seed: int) -> Iterator[Triple]:
+            on, loops.on = loops.on, False
+            try:
+                yield from reading.epoch(seed)
+            finally:
+                loops.on = on
+
+        return replace(reading, epoch=epoch)
+
+    return made
+
+
 def ours_seeded(**options: Any) -> Callable[[Workload], Reading]:
     """`PairStore.batches` on a store of the same images, whose noise is drawn and not kept."""
 
@@ -215,18 +234,23 @@ def ours_through_workers(work: Workload) -> Reading:
 
 
 COPY, INLINE = "plain copy", "ours: blocks, raw, inline"
-PREFETCHED, ZARR = "ours: blocks, raw, prefetch thread", "ours: Zarr, raw, inline"
+PREFETCHED, ZARR = "ours: blocks, raw, prefetch threads", "ours: Zarr, raw, inline"
+FLOAT32, FLOAT32_PREFETCHED = "ours: blocks, float32, inline", "ours: blocks, float32, prefetch threads"
+_OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    INLINE: ("batches(raw=True, prefetch=False)", {"raw": True, "prefetch": False}),
+    PREFETCHED: ("batches(raw=True)", {"raw": True}),
+    FLOAT32: ("batches(prefetch=False), converted on the host", {"prefetch": False}),
+    FLOAT32_PREFETCHED: ("batches(), converted on the host", {}),
+}
 ROWS = (
     Row(COPY, "limit", "the same bytes from memory to one batch's memory, in order", copied),
     Row("plain copy, as float32", "limit", "the records converted before, copied the same way", copied_as_float32),
-    Row(INLINE, "ours", "batches(raw=True, prefetch=False), full shuffle", ours("blocks", raw=True, prefetch=False)),
-    Row(PREFETCHED, "ours", "batches(raw=True), full shuffle", ours("blocks", raw=True)),
-    Row("ours: blocks, float32, inline", "ours", "batches(prefetch=False), full shuffle, converted on the host",
-        ours("blocks", prefetch=False)),
-    Row("ours: blocks, float32, prefetch thread", "ours", "batches(), the same in a thread", ours("blocks")),
+    *(Row(name, "ours", f"{how}, full shuffle", ours("blocks", **options)) for name, (how, options) in _OURS.items()),
+    *(Row(f"{name}, without numba", "ours", "the same by numpy and torch", without_loops(ours("blocks", **options)))
+      for name, (_, options) in _OURS.items()),
     Row("ours: blocks, seeded, inline", "ours", "as inline, noise made from its seed, float32",
         ours_seeded(prefetch=False)),
-    Row("ours: blocks, seeded, prefetch thread", "ours", "the same in a thread", ours_seeded()),
+    Row("ours: blocks, seeded, prefetch threads", "ours", "the same in threads", ours_seeded()),
     Row("ours: samples, raw, inline", "ours", "as above, layout samples", ours("samples", raw=True, prefetch=False)),
     Row(ZARR, "ours", "as above, layout zarr: mapped chunks", ours("zarr", raw=True, prefetch=False)),
     Row("ours: blocks, raw, 2 loader workers", "ours", "as_torch_dataset(raw=True) in a DataLoader",

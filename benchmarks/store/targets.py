@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.store.peers import HF_ARRAYS, HF_ARROW, HF_LISTS, LITDATA, MDS, SAMPLES, ZARR_POOL
-from benchmarks.store.rows import COPY, INLINE, PREFETCHED, ZARR
+from benchmarks.store.rows import COPY, FLOAT32, FLOAT32_PREFETCHED, INLINE, PREFETCHED, ZARR
 from nfm.stages.display.tables import aligned
 
 # What is promised: (words, least or most, bound, the figure in a run)
 _AT_LEAST = (
     (INLINE, COPY, 0.5),
     (PREFETCHED, COPY, 0.4),
+    (FLOAT32, COPY, 0.25),
+    (FLOAT32_PREFETCHED, COPY, 0.4),
     (INLINE, SAMPLES, 20),
     (INLINE, MDS, 10),
     (INLINE, LITDATA, 10),

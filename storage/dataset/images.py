@@ -20,8 +20,8 @@ from nfm.storage.format.index import read_index
 from nfm.storage.format.order import Rows, Shuffle, order_key
 from nfm.storage.layouts import Shard
 from nfm.storage.layouts.tar_blocks import MappedShard
+from nfm.storage.reading.gathering.shards import ShardSequence
 from nfm.storage.reading.reader import BatchReader, ReadOptions
-from nfm.storage.reading.shards import ShardSequence
 from nfm.storage.reading.stream import Arrays, StoreStream
 
 

@@ -257,9 +257,15 @@ def checked(*, options: type | None = None, **own: Rule) -> Callable[[Callable[P
         rest = next((name for name, one in parameters.items() if one.kind is one.VAR_KEYWORD), None)
         known = [name for name in parameters if name not in ("self", "cls", rest)] + list(more)
         rules = {name: own[name] if name in own else RULES[name] for name in known}
+        in_order = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+        enough = [sum(parameters[name].default is inspect.Parameter.empty for name in in_order), len(in_order)]
+        by_name = any(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in parameters.values())
 
         @functools.wraps(call)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not kwargs and not by_name and enough[0] <= len(args) <= enough[1]:  # as below, and faster
+                values = [rules[name](name, value) if name in rules else value for name, value in zip(in_order, args)]
+                return call(*values)  # type: ignore[call-arg, arg-type]
             for name in kwargs:
                 if name not in rules:
                     raise unknown(call.__name__, name, known)
@@ -290,15 +296,18 @@ def writable(name: str, value: Any, shape: tuple[int, ...], dtypes: Sequence[Any
     """An array of numpy to write into, contiguous, of this shape and of one of these dtypes."""
     import numpy as np
 
-    must = f"a contiguous, writable numpy array of {' or '.join(map(str, dtypes))} {by(shape)}"
     if not isinstance(value, np.ndarray):
-        raise WrongArgument(name, f"is a {type(value).__name__}: it must be {must}")
-    if value.shape != shape or value.dtype not in dtypes:
-        raise WrongArgument(name, f"is {value.dtype} {by(value.shape)}: it must be {must}")
-    if not value.flags.c_contiguous or not value.flags.writeable:
-        lacks = "read-only" if value.flags.c_contiguous else "not contiguous"
-        raise WrongArgument(name, f"is {lacks}: it must be {must}")
-    return value
+        lacks = f"a {type(value).__name__}"
+    elif value.shape != shape or value.dtype not in dtypes:
+        lacks = f"{value.dtype} {by(value.shape)}"
+    elif not value.flags.c_contiguous:
+        lacks = "not contiguous"
+    elif not value.flags.writeable:
+        lacks = "read-only"
+    else:
+        return value
+    must = f"a contiguous, writable numpy array of {' or '.join(map(str, dtypes))} {by(shape)}"
+    raise WrongArgument(name, f"is {lacks}: it must be {must}")
 
 
 def nearest(value: Any, choices: Iterable[Any]) -> str:

@@ -30,6 +30,13 @@ def scale_of(value_range: tuple[float, float]) -> tuple[float, float]:
     return (high - low) / 255.0, low
 
 
+def linear(dtype: np.dtype[Any], value_range: tuple[float, float], step: float | None) -> tuple[float, float]:
+    """(a, b) such that a stored v means a * v + b. Floats, and integers without a step, keep their values."""
+    if dtype == np.uint8:
+        return scale_of(value_range)
+    return (step or 1.0 if dtype.kind == "i" else 1.0), 0.0
+
+
 def to_float32(
     stored: Array,
     value_range: tuple[float, float],

@@ -45,13 +45,13 @@ def shard_bytes(fields: Sequence[Field], records: int, rows_per_block: int = 256
 def record_offsets(fields: Sequence[Field], records: Array, rows: Array, rows_per_block: int = 256) -> dict[str, Array]:
     """The byte offset of row rows[i] in a shard of records[i] records: int64 [n] for each field."""
     block, row = np.divmod(rows, rows_per_block)
-    in_block = np.minimum(records - block * rows_per_block, rows_per_block)
-    at = block * _block_bytes(fields, rows_per_block) + TAR_HEADER + NPY_HEADER
-    offsets = {}
+    whole = (int(block.max(initial=-1)) + 1) * rows_per_block <= records.min(initial=0)  # so one number is that of all
+    in_block = rows_per_block if whole else np.minimum(records - block * rows_per_block, rows_per_block)
+    first, ahead, offsets = block * _block_bytes(fields, rows_per_block), TAR_HEADER + NPY_HEADER, {}
     for field in fields:
-        offsets[field.name] = at + row * field.bytes_per_record
+        offsets[field.name] = first + (row * field.bytes_per_record + ahead)
         size = NPY_HEADER + in_block * field.bytes_per_record
-        at = at + TAR_HEADER + size + -size % TAR_HEADER
+        ahead = ahead + TAR_HEADER + size + -size % TAR_HEADER
     return offsets
 
 

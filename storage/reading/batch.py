@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from nfm.storage.errors import StorageError, by
 from nfm.storage.errors.arguments import WrongArgument
-from nfm.storage.format.convert import scale_of
+from nfm.storage.format.convert import linear
 from nfm.storage.format.fields import OF_BATCHES
 from nfm.storage.reading.device import Upload
 from nfm.storage.reading.pool import Pool, empty
@@ -93,6 +93,11 @@ class Assembly:
         }
 
     @property
+    def bytes_per_batch(self) -> int:
+        """The memory of a full batch on the host."""
+        return sum(pool.bytes for pool in self._pools.values())
+
+    @property
     def allocated(self) -> dict[str, int]:
         """The number of arrays allocated so far, by field."""
         return {name: pool.made for name, pool in self._pools.items()}
@@ -133,10 +138,8 @@ class Assembly:
 
 
 def _scale(name: str, dtype: np.dtype[Any], source: Source) -> tuple[float, float]:
-    """(a, b) such that a stored v means a * v + b, for pixels and integer noise. Floats keep their values."""
-    if name == "image" and dtype == np.uint8:
-        return scale_of(source.value_range)
-    return (source.noise_step or 1.0 if name == "noise" and dtype.kind == "i" else 1.0), 0.0
+    """(a, b) such that a stored v of this field means a * v + b."""
+    return linear(dtype, source.value_range, source.noise_step if name == "noise" else None)
 
 
 def _widens(name: str, array: npt.NDArray[Any]) -> bool:

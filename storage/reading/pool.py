@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
+_Memory = tuple[Array, dict[str, Any]]  # and its `__array_interface__`, which takes long to make
 _SPARE = 8  # arrays kept for later use: a consumer may release so many batches at once without a new allocation later
 _HUGE_PAGE = 2 << 20  # bytes
 
@@ -33,8 +34,8 @@ class _Loan:
 
     __slots__ = ("__array_interface__", "_memory", "_spare")
 
-    def __init__(self, memory: Array, spare: deque[Array]) -> None:
-        self.__array_interface__ = memory.__array_interface__
+    def __init__(self, memory: _Memory, spare: deque[_Memory]) -> None:
+        self.__array_interface__ = memory[1]
         self._memory = memory
         self._spare = weakref.ref(spare)
 
@@ -46,7 +47,7 @@ class _Loan:
 
 
 class Pool:
-    """Arrays of up to shape[0] records that are returned automatically. `made` counts allocated arrays."""
+    """Arrays of up to shape[0] records, of `bytes` each, that are returned automatically. `made` counts them."""
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class Pool:
         self._shape = shape
         self._dtype = dtype
         self._allocate = allocate
+        self.bytes = math.prod(shape) * dtype.itemsize
         self.made = 0
         self.clear()
 
@@ -65,10 +67,11 @@ class Pool:
         try:
             memory = self._spare.pop()
         except IndexError:
-            memory = self._allocate(self._shape, self._dtype)
+            array = self._allocate(self._shape, self._dtype)
+            memory = array, array.__array_interface__
             self.made += 1
         return np.asarray(_Loan(memory, self._spare))[:records]
 
     def clear(self) -> None:
         """Frees the memory. Lent arrays are freed with their last user and do not return."""
-        self._spare: deque[Array] = deque(maxlen=_SPARE)
+        self._spare: deque[_Memory] = deque(maxlen=_SPARE)

@@ -1,8 +1,8 @@
-"""Batches from mapped shards: one thread gathers and converts them ahead of the consumer, and memory is reused.
+"""Batches from mapped shards: threads gather and convert them ahead of the consumer, and memory is reused.
 
 The state of a reader counts yielded records, not prefetched ones. It can be loaded on any number of ranks and continues
 with the next record. A batch does not change as long as anything refers to a part of it. A loop that holds one batch
-uses three sets of arrays in turn.
+uses three sets of arrays in turn, and four where two batches are filled at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NoReturn, TypedDict
@@ -29,6 +30,8 @@ from nfm.storage.reading.readahead import ReadAhead
 from nfm.storage.reading.soften import Softener
 from nfm.storage.reading.stream import Planned, Stream, batches_in, batches_of, plan
 
+_LARGE = 1 << 20  # bytes; of such batches two are filled at a time: one copies while the other has Python's lock
+
 
 class ReadOptions(TypedDict, total=False):
     """The keyword arguments that every `batches` takes.
@@ -36,7 +39,7 @@ class ReadOptions(TypedDict, total=False):
     - `last`: "drop" (default) or "keep" the batch at the end of an epoch if it is not full.
     - `rank` and `world_size`: which part of every batch to read; by default those of torch.distributed.
     - `device`: a torch device; the batches are then tensors there instead of numpy arrays.
-    - `prefetch`: whether a thread reads ahead; on by default.
+    - `prefetch`: whether threads read ahead; on by default.
     - `fields`: names of row-scoped fields to join.
     - `raw`: keep the stored dtypes and convert nothing.
     - `soften`: rho in [0, 1). The noise z becomes sqrt(1 - rho^2) z + rho eps. eps ~ N(0, I) is new in every epoch, and
@@ -270,18 +273,21 @@ class BatchReader:
         if self._stream.lookahead:
             ahead = ReadAhead(self._stream.sources, -(-self._stream.lookahead // (self._batch_size * step)))
             plans = ahead.over(plans)
-        batches = _fill_batches(plans, self._assembly, self._asked)
-        thread, ready = None, queue.SimpleQueue[_Filled | BaseException | None]()
-        if self._prefetch:
+        asked = _as_asked(plans, self._asked)
+        if not self._prefetch:
+            self._stop = weakref.finalize(self, _stop_threads, self._asked, None, ahead)
+            return _each_filled(asked, self._assembly)
+        pairwise = self._assembly.bytes_per_batch >= _LARGE and len(os.sched_getaffinity(0)) > 1
+        batches = _two_at_a_time(asked, self._assembly) if pairwise else _each_filled(asked, self._assembly)
+        for _ in range(2 if pairwise else 1):
             self._asked.put(True)
-            # The threads refer only to the queues, not to the reader. So a reader that is dropped is collected and
-            # stops them.
-            thread = threading.Thread(target=_read_ahead, args=(batches, ready), name="nfm-reader", daemon=True)
+        # The threads refer only to the queues, not to the reader. So a reader that is dropped is collected and stops
+        # them.
+        ready = queue.SimpleQueue[_Filled | Future[_Filled] | BaseException | None]()
+        thread = threading.Thread(target=_read_ahead, args=(batches, ready), name="nfm-reader", daemon=True)
         self._stop = weakref.finalize(self, _stop_threads, self._asked, thread, ahead)
-        if thread is None:
-            return batches
         thread.start()
-        items: Iterator[_Filled | BaseException] = iter(ready.get, None)
+        items: Iterator[_Filled | Future[_Filled] | BaseException] = iter(ready.get, None)
         return map(_received, items)  # keeps no reference to yielded items
 
     def _forget(self) -> None:
@@ -323,14 +329,32 @@ def check_enough(batch_size: int, records: int) -> None:
         )
 
 
-def _fill_batches(plans: Iterator[Planned], assembly: Assembly, asked: queue.SimpleQueue[bool]) -> Iterator[_Filled]:
+def _as_asked(plans: Iterator[Planned], asked: queue.SimpleQueue[bool]) -> Iterator[Planned]:
     for planned in plans:
         if not asked.get():
             return
-        yield _Filled(assembly.fill(planned.records), planned.places, planned.epoch, planned.consumed)
+        yield planned
 
 
-def _read_ahead(batches: Iterator[_Filled], ready: queue.SimpleQueue[_Filled | BaseException | None]) -> None:
+def _filled(assembly: Assembly, planned: Planned) -> _Filled:
+    return _Filled(assembly.fill(planned.records), planned.places, planned.epoch, planned.consumed)
+
+
+def _each_filled(plans: Iterator[Planned], assembly: Assembly) -> Iterator[_Filled]:
+    for planned in plans:
+        yield _filled(assembly, planned)
+
+
+def _two_at_a_time(plans: Iterator[Planned], assembly: Assembly) -> Iterator[Future[_Filled]]:
+    with ThreadPoolExecutor(2, "nfm-filler") as threads:
+        for planned in plans:
+            yield threads.submit(_filled, assembly, planned)
+
+
+def _read_ahead(
+    batches: Iterator[_Filled] | Iterator[Future[_Filled]],
+    ready: queue.SimpleQueue[_Filled | Future[_Filled] | BaseException | None],
+) -> None:
     try:
         for filled in batches:
             ready.put(filled)
@@ -340,10 +364,10 @@ def _read_ahead(batches: Iterator[_Filled], ready: queue.SimpleQueue[_Filled | B
         ready.put(error)
 
 
-def _received(item: _Filled | BaseException) -> _Filled:
+def _received(item: _Filled | Future[_Filled] | BaseException) -> _Filled:
     if isinstance(item, BaseException):
         raise item
-    return item
+    return item if isinstance(item, _Filled) else item.result()
 
 
 def _stop_threads(asked: queue.SimpleQueue[bool], thread: threading.Thread | None, ahead: ReadAhead | None) -> None:

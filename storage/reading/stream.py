@@ -279,7 +279,9 @@ def part_of(batch: Records, rank: int, world_size: int) -> tuple[Records, Rows]:
     batch = batch.take(np.lexsort((batch.slot, batch.draw, batch.store)))
     count = len(batch.slot)
     mine = np.arange(count * rank // world_size, count * (rank + 1) // world_size)
-    if world_size == 1 or not count or batch.store[0] == batch.store[-1]:
+    if world_size == 1:
+        return batch, mine
+    if not count or batch.store[0] == batch.store[-1]:
         return batch.take(mine), mine
     _, first, of, sizes = np.unique(batch.store, return_index=True, return_inverse=True, return_counts=True)
     quantile = (np.arange(count) - first[of] + 0.5) / sizes[of]

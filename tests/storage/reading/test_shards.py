@@ -21,7 +21,7 @@ from nfm.storage.format.convert import to_float32
 from nfm.storage.format.fields import pair_fields
 from nfm.storage.format.spec import StoreSpec, shard_name
 from nfm.storage.layouts import LAYOUTS
-from nfm.storage.reading.shards import ShardSequence
+from nfm.storage.reading.gathering.shards import ShardSequence
 
 Arrays = dict[str, np.ndarray]
 

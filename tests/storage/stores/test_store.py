@@ -37,7 +37,7 @@ from nfm.storage.layouts import files as files_of
 from nfm.storage.layouts.tar_blocks import MappedShard, shard_bytes
 from nfm.storage.ledger import seal
 from nfm.storage.ledger.row_fields import write_row_field
-from nfm.storage.reading.shards import ShardSequence
+from nfm.storage.reading.gathering.shards import ShardSequence
 from tests.support.patience import allowed
 
 

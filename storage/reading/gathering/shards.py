@@ -19,10 +19,11 @@ from numpy.lib.stride_tricks import as_strided
 
 from nfm.storage.errors import CorruptShard, check_inside
 from nfm.storage.errors.arguments import some_of, writable
-from nfm.storage.format.convert import to_float32
+from nfm.storage.format.convert import linear, to_float32
 from nfm.storage.format.fields import ORIGIN, Field
 from nfm.storage.layouts import LAYOUTS, Shard
 from nfm.storage.layouts.seeded import Made
+from nfm.storage.reading.gathering.compiled import loops
 
 Array = npt.NDArray[Any]
 _STAGED = 1 << 18  # numbers gathered before they are converted: half a MiB of float16, in a core's second-level cache
@@ -54,6 +55,7 @@ class ShardSequence:
         self.what = what
         self.stored = {field.name: field for field in fields}
         self.fields = self.stored | ({} if made is None else {"noise": made.field})
+        self._writes = {name: _writes(field) for name, field in self.fields.items()}
         self._made = made
         self.rows = rows
         self.rows_per_shard = rows_per_shard
@@ -89,10 +91,10 @@ class ShardSequence:
         if not len(rows):
             return result
         check_inside(self.what, rows, self.rows)
-        number = rows // self.rows_per_shard
-        touched, which = np.unique(number, return_inverse=True)
-        held = [self.shard(shard) for shard in touched.tolist()]
-        inside = rows - number * self.rows_per_shard
+        number, inside = np.divmod(rows, self.rows_per_shard)
+        touched = sorted(set(number.tolist()))
+        which = np.searchsorted(touched, number)
+        held = [self.shard(shard) for shard in touched]
         layout = LAYOUTS[self.layout]
         records = np.minimum(self.rows - number * self.rows_per_shard, self.rows_per_shard)
         offsets = layout.offsets(list(self.stored.values()), records, inside, self.rows_per_block)
@@ -111,21 +113,33 @@ class ShardSequence:
                 written = np.empty((len(rows), text.bytes), np.uint8)
                 _Records(starts, text.bytes).copy(0, written)
                 result[name][...] = text.parse(written)
-            elif result[name].dtype == self.fields[name].dtype:
-                _Records(starts, self.fields[name].bytes_per_record).copy(0, result[name])
             else:
-                self._converted(name, starts, result[name])
+                self._fill(name, starts, result[name])
         del held  # until here, all shards that are read must stay mapped
         return result
 
-    def _converted(self, name: str, starts: Array, out: Array) -> None:
+    def _fill(self, name: str, starts: Array, out: Array) -> None:
+        """Fills `out` with the numbers that lie at `starts`, as they are stored or as float32."""
+        field, flat = self.fields[name], out.reshape(len(out), -1)
+        as_stored = out.dtype == field.dtype
+        loop = loops.loop("bytes" if as_stored else field.dtype, out.nbytes)
+        step = self._noise_step if name == "noise" else None
+        if loop is not None and as_stored:
+            loop(starts, flat.view(np.uint8), 1.0, 0.0)
+        elif loop is not None:
+            loop(starts, flat, *linear(np.dtype(field.dtype), self._value_range, step))
+        elif as_stored:
+            _Records(starts, field.bytes_per_record).copy(0, out)
+        else:
+            self._convert(field, starts, out, step)
+
+    def _convert(self, field: Field, starts: Array, out: Array, step: float | None) -> None:
         """Fills float32 `out` some records at a time, which are converted while they are in the core's cache.
 
         Fewer at a time would cost more calls than they save in memory. torch is the faster converter, if the process
         has it.
         """
-        field, torch = self.fields[name], "torch" in sys.modules
-        step = self._noise_step if name == "noise" else None
+        torch = "torch" in sys.modules
         some = max(1, _STAGED // math.prod(field.shape))
         stored = np.empty((min(some, len(out)), *field.shape), field.dtype)
         records = _Records(starts, field.bytes_per_record)
@@ -136,12 +150,10 @@ class ShardSequence:
             to_float32(part, self._value_range, target, step, torch=torch)
 
     def _checked(self, out: Mapping[str, Array], records: int) -> dict[str, Array]:
-        for name in some_of(list(self.fields))("out", out.keys()):
-            field = self.fields[name]
-            kinds = [np.dtype(field.dtype)]
-            if name in ("image", "noise") and field.dtype != "float32":
-                kinds.append(np.dtype(np.float32))
-            writable(f"out[{name!r}]", out[name], (records, *field.shape), kinds)
+        if not out.keys() <= self.fields.keys():
+            some_of(list(self.fields))("out", out.keys())
+        for name, array in out.items():
+            writable(f"out[{name!r}]", array, (records, *self.fields[name].shape), self._writes[name])
         return dict(out)
 
     def shard(self, number: int) -> Shard:
@@ -166,6 +178,12 @@ class ShardSequence:
         if found.records != records:  # otherwise offsets would point outside its map
             raise CorruptShard(f"shard {number} is listed with {found.records} records, its rows are {records}")
         return found
+
+
+def _writes(field: Field) -> list[np.dtype[Any]]:
+    """The types in which a field may be gathered."""
+    kinds = [field.dtype, "float32"] if field.name in ("image", "noise") else [field.dtype]
+    return [np.dtype(kind) for kind in dict.fromkeys(kinds)]
 
 
 class _Records:
