@@ -277,9 +277,9 @@ class BatchReader:
         if not self._prefetch:
             self._stop = weakref.finalize(self, _stop_threads, self._asked, None, ahead)
             return _each_filled(asked, self._assembly)
-        pairwise = self._assembly.bytes_per_batch >= _LARGE and len(os.sched_getaffinity(0)) > 1
-        batches = _two_at_a_time(asked, self._assembly) if pairwise else _each_filled(asked, self._assembly)
-        for _ in range(2 if pairwise else 1):
+        large = self._assembly.bytes_per_batch >= _LARGE
+        batches = _two_at_a_time(asked, self._assembly) if large else _each_filled(asked, self._assembly)
+        for _ in range(2 if large else 1):
             self._asked.put(True)
         # The threads refer only to the queues, not to the reader. So a reader that is dropped is collected and stops
         # them.

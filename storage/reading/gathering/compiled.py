@@ -61,7 +61,9 @@ class Loops:
         """Compiles this loop. Without numba there will be no loops, and if it fails neither, which is logged."""
         try:
             with _compiling:
-                self._made[kind] = _compiled(kind)
+                loop = _compiled(kind)
+                _prove(loop, kind)
+                self._made[kind] = loop
         except Exception as error:  # whatever is wrong with an installation of numba, reading goes on without it
             self.on = False
             if not (isinstance(error, ModuleNotFoundError) and error.name == "numba"):
@@ -71,6 +73,22 @@ class Loops:
 _compiling = threading.RLock()  # a fork waits for it: numba's own lock would stay locked in the child
 os.register_at_fork(before=_compiling.acquire, after_in_parent=_compiling.release, after_in_child=_compiling.release)
 loops = Loops()
+
+
+def _prove(loop: Loop, kind: str) -> None:
+    """Raises ArithmeticError unless the loop makes of every number what numpy makes of it.
+
+    NUMBA_DISABLE_JIT, for one, gives loops that cannot be called.
+    """
+    dtype = np.dtype("uint8" if kind == "bytes" else kind)
+    stored: Array = np.arange(256**dtype.itemsize).astype(f"uint{8 * dtype.itemsize}").view(dtype)
+    a, b = (np.float32(1), np.float32(0)) if kind in ("bytes", "float16") else (np.float32(0.1), np.float32(-0.7))
+    with np.errstate(invalid="ignore"):  # some are NaN
+        expected = stored if kind == "bytes" else stored.astype(np.float32) * a + b
+    out = np.zeros((1, len(stored)), expected.dtype)
+    loop(np.array([stored.ctypes.data]), out, float(a), float(b))
+    if not np.array_equal(out[0], expected, equal_nan=True):
+        raise ArithmeticError(f"its loop over {kind} makes other numbers than numpy")
 
 
 def _compiled(kind: str) -> Loop:

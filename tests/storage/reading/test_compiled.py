@@ -17,6 +17,7 @@ import pytest
 
 from nfm.storage import PairStore, StorageError
 from nfm.storage.format.convert import linear, to_float32
+from nfm.storage.reading.gathering import compiled as compiled_file
 from nfm.storage.reading.gathering import shards
 from nfm.storage.reading.gathering.compiled import KINDS, Loops
 from tests.support.patience import PATIENCE
@@ -142,6 +143,30 @@ def test_without_numba_and_with_a_broken_one_reading_goes_on(store, monkeypatch,
     assert not loops.on
     assert bool(told) == bool(caplog.text)
     assert told in caplog.text
+
+
+def test_a_loop_that_cannot_be_called_or_that_makes_other_numbers_is_not_used(monkeypatch, caplog):
+    for wrong in (lambda starts, out, a, b: None, lambda starts, out, a, b: 1 / 0):
+        monkeypatch.setattr(compiled_file, "_compiled", lambda kind, wrong=wrong: wrong)
+        for kind in KINDS:
+            loops = Loops()
+            loops.make(kind)
+            assert loops.loop(kind, 1) is None
+            assert not loops.on
+    assert "over int8 makes other numbers" in caplog.text
+
+
+def test_a_process_whose_numba_does_not_compile_reads_on():
+    ended = told("""
+        import os
+        os.environ["NUMBA_DISABLE_JIT"] = "1"
+        from nfm.storage.reading.gathering.compiled import Loops
+        loops = Loops()
+        loops.make("uint8")
+        assert not loops.on
+    """)
+    assert ended.returncode == 0
+    assert "numba cannot compile" in ended.stderr
 
 
 def test_a_child_that_is_forked_while_a_loop_is_compiled_compiles_its_own():
