@@ -42,7 +42,7 @@ endif
 NFM := $(PY) -m nfm.pipeline.cli
 INSTALL = $(PY) -m pip install --quiet --disable-pip-version-check --no-compile $(PIP_ARGS) -c $(VENV)/constraints.txt
 # What pip does at the end of an installation, on all cores in place of one: it took a minute and a half of three.
-COMPILE = @$(PY) -m compileall -qq -j 0 $(VENV)/lib || true  # some packages ship files of other Pythons
+COMPILE = @$(PY) -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true  # some packages ship files of other Pythons
 
 .DEFAULT_GOAL := help
 .PHONY: help env data teacher pairs student report audit status test test-all test-busy test-faults test-slurm test-s3 test-gs test-az bench gpu kills fuzz lint format docs clean-env
