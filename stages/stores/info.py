@@ -49,7 +49,7 @@ def info(where: str | Path) -> dict[str, Any]:
         **{f"exported {key}": value for key, value in (body.get("exported") or {}).items()},
         **{f"noise {key}": value for key, value in body["moments"].items()},
         **{key.replace("_", " "): body[key] for key in ENCODED if body.get(key) is not None},
-        **_reported(body.get("coupling_report"), where),
+        **_reported(body.get("coupling_report"), store.root),
     }
 
 

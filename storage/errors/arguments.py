@@ -54,15 +54,16 @@ def shown(value: Any) -> str:
 
 def whole(low: int = 0, high: int = _MOST, or_none: str = "") -> Rule:
     """A whole number from `low` to `high`. If `or_none` says what None means, None is allowed too."""
-    ends = f"at least {low}" if high == _MOST else f"{low} to {high}"
-    must = f"a whole number, {ends}{or_none and ', or None ('}{or_none}{or_none and ')'}"
+    or_else = f", or None ({or_none})" if or_none else ""
 
     def rule(name: str, value: Any) -> Any:
         if value is None and or_none:
             return None
         number = _whole(value)
         if number is None or not low <= number <= high:
-            raise wrong(name, value, must)
+            open_ended = high == _MOST and (number is None or number < low)
+            ends = f"at least {low}" if open_ended else f"{low} to {high}"
+            raise wrong(name, value, f"a whole number, {ends}{or_else}")
         return number
 
     return rule

@@ -46,7 +46,8 @@ def pack(noise: npt.NDArray[Any], codec: str, step: float | None = None) -> tupl
     if kind.step is None:
         with np.errstate(over="ignore"):
             return np.asarray(noise).astype(kind.dtype, copy=False), 0
-    steps = np.asarray(noise, np.float32) * np.float32(1 / (step or kind.step))
+    with np.errstate(over="ignore"):  # such values are clipped and counted
+        steps = np.asarray(noise, np.float32) * np.float32(1 / (step or kind.step))
     np.rint(steps, out=steps)
     clipped = 0
     if steps.size and not (-kind.limit <= steps.min() and steps.max() <= kind.limit):  # also false for NaN

@@ -175,7 +175,9 @@ class StoreStream:
         self.order_key = source.order_key if selection is None else selection.order_key(source.order_key)
         self.order = Order(self.order_key, seed, shuffle, window)
         ahead = source.remote or shuffle != "full"
-        self.lookahead = window * max(int(self._counts(draw).max()) for draw in self.draws) if ahead else 0
+        counts = [self._counts(draw) for draw in self.draws]
+        # A window of more shards than a draw has is the whole draw.
+        self.lookahead = max(min(window, len(each)) * int(each.max()) for each in counts) if ahead else 0
         records = [int(self._counts(draw).sum()) for draw in self.draws]
         self.least, self.most = min(records), max(records)
         self._epoch: tuple[int, Callable[[Rows], Rows]] | None = None  # the one that was read last

@@ -25,6 +25,7 @@ from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.foreign import vae
 from nfm.storage import ImageDataset
 from nfm.storage.dataset.shards import shard_writer
+from nfm.storage.errors import by
 from nfm.storage.files import atomic
 from nfm.storage.files.copies import mirror
 from nfm.storage.files.paths import as_path, exists, is_remote
@@ -187,6 +188,11 @@ class LatentEncoder:
             found = philox.normals(facts.seed, 0, padded, values, purpose=f"latents/{split}")
             eps = torch.from_numpy(found.reshape(-1, *facts.latent_shape))
         made = self.vae.encode(torch.from_numpy(self.images.images(split, padded)), eps)
+        if (shape := tuple(made.shape[1:])) != tuple(facts.latent_shape):
+            raise StageError(
+                f"latents.vae: encode gave {by(shape)} for {split} images, and {by(facts.latent_shape)} in its trial; "
+                "give all latents one shape"
+            )
         return made[:count].float().cpu().numpy()
 
     def encode_shard(
@@ -225,6 +231,11 @@ class LatentEncoder:
         bad = np.flatnonzero(~np.isfinite(stored).reshape(len(rows), -1).all(1))
         if len(bad):
             key = self.images.keys(split, rows[bad[:1]])[0]
+            if not np.isfinite(latents[bad[0]]).all() and self.facts.precision == "float32":
+                raise StageError(
+                    f"latents.vae: encode gave NaN or an infinity for {split} image {key!r}, in float32; mend the VAE, "
+                    "or leave that image out of the data"
+                )
             raise StageError(
                 f"the latent of {split} image {key!r} has values that are not finite in float16 "
                 f'(latents.precision = "{self.facts.precision}", scale {self.facts.scale:g}); use '

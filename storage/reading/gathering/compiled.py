@@ -64,7 +64,7 @@ class Loops:
                 loop = _compiled(kind)
                 _prove(loop, kind)
                 self._made[kind] = loop
-        except Exception as error:  # whatever is wrong with an installation of numba, reading goes on without it
+        except (Exception, SystemExit) as error:  # whatever is wrong with numba, reading goes on without it
             self.on = False
             if not (isinstance(error, ModuleNotFoundError) and error.name == "numba"):
                 _log.warning("numba cannot compile the reader's loops, numpy and torch do their work: %s", error)

@@ -140,6 +140,15 @@ def test_a_windowed_reader_reads_the_same_with_and_without_files_in_memory(make_
     assert not readers()
 
 
+def test_a_window_of_more_shards_than_there_are_is_the_whole_draw(make_store):
+    store = PairStore.open(make_store())
+    whole, vast = (store.stream(0, "windowed", window, None) for window in (3, 2**60))
+    assert whole.lookahead == vast.lookahead == 60  # three shards of 20 at most
+    assert len(list(store.batches(6, shuffle="windowed", window=2**60, last="keep"))) == 9
+    with pytest.raises(ValueError, match=r"window is .*: it must be a whole number, 1 to 9223372036854775807"):
+        store.batches(6, shuffle="windowed", window=2**63)
+
+
 def test_a_windowed_reader_dropped_in_the_middle_leaves_no_thread(make_store):
     store = PairStore.open(make_store())
     for source in (store, Mixture([(store, 1), (store, 2)])):

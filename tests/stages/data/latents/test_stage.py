@@ -121,6 +121,27 @@ def test_latents_that_float16_cannot_hold_are_refused_with_their_image(place: Pa
         make(place / "out", data, scale=1e6)
 
 
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [
+        ("x * float('nan')", r"latents.vae: encode gave NaN or an infinity for \w+ image '\w+/\d+', in float32; mend"),
+        ("x[:, :2]", r"latents.vae: encode gave 2x4x6 for \w+ images, and 3x4x6 in its trial; give all latents one"),
+    ],
+)
+def test_a_vae_that_goes_wrong_after_its_trial_is_named(place: Path, data: Path, later: str, said: str) -> None:
+    (place / "later.py").write_text(
+        f"import pathlib\nlater = pathlib.Path({str(place / 'later')!r})\nclass V:\n"
+        f" def encode(self, x): return {later} if later.exists() else x\n"
+        " def decode(self, z): return z\n"
+        "def vae(shape): return V()"
+    )
+    make(place / "out", data, vae="later:vae")
+    encoder = shards.LatentEncoder(place / "out", data, "cpu")
+    (place / "later").touch()
+    with pytest.raises(StageError, match=said):
+        encoder.encode_shard(place / "again", "train-s00000", 5, "a", place / "again")
+
+
 def test_latents_of_another_size_than_1_are_told_with_the_scale_that_suits(place: Path, data: Path) -> None:
     result = make(place / "out", data, report := Recorder(), scale=10.0)
     (said,) = [line for line in report.said if "standard deviation" in line]
