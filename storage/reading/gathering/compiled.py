@@ -61,9 +61,10 @@ class Loops:
         """Compiles this loop. Without numba there will be no loops, and if it fails neither, which is logged."""
         try:
             with _compiling:
-                loop = _compiled(kind)
-                _prove(loop, kind)
-                self._made[kind] = loop
+                if kind not in self._made:
+                    loop = _compiled(kind)
+                    _prove(loop, kind)
+                    self._made[kind] = loop
         except (Exception, SystemExit) as error:  # whatever is wrong with numba, reading goes on without it
             self.on = False
             if not (isinstance(error, ModuleNotFoundError) and error.name == "numba"):

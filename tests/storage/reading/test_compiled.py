@@ -31,13 +31,13 @@ NUMBERS = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled() -> Loops:
-    loops = Loops()
+    """Those of the process, so that they are compiled once."""
     for kind in KINDS:
-        loops.make(kind)
-    assert loops.on
-    return loops
+        compiled_file.loops.make(kind)
+    assert compiled_file.loops.on
+    return compiled_file.loops
 
 
 def run(loops: Loops, kind: str, stored: np.ndarray, out: np.ndarray, a: float = 1.0, b: float = 0.0) -> None:
