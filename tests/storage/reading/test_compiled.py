@@ -156,6 +156,7 @@ def test_a_loop_that_cannot_be_called_or_that_makes_other_numbers_is_not_used(mo
     assert "over int8 makes other numbers" in caplog.text
 
 
+@pytest.mark.seconds(30)
 def test_a_process_whose_numba_does_not_compile_reads_on():
     ended = told("""
         import os
@@ -169,6 +170,7 @@ def test_a_process_whose_numba_does_not_compile_reads_on():
     assert "numba cannot compile" in ended.stderr
 
 
+@pytest.mark.seconds(30)
 def test_a_child_that_is_forked_while_a_loop_is_compiled_compiles_its_own():
     """In a process of its own, which has not imported numba before."""
     ended = told("""
@@ -185,6 +187,7 @@ def test_a_child_that_is_forked_while_a_loop_is_compiled_compiles_its_own():
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+@pytest.mark.seconds(30)
 def test_a_process_may_end_while_a_loop_is_compiled():
     ended = told("""
         from nfm.storage.reading.gathering.compiled import Loops
