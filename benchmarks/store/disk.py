@@ -23,6 +23,7 @@ from nfm.storage import PairStore, StoreSpec
 from nfm.storage.files.parallel import parallel
 from nfm.storage.format.fields import pair_fields
 from nfm.storage.format.spec import write_spec
+from nfm.storage.layouts.mapped import Mapped
 
 GIB = 1 << 30
 _PIECE = 8 << 20  # bytes of a read or a write
@@ -197,25 +198,21 @@ def _drop(files: Sequence[Path]) -> float:
         with open(path, "rb", buffering=0) as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            left = max(left, resident(file.fileno()))
+        left = max(left, resident(path))
     return left
 
 
-def resident(file: int) -> float:
-    """The share of an open file's pages that are in the page cache.
+def resident(path: Path) -> float:
+    """The share of a file's pages that are in the page cache.
 
     By mincore: a read with RWF_NOWAIT, which is to find only what is there, may bring in what is not.
     """
-    size = os.fstat(file).st_size
-    pages = -(-size // mmap.PAGESIZE)
-    there = (ctypes.c_ubyte * pages)()
-    with mmap.mmap(file, size, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as mapped:
-        at = ctypes.c_char.from_buffer(mapped)
-        failed = _LIBC.mincore(ctypes.byref(at), ctypes.c_size_t(size), there)
-        del at  # or the map could not be closed
-    if failed:
-        raise OSError(ctypes.get_errno(), "mincore failed")
-    return sum(page & 1 for page in there) / pages
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+        mapped = Mapped.of(path, buffer)
+        there = (ctypes.c_ubyte * -(-mapped.bytes // mmap.PAGESIZE))()
+        if _LIBC.mincore(ctypes.c_void_p(mapped.address), ctypes.c_size_t(mapped.bytes), there):
+            raise OSError(ctypes.get_errno(), "mincore failed")
+    return sum(page & 1 for page in there) / len(there)
 
 
 _HOLD = """

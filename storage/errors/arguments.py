@@ -259,28 +259,21 @@ def checked(*, options: type | None = None, **own: Rule) -> Callable[[Callable[P
         known = [name for name in parameters if name not in ("self", "cls", rest)] + list(more)
         rules = {name: own[name] if name in own else RULES[name] for name in known}
         in_order = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
-        enough = [sum(parameters[name].default is inspect.Parameter.empty for name in in_order), len(in_order)]
-        by_name = any(one.kind is one.KEYWORD_ONLY and one.default is one.empty for one in parameters.values())
+        needed = {name for name, one in parameters.items() if name != rest and one.default is one.empty}
 
         @functools.wraps(call)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not kwargs and not by_name and enough[0] <= len(args) <= enough[1]:  # as below, and faster
-                values = [rules[name](name, value) if name in rules else value for name, value in zip(in_order, args)]
-                return call(*values)  # type: ignore[call-arg, arg-type]
             for name in kwargs:
                 if name not in rules:
                     raise unknown(call.__name__, name, known)
-            try:
-                bound = signature.bind(*args, **kwargs)
-            except TypeError as error:  # one is missing, or there are too many
-                raise TypeError(f"{call.__qualname__.removesuffix('.__init__')}: {error}") from None
-            given = bound.arguments
-            for name in given:
-                if name == rest:
-                    given[rest] = {each: rules[each](each, value) for each, value in given[rest].items()}
-                elif name in rules:
-                    given[name] = rules[name](name, given[name])
-            return call(*bound.args, **bound.kwargs)
+            given = {**dict(zip(in_order, args)), **kwargs}
+            if len(given) < len(args) + len(kwargs) or not needed <= given.keys():
+                try:
+                    signature.bind(*args, **kwargs)
+                except TypeError as error:  # one is missing, there are too many, or one is there twice
+                    raise TypeError(f"{call.__qualname__.removesuffix('.__init__')}: {error}") from None
+            checked = {name: rules[name](name, value) if name in rules else value for name, value in given.items()}
+            return call(**checked)  # type: ignore[call-arg, arg-type]
 
         wrapper.checked = rules  # type: ignore[attr-defined] # for the test that every argument has a rule
         return wrapper

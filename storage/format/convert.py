@@ -16,9 +16,9 @@ from nfm.storage.errors import by
 
 CHUNK = 65536  # numbers: 256 KiB of float32 and their source fit into the second-level cache of recent cores
 TORCH_CHUNK = 32704  # numbers: below torch's grain size of 32768, so it stays on the calling thread
-_FLOAT16_INFINITY = 0x7C00  # from these bits on, a number is not finite
-_SIGN_EXPONENT_MANTISSA = np.int32(-0x70002000)  # 0x8FFFE000
-_FLOAT16_BIAS = np.float32(2.0**112)
+FLOAT16_INFINITY = np.int32(0x7C00)  # the bits of its exponent: from here on, a number is not finite
+SIGN_EXPONENT_MANTISSA = np.int32(-0x70002000)  # 0x8FFFE000
+FLOAT16_BIAS = np.float32(2.0**112)
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -31,10 +31,14 @@ def scale_of(value_range: tuple[float, float]) -> tuple[float, float]:
 
 
 def linear(dtype: np.dtype[Any], value_range: tuple[float, float], step: float | None) -> tuple[float, float]:
-    """(a, b) such that a stored v means a * v + b. Floats, and integers without a step, keep their values."""
+    """(a, b) such that a stored v means a * v + b, in float32.
+
+    uint8 is mapped to `value_range`. int8 and int16 are multiplied by `step` if there is one. All others keep their
+    values.
+    """
     if dtype == np.uint8:
         return scale_of(value_range)
-    return (step or 1.0 if dtype.kind == "i" else 1.0), 0.0
+    return (step if step is not None and dtype in (np.int8, np.int16) else 1.0), 0.0
 
 
 def to_float32(
@@ -47,9 +51,9 @@ def to_float32(
 ) -> Floats:
     """float32 of the same shape, in `out` if given. `out` must not overlap `stored`.
 
-    uint8 is mapped to `value_range`. int8 and int16 are multiplied by `step` if there is one. All others keep their
-    values, float16 bit for bit. With `torch=True` torch converts float16, twice as fast and to the same bits, except
-    that a signalling NaN becomes a quiet one. Use it if the consumer needs torch anyway.
+    The values are those of `linear`, those of float16 bit for bit. With `torch=True` torch converts float16, twice as
+    fast and to the same bits, except that a signalling NaN becomes a quiet one. Use it if the consumer needs torch
+    anyway.
     """
     if out is None:
         out = np.empty(stored.shape, np.float32)
@@ -58,30 +62,22 @@ def to_float32(
     if not (stored.flags.c_contiguous and out.flags.c_contiguous):
         flat = to_float32(np.ascontiguousarray(stored), value_range, None, step, torch=torch)
         np.copyto(out, flat)
-    elif stored.dtype == np.uint8:
-        _from_uint8(stored, out, *scale_of(value_range))
     elif stored.dtype == np.float16 and torch:
         _from_float16_by_torch(stored, out)
     elif stored.dtype == np.float16:
         _from_float16(stored, out)
-    elif stored.dtype in (np.int8, np.int16) and step is not None:
-        _from_steps(stored, out, step)
     else:
-        np.copyto(out, stored)
+        _from_line(stored, out, *linear(stored.dtype, value_range, step))
     return out
 
 
-def _from_uint8(stored: Array, out: Floats, a: float, b: float) -> None:
+def _from_line(stored: Array, out: Floats, a: float, b: float) -> None:
     for part, target in _chunks(stored, out, CHUNK):
         np.copyto(target, part)
-        np.multiply(target, np.float32(a), out=target)
-        np.add(target, np.float32(b), out=target)
-
-
-def _from_steps(stored: Array, out: Floats, step: float) -> None:
-    for part, target in _chunks(stored, out, CHUNK):
-        np.copyto(target, part)
-        np.multiply(target, np.float32(step), out=target)
+        if a != 1:
+            np.multiply(target, np.float32(a), out=target)
+        if b:
+            np.add(target, np.float32(b), out=target)
 
 
 def _from_float16(stored: Array, out: Floats) -> None:
@@ -92,13 +88,13 @@ def _from_float16(stored: Array, out: Floats) -> None:
     """
     for part, target in _chunks(stored, out, CHUNK):
         places, bits = part.view(np.int16), target.view(np.int32)
-        if places.max() >= _FLOAT16_INFINITY or part.view(np.uint16).max() >= 0x8000 + _FLOAT16_INFINITY:
+        if places.max() >= FLOAT16_INFINITY or part.view(np.uint16).max() >= 0x8000 + FLOAT16_INFINITY:
             np.copyto(target, part)
             continue
         np.copyto(bits, places)
         np.left_shift(bits, 13, out=bits)
-        np.bitwise_and(bits, _SIGN_EXPONENT_MANTISSA, out=bits)
-        np.multiply(target, _FLOAT16_BIAS, out=target)
+        np.bitwise_and(bits, SIGN_EXPONENT_MANTISSA, out=bits)
+        np.multiply(target, FLOAT16_BIAS, out=target)
 
 
 def _from_float16_by_torch(stored: Array, out: Floats) -> None:

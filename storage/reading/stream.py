@@ -178,7 +178,7 @@ class StoreStream:
         counts = [self._counts(draw) for draw in self.draws]
         # A window of more shards than a draw has is the whole draw.
         self.lookahead = max(min(window, len(each)) * int(each.max()) for each in counts) if ahead else 0
-        records = [int(self._counts(draw).sum()) for draw in self.draws]
+        records = [int(each.sum()) for each in counts]
         self.least, self.most = min(records), max(records)
         self._epoch: tuple[int, Callable[[Rows], Rows]] | None = None  # the one that was read last
 

@@ -99,6 +99,12 @@ def make_store(tmp_path: Path, small_spec: StoreSpec) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def large_store(make_store: Callable[..., Path], spec_of: Callable[..., StoreSpec]) -> PairStore:
+    """120 pairs of 3x32x32 in three shards: 1.6 MB for 64 of them in a batch."""
+    return PairStore.open(make_store(1, spec_of(image_shape=(3, 32, 32), rows=120, rows_per_shard=50)))
+
+
+@pytest.fixture
 def add_draw() -> Callable[[Path, StoreSpec], None]:
     """add_draw(root, spec) writes one more draw to a store, as a user's own program does, and seals it."""
 

@@ -19,11 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nfm.storage.format.convert import FLOAT16_BIAS, FLOAT16_INFINITY, SIGN_EXPONENT_MANTISSA
+
 WORTH = 4 << 30  # bytes written by one kind of loop, from which on compiling it is worth its seconds
 KINDS = ("bytes", "uint8", "int8", "int16", "float16")
-_SIGN_EXPONENT_MANTISSA = np.int32(-0x70002000)  # 0x8FFFE000, as in `format.convert`
-_FLOAT16_BIAS = np.float32(2.0**112)
-_EXPONENT = np.int32(0x7C00)  # of float16; all its bits are set in infinities and NaNs
 
 Array = npt.NDArray[Any]
 Loop = Callable[[Array, Array, float, float], None]
@@ -130,13 +129,13 @@ def _compiled(kind: str) -> Loop:
         highest = np.int32(0)
         for at in range(len(out)):
             bits = np.int32(stored[at])
-            highest = max(highest, bits & _EXPONENT)
-            out[at] = as_float((bits << np.int32(13)) & _SIGN_EXPONENT_MANTISSA) * _FLOAT16_BIAS
-        if highest == _EXPONENT:
+            highest = max(highest, bits & FLOAT16_INFINITY)
+            out[at] = as_float((bits << np.int32(13)) & SIGN_EXPONENT_MANTISSA) * FLOAT16_BIAS
+        if highest == FLOAT16_INFINITY:
             for at in range(len(out)):
                 bits = np.int32(stored[at])
-                if bits & _EXPONENT == _EXPONENT:
-                    places = (bits << np.int32(13)) & _SIGN_EXPONENT_MANTISSA
+                if bits & FLOAT16_INFINITY == FLOAT16_INFINITY:
+                    places = (bits << np.int32(13)) & SIGN_EXPONENT_MANTISSA
                     out[at] = as_float(places | np.int32(0x7F800000))
 
     convert = njit({"bytes": copied, "float16": widened}.get(kind, scaled), nogil=True)

@@ -6,16 +6,13 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 import time
-from collections.abc import Callable
-from itertools import islice
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-from nfm.storage import PairStore, StorageError
+from nfm.storage import PairStore
 from nfm.storage.format.convert import linear, to_float32
 from nfm.storage.reading.gathering import compiled as compiled_file
 from nfm.storage.reading.gathering import shards
@@ -65,55 +62,20 @@ def test_a_record_at_an_odd_address_is_read_too(compiled):
     np.testing.assert_array_equal(out[0], np.linspace(-3, 3, 100).astype(np.float16))
 
 
-@pytest.fixture
-def store(make_store, spec_of) -> PairStore:
-    """120 pairs of 3x32x32 in three shards: 1.6 MB for 64 of them in a batch."""
-    return PairStore.open(make_store(1, spec_of(image_shape=(3, 32, 32), rows=120, rows_per_shard=50)))
-
-
 def batches(store: PairStore, **options: object) -> list[tuple[bytes, ...]]:
     found = store.batches(64, 0, epochs=3, **options)
     return [(batch.image.tobytes(), batch.noise.tobytes(), batch.slot.tobytes()) for batch in found]
 
 
 @pytest.mark.parametrize("options", [{}, {"raw": True}, {"soften": 0.5}])
-def test_batches_are_the_same_with_and_without_loops_one_and_two_at_a_time(store, compiled, monkeypatch, options):
+def test_batches_are_the_same_with_and_without_loops_one_and_two_at_a_time(large_store, compiled, monkeypatch, options):
     found = []
     for loops in (compiled, without := Loops()):
         without.on = False
         monkeypatch.setattr(shards, "loops", loops)
-        found += [batches(store, prefetch=prefetch, **options) for prefetch in (True, False)]
+        found += [batches(large_store, prefetch=prefetch, **options) for prefetch in (True, False)]
     assert len(found[0]) == 3
     assert found[0] == found[1] == found[2] == found[3]
-
-
-def test_two_at_a_time_resume_behind_the_last_that_was_yielded(store):
-    whole = batches(store)
-    with store.batches(64, 0, epochs=3) as reader:
-        next(reader)
-        state = reader.state_dict()
-    again = store.batches(64, 0, epochs=3)
-    again.load_state_dict(state)
-    assert [batch.image.tobytes() for batch in again] == [image for image, _, _ in whole[1:]]
-
-
-def test_two_at_a_time_raise_after_the_good_batches_and_end_with_the_reader(store, threads):
-    reader = store.batches(60, 0, epochs=None, shuffle=None)
-    assert len(list(islice(reader, 2))) == 2
-    assert any(name.startswith("nfm-filler") for name in threads())
-    reader.close()
-    assert not threads()
-    (store.root / store.sealed.shards[2].payload.path).unlink()
-    reader = PairStore.open(store.root).batches(50, 0, shuffle=None, last="keep")
-    assert [len(batch) for batch in islice(reader, 2)] == [50, 50]
-    with pytest.raises(StorageError, match="s00002"):
-        next(reader)
-    assert not threads()
-
-
-@pytest.fixture
-def threads() -> Callable[[], list[str]]:
-    return lambda: [thread.name for thread in threading.enumerate() if thread.name.startswith("nfm-")]
 
 
 def test_a_loop_is_compiled_once_it_pays_and_meanwhile_there_is_none():
@@ -132,14 +94,14 @@ def test_a_loop_is_compiled_once_it_pays_and_meanwhile_there_is_none():
 
 
 @pytest.mark.parametrize(("numba", "told"), [(ModuleType("numba"), "numba cannot compile"), (None, "")])
-def test_without_numba_and_with_a_broken_one_reading_goes_on(store, monkeypatch, caplog, numba, told):
-    expected = batches(store)
+def test_without_numba_and_with_a_broken_one_reading_goes_on(large_store, monkeypatch, caplog, numba, told):
+    expected = batches(large_store)
     monkeypatch.setattr(shards, "loops", loops := Loops(worth=1))
     monkeypatch.setitem(sys.modules, "numba", numba)
-    assert batches(store) == expected
+    assert batches(large_store) == expected
     for thread in loops._threads.values():
         thread.join()
-    assert batches(store) == expected
+    assert batches(large_store) == expected
     assert not loops.on
     assert bool(told) == bool(caplog.text)
     assert told in caplog.text

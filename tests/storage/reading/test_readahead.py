@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -168,6 +169,30 @@ def test_full_order_of_a_local_store_starts_no_thread_but_the_readers(make_store
     reader.close()
 
 
+def test_two_at_a_time_resume_behind_the_last_that_was_yielded(large_store):
+    whole = [batch.image.tobytes() for batch in large_store.batches(64, 0, epochs=3)]
+    with large_store.batches(64, 0, epochs=3) as reader:
+        next(reader)
+        state = reader.state_dict()
+    again = large_store.batches(64, 0, epochs=3)
+    again.load_state_dict(state)
+    assert [batch.image.tobytes() for batch in again] == whole[1:]
+
+
+def test_two_at_a_time_raise_after_the_good_batches_and_end_with_the_reader(large_store):
+    reader = large_store.batches(60, 0, epochs=None, shuffle=None)
+    assert len(list(islice(reader, 2))) == 2
+    assert any(thread.name.startswith("nfm-filler") for thread in readers())
+    reader.close()
+    assert not readers()
+    (large_store.root / large_store.sealed.shards[2].payload.path).unlink()
+    reader = PairStore.open(large_store.root).batches(50, 0, shuffle=None, last="keep")
+    assert [len(batch) for batch in islice(reader, 2)] == [50, 50]
+    with pytest.raises(StorageError, match="s00002"):
+        next(reader)
+    assert not readers()
+
+
 def test_a_shard_that_vanishes_is_named(make_store):
     root = make_store()
     store = PairStore.open(root)
@@ -187,12 +212,12 @@ def test_a_file_is_brought_into_memory(tmp_path, monkeypatch, linux):
     with open(path, "rb") as opened:
         os.fdatasync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if resident(opened.fileno()) == 1:
+        if resident(path) == 1:
             pytest.skip("this file system does not let go of its pages")
         buffer = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         from_disk = readahead.read_through(Mapped.of(path, buffer), threading.Event())
         assert from_disk or linux != "this"
-        assert resident(opened.fileno()) == 1
+        assert resident(path) == 1
         assert not readahead.read_through(Mapped.of(path, buffer), threading.Event())
 
 
