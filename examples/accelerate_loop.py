@@ -11,6 +11,7 @@ ours, t = 0 the image, t = 1 the noise; the velocity is noise - image.
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -22,9 +23,8 @@ from own_trainer import loss
 from nfm.storage import PairStore
 
 
-def train(path: str, folder: Path | None = None, epochs: int = 2, batch_size: int = 128) -> None:
+def train(accelerator: Accelerator, path: str, folder: Path | None, epochs: int = 2, batch_size: int = 128) -> None:
     """Train on all processes, resuming from `folder` where it holds a state; prints the last loss of every rank."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     store = PairStore.open(path)
     torch.manual_seed(0)
     network = Velocity(store.spec.image_shape, store.spec.classes)
@@ -43,10 +43,13 @@ def train(path: str, folder: Path | None = None, epochs: int = 2, batch_size: in
     if folder is not None:
         accelerator.save_state(str(folder))
     print(f"rank {accelerator.process_index} of {accelerator.num_processes}: loss {value.item():.4f}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    train(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    launched = Accelerator(cpu=not torch.cuda.is_available())
+    train(launched, sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    launched.free_memory()
+    gc.collect()  # the model goes before its group: the other way round gloo may hang (pytorch/pytorch#56297)
+    launched.end_training()

@@ -8,6 +8,7 @@ it. Convention: ours, t = 0 the image, t = 1 the noise; the velocity is noise - 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -60,4 +61,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     dist.init_process_group("gloo")  # processor; for GPUs nccl, and device=f"cuda:{local rank}" for model and batches
     train(sys.argv[1], Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    gc.collect()  # the model goes before its group: the other way round gloo may hang (pytorch/pytorch#56297)
     dist.destroy_process_group()

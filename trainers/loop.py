@@ -214,6 +214,8 @@ def train(
     if checkpoints is not None:
         state.save(checkpoints)
         checkpoints.wait()
+    del objective
+    parallel.release()
     return Trained(model.eval(), ema.model, state.examples_seen, finished, averages)
 
 

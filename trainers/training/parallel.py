@@ -6,6 +6,7 @@ Processes meet in `torch.distributed`, by `join`. For a process that is alone, e
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -106,6 +107,16 @@ def shared(objective: Objective, sharding: Sharding, device: torch.device) -> nn
         shard(objective, device)
         return objective
     return DistributedDataParallel(objective, gradient_as_bucket_view=True, forward_sync_buffers=False)
+
+
+def release() -> None:
+    """Frees the DDP that its owner let go, while its group still stands: a late import of PyTorch may keep its frame.
+
+    A DDP that outlives its group is what ends the group, with the interpreter's lock in hand. Gloo's thread may wait
+    for that lock just then, and both wait for ever (pytorch/pytorch#56297).
+    """
+    if dist.is_initialized():
+        gc.collect()
 
 
 def part_of_step(objective: nn.Module, last: bool) -> AbstractContextManager[Any]:

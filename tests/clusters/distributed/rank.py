@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from nfm.storage import PairStore
+from nfm.trainers.training import parallel
 from tests.clusters.distributed.sequences import record, save
 from tests.clusters.distributed.training import BATCH, READERS, STOP, network, train
 from tests.support.patience import PATIENCE
@@ -78,4 +79,8 @@ def main(how: str, number: int, path: str, folder: Path) -> None:
     if rank == 0:
         torch.save(model.module.state_dict(), folder / "weights.pt")
     dist.barrier()
+    if accelerator is not None:
+        accelerator.free_memory()
+    del model
+    parallel.release()
     dist.destroy_process_group()

@@ -14,9 +14,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from tests.support.forkserver import context
+from tests.clusters.distributed import processes
 from tests.support.launched import group
-from tests.support.patience import PATIENCE
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 TRAINERS = ("own_trainer.py", "torchcfm_step.py", "flow_matching_step.py", "sit_transport.py")
@@ -59,25 +58,18 @@ def test_every_example_is_run_by_a_test(store: Callable[[str], Path]) -> None:
     }
 
 
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_launched_examples_train_on_two_processes_and_save_where_they_stand(
-    store: Callable[[str], Path], tmp_path: Path
+    store: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    for name in LAUNCHED:
-        saved = tmp_path / f"{name}.saved"
-        with group() as told:
-            out = [tmp_path / f"{name}.{environment['RANK']}.txt" for environment in told]
-            both = [
-                context.Process(target=run_example, args=(name, [str(store("blocks")), str(saved)], environment, file))
-                for environment, file in zip(told, out)
-            ]
-            for process in both:
-                process.start()
-            for process in both:
-                process.join(PATIENCE)
-                assert process.exitcode == 0
-        for rank, file in enumerate(out):
-            assert re.fullmatch(rf"rank {rank} of 2: loss \d+\.\d{{4}}\n", file.read_text())
-        assert saved.exists()
+    saved, arguments = tmp_path / "saved", [str(store("blocks")), str(tmp_path / "saved")]
+    with group() as told:
+        out = [tmp_path / f"said.{environment['RANK']}" for environment in told]
+        calls = {file.name: (name, arguments, environment, file) for environment, file in zip(told, out)}
+        processes.run(run_example, tmp_path, calls)
+    for rank, file in enumerate(out):
+        assert re.fullmatch(rf"rank {rank} of 2: loss \d+\.\d{{4}}\n", file.read_text())
+    assert saved.exists()
 
 
 @pytest.mark.long

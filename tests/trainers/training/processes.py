@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nfm.trainers.loop import How, train
 from nfm.trainers.models.cnn import FeatureNet, classification_loss
@@ -26,6 +28,7 @@ from tests.support.forkserver import context
 from tests.support.sizes import sized
 
 SHAPE, ROWS, BATCH = (1, 4, 4), 40, 8
+shared = parallel.shared
 STEPS = sized(20, 50)  # of a whole training, in tens
 
 
@@ -124,6 +127,7 @@ def train_one(run: Run, folder: Path) -> None:
             model.to(run.dtype), loss, Parts(run.dtype), recipe, how=run.how, checkpoints=checkpoints,
             log=lines.append, log_every=10 * BATCH, stop=lambda: next(steps) >= run.steps,
         )  # fmt: skip
+    assert not any(isinstance(kept, DistributedDataParallel) for kept in gc.get_objects()), "outlives its group"
     weights = {
         f"{which}.{name}": parallel.whole(value).clone()
         for which, network in (("model", done.model), ("ema", done.ema), ("power", done.emas[0.1]))
@@ -133,8 +137,16 @@ def train_one(run: Run, folder: Path) -> None:
         torch.save({"weights": weights, "seen": done.examples_seen, "lines": lines}, folder / f"{run.name}.pt")
 
 
+def shared_in_a_cycle(*arguments: Any) -> nn.Module:
+    """As a process's first DDP may be: the traceback of a late import keeps its frames."""
+    objective = shared(*arguments)
+    objective.cycle = [objective]  # type: ignore[assignment]
+    return objective
+
+
 def _process(rank: int, runs: Sequence[Run], folder: Path) -> None:
     torch.set_num_threads(1)
+    parallel.shared = shared_in_a_cycle
     for run in runs:
         if rank < run.processes:
             if run.processes > 1 or run.how.sharding == "fsdp":
