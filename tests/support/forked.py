@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import site
@@ -88,6 +89,7 @@ def _run(arguments: list[str], folder: str, environment: dict[str, str], out: Co
     """In the child: become the command."""
     from nfm.pipeline.cli import main
 
+    gc.freeze()  # as in tests/conftest.py
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for end, number in ((out, 1), (err, 2)):
         os.dup2(end.fileno(), number)

@@ -9,6 +9,7 @@ are mostly that it closed the connection.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -83,5 +84,6 @@ def _child(errors: Path, target: Callable[..., None], arguments: tuple[Any, ...]
     handle = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 2)
     faulthandler.enable()
+    gc.freeze()  # what the forkserver had: to look through it for garbage costs a second each time
     multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]  # as in a process that was not forked
     target(*arguments)

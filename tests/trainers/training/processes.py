@@ -145,6 +145,7 @@ def shared_in_a_cycle(*arguments: Any) -> nn.Module:
 
 
 def _process(rank: int, runs: Sequence[Run], folder: Path) -> None:
+    gc.freeze()  # what the forkserver had: to look through it for garbage costs a second each time
     torch.set_num_threads(1)
     parallel.shared = shared_in_a_cycle
     for run in runs:
