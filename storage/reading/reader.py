@@ -8,29 +8,21 @@ uses three sets of arrays in turn, and four where two batches are filled at a ti
 from __future__ import annotations
 
 import os
-import queue
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NoReturn, TypedDict
 
-import numpy as np
-import numpy.typing as npt
-
 from nfm.storage.errors import StateMismatch, StorageError
 from nfm.storage.errors.arguments import MOST_EPOCH, WrongArgument, checked, checked_later, whole
+from nfm.storage.reading.ahead.batches import Filling
+from nfm.storage.reading.ahead.shards import ReadAhead
 from nfm.storage.reading.batch import Assembly, Batch
 from nfm.storage.reading.device import Upload
-from nfm.storage.reading.readahead import ReadAhead
 from nfm.storage.reading.soften import Softener
 from nfm.storage.reading.stream import Planned, Stream, batches_in, batches_of, plan
-
-_LARGE = 1 << 20  # bytes; of such batches two are filled at a time: one copies while the other has Python's lock
 
 
 class ReadOptions(TypedDict, total=False):
@@ -54,14 +46,6 @@ class ReadOptions(TypedDict, total=False):
     fields: Sequence[str]
     raw: bool
     soften: float
-
-
-@dataclass(frozen=True)
-class _Filled:
-    arrays: dict[str, Any]
-    places: npt.NDArray[np.int64]
-    epoch: int
-    consumed: int  # records of the epoch, over all ranks, after this batch
 
 
 class BatchReader:
@@ -106,9 +90,7 @@ class BatchReader:
         share = -(-min(batch_size, stream.most) // self.world_size)
         self._assembly = Assembly(stream.sources, share, fields, raw, self._upload, softener)
         self._prefetch = prefetch
-        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: fill one more batch; False: stop
-        self._filled: Iterator[_Filled] | None = None
-        self._stop: weakref.finalize[Any, Any] | None = None
+        self._filling: Filling | None = None
         self._process = os.getpid()
         self._closed = False
         self._lock = threading.RLock()  # threads that share a reader get different batches
@@ -153,10 +135,9 @@ class BatchReader:
         self._check_open()
         started = time.perf_counter()
         try:
-            if self._filled is None:
-                self._filled = self._start()
-            self._asked.put(True)
-            filled = next(self._filled)
+            if self._filling is None:
+                self._filling = self._start()
+            filled = self._filling.next()
         except BaseException:  # the end, an error in the thread, or an interrupt: none may leave a thread behind
             self._halt()
             raise
@@ -252,11 +233,12 @@ class BatchReader:
 
     def _halt(self) -> None:
         """Stops reading ahead; the next batch starts it again."""
-        if self._stop is not None:
-            self._stop()
-        self._forget()
+        if self._filling is not None:
+            self._filling.stop()
+        self._filling = None
+        self._assembly.clear()
 
-    def _start(self) -> Iterator[_Filled]:
+    def _start(self) -> Filling:
         skip, step = self._turns
         plans: Iterator[Planned] = plan(
             self._stream,
@@ -269,37 +251,18 @@ class BatchReader:
             self.world_size,
         )
         plans = islice(plans, skip, None, step)
-        ahead = None
+        shards = None
         if self._stream.lookahead:
-            ahead = ReadAhead(self._stream.sources, -(-self._stream.lookahead // (self._batch_size * step)))
-            plans = ahead.over(plans)
-        asked = _as_asked(plans, self._asked)
-        if not self._prefetch:
-            self._stop = weakref.finalize(self, _stop_threads, self._asked, None, ahead)
-            return _each_filled(asked, self._assembly)
-        large = self._assembly.bytes_per_batch >= _LARGE
-        batches = _two_at_a_time(asked, self._assembly) if large else _each_filled(asked, self._assembly)
-        for _ in range(2 if large else 1):
-            self._asked.put(True)
-        # The threads refer only to the queues, not to the reader. So a reader that is dropped is collected and stops
-        # them.
-        ready = queue.SimpleQueue[_Filled | Future[_Filled] | BaseException | None]()
-        thread = threading.Thread(target=_read_ahead, args=(batches, ready), name="nfm-reader", daemon=True)
-        self._stop = weakref.finalize(self, _stop_threads, self._asked, thread, ahead)
-        thread.start()
-        items: Iterator[_Filled | Future[_Filled] | BaseException] = iter(ready.get, None)
-        return map(_received, items)  # keeps no reference to yielded items
-
-    def _forget(self) -> None:
-        self._asked = queue.SimpleQueue()
-        self._stop = self._filled = None
-        self._assembly.clear()
+            shards = ReadAhead(self._stream.sources, -(-self._stream.lookahead // (self._batch_size * step)))
+            plans = shards.over(plans)
+        return Filling(plans, self._assembly, shards, self._prefetch)
 
     def _forked(self) -> None:
         """Forgets the threads of the parent process; a fork does not copy them."""
-        if self._stop is not None:
-            self._stop.detach()
-        self._forget()
+        if self._filling is not None:
+            self._filling.forget()
+        self._filling = None
+        self._assembly.clear()
         self._process = os.getpid()
         self._lock = threading.RLock()
 
@@ -327,55 +290,6 @@ def check_enough(batch_size: int, records: int) -> None:
         raise WrongArgument(
             "batch_size", f"{batch_size} exceeds the {records} records there are: lower it", "pass last='keep'"
         )
-
-
-def _as_asked(plans: Iterator[Planned], asked: queue.SimpleQueue[bool]) -> Iterator[Planned]:
-    for planned in plans:
-        if not asked.get():
-            return
-        yield planned
-
-
-def _filled(assembly: Assembly, planned: Planned) -> _Filled:
-    return _Filled(assembly.fill(planned.records), planned.places, planned.epoch, planned.consumed)
-
-
-def _each_filled(plans: Iterator[Planned], assembly: Assembly) -> Iterator[_Filled]:
-    for planned in plans:
-        yield _filled(assembly, planned)
-
-
-def _two_at_a_time(plans: Iterator[Planned], assembly: Assembly) -> Iterator[Future[_Filled]]:
-    with ThreadPoolExecutor(2, "nfm-filler") as threads:
-        for planned in plans:
-            yield threads.submit(_filled, assembly, planned)
-
-
-def _read_ahead(
-    batches: Iterator[_Filled] | Iterator[Future[_Filled]],
-    ready: queue.SimpleQueue[_Filled | Future[_Filled] | BaseException | None],
-) -> None:
-    try:
-        for filled in batches:
-            ready.put(filled)
-            del filled
-        ready.put(None)
-    except BaseException as error:  # raised again in the consumer's thread
-        ready.put(error)
-
-
-def _received(item: _Filled | Future[_Filled] | BaseException) -> _Filled:
-    if isinstance(item, BaseException):
-        raise item
-    return item if isinstance(item, _Filled) else item.result()
-
-
-def _stop_threads(asked: queue.SimpleQueue[bool], thread: threading.Thread | None, ahead: ReadAhead | None) -> None:
-    asked.put(False)
-    if ahead is not None:
-        ahead.stop()
-    if thread is not None and thread is not threading.current_thread() and thread.ident is not None:
-        thread.join()
 
 
 def find_rank(rank: int | None = None, world_size: int | None = None) -> tuple[int, int]:

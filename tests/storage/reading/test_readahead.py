@@ -17,9 +17,10 @@ import pytest
 from benchmarks.store.disk import resident
 from nfm.storage import CorruptShard, Mixture, PairStore, StorageError
 from nfm.storage.layouts.mapped import Mapped
-from nfm.storage.reading import readahead
-from nfm.storage.reading.readahead import ReadAhead
+from nfm.storage.reading.ahead import shards
+from nfm.storage.reading.ahead.shards import ReadAhead
 from nfm.storage.reading.stream import StoreStream, plan
+from tests.storage.reading.running import threads
 
 ROWS, SHARD, WINDOW = 960, 20, 4
 
@@ -49,12 +50,8 @@ class Shelf:
         return SimpleNamespace(maps=[])
 
 
-def shards(records) -> set[tuple[int, int]]:
+def shards_of(records) -> set[tuple[int, int]]:
     return set(zip(records.draw.tolist(), (records.slot // SHARD).tolist()))
-
-
-def readers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("nfm-")]
 
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (0, 4), (2, 4)])
@@ -63,16 +60,16 @@ def test_every_shard_is_in_before_its_batch_and_at_most_two_windows_are(rank, wo
     stream = StoreStream(source, 0, "windowed", WINDOW)
     assert stream.lookahead == WINDOW * SHARD
     ahead, plans = ReadAhead([source], stream.lookahead // 16), list(plan(stream, 16, False, 2, 0, 0, rank, world))
-    last = {shard: number for number, planned in enumerate(plans) for shard in shards(planned.records)}
+    last = {shard: number for number, planned in enumerate(plans) for shard in shards_of(planned.records)}
     for number, planned in enumerate(ahead.over(iter(plans))):
         assert planned is plans[number]
-        assert shards(planned.records) <= set(source.asked)
+        assert shards_of(planned.records) <= set(source.asked)
         held = [shard for shard in set(source.asked) if last[shard] >= number]
         assert len(held) <= 2 * WINDOW + 1  # a batch may span two windows
     ahead.stop()
     if world == 1:  # of several, one may come back to the shards at the edges of its part
         assert len(source.asked) == 2 * ROWS // SHARD
-    assert not readers()
+    assert not threads()
 
 
 def test_a_batch_waits_for_its_shards():
@@ -123,7 +120,7 @@ def test_stopping_ends_the_threads_and_whoever_waits():
     stopping.join(10)
     waiting.join(10)
     assert ended in (["CancelledError"], [])
-    assert not readers()
+    assert not threads()
 
 
 @pytest.mark.parametrize("shuffle", ["windowed", None])
@@ -138,7 +135,7 @@ def test_a_windowed_reader_reads_the_same_with_and_without_files_in_memory(make_
         assert np.array_equal(batch.noise, store.gather(batch.epoch, batch.slot)["noise"].astype(np.float32))
         seen += batch.slot.tolist()
     assert sorted(seen[:50]) == sorted(seen[50:]) == list(range(50))
-    assert not readers()
+    assert not threads()
 
 
 def test_a_window_of_more_shards_than_there_are_is_the_whole_draw(make_store):
@@ -156,16 +153,16 @@ def test_a_windowed_reader_dropped_in_the_middle_leaves_no_thread(make_store):
         for prefetch in (True, False):
             reader = source.batches(6, shuffle="windowed", window=1, epochs=None, prefetch=prefetch)
             next(reader)
-            assert readers()
+            assert threads()
             del reader
             gc.collect()
-            assert not readers()
+            assert not threads()
 
 
 def test_full_order_of_a_local_store_starts_no_thread_but_the_readers(make_store):
     reader = PairStore.open(make_store()).batches(6)
     next(reader)
-    assert [thread.name for thread in readers()] == ["nfm-reader"]
+    assert [thread.name for thread in threads()] == ["nfm-reader"]
     reader.close()
 
 
@@ -182,15 +179,15 @@ def test_two_at_a_time_resume_behind_the_last_that_was_yielded(large_store):
 def test_two_at_a_time_raise_after_the_good_batches_and_end_with_the_reader(large_store):
     reader = large_store.batches(60, 0, epochs=None, shuffle=None)
     assert len(list(islice(reader, 2))) == 2
-    assert any(thread.name.startswith("nfm-filler") for thread in readers())
+    assert any(thread.name.startswith("nfm-filler") for thread in threads())
     reader.close()
-    assert not readers()
+    assert not threads()
     (large_store.root / large_store.sealed.shards[2].payload.path).unlink()
     reader = PairStore.open(large_store.root).batches(50, 0, shuffle=None, last="keep")
     assert [len(batch) for batch in islice(reader, 2)] == [50, 50]
     with pytest.raises(StorageError, match="s00002"):
         next(reader)
-    assert not readers()
+    assert not threads()
 
 
 def test_a_shard_that_vanishes_is_named(make_store):
@@ -200,7 +197,7 @@ def test_a_shard_that_vanishes_is_named(make_store):
     path.unlink()
     with pytest.raises(StorageError, match=path.name):
         list(store.batches(6, shuffle="windowed", window=1))
-    assert not readers()
+    assert not threads()
 
 
 @pytest.mark.parametrize("linux", ["this", "before 5.14"])
@@ -208,17 +205,17 @@ def test_a_file_is_brought_into_memory(tmp_path, monkeypatch, linux):
     path = tmp_path / "large"
     path.write_bytes(os.urandom(1 << 20) * 9)
     if linux != "this":
-        monkeypatch.setattr(readahead, "_MADV_POPULATE_READ", 9999)
+        monkeypatch.setattr(shards, "_MADV_POPULATE_READ", 9999)
     with open(path, "rb") as opened:
         os.fdatasync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if resident(path) == 1:
             pytest.skip("this file system does not let go of its pages")
         buffer = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        from_disk = readahead.read_through(Mapped.of(path, buffer), threading.Event())
+        from_disk = shards.read_through(Mapped.of(path, buffer), threading.Event())
         assert from_disk or linux != "this"
         assert resident(path) == 1
-        assert not readahead.read_through(Mapped.of(path, buffer), threading.Event())
+        assert not shards.read_through(Mapped.of(path, buffer), threading.Event())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process would be killed")
@@ -229,4 +226,4 @@ def test_a_file_that_was_cut_after_it_was_opened_is_named(tmp_path):
         buffer = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     os.truncate(path, 1000)
     with pytest.raises(CorruptShard, match="cut: cannot be read"):
-        readahead.read_through(Mapped.of(path, buffer), threading.Event())
+        shards.read_through(Mapped.of(path, buffer), threading.Event())

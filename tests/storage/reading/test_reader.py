@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from nfm.storage import BatchReader, Mixture, PairStore, StateMismatch, StorageError
 from nfm.storage.format.convert import to_float32
 from nfm.storage.reading.stream import StoreStream, plan
+from tests.storage.reading.running import threads
 from tests.support.patience import PATIENCE
 
 # The batches of two epochs of 23 records in shards of 5, seed 3: what students that stopped are resumed with.
@@ -77,10 +78,6 @@ def slots(reader, count=None) -> list[list[int]]:
 
 def flat(parts) -> list[int]:
     return list(chain.from_iterable(parts))
-
-
-def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("nfm-")]
 
 
 @given(
@@ -396,10 +393,10 @@ def test_threads_that_share_a_reader_take_a_batch_each_and_all_of_them_end(make_
         for batch in reader:
             slots.append((batch.epoch, *batch.slot.tolist()))
 
-    threads = [threading.Thread(target=take) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
-    assert not any(thread.is_alive() for thread in threads)
+    takers = [threading.Thread(target=take) for _ in range(4)]
+    for taker in takers:
+        taker.start()
+    for taker in takers:
+        taker.join(PATIENCE)
+    assert not any(taker.is_alive() for taker in takers)
     assert len(slots) == len(set(slots)) == 80
