@@ -16,7 +16,8 @@ from nfm.storage.files import atomic
 from nfm.storage.files.paths import exists, inside, names_in, remove
 from nfm.storage.files.small_files import read_tail
 
-TOLD = 3  # pieces that are missing, with their reasons
+_LOOKED_AT = 1000  # tracebacks of pieces that are missing, at most
+_LISTED = 5  # reasons, and pieces that are missing for one of them
 _TAIL_BYTES = 1 << 16  # of a traceback, whose last line is reported
 
 
@@ -86,17 +87,34 @@ def reasons(out: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def lacking_pieces(
-    out: Path, names: Sequence[str], total: int, what: str, again: str = "run the same command again"
+    out: Path,
+    names: Sequence[str],
+    total: int,
+    what: str,
+    again: str = "run the same command again",
+    counted: str = "",
+    otherwise: str = "",
 ) -> StageError:
-    """The error of work that ended without some of its pieces, with the reasons of the first ones."""
-    told = reasons(out, names[:TOLD])
-    why = "; ".join(f"{name}: {reason}" for name, reason in told.items())
-    more = f"; and {len(names) - len(told)} more" if len(names) > len(told) else ""
+    """The error of work that ended without some of its pieces: each reason once, with the first pieces that it stopped.
+
+    `again` is how to retry, `counted` says how much is missing in other words, `otherwise` what else can be done.
+    """
+    pieces: dict[str, list[str]] = {}
+    for name, reason in reasons(out, names[:_LOOKED_AT]).items():
+        pieces.setdefault(reason, []).append(name)
+    listed = dict(list(pieces.items())[:_LISTED])
+    why = ", ".join(f"{_some(stopped)} ({reason})" for reason, stopped in listed.items())
+    left = len(names) - sum(map(len, listed.values()))
+    more = f" and {left:,} more" if left else ""
     where = f"What failed has its traceback in {out / 'failed'}; the" if names_in(out / "failed") else "The"
     return StageError(
-        f"{len(names)} of {total} {what} are missing: {why}{more}. {where} others are committed. Mend the cause and "
-        f"{again}, which makes only these"
+        f"{len(names)} of {total} {what} are missing{counted}: {why}{more}. {where} others are committed. Mend the "
+        f"cause and {again}, which makes only these{otherwise}"
     )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")
 
 
 def all_failed(out: Path, names: Iterable[str]) -> bool:

@@ -7,14 +7,9 @@ from pathlib import Path
 
 from nfm.stages.base import Reporter, StageError
 from nfm.stages.executors.jobs import Outcome
-from nfm.stages.executors.outcomes import all_failed, reasons, settled
-from nfm.storage.files.paths import names_in
+from nfm.stages.executors.outcomes import all_failed, lacking_pieces, settled
 from nfm.storage.format.spec import StoreSpec, parse_name
 from nfm.storage.ledger import seal
-
-_LISTED = 5
-_LOOKED_AT = 1000  # tracebacks of failed shards, at most
-_TAIL_BYTES = 1 << 16  # of a traceback, whose last line is reported
 
 
 def pending(out: Path, spec: StoreSpec, draws: int) -> list[str]:
@@ -49,20 +44,6 @@ def produce(
 
 def missing(out: Path, names: list[str], total: int, pairs: int, allowed: int, again: str) -> StageError:
     """The error for a store that lacks more than it may. `again` is how to retry."""
-    shards: dict[str, list[str]] = {}
-    for name, reason in reasons(out, names[:_LOOKED_AT]).items():
-        shards.setdefault(reason, []).append(name)
-    why = [f"{_some(shards[reason])} ({reason})" for reason in list(shards)[:_LISTED]]
-    left = len(names) - sum(len(shards[reason]) for reason in list(shards)[:_LISTED])
-    more = f" and {left:,} more" if left else ""
     limit = f", pairs.max_missing allows {allowed:,}" if allowed else ""
-    told = f"What failed has its traceback in {out / 'failed'}; the other" if names_in(out / "failed") else "The other"
     leave_out = "; or let the generation lack them with --set pairs.max_missing=N" if all_failed(out, names) else ""
-    lacking = f"{len(names)} of {total} shards are missing, {pairs:,} pairs{limit}: {', '.join(why)}{more}"
-    return StageError(
-        f"{lacking}. {told} shards are committed. Mend the cause and {again}, which makes only these{leave_out}"
-    )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_LISTED]) + (f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else "")
+    return lacking_pieces(out, names, total, "shards", again, f", {pairs:,} pairs{limit}", leave_out)

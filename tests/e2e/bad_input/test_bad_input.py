@@ -126,7 +126,7 @@ def test_a_truncated_data_shard_fails_its_pairs_and_no_others(lab: Lab) -> None:
     shard = lab.only("data").path / "train/s00001.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-3000])
-    says = ("shards are missing", "the other shards are committed", "run the same command again", "s00001.tar")
+    says = ("shards are missing", "the others are committed", "run the same command again", "s00001.tar")
     refused(lab, *lab.arguments("pairs"), exits=1, says=says)
     store = lab.all("pairs")[0].path
     tracebacks = list((store / "failed").glob("*.txt"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nfm.stages.executors.jobs import Job, Outcome
-from nfm.stages.executors.outcomes import failure_path
+from nfm.stages.executors.outcomes import failure_path, lacking_pieces
 from nfm.stages.pairs.production import produce
 from nfm.storage.errors import StorageError
 from nfm.storage.files.paths import as_path, exists
@@ -47,3 +47,15 @@ def test_an_executor_has_ended_before_what_was_raised_meanwhile_goes_on(tmp_path
     with pytest.raises(StorageError, match="cannot write"):
         produce(tmp_path, given, 16, Recorder(), 0, 2)
     assert ended == ["the executor"]
+
+
+def test_a_reason_is_told_once_with_the_first_pieces_that_it_stopped(tmp_path: Path) -> None:
+    names = [f"d000-s{shard:05d}" for shard in range(9)]
+    errors = ["ValueError: no such kernel"] * 7 + ["OSError: once"]
+    produce(tmp_path, [Outcome(Job(n, "a"), error=e) for n, e in zip(names, errors)], 16, Recorder(), 0, 9)
+    told = str(lacking_pieces(tmp_path, names, 12, "shards"))
+    first = ", ".join(names[:5])
+    assert told.startswith(
+        f"9 of 12 shards are missing: {first} and 2 more (ValueError: no such kernel), {names[7]} (OSError: once), "
+        f"{names[8]} (not made yet). What failed has its traceback in {tmp_path / 'failed'}; the others are committed."
+    )

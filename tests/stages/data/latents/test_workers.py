@@ -56,7 +56,7 @@ def test_a_shard_that_fails_is_told_and_the_others_stay(place: Path, data: Path)
     with pytest.raises(StageError) as caught:
         make(place / "out", data)
     told = str(caught.value)
-    assert told.startswith("1 of 4 shards of latents are missing: train-s00001: ")
+    assert told.startswith("1 of 4 shards of latents are missing: train-s00001 (")
     assert "ValueError: no such kernel" in told
     assert "run the same command again" in told
     (place / "broken").unlink()
