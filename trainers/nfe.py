@@ -29,6 +29,7 @@ STOCHASTIC = ("sde-euler", "sde-heun")  # which add noise on their way
 DIFFUSIONS = ("sigma", "constant", "sin^2", "decreasing")  # how much of it
 GRIDS = ("uniform", "square")  # of times: t = u or t = u^2
 EULER_UP_TO = 5  # evaluations; Heun for more
+MOST_NFE = 100_000  # evaluations: far beyond what changes an image
 
 
 def pick_solver(solver: str, nfe: int) -> str:
@@ -50,6 +51,8 @@ def intervals(solver: str, nfe: int) -> int:
     fewer = (nfe + saved) // per_interval
     if nfe < 1:
         raise ValueError(f"nfe = {nfe}: {solver} needs {per_interval - saved} evaluations or more")
+    if nfe > MOST_NFE:
+        raise ValueError(f"nfe = {nfe}: at most {MOST_NFE} evaluations; some tens are as good")
     if per_interval * fewer - saved != nfe:
         nearest = [str(per_interval * count - saved) for count in (fewer, fewer + 1) if count > 0]
         raise ValueError(f"nfe = {nfe}: {solver} takes {spelled}; use {' or '.join(nearest)}")

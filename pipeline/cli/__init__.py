@@ -44,7 +44,7 @@ from nfm.pipeline.cli.worklist import encode, work, worklist, worklist_of_pairs
 from nfm.pipeline.config import Override, load
 from nfm.stages.base import Unfit
 from nfm.stages.couplings.custom import Allowed
-from nfm.stages.trained.sampling import DIFFUSIONS, GRIDS, SOLVERS, check_diffusion
+from nfm.stages.trained.sampling import DIFFUSIONS, GRIDS, MOST_NFE, SOLVERS, check_diffusion
 from nfm.stages.trained.training.section import blaming
 from nfm.storage.files.paths import exists
 from nfm.storage.ledger.standing import again
@@ -211,7 +211,7 @@ def list_artifacts(as_json: bool) -> None:
 @click.option(
     "--nfe",
     default=7,
-    type=Whole(1, 100_000),
+    type=Whole(1, MOST_NFE),
     show_default=True,
     help="Evaluations of a student; a teacher is inverted.",
 )

@@ -59,6 +59,8 @@ def overrides_of(couplings: list[str] | None, seeds: list[int] | None, stage: st
     named = {key: value for key, value in given.items() if value is not None}
     if named and stage != "compare":
         raise click.UsageError(f"--{' and --'.join(named)}: of the stage compare, not of {stage}; leave it out")
+    if seeds is not None and couplings is not None and all("@" in coupling for coupling in couplings):
+        raise click.UsageError("--seeds: every coupling names its own seeds, after @; leave it out")
     return tuple(
         Override(f"compare.{key}={json.dumps(value)}", f"--{key} {','.join(map(str, value))}")
         for key, value in named.items()

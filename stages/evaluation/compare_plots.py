@@ -54,7 +54,7 @@ def draw(body: Row) -> dict[str, bytes]:
 def _styles(variants: list[str]) -> dict[str, Style]:
     found: dict[str, Style] = {}
     count: dict[str, int] = {}
-    for name in variants:
+    for name in sorted(variants, key=lambda name: name != Variant.parse(name).coupling):  # the plain ones are solid
         coupling = Variant.parse(name).coupling
         number = count[coupling] = count.get(coupling, -1) + 1
         found[name] = Style(colours_of(coupling)[0], DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)],
@@ -125,8 +125,12 @@ def _curvature(body: Row, styles: Mapping[str, Style]) -> Panel:
             bar = {"color": style.colour, "height": 0.62, "error_kw": {"lw": 1.2, "capsize": 3, "ecolor": theme.ink}}
             filled = {"hatch": style.hatch, "edgecolor": "white", "lw": 0} if style.hatch else {}
             axes.barh(place, found["mean"], xerr=found["spread"], **bar, **filled)
+            end = (found["mean"] + (found["spread"] or 0.0), place)
+            axes.annotate(shown(found["mean"]), end, xytext=(4, 0), textcoords="offset points", va="center",
+                          fontsize=8, color=theme.ink)  # fmt: skip
         axes.set_yticks(range(len(body["curvature"])), [row["variant"] for row in body["curvature"]])
         axes.invert_yaxis()
+        axes.margins(x=0.12)  # room for the figures
         axes.grid(visible=False, axis="y")
         axes.set_axisbelow(True)
         axes.set(xlabel="curvature (0 is straight)", xlim=(0, None))

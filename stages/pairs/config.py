@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nfm.stages.base import Guidance, LocalField, Section, added, one_of, operational
 from nfm.stages.couplings.facts import FACTS
+from nfm.stages.couplings.variant import Variant
 from nfm.stages.executors import EXECUTORS
 from nfm.stages.trained.devices.precision import Precision
 from nfm.stages.trained.devices.where import AddressField, DeviceField
@@ -56,6 +57,12 @@ class PairsConfig(Section):
     workers: int = operational(0, ge=0)
     threads: int = operational(1, ge=1)
     device: DeviceField = operational("auto")
+
+    @field_validator("reflow_of")
+    @classmethod
+    def _is_a_variant(cls, reflow_of: str) -> str:
+        Variant.parse(reflow_of)
+        return reflow_of
 
     @model_validator(mode="after")
     def _one_student(self) -> Self:

@@ -26,6 +26,7 @@ from nfm.storage import ImageDataset
 from nfm.storage.errors import by
 from nfm.storage.files import atomic
 from nfm.storage.format import philox
+from nfm.trainers.nfe import MOST_NFE as MOST_NFE
 from nfm.trainers.nfe import STOCHASTIC, pick_solver
 
 if TYPE_CHECKING:

@@ -38,6 +38,11 @@ def test_invalid_seeds_are_refused(empty: Lab, seeds: str) -> None:
     assert "seeds" in told
 
 
+def test_seeds_that_no_coupling_takes_are_refused(empty: Lab) -> None:
+    told = empty.nfm("status", "-c", "tiny.toml", "--couplings", "nfm@0,independent@1", "--seeds", "5", exits=2).stderr
+    assert "--seeds: every coupling names its own seeds, after @; leave it out" in told
+
+
 def test_unknown_couplings_are_refused(empty: Lab) -> None:
     for couplings in ("", ",", "nfm,reflux", "nfm:soften=x", 'nfm"]'):
         assert "couplings" in empty.nfm("status", "-c", "tiny.toml", "--couplings", couplings, exits=2).stderr

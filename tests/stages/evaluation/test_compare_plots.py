@@ -98,3 +98,21 @@ def test_bars_of_one_coupling_look_different(body: dict[str, Any]) -> None:
     bars = drawn(compare_plots._curvature({**body, "curvature": rows}, found)).patches
     assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == len(names)
     assert bars[0].get_facecolor() == bars[1].get_facecolor() != bars[3].get_facecolor()
+
+
+def test_the_plain_coupling_is_solid_wherever_it_is_named() -> None:
+    for names in (["nfm:permuted", "nfm", "independent"], ["nfm", "independent", "nfm:permuted"]):
+        found = compare_plots._styles(names)
+        assert (found["nfm"].dashes, found["nfm"].hatch, found["independent"].dashes) == ("-", "", "-")
+        assert found["nfm:permuted"].dashes == "--"
+
+
+def test_every_bar_of_curvature_has_its_figure_within_the_axes(body: dict[str, Any]) -> None:
+    rows = [
+        {**row, "value": {"mean": 2e-7 if number else 0.5, "spread": None}}
+        for number, row in enumerate(body["curvature"])
+    ]
+    axes = drawn(compare_plots._curvature({**body, "curvature": rows}, styles(body)))
+    axes.figure.canvas.draw()
+    assert [text.get_text() for text in axes.texts] == ["0.5000"] + ["2.000e-07"] * (len(rows) - 1)
+    assert all(text.get_window_extent().x1 <= axes.figure.bbox.x1 for text in axes.texts)

@@ -15,6 +15,7 @@ def test_the_config_says_which_evaluations_a_solver_can_spend() -> None:
         ({"nfe": [8]}, "heun takes 2N - 1 evaluations, an odd number; use 7 or 9"),
         ({"nfe": [6], "solver": "rk4"}, "use 4 or 8"),
         ({"solver": "midpoint"}, "use 30 or 32"),
+        ({"nfe": [1_000_001]}, "nfe = 1000001: at most 100000 evaluations"),
         ({"nfe": []}, "at least 1 item"),
         ({"nfe": [7, 5, 7]}, "7 is named more than once"),
         ({"nfe": [8], "solver": "sde-heun"}, "use 7 or 9"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from nfm.stages.base import Unfit
 from nfm.stages.pairs import estimate, stage
@@ -143,3 +144,9 @@ def test_a_plan_counts_the_bytes_of_the_codecs_that_the_coupling_can_have(coupli
     sizes = estimate.estimate(config, facts, [1], rate=1.0)["bytes"]
     assert [*sizes] == ["float32", "float16", "int8", *more]
     assert [*sizes.values()] == sorted(sizes.values(), reverse=True)
+
+
+def test_a_coupling_that_reflow_would_take_is_checked_where_it_is_written() -> None:
+    with pytest.raises(ValidationError, match=r"reflow_of\n.*coupling 'independant' is unknown; there are "):
+        stage.PairsConfig(reflow_of="independant")
+    assert stage.PairsConfig(reflow_of="nfm:soften=0.5").reflow_of == "nfm:soften=0.5"
