@@ -16,7 +16,7 @@ from nfm.storage.files import atomic
 from nfm.storage.files.paths import exists, inside, names_in, remove
 from nfm.storage.files.small_files import read_tail
 
-_LOOKED_AT = 1000  # tracebacks of pieces that are missing, at most
+_LOOKED_AT = 200  # tracebacks of pieces that are missing, at most
 _LISTED = 5  # reasons, and pieces that are missing for one of them
 _TAIL_BYTES = 1 << 16  # of a traceback, whose last line is reported
 
