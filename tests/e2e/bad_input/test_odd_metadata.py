@@ -24,7 +24,7 @@ from nfm.pipeline.artifacts.lock import Held, Lock
 from nfm.pipeline.cli import cli
 from nfm.pipeline.console.progress import figures
 from nfm.stages.base import StageError
-from nfm.stages.executors import outcomes
+from nfm.stages.executors.outcomes import reasons
 from nfm.stages.report import sections
 from nfm.stages.report.evaluation import Evaluation
 from nfm.stages.trained.weights import read_weights
@@ -149,7 +149,7 @@ def reads(root: Path) -> dict[str, Callable[[], str]]:
     functions: dict[str, Callable[[], object]] = {
         "weights": lambda: read_weights(teacher),
         "training log": lambda: sections.read_lines(teacher / "metrics.jsonl"),
-        "tracebacks": lambda: outcomes.reasons(Path(store), ["d000-s00000"]),
+        "tracebacks": lambda: reasons(Path(store), ["d000-s00000"]),
         "progress": lambda: figures(Artifact(Path(store)), 2),
         "records": lambda: list(PairStore.open(store).batches(64, epochs=1, last="keep", fields=("caption",))),
         "keys": lambda: ImageDataset.open(next(root.glob("data/*"))).keys(np.arange(3)),
