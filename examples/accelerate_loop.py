@@ -6,7 +6,8 @@ whatever --num_processes says, and without `Accelerator(cpu=True)` every process
 Prepare the model and the optimizer, not the reader: it takes its rank from torch.distributed, which Accelerator sets
 up; every process reads its own part of the global batch, and prepared as a data loader it would be split once more. The
 reader is registered for checkpoints instead: save_state and load_state then resume it within an epoch. Convention:
-ours, t = 0 the image, t = 1 the noise; the velocity is noise - image.
+ours, t = 0 the image, t = 1 the noise; the velocity is noise - image. A batch has 128 pairs, so
+the store has as many or more.
 """
 
 from __future__ import annotations

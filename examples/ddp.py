@@ -3,7 +3,8 @@
 The reader asks torch.distributed for its rank, so every process reads its own part of the same global batch, which is
 the same set of pairs on any number of processes. With a CHECKPOINT the run goes on where it stopped, in the middle of
 an epoch and on another number of processes if need be: the reader's state is the same on all ranks, one of them saves
-it. Convention: ours, t = 0 the image, t = 1 the noise; the velocity is noise - image.
+it. Convention: ours, t = 0 the image, t = 1 the noise; the velocity is noise - image. A batch has 128
+pairs, so the store has as many or more.
 """
 
 from __future__ import annotations
