@@ -261,8 +261,7 @@ class BatchReader:
         """Forgets the threads of the parent process; a fork does not copy them."""
         if self._filling is not None:
             self._filling.forget()
-        self._filling = None
-        self._assembly.clear()
+        self._halt()
         self._process = os.getpid()
         self._lock = threading.RLock()
 

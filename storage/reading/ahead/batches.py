@@ -65,7 +65,7 @@ class Filling:
         return next(self._filled)
 
     def stop(self) -> None:
-        """Ends the threads. What was taken stays valid."""
+        """Ends the threads, once, unless they are to be left alone. What was taken stays valid."""
         self._stop()
 
     def forget(self) -> None:
